@@ -1,0 +1,38 @@
+"""DeepLabv3 (arXiv 1706.05587) as a drop-in, faster and smaller-in-memory package.
+
+import deeplab_fast as dlf
+
+model = dlf.deeplabv3_resnet50(weights="checkpoint.pth").eval()
+labels = model.predict("photo.jpg")
+"""
+
+from pathlib import Path as _Path
+
+# In a checkout that is not installed the Triton kernels lie beside this folder, not in it.
+# A wheel has them inside, so the condition is false there.
+_root = _Path(__file__).resolve().parent.parent
+if (
+    not (_Path(__file__).resolve().parent / "kernels").is_dir()
+    and (_root / "kernels" / "__init__.py").is_file()
+):
+    __path__.append(str(_root))
+
+from . import backends, ops, reference
+from ._version import __version__
+from .backends import use_backend, why
+from .models import *  # noqa: F403
+from .models import __all__ as _models_all
+from .weights import from_checkpoint, load_weights, save_weights
+
+__all__ = [
+    "__version__",
+    "backends",
+    "from_checkpoint",
+    "load_weights",
+    "ops",
+    "reference",
+    "save_weights",
+    "use_backend",
+    "why",
+    *_models_all,
+]

@@ -1,0 +1,261 @@
+"""Which implementation of an op runs, and why.
+
+Implementations are data: an op's file registers one `Implementation` per backend it has. `select`
+takes the first, in order of priority, that names no reason against the call at hand. An explicit
+choice (`use_backend`, the environment variable `DEEPLAB_FAST_BACKEND`) that cannot run raises with
+its reasons; an automatic choice falls through to the next and says so once in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("deeplab_fast")
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+ENVIRONMENT_VARIABLE = "DEEPLAB_FAST_BACKEND"
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly chosen backend cannot run the call; the message lists the reasons."""
+
+
+@dataclass(frozen=True)
+class OpDesc:
+    """What a choice of implementation may depend on: the op and the facts of one call.
+
+    Attributes:
+        op: name in `deeplab_fast.ops`.
+        device: device type of the main input ("cpu", "cuda", ...).
+        dtype: dtype of the main input.
+        shape: shape of the main input.
+        params: the op's own parameters that matter for the choice, by name.
+        capability: CUDA compute capability of the device, None elsewhere.
+        deterministic: `torch.are_deterministic_algorithms_enabled()`.
+    """
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    params: dict[str, Any] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, op: str, x: torch.Tensor, **params: Any) -> OpDesc:
+        """Describe a call of `op` whose main input is `x`."""
+        capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+        return cls(
+            op,
+            x.device.type,
+            x.dtype,
+            tuple(x.shape),
+            params,
+            capability,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One implementation of one op.
+
+    Attributes:
+        op: name in `deeplab_fast.ops`.
+        backend: one of `BACKENDS`.
+        run: called with the positional arguments of the op's registered schema.
+        not_supported_reasons: facts of a call -> reasons against it; empty means it runs.
+        priority: the highest that has no reason against it is chosen automatically.
+    """
+
+    op: str
+    backend: str
+    run: Callable[..., Any]
+    not_supported_reasons: Callable[[OpDesc], list[str]]
+    priority: int
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_fallthrough_logged: set[tuple[str, str, str]] = set()
+# Process-wide, as torch.backends.cudnn.flags is: autograd runs backward passes on its own threads,
+# which a context variable would not reach.
+_override: str | None = None
+
+_DEFAULT_PRIORITY = {"cuda": 30, "triton": 20, "cpu": 10, "reference": 0}
+
+
+def register(
+    op: str,
+    backend: str,
+    run: Callable[..., Any],
+    not_supported_reasons: Callable[[OpDesc], list[str]] = lambda desc: [],
+    priority: int | None = None,
+) -> None:
+    """Add the implementation of `op` on `backend`; called once, from the op's file."""
+    _check_backend(backend, BACKENDS)
+    table = _implementations.setdefault(op, {})
+    if backend in table:
+        raise ValueError(f"{op} already has an implementation for backend {backend!r}")
+    if priority is None:
+        priority = _DEFAULT_PRIORITY[backend]
+    table[backend] = Implementation(op, backend, run, not_supported_reasons, priority)
+
+
+def implementations(op: str) -> dict[str, Implementation]:
+    """The implementations of `op` by backend name."""
+    if op not in _implementations:
+        raise ValueError(f"no op is named {op!r}; there are: {', '.join(sorted(_implementations))}")
+    return _implementations[op]
+
+
+def registered_ops() -> list[str]:
+    """Names of all ops that have an implementation."""
+    return list(_implementations)
+
+
+def current_backend() -> str:
+    """The choice in force: a name of `BACKENDS`, or "auto"."""
+    if _override is not None:
+        return _override
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE, "").strip().lower() or "auto"
+    _check_backend(chosen, (*BACKENDS, "auto"), f"environment variable {ENVIRONMENT_VARIABLE}: ")
+    return chosen
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op on the named backend: "reference", "cpu", "triton", "cuda", or "auto".
+
+    The choice holds for the whole process, autograd's threads included, until the block ends, and
+    goes before `DEEPLAB_FAST_BACKEND`.
+
+    Raises:
+        ValueError: the name is none of these.
+        BackendUnavailable: raised by an op that the chosen backend cannot run, with its reasons.
+    """
+    global _override
+    _check_backend(name, (*BACKENDS, "auto"))
+    before = _override
+    _override = name
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def select(desc: OpDesc) -> Implementation:
+    """The implementation that runs the call that `desc` describes."""
+    table = implementations(desc.op)
+    chosen = current_backend()
+    if chosen != "auto":
+        reasons = _reasons(table, chosen, desc)
+        if reasons:
+            others = [b for b in BACKENDS if b != chosen and not _reasons(table, b, desc)]
+            raise BackendUnavailable(
+                f"backend {chosen!r} was asked for and cannot run {desc.op} "
+                f"({_describe(desc)}): {'; '.join(reasons)}. "
+                f"These can: {', '.join(others) or 'none'}; or choose 'auto'."
+            )
+        return table[chosen]
+    rejected = []
+    for implementation in sorted(table.values(), key=lambda i: -i.priority):
+        reasons = implementation.not_supported_reasons(desc)
+        if not reasons:
+            _log_fallthrough(rejected, implementation)
+            return implementation
+        rejected.append((implementation, reasons))
+    listed = "; ".join(f"{i.backend}: {', '.join(r)}" for i, r in rejected)
+    raise BackendUnavailable(f"no backend can run {desc.op} ({_describe(desc)}): {listed}")
+
+
+def run(desc: OpDesc, *args: Any) -> Any:
+    """Call the selected implementation."""
+    return select(desc).run(*args)
+
+
+@dataclass(frozen=True)
+class Why:
+    """The answer of `why`: one row per backend."""
+
+    desc: OpDesc
+    choice: str
+    chosen: str | None
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.desc.op} ({_describe(self.desc)}), backend choice: {self.choice}"]
+        for backend, reasons in self.rows:
+            mark = "->" if backend == self.chosen else "  "
+            lines.append(f"{mark} {backend:<10}{'; '.join(reasons) or 'can run'}")
+        return "\n".join(lines)
+
+
+def why(op: str, *args: Any, **kwargs: Any) -> Why:
+    """Which backend would run `ops.<op>(*args, **kwargs)`, and what speaks against the others.
+
+    Args:
+        op: name in `deeplab_fast.ops`.
+        *args, **kwargs: what the op would be called with. Tensors may be on the meta device, then
+            nothing is said about CUDA capability.
+
+    Returns:
+        `Why`: print it for a table; `.chosen` is None where no backend can run the call.
+    """
+    from . import ops
+
+    implementations(op)
+    return explain(ops.describe(op, *args, **kwargs))
+
+
+def explain(desc: OpDesc) -> Why:
+    """As `why`, for a call that is already described."""
+    table = implementations(desc.op)
+    rows = [(backend, tuple(_reasons(table, backend, desc))) for backend in BACKENDS]
+    try:
+        chosen = select(desc).backend
+    except BackendUnavailable:
+        chosen = None
+    return Why(desc, current_backend(), chosen, tuple(rows))
+
+
+def _reasons(table: dict[str, Implementation], backend: str, desc: OpDesc) -> list[str]:
+    if backend not in table:
+        return [f"{desc.op} has no {backend} implementation"]
+    return table[backend].not_supported_reasons(desc)
+
+
+def _check_backend(name: str, allowed: tuple[str, ...], prefix: str = "") -> None:
+    if name not in allowed:
+        raise ValueError(
+            f"{prefix}no backend is named {name!r}; allowed: {', '.join(map(repr, allowed))}"
+        )
+
+
+def _describe(desc: OpDesc) -> str:
+    dtype = str(desc.dtype).removeprefix("torch.")
+    params = "".join(f", {k}={v}" for k, v in desc.params.items())
+    return f"{desc.device} {dtype} {list(desc.shape)}{params}"
+
+
+def _log_fallthrough(
+    rejected: list[tuple[Implementation, list[str]]], taken: Implementation
+) -> None:
+    for implementation, reasons in rejected:
+        key = (implementation.op, implementation.backend, reasons[0])
+        if key not in _fallthrough_logged:
+            _fallthrough_logged.add(key)
+            logger.info(
+                "%s: %s does not run (%s); using %s",
+                implementation.op,
+                implementation.backend,
+                "; ".join(reasons),
+                taken.backend,
+            )

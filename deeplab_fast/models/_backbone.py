@@ -1,0 +1,97 @@
+"""What every backbone shares: named features out of a chain of modules, and its dilation plan."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+class IntermediateLayerGetter(nn.ModuleDict):
+    """Runs modules in order and returns the outputs of the named ones, as torchvision's does.
+
+    Args:
+        model: its children are run in the order of their registration, up to the last one named.
+        return_layers: name of a child -> name of its output.
+
+    Raises:
+        ValueError: a name that is no child.
+    """
+
+    _version = 2
+    __annotations__ = {"return_layers": dict[str, str]}
+
+    def __init__(self, model: nn.Module, return_layers: dict[str, str]) -> None:
+        children = dict(model.named_children())
+        if not set(return_layers).issubset(children):
+            raise ValueError("return_layers are not present in model")
+        last = max(list(children).index(name) for name in return_layers)
+        super().__init__(OrderedDict(list(children.items())[: last + 1]))
+        self.return_layers = {str(k): str(v) for k, v in return_layers.items()}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = OrderedDict()
+        for name, module in self.items():
+            x = module(x)
+            if name in self.return_layers:
+                out_name = self.return_layers[name]
+                out[out_name] = x
+        return out
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Stride of a stage's first block and dilation of each of its blocks."""
+
+    stride: int
+    dilations: tuple[int, ...]
+
+
+def plan_stages(
+    strides: Sequence[int],
+    blocks: Sequence[int],
+    dilated: Sequence[bool],
+    multi_grid: Sequence[int] | None,
+    multi_grid_stages: Sequence[bool],
+    contraction: bool,
+) -> list[StagePlan]:
+    """Exchange strides for dilation (arXiv 1706.05587, sections 3.1 and 3.2).
+
+    A dilated stage keeps stride 1 and multiplies the dilation by the stride it gave up.
+
+    Args:
+        strides: stride of each stage.
+        blocks: number of blocks in each stage.
+        dilated: whether a stage gives up its stride.
+        multi_grid: unit rates of the blocks of a stage, multiplied by the stage's dilation.
+        multi_grid_stages: stages to which `multi_grid` applies.
+        contraction: the first block of a dilated stage keeps the dilation before it, as torchvision
+            does; the paper's form has the stage's own dilation in all blocks.
+    """
+    plans = []
+    dilation = 1
+    for stride, count, give_up, unit in zip(
+        strides, blocks, dilated, multi_grid_stages, strict=True
+    ):
+        before = dilation
+        if give_up:
+            dilation, stride = dilation * stride, 1
+        if multi_grid is not None and unit:
+            rates = tuple(dilation * m for m in multi_grid)
+        else:
+            rates = (before if contraction else dilation, *[dilation] * (count - 1))
+        plans.append(StagePlan(stride, rates))
+    return plans
+
+
+def set_dilation(conv: nn.Conv2d, dilation: int) -> None:
+    """Dilate a convolution of odd kernel in place, keeping its output size. Weights stay."""
+    conv.dilation = (dilation, dilation)
+    conv.padding = tuple(dilation * (k // 2) for k in conv.kernel_size)
+
+
+def set_stride(conv: nn.Conv2d, stride: int) -> None:
+    """Change a convolution's stride in place."""
+    conv.stride = (stride, stride)

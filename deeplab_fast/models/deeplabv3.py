@@ -1,0 +1,158 @@
+"""The DeepLabv3 model: backbone, head, auxiliary head, bilinear upsampling of the logits."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.preprocess import Preprocess
+from ..nn.aspp import ASPPConv
+from ..nn.heads import DeepLabV2Head
+from ._backbone import set_dilation
+
+OUTPUT_STRIDES = (8, 16)
+
+
+class DeepLabV3(nn.Module):
+    """DeepLabv3 (arXiv 1706.05587), with torchvision's interface and state_dict keys.
+
+        model(x) = {"out": upsample(classifier(backbone(x)["out"]), size of x)[, "aux": ...]}
+
+    Args:
+        backbone: returns a dict with the feature map "out" and, for the auxiliary head, "aux".
+        classifier: feature map -> low-resolution logits.
+        aux_classifier: the same for "aux", used in training, or None.
+        align_corners: how logits are upsampled, as in torch.nn.functional.interpolate.
+
+    Attributes:
+        preprocess: what turns an 8-bit RGB photo into an input (`deeplab_fast.data.Preprocess`).
+        classes, palette: names and colours of the classes, or None where they are not known.
+        config: (builder name, options) that make this model again, or None.
+
+    Input: float [N, 3, H, W], any layout, H and W of at least 1, normalised as by `preprocess`.
+    Output: OrderedDict "out" [N, num_classes, H, W] and "aux" where there is an auxiliary head.
+    """
+
+    __constants__: ClassVar = ["aux_classifier"]
+    __jit_unused_properties__: ClassVar = ["atrous_rates", "num_classes", "output_stride"]
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classifier: nn.Module,
+        aux_classifier: nn.Module | None = None,
+        *,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = classifier
+        self.aux_classifier = aux_classifier
+        self.align_corners = align_corners
+        self.preprocess = Preprocess()
+        self.classes: tuple[str, ...] | None = None
+        self.palette: tuple[tuple[int, int, int], ...] | None = None
+        self.config: tuple[str, dict[str, Any]] | None = None
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Full-resolution logits, as torchvision's DeepLabV3 returns them."""
+        size = x.shape[-2:]
+        features = self.backbone(x)
+        result = OrderedDict()
+        y = self.classifier(features["out"])
+        result["out"] = F.interpolate(
+            y, size=size, mode="bilinear", align_corners=self.align_corners
+        )
+        if self.aux_classifier is not None:
+            y = self.aux_classifier(features["aux"])
+            result["aux"] = F.interpolate(
+                y, size=size, mode="bilinear", align_corners=self.align_corners
+            )
+        return result
+
+    def forward_logits(self, x: Tensor) -> Tensor:
+        """The main logits before upsampling: [N, 3, H, W] -> [N, num_classes, h, w]."""
+        return self.classifier(self.backbone(x)["out"])
+
+    def predict(self, images: Any, **options: Any) -> Any:
+        """Label maps of photos or tensors; see `deeplab_fast.engine.predict.predict`."""
+        from ..engine.predict import predict
+
+        return predict(self, images, **options)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the main head."""
+        convs = [m for m in self.classifier.modules() if isinstance(m, nn.Conv2d)]
+        return convs[-1].out_channels
+
+    @property
+    def output_stride(self) -> int:
+        """Ratio of the input's size to that of the map the head works on."""
+        return self.backbone.output_stride
+
+    @property
+    def atrous_rates(self) -> tuple[int, ...]:
+        """Dilations of the head's atrous branches, in order."""
+        return tuple(conv.dilation[0] for conv in _atrous_convs(self.classifier))
+
+    def set_output_stride(self, output_stride: int) -> DeepLabV3:
+        """Change the output stride of a model, trained or not, in place; weights stay as they are.
+
+        Strides of the backbone are exchanged for dilation or back, and the head's atrous rates are
+        doubled or halved, so that each filter sees the same pixels of the image. The paper trains
+        at 16 and evaluates at 8.
+
+        Args:
+            output_stride: 8 or 16.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: another number, a backbone that cannot, or a rate that cannot be halved;
+                nothing is changed then.
+
+        Source: arXiv 1706.05587, section 3.3 ("the rates are doubled when output_stride = 8").
+        """
+        check_output_stride(output_stride)
+        if not hasattr(self.backbone, "set_output_stride"):
+            raise ValueError(
+                f"the backbone {type(self.backbone).__name__} has a fixed output stride; build the "
+                "model with a builder of deeplab_fast to change it"
+            )
+        before = self.backbone.output_stride
+        convs = _atrous_convs(self.classifier)
+        rates = [conv.dilation[0] * before for conv in convs]
+        if any(rate % output_stride for rate in rates):
+            raise ValueError(
+                f"atrous rates {self.atrous_rates} at output stride {before} have no whole number "
+                f"at output stride {output_stride}; build the model with other atrous_rates"
+            )
+        self.backbone.set_output_stride(output_stride)
+        for conv, rate in zip(convs, rates, strict=True):
+            set_dilation(conv, rate // output_stride)
+        if self.config is not None:
+            name, options = self.config
+            rates_now = {"atrous_rates": self.atrous_rates} if convs else {}
+            self.config = (name, {**options, "output_stride": output_stride, **rates_now})
+        return self
+
+
+def check_output_stride(output_stride: int) -> None:
+    """8 or 16."""
+    if output_stride not in OUTPUT_STRIDES:
+        raise ValueError(f"DeepLabv3 supports output stride 8 or 16, got {output_stride}")
+
+
+def _atrous_convs(classifier: nn.Module) -> list[nn.Conv2d]:
+    convs = []
+    for module in classifier.modules():
+        if isinstance(module, ASPPConv):
+            convs.append(module[0])
+        elif isinstance(module, DeepLabV2Head):
+            convs.extend(module.convs)
+    return convs

@@ -1,0 +1,181 @@
+"""MobileNetV2 backbone (arXiv 1801.04381) in the form of TensorFlow's DeepLab."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._backbone import IntermediateLayerGetter, set_dilation, set_stride
+from .mobilenetv3 import make_divisible
+
+NORMS = ("batch", "folded")
+
+
+@dataclass(frozen=True)
+class InvertedResidualRow:
+    """A block of table 2: expansion factor, output channels at width 1, stride."""
+
+    expansion: int
+    out: int
+    stride: int
+
+
+ROWS = tuple(
+    InvertedResidualRow(t, c, s if i == 0 else 1)
+    for t, c, n, s in (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    )
+    for i in range(n)
+)
+
+
+class SamePadConv2d(nn.Conv2d):
+    """A convolution with TensorFlow's SAME padding: ceil(size / stride) outputs.
+
+    The padding needed is split in two, and an odd one is larger at the bottom and the right; at
+    stride 2 an even size is padded at those sides only.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, bottom = _same(x.size(2), self.kernel_size[0], self.stride[0], self.dilation[0])
+        left, right = _same(x.size(3), self.kernel_size[1], self.stride[1], self.dilation[1])
+        x = F.pad(x, [left, right, top, bottom])
+        return F.conv2d(x, self.weight, self.bias, self.stride, [0, 0], self.dilation, self.groups)
+
+
+def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    outputs = (size + stride - 1) // stride
+    needed = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return needed // 2, needed - needed // 2
+
+
+def conv_norm(
+    in_channels: int,
+    out_channels: int,
+    kernel: int = 1,
+    stride: int = 1,
+    groups: int = 1,
+    act: bool = True,
+    norm: str = "batch",
+) -> nn.Sequential:
+    """Convolution, BN (eps 0.001) and ReLU6; with norm="folded" a biased convolution, no BN.
+
+    State: conv.weight[, conv.bias][, bn.*].
+    """
+    folded = norm == "folded"
+    conv = SamePadConv2d if kernel > 1 else nn.Conv2d
+    layers = OrderedDict(
+        conv=conv(in_channels, out_channels, kernel, stride, groups=groups, bias=folded)
+    )
+    if not folded:
+        # TensorFlow's moving-average decay 0.9997 is a momentum of 0.0003 here.
+        layers["bn"] = nn.BatchNorm2d(out_channels, eps=0.001, momentum=0.0003)
+    if act:
+        layers["act"] = nn.ReLU6(inplace=True)
+    return nn.Sequential(layers)
+
+
+class InvertedResidual(nn.Module):
+    """expand 1x1, depthwise 3x3, project 1x1 without activation, residual where shapes allow it."""
+
+    def __init__(
+        self, in_channels: int, expansion: int, out_channels: int, stride: int, norm: str
+    ) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        self.expand = conv_norm(in_channels, hidden, norm=norm) if expansion > 1 else None
+        self.depthwise = conv_norm(hidden, hidden, 3, stride, groups=hidden, norm=norm)
+        self.project = conv_norm(hidden, out_channels, act=False, norm=norm)
+        self.use_res_connect = stride == 1 and in_channels == out_channels
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        if self.expand is not None:
+            y = self.expand(y)
+        y = self.project(self.depthwise(y))
+        if self.use_res_connect:
+            y = y + x
+        return y
+
+    def set_atrous(self, stride: int, dilation: int) -> None:
+        """Set stride and dilation of the depthwise convolution in place."""
+        set_stride(self.depthwise.conv, stride)
+        set_dilation(self.depthwise.conv, dilation)
+
+
+class MobileNetV2Backbone(IntermediateLayerGetter):
+    """MobileNetV2 features "out", up to the last inverted residual, with SAME padding.
+
+    Args:
+        output_stride: 8 or 16.
+        width: multiplier of the channels (TensorFlow's depth_multiplier).
+        norm: "batch", or "folded" for weights whose batch norm is folded already.
+
+    State: Conv, expanded_conv, expanded_conv_1 to expanded_conv_16, as TensorFlow names them.
+    """
+
+    def __init__(self, output_stride: int = 16, width: float = 1.0, norm: str = "batch") -> None:
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+        if width <= 0:
+            raise ValueError(f"width must be above 0, got {width}")
+        net = nn.Module()
+        channels = make_divisible(32 * width)
+        net.Conv = conv_norm(3, channels, 3, stride=2, norm=norm)
+        for i, row in enumerate(ROWS):
+            out = make_divisible(row.out * width)
+            block = InvertedResidual(channels, row.expansion, out, row.stride, norm)
+            net.add_module("expanded_conv" if i == 0 else f"expanded_conv_{i}", block)
+            channels = out
+        for m in net.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        super().__init__(net, {f"expanded_conv_{len(ROWS) - 1}": "out"})
+        self.out_channels = channels
+        self.set_output_stride(output_stride)
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Exchange strides for dilation; a block that gives up its stride keeps the one before."""
+        reached, dilation = 2, 1
+        for block in self.values():
+            if not isinstance(block, InvertedResidual):
+                continue
+            stride, own = block.stride, dilation
+            if reached * stride > output_stride:
+                dilation, stride = dilation * stride, 1
+            reached *= stride
+            block.set_atrous(stride, own)
+        self.output_stride = output_stride
+
+
+def pooled_head(
+    in_channels: int, num_classes: int, channels: int, norm: str, atrous_rates: Sequence[int] = ()
+) -> nn.Module:
+    """Image pooling and a 1x1 branch, projected and classified, for folded weights.
+
+    As `nn.PaperHead` with `atrous_rates`, with biased convolutions in place of conv + BN.
+    """
+    from ..nn import PaperHead
+
+    head = PaperHead(in_channels, num_classes, atrous_rates, channels, dropout=0.1)
+    if norm == "folded":
+        aspp = head[0]
+        for sequence in (*aspp.convs, aspp.project):
+            for i, (conv, bn) in enumerate(zip(list(sequence), list(sequence)[1:], strict=False)):
+                if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+                    conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+                    sequence[i + 1] = nn.Identity()
+    return head

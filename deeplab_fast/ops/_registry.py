@@ -1,0 +1,128 @@
+"""How ops enter PyTorch's dispatcher, and the checks they share.
+
+Each op is one opaque boundary: a schema, a fake that gives the exact strides, and a Python function
+that asks `backends` which implementation runs. The choice happens inside the boundary, where
+torch.compile does not look, so logging and process-wide choices are safe there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("deeplab_fast", "FRAGMENT")
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an op under `deeplab_fast::`.
+
+    Args:
+        schema: in torch.library's language.
+        run: the implementation for every device, called below autograd and outside autocast.
+        fake: shapes, dtypes and strides of the outputs without computing them.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+
+    def outside_autocast(*args: Any) -> Any:
+        device = _device_type(args)
+        # An op casts its inputs itself; its fp32 accumulation must not be cast again.
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return run(*args)
+        return run(*args)
+
+    LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"deeplab_fast::{name}", fake, lib=LIBRARY)
+
+
+def autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """`x` and `tensors` in autocast's dtype where autocast is on for x's device, else as they are.
+
+    float64 stays, as it does in PyTorch.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return (x, *tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors))
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record a call on these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_map(op: str, name: str, x: Tensor) -> None:
+    """A feature map: four dimensions, a float dtype, at least one channel, row and column."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{op}: {name} must be a tensor [N, C, H, W], got {got}")
+    check_dtype(op, name, x, FLOAT_DTYPES)
+    if min(x.shape[1:]) < 1:
+        raise ValueError(
+            f"{op}: {name} {list(x.shape)} has no channels, rows or columns; only N may be 0"
+        )
+
+
+def check_dtype(op: str, name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """One of the allowed dtypes."""
+    if x.dtype not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        got = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} has dtype {got}; allowed: {names}; convert it with .to()")
+
+
+def check_shape(op: str, name: str, x: Tensor, expected: Sequence[int], meaning: str) -> None:
+    """Exactly the expected shape."""
+    if tuple(x.shape) != tuple(expected):
+        raise ValueError(
+            f"{op}: {name} has shape {list(x.shape)}, expected {list(expected)} ({meaning})"
+        )
+
+
+def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """All on the device of the main input."""
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(
+                f"{op}: {name} is on {other.device}, the main input on {x.device}; "
+                "move them to one device"
+            )
+
+
+def check_size(op: str, size: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of at least 1."""
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise ValueError(f"{op}: size must be (height, width), got {size!r}")
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"{op}: size must be at least (1, 1), got {(height, width)}")
+    return height, width
+
+
+def check_target(op: str, logits: Tensor, target: Tensor) -> None:
+    """Labels [N, H, W] of an integer dtype, one map for each image of the logits."""
+    if not isinstance(target, Tensor) or target.dim() != 3:
+        got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"{op}: target must be a tensor of labels [N, H, W], got {got}")
+    check_dtype(op, "target", target, LABEL_DTYPES)
+    check_device(op, logits, target=target)
+    if target.shape[0] != logits.shape[0] or min(target.shape[1:]) < 1:
+        raise ValueError(
+            f"{op}: target {list(target.shape)} does not fit logits {list(logits.shape)}; "
+            "expected one non-empty label map [H, W] for each of the N images"
+        )
+
+
+def _device_type(args: Sequence[Any]) -> str:
+    for a in args:
+        if isinstance(a, Tensor):
+            return a.device.type
+    return "cpu"

@@ -1,0 +1,260 @@
+"""Convolution, folded batch norm, optional residual, activation: a backbone layer in one op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backends, reference
+from ._registry import (
+    FLOAT_DTYPES,
+    autocast,
+    check_device,
+    check_dtype,
+    check_map,
+    check_shape,
+    define,
+    needs_grad,
+)
+
+OP = "conv_bn_act"
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str | None = "relu",
+) -> Tensor:
+    """y = act(scale * conv(x, weight) + shift + residual).
+
+    With batch norm folded, scale = gamma / sqrt(var + eps) and shift = beta - mean * scale.
+
+    Args:
+        x: [N, C, H, W], fp16, bf16, fp32 or fp64, any strides.
+        weight: [K, C / groups, R, S], the dtype of x.
+        scale, shift: [K], fp32 (fp64 for fp64 x).
+        stride, padding, dilation: the same for rows and columns.
+        groups: as in torch.nn.functional.conv2d.
+        residual: [N, K, H', W'], the dtype of x, or None for zero.
+        act: "relu" or None for the identity.
+
+    Returns:
+        [N, K, H', W'], the dtype of x, channels_last; accumulated in fp32 (fp64 for fp64) and
+        rounded once. Differentiable once, to every tensor. Under autocast x, weight and residual
+        are cast, scale and shift are not.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
+
+    Source: arXiv 1502.03167 (batch norm); arXiv 1512.03385, figure 5 (residual block).
+    """
+    x, weight = autocast(x, weight)
+    if residual is not None:
+        (residual,) = autocast(residual)
+    _validate(x, weight, scale, shift, stride, padding, dilation, groups, residual, act)
+    args = (x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
+    if needs_grad(x, weight, scale, shift, residual):
+        return _ConvBnAct.apply(*args)
+    return torch.ops.deeplab_fast.conv_bn_act(*args)
+
+
+def describe(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str | None = "relu",
+) -> backends.OpDesc:
+    """What a choice of backend rests on, for the arguments of `conv_bn_act`."""
+    _validate(x, weight, scale, shift, stride, padding, dilation, groups, residual, act)
+    return _describe(x, weight, residual, stride, padding, dilation, groups, act)
+
+
+class _ConvBnAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        *options: Any,
+    ) -> Tensor:
+        y = torch.ops.deeplab_fast.conv_bn_act(x, weight, scale, shift, residual, *options)
+        ctx.save_for_backward(y, x, weight, scale)
+        ctx.options = options
+        ctx.shift_dtype = shift.dtype
+        ctx.has_residual = residual is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, x, weight, scale = ctx.saved_tensors
+        to_x, to_weight, to_scale, to_shift, to_residual = (
+            torch.ops.deeplab_fast.conv_bn_act_backward(grad, y, x, weight, scale, *ctx.options)
+        )
+        return (
+            to_x.to(x.dtype),
+            to_weight.to(weight.dtype),
+            to_scale.to(scale.dtype),
+            to_shift.to(ctx.shift_dtype),
+            to_residual.to(x.dtype) if ctx.has_residual else None,
+            *[None] * len(ctx.options),
+        )
+
+
+def _output_shape(
+    x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int
+) -> tuple[int, int, int, int]:
+    height, width = (
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)
+    )
+    return x.shape[0], weight.shape[0], height, width
+
+
+def _validate(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    residual: Tensor | None,
+    act: str | None,
+) -> None:
+    check_map(OP, "x", x)
+    check_map(OP, "weight", weight)
+    check_dtype(OP, "weight", weight, (x.dtype,))
+    check_device(OP, x, weight=weight, scale=scale, shift=shift, residual=residual)
+    if min(stride, dilation, groups) < 1 or padding < 0:
+        raise ValueError(
+            f"{OP}: stride={stride}, dilation={dilation} and groups={groups} must be at least 1, "
+            f"padding={padding} at least 0"
+        )
+    channels = weight.shape[0]
+    if weight.shape[1] * groups != x.shape[1] or channels % groups:
+        raise ValueError(
+            f"{OP}: weight {list(weight.shape)} with groups={groups} does not fit x "
+            f"{list(x.shape)}; expected [K, {x.shape[1]} / groups, R, S], K a multiple of groups"
+        )
+    for name, vector in (("scale", scale), ("shift", shift)):
+        check_shape(OP, name, vector, (channels,), "one value for each output channel")
+        check_dtype(OP, name, vector, FLOAT_DTYPES)
+    if act not in ("relu", None):
+        raise ValueError(f"{OP}: act must be 'relu' or None, got {act!r}")
+    expected = _output_shape(x, weight, stride, padding, dilation)
+    if min(expected[2:]) < 1:
+        raise ValueError(
+            f"{OP}: x {list(x.shape)} is smaller than the dilated kernel of weight "
+            f"{list(weight.shape)} with dilation={dilation}, padding={padding}"
+        )
+    if residual is not None:
+        check_shape(OP, "residual", residual, expected, "the shape of the result")
+        check_dtype(OP, "residual", residual, (x.dtype,))
+
+
+def _describe(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    act: str | None,
+) -> backends.OpDesc:
+    return backends.OpDesc.of(
+        OP,
+        x,
+        weight=tuple(weight.shape),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        residual=residual is not None,
+        act=act,
+    )
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    act: str | None,
+) -> Tensor:
+    desc = _describe(x, weight, residual, stride, padding, dilation, groups, act)
+    return backends.run(
+        desc, x, weight, scale, shift, stride, padding, dilation, groups, residual, act
+    )
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    act: str | None,
+) -> Tensor:
+    shape = _output_shape(x, weight, stride, padding, dilation)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _run_backward(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(g.contiguous() for g in reference.conv_bn_act_backward(*args))
+
+
+def _fake_backward(
+    grad: Tensor, y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    dtype = reference.compute_dtype(x.dtype)
+    shapes = (x.shape, weight.shape, scale.shape, scale.shape, grad.shape)
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+_OPTIONS = "int stride, int padding, int dilation, int groups, str? act"
+define(
+    f"conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
+    f"{_OPTIONS}) -> Tensor",
+    _run,
+    _fake,
+)
+define(
+    f"conv_bn_act_backward(Tensor grad, Tensor y, Tensor x, Tensor weight, Tensor scale, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+backends.register(OP, "reference", reference.conv_bn_act)

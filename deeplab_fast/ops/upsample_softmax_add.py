@@ -1,0 +1,92 @@
+"""Sum of class probabilities over scales and flips, for multi-scale inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from ._registry import check_device, check_dtype, check_map, define, needs_grad
+
+OP = "upsample_softmax_add"
+
+
+def upsample_softmax_add(
+    accumulator: Tensor, logits: Tensor, *, flip: bool = False, align_corners: bool = False
+) -> Tensor:
+    """Add the softmax of upsampled logits to an accumulator, in place.
+
+        accumulator += mirror(softmax_c(interpolate(logits, (H, W))))
+
+    where mirror reverses columns if `flip`: the logits are then those of the mirrored image.
+
+    Args:
+        accumulator: [N, C, H, W] fp32 (or fp64), any strides, changed in place.
+        logits: [N, C, h, w], fp16, bf16, fp32 or fp64, any strides.
+        flip: the logits come from the left-right mirrored image.
+        align_corners: as in torch.nn.functional.interpolate.
+
+    Returns:
+        The accumulator itself.
+
+    Raises:
+        ValueError, TypeError: shapes that do not fit, wrong dtype, or inputs that need gradients.
+
+    Source: arXiv 1706.05587, section 4.1 (multi-scale inputs and left-right flips averaged).
+    """
+    _validate(accumulator, logits)
+    if needs_grad(accumulator, logits):
+        raise ValueError(f"{OP} has no gradient; call it under torch.no_grad()")
+    torch.ops.deeplab_fast.upsample_softmax_add(accumulator, logits, flip, align_corners)
+    return accumulator
+
+
+def describe(
+    accumulator: Tensor, logits: Tensor, *, flip: bool = False, align_corners: bool = False
+) -> backends.OpDesc:
+    """What a choice of backend rests on, for the arguments of `upsample_softmax_add`."""
+    _validate(accumulator, logits)
+    return _describe(accumulator, logits, flip, align_corners)
+
+
+def _validate(accumulator: Tensor, logits: Tensor) -> None:
+    check_map(OP, "accumulator", accumulator)
+    check_dtype(OP, "accumulator", accumulator, (torch.float32, torch.float64))
+    check_map(OP, "logits", logits)
+    check_device(OP, accumulator, logits=logits)
+    if accumulator.shape[:2] != logits.shape[:2]:
+        raise ValueError(
+            f"{OP}: accumulator {list(accumulator.shape)} and logits {list(logits.shape)} "
+            "differ in images or classes"
+        )
+
+
+def _describe(
+    accumulator: Tensor, logits: Tensor, flip: bool, align_corners: bool
+) -> backends.OpDesc:
+    return backends.OpDesc.of(
+        OP,
+        logits,
+        size=tuple(accumulator.shape[-2:]),
+        accumulator_dtype=accumulator.dtype,
+        flip=flip,
+        align_corners=align_corners,
+    )
+
+
+def _run(accumulator: Tensor, logits: Tensor, flip: bool, align_corners: bool) -> None:
+    desc = _describe(accumulator, logits, flip, align_corners)
+    backends.run(desc, accumulator, logits, flip, align_corners)
+
+
+def _fake(accumulator: Tensor, logits: Tensor, flip: bool, align_corners: bool) -> None:
+    return None
+
+
+define(
+    "upsample_softmax_add(Tensor(a!) accumulator, Tensor logits, bool flip, bool align_corners) "
+    "-> ()",
+    _run,
+    _fake,
+)
+backends.register(OP, "reference", reference.upsample_softmax_add)

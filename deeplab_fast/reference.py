@@ -1,0 +1,294 @@
+"""The specification of every op in plain PyTorch.
+
+Each function takes what the op of the same name in `deeplab_fast.ops` takes, already validated,
+and is the oracle that every other implementation is held against, in float64. fp16 and bf16 inputs
+are computed in fp32 and rounded once, where a tensor is stored. The `*_backward` functions are the
+gradients in closed form; they run below autograd, where nothing records a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a reference computes in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def label_dtype(num_classes: int) -> torch.dtype:
+    """The dtype of predicted labels: uint8 up to 256 classes, else int64."""
+    return torch.uint8 if num_classes <= 256 else torch.int64
+
+
+def upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """Bilinear interpolation of `logits` [N, C, h, w] to [N, C, H, W] in `compute_dtype`."""
+    logits = logits.to(compute_dtype(logits.dtype))
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str | None = "relu",
+) -> Tensor:
+    """y = act(scale * conv(x, weight) + shift + residual), scale and shift per output channel."""
+    dtype = compute_dtype(x.dtype)
+    y = F.conv2d(x.to(dtype), weight.to(dtype), None, stride, padding, dilation, groups)
+    y = y * _per_channel(scale, dtype) + _per_channel(shift, dtype)
+    if residual is not None:
+        y = y + residual.to(dtype)
+    if act == "relu":
+        y = torch.relu(y)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def conv_bn_act_backward(
+    grad: Tensor,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    act: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `conv_bn_act` to (x, weight, scale, shift, residual), in `compute_dtype`.
+
+    With g = grad * [y > 0]: d residual = g, d shift = sum g, d scale = sum g * conv(x), and x and
+    weight get the convolution's gradients of g * scale.
+    """
+    dtype = compute_dtype(x.dtype)
+    x, weight, grad = x.to(dtype), weight.to(dtype), grad.to(dtype)
+    if act == "relu":
+        grad = grad * (y > 0)
+    conv = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad * _per_channel(scale, dtype),
+        x,
+        weight,
+        None,
+        [stride] * 2,
+        [padding] * 2,
+        [dilation] * 2,
+        False,
+        [0, 0],
+        groups,
+        [True, True, False],
+    )
+    return grad_x, grad_weight, (grad * conv).sum((0, 2, 3)), grad.sum((0, 2, 3)), grad
+
+
+def branch_padding(weight: Tensor, dilation: int) -> int:
+    """Padding that keeps the size: the dilation for a 3x3 kernel, 0 for a 1x1 kernel."""
+    return dilation * (weight.shape[-1] // 2)
+
+
+def aspp_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    dilations: Sequence[int],
+) -> Tensor:
+    """y = concat over branches b of relu(scale_b * conv(x, weight_b, dilation_b) + shift_b)."""
+    branches = [
+        conv_bn_act(x, w, a, b, padding=branch_padding(w, d), dilation=d)
+        for w, a, b, d in zip(weights, scales, shifts, dilations, strict=True)
+    ]
+    return torch.cat(branches, 1).contiguous(memory_format=torch.channels_last)
+
+
+def aspp_branches_backward(
+    grad: Tensor,
+    y: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    dilations: Sequence[int],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """Gradients of `aspp_branches` to (x, weights, scales, shifts), in `compute_dtype`."""
+    grad_x = torch.zeros_like(x, dtype=compute_dtype(x.dtype))
+    per_branch = []
+    first = 0
+    for weight, scale, dilation in zip(weights, scales, dilations, strict=True):
+        branch = slice(first, first + weight.shape[0])
+        first += weight.shape[0]
+        padding = branch_padding(weight, dilation)
+        to_x, *rest, _ = conv_bn_act_backward(
+            grad[:, branch], y[:, branch], x, weight, scale, 1, padding, dilation, 1, "relu"
+        )
+        grad_x += to_x
+        per_branch.append(rest)
+    grad_weights, grad_scales, grad_shifts = (list(g) for g in zip(*per_branch, strict=True))
+    return grad_x, grad_weights, grad_scales, grad_shifts
+
+
+def aspp_project(
+    branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
+    """y = relu(scale * (W_branches . branches + W_pooled . pooled) + shift).
+
+    `weight` is split along its input channels; the pooled vector, constant over the map, enters as
+    a bias per image, which is what projecting its upsampling within a concat gives.
+    """
+    dtype = compute_dtype(branches.dtype)
+    to_branches, to_pooled = _split_projection(weight.to(dtype), branches.shape[1])
+    y = F.conv2d(branches.to(dtype), to_branches)
+    y = y + (pooled.to(dtype) @ to_pooled.t())[:, :, None, None]
+    y = torch.relu(y * _per_channel(scale, dtype) + _per_channel(shift, dtype))
+    return y.to(branches.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def aspp_project_backward(
+    grad: Tensor, y: Tensor, branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `aspp_project` to (branches, pooled, weight, scale, shift)."""
+    dtype = compute_dtype(branches.dtype)
+    to_branches, to_pooled = _split_projection(weight.to(dtype), branches.shape[1])
+    pooled = pooled.to(dtype)
+    grad_branches, grad_w_branches, grad_scale, grad_shift, grad = conv_bn_act_backward(
+        grad, y, branches, to_branches, scale, 1, 0, 1, 1, "relu"
+    )
+    grad_scale = grad_scale + (grad.sum((2, 3)) * (pooled @ to_pooled.t())).sum(0)
+    grad_bias = (grad * _per_channel(scale, dtype)).sum((2, 3))
+    grad_w_pooled = (grad_bias.t() @ pooled)[:, :, None, None]
+    grad_weight = torch.cat([grad_w_branches, grad_w_pooled], 1)
+    return grad_branches, grad_bias @ to_pooled, grad_weight, grad_scale, grad_shift
+
+
+def upsample_argmax(
+    logits: Tensor, size: Sequence[int], align_corners: bool, return_prob: bool
+) -> tuple[Tensor, Tensor]:
+    """(labels, prob): argmax over classes of the upsampled logits and its softmax probability.
+
+    prob is empty where it is not asked for.
+    """
+    full = upsample(logits, size, align_corners)
+    labels = full.argmax(1)
+    if return_prob:
+        # exp(max - logsumexp) needs no full-resolution softmax.
+        prob = torch.exp(full.gather(1, labels[:, None])[:, 0] - full.logsumexp(1))
+    else:
+        prob = full.new_empty(0)
+    return labels.to(label_dtype(logits.shape[1])), prob
+
+
+def upsample_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    align_corners: bool,
+) -> Tensor:
+    """Cross entropy of the upsampled logits, as torch.nn.functional.cross_entropy defines it."""
+    full = upsample(logits, target.shape[-2:], align_corners)
+    target = target.to(torch.int64)
+    check_labels(target, logits.shape[1], ignore_index)
+    return F.cross_entropy(
+        full,
+        target,
+        None if weight is None else weight.to(full.dtype),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def upsample_cross_entropy_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    align_corners: bool,
+) -> Tensor:
+    """Gradient of `upsample_cross_entropy` to the logits, times `grad`.
+
+    With p = softmax of the upsampled logits, class weights w, C classes, smoothing e and label y,
+    the loss of a pixel has the gradient
+        (1 - e) w_y (p - onehot(y)) + e / C (p sum(w) - w),
+    divided for reduction "mean" by the sum of w_y over the pixels that are not ignored; bilinear
+    interpolation's transpose carries it to the low resolution.
+    """
+    size, classes = target.shape[-2:], logits.shape[1]
+    full = upsample(logits, size, align_corners)
+    w = full.new_ones(classes) if weight is None else weight.to(full.dtype)
+    target = target.to(torch.int64)
+    valid = target != ignore_index
+    y = torch.where(valid, target, 0)
+    w_y = torch.where(valid, w[y], 0.0)
+    pixel = grad.to(full.dtype).expand(target.shape) * valid
+    if reduction == "mean":
+        pixel = pixel / w_y.sum()
+    p = full.softmax(1)
+    hard = (w_y * pixel)[:, None]
+    soft = (pixel * (label_smoothing / classes))[:, None]
+    g = p * ((1 - label_smoothing) * hard + soft * w.sum()) - soft * w[:, None, None]
+    g.scatter_add_(1, y[:, None], -(1 - label_smoothing) * hard)
+    g = torch.ops.aten.upsample_bilinear2d_backward(
+        g, list(size), list(logits.shape), align_corners, None, None
+    )
+    return g.to(logits.dtype)
+
+
+def upsample_confusion(
+    logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool
+) -> Tensor:
+    """Counts [C, C] of (target, argmax of upsampled logits) over pixels that are not ignored."""
+    classes = logits.shape[1]
+    check_labels(target, classes, ignore_index)
+    labels = upsample(logits, target.shape[-2:], align_corners).argmax(1)
+    valid = target != ignore_index
+    pairs = target[valid].to(torch.int64) * classes + labels[valid]
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+
+
+def upsample_softmax_add(
+    accumulator: Tensor, logits: Tensor, flip: bool, align_corners: bool
+) -> None:
+    """accumulator += softmax of the upsampled logits, mirrored left-right if `flip`."""
+    prob = upsample(logits, accumulator.shape[-2:], align_corners).softmax(1)
+    accumulator += prob.flip(-1) if flip else prob
+
+
+def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise for a label that is neither in [0, num_classes) nor ignore_index.
+
+    Raises:
+        ValueError: names the first such label, where it is, and how many there are.
+    """
+    bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+    count = int(bad.sum())
+    if count:
+        n, y, x = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"label {int(target[n, y, x])} at (image {n}, row {y}, column {x}) is outside "
+            f"[0, {num_classes}) and is not ignore_index={ignore_index}; {count} pixels are. "
+            "Map the labels to class indices, or set ignore_index"
+        )
+
+
+def _per_channel(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    return vector.to(dtype)[:, None, None]
+
+
+def _split_projection(weight: Tensor, branch_channels: int) -> tuple[Tensor, Tensor]:
+    return weight[:, :branch_channels], weight[:, branch_channels:, 0, 0]
