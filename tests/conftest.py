@@ -1,0 +1,46 @@
+"""Fixtures and guards that every group of tests shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The data folder beside the repository, for tests on real photos and weights."""
+    data = ROOT.parent / "shared" / "data"
+    if not data.is_dir():
+        pytest.skip("no shared/data folder beside the repository")
+    return data
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill torch.empty, empty_like and new_empty with NaN (integers with their largest value).
+
+    An output that a kernel does not write whole then shows in every comparison.
+    """
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            t = make(*args, **kwargs)
+            if t.device.type == "meta" or torch.compiler.is_compiling():
+                return t
+            value = float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max
+            return t.fill_(value)
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
