@@ -17,22 +17,46 @@ if (
 ):
     __path__.append(str(_root))
 
-from . import backends, ops, reference
+from . import _ext, backends, models, ops, reference
 from ._version import __version__
 from .backends import use_backend, why
-from .models import *  # noqa: F403
-from .models import __all__ as _models_all
+from .models import (
+    DeepLabV3,
+    deeplabv3_cascaded_resnet50,
+    deeplabv3_cascaded_resnet101,
+    deeplabv3_mobilenet_v2_tf,
+    deeplabv3_mobilenet_v3_large,
+    deeplabv3_resnet18,
+    deeplabv3_resnet34,
+    deeplabv3_resnet50,
+    deeplabv3_resnet101,
+    deeplabv3_resnet152,
+    get_model,
+    list_models,
+)
 from .weights import from_checkpoint, load_weights, save_weights
 
 __all__ = [
+    "DeepLabV3",
     "__version__",
     "backends",
+    "deeplabv3_cascaded_resnet50",
+    "deeplabv3_cascaded_resnet101",
+    "deeplabv3_mobilenet_v2_tf",
+    "deeplabv3_mobilenet_v3_large",
+    "deeplabv3_resnet18",
+    "deeplabv3_resnet34",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
+    "deeplabv3_resnet152",
     "from_checkpoint",
+    "get_model",
+    "list_models",
     "load_weights",
+    "models",
     "ops",
     "reference",
     "save_weights",
     "use_backend",
     "why",
-    *_models_all,
 ]

@@ -210,6 +210,27 @@ def upsample_cross_entropy(
     )
 
 
+def upsample_cross_entropy_with_grad(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss, gradient of the loss to the logits) for reduction "mean" or "sum".
+
+    The gradient is in `compute_dtype`: a mean over many pixels makes it too small for fp16, and the
+    factor that lifts it again (a loss scale) only comes with the backward pass.
+    """
+    options = (weight, ignore_index, label_smoothing, reduction, align_corners)
+    logits = logits.to(compute_dtype(logits.dtype))
+    loss = upsample_cross_entropy(logits, target, *options)
+    grad = upsample_cross_entropy_backward(torch.ones_like(loss), logits, target, *options)
+    return loss, grad
+
+
 def upsample_cross_entropy_backward(
     grad: Tensor,
     logits: Tensor,
@@ -226,7 +247,8 @@ def upsample_cross_entropy_backward(
     the loss of a pixel has the gradient
         (1 - e) w_y (p - onehot(y)) + e / C (p sum(w) - w),
     divided for reduction "mean" by the sum of w_y over the pixels that are not ignored; bilinear
-    interpolation's transpose carries it to the low resolution.
+    interpolation's transpose carries it to the low resolution. Where all pixels are ignored the
+    gradient is 0, although the mean is nan.
     """
     size, classes = target.shape[-2:], logits.shape[1]
     full = upsample(logits, size, align_corners)
@@ -235,9 +257,10 @@ def upsample_cross_entropy_backward(
     valid = target != ignore_index
     y = torch.where(valid, target, 0)
     w_y = torch.where(valid, w[y], 0.0)
-    pixel = grad.to(full.dtype).expand(target.shape) * valid
+    pixel = grad.to(full.dtype).expand(target.shape)
     if reduction == "mean":
         pixel = pixel / w_y.sum()
+    pixel = torch.where(valid, pixel, 0.0)
     p = full.softmax(1)
     hard = (w_y * pixel)[:, None]
     soft = (pixel * (label_smoothing / classes))[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+from torch import nn
 
 # Kept alive: a Library unregisters its ops when it is collected.
 _libraries: list[torch.library.Library] = []
@@ -29,3 +30,46 @@ def import_torchvision() -> ModuleType:
             _libraries.append(library)
         import torchvision
     return torchvision
+
+
+_PUBLISHED = ("resnet50", "resnet101", "mobilenet_v3_large")
+
+
+def torchvision_deeplabv3(
+    backbone: str, num_classes: int = 21, aux_loss: bool | None = None
+) -> nn.Module:
+    """torchvision's DeepLabv3 with random weights, the peer to compare with.
+
+    For ResNet-18, 34 and 152, for which torchvision has no builder, its parts are put together as
+    its builders do.
+    """
+    models = import_torchvision().models
+    if backbone in _PUBLISHED:
+        builder = getattr(models.segmentation, f"deeplabv3_{backbone}")
+        return builder(weights_backbone=None, num_classes=num_classes, aux_loss=aux_loss)
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
+    from torchvision.models.segmentation.fcn import FCNHead
+
+    make = getattr(models, backbone)
+    if backbone == "resnet152":
+        net = make(weights=None, replace_stride_with_dilation=[False, True, True])
+    else:
+        net = make(weights=None)
+        _dilate_basic_blocks(net.layer3, first=1, others=2)
+        _dilate_basic_blocks(net.layer4, first=2, others=4)
+    channels = net.fc.in_features
+    layers = {"layer4": "out", "layer3": "aux"} if aux_loss else {"layer4": "out"}
+    body = IntermediateLayerGetter(net, return_layers=layers)
+    aux_head = FCNHead(channels // 2, num_classes) if aux_loss else None
+    return DeepLabV3(body, DeepLabHead(channels, num_classes), aux_head)
+
+
+def _dilate_basic_blocks(stage: nn.Sequential, first: int, others: int) -> None:
+    """torchvision's rule for bottlenecks, written out for basic blocks."""
+    stage[0].conv1.stride = (1, 1)
+    stage[0].downsample[0].stride = (1, 1)
+    for block in stage:
+        for conv in (block.conv1, block.conv2):
+            rate = first if conv is stage[0].conv1 else others
+            conv.dilation = conv.padding = (rate, rate)

@@ -43,10 +43,14 @@ class IntermediateLayerGetter(nn.ModuleDict):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Stride of a stage's first block and dilation of each of its blocks."""
+    """Stride of a stage's first block, and the dilations of each of its blocks.
+
+    Of the two dilations of a block the first is that of the filter which has the stride, the second
+    that of the filters behind it.
+    """
 
     stride: int
-    dilations: tuple[int, ...]
+    dilations: tuple[tuple[int, int], ...]
 
 
 def plan_stages(
@@ -55,7 +59,7 @@ def plan_stages(
     dilated: Sequence[bool],
     multi_grid: Sequence[int] | None,
     multi_grid_stages: Sequence[bool],
-    contraction: bool,
+    contract_dilation: bool,
 ) -> list[StagePlan]:
     """Exchange strides for dilation (arXiv 1706.05587, sections 3.1 and 3.2).
 
@@ -66,9 +70,10 @@ def plan_stages(
         blocks: number of blocks in each stage.
         dilated: whether a stage gives up its stride.
         multi_grid: unit rates of the blocks of a stage, multiplied by the stage's dilation.
-        multi_grid_stages: stages to which `multi_grid` applies.
-        contraction: the first block of a dilated stage keeps the dilation before it, as torchvision
-            does; the paper's form has the stage's own dilation in all blocks.
+        multi_grid_stages: stages to which `multi_grid` applies; all their blocks have its rates.
+        contract_dilation: in any other dilated stage the filter that gave up the stride keeps the
+            dilation before it, as the stride acted behind that filter: so the features at a smaller
+            output stride contain those at a larger one. False dilates all filters alike.
     """
     plans = []
     dilation = 1
@@ -79,10 +84,12 @@ def plan_stages(
         if give_up:
             dilation, stride = dilation * stride, 1
         if multi_grid is not None and unit:
-            rates = tuple(dilation * m for m in multi_grid)
+            rates = [(dilation * m, dilation * m) for m in multi_grid]
         else:
-            rates = (before if contraction else dilation, *[dilation] * (count - 1))
-        plans.append(StagePlan(stride, rates))
+            rates = [(dilation, dilation)] * count
+            if contract_dilation:
+                rates[0] = (before, dilation)
+        plans.append(StagePlan(stride, tuple(rates)))
     return plans
 
 

@@ -13,10 +13,10 @@ from typing import Any, TypedDict, Unpack
 from torch import nn
 
 from ..data.preprocess import Preprocess
-from ..nn import HEADS, CascadedHead, FCNHead
+from ..nn import HEADS, CascadedHead, FCNHead, PaperHead
 from ._registry import register_model
 from .deeplabv3 import DeepLabV3, check_output_stride
-from .mobilenetv2 import MobileNetV2Backbone, pooled_head
+from .mobilenetv2 import MobileNetV2Backbone, fold_form
 from .mobilenetv3 import MobileNetV3Backbone
 from .resnet import ResNetBackbone
 
@@ -28,6 +28,8 @@ class DeepLabOptions(TypedDict, total=False):
 
     output_stride: 8 or 16.
     multi_grid: unit rates of the last stage's blocks (ResNet). None dilates as torchvision does.
+    contract_dilation: a dilated stage's first 3x3 keeps the dilation before it (ResNet): True, as
+        torchvision has it; segmentation-models-pytorch has False.
     atrous_rates: dilations of the ASPP at the chosen output stride.
     head: "torchvision", "paper", "mmseg" or "deeplabv2".
     aspp_channels: channels of each branch of the ASPP.
@@ -40,6 +42,7 @@ class DeepLabOptions(TypedDict, total=False):
 
     output_stride: int
     multi_grid: Sequence[int] | None
+    contract_dilation: bool
     atrous_rates: Sequence[int]
     head: str
     aspp_channels: int
@@ -70,7 +73,7 @@ class _Family:
     backbone_enum: str | None = None
 
 
-_RESNET_OPTIONS = ("multi_grid", "stem", "replace_stride_with_dilation")
+_RESNET_OPTIONS = ("multi_grid", "contract_dilation", "stem", "replace_stride_with_dilation")
 _HEAD_OPTIONS = ("atrous_rates", "head", "aspp_channels", "dropout", "image_pooling_norm")
 _POSITIONAL = ("weights", "progress", "num_classes", "aux_loss", "weights_backbone")
 # torchvision's argument of before 0.13 -> its name now, and what True meant.
@@ -290,13 +293,15 @@ def deeplabv3_mobilenet_v2_tf(
     check_output_stride(given["output_stride"])
     _check_rates(given["atrous_rates"])
     backbone = MobileNetV2Backbone(given["output_stride"], given["width"], given["norm"])
-    head = pooled_head(
+    head = PaperHead(
         backbone.out_channels,
         num_classes,
-        given["aspp_channels"],
-        given["norm"],
         given["atrous_rates"],
+        given["aspp_channels"],
+        dropout=0.1,
     )
+    if given["norm"] == "folded":
+        fold_form(head)
     model = DeepLabV3(backbone, head, align_corners=True)
     model.preprocess = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     model.config = ("deeplabv3_mobilenet_v2_tf", {"num_classes": num_classes, **given})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -130,11 +129,13 @@ class MobileNetV2Backbone(IntermediateLayerGetter):
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
         if width <= 0:
             raise ValueError(f"width must be above 0, got {width}")
+        # TensorFlow's DeepLab rounds channels to eights only at width 1.
+        divisor = 8 if width == 1.0 else 1
         net = nn.Module()
-        channels = make_divisible(32 * width)
+        channels = make_divisible(32 * width, divisor)
         net.Conv = conv_norm(3, channels, 3, stride=2, norm=norm)
         for i, row in enumerate(ROWS):
-            out = make_divisible(row.out * width)
+            out = make_divisible(row.out * width, divisor)
             block = InvertedResidual(channels, row.expansion, out, row.stride, norm)
             net.add_module("expanded_conv" if i == 0 else f"expanded_conv_{i}", block)
             channels = out
@@ -161,21 +162,17 @@ class MobileNetV2Backbone(IntermediateLayerGetter):
         self.output_stride = output_stride
 
 
-def pooled_head(
-    in_channels: int, num_classes: int, channels: int, norm: str, atrous_rates: Sequence[int] = ()
-) -> nn.Module:
-    """Image pooling and a 1x1 branch, projected and classified, for folded weights.
+def fold_form(module: nn.Module) -> nn.Module:
+    """Exchange each convolution + batch norm in sequences for a biased convolution, in place.
 
-    As `nn.PaperHead` with `atrous_rates`, with biased convolutions in place of conv + BN.
+    For weights that come with their batch norm folded; keys of the convolutions stay.
     """
-    from ..nn import PaperHead
-
-    head = PaperHead(in_channels, num_classes, atrous_rates, channels, dropout=0.1)
-    if norm == "folded":
-        aspp = head[0]
-        for sequence in (*aspp.convs, aspp.project):
-            for i, (conv, bn) in enumerate(zip(list(sequence), list(sequence)[1:], strict=False)):
-                if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
-                    conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
-                    sequence[i + 1] = nn.Identity()
-    return head
+    for sequence in module.modules():
+        if not isinstance(sequence, nn.Sequential):
+            continue
+        for i in range(len(sequence) - 1):
+            conv = sequence[i]
+            if isinstance(conv, nn.Conv2d) and isinstance(sequence[i + 1], nn.BatchNorm2d):
+                conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+                sequence[i + 1] = nn.Identity()
+    return module

@@ -165,16 +165,18 @@ class MobileNetV3Backbone(IntermediateLayerGetter):
         self.set_output_stride(output_stride)
 
     def set_output_stride(self, output_stride: int) -> None:
-        """Exchange strides for dilation; a block that gives up its stride is dilated itself."""
-        reached, dilation = 2, 1
-        for block in self.values():
+        """16: the last stage is dilated, its first block too, as torchvision has it; 8: also C3.
+
+        The block that gives up its stride at C3 keeps dilation 1 and those behind it get twice
+        theirs, so that every other pixel of the map at 8 is the map at 16.
+        """
+        c3, c4 = (i for i, row in enumerate(LARGE, start=1) if row.stride == 2 and row.out >= 80)
+        for i, block in enumerate(self.values()):
             if not isinstance(block, InvertedResidual):
                 continue
-            stride = block.stride
-            if reached * stride > output_stride:
-                dilation, stride = dilation * stride, 1
-            reached *= stride
-            block.set_atrous(stride, dilation)
+            dilation = (2 if i >= c4 else 1) * (2 if i > c3 and output_stride == 8 else 1)
+            given_up = i == c4 or (i == c3 and output_stride == 8)
+            block.set_atrous(1 if given_up else block.stride, dilation)
         self.output_stride = output_stride
 
 

@@ -45,11 +45,11 @@ class BasicBlock(nn.Module):
         out += identity
         return self.relu(out)
 
-    def set_atrous(self, stride: int, dilation: int) -> None:
-        """Set the block's stride and the dilation of its 3x3 convolutions in place."""
+    def set_atrous(self, stride: int, dilations: tuple[int, int]) -> None:
+        """Set the stride and the dilations of the two 3x3 convolutions in place."""
         set_stride(self.conv1, stride)
-        set_dilation(self.conv1, dilation)
-        set_dilation(self.conv2, dilation)
+        set_dilation(self.conv1, dilations[0])
+        set_dilation(self.conv2, dilations[1])
 
 
 class Bottleneck(nn.Module):
@@ -80,10 +80,10 @@ class Bottleneck(nn.Module):
         out += identity
         return self.relu(out)
 
-    def set_atrous(self, stride: int, dilation: int) -> None:
-        """Set the block's stride and the dilation of its 3x3 convolution in place."""
+    def set_atrous(self, stride: int, dilations: tuple[int, int]) -> None:
+        """Set the stride and the dilation of the 3x3 convolution in place."""
         set_stride(self.conv2, stride)
-        set_dilation(self.conv2, dilation)
+        set_dilation(self.conv2, dilations[0])
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,10 @@ class ResNetBackbone(IntermediateLayerGetter):
         replace_stride_with_dilation: whether layer2, layer3, layer4 give up their stride for
             dilation, in place of output_stride.
         multi_grid: unit rates of the blocks of layer4 and of the cascaded stages behind it; the
-            dilation of a block is the stage's times its unit rate. None: torchvision's dilation,
-            where a dilated stage's first block keeps the dilation before it.
+            dilation of a block is the stage's times its unit rate (arXiv 1706.05587, 3.2.1). None:
+            torchvision's dilation.
+        contract_dilation: in a dilated stage without multi_grid the first 3x3 keeps the dilation
+            before it, as in torchvision and mmsegmentation; segmentation-models-pytorch has False.
         stem: "torchvision" (7x7) or "deep" (three 3x3: ResNet-C, mmsegmentation's v1c).
         aux: also return layer3.
         cascaded: number of copies of layer4 behind it, layer5 and on (arXiv 1706.05587, 3.2).
@@ -131,6 +133,7 @@ class ResNetBackbone(IntermediateLayerGetter):
         output_stride: int = 8,
         replace_stride_with_dilation: Sequence[bool] | None = None,
         multi_grid: Sequence[int] | None = None,
+        contract_dilation: bool = True,
         stem: str = "torchvision",
         aux: bool = False,
         cascaded: int = 0,
@@ -175,6 +178,7 @@ class ResNetBackbone(IntermediateLayerGetter):
         self.out_channels = out_channels
         self.aux_channels = out_channels // 2
         self.multi_grid = None if multi_grid is None else tuple(multi_grid)
+        self.contract_dilation = contract_dilation
         if replace_stride_with_dilation is None:
             self.set_output_stride(output_stride)
         else:
@@ -193,11 +197,11 @@ class ResNetBackbone(IntermediateLayerGetter):
             dilated=[False, *dilated] + [True] * cascaded,
             multi_grid=self.multi_grid,
             multi_grid_stages=[False] * 3 + [True] * (1 + cascaded),
-            contraction=self.multi_grid is None,
+            contract_dilation=self.contract_dilation,
         )
         for stage, plan in zip(stages, plans, strict=True):
-            for i, (block, dilation) in enumerate(zip(stage, plan.dilations, strict=True)):
-                block.set_atrous(plan.stride if i == 0 else 1, dilation)
+            for i, (block, dilations) in enumerate(zip(stage, plan.dilations, strict=True)):
+                block.set_atrous(plan.stride if i == 0 else 1, dilations)
             if stage[0].downsample is not None:
                 set_stride(stage[0].downsample[0], plan.stride)
         self.dilated = tuple(bool(d) for d in dilated)

@@ -20,22 +20,24 @@ class SingleValueBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        single = x.size(0) * x.size(2) * x.size(3) == 1
-        if self.training and not single and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        has_running = self.running_mean is not None
+        single = has_running and x.size(0) * x.size(2) * x.size(3) == 1
+        learns = self.training and not single
         # momentum None asks for a cumulative average (nn.BatchNorm2d).
         momentum = 0.0
         if self.momentum is not None:
             momentum = self.momentum
-        elif self.num_batches_tracked is not None:
-            momentum = 1.0 / max(float(self.num_batches_tracked), 1.0)
+        if learns and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
         return F.batch_norm(
             x,
             self.running_mean,
             self.running_var,
             self.weight,
             self.bias,
-            self.training and not single,
+            learns or not has_running,
             momentum,
             self.eps,
         )

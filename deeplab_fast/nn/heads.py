@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from .aspp import ASPP
@@ -108,10 +109,10 @@ class DeepLabV2Head(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.convs[0](x)
-        for conv in self.convs[1:]:
-            y = y + conv(x)
-        return y
+        branches = []
+        for conv in self.convs:
+            branches.append(conv(x))
+        return torch.stack(branches).sum(0)
 
 
 class CascadedHead(nn.Sequential):

@@ -33,7 +33,7 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     def outside_autocast(*args: Any) -> Any:
         device = _device_type(args)
         # An op casts its inputs itself; its fp32 accumulation must not be cast again.
-        if torch.is_autocast_enabled(device):
+        if _autocasts(device):
             with torch.autocast(device, enabled=False):
                 return run(*args)
         return run(*args)
@@ -48,15 +48,39 @@ def autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     float64 stays, as it does in PyTorch.
     """
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not _autocasts(device):
         return (x, *tensors)
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors))
 
 
+def _autocasts(device: str) -> bool:
+    # Devices without autocast, such as meta, raise when asked whether it is on.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must record a call on these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark the backward of an autograd.Function as one that cannot be differentiated itself.
+
+    Asking for a second derivative raises when the first is computed. torch's decorator of this name
+    raises only where the incoming gradient depends on the input, and is silent elsewhere.
+    """
+    checked = torch.autograd.function.once_differentiable(backward)
+
+    def wrapper(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the fused ops of deeplab_fast have no second derivative: call backward without "
+                "create_graph=True, or use PyTorch's own modules where one is needed"
+            )
+        return checked(ctx, *grads)
+
+    return wrapper
 
 
 def check_map(op: str, name: str, x: Tensor) -> None:

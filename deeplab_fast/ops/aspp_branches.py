@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends, reference
 from ._registry import (
@@ -19,6 +18,7 @@ from ._registry import (
     check_shape,
     define,
     needs_grad,
+    once_differentiable,
 )
 
 OP = "aspp_branches"

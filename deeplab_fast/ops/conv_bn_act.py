@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends, reference
 from ._registry import (
@@ -18,6 +17,7 @@ from ._registry import (
     check_shape,
     define,
     needs_grad,
+    once_differentiable,
 )
 
 OP = "conv_bn_act"

@@ -1,0 +1,125 @@
+# Everything runs in .venv, which the first target that needs it creates.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# For instance PIP_ARGS="--find-links wheels/", where torch must come from another place.
+PIP_ARGS ?=
+# For instance PYTEST_ARGS="-k upsample -x".
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+VENV_PYTHON := $(BIN)/python
+PIP := $(VENV_PYTHON) -m pip install --disable-pip-version-check $(PIP_ARGS)
+# Developers want a compiler error, not a silent pure Python install.
+INSTALL = DEEPLAB_FAST_BUILD_EXT=$${DEEPLAB_FAST_BUILD_EXT:-1} \
+	$(PIP) --no-build-isolation --no-deps -e .
+
+DEPS := .venv/.deps
+LINT_DEPS := .venv/.lint-deps
+INSTALLED := .venv/.installed
+RESULTS := build/test-results
+CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cuh' -o -name '*.cu')
+
+# The folders count too: their time changes when a file comes or goes.
+SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
+
+# The groups of tests; each runs in a process of its own.
+GROUPS := unit interpret aot gpu
+FOLDERS_unit := tests/unit tests/models
+FOLDERS_interpret := tests/interpret
+FOLDERS_aot := tests/aot
+FOLDERS_gpu := tests/gpu
+# Triton reads it when it is imported; the other groups need it unset.
+ENV_interpret := TRITON_INTERPRET=1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test $(GROUPS:%=test-%) ext wheel lint format clean
+
+help: ## show this list
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@echo "test-GROUP        run one group of tests: $(GROUPS)"
+
+demo: $(INSTALLED) ## segment photos with a DeepLabv3 and compare the time with torchvision's
+	$(VENV_PYTHON) -m deeplab_fast.demo
+
+test: $(INSTALLED) ## run all tests and print one combined result
+	@rm -rf $(RESULTS) && mkdir -p $(RESULTS)
+	@status=0; \
+	for group in $(GROUPS); do $(MAKE) --no-print-directory test-$$group || status=1; done; \
+	$(VENV_PYTHON) -c "$$SUMMARY" $(RESULTS) || status=1; \
+	exit $$status
+
+# Exit status 5 is pytest's for "no test selected", which PYTEST_ARGS can cause in some groups.
+$(GROUPS:%=test-%): test-%: $(INSTALLED)
+	@folders="$(wildcard $(FOLDERS_$*))"; \
+	if [ -z "$$folders" ] || [ -z "$$(find $$folders -name 'test_*.py')" ]; then \
+		echo "== $*: no tests"; exit 0; \
+	fi; \
+	echo "== $*: $$folders"; \
+	mkdir -p $(RESULTS); touch $(RESULTS)/$*.started; \
+	env -u TRITON_INTERPRET $(ENV_$*) $(VENV_PYTHON) -m pytest $$folders \
+		--junitxml=$(RESULTS)/$*.xml $(PYTEST_ARGS) || [ $$? -eq 5 ]
+
+# A group without a result file crashed, and counts as one failure.
+define SUMMARY
+import pathlib, sys
+from xml.etree import ElementTree
+total = failed = skipped = 0
+for started in pathlib.Path(sys.argv[1]).glob("*.started"):
+    result = started.with_suffix(".xml")
+    if not result.is_file():
+        print(f"{started.stem}: crashed")
+        total, failed = total + 1, failed + 1
+        continue
+    for suite in ElementTree.parse(result).iter("testsuite"):
+        total += int(suite.get("tests"))
+        failed += int(suite.get("failures")) + int(suite.get("errors"))
+        skipped += int(suite.get("skipped"))
+print(f"total: {total - failed - skipped} passed, {failed} failed, {skipped} skipped")
+sys.exit(failed > 0)
+endef
+export SUMMARY
+
+ext: $(DEPS) ## build the extensions again; ninja compiles what changed
+	$(INSTALL)
+	@touch $(INSTALLED)
+
+wheel: $(DEPS) ## build a wheel and an sdist into dist/
+	rm -rf build/lib* build/bdist*
+	$(VENV_PYTHON) -m build --no-isolation --sdist --wheel
+
+lint: $(LINT_DEPS) ## check format, style and types; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/mypy
+	for hook in no-block-pointers no-print no-unanchored-todo; do \
+		$(BIN)/pre-commit run --all-files $$hook || exit 1; \
+	done
+
+format: $(LINT_DEPS) ## format Python and C++ and apply safe fixes
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean: ## remove everything built, but not .venv
+	rm -rf build dist demo_output *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -f deeplab_fast/*.so deeplab_fast/build.json $(INSTALLED)
+	find . -path ./.venv -prune -o -name __pycache__ -exec rm -rf {} +
+
+$(VENV_PYTHON):
+	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(DEPS): requirements/dev.txt requirements/no-deps.txt | $(VENV_PYTHON)
+	$(PIP) -r requirements/dev.txt
+	$(PIP) --no-deps -r requirements/no-deps.txt
+	@touch $@
+
+$(LINT_DEPS): requirements/lint.txt $(DEPS)
+	$(PIP) -r requirements/lint.txt
+	@touch $@
+
+$(INSTALLED): $(DEPS) $(SOURCES)
+	$(INSTALL)
+	@touch $@

@@ -1,0 +1,110 @@
+"""Loads the compiled extensions and keeps the reason where one is missing.
+
+    CPU    deeplab_fast._C        C++ ops for the CPU and the facts of this build
+    CUDA   deeplab_fast._C_cuda   CUDA C++ ops for sm_80 and newer
+    SM90   deeplab_fast._C_sm90   CUDA C++ ops for sm_90a only
+
+Loading registers an extension's ops with torch's dispatcher. It never raises and does not
+initialise CUDA. DEEPLAB_FAST_DISABLE_EXT=1 leaves all three out.
+"""
+
+import importlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_FOLDER = Path(__file__).parent
+_REBUILD = "rebuild with `pip install --no-build-isolation --no-deps .` in its source folder"
+
+
+@dataclass(frozen=True)
+class Extension:
+    """One compiled extension.
+
+    Attributes:
+        name: its module name, such as "deeplab_fast._C".
+        loaded: whether its ops are registered.
+        reason: why it is not loaded, with what to do; empty when it is.
+        build: the facts of build.json (python, torch, cuda, archs, compiler, flags, debug,
+            extensions); empty when there is none.
+        module: the Python module; None when not loaded, and for the CUDA extensions, which have
+            no Python part.
+    """
+
+    name: str
+    loaded: bool
+    reason: str
+    build: dict[str, Any] = field(repr=False)
+    module: ModuleType | None = None
+
+
+def _read_build() -> dict[str, Any]:
+    try:
+        facts = json.loads((_FOLDER / "build.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _minor(version: str) -> str:
+    """The part of a torch version that fixes its C++ ABI: "2.13.0+cpu" -> "2.13"."""
+    return ".".join(version.split(".")[:2])
+
+
+def _not_built(name: str, build: dict[str, Any]) -> str:
+    others = [path.name for path in _FOLDER.glob(f"{name}.*") if path.suffix in (".so", ".pyd")]
+    if others:
+        return (
+            f"built for another Python: {', '.join(sorted(others))} does not fit "
+            f"{sys.implementation.cache_tag}; {_REBUILD}"
+        )
+    reason = build.get("extensions", {}).get(name, {}).get("reason")
+    if reason:
+        return f"not built: {reason}"
+    if build:
+        return f"not built: its file is missing; {_REBUILD}"
+    return f"not built: this copy of the package was never installed; {_REBUILD}"
+
+
+def _load(name: str, build: dict[str, Any], *, stable_abi: bool) -> Extension:
+    full_name = f"{__package__}.{name}"
+
+    def missing(reason: str) -> Extension:
+        return Extension(full_name, False, reason, build)
+
+    if os.environ.get("DEEPLAB_FAST_DISABLE_EXT") == "1":
+        return missing("switched off by DEEPLAB_FAST_DISABLE_EXT=1")
+    files = (_FOLDER / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        return missing(_not_built(name, build))
+    if stable_abi and torch.version.cuda is None:
+        return missing(f"built, but torch {torch.__version__} has no CUDA")
+    # Only the stable ABI outlives a torch release. build.json may be of another Python's build.
+    built_for = build.get("torch") if build.get("python") == sys.implementation.cache_tag else None
+    if built_for and not stable_abi and _minor(built_for) != _minor(torch.__version__):
+        return missing(f"built for torch {built_for}, not for {torch.__version__}; {_REBUILD}")
+    try:
+        if stable_abi:
+            torch.ops.load_library(str(path))
+            return Extension(full_name, True, "", build)
+        return Extension(full_name, True, "", build, importlib.import_module(full_name))
+    except Exception as error:
+        symbol = re.search(r"undefined symbol: (\S+)", str(error))
+        if symbol:
+            return missing(f"built for another torch: no symbol {symbol.group(1)}; {_REBUILD}")
+        return missing(f"cannot be loaded ({type(error).__name__}: {error}); {_REBUILD}")
+
+
+_build = _read_build()
+CPU = _load("_C", _build, stable_abi=False)
+CUDA = _load("_C_cuda", _build, stable_abi=True)
+SM90 = _load("_C_sm90", _build, stable_abi=True)

@@ -1,0 +1,483 @@
+"""The command line: ``deeplab-fast predict``, ``info`` and ``models``.
+
+Exit status: 0 done; 1 some images failed, the others are done; 2 bad arguments, nothing written.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+_PROGRAM = "deeplab-fast"
+
+# A model of this many classes is named after this set where neither it nor the user says.
+_USUAL_CLASS_SETS = {21: "voc", 19: "cityscapes", 150: "ade20k", 11: "camvid"}
+
+
+class _UsageError(Exception):
+    """Arguments that cannot be carried out; the message says why."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (``sys.argv[1:]`` without) and returns the exit status."""
+    parser = _parser()
+    try:
+        config = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    name = config.subcommand
+    try:
+        return _COMMANDS[name](config[name])
+    except _UsageError as error:
+        print(f"{_PROGRAM} {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM} {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    from deeplab_fast import __version__
+
+    parser = ArgumentParser(
+        prog=_PROGRAM,
+        description="DeepLabv3: semantic segmentation of photos.",
+        version=f"{_PROGRAM} {__version__}",
+    )
+    commands = parser.add_subcommands(required=True)
+    commands.add_subcommand(
+        "predict", _predict_parser(), help="segment photos: label maps, overlays, class areas"
+    )
+    commands.add_subcommand(
+        "info", ArgumentParser(), help="versions, devices, and which implementations run"
+    )
+    commands.add_subcommand("models", ArgumentParser(), help="names that --model takes")
+    return parser
+
+
+def _predict_parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        description="Segments photos. For each, writes STEM_labels.png (class ids under a palette),"
+        " STEM_overlay.png and STEM.json (class areas) into the output folder. An image that"
+        " cannot be read is reported, the others are done, and the exit status is 1."
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add("paths", nargs="+", type=str, metavar="PATH", help="files, folders or glob patterns")
+    add("--output", type=str | None, metavar="DIR", help="folder for the results (required)")
+    add("--weights", type=str | None, metavar="FILE", help="trained weights (required)")
+    add(
+        "--model",
+        type=str | None,
+        metavar="NAME",
+        help="see 'deeplab-fast models'; default: what the weights file is for",
+    )
+    add("--num-classes", type=int | None, metavar="N", help="default: as the weights have")
+    add(
+        "--classes",
+        type=str | None,
+        metavar="NAME|FILE",
+        help="voc, coco-voc, cityscapes, ade20k, camvid, or a file with a name a line, JSON, YAML",
+    )
+    add(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="mean of the probabilities over these input scales; the paper's: "
+        "0.5 0.75 1 1.25 1.5 1.75",
+    )
+    add("--flip", action="store_true", help="also run the left-right flipped image")
+    add(
+        "--tile",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="sliding windows of this many pixels, for images too large to run whole",
+    )
+    add(
+        "--overlap",
+        type=float,
+        default=0.25,
+        metavar="F",
+        help="part of a window that the next one covers again, 0 to 1",
+    )
+    add(
+        "--size",
+        type=int | None,
+        metavar="N",
+        help="shorter side of the network's input, 0 for the photo's own size; default: the "
+        "model's; results always have the photo's size",
+    )
+    add("--device", type=str, default="auto", metavar="cpu|cuda|auto")
+    add(
+        "--dtype",
+        type=str | None,
+        metavar="fp32|bf16|fp16",
+        help="default: as the weights are; bf16 and fp16 run under autocast",
+    )
+    add("--output-stride", type=int | None, metavar="8|16")
+    add(
+        "--reset-head",
+        action="store_true",
+        help="start the last layers anew where the number of classes differs (needs training "
+        "before results mean anything)",
+    )
+    add(
+        "--backend",
+        type=str | None,
+        metavar="NAME",
+        help="auto, cuda, triton, cpu or reference; default: auto, or DEEPLAB_FAST_BACKEND",
+    )
+    return parser
+
+
+def _info(config: Any) -> int:
+    from deeplab_fast import info
+
+    return info.main()
+
+
+def _models(config: Any) -> int:
+    from deeplab_fast.models import list_models
+
+    print("\n".join(list_models()))
+    return 0
+
+
+def _predict(config: Any) -> int:
+    job = _prepare(config)
+    return _run(job)
+
+
+@dataclass(frozen=True)
+class _Job:
+    paths: tuple[Path, ...]
+    stems: tuple[str, ...]
+    output: Path
+    model: Any
+    model_name: str
+    classes: Any
+    arguments: dict[str, Any]
+    backend: str | None
+
+
+def _prepare(config: Any) -> _Job:
+    """Everything that can fail for want of good arguments, before anything is written."""
+    from deeplab_fast.data.images import list_images
+    from deeplab_fast.engine.predict import PredictOptions, check_device, check_dtype
+
+    if not config.paths:
+        raise _UsageError("no images given: name files, folders or glob patterns")
+    if not config.output:
+        raise _UsageError("--output DIR is missing: where shall the results go?")
+    if not config.weights:
+        raise _UsageError(
+            "--weights FILE is missing: this package has no trained weights of its own yet, and "
+            "untrained ones give meaningless labels. Pass a .pth or .safetensors file of a trained "
+            "DeepLabv3 (torchvision, segmentation-models-pytorch, mmsegmentation, VainF, "
+            "jfzhang95, fregu856, TensorFlow Lite MobileNetV2)"
+        )
+    output = Path(config.output)
+    try:
+        options = PredictOptions.checked(
+            scales=config.scales, flip=config.flip, tile=config.tile, overlap=config.overlap
+        )
+        device = check_device(_device_name(config.device))
+        check_dtype(config.dtype)
+        paths = _inputs(list_images(config.paths), config.paths, output)
+    except (ValueError, OSError) as error:
+        raise _UsageError(str(error)) from error
+    if config.size is not None and config.size < 0:
+        raise _UsageError(f"--size is {config.size}, expected pixels above 0, or 0 for no resizing")
+    model, name = _load_model(config)
+    classes = _classes(config, model, name)
+    if config.size is not None:
+        model.preprocess = replace(model.preprocess, size=config.size or None)
+    model.to(device).eval()
+    return _Job(
+        paths=tuple(paths),
+        stems=tuple(_unique_stems(paths)),
+        output=output,
+        model=model,
+        model_name=name,
+        classes=classes,
+        arguments={
+            "scales": options.scales,
+            "flip": options.flip,
+            "tile": options.tile,
+            "overlap": options.overlap,
+            "dtype": config.dtype,
+        },
+        backend=config.backend,
+    )
+
+
+def _inputs(found: Sequence[Path], given: Sequence[str], output: Path) -> list[Path]:
+    """The images to run: none that an earlier run wrote, none that this run would overwrite."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; name a folder")
+    folder = Path(os.path.realpath(output))
+    inputs = [Path(os.path.realpath(path)) for path in given if Path(path).is_dir()]
+    if folder in inputs:
+        raise ValueError(
+            f"--output {output} is also a folder of images: the results would be taken as images "
+            "at the next run; name another folder, one inside it will do"
+        )
+    if any(folder.is_relative_to(path) for path in inputs):
+        named = {os.path.realpath(path) for path in given}
+        found = [
+            path
+            for path in found
+            if os.path.realpath(path) in named
+            or not Path(os.path.realpath(path)).is_relative_to(folder)
+        ]
+        if not found:
+            raise ValueError(f"every image found is a result in --output {output}")
+    from deeplab_fast.engine.outputs import output_paths
+
+    written = {
+        os.path.realpath(path)
+        for stem in _unique_stems(found)
+        for path in output_paths(output, stem).values()
+    }
+    for path in found:
+        if os.path.realpath(path) in written:
+            raise ValueError(
+                f"the results would overwrite the image {path}; name another --output folder"
+            )
+    return list(found)
+
+
+def _unique_stems(paths: Sequence[Path]) -> list[str]:
+    """A name for each path's results: its stem, and where stems clash its folders and suffix.
+
+    Names that differ only in case count as equal: some file systems do not tell them apart.
+    """
+    by_stem: dict[str, list[int]] = defaultdict(list)
+    for index, path in enumerate(paths):
+        by_stem[path.stem.casefold()].append(index)
+    names = [path.stem for path in paths]
+    taken = {stem for stem, indices in by_stem.items() if len(indices) == 1}
+    for indices in by_stem.values():
+        if len(indices) == 1:
+            continue
+        full = [Path(os.path.abspath(paths[i])) for i in indices]
+        root = os.path.commonpath([path.parent for path in full])
+        plain = ["_".join((*path.parent.relative_to(root).parts, path.stem)) for path in full]
+        folded = [name.casefold() for name in plain]
+        for i, path, name in zip(indices, full, plain, strict=True):
+            if folded.count(name.casefold()) > 1:
+                name += path.suffix.replace(".", "_")
+            candidate, number = name, 1
+            while candidate.casefold() in taken:
+                number += 1
+                candidate = f"{name}-{number}"
+            taken.add(candidate.casefold())
+            names[i] = candidate
+    return names
+
+
+def _device_name(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _load_model(config: Any) -> tuple[Any, str]:
+    from deeplab_fast import backends
+    from deeplab_fast.models import get_model, list_models
+    from deeplab_fast.weights import inspect_weights, load_weights
+
+    if config.backend is not None and config.backend not in ("auto", *backends.BACKENDS):
+        raise _UsageError(
+            f"no backend is named {config.backend!r}; allowed: auto, {', '.join(backends.BACKENDS)}"
+        )
+    if config.output_stride not in (None, 8, 16):
+        raise _UsageError(f"--output-stride is {config.output_stride}, expected 8 or 16")
+    if config.num_classes is not None and config.num_classes < 1:
+        raise _UsageError(f"--num-classes is {config.num_classes}, expected 1 or more")
+    if config.model is not None and config.model not in list_models():
+        raise _UsageError(
+            f"no model is named {config.model!r}; there are: {', '.join(list_models())}"
+        )
+    if not Path(config.weights).is_file():
+        raise _UsageError(f"--weights {config.weights}: no such file")
+    try:
+        found = inspect_weights(config.weights)
+        name = config.model or found.model
+        if name is None:
+            raise _UsageError(
+                f"--weights {config.weights} (layout {found.layout}) does not tell which model it "
+                f"is for; name it with --model: {', '.join(list_models())}"
+            )
+        # Options found for one model say nothing about another.
+        options = dict(found.options) if name == found.model else {}
+        classes = config.num_classes or found.num_classes
+        if classes is not None:
+            options["num_classes"] = classes
+        if config.output_stride is not None:
+            options["output_stride"] = config.output_stride
+        model = get_model(name, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_weights(model, config.weights, reset_head=config.reset_head)
+    # A file that is no checkpoint, or one that does not fit, or an option the model lacks.
+    except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:
+        raise _UsageError(str(error)) from error
+    for warning in caught:
+        _tell(f"warning: {warning.message}")
+    if config.reset_head:
+        _tell(
+            "warning: --reset-head: the last layer has random weights; labels mean nothing before "
+            "it is trained"
+        )
+    if found.notes and config.output_stride is None:
+        _tell(f"note on the weights: {found.notes}")
+    return model, name
+
+
+def _classes(config: Any, model: Any, name: str) -> Any:
+    from deeplab_fast.data.classes import ClassSet, class_set, generic_classes
+
+    try:
+        if config.classes is not None:
+            classes = class_set(config.classes)
+            if len(classes) != model.num_classes:
+                raise ValueError(
+                    f"--classes {config.classes} has {len(classes)} classes and the model "
+                    f"{model.num_classes}"
+                )
+            return classes
+        own = getattr(model, "classes", None)
+        if own is not None and len(own) == model.num_classes:
+            palette = getattr(model, "palette", None)
+            if palette is None:
+                return generic_classes(len(own), own, name)
+            return ClassSet(name, tuple(own), tuple(palette))
+    except (ValueError, OSError) as error:
+        raise _UsageError(str(error)) from error
+    usual = _USUAL_CLASS_SETS.get(model.num_classes)
+    if usual is None:
+        return generic_classes(model.num_classes)
+    _tell(
+        f"the weights name no classes; {model.num_classes} classes are taken to be {usual} "
+        "(--classes names others)"
+    )
+    return class_set(usual)
+
+
+def _tell(message: str) -> None:
+    print(f"{_PROGRAM} predict: {message}", file=sys.stderr)
+
+
+def _run(job: _Job) -> int:
+    from tqdm import tqdm
+
+    from deeplab_fast import use_backend
+    from deeplab_fast.backends import BackendUnavailable
+    from deeplab_fast.data.images import ImageReadError
+
+    failed = 0
+    bar = tqdm(
+        zip(job.paths, job.stems, strict=True),
+        total=len(job.paths),
+        unit="image",
+        # None: only where stderr is a terminal.
+        disable=True if len(job.paths) == 1 else None,
+    )
+    with use_backend(job.backend) if job.backend else nullcontext(), bar:
+        for path, stem in bar:
+            try:
+                bar.write(_segment(job, path, stem), file=sys.stdout)
+            except ImageReadError as error:
+                failed += 1
+                bar.write(f"{_PROGRAM} predict: {error}", file=sys.stderr)
+            except BackendUnavailable as error:
+                raise _UsageError(str(error)) from error
+            except MemoryError:
+                failed += 1
+                bar.write(f"{_PROGRAM} predict: {path}: {_OUT_OF_MEMORY}", file=sys.stderr)
+            except OSError as error:
+                # The next image would fail alike: a full disk, a folder that cannot be written.
+                print(f"{_PROGRAM} predict: cannot write: {error}", file=sys.stderr)
+                return 1
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                failed += 1
+                bar.write(f"{_PROGRAM} predict: {path}: {_OUT_OF_MEMORY}", file=sys.stderr)
+    done = len(job.paths) - failed
+    problems = f", {failed} failed" if failed else ""
+    print(f"{done} of {len(job.paths)} images segmented into {job.output}{problems}")
+    return 1 if failed else 0
+
+
+_OUT_OF_MEMORY = "not enough memory; use --tile H W, e.g. --tile 513 513, or --size"
+
+
+def _segment(job: _Job, path: Path, stem: str) -> str:
+    from deeplab_fast.data.images import read_image
+    from deeplab_fast.engine.outputs import class_areas, write_outputs
+    from deeplab_fast.engine.predict import predict
+
+    image = read_image(path)
+    labels = predict(job.model, image, **job.arguments)
+    write_outputs(
+        job.output,
+        stem,
+        image,
+        labels,
+        job.classes,
+        source=path,
+        model=job.model_name,
+        backend=_backend_used(job, image.shape[:2]),
+    )
+    areas = class_areas(labels, job.classes)
+    shown = ", ".join(f"{area['name']} {area['fraction']:.1%}" for area in areas[:5])
+    more = f", {len(areas) - 5} more" if len(areas) > 5 else ""
+    return f"{path}: {shown}{more}"
+
+
+def _backend_used(job: _Job, size: tuple[int, int]) -> str | None:
+    """The backend of the op that makes the labels, for logits of this photo's kind."""
+    import torch
+
+    from deeplab_fast import why
+
+    model = job.model
+    parameter = next(model.parameters())
+    height, width = (max(1, n // model.output_stride) for n in size)
+    logits = torch.empty(
+        1, model.num_classes, height, width, device=parameter.device, dtype=parameter.dtype
+    )
+    return why("upsample_argmax", logits, size, align_corners=model.align_corners).chosen
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+_COMMANDS = {"predict": _predict, "info": _info, "models": _models}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Images in, class names and colours, and the step from a photo to a network's input."""
+
+from deeplab_fast.data.classes import ClassSet, class_set, generic_classes, pascal_colour_map
+from deeplab_fast.data.images import ImageReadError, as_rgb_array, list_images, read_image
+from deeplab_fast.data.preprocess import Preprocess
+
+__all__ = [
+    "ClassSet",
+    "ImageReadError",
+    "Preprocess",
+    "as_rgb_array",
+    "class_set",
+    "generic_classes",
+    "list_images",
+    "pascal_colour_map",
+    "read_image",
+]

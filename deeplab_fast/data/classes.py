@@ -1,0 +1,316 @@
+"""Class names and colours of the common data sets, and of the user's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CLASS_SETS", "ClassSet", "class_set", "generic_classes", "pascal_colour_map"]
+
+Colour = tuple[int, int, int]
+
+_BACKGROUND_NAMES = frozenset({"background", "__background__"})
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """Names and colours of the class ids 0..C-1.
+
+    Args:
+        name: what the set is called.
+        classes: C names, in the order of the ids.
+        palette: C colours (R, G, B), each 0..255.
+        ignore_index: the label of pixels that count for nothing in training and evaluation, or
+            None.
+
+    Raises:
+        ValueError: no class, names that are no text, or a palette of another length or range.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[Colour, ...]
+    ignore_index: int | None = 255
+
+    def __post_init__(self) -> None:
+        classes = tuple(self.classes)
+        if not classes or not all(isinstance(name, str) and name for name in classes):
+            raise ValueError(f"class set {self.name}: expected one or more names, got {classes!r}")
+        palette = tuple(_colour(colour, self.name) for colour in self.palette)
+        if len(palette) != len(classes):
+            raise ValueError(
+                f"class set {self.name}: {len(classes)} names and {len(palette)} colours; "
+                "give one colour a class, or none at all"
+            )
+        if self.ignore_index is not None and not isinstance(self.ignore_index, int):
+            raise ValueError(
+                f"class set {self.name}: ignore_index is {self.ignore_index!r}, expected an "
+                "integer or None"
+            )
+        object.__setattr__(self, "classes", classes)
+        object.__setattr__(self, "palette", palette)
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes; the ignored label is none of them."""
+        return len(self.classes)
+
+    @property
+    def background(self) -> int | None:
+        """The id of a class named background (or __background__), None without one."""
+        for index, name in enumerate(self.classes):
+            if name in _BACKGROUND_NAMES:
+                return index
+        return None
+
+
+def pascal_colour_map(count: int) -> tuple[Colour, ...]:
+    """The colour map of the PASCAL VOC devkit for the ids 0..count-1.
+
+    Bits 3i, 3i+1 and 3i+2 of the id become bit 7-i of red, green and blue, which gives 2^24 ids
+    different colours.
+
+    Raises:
+        ValueError: a count below 0 or above 2^24.
+    """
+    if not 0 <= count <= 1 << 24:
+        raise ValueError(f"count is {count}, expected 0..{1 << 24}")
+    return tuple(
+        (
+            sum((label >> 3 * i & 1) << 7 - i for i in range(8)),
+            sum((label >> 3 * i + 1 & 1) << 7 - i for i in range(8)),
+            sum((label >> 3 * i + 2 & 1) << 7 - i for i in range(8)),
+        )
+        for label in range(count)
+    )
+
+
+def generic_classes(
+    count: int, classes: Iterable[str] | None = None, name: str = "generic"
+) -> ClassSet:
+    """A class set without known colours: the PASCAL map, shifted by one unless id 0 is background.
+
+    Args:
+        count: number of classes.
+        classes: their names; "class 0", "class 1", ... without.
+        name: what the set is called.
+
+    Raises:
+        ValueError: a count below 1, or another number of names than ``count``.
+    """
+    names = tuple(f"class {i}" for i in range(count)) if classes is None else tuple(classes)
+    if count < 1 or len(names) != count:
+        raise ValueError(f"{name}: {len(names)} class names for {count} classes")
+    # The map's first colour is black, which darkens an overlay: it is for background only.
+    first = 0 if names[0] in _BACKGROUND_NAMES else 1
+    return ClassSet(name, names, pascal_colour_map(count + first)[first:])
+
+
+def class_set(source: str | os.PathLike[str] | ClassSet | Iterable[str]) -> ClassSet:
+    """A built-in class set by name, one read from a file, or one made of a list of names.
+
+    Built in: ``voc`` (21), ``coco-voc`` (the same 21 as torchvision's weights name them),
+    ``cityscapes`` (19 train ids), ``ade20k`` (150), ``camvid`` (11, ignored label 11).
+
+    Files: ``.txt`` with a name a line (empty lines and lines that start with # are skipped);
+    ``.json``, ``.yaml`` or ``.yml`` with a list of names, a mapping of id to name, or a mapping
+    with the keys ``classes`` (either of the two) and, optional, ``palette`` (a list of [r, g, b]),
+    ``name`` and ``ignore_index`` (default 255). Without a palette the colours are
+    :func:`generic_classes`'.
+
+    Raises:
+        ValueError: an unknown name, or a file whose content is none of these; says which.
+        FileNotFoundError: a path that does not exist.
+    """
+    if isinstance(source, ClassSet):
+        return source
+    if not isinstance(source, (str, os.PathLike)):
+        names = tuple(source)
+        return generic_classes(len(names), names, "custom")
+    text = os.fspath(source)
+    if text in CLASS_SETS:
+        return CLASS_SETS[text]
+    path = Path(text)
+    if not path.is_file():
+        known = ", ".join(CLASS_SETS)
+        if path.suffix or len(path.parts) > 1:
+            raise FileNotFoundError(
+                f"class list {text}: no such file (built in are: {known}; "
+                "a file holds a name a line, or is JSON or YAML)"
+            )
+        raise ValueError(
+            f"no class set is named {text!r}; built in are: {known}; "
+            "or pass a file with a name a line, JSON or YAML"
+        )
+    return _from_file(path)
+
+
+def _from_file(path: Path) -> ClassSet:
+    suffix = path.suffix.lower()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if suffix == ".json":
+            import json
+
+            content = json.loads(text)
+        elif suffix in (".yaml", ".yml"):
+            import yaml
+
+            content = yaml.safe_load(text)
+        else:
+            lines = (line.strip() for line in text.splitlines())
+            content = [line for line in lines if line and not line.startswith("#")]
+    # json's and yaml's own errors and UnicodeDecodeError name the place.
+    except Exception as error:
+        raise ValueError(f"class list {path}: {' '.join(str(error).split())}") from error
+    extra: Mapping[str, Any] = {}
+    if isinstance(content, Mapping) and "classes" in content:
+        extra = content
+        unknown = sorted(map(str, set(content) - {"classes", "palette", "name", "ignore_index"}))
+        if unknown:
+            raise ValueError(
+                f"class list {path}: unknown keys {', '.join(unknown)}; allowed are classes, "
+                "palette, name, ignore_index"
+            )
+        content = content["classes"]
+    names = _names(content, path)
+    name = str(extra.get("name", path.stem))
+    base = generic_classes(len(names), names, name)
+    palette = extra.get("palette")
+    if palette is not None and not isinstance(palette, list):
+        raise ValueError(f"class list {path}: palette is {palette!r}, expected a list of [r, g, b]")
+    try:
+        return ClassSet(
+            name,
+            names,
+            base.palette if palette is None else tuple(palette),
+            extra.get("ignore_index", 255),
+        )
+    except ValueError as error:
+        raise ValueError(f"class list {path}: {error}") from error
+
+
+def _names(content: Any, path: Path) -> tuple[str, ...]:
+    if isinstance(content, Mapping):
+        try:
+            by_id = {int(key): value for key, value in content.items()}
+        except (TypeError, ValueError):
+            by_id = {}
+        if sorted(by_id) != list(range(len(content))):
+            raise ValueError(
+                f"class list {path}: a mapping must name the ids 0..{len(content) - 1}, "
+                f"got the keys {', '.join(map(str, content))}"
+            )
+        content = [by_id[index] for index in range(len(by_id))]
+    if not isinstance(content, list) or not content:
+        raise ValueError(
+            f"class list {path}: expected names, got {content!r}; give a name a line, or a JSON or "
+            "YAML list"
+        )
+    wrong = [item for item in content if not isinstance(item, str) or not item.strip()]
+    if wrong:
+        # YAML reads a bare no, off or 3 as something else than text.
+        raise ValueError(f"class list {path}: {wrong[0]!r} is not a name; put it in quotes")
+    return tuple(item.strip() for item in content)
+
+
+def _colour(colour: Any, name: str) -> Colour:
+    try:
+        parts = tuple(colour)
+    except TypeError:
+        parts = ()
+    if len(parts) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in parts):
+        raise ValueError(f"class set {name}: {colour!r} is not a colour (R, G, B) of 0..255")
+    return parts
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(part.split()) for part in text.split(","))
+
+
+def _hex(text: str) -> tuple[Colour, ...]:
+    return tuple(
+        (int(word[0:2], 16), int(word[2:4], 16), int(word[4:6], 16)) for word in text.split()
+    )
+
+
+_VOC = _split(
+    """
+background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog,
+horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor
+"""
+)
+
+_CITYSCAPES = _split(
+    """
+road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky,
+person, rider, car, truck, bus, train, motorcycle, bicycle
+"""
+)
+
+# labels.py of the Cityscapes scripts, by train id.
+_CITYSCAPES_COLOURS = """
+804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e
+000046 003c64 005064 0000e6 770b20
+"""
+
+_CAMVID = _split(
+    """
+sky, building, pole, road, pavement, tree, signsymbol, fence, car, pedestrian, bicyclist
+"""
+)
+
+# Colours of the SegNet tutorial.
+_CAMVID_COLOURS = """
+808080 800000 c0c080 804080 3c28de 808000 c08080 404080 400080 404000 0080c0
+"""
+
+# objectInfo150.txt of the MIT scene parsing benchmark: the first of each line's names.
+_ADE20K = _split(
+    """
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
+person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
+house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
+railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink,
+skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow,
+screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill,
+bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade
+machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth,
+television, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle,
+buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming
+pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step,
+tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture,
+hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin
+board, shower, radiator, glass, clock, flag
+"""
+)
+
+# color150 of the same benchmark.
+_ADE20K_COLOURS = """
+787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d 787846
+08ff33 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc
+ff095c 7009ff 08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14
+ff0829 ff0599 0633ff eb0cff a09614 00a3ff 8c8c8c fa0a0f 14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff
+ff4700 00ebff 00adff 1f00ff 0bc8c8 ff5200 00fff5 003dff 00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00
+008fff 33ff00 0052ff 00ff29 00ffad 0a00ff adff00 00ff99 ff5c00 ff00ff ff00f5 ff0066 ffad00 ff0014
+ffb8b8 001fff 00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff 00ffa3 ff9900
+00ff0a ff7000 8fff00 5200ff a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070
+5cff00 00e0ff 70e0ff 46b8a0 a300ff 9900ff 47ff00 ff00a3 ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff
+ff007a fff500 0abed4 d6ff00 00ccff 1400ff ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff
+4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff
+"""
+
+CLASS_SETS: dict[str, ClassSet] = {
+    "voc": ClassSet("voc", _VOC, pascal_colour_map(21)),
+    "coco-voc": ClassSet("coco-voc", ("__background__", *_VOC[1:]), pascal_colour_map(21)),
+    "cityscapes": ClassSet("cityscapes", _CITYSCAPES, _hex(_CITYSCAPES_COLOURS)),
+    "ade20k": ClassSet("ade20k", _ADE20K, _hex(_ADE20K_COLOURS)),
+    "camvid": ClassSet("camvid", _CAMVID, _hex(_CAMVID_COLOURS), ignore_index=11),
+}
+"""Built-in class sets by name."""

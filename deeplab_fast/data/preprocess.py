@@ -1,0 +1,152 @@
+"""From a photo to a network's input tensor: resize, scale to 0..1, normalise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """``y = (resize(image) / 255 - mean) / std`` on uint8 RGB, a plain picklable value.
+
+    The defaults are those of torchvision's ``SemanticSegmentation`` preset; with ``size=520`` the
+    result equals ``DeepLabV3_ResNet50_Weights.transforms()`` on a uint8 tensor bit for bit.
+    TensorFlow DeepLab's ``RGB / 127.5 - 1`` is ``mean=(0.5,) * 3, std=(0.5,) * 3``.
+
+    Args:
+        mean, std: per channel R, G, B, in units of the 0..1 image.
+        size: None keeps the photo's size; an int is the length of the shorter side, the other one
+            is ``int(size * longer / shorter)``; ``(h, w)`` is exact and may change the aspect.
+
+    Resizing is bilinear with antialiasing, half-pixel centres, and rounds to whole levels 0..255
+    before the division, as torchvision's tensor path does.
+
+    Raises:
+        ValueError: a mean or std that is not three finite numbers, a std of 0, a bad size.
+    """
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    size: int | tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _three_floats(name, getattr(self, name)))
+        if any(value <= 0 for value in self.std):
+            raise ValueError(f"std is {self.std}, expected three numbers above 0")
+        object.__setattr__(self, "size", _checked_size(self.size))
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """The network's input size (h, w) for a photo of height x width pixels."""
+        if self.size is None:
+            return height, width
+        if isinstance(self.size, tuple):
+            return self.size
+        # torchvision's rule, its truncation included.
+        if width <= height:
+            return int(self.size * height / width), self.size
+        return self.size, int(self.size * width / height)
+
+    def __call__(
+        self, image: np.ndarray, *, device: torch.device | str | None = None
+    ) -> torch.Tensor:
+        """uint8 RGB array [H, W, 3] -> float32 tensor [1, 3, h, w], NCHW contiguous.
+
+        Raises:
+            ValueError: another shape or dtype (``data.as_rgb_array`` converts other pictures).
+        """
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+            kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
+            raise ValueError(
+                f"expected a uint8 array [H,W,3], got {kind}; convert it with "
+                "deeplab_fast.data.as_rgb_array"
+            )
+        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"expected a uint8 array [H,W,3], got shape {list(image.shape)}; convert it with "
+                "deeplab_fast.data.as_rgb_array"
+            )
+        return self.batch(_as_nchw(image), device=device)
+
+    def batch(
+        self,
+        pixels: torch.Tensor,
+        *,
+        size: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """uint8 tensor [N, 3, H, W] -> float32 tensor [N, 3, h, w] on ``device``.
+
+        The bytes move to the device first, everything else runs there.
+
+        Args:
+            pixels: uint8 RGB, any memory format.
+            size: overrides :meth:`target_size`.
+            device: None keeps the tensor's own.
+
+        Raises:
+            ValueError: another shape or dtype.
+        """
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(
+                f"expected a uint8 tensor [N,3,H,W], got {pixels.dtype} {list(pixels.shape)}"
+            )
+        height, width = pixels.shape[-2:]
+        target = self.target_size(height, width) if size is None else tuple(size)
+        if device is not None:
+            pixels = pixels.to(device)
+        # One layout for all inputs: another one rounds differently in the last bit, which moves
+        # values that lie half-way between two levels.
+        values = pixels.contiguous().to(torch.float32)
+        if target != (height, width):
+            values = F.interpolate(
+                values, size=target, mode="bilinear", align_corners=False, antialias=True
+            ).round_()
+        mean = torch.tensor(self.mean, device=values.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=values.device).view(1, 3, 1, 1)
+        return values.div_(255).sub_(mean).div_(std)
+
+
+def _as_nchw(image: np.ndarray) -> torch.Tensor:
+    # torch cannot share memory with read-only or negatively strided arrays.
+    if not image.flags.writeable or min(image.strides) < 0:
+        image = image.copy()
+    return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
+
+
+def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
+    try:
+        numbers = tuple(float(item) for item in value)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{name} is {value!r}, expected three finite numbers (R, G, B)")
+    return numbers
+
+
+def _checked_size(size: Any) -> int | tuple[int, int] | None:
+    if size is None:
+        return None
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    if (
+        isinstance(size, Sequence)
+        and len(size) == 2
+        and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size)
+    ):
+        return (size[0], size[1])
+    raise ValueError(
+        f"size is {size!r}, expected None, the shorter side as an int > 0, or (height, width)"
+    )

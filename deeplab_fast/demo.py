@@ -1,0 +1,330 @@
+"""``python -m deeplab_fast.demo``: photos in, label maps out, and the time beside torchvision's."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["main"]
+
+# Photos that come inside the installed packages, no download.
+_PHOTOS = (
+    ("skimage", "data/astronaut.png"),
+    ("skimage", "data/chelsea.png"),
+    ("skimage", "data/motorcycle_left.png"),
+    ("skimage", "data/coffee.png"),
+    ("skimage", "data/rocket.jpg"),
+    ("sklearn", "datasets/images/china.jpg"),
+    ("sklearn", "datasets/images/flower.jpg"),
+)
+_QUICK_PHOTOS = 3
+_WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent.parent / "shared/data/deeplabv3_257"
+# Google's model has output stride 8, which its weights do not tell.
+_OUTPUT_STRIDE = 8
+_TIMING_SIZE = 520
+_QUICK_TIMING_SIZE = 257
+# Seconds for the timed runs, so that the demo stays short on a busy machine.
+_TIMING_BUDGET = 40.0
+
+
+@dataclass(frozen=True)
+class _Segmented:
+    name: str
+    image: np.ndarray
+    overlay: np.ndarray
+    areas: list[dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns 0, or 2 where the weights given do not exist or do not fit."""
+    parser = argparse.ArgumentParser(prog="python -m deeplab_fast.demo", description=__doc__)
+    parser.add_argument("--output", default="demo_output", help="folder for the pictures")
+    parser.add_argument("--weights", help="a trained MobileNetV2 DeepLabv3 (file or its folder)")
+    parser.add_argument("--quick", action="store_true", help="fewer photos, smaller timing")
+    arguments = parser.parse_args(argv)
+
+    import torch
+
+    from deeplab_fast import __version__
+
+    print(f"deeplab_fast {__version__}, torch {torch.__version__}, {_machine()}")
+    try:
+        weights = _find_weights(arguments.weights)
+        if weights is None:
+            print(
+                "\nNo segmentation: deeplab_fast has no embedded model yet, and Google's TensorFlow"
+                " Lite\nDeepLabv3 that stands in for it (shared/data/deeplabv3_257 beside the"
+                " repository) is not here.\nPass trained weights with --weights. The timing below"
+                " needs none."
+            )
+        else:
+            _segment_photos(weights, Path(arguments.output), arguments.quick)
+    except (ValueError, OSError) as error:
+        print(f"demo: error: {error}", file=sys.stderr)
+        return 2
+    _time_beside_torchvision(arguments.quick)
+    return 0
+
+
+def _find_weights(given: str | None) -> Path | None:
+    path = Path(given) if given else _WEIGHTS_FOLDER
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if files:
+        return files[0]
+    if given:
+        raise FileNotFoundError(
+            f"--weights {given}: no such file, and no folder with a .safetensors file"
+        )
+    return None
+
+
+def _photos(quick: bool) -> list[Path]:
+    found = []
+    for package, name in _PHOTOS:
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            path = Path(spec.origin).parent / name
+            if path.is_file():
+                found.append(path)
+    return found[:_QUICK_PHOTOS] if quick else found
+
+
+def _segment_photos(weights: Path, output: Path, quick: bool) -> None:
+    import deeplab_fast as dlf
+    from deeplab_fast.data import class_set, generic_classes, read_image
+    from deeplab_fast.engine.outputs import class_areas, overlay, write_atomically, write_outputs
+    from deeplab_fast.weights import inspect_weights
+
+    info = inspect_weights(weights)
+    given = {"output_stride": _OUTPUT_STRIDE} if info.layout == "tflite" else {}
+    model = dlf.from_checkpoint(weights, **given).eval()
+    if info.layout == "tflite":
+        print(
+            "\nWeights: Google's TensorFlow Lite DeepLabv3 (MobileNetV2 x0.5, 21 PASCAL VOC"
+            f" classes),\n  {weights}\n  deeplab_fast has no embedded model yet; until it has, the"
+            " demo runs on this one."
+        )
+    else:
+        print(f"\nWeights: {weights} ({info.layout} layout, {info.model})")
+    classes = class_set("voc") if model.num_classes == 21 else generic_classes(model.num_classes)
+    photos = _photos(quick)
+    if not photos:
+        print("No photos: neither scikit-image nor scikit-learn is installed with its pictures.")
+        return
+    print(f"\n{'photo':<18}{'size':>10}{'ms':>7}   class areas")
+    done = []
+    # The first run compiles and allocates.
+    model.predict(read_image(photos[0]))
+    for path in photos:
+        image = read_image(path)
+        start = time.perf_counter()
+        labels = model.predict(image)
+        took = time.perf_counter() - start
+        write_outputs(
+            output,
+            path.stem,
+            image,
+            labels,
+            classes,
+            source=path.name,
+            model=info.model,
+            backend=_backend_of(model, image.shape[:2]),
+        )
+        areas = class_areas(labels, classes)
+        shown = ", ".join(
+            f"{a['name']} {a['fraction']:.1%}" for a in areas if a["fraction"] > 0.001
+        )
+        size = f"{image.shape[1]}x{image.shape[0]}"
+        print(f"{path.stem:<18}{size:>10}{1000 * took:>7.0f}   {shown}")
+        done.append(_Segmented(path.stem, image, overlay(image, labels, classes), areas))
+    sheet = _contact_sheet(done, classes)
+    sheet_path = output / "contact_sheet.png"
+    write_atomically([(sheet_path, lambda file: sheet.save(file, format="PNG"))])
+    print(f"\nWrote label maps, overlays and class areas of {len(done)} photos to {output}/")
+    print(f"All of them side by side: {sheet_path}")
+    stride = f" --output-stride {_OUTPUT_STRIDE}" if given else ""
+    print(
+        "The same for your photos:\n"
+        f"  deeplab-fast predict PHOTO... --output DIR --weights {weights}{stride}"
+    )
+
+
+def _backend_of(model: Any, size: tuple[int, int]) -> str | None:
+    import torch
+
+    import deeplab_fast as dlf
+
+    logits = torch.empty(1, model.num_classes, 8, 8)
+    return dlf.why("upsample_argmax", logits, size, align_corners=model.align_corners).chosen
+
+
+_ROW_HEIGHT, _MARGIN, _LEGEND_WIDTH = 260, 12, 230
+
+
+def _contact_sheet(done: Sequence[_Segmented], classes: Any) -> Any:
+    """Rows of photo | overlay | legend, two photos a row."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
+    widths = [round(s.image.shape[1] * _ROW_HEIGHT / s.image.shape[0]) for s in done]
+    cell = 2 * max(widths) + _LEGEND_WIDTH + 3 * _MARGIN
+    columns = 2 if len(done) > 3 else 1
+    rows = -(-len(done) // columns)
+    step = _ROW_HEIGHT + 2 * _MARGIN
+    sheet = Image.new("RGB", (columns * cell + _MARGIN, rows * step + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (one, width) in enumerate(zip(done, widths, strict=True)):
+        left, top = _MARGIN + i % columns * cell, _MARGIN + i // columns * step
+        for picture in (one.image, one.overlay):
+            small = Image.fromarray(picture).resize((width, _ROW_HEIGHT), Image.Resampling.LANCZOS)
+            sheet.paste(small, (left, top))
+            left += width + _MARGIN
+        draw.text((left, top), one.name, fill="black", font=bold)
+        for j, area in enumerate(one.areas[:8]):
+            y = top + 32 + 26 * j
+            colour = classes.palette[area["id"]]
+            # The background keeps the photo's colours in the overlay.
+            is_background = area["id"] == classes.background
+            draw.rectangle(
+                (left, y, left + 18, y + 18),
+                fill="white" if is_background else colour,
+                outline="black",
+            )
+            text = f"{area['name']}  {area['fraction']:.1%}"
+            draw.text((left + 26, y), text, fill="black", font=font)
+    return sheet
+
+
+def _time_beside_torchvision(quick: bool) -> None:
+    import torch
+
+    import deeplab_fast as dlf
+    from deeplab_fast.testing import import_torchvision
+
+    size = _QUICK_TIMING_SIZE if quick else _TIMING_SIZE
+    print(f"\nTime of deeplabv3_resnet50, {size}x{size}, batch 1, fp32, labels of one photo, CPU")
+    try:
+        import_torchvision()
+    except ImportError as error:
+        print(f"  torchvision cannot be imported ({error}): nothing to compare with.")
+        theirs = None
+    else:
+        from torchvision.models.segmentation import deeplabv3_resnet50
+
+        theirs = deeplabv3_resnet50(weights=None, weights_backbone=None)
+    ours = dlf.deeplabv3_resnet50()
+    x = _timing_input(size)
+    _spread_labels(ours, x)
+    runs: dict[str, Callable[[], torch.Tensor]] = {"deeplab_fast": lambda: ours.predict(x)}
+    if theirs is not None:
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+        theirs.eval()
+        runs["torchvision"] = lambda: theirs(x)["out"].argmax(1)
+    with torch.inference_mode():
+        start = time.perf_counter()
+        labels = {name: run() for name, run in runs.items()}
+        warm_up = time.perf_counter() - start
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        rounds = max(2, min(5, int(_TIMING_BUDGET / warm_up)))
+        for _ in range(rounds):
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    calls = {
+        "deeplab_fast": "model.predict(x)",
+        "torchvision": 'model(x)["out"].argmax(1), as shipped',
+    }
+    for name, value in median.items():
+        print(f"  {name:<14}{1000 * value:>7.0f} ms   {calls[name]}")
+    if theirs is not None:
+        same = (labels["deeplab_fast"] == labels["torchvision"]).float().mean().item()
+        print(
+            f"  {median['torchvision'] / median['deeplab_fast']:.2f}x torchvision's speed;"
+            f" {same:.3%} of the labels agree ({len(labels['torchvision'].unique())} classes)"
+        )
+    print(
+        f"  Medians of {rounds} interleaved runs after one warm-up each; the same random weights,"
+        " loaded strictly."
+    )
+    _print_backends()
+
+
+def _timing_input(size: int) -> Any:
+    import torch
+
+    from deeplab_fast.data import Preprocess, read_image
+
+    photos = _photos(quick=True)
+    step = Preprocess(size=(size, size))
+    if photos:
+        return step(read_image(photos[0]))
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _spread_labels(model: Any, x: Any) -> None:
+    """Makes an untrained model's labels differ over the picture, so that comparing them means much.
+
+    Batch norm statistics come from a small batch, and the last bias makes all classes equal on
+    average; without the two every pixel gets the same class.
+    """
+    import torch
+
+    small = torch.nn.functional.interpolate(x, (129, 129), mode="bilinear", antialias=True)
+    with torch.no_grad(), _momentum_one(model):
+        model.train()(torch.cat([small, small.flip(-1)]))
+        model.eval()
+        model.classifier[-1].bias -= model.forward_logits(small).mean((0, 2, 3))
+
+
+@contextmanager
+def _momentum_one(model: Any) -> Iterator[None]:
+    import torch
+
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 1.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
+
+
+def _print_backends() -> None:
+    import torch
+
+    from deeplab_fast import info
+
+    (shape,) = (s for s in info.STANDARD_SHAPES if s.name == "r50-os8-520-b1")
+    by_backend: dict[str, list[str]] = {}
+    for why in info.what_runs(shape, torch.float32, "cpu"):
+        if "cross_entropy" not in why.desc.op and "confusion" not in why.desc.op:
+            by_backend.setdefault(str(why.chosen), []).append(why.desc.op)
+    for backend, names in by_backend.items():
+        print(f"  Backend {backend}: {', '.join(names)}")
+    print("  Why: python -m deeplab_fast.info")
+
+
+def _machine() -> str:
+    import torch
+
+    return f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Running models over images: prediction and the files it writes."""

@@ -1,0 +1,519 @@
+"""Photos or tensors in, label maps out: whole images, several scales, flips, sliding windows."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from deeplab_fast import ops
+from deeplab_fast.data.images import as_rgb_array
+from deeplab_fast.data.preprocess import Preprocess
+
+__all__ = ["PredictOptions", "check_device", "check_dtype", "predict"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def predict(
+    model: torch.nn.Module,
+    images: Any,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    tile: tuple[int, int] | int | None = None,
+    overlap: float = 0.25,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    return_prob: bool = False,
+) -> Any:
+    """Labels of images: the class with the largest logit, or mean probability, at every pixel.
+
+    One scale without flip or tile: the logits [N, C, h, w] are interpolated straight to the
+    photo's own size and reduced to labels; logits of full size are never made. With several scales
+    or ``flip`` the softmax probabilities of all passes are averaged at full size (arXiv 1706.05587
+    section 4.1: scales 0.5, 0.75, ..., 1.75 and left-right flipped images), which holds
+    ``4 * C * H * W`` bytes an image.
+
+    ``tile`` runs windows of (h, w) pixels that overlap by at least ``overlap`` and cover the
+    image; their probabilities are blended with a weight that falls along sin^2 over an overlap and
+    is 1 at the image's border. Scales and flips are run inside each window. An image that fits
+    into one window is run whole. Beside the photo and the labels this holds ``4 * C * h * W``
+    bytes (one row of windows over the width W) and what the model takes for ``batch_size`` windows
+    at the largest scale, whatever the image's height. Windows are cut from the photo at its own
+    size: ``model.preprocess.size`` is not applied.
+
+    Args:
+        model: has ``forward_logits(x) -> [N, C, h, w]`` and ``align_corners``, and for anything
+            but a float tensor ``preprocess``. It runs in eval mode; every submodule's mode is
+            restored.
+        images: a float tensor [N, 3, H, W] or [3, H, W], already normalised; a uint8 tensor of the
+            same shapes (RGB, ``model.preprocess`` is applied); a path, PIL image or array (see
+            ``data.as_rgb_array``); or a list of these, of any sizes, read as they are needed.
+        scales: factors on the network's input size.
+        flip: adds the left-right flipped image at every scale.
+        tile: window size (height, width) in pixels, an int for a square; None runs whole images.
+        overlap: fraction of a window shared with the next, in [0, 1).
+        batch_size: images of equal size, or windows, that run together. Without it a tensor
+            runs as it is, images of a list and windows one by one.
+        device: None is the model's own. Another one moves the model there, to stay.
+        dtype: None or the parameters' own dtype runs as the model is; torch.bfloat16 or
+            torch.float16 on fp32 parameters runs under autocast. Also "fp32", "bf16", "fp16".
+        return_prob: also gives the chosen class's probability.
+
+    Returns:
+        For a tensor: labels [N, H, W] or [H, W] on the model's device, uint8, int64 above 256
+        classes. For one image: an array [H, W] of the same dtypes at the image's size; for a list:
+        a list of these. With ``return_prob`` a pair (labels, probabilities), the latter alike in
+        fp32 (fp64 of a double model).
+
+    Raises:
+        ValueError: an argument or image of the wrong kind; says what came and what is allowed.
+        ImageReadError: a path that cannot be read (a ValueError too).
+    """
+    options = PredictOptions.checked(scales, flip, tile, overlap, batch_size, return_prob)
+    _check_model(model)
+    wanted_dtype = check_dtype(dtype)
+    wanted_device = check_device(device)
+    if isinstance(images, torch.Tensor):
+        _check_tensor(images)
+    else:
+        _check_images(images)
+    preprocess = None
+    if not (isinstance(images, torch.Tensor) and images.is_floating_point()):
+        preprocess = _preprocess_of(model)
+    runner = _Runner.prepare(model, images, options, wanted_device, wanted_dtype)
+    with _eval_mode(model), torch.inference_mode():
+        if isinstance(images, torch.Tensor):
+            labels, prob = runner.tensor(images, preprocess)
+        elif isinstance(images, (list, tuple)):
+            labels, prob = runner.images(images, preprocess)
+        else:
+            (labels,), (prob,) = runner.images([images], preprocess)
+    if isinstance(labels, torch.Tensor):
+        # Inference tensors refuse in-place changes later; results are ordinary ones.
+        labels, prob = labels.clone(), None if prob is None else prob.clone()
+    return (labels, prob) if return_prob else labels
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Checked arguments of :func:`predict`; made by :meth:`checked`."""
+
+    scales: tuple[float, ...]
+    flip: bool
+    tile: tuple[int, int] | None
+    overlap: float
+    batch_size: int | None
+    return_prob: bool
+
+    @property
+    def passes(self) -> int:
+        """Runs of the network over every pixel."""
+        return len(self.scales) * (2 if self.flip else 1)
+
+    @classmethod
+    def checked(
+        cls,
+        scales: Any = (1.0,),
+        flip: Any = False,
+        tile: Any = None,
+        overlap: Any = 0.25,
+        batch_size: Any = None,
+        return_prob: Any = False,
+    ) -> PredictOptions:
+        """The arguments of :func:`predict`, as they are kept.
+
+        Raises:
+            ValueError: one that is not allowed.
+        """
+        factors = (scales,) if isinstance(scales, (int, float)) else scales
+        factors = tuple(factors) if isinstance(factors, Iterable) else ()
+        if not factors or not all(_is_number(s) and 0 < s < math.inf for s in factors):
+            raise ValueError(
+                f"scales is {scales!r}, expected one or more factors above 0, e.g. (0.5, 1.0, 1.5)"
+            )
+        window = (tile, tile) if _is_int(tile) else tile
+        if window is not None:
+            window = tuple(window) if isinstance(window, Iterable) else ()
+            if len(window) != 2 or not all(_is_int(n) and n > 0 for n in window):
+                raise ValueError(
+                    f"tile is {tile!r}, expected (height, width) in pixels, both above 0, or None"
+                )
+        if not _is_number(overlap) or not 0 <= overlap < 1:
+            raise ValueError(
+                f"overlap is {overlap!r}, expected a fraction of the tile in [0, 1), e.g. 0.25"
+            )
+        if batch_size is not None and (not _is_int(batch_size) or batch_size < 1):
+            raise ValueError(f"batch_size is {batch_size!r}, expected an integer above 0 or None")
+        return cls(
+            tuple(float(s) for s in factors),
+            bool(flip),
+            window,
+            float(overlap),
+            batch_size,
+            bool(return_prob),
+        )
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """N pictures of one size: uint8 with the step to an input, or floats that are one already."""
+
+    data: torch.Tensor
+    preprocess: Preprocess | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.data.shape[-2], self.data.shape[-1]
+
+    def crop(self, top: int, left: int, height: int, width: int) -> _Pixels:
+        window = self.data[..., top : top + height, left : left + width]
+        return _Pixels(window, self.preprocess)
+
+    def inputs(
+        self, size: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
+        if self.preprocess is not None:
+            return self.preprocess.batch(self.data, size=size, device=device).to(dtype)
+        x = self.data.to(device, dtype)
+        if size == self.size:
+            return x
+        # The antialiasing filter exists for fp32 and fp64 only on a CPU.
+        x = x if dtype == torch.float64 else x.float()
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return x.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    model: Any
+    options: PredictOptions
+    device: torch.device
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+
+    @classmethod
+    def prepare(
+        cls,
+        model: torch.nn.Module,
+        images: Any,
+        options: PredictOptions,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> _Runner:
+        state = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        own = state[0].dtype if state else torch.float32
+        autocast = None
+        if dtype is not None and dtype != own:
+            if own != torch.float32 or dtype == torch.float32:
+                raise ValueError(
+                    f"dtype {_name(dtype)} was asked for and the model's parameters are "
+                    f"{_name(own)}; leave dtype out, or convert with model.to({dtype}) first"
+                )
+            autocast = dtype
+        if device is None:
+            if state:
+                device = state[0].device
+            else:
+                is_tensor = isinstance(images, torch.Tensor)
+                device = images.device if is_tensor else torch.device("cpu")
+        elif state and not _same_device(state[0].device, device):
+            model.to(device)
+        return cls(model, options, device, own, autocast)
+
+    def tensor(
+        self, images: torch.Tensor, preprocess: Preprocess | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch = images if images.ndim == 4 else images[None]
+        size = (0, *batch.shape[-2:])
+        if batch.shape[0] == 0:
+            classes = getattr(self.model, "num_classes", 0)
+            labels = torch.empty(size, dtype=_label_dtype(classes), device=self.device)
+            return labels, torch.empty(size, device=self.device)
+        step = self.options.batch_size or batch.shape[0]
+        if self.options.tile is not None:
+            # There batch_size counts windows.
+            step = 1
+        results = [
+            self.run(_Pixels(batch[i : i + step], preprocess))
+            for i in range(0, batch.shape[0], step)
+        ]
+        labels = torch.cat([labels for labels, _ in results])
+        prob = torch.cat([prob for _, prob in results]) if self.options.return_prob else None
+        if images.ndim == 3:
+            labels, prob = labels[0], None if prob is None else prob[0]
+        return labels, prob
+
+    def images(
+        self, images: Sequence[Any], preprocess: Preprocess
+    ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+        step = 1 if self.options.tile is not None else self.options.batch_size or 1
+        all_labels: list[np.ndarray] = []
+        all_prob: list[np.ndarray | None] = []
+        for group in _groups((as_rgb_array(image) for image in images), step):
+            pixels = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)
+            labels, prob = self.run(_Pixels(pixels, preprocess))
+            all_labels += list(labels.cpu().numpy())
+            all_prob += [None] * len(group) if prob is None else list(prob.cpu().numpy())
+        return all_labels, all_prob
+
+    def run(self, pixels: _Pixels) -> tuple[torch.Tensor, torch.Tensor | None]:
+        options = self.options
+        height, width = pixels.size
+        if options.tile is not None:
+            window = (min(options.tile[0], height), min(options.tile[1], width))
+            if window != (height, width):
+                return self.tiled(pixels, window)
+            base = (height, width)
+        elif pixels.preprocess is not None:
+            base = pixels.preprocess.target_size(height, width)
+        else:
+            base = (height, width)
+        if options.passes == 1:
+            x = pixels.inputs(self.scaled(base, options.scales[0]), self.device, self.dtype)
+            result = ops.upsample_argmax(
+                self.logits(x),
+                (height, width),
+                align_corners=self.model.align_corners,
+                return_prob=options.return_prob,
+            )
+            return result if options.return_prob else (result, None)
+        return self.best(self.summed_softmax(pixels, base))
+
+    def tiled(
+        self, pixels: _Pixels, window: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        options = self.options
+        (height, width), (tile_h, tile_w) = pixels.size, window
+        tops = _window_starts(height, tile_h, options.overlap)
+        lefts = _window_starts(width, tile_w, options.overlap)
+        row_weights = _window_weights(tops, tile_h, height, self.device)
+        column_weights = _window_weights(lefts, tile_w, width, self.device)
+        together = options.batch_size or 1
+        bands: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        # Probabilities of the rows that later windows may still add to.
+        band: torch.Tensor | None = None
+        for row, top in enumerate(tops):
+            for first in range(0, len(lefts), together):
+                chunk = range(first, min(first + together, len(lefts)))
+                crops = [pixels.crop(top, lefts[c], tile_h, tile_w).data for c in chunk]
+                batch = _Pixels(torch.cat(crops), pixels.preprocess)
+                softmax = self.summed_softmax(batch, window)
+                if band is None:
+                    band = softmax.new_zeros(1, softmax.shape[1], tile_h, width)
+                for i, column in enumerate(chunk):
+                    weight = row_weights[row][:, None] * column_weights[column][None, :]
+                    left = lefts[column]
+                    band[..., left : left + tile_w].addcmul_(softmax[i : i + 1], weight)
+            assert band is not None
+            done = (tops[row + 1] if row + 1 < len(tops) else height) - top
+            bands.append(self.best(band[:, :, :done]))
+            kept = band[:, :, done:].clone()
+            band.zero_()
+            band[:, :, : kept.shape[2]] = kept
+        labels = torch.cat([labels for labels, _ in bands], dim=1)
+        return labels, torch.cat([p for _, p in bands], dim=1) if options.return_prob else None
+
+    def summed_softmax(self, pixels: _Pixels, base: tuple[int, int]) -> torch.Tensor:
+        """Sum over scales and flips of the probabilities [N, C, H, W] at the picture's size."""
+        total: torch.Tensor | None = None
+        for scale in self.options.scales:
+            x = pixels.inputs(self.scaled(base, scale), self.device, self.dtype)
+            for flip in (False, True) if self.options.flip else (False,):
+                logits = self.logits(x.flip(-1) if flip else x)
+                if total is None:
+                    shape = (*logits.shape[:2], *pixels.size)
+                    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+                    total = torch.zeros(shape, dtype=wide, device=logits.device)
+                total = ops.upsample_softmax_add(
+                    total, logits, flip=flip, align_corners=self.model.align_corners
+                )
+        assert total is not None
+        return total
+
+    def best(self, summed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # The largest of the sums: the division by the number of passes could make two equal.
+        top, labels = summed.max(dim=1)
+        prob = top / self.options.passes if self.options.return_prob else None
+        return labels.to(_label_dtype(summed.shape[1])), prob
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = (
+            nullcontext()
+            if self.autocast is None
+            else torch.autocast(self.device.type, dtype=self.autocast)
+        )
+        with mixed:
+            return self.model.forward_logits(x)
+
+    def scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
+        # With aligned corners the distance between the corner pixels scales, not the pixel count.
+        fixed = 1 if self.model.align_corners else 0
+        return tuple(max(1, math.floor((n - fixed) * scale + 0.5) + fixed) for n in size)
+
+
+def _groups(images: Iterator[np.ndarray], step: int) -> Iterator[list[np.ndarray]]:
+    group: list[np.ndarray] = []
+    for image in images:
+        if group and (len(group) == step or image.shape != group[0].shape):
+            yield group
+            group = []
+        group.append(image)
+    if group:
+        yield group
+
+
+def _window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """First pixels of the fewest evenly spaced windows that overlap by at least ``overlap``."""
+    stride = max(1, math.floor(window * (1 - overlap)))
+    count = math.ceil((length - window) / stride) + 1
+    return [(length - window) * i // max(1, count - 1) for i in range(count)]
+
+
+def _window_weights(
+    starts: Sequence[int], window: int, length: int, device: torch.device
+) -> list[torch.Tensor]:
+    """Weights along one axis, one [window] tensor a start; at every pixel they sum to 1."""
+    weights = [torch.ones(window, dtype=torch.float64) for _ in starts]
+    for i in range(1, len(starts)):
+        shared = starts[i - 1] + window - starts[i]
+        ramp = torch.sin(
+            (torch.arange(shared, dtype=torch.float64) + 0.5) * (math.pi / 2 / max(1, shared))
+        )
+        weights[i][:shared] *= ramp**2
+        weights[i - 1][window - shared :] *= ramp.flip(0) ** 2
+    total = torch.zeros(length, dtype=torch.float64)
+    for start, weight in zip(starts, weights, strict=True):
+        total[start : start + window] += weight
+    return [
+        (weight / total[start : start + window]).float().to(device)
+        for start, weight in zip(starts, weights, strict=True)
+    ]
+
+
+@contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    # Submodules may differ in mode, e.g. frozen batch norms of a model in training.
+    training = [module for module in model.modules() if module.training]
+    if not training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_model(model: Any) -> None:
+    missing = [name for name in ("forward_logits", "align_corners") if not hasattr(model, name)]
+    if missing or not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"the model is a {type(model).__name__} without {' and '.join(missing) or 'modules'}; "
+            "predict takes the models that deeplab_fast builds, e.g. "
+            "deeplab_fast.deeplabv3_resnet50(...)"
+        )
+
+
+def _preprocess_of(model: Any) -> Preprocess:
+    preprocess = getattr(model, "preprocess", None)
+    if not isinstance(preprocess, Preprocess):
+        raise ValueError(
+            f"model.preprocess is {preprocess!r}: images need a deeplab_fast.data.Preprocess; set "
+            "one, or pass a normalised float tensor [N,3,H,W]"
+        )
+    return preprocess
+
+
+def _check_tensor(images: torch.Tensor) -> None:
+    if not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(
+            f"image tensor has dtype {images.dtype}, expected a float dtype (normalised) or "
+            "torch.uint8 (0..255)"
+        )
+    if images.ndim not in (3, 4) or images.shape[-3] != 3:
+        raise ValueError(
+            f"image tensor has shape {list(images.shape)}, expected [N,3,H,W] or [3,H,W]"
+        )
+    if 0 in images.shape[-2:]:
+        raise ValueError(f"image tensor has shape {list(images.shape)}: it has no pixels")
+
+
+def _check_images(images: Any) -> None:
+    entries = images if isinstance(images, (list, tuple)) else [images]
+    for i, entry in enumerate(entries):
+        is_image = isinstance(entry, (str, os.PathLike, np.ndarray)) or hasattr(entry, "getbands")
+        if not is_image:
+            where = f"images[{i}]" if isinstance(images, (list, tuple)) else "images"
+            hint = "; stack tensors of one size" if isinstance(entry, torch.Tensor) else ""
+            raise ValueError(
+                f"{where} is a {type(entry).__name__}; expected a tensor [N,3,H,W], a path, a PIL "
+                f"image, an array, or a list of the last three{hint}"
+            )
+
+
+def check_dtype(dtype: Any) -> torch.dtype | None:
+    """The torch dtype that ``dtype`` names, None for None.
+
+    Raises:
+        ValueError: it names none that :func:`predict` takes.
+    """
+    if dtype is None or dtype in (torch.float64, *_DTYPES.values()):
+        return dtype
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise ValueError(
+        f"dtype is {dtype!r}, expected None, fp32, bf16 or fp16, or the torch dtype of that name"
+    )
+
+
+def check_device(device: Any) -> torch.device | None:
+    """The device that ``device`` names, None for None.
+
+    Raises:
+        ValueError: no device is called that, or this machine has none of the kind.
+    """
+    if device is None:
+        return None
+    try:
+        checked = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:<index>") from error
+    if checked.type == "cuda":
+        count = torch.cuda.device_count()
+        if (checked.index or 0) >= count:
+            raise ValueError(
+                f"device is {device!r} and this process sees {count} CUDA devices; use device='cpu'"
+                + (f" or cuda:0..cuda:{count - 1}" if count else "")
+            )
+    return checked
+
+
+def _same_device(have: torch.device, want: torch.device) -> bool:
+    return have.type == want.type and want.index in (None, have.index)
+
+
+def _label_dtype(classes: int) -> torch.dtype:
+    return torch.uint8 if classes <= 256 else torch.int64
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next((name for name, value in _DTYPES.items() if value == dtype), str(dtype))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,200 @@
+"""`python -m deeplab_fast.info`: what is installed, what is built, and what runs for what."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import __version__, _ext, backends, ops
+
+
+@dataclass(frozen=True)
+class StandardShape:
+    """A shape that people use: the model's feature map and its logits.
+
+    Attributes:
+        name: backbone, output stride, input size, batch.
+        image: (H, W) of the input.
+        map: (h, w) of the feature map and the logits.
+        rates: atrous rates of the head.
+        channels: of the backbone's features.
+        classes: of the logits.
+    """
+
+    name: str
+    batch: int
+    image: tuple[int, int]
+    map: tuple[int, int]
+    rates: tuple[int, ...] = (12, 24, 36)
+    channels: int = 2048
+    classes: int = 21
+
+
+STANDARD_SHAPES = (
+    StandardShape("r50-os8-520-b1", 1, (520, 520), (65, 65)),
+    StandardShape("r101-os16-513-b16", 16, (513, 513), (33, 33), (6, 12, 18)),
+    StandardShape("cityscapes-1024x2048", 1, (1024, 2048), (128, 256), classes=19),
+)
+
+_PACKAGES = ("torch", "triton", "numpy", "torchvision", "lightning", "pillow", "safetensors")
+_ENVIRONMENT = (
+    (backends.ENVIRONMENT_VARIABLE, "backend of every op: auto, cuda, triton, cpu, reference"),
+    ("DEEPLAB_FAST_DISABLE_EXT", "1: do not load the compiled extension"),
+    ("TRITON_INTERPRET", "1: Triton kernels run in its interpreter, on a CPU"),
+)
+
+
+def calls(shape: StandardShape, dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple]]:
+    """Each op of the model with meta-device arguments of a standard shape: nothing is computed.
+
+    The description of a call is made for `device`, wherever this runs.
+    """
+
+    def empty(*size: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=of, device="meta")
+
+    n, (h, w), c, k = shape.batch, shape.map, shape.channels, 256
+    x, logits = empty(n, c, h, w), empty(n, shape.classes, h, w)
+    vectors = [empty(k, of=torch.float32)] * (len(shape.rates) + 1)
+    kernels = [empty(k, c, 1, 1), *(empty(k, c, 3, 3) for _ in shape.rates)]
+    labels = empty(n, *shape.image, of=torch.uint8)
+    full = empty(n, shape.classes, *shape.image, of=torch.float32)
+    branches = k * len(kernels)
+    per_channel = empty(c, of=torch.float32)
+    yield "conv_bn_act", (empty(n, 512, h, w), empty(c, 512, 1, 1), per_channel, per_channel)
+    yield "aspp_branches", (x, kernels, vectors, vectors, [1, *shape.rates])
+    yield (
+        "aspp_project",
+        (empty(n, branches, h, w), empty(n, k), empty(k, branches + k, 1, 1), *vectors[:2]),
+    )
+    yield "upsample_argmax", (logits, shape.image)
+    yield "upsample_cross_entropy", (logits, labels)
+    yield "upsample_confusion", (logits, labels)
+    yield "upsample_softmax_add", (full, logits)
+
+
+def what_runs(shape: StandardShape, dtype: torch.dtype, device: str) -> list[backends.Why]:
+    """For each op, the backend that would run a standard shape on a device type."""
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    found = []
+    for op, args in calls(shape, dtype, device):
+        desc = ops.describe(op, *args)
+        desc = dataclasses.replace(desc, device=device, capability=capability)
+        found.append(backends.explain(desc))
+    return found
+
+
+def report() -> str:
+    """The whole report as text."""
+    return "\n".join(
+        [
+            *_versions(),
+            "",
+            *_devices(),
+            "",
+            *_built(),
+            "",
+            *_choices(),
+            "",
+            *_environment(),
+        ]
+    )
+
+
+def _versions() -> Iterator[str]:
+    yield f"deeplab_fast {__version__}"
+    yield f"  {'python':<14}{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for package in _PACKAGES:
+        if package == "torch":
+            # The version string of the module names the build (+cpu, +cu130).
+            version = torch.__version__
+        else:
+            try:
+                version = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                version = "not installed"
+        yield f"  {package:<14}{version}"
+
+
+def _devices() -> Iterator[str]:
+    yield "Devices"
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield f"  {'cpu':<14}{torch.get_num_threads()} threads, {capability}"
+    if not torch.cuda.is_available():
+        why = "PyTorch is built without CUDA" if torch.version.cuda is None else "no GPU is visible"
+        yield f"  {'cuda':<14}none: {why}"
+        return
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        yield (
+            f"  {f'cuda:{i}':<14}{p.name}, sm_{p.major}{p.minor}, "
+            f"{p.multi_processor_count} multiprocessors, {p.total_memory / 2**30:.0f} GiB"
+        )
+
+
+def _built() -> Iterator[str]:
+    yield "Implementations"
+    yield f"  {'reference':<14}yes: plain PyTorch"
+    for name, extension in (("cpu", _ext.CPU), ("cuda", _ext.CUDA)):
+        if extension.loaded:
+            facts = ", ".join(f"{k} {v}" for k, v in extension.build.items() if isinstance(v, str))
+            yield f"  {name:<14}yes: {facts}"
+        else:
+            yield f"  {name:<14}no: {extension.reason}"
+    if importlib.util.find_spec("triton") is None:
+        yield f"  {'triton':<14}no: triton is not installed"
+    else:
+        version = importlib.metadata.version("triton")
+        has_compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+        lacking = "" if has_compiler else "; needs a C compiler, which is missing"
+        yield f"  {'triton':<14}yes: triton {version}, compiles at first use on a GPU{lacking}"
+
+
+def _choices() -> Iterator[str]:
+    devices = [("cpu", torch.float32)]
+    if torch.cuda.is_available():
+        devices.append(("cuda", torch.bfloat16))
+    for device, dtype in devices:
+        name = str(dtype).removeprefix("torch.")
+        yield f"What runs on {device} in {name} (choice: {backends.current_backend()})"
+        columns = [what_runs(shape, dtype, device) for shape in STANDARD_SHAPES]
+        yield f"  {'':<26}" + "".join(f"{shape.name:<22}" for shape in STANDARD_SHAPES)
+        for row in zip(*columns, strict=True):
+            chosen = "".join(f"{why.chosen or 'nothing':<22}" for why in row)
+            yield f"  {row[0].desc.op:<26}{chosen}"
+        yield "  Why not another:"
+        against: dict[tuple[str, str], list[str]] = {}
+        for why in columns[0]:
+            for backend, reasons in why.rows:
+                if backend != why.chosen and reasons:
+                    reason = "; ".join(reasons).removeprefix(f"{why.desc.op} ")
+                    against.setdefault((backend, reason), []).append(why.desc.op)
+        for (backend, reason), names in against.items():
+            listed = "every op" if len(names) == len(columns[0]) else ", ".join(names)
+            yield f"    {backend:<12}{reason} ({listed})"
+
+
+def _environment() -> Iterator[str]:
+    yield "Environment variables"
+    for name, meaning in _ENVIRONMENT:
+        yield f"  {name}={os.environ.get(name, '')}  ({meaning})"
+
+
+def main() -> int:
+    """Print the report."""
+    print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""The DeepLabv3 models of fregu856/deeplabv3 (ResNet-18 to 152, Cityscapes)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data.classes import class_set
+from ..data.preprocess import Preprocess
+from ..nn import PaperHead
+from ._registry import register_model
+from .deeplabv3 import DeepLabV3
+from .resnet import RESNETS, BasicBlock, ResNetBackbone
+
+DEFAULT_NUM_CLASSES = 20
+# The same at output stride 8 and 16, unlike the paper's.
+ATROUS_RATES = (6, 12, 18)
+
+
+@dataclass(frozen=True)
+class PreprocessBGR(Preprocess):
+    """``Preprocess`` for networks that read B, G, R; ``mean`` and ``std`` are in that order.
+
+    fregu856's scripts read photos with OpenCV and apply the means of R, G, B to B, G, R.
+    """
+
+    def batch(self, pixels: Tensor, **options: Any) -> Tensor:
+        return super().batch(pixels.flip(1) if pixels.ndim == 4 else pixels, **options)
+
+
+class BiasedPaperHead(PaperHead):
+    """The paper's head with biased convolutions before the batch norms and without dropout.
+
+    State: as `PaperHead`'s, and a bias for each convolution of the ASPP.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, num_classes, ATROUS_RATES, dropout=0.0)
+        for conv in self[0].modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+
+
+def _build(
+    depth: int,
+    output_stride: int,
+    num_classes: int | None,
+    weights: str | os.PathLike[str] | None,
+) -> DeepLabV3:
+    name = f"fregu856_resnet{depth}"
+    basic = RESNETS[depth].block is BasicBlock
+    allowed = (8, 16) if basic else (16,)
+    if output_stride not in allowed:
+        raise ValueError(
+            f"{name} has output stride {' or '.join(map(str, allowed))}, got {output_stride}"
+        )
+    if num_classes is None:
+        num_classes = DEFAULT_NUM_CLASSES
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    # All blocks of a dilated stage have its dilation.
+    backbone = ResNetBackbone(depth, output_stride, contract_dilation=False)
+    model = DeepLabV3(backbone, BiasedPaperHead(backbone.out_channels, num_classes))
+    model.preprocess = PreprocessBGR()
+    if num_classes == DEFAULT_NUM_CLASSES:
+        cityscapes = class_set("cityscapes")
+        model.classes = (*cityscapes.classes, "void")
+        model.palette = (*cityscapes.palette, (81, 0, 81))
+    model.config = (name, {"output_stride": output_stride, "num_classes": num_classes})
+    if weights is not None:
+        from ..weights import load_weights
+
+        load_weights(model, weights)
+    return model
+
+
+@register_model
+def fregu856_resnet18(
+    *,
+    output_stride: int = 8,
+    num_classes: int | None = None,
+    weights: str | os.PathLike[str] | None = None,
+) -> DeepLabV3:
+    """fregu856/deeplabv3's model on ResNet-18, closely enough to load its weights.
+
+    The ASPP has rates 6, 12, 18 at both output strides, biased convolutions before the batch norms
+    and a 1x1 classifier behind the projection; dilated stages do not contract. The model returns
+    torchvision's OrderedDict, where the original returns the tensor under "out".
+
+    Args:
+        output_stride: 8 (the original's published weights) or 16.
+        num_classes: 20 by default: Cityscapes' 19 and void.
+        weights: path of a checkpoint of the original (or of this package), or None.
+
+    Raises:
+        ValueError: another output stride, or num_classes below 1.
+    """
+    return _build(18, output_stride, num_classes, weights)
+
+
+@register_model
+def fregu856_resnet34(
+    *,
+    output_stride: int = 8,
+    num_classes: int | None = None,
+    weights: str | os.PathLike[str] | None = None,
+) -> DeepLabV3:
+    """The same on ResNet-34; see `fregu856_resnet18`."""
+    return _build(34, output_stride, num_classes, weights)
+
+
+@register_model
+def fregu856_resnet50(
+    *,
+    output_stride: int = 16,
+    num_classes: int | None = None,
+    weights: str | os.PathLike[str] | None = None,
+) -> DeepLabV3:
+    """The same on ResNet-50, at output stride 16 only; see `fregu856_resnet18`."""
+    return _build(50, output_stride, num_classes, weights)
+
+
+@register_model
+def fregu856_resnet101(
+    *,
+    output_stride: int = 16,
+    num_classes: int | None = None,
+    weights: str | os.PathLike[str] | None = None,
+) -> DeepLabV3:
+    """The same on ResNet-101, at output stride 16 only; see `fregu856_resnet18`."""
+    return _build(101, output_stride, num_classes, weights)
+
+
+@register_model
+def fregu856_resnet152(
+    *,
+    output_stride: int = 16,
+    num_classes: int | None = None,
+    weights: str | os.PathLike[str] | None = None,
+) -> DeepLabV3:
+    """The same on ResNet-152, at output stride 16 only; see `fregu856_resnet18`."""
+    return _build(152, output_stride, num_classes, weights)

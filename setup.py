@@ -1,0 +1,469 @@
+"""Builds the compiled parts of deeplab_fast; pyproject.toml has everything else.
+
+    deeplab_fast._C        csrc/*.cpp, csrc/cpu/*.cpp       pybind11 and torch's C++ interface
+    deeplab_fast._C_cuda   csrc/cuda/*.cu except *_sm90.cu  libtorch's stable ABI
+    deeplab_fast._C_sm90   csrc/cuda/*_sm90.cu              libtorch's stable ABI, sm_90a code only
+
+An extension without source files is left out. CUDA is compiled when torch has CUDA and nvcc is
+found; no GPU needs to be visible. build.json, written into the package, records what was built,
+with which flags, and why the rest was not; deeplab_fast/_ext.py reads it.
+
+Environment variables:
+
+    DEEPLAB_FAST_BUILD_EXT   auto (default): a failing extension is left out with one line;
+                             0: pure Python; 1: whatever prevents the C++ extension, or fails to
+                             compile, is an error
+    FORCE_CUDA               1: compile the CUDA extensions also for a torch without CUDA; a
+                             missing toolkit is an error
+    TORCH_CUDA_ARCH_LIST     compute capabilities from 8.0 up (default "8.0;9.0+PTX")
+    MAX_JOBS                 compiler processes at a time
+    NVCC_THREADS             threads in each nvcc
+    DEBUG                    1: no optimisation, debug information
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from glob import glob
+from pathlib import Path
+
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "deeplab_fast"
+EXTENSIONS = ("_C", "_C_cuda", "_C_sm90")
+# The oldest torch whose stable ABI the CUDA extensions use: 2.11.
+TORCH_TARGET_VERSION = "0x020b000000000000"
+DEFAULT_ARCHS = "8.0;9.0+PTX"
+HOW_TO_BUILD = "pip install --no-build-isolation --no-deps ."
+
+
+def say(text: str) -> None:
+    print(f"deeplab_fast: {text}", flush=True)
+
+
+def fail(text: str) -> None:
+    raise SystemExit(f"deeplab_fast: error: {text}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The environment variables, checked."""
+
+    build_ext: str
+    force_cuda: bool
+    archs: str
+    max_jobs: int | None
+    nvcc_threads: int | None
+    debug: bool
+
+    @classmethod
+    def from_environment(cls) -> "Settings":
+        def choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
+            value = os.environ.get(name) or default
+            if value not in allowed:
+                fail(f"{name}={value} is not allowed: use {' or '.join(allowed)}")
+            return value
+
+        def count(name: str) -> int | None:
+            value = os.environ.get(name)
+            if value and not (value.isdecimal() and int(value) > 0):
+                fail(f"{name}={value} is not allowed: use a positive number")
+            return int(value) if value else None
+
+        settings = cls(
+            build_ext=choice("DEEPLAB_FAST_BUILD_EXT", "auto", ("auto", "0", "1")),
+            force_cuda=choice("FORCE_CUDA", "0", ("0", "1")) == "1",
+            archs=os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS,
+            max_jobs=count("MAX_JOBS"),
+            nvcc_threads=count("NVCC_THREADS"),
+            debug=choice("DEBUG", "0", ("0", "1")) == "1",
+        )
+        if settings.force_cuda and settings.build_ext == "0":
+            fail("FORCE_CUDA=1 and DEEPLAB_FAST_BUILD_EXT=0 contradict each other: unset one")
+        return settings
+
+    def __str__(self) -> str:
+        return (
+            f"DEEPLAB_FAST_BUILD_EXT={self.build_ext} FORCE_CUDA={self.force_cuda:d} "
+            f"TORCH_CUDA_ARCH_LIST={self.archs} MAX_JOBS={self.max_jobs or 'unset'} "
+            f"NVCC_THREADS={self.nvcc_threads or 'unset'} DEBUG={self.debug:d}"
+        )
+
+
+@dataclass
+class Plan:
+    """What will be built, what will not and why, and the facts for build.json."""
+
+    settings: Settings
+    extensions: list[Extension] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, object] = field(default_factory=dict)
+    nvcc: str | None = None
+    announced: bool = False
+
+    def skip_all(self, reason: str) -> "Plan":
+        self.skipped = dict.fromkeys(EXTENSIONS, reason)
+        return self
+
+    def announce(self) -> None:
+        if self.announced:
+            return
+        self.announced = True
+        say(str(self.settings))
+        reasons = set(self.skipped.values())
+        if not self.extensions and len(reasons) == 1:
+            say(f"pure Python install: {reasons.pop()}")
+            return
+        for name in EXTENSIONS:
+            reason = self.skipped.get(name)
+            say(f"{PACKAGE}.{name}: " + (f"not built: {reason}" if reason else "building"))
+
+
+class CudaExtension(Extension):
+    """A shared object made from .cu files by nvcc alone, for libtorch's stable ABI.
+
+    torch's CUDAExtension refuses to work with a torch without CUDA; the stable ABI needs nothing
+    of it. The files are kept apart from `sources`, which torch's BuildExtension looks through.
+    """
+
+    def __init__(
+        self, name: str, cuda_sources: list[str], flags: list[str], optional: bool
+    ) -> None:
+        super().__init__(name, sources=[], depends=cuda_sources, optional=optional)
+        self.cuda_sources = cuda_sources
+        self.flags = flags
+
+
+def first_line(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.partition("\n")[0].strip()
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """(path, "") or (None, why): CUDA_HOME or CUDA_PATH decide where they are set."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(variable):
+            nvcc = Path(home, "bin", "nvcc")
+            if nvcc.is_file():
+                return str(nvcc), ""
+            return None, f"{variable}={home} has no bin/nvcc"
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    return nvcc, "" if nvcc else "no CUDA toolkit: nvcc is not on PATH and CUDA_HOME is not set"
+
+
+def nvcc_release(nvcc: str) -> str:
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"release (\d+\.\d+)", done.stdout)
+    return found.group(1) if found else "0.0"
+
+
+def parse_archs(text: str) -> list[str]:
+    """Compute capabilities of TORCH_CUDA_ARCH_LIST from 8.0 up: "7.5;9.0+PTX" -> ["9.0+PTX"]."""
+    archs = [arch for arch in re.split(r"[;,\s]+", text) if arch]
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+            fail(
+                f"TORCH_CUDA_ARCH_LIST={text}: {arch} is not a compute capability such as 8.0, "
+                "9.0a or 9.0+PTX"
+            )
+    return [arch for arch in archs if float(arch.split("+")[0].rstrip("af")) >= 8.0]
+
+
+def gencode(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def cxx_flags(settings: Settings, compiler: str) -> list[str]:
+    flags = ["-O0", "-g"] if settings.debug else ["-O3", "-g0"]
+    # torch is compiled with the last two as well. No -march: the kernels choose at run time.
+    flags += ["-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    # For compiling only. The GOMP_* symbols stay undefined and bind to the libgomp that libtorch
+    # brings: linking another one would put two thread pools into the process. clang's OpenMP
+    # needs a runtime that libtorch does not bring.
+    if sys.platform == "linux" and "clang" not in compiler:
+        flags.append("-fopenmp")
+    return flags
+
+
+def link_flags() -> list[str]:
+    # Some linkers drop a library that no symbol is taken from directly; libtorch_cpu must stay,
+    # because it is what leads to libgomp.
+    return ["-Wl,--no-as-needed", "-ltorch_cpu"] if sys.platform == "linux" else []
+
+
+def nvcc_flags(settings: Settings) -> list[str]:
+    flags = ["-O0", "-g"] if settings.debug else ["-O3", "-lineinfo"]
+    flags += ["-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
+    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+    if settings.nvcc_threads:
+        flags.append(f"--threads={settings.nvcc_threads}")
+    return flags
+
+
+def plan_cuda(plan: Plan, torch) -> None:
+    """Adds the CUDA extensions, or the reasons against them."""
+    settings, names = plan.settings, EXTENSIONS[1:]
+
+    def skip(reason: str) -> None:
+        plan.skipped |= dict.fromkeys(names, reason)
+
+    if not (torch.version.cuda or settings.force_cuda):
+        skip(f"torch {torch.__version__} has no CUDA (FORCE_CUDA=1 compiles it all the same)")
+        return
+    nvcc, reason = find_nvcc()
+    release = nvcc_release(nvcc) if nvcc else ""
+    if nvcc and int(release.partition(".")[0]) < 12:
+        nvcc, reason = None, f"{nvcc} is of CUDA {release}; 12.0 or newer is needed"
+    if nvcc is None:
+        if settings.force_cuda:
+            fail(f"FORCE_CUDA=1, but {reason}. Install a CUDA toolkit, or unset FORCE_CUDA")
+        skip(reason)
+        return
+
+    archs = parse_archs(settings.archs)
+    sm90_archs = ["9.0a"] if any(arch.startswith("9.0") for arch in archs) else []
+    files = sorted(glob("csrc/cuda/*.cu"))
+    sm90_files = [file for file in files if file.endswith("_sm90.cu")]
+    for name, sources, targets in (
+        ("_C_cuda", [file for file in files if file not in sm90_files], archs),
+        ("_C_sm90", sm90_files, sm90_archs),
+    ):
+        if not sources:
+            plan.skipped[name] = "it has no source files"
+        elif not targets:
+            plan.skipped[name] = f"TORCH_CUDA_ARCH_LIST={settings.archs} names no target of it"
+        else:
+            flags = [*gencode(targets), *nvcc_flags(settings)]
+            optional = settings.build_ext != "1" and not settings.force_cuda
+            plan.extensions.append(CudaExtension(f"{PACKAGE}.{name}", sources, flags, optional))
+            plan.nvcc = nvcc
+            plan.facts["cuda"] = release
+            plan.facts["archs"] += targets
+            plan.facts["flags"][name] = flags
+
+
+def make_plan() -> Plan:
+    settings = Settings.from_environment()
+    plan = Plan(settings)
+    plan.facts = {"python": sys.implementation.cache_tag, "torch": None, "cuda": None, "archs": []}
+    plan.facts |= {"compiler": None, "flags": {}, "debug": settings.debug}
+
+    def cannot(reason: str) -> Plan:
+        if settings.build_ext == "1" or settings.force_cuda:
+            fail(f"the extensions were asked for, but {reason}")
+        return plan.skip_all(reason)
+
+    if settings.build_ext == "0":
+        return plan.skip_all("DEEPLAB_FAST_BUILD_EXT=0")
+    try:
+        import torch
+        from torch.utils.cpp_extension import CppExtension
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        state = "is not in the build environment" if missing else f"cannot be imported ({error})"
+        return cannot(f"torch {state}; to get the extension, install torch and run {HOW_TO_BUILD}")
+    plan.facts["torch"] = torch.__version__
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if sys.platform == "win32":
+        return cannot("the build knows gcc and clang only")
+    if shutil.which(compiler[0]) is None:
+        return cannot(f"there is no C++ compiler ({compiler[0]} is not on PATH; CXX names another)")
+
+    sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+    version = first_line([*compiler, "--version"])
+    flags = cxx_flags(settings, version)
+    plan.facts |= {"compiler": version, "flags": {"_C": flags}}
+    if sources:
+        plan.extensions.append(
+            CppExtension(
+                f"{PACKAGE}._C",
+                sources,
+                include_dirs=[str(ROOT / "csrc" / "include")],
+                extra_compile_args={"cxx": list(flags)},
+                extra_link_args=link_flags(),
+                depends=sorted(glob("csrc/include/**/*.h*", recursive=True)),
+                optional=settings.build_ext != "1",
+            )
+        )
+    else:
+        plan.skipped["_C"] = "it has no source files"
+    plan_cuda(plan, torch)
+    return plan
+
+
+os.chdir(ROOT)
+# Commands that only ask for metadata or make an sdist decide nothing and need no torch.
+BUILDING = any(re.match(r"(build|install|develop|bdist|editable)", arg) for arg in sys.argv[1:])
+PLAN = make_plan() if BUILDING else Plan(Settings.from_environment())
+if shutil.which("ninja") is None:
+    # In a virtual environment that is not activated ninja is installed but not on PATH.
+    os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+
+if PLAN.extensions:
+    from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+else:
+    BuildExtension = build_ext
+
+
+class BuildExt(BuildExtension):
+    """Builds each extension by itself, so that one that fails can be left out."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # One folder that outlives the build: ninja then compiles only what changed, in editable
+        # installs as well, whose own folder is temporary.
+        kind = f"{sys.implementation.cache_tag}-torch{PLAN.facts.get('torch')}"
+        self.build_temp = str(ROOT / "build" / f"ext-{kind}{'-debug' * PLAN.settings.debug}")
+
+    def run(self) -> None:
+        PLAN.announce()
+        try:
+            super().run()
+        except Exception as error:
+            # A required extension, or torch's check of the compiler before the first one.
+            if not all(ext.optional for ext in self.extensions):
+                raise
+            for ext in self.extensions:
+                self.leave_out(ext, error)
+            self.extensions = []
+        if self.inplace and not self.editable_mode:
+            write_facts(ROOT / PACKAGE)
+
+    def build_extensions(self) -> None:
+        super().build_extensions()
+        self.extensions = [ext for ext in self.extensions if name_of(ext) not in PLAN.skipped]
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            if isinstance(ext, CudaExtension):
+                self.build_cuda(ext)
+            else:
+                super().build_extension(ext)
+        except Exception as error:
+            if not ext.optional:
+                raise
+            self.leave_out(ext, error)
+
+    def leave_out(self, ext: Extension, error: Exception) -> None:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        PLAN.skipped[name_of(ext)] = f"it failed to compile ({reason})"
+        say(f"{ext.name} is left out: {reason}; DEEPLAB_FAST_BUILD_EXT=1 makes this an error")
+
+    def build_cuda(self, ext: CudaExtension) -> None:
+        """Compiles and links through ninja, as torch does for C++."""
+        folder = Path(self.build_temp, name_of(ext))
+        folder.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f"-I{ROOT / 'csrc' / 'include'}"]
+        includes += [f"-isystem={path}" for path in include_paths()]
+        libraries = library_paths()[0]
+        # libtorch_cuda has the stream functions; without it (FORCE_CUDA) they stay undefined.
+        names = ["c10", "torch", "torch_cpu"]
+        names += ["torch_cuda"] * Path(libraries, "libtorch_cuda.so").is_file()
+        link = [f"-L{libraries}", "-Xlinker=--no-as-needed", *(f"-l{name}" for name in names)]
+
+        def escape(arguments: list[str]) -> str:
+            return shlex.join(arguments).replace("$", "$$")
+
+        objects = {f"{Path(source).stem}.o": ROOT / source for source in ext.cuda_sources}
+        lines = [
+            "rule compile",
+            f"  command = {escape([PLAN.nvcc])} -MD -MF $out.d -c $in -o $out "
+            + escape([*ext.flags, *includes]),
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = {escape([PLAN.nvcc])} -shared -o $out $in {escape(link)}",
+            *(f"build {obj}: compile {escape_path(src)}" for obj, src in objects.items()),
+            f"build {escape_path(target)}: link {' '.join(objects)}",
+            "",
+        ]
+        (folder / "build.ninja").write_text("\n".join(lines), "utf-8")
+        jobs = PLAN.settings.max_jobs or os.cpu_count() or 1
+        if subprocess.run(["ninja", "-C", str(folder), f"-j{jobs}"]).returncode:
+            raise RuntimeError("nvcc failed")
+
+
+def name_of(ext: Extension) -> str:
+    return ext.name.rpartition(".")[2]
+
+
+def escape_path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def write_facts(folder: Path) -> None:
+    """Writes build.json into `folder` and removes extensions of earlier builds beside it."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for name in PLAN.skipped:
+        (folder / f"{name}{suffix}").unlink(missing_ok=True)
+    facts = PLAN.facts | {
+        "extensions": {
+            name: {"built": name not in PLAN.skipped, "reason": PLAN.skipped.get(name, "")}
+            for name in EXTENSIONS
+        }
+    }
+    temporary = folder / "build.json.tmp"
+    temporary.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    os.replace(temporary, folder / "build.json")
+
+
+class BuildFacts(Command):
+    """The step of `build` after build_ext: announces the decisions and writes build.json."""
+
+    description = "write build.json"
+    user_options = []  # noqa: RUF012
+
+    def initialize_options(self) -> None:
+        self.build_lib = None
+        self.editable_mode = False
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        PLAN.announce()
+        folder = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib, PACKAGE)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_facts(folder)
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib, PACKAGE, "build.json"))]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        if not self.editable_mode:
+            return {}
+        return {self.get_outputs()[0]: str(Path(PACKAGE, "build.json"))}
+
+
+class Build(build):
+    sub_commands = [*build.sub_commands, ("build_facts", None)]  # noqa: RUF012
+
+
+setup(
+    ext_modules=PLAN.extensions,
+    cmdclass={"build": Build, "build_ext": BuildExt, "build_facts": BuildFacts},
+)

@@ -1,0 +1,160 @@
+"""Which implementation runs, why, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import deeplab_fast as dlf
+from deeplab_fast import backends, info, ops
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch):
+    """An op with three implementations: one for nothing, one for even sizes, the reference."""
+    monkeypatch.setattr(backends, "_implementations", {})
+    monkeypatch.setattr(backends, "_fallthrough_logged", set())
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+
+    def even_only(desc: backends.OpDesc) -> list[str]:
+        return [] if desc.shape[0] % 2 == 0 else [f"size {desc.shape[0]} is odd"]
+
+    backends.register("toy", "cuda", lambda: "cuda", lambda desc: ["no GPU", "not built"])
+    backends.register("toy", "cpu", lambda: "cpu", even_only)
+    backends.register("toy", "reference", lambda: "reference")
+    return lambda size: backends.OpDesc.of("toy", torch.empty(size))
+
+
+def test_the_first_without_reasons_runs(toy) -> None:
+    assert backends.run(toy(2)) == "cpu"
+    assert backends.run(toy(3)) == "reference"
+
+
+def test_explicit_choice_goes_before_priority_and_nests(toy) -> None:
+    with dlf.use_backend("reference"):
+        assert backends.run(toy(2)) == "reference"
+        with dlf.use_backend("auto"):
+            assert backends.run(toy(2)) == "cpu"
+        assert backends.current_backend() == "reference"
+    assert backends.run(toy(2)) == "cpu"
+
+
+def test_choice_ends_with_an_exception(toy) -> None:
+    with pytest.raises(KeyError), dlf.use_backend("reference"):
+        raise KeyError
+    assert backends.current_backend() == "auto"
+
+
+def test_environment_variable(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
+    assert backends.run(toy(2)) == "reference"
+    with dlf.use_backend("cpu"):
+        assert backends.run(toy(2)) == "cpu"
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "gpu")
+    with pytest.raises(ValueError, match="DEEPLAB_FAST_BACKEND: no backend is named 'gpu'"):
+        backends.run(toy(2))
+
+
+def test_explicit_choice_that_cannot_run_raises_with_every_reason(toy) -> None:
+    with (
+        dlf.use_backend("cuda"),
+        pytest.raises(backends.BackendUnavailable, match=r"no GPU; not built.*cpu, reference"),
+    ):
+        backends.run(toy(2))
+    with (
+        dlf.use_backend("triton"),
+        pytest.raises(backends.BackendUnavailable, match="toy has no triton implementation"),
+    ):
+        backends.run(toy(2))
+
+
+def test_automatic_choice_logs_a_fallthrough_once(toy, caplog) -> None:
+    with caplog.at_level(logging.INFO, "deeplab_fast"):
+        for _ in range(3):
+            backends.run(toy(3))
+    texts = [r.getMessage() for r in caplog.records]
+    assert texts == [
+        "toy: cuda does not run (no GPU; not built); using reference",
+        "toy: cpu does not run (size 3 is odd); using reference",
+    ]
+
+
+def test_nothing_can_run(toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(backends._implementations["toy"], "reference")
+    with pytest.raises(backends.BackendUnavailable, match="cpu: size 3 is odd"):
+        backends.run(toy(3))
+
+
+def test_registering_twice_or_elsewhere_is_an_error(toy) -> None:
+    with pytest.raises(ValueError, match="already has an implementation"):
+        backends.register("toy", "cpu", lambda: None)
+    with pytest.raises(ValueError, match="no backend is named 'mps'"):
+        backends.register("toy", "mps", lambda: None)
+
+
+def test_every_op_has_a_reference() -> None:
+    names = [name for name in ops.__all__ if name != "describe"]
+    assert sorted(backends.registered_ops()) == sorted(names)
+    for name in names:
+        assert "reference" in backends.implementations(name)
+
+
+def test_why_names_the_choice_and_every_reason() -> None:
+    logits = torch.randn(1, 3, 4, 5)
+    why = dlf.why("upsample_argmax", logits, (8, 10))
+    assert [row[0] for row in why.rows] == list(backends.BACKENDS)
+    with dlf.use_backend("reference"):
+        why = dlf.why("upsample_argmax", logits, (8, 10))
+    assert why.chosen == "reference"
+    text = str(why)
+    assert "upsample_argmax (cpu float32 [1, 3, 4, 5], size=(8, 10)" in text
+    assert "-> reference" in text
+    for backend, reasons in why.rows:
+        assert bool(reasons) == (backend not in _runnable(why)), text
+    with dlf.use_backend("cuda"):
+        assert dlf.why("upsample_argmax", logits, (8, 10)).chosen is None
+    with pytest.raises(ValueError, match="no op is named 'argmax'; there are: aspp_branches"):
+        dlf.why("argmax", logits)
+
+
+def _runnable(why: backends.Why) -> set[str]:
+    table = backends.implementations(why.desc.op)
+    return {b for b, i in table.items() if not i.not_supported_reasons(why.desc)}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)], ids=["cpu", "cuda"]
+)
+def test_info_explains_every_op_for_three_shapes(device: str, dtype: torch.dtype) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    assert len(info.STANDARD_SHAPES) == 3
+    for shape in info.STANDARD_SHAPES:
+        found = info.what_runs(shape, dtype, device)
+        assert sorted(w.desc.op for w in found) == sorted(backends.registered_ops())
+        assert all(w.chosen for w in found)
+
+
+def test_info_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "deeplab_fast.info"], capture_output=True, text=True, check=True
+    )
+    for expected in ("deeplab_fast 0.", "Implementations", "r50-os8-520-b1", "aspp_branches"):
+        assert expected in done.stdout
+
+
+def test_import_touches_no_gpu_and_nothing_heavy() -> None:
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import deeplab_fast\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = {'triton', 'torchvision', 'PIL', 'lightning', 'jsonargparse', 'tqdm'}\n"
+        "loaded = heavy & (set(sys.modules) - before)\n"
+        "assert not loaded, loaded\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,540 @@
+"""The command line end to end, and the files it writes."""
+
+import io
+import json
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import deeplab_fast as dlf
+from deeplab_fast import cli
+from deeplab_fast.data.classes import ClassSet, class_set, generic_classes
+from deeplab_fast.data.images import read_image
+from deeplab_fast.engine import outputs
+from deeplab_fast.engine import predict as predict_module
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny model whose labels vary over a picture."""
+    torch.manual_seed(0)
+    options = {"num_classes": 4, "width": 0.25, "aspp_channels": 8}
+    model = dlf.deeplabv3_mobilenet_v2_tf(**options).eval()
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        model.train()(x)
+        model.eval()
+        # All classes equal on average: without it one class would win everywhere.
+        logits = model.forward_logits(x)
+        final = [m for m in model.classifier.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+        final.bias -= logits.mean((0, 2, 3))
+    model.classes = ("background", "road", "sky", "tree")
+    model.palette = ((0, 0, 0), (128, 64, 128), (70, 130, 180), (107, 142, 35))
+    return model
+
+
+@pytest.fixture(scope="module")
+def weights(model, tmp_path_factory):
+    return dlf.save_weights(model, tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+
+
+def photo(height, width, seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of pictures of several kinds."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    photo(40, 56).save(folder / "plain.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(30, 44, 1).save(folder / "turned.jpg", exif=exif)
+    photo(33, 21, 2).convert("L").save(folder / "sub" / "grey.png")
+    return folder
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def labels_of(folder, stem):
+    with Image.open(folder / f"{stem}_labels.png") as image:
+        return image.mode, np.asarray(image)
+
+
+def test_predict_a_folder(capsys, model, weights, photos, tmp_path):
+    out = tmp_path / "new" / "out"
+    status, printed, errors = run(capsys, "predict", photos, "--output", out, "--weights", weights)
+    assert status == 0 and errors == ""
+    assert "3 of 3 images segmented" in printed
+    written = sorted(path.name for path in out.iterdir())
+    assert written == sorted(
+        f"{stem}{end}"
+        for stem in ("grey", "plain", "turned")
+        for end in ("_labels.png", "_overlay.png", ".json")
+    )
+    classes_seen = set()
+    # turned.jpg is stored 30 x 44 and shown 44 x 30.
+    for path, shape in (
+        (photos / "plain.png", (40, 56)),
+        (photos / "turned.jpg", (44, 30)),
+        (photos / "sub" / "grey.png", (33, 21)),
+    ):
+        mode, labels = labels_of(out, path.stem)
+        assert mode == "P" and labels.shape == shape
+        np.testing.assert_array_equal(labels, model.predict(path))
+        classes_seen |= set(np.unique(labels).tolist())
+        with Image.open(out / f"{path.stem}_overlay.png") as image:
+            assert image.mode == "RGB" and image.size == shape[::-1]
+        areas = json.loads((out / f"{path.stem}.json").read_text())
+        assert areas["image"] == str(path)
+        assert (areas["width"], areas["height"]) == shape[::-1]
+        assert areas["model"] == "deeplabv3_mobilenet_v2_tf"
+        assert areas["backend"] in dlf.backends.BACKENDS
+        for area in areas["classes"]:
+            assert area["name"] == model.classes[area["id"]]
+            assert area["pixels"] == (labels == area["id"]).sum()
+            assert area["fraction"] == pytest.approx(area["pixels"] / labels.size)
+        assert sum(area["pixels"] for area in areas["classes"]) == labels.size
+    assert len(classes_seen) > 1, "the test's model gives one class only"
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        pytest.param(["--flip"], {"flip": True}, id="flip"),
+        pytest.param(["--scales", "0.5", "1.5"], {"scales": (0.5, 1.5)}, id="scales"),
+        pytest.param(
+            ["--tile", "24", "32", "--overlap", "0.5"],
+            {"tile": (24, 32), "overlap": 0.5},
+            id="tile",
+        ),
+        pytest.param(["--dtype", "bf16"], {"dtype": "bf16"}, id="dtype"),
+        pytest.param(["--device", "cpu", "--backend", "reference"], {}, id="device-and-backend"),
+        pytest.param(["--model", "deeplabv3_mobilenet_v2_tf"], {}, id="model"),
+    ],
+)
+def test_options_reach_the_prediction(capsys, model, weights, photos, tmp_path, flags, options):
+    image = photos / "plain.png"
+    arguments = ("predict", image, "--output", tmp_path / "o", "--weights", weights, *flags)
+    status, _, errors = run(capsys, *arguments)
+    assert status == 0, errors
+    with dlf.use_backend("reference" if "reference" in flags else "auto"):
+        expected = model.predict(image, **options)
+    np.testing.assert_array_equal(labels_of(tmp_path / "o", "plain")[1], expected)
+    if options:
+        assert (expected != model.predict(image)).any(), "the option changes nothing here"
+
+
+def test_size_and_output_stride(capsys, model, weights, photos, tmp_path, monkeypatch):
+    seen = []
+    original = dlf.DeepLabV3.forward_logits
+
+    def recorded(self, x):
+        seen.append((tuple(x.shape[-2:]), self.output_stride))
+        return original(self, x)
+
+    monkeypatch.setattr(dlf.DeepLabV3, "forward_logits", recorded)
+    image = photos / "plain.png"
+    base = ("predict", image, "--output", tmp_path / "o", "--weights", weights)
+    for flags in ((), ("--size", 20), ("--output-stride", 8)):
+        assert run(capsys, *base, *flags)[0] == 0
+        assert labels_of(tmp_path / "o", "plain")[1].shape == (40, 56)
+    assert seen == [((40, 56), 16), ((20, 28), 16), ((40, 56), 8)]
+
+
+def test_a_configuration_file_and_flags_above_it(capsys, weights, photos, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"paths: ['{photos / 'plain.png'}']\n"
+        f"output: '{tmp_path / 'from_file'}'\n"
+        f"weights: '{weights}'\n"
+        "scales: [0.5, 1.0]\ntile: [24, 32]\nflip: true\n"
+    )
+    assert run(capsys, "predict", "--config", config)[0] == 0
+    assert (tmp_path / "from_file" / "plain.json").is_file()
+    assert run(capsys, "predict", "--config", config, "--output", tmp_path / "flag")[0] == 0
+    for one, other in zip(
+        sorted((tmp_path / "from_file").glob("*.png")),
+        sorted((tmp_path / "flag").glob("*.png")),
+        strict=True,
+    ):
+        assert one.read_bytes() == other.read_bytes()
+    config.write_text("paths: []\n")
+    status, _, errors = run(capsys, "predict", "--config", config)
+    assert status == 2 and "no images given" in errors
+    config.write_text("output: x\nno_such_option: 1\n")
+    status, _, errors = run(capsys, "predict", "--config", config)
+    assert status == 2 and "no_such_option" in errors
+
+
+def test_an_unreadable_image_is_reported_and_the_others_are_done(capsys, weights, photos, tmp_path):
+    whole = (photos / "turned.jpg").read_bytes()
+    (photos / "cut.jpg").write_bytes(whole[:-100])
+    (photos / "empty.png").write_bytes(b"")
+    arguments = ("predict", photos, "--output", tmp_path / "o", "--weights", weights)
+    status, printed, errors = run(capsys, *arguments)
+    assert status == 1
+    assert f"{photos / 'cut.jpg'}: " in errors and "truncated" in errors
+    assert f"{photos / 'empty.png'}: the file is empty" in errors
+    assert "3 of 5 images segmented" in printed and "2 failed" in printed
+    assert len(list((tmp_path / "o").iterdir())) == 9
+    assert not list((tmp_path / "o").glob("cut*"))
+
+
+def test_same_stems_do_not_overwrite_each_other(capsys, model, weights, tmp_path):
+    files = ("a/x.png", "b/x.png", "b/x.bmp", "b/deep/X.png", "y.png", "c/a_x.png")
+    for seed, name in enumerate(files):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(24, 24 + seed, seed).save(path)
+    out = tmp_path / "o"
+    inputs = tmp_path / "in"
+    assert run(capsys, "predict", inputs, "--output", out, "--weights", weights)[0] == 0
+    assert sorted(path.stem for path in out.glob("*.json")) == sorted(
+        ["a_x-2", "b_x_png", "b_x_bmp", "b_deep_X", "y", "a_x"]
+    )
+    seen = set()
+    for path in out.glob("*.json"):
+        source = Path(json.loads(path.read_text())["image"])
+        seen.add(source.relative_to(inputs).as_posix())
+        np.testing.assert_array_equal(labels_of(out, path.stem)[1], model.predict(source))
+    assert seen == set(files)
+
+
+def test_names_that_differ_in_case_only_or_repeat():
+    def names(*paths):
+        return cli._unique_stems([Path(path) for path in paths])
+
+    assert names("p/x.png", "p/y.png") == ["x", "y"]
+    assert names("p/x.png", "p/X.png") == ["x_png", "X_png-2"]
+    assert names("a/x.png", "b/x.png") == ["a_x", "b_x"]
+    assert names("x.png", "sub/x.png") == ["x", "sub_x"]
+    clashing = names("a/b_x.png", "a_b/x.png", "a/b/x.png", "c/a_b_x.png")
+    assert len(set(clashing)) == 4 and clashing[3] == "a_b_x"
+
+
+def test_the_file_is_what_the_convenience_model_is_for(capsys, shared_data, tmp_path):
+    folder = shared_data / "deeplabv3_257"
+    reference = np.load(folder / "deeplabv3_257_mv_gpu_bird_reference.npz")
+    Image.fromarray(reference["input_uint8"].reshape(257, 257, 3)).save(tmp_path / "bird.png")
+    weights = folder / "deeplabv3_257_mv_gpu_folded.safetensors"
+    status, printed, _ = run(
+        capsys,
+        *("predict", tmp_path / "bird.png", "--output", tmp_path / "o"),
+        *("--weights", weights, "--output-stride", 8),
+    )
+    assert status == 0 and "bird" in printed
+    labels = labels_of(tmp_path / "o", "bird")[1]
+    assert (labels == reference["argmax257"].reshape(257, 257)).mean() >= 0.999
+    areas = json.loads((tmp_path / "o" / "bird.json").read_text())
+    assert {area["name"] for area in areas["classes"]} == {"background", "bird"}
+
+
+def test_class_names_from_a_file(capsys, weights, photos, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("one\ntwo\nthree\nfour\n")
+    arguments = ("predict", photos / "plain.png", "--weights", weights, "--classes", names)
+    assert run(capsys, *arguments, "--output", tmp_path / "o")[0] == 0
+    areas = json.loads((tmp_path / "o" / "plain.json").read_text())
+    assert {area["name"] for area in areas["classes"]} <= {"one", "two", "three", "four"}
+    assert areas["class_set"] == "names"
+
+
+def test_reset_head(capsys, weights, photos, tmp_path):
+    base = ("predict", photos / "plain.png", "--output", tmp_path / "o", "--weights", weights)
+    status, _, errors = run(capsys, *base, "--num-classes", 3)
+    assert status == 2 and "4 classes" in errors and "3" in errors and "--reset-head" in errors
+    assert not (tmp_path / "o").exists()
+    status, _, errors = run(capsys, *base, "--num-classes", 3, "--reset-head")
+    assert status == 0 and "random weights" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        pytest.param(["--tile", "0", "8"], "tile is", id="tile-0"),
+        pytest.param(["--tile", "8"], "--tile", id="tile-one-number"),
+        pytest.param(["--tile", "8", "x"], "--tile", id="tile-text"),
+        pytest.param(["--tile", "8", "8", "--overlap", "1"], "overlap is 1.0", id="overlap-1"),
+        pytest.param(["--scales", "0"], "scales is", id="scale-0"),
+        pytest.param(["--size", "-1"], "--size is -1", id="size-negative"),
+        pytest.param(["--device", "tpu0"], "device is 'tpu0'", id="device"),
+        pytest.param(["--device", "cuda:99"], "CUDA devices", id="no-such-gpu"),
+        pytest.param(["--dtype", "int4"], "dtype is 'int4'", id="dtype"),
+        pytest.param(["--output-stride", "4"], "--output-stride is 4", id="output-stride"),
+        pytest.param(["--num-classes", "0"], "--num-classes is 0", id="num-classes-0"),
+        pytest.param(["--backend", "opencl"], "allowed: auto, cuda, triton", id="backend"),
+        pytest.param(["--model", "unet"], "there are: deeplabv3_cascaded", id="model"),
+        pytest.param(["--model", "deeplabv3_resnet18"], "does not fit", id="another-model"),
+        pytest.param(["--classes", "voc"], "voc has 21 classes and the model 4", id="classes"),
+        pytest.param(["--classes", "nope"], "no class set is named 'nope'", id="no-class-set"),
+        pytest.param(["--weights", "missing.pth"], "missing.pth: no such file", id="no-weights"),
+        pytest.param(["--bogus"], "--bogus", id="unknown-flag"),
+        pytest.param(["missing.jpg"], "missing.jpg: no such file or folder", id="no-image"),
+    ],
+)
+def test_bad_arguments_write_nothing(capsys, weights, photos, tmp_path, flags, message):
+    out = tmp_path / "o"
+    arguments = ["predict", photos / "plain.png", "--output", out, "--weights", weights]
+    # A positional argument belongs to the paths.
+    at = 2 if not flags[0].startswith("-") else len(arguments)
+    status, printed, errors = run(capsys, *arguments[:at], *flags, *arguments[at:])
+    assert status == 2 and message in errors and printed == ""
+    assert "Traceback" not in errors
+    assert not out.exists()
+
+
+def test_missing_arguments_say_what_to_pass(capsys, weights, photos, tmp_path):
+    out = tmp_path / "o"
+    status, _, errors = run(capsys, "predict", photos, "--output", out)
+    assert status == 2 and "no trained weights" in errors and ".safetensors" in errors
+    status, _, errors = run(capsys, "predict", photos, "--weights", weights)
+    assert status == 2 and "--output DIR is missing" in errors
+    status, _, errors = run(capsys, "predict", "--output", out, "--weights", weights)
+    assert status == 2 and "required: predict.paths" in errors
+    assert run(capsys)[0] == 2
+    assert not out.exists()
+
+
+def test_weights_that_tell_no_model_ask_for_one(capsys, weights, photos, tmp_path, monkeypatch):
+    found = types.SimpleNamespace(layout="strange", model=None, num_classes=4, options={}, notes="")
+    monkeypatch.setattr("deeplab_fast.weights.inspect_weights", lambda path: found)
+    arguments = ("predict", photos, "--output", tmp_path / "o", "--weights", weights)
+    status, _, errors = run(capsys, *arguments)
+    assert status == 2 and "layout strange" in errors and "--model: deeplabv3_" in errors
+
+
+def test_a_file_that_is_no_checkpoint(capsys, photos, tmp_path):
+    (tmp_path / "w.pth").write_text("hello")
+    arguments = ("predict", photos, "--output", tmp_path / "o", "--weights", tmp_path / "w.pth")
+    status, _, errors = run(capsys, *arguments)
+    assert status == 2 and "w.pth" in errors and "Traceback" not in errors
+
+
+def test_results_never_become_inputs_or_overwrite_them(capsys, weights, photos, tmp_path):
+    base = ("--weights", weights, "--output")
+    status, _, errors = run(capsys, "predict", photos, *base, photos)
+    assert status == 2 and "also a folder of images" in errors
+    inside = photos / "results"
+    for _ in range(2):
+        status, printed, _ = run(capsys, "predict", photos, *base, inside)
+        assert status == 0 and "3 of 3 images" in printed
+    truth = photos / "plain_labels.png"
+    photo(8, 8).save(truth)
+    before = truth.read_bytes()
+    status, _, errors = run(capsys, "predict", photos / "plain.png", truth, *base, photos)
+    assert status == 2 and "would overwrite the image" in errors
+    assert truth.read_bytes() == before
+    status, _, errors = run(capsys, "predict", photos, *base, truth)
+    assert status == 2 and "is a file" in errors
+
+
+def test_a_backend_that_cannot_run_writes_nothing(capsys, weights, photos, tmp_path):
+    # No CUDA kernel runs on a CPU tensor, whatever is built.
+    out = tmp_path / "o"
+    arguments = ("predict", photos, "--output", out, "--weights", weights)
+    status, _, errors = run(capsys, *arguments, "--device", "cpu", "--backend", "cuda")
+    assert status == 2 and "'cuda' was asked for" in errors
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(torch.OutOfMemoryError("CUDA out of memory"), id="gpu"),
+        pytest.param(RuntimeError("DefaultCPUAllocator: can't allocate memory"), id="cpu"),
+        pytest.param(MemoryError(), id="python"),
+    ],
+)
+def test_too_large_an_image_is_reported(capsys, weights, photos, tmp_path, monkeypatch, error):
+    original = predict_module.predict
+
+    def limited(model, image, **options):
+        if image.shape[0] == 44:
+            raise error
+        return original(model, image, **options)
+
+    monkeypatch.setattr(predict_module, "predict", limited)
+    arguments = ("predict", photos, "--output", tmp_path / "o", "--weights", weights)
+    status, printed, errors = run(capsys, *arguments)
+    assert status == 1 and "2 of 3 images" in printed
+    assert "turned.jpg: not enough memory; use --tile" in errors
+
+
+def test_other_errors_are_not_swallowed(capsys, weights, photos, tmp_path, monkeypatch):
+    def broken(model, image, **options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(predict_module, "predict", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(capsys, "predict", photos, "--output", tmp_path / "o", "--weights", weights)
+
+
+def test_a_folder_that_cannot_be_made(capsys, weights, photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "o"
+    status, _, errors = run(capsys, "predict", photos, "--output", out, "--weights", weights)
+    assert status == 1 and "cannot write" in errors
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_only_on_a_terminal_and_for_several(
+    monkeypatch, capsys, weights, photos, tmp_path
+):
+    base = ("--output", tmp_path / "o", "--weights", weights)
+    for arguments, bar in (((photos,), True), ((photos / "plain.png",), False)):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        assert cli.main(["predict", *map(str, (*arguments, *base))]) == 0
+        assert ("3/3" in terminal.getvalue()) == bar
+    monkeypatch.undo()
+    assert run(capsys, "predict", photos, *base)[2] == ""
+
+
+def test_the_other_commands(capsys):
+    status, printed, _ = run(capsys, "models")
+    assert status == 0 and printed.split() == dlf.list_models()
+    status, printed, _ = run(capsys, "info")
+    assert status == 0 and torch.__version__ in printed
+    status, printed, _ = run(capsys, "--version")
+    assert status == 0 and dlf.__version__ in printed
+    status, printed, _ = run(capsys, "predict", "--help")
+    assert status == 0 and "--output-stride" in printed
+
+
+# ---- the files ----
+
+IMAGE = np.full((4, 6, 3), 200, np.uint8)
+LABELS = np.zeros((4, 6), np.uint8)
+LABELS[:, 3:] = 1
+TWO = ClassSet("two", ("cat", "dog"), ((0, 100, 200), (100, 0, 0)))
+
+
+def test_overlay_by_hand():
+    result = outputs.overlay(IMAGE, LABELS, TWO, alpha=0.25)
+    # 0.75 * 200 + 0.25 * colour; the column before the boundary is white.
+    np.testing.assert_array_equal(result[:, :2], np.broadcast_to([150, 175, 200], (4, 2, 3)))
+    np.testing.assert_array_equal(result[:, 2], np.full((4, 3), 255))
+    np.testing.assert_array_equal(result[:, 3:], np.broadcast_to([175, 150, 150], (4, 3, 3)))
+    np.testing.assert_array_equal(
+        outputs.overlay(IMAGE, LABELS[:, :1].repeat(6, 1), TWO, alpha=0), IMAGE
+    )
+    np.testing.assert_array_equal(
+        outputs.overlay(IMAGE, LABELS[:, :1].repeat(6, 1), TWO, alpha=1)[0, 0], [0, 100, 200]
+    )
+    with_background = ClassSet("b", ("background", "dog"), TWO.palette)
+    kept = outputs.overlay(IMAGE, LABELS, with_background)
+    np.testing.assert_array_equal(kept[:, :2], IMAGE[:, :2])
+    with pytest.raises(ValueError, match="alpha is 2"):
+        outputs.overlay(IMAGE, LABELS, TWO, alpha=2)
+
+
+def test_overlay_of_an_image_larger_than_a_band(monkeypatch):
+    labels = np.random.default_rng(0).integers(0, 2, (37, 6)).astype(np.uint8)
+    image = np.random.default_rng(1).integers(0, 256, (37, 6, 3), np.uint8)
+    whole = outputs.overlay(image, labels, TWO)
+    areas = outputs.class_areas(labels, TWO)
+    monkeypatch.setattr(outputs, "_BAND", 5)
+    np.testing.assert_array_equal(outputs.overlay(image, labels, TWO), whole)
+    assert outputs.class_areas(labels, TWO) == areas
+
+
+def test_class_areas():
+    labels = np.array([[0, 2, 2], [2, 2, 0]])
+    areas = outputs.class_areas(labels, class_set("voc"))
+    assert [(a["id"], a["name"], a["pixels"]) for a in areas] == [
+        (2, "bicycle", 4),
+        (0, "background", 2),
+    ]
+    assert [a["fraction"] for a in areas] == pytest.approx([4 / 6, 2 / 6])
+
+
+@pytest.mark.parametrize(
+    ("classes", "mode"),
+    [
+        pytest.param(2, "P", id="two"),
+        pytest.param(256, "P", id="the-last-that-a-palette-holds"),
+        pytest.param(257, "I;16", id="the-first-beyond"),
+        pytest.param(1000, "I;16", id="many"),
+    ],
+)
+def test_label_maps_are_lossless(tmp_path, classes, mode):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, classes, (9, 300))
+    labels[0, :2] = 0, classes - 1
+    labels = labels.astype(np.uint8 if classes <= 256 else np.int64)
+    image = np.zeros((9, 300, 3), np.uint8)
+    known = generic_classes(classes)
+    paths = outputs.write_outputs(tmp_path, "a", image, labels, known)
+    with Image.open(paths["labels"]) as stored:
+        assert stored.mode == mode
+        np.testing.assert_array_equal(np.asarray(stored), labels)
+        if mode == "P":
+            np.testing.assert_array_equal(
+                np.asarray(stored.convert("RGB")), np.array(known.palette, np.uint8)[labels]
+            )
+
+
+def test_ignored_labels_are_kept(tmp_path):
+    labels = LABELS.copy()
+    labels[0, 0] = 255
+    paths = outputs.write_outputs(tmp_path, "a", IMAGE, labels, TWO)
+    np.testing.assert_array_equal(np.asarray(Image.open(paths["labels"])), labels)
+    areas = json.loads(paths["areas"].read_text())["classes"]
+    assert [area["name"] for area in areas] == ["dog", "cat", "ignored"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"labels": LABELS + 5}, r"from 5 to 6.*two has 2 classes", id="too-large"),
+        pytest.param({"labels": LABELS.astype(int) - 1}, "from -1 to 0", id="negative"),
+        pytest.param({"labels": LABELS.astype(float)}, "float64", id="float"),
+        pytest.param({"labels": LABELS[:3]}, r"expected uint8 \[3, 6, 3\]", id="other-size"),
+        pytest.param({"image": IMAGE[..., 0]}, r"uint8 \[4, 6\], expected", id="grey"),
+        pytest.param({"stem": "../a"}, "stem is", id="path-in-the-stem"),
+        pytest.param({"stem": ""}, "stem is ''", id="no-stem"),
+    ],
+)
+def test_outputs_that_do_not_fit_write_nothing(tmp_path, change, message):
+    arguments = {"stem": "a", "image": IMAGE, "labels": LABELS, "classes": TWO, **change}
+    with pytest.raises(ValueError, match=message):
+        outputs.write_outputs(tmp_path / "o", **arguments)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    outputs.write_outputs(tmp_path, "a", IMAGE, LABELS, TWO)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def write(file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        outputs.write_atomically(
+            [(tmp_path / "a.json", lambda file: file.write(b"new")), (tmp_path / "b.png", write)]
+        )
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_read_image_reads_what_is_written(tmp_path):
+    paths = outputs.write_outputs(tmp_path, "a", IMAGE, LABELS, TWO)
+    np.testing.assert_array_equal(read_image(paths["overlay"]), outputs.overlay(IMAGE, LABELS, TWO))

@@ -1,0 +1,509 @@
+"""The package in every way of installing and running it, and the decisions of setup.py.
+
+Everything is built from a copy of the checkout, so that nothing here touches the checkout or the
+environment that runs the tests. Installs go into throwaway environments that see the packages of
+this one through a .pth file; .pth files inside those are not run, so an editable install of this
+checkout cannot stand in for the one under test.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+SHIPPED = ("deeplab_fast", "kernels", "csrc", "tests", "bench", "requirements")
+GENERATED = ("*.so", "build.json", "__pycache__", "*.egg-info", ".benchmarks", ".hypothesis")
+
+# Imports torch once, then the package in a fork for each case: argv[1] is a list of {cwd, triton}.
+PROBE = """
+import json, os, sys
+import torch
+
+def broken(name, path=None, target=None):
+    if name.split(".")[0] == "triton":
+        raise RuntimeError("a broken triton")
+
+for case in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.chdir(case["cwd"])
+        if case.get("triton") in ("absent", "broken"):
+            assert "triton" not in sys.modules
+            if case["triton"] == "absent":
+                sys.modules["triton"] = None
+            else:
+                sys.meta_path.insert(0, type("Broken", (), {"find_spec": staticmethod(broken)}))
+        import deeplab_fast, deeplab_fast.kernels
+        from deeplab_fast import _ext
+        print(json.dumps({
+            "package": deeplab_fast.__file__,
+            "kernels": deeplab_fast.kernels.__file__,
+            "version": deeplab_fast.__version__,
+            "doubled": "kernels" in sys.modules,
+            "loaded": _ext.CPU.loaded,
+            "reason": _ext.CPU.reason,
+            "cuda": torch.cuda.is_initialized(),
+        }))
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, case
+"""
+
+
+def version() -> str:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+
+
+def environment(**changes: object) -> dict[str, str]:
+    """This environment without the variables that steer the build, the imports or pip."""
+    steering = ("CUDA_HOME", "CUDA_PATH", "CXX", "DEBUG", "FORCE_CUDA", "MAX_JOBS", "NVCC_THREADS")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*steering, "TORCH_CUDA_ARCH_LIST", "TRITON_INTERPRET")
+        and not name.startswith(("DEEPLAB_FAST_", "PYTHON"))
+    }
+    return kept | {name: str(value) for name, value in changes.items()}
+
+
+def run(*command: object, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        **options,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout
+    return done
+
+
+def copy_checkout(target: Path) -> Path:
+    target.mkdir(parents=True)
+    for path in ROOT.iterdir():
+        if path.name in SHIPPED:
+            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns(*GENERATED))
+        elif path.is_file():
+            shutil.copy2(path, target / path.name)
+    return target
+
+
+def throwaway_environment(folder: Path) -> Path:
+    """The interpreter of a new virtual environment that sees the packages of this one."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    tags = {"base": folder, "platbase": folder}
+    purelib = Path(sysconfig.get_path("purelib", "venv", tags))
+    outer = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
+    (purelib / "outer.pth").write_text("\n".join(outer) + "\n")
+    return folder / "bin" / "python"
+
+
+def probe(python: Path, *cases: dict, **env: object) -> list[dict]:
+    cases = [case | {"cwd": str(case["cwd"])} for case in cases]
+    done = run(python, "-c", PROBE, json.dumps(cases), env=environment(**env))
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == len(cases), done.stdout
+    for result in results:
+        assert result["version"] == version()
+        assert not result["doubled"]
+        assert not result["cuda"]
+    return results
+
+
+@pytest.fixture(scope="module")
+def clean_python(tmp_path_factory) -> Path:
+    return throwaway_environment(tmp_path_factory.mktemp("clean") / "venv")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    source = copy_checkout(tmp_path_factory.mktemp("wheel") / "source")
+    # Leftovers of an in-place build must not travel.
+    (source / "deeplab_fast" / f"_C{SUFFIX}").write_bytes(b"old")
+    (source / "deeplab_fast" / "build.json").write_text('{"torch": "0.1"}')
+    out = source.parent / "out"
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-index", "--no-build-isolation", "--no-deps")
+    run(*pip, "-w", out, source, env=environment(DEEPLAB_FAST_BUILD_EXT=0))
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_one_package(wheel):
+    assert wheel.name == f"deeplab_fast-{version()}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        facts = json.loads(archive.read("deeplab_fast/build.json"))
+    top = {name.split("/")[0] for name in names}
+    assert top == {"deeplab_fast", f"deeplab_fast-{version()}.dist-info"}
+    assert "deeplab_fast/kernels/__init__.py" in names
+    assert not [name for name in names if name.endswith((".so", ".cpp", ".cu"))]
+    assert facts["extensions"]["_C"] == {"built": False, "reason": "DEEPLAB_FAST_BUILD_EXT=0"}
+
+
+def test_wheel_runs_elsewhere_and_in_a_checkout(wheel, clean_python, tmp_path):
+    target = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--target", target)
+    run(*pip, wheel, env=environment())
+    checkout = copy_checkout(tmp_path / "checkout")
+    elsewhere, local = probe(
+        clean_python, {"cwd": tmp_path}, {"cwd": checkout}, PYTHONPATH=str(target)
+    )
+    assert Path(elsewhere["package"]).parent == target / "deeplab_fast"
+    assert Path(elsewhere["kernels"]).parent == target / "deeplab_fast" / "kernels"
+    assert "DEEPLAB_FAST_BUILD_EXT=0" in elsewhere["reason"]
+    # In a checkout the local package comes first, and brings its own kernels.
+    assert Path(local["package"]).parent == checkout / "deeplab_fast"
+    assert Path(local["kernels"]).parent == checkout / "kernels"
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('kernels') is not None)"
+    run(clean_python, "-c", code, cwd=tmp_path, env=environment(PYTHONPATH=str(target)))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("default", id="default: a finder maps both folders"),
+        pytest.param("strict", id="strict: a tree of links, shadowed in the checkout"),
+        pytest.param("compat", id="compat: a .pth line, which knows no package-dir"),
+    ],
+)
+def test_editable_install(mode, tmp_path):
+    python = throwaway_environment(tmp_path / "venv")
+    source = copy_checkout(tmp_path / "source")
+    setting = [] if mode == "default" else [f"--config-settings=editable_mode={mode}"]
+    pip = (python, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps")
+    env = environment(DEEPLAB_FAST_BUILD_EXT=0)
+    run(*pip, "--ignore-installed", *setting, "-e", source, env=env)
+    elsewhere, local = probe(python, {"cwd": tmp_path}, {"cwd": source})
+    for result in (elsewhere, local):
+        assert Path(result["package"]).is_relative_to(source)
+        assert Path(result["kernels"]).is_relative_to(source)
+        assert "DEEPLAB_FAST_BUILD_EXT=0" in result["reason"]
+    assert Path(local["kernels"]).parent == source / "kernels"
+    assert (source / "deeplab_fast" / "build.json").is_file()
+
+
+def test_runs_from_pythonpath_without_triton_and_with_a_broken_extension(clean_python, tmp_path):
+    source = copy_checkout(tmp_path / "source")
+    plain, absent, broken = probe(
+        clean_python,
+        {"cwd": tmp_path},
+        {"cwd": tmp_path, "triton": "absent"},
+        {"cwd": tmp_path, "triton": "broken"},
+        PYTHONPATH=str(source),
+    )
+    for result in (plain, absent, broken):
+        assert Path(result["package"]).parent == source / "deeplab_fast"
+        assert Path(result["kernels"]).parent == source / "kernels"
+        assert not result["loaded"]
+        assert "never installed" in result["reason"]
+    (source / "deeplab_fast" / f"_C{SUFFIX}").write_bytes(b"no shared object")
+    (unloadable,) = probe(clean_python, {"cwd": source})
+    assert not unloadable["loaded"]
+    assert "cannot be loaded" in unloadable["reason"]
+
+
+def test_sdist_can_build_everything(tmp_path):
+    source = copy_checkout(tmp_path / "source")
+    command = (sys.executable, "setup.py", "-q", "sdist", "--dist-dir", tmp_path)
+    run(*command, cwd=source, env=environment())
+    with tarfile.open(tmp_path / f"deeplab_fast-{version()}.tar.gz") as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile"}
+    for folder in SHIPPED:
+        files = (path for path in (source / folder).rglob("*") if path.is_file())
+        expected |= {path.relative_to(source).as_posix() for path in files}
+    assert expected <= names, sorted(expected - names)
+
+
+def test_every_package_folder_is_listed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    found = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for path in (ROOT / "deeplab_fast").rglob("__init__.py")
+    }
+    kernels = (path.parent for path in (ROOT / "kernels").rglob("__init__.py"))
+    found |= {
+        "deeplab_fast." + path.relative_to(ROOT).as_posix().replace("/", ".") for path in kernels
+    }
+    assert set(settings["packages"]) == found
+
+
+def test_tools_have_one_version():
+    pins = {}
+    for path in (ROOT / "requirements").glob("*.txt"):
+        lines = (line.split("==") for line in path.read_text("utf-8").splitlines() if "==" in line)
+        pins |= {name: f"{name}=={pin}" for name, pin in lines}
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    for tool in ("ruff", "clang-format"):
+        assert hooks.count(f"[{tool}==") == hooks.count(f"[{pins[tool]}]") > 0
+
+
+def build(source: Path, *, check: bool = True, **env: object):
+    """Runs setup.py's whole build and returns (finished process, build.json or None)."""
+    out = source.parent / "lib"
+    command = (sys.executable, "setup.py", "build", "--build-lib", out)
+    done = run(*command, cwd=source, env=environment(**env), check=check)
+    path = out / "deeplab_fast" / "build.json"
+    return done, json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return copy_checkout(tmp_path / "source")
+
+
+@pytest.fixture
+def without_torch(tmp_path) -> Path:
+    """A folder for PYTHONPATH in which `import torch` fails as if it were not installed."""
+    folder = tmp_path / "without_torch"
+    folder.mkdir()
+    error = "ModuleNotFoundError(\"No module named 'torch'\", name='torch')"
+    (folder / "torch.py").write_text(f"raise {error}\n")
+    return folder
+
+
+def test_missing_torch_is_one_line(source, without_torch):
+    done, facts = build(source, PYTHONPATH=without_torch)
+    lines = [line for line in done.stdout.splitlines() if "torch is not" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("deeplab_fast: pure Python install: ")
+    assert "--no-build-isolation" in lines[0]
+    assert "torch is not in the build environment" in facts["extensions"]["_C"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        pytest.param({"DEEPLAB_FAST_BUILD_EXT": "1"}, "torch is not", id="required, no torch"),
+        pytest.param({"FORCE_CUDA": "1"}, "torch is not", id="CUDA required, no torch"),
+        pytest.param({"DEEPLAB_FAST_BUILD_EXT": "yes"}, "use auto or 0 or 1", id="unknown choice"),
+        pytest.param({"MAX_JOBS": "0"}, "positive number", id="no jobs"),
+        pytest.param(
+            {"FORCE_CUDA": "1", "DEEPLAB_FAST_BUILD_EXT": "0"}, "contradict", id="contradiction"
+        ),
+    ],
+)
+def test_settings_that_cannot_be_followed(env, message, source, without_torch):
+    done, facts = build(source, check=False, PYTHONPATH=without_torch, **env)
+    assert done.returncode != 0
+    assert facts is None
+    (line,) = (line for line in done.stdout.splitlines() if "deeplab_fast: error: " in line)
+    assert message in line
+
+
+def test_force_cuda_without_a_toolkit_is_an_error(source, tmp_path):
+    done, _ = build(source, check=False, FORCE_CUDA=1, CUDA_HOME=tmp_path / "nothing")
+    assert done.returncode != 0
+    (line,) = (line for line in done.stdout.splitlines() if "deeplab_fast: error: " in line)
+    assert "FORCE_CUDA=1, but CUDA_HOME=" in line
+    assert "has no bin/nvcc" in line
+
+
+@pytest.mark.parametrize("required", [False, True], ids=["auto leaves it out", "1 is fatal"])
+def test_extension_that_does_not_compile(required, source):
+    for path in (source / "csrc").rglob("*.cpp"):
+        path.unlink()
+    (source / "csrc" / "bad.cpp").write_text("#error broken on purpose\n")
+    setting = "1" if required else "auto"
+    done, facts = build(source, check=False, DEEPLAB_FAST_BUILD_EXT=setting, CUDA_HOME="/none")
+    assert "broken on purpose" in done.stdout
+    assert (done.returncode != 0) == required
+    if not required:
+        lines = [line for line in done.stdout.splitlines() if "_C is left out" in line]
+        assert len(lines) == 1
+        assert "DEEPLAB_FAST_BUILD_EXT=1" in lines[0]
+        assert "failed to compile" in facts["extensions"]["_C"]["reason"]
+
+
+def test_cuda_sources_are_compiled_for_their_targets(source, tmp_path):
+    """With an nvcc that only writes down its arguments, on whatever torch there is."""
+    shutil.rmtree(source / "csrc")
+    cuda = source / "csrc" / "cuda"
+    cuda.mkdir(parents=True)
+    for name in ("one.cu", "two_sm90.cu"):
+        (cuda / name).write_text("")
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(
+        f"#!{sys.executable}\n"
+        "import pathlib, sys\n"
+        "if '--version' in sys.argv:\n"
+        "    print('Cuda compilation tools, release 13.0, V13.0.88')\n"
+        "else:\n"
+        "    output = pathlib.Path(sys.argv[sys.argv.index('-o') + 1])\n"
+        "    output.write_text('')\n"
+        "    if '-MF' in sys.argv:\n"
+        "        pathlib.Path(sys.argv[sys.argv.index('-MF') + 1]).write_text(f'{output}:')\n"
+        f"    with open({str(tmp_path / 'calls')!r}, 'a') as calls:\n"
+        "        print(*sys.argv[1:], file=calls)\n"
+    )
+    nvcc.chmod(0o755)
+    done, facts = build(
+        source, FORCE_CUDA=1, CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST="7.5 8.0;9.0+PTX"
+    )
+    assert facts["cuda"] == "13.0"
+    assert facts["archs"] == ["8.0", "9.0+PTX", "9.0a"]
+    assert [entry["built"] for entry in facts["extensions"].values()] == [False, True, True]
+    for name in ("_C_cuda", "_C_sm90"):
+        assert (source.parent / "lib" / "deeplab_fast" / f"{name}{SUFFIX}").is_file(), done.stdout
+    calls = (tmp_path / "calls").read_text().splitlines()
+    targets = {}
+    for call in calls:
+        arguments = call.split()
+        if "-c" in arguments:
+            compiled = Path(arguments[arguments.index("-c") + 1]).name
+            targets[compiled] = [flag for flag in arguments if flag.startswith("-gencode")]
+            assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in arguments
+            assert "-DUSE_CUDA" in arguments
+    assert targets == {
+        "one.cu": [
+            "-gencode=arch=compute_80,code=sm_80",
+            "-gencode=arch=compute_90,code=sm_90",
+            "-gencode=arch=compute_90,code=compute_90",
+        ],
+        "two_sm90.cu": ["-gencode=arch=compute_90a,code=sm_90a"],
+    }
+
+
+_names = (f"packaging_probe_{number}" for number in itertools.count())
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """load(files, build): imports a copy of _ext.py from a package with these files."""
+
+    def load(files: dict[str, bytes], build: dict | None = None):
+        package = tmp_path / next(_names)
+        package.mkdir()
+        (package / "__init__.py").write_text("")
+        shutil.copy2(ROOT / "deeplab_fast" / "_ext.py", package)
+        for name, content in files.items():
+            (package / name).write_bytes(content)
+        if build is not None:
+            (package / "build.json").write_text(json.dumps(build))
+        importlib.invalidate_caches()
+        return importlib.import_module(f"{package.name}._ext")
+
+    monkeypatch.delenv("DEEPLAB_FAST_DISABLE_EXT", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    return load
+
+
+MINOR = int(torch.__version__.split(".")[1])
+THIS = sys.implementation.cache_tag
+
+
+@pytest.mark.parametrize(
+    ("files", "build", "reason"),
+    [
+        pytest.param({}, None, "never installed", id="no build at all"),
+        pytest.param(
+            {},
+            {"extensions": {"_C": {"built": False, "reason": "no compiler"}}},
+            "not built: no compiler",
+            id="the build's own reason",
+        ),
+        pytest.param(
+            {}, {"extensions": {"_C": {"built": True}}}, "file is missing", id="file deleted"
+        ),
+        pytest.param(
+            {"_C.cpython-37m-x86_64-linux-gnu.so": b""}, None, "another Python", id="Python 3.7"
+        ),
+        pytest.param(
+            {f"_C{SUFFIX}": b""},
+            {"torch": f"2.{MINOR - 1}.0", "python": THIS},
+            f"built for torch 2.{MINOR - 1}.0, not for {torch.__version__}",
+            id="the previous torch",
+        ),
+        pytest.param(
+            {f"_C{SUFFIX}": b"text"},
+            {"torch": f"2.{MINOR}.99+other", "python": THIS},
+            "cannot be loaded",
+            id="a patch release is no mismatch, a damaged file is one",
+        ),
+    ],
+)
+def test_extension_says_why_it_is_missing(files, build, reason, load):
+    ext = load(files, build)
+    assert not ext.CPU.loaded
+    assert ext.CPU.module is None
+    assert reason in ext.CPU.reason
+    assert ext.CPU.build == (build or {})
+
+
+def test_extension_of_another_torch_is_recognised_by_its_symbols(load, tmp_path):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler makes the extension of this test")
+    code = tmp_path / "old.c"
+    code.write_text(
+        "void _ZN3c104goneEv(void);\nvoid* PyInit__C(void) { _ZN3c104goneEv(); return 0; }\n"
+    )
+    run(compiler, "-shared", "-fPIC", code, "-o", tmp_path / "old.so")
+    ext = load({f"_C{SUFFIX}": (tmp_path / "old.so").read_bytes()})
+    assert "built for another torch: no symbol _ZN3c104goneEv" in ext.CPU.reason
+
+
+def test_extension_can_be_switched_off(load, monkeypatch):
+    monkeypatch.setenv("DEEPLAB_FAST_DISABLE_EXT", "1")
+    ext = load({f"_C{SUFFIX}": b""})
+    for extension in (ext.CPU, ext.CUDA, ext.SM90):
+        assert not extension.loaded
+        assert "DEEPLAB_FAST_DISABLE_EXT=1" in extension.reason
+
+
+def test_cuda_extension_is_not_loaded_into_a_torch_without_cuda(load, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    ext = load({f"_C_cuda{SUFFIX}": b""})
+    assert not ext.CUDA.loaded
+    assert "has no CUDA" in ext.CUDA.reason
+
+
+def test_built_extension_loads_and_shares_torchs_openmp():
+    """One OpenMP runtime: torch's thread count reaches the extension, one library is mapped."""
+    facts = ROOT / "deeplab_fast" / "build.json"
+    if not facts.is_file():
+        pytest.skip("the extension is not built in this checkout")
+    build = json.loads(facts.read_text("utf-8"))
+    if not build["extensions"]["_C"]["built"]:
+        pytest.skip(f"the extension is not built: {build['extensions']['_C']['reason']}")
+    code = """
+import json, torch
+from deeplab_fast import _ext
+assert _ext.CPU.loaded, _ext.CPU.reason
+threads = []
+for count in (1, 3):
+    torch.set_num_threads(count)
+    threads.append(_ext.CPU.module.build_info()["openmp_threads"])
+with open("/proc/self/maps") as maps:
+    paths = {line.split()[-1] for line in maps if "/" in line}
+runtimes = [path for path in paths if "omp" in path.rpartition("/")[2]]
+print(json.dumps([threads, runtimes, _ext.CPU.module.build_info()]))
+"""
+    done = run(sys.executable, "-c", code, cwd=ROOT, env=environment())
+    threads, runtimes, info = json.loads(done.stdout.splitlines()[-1])
+    assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    if "-fopenmp" in build["flags"]["_C"]:
+        assert info["openmp"] > 0
+        assert threads == [1, 3]
+        assert len(runtimes) == 1, runtimes
+        # Linked by name it could be the system's, where torch's has another name.
+        assert b"libgomp" not in Path(ROOT / "deeplab_fast" / f"_C{SUFFIX}").read_bytes()
