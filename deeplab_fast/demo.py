@@ -29,8 +29,6 @@ _PHOTOS = (
 )
 _QUICK_PHOTOS = 3
 _WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent.parent / "shared/data/deeplabv3_257"
-# Google's model has output stride 8, which its weights do not tell.
-_OUTPUT_STRIDE = 8
 _TIMING_SIZE = 520
 _QUICK_TIMING_SIZE = 257
 # Seconds for the timed runs, so that the demo stays short on a busy machine.
@@ -108,8 +106,8 @@ def _segment_photos(weights: Path, output: Path, quick: bool) -> None:
     from deeplab_fast.weights import inspect_weights
 
     info = inspect_weights(weights)
-    given = {"output_stride": _OUTPUT_STRIDE} if info.layout == "tflite" else {}
-    model = dlf.from_checkpoint(weights, **given).eval()
+    given: dict[str, Any] = {"output_stride": _OUTPUT_STRIDE} if info.layout == "tflite" else {}
+    model: Any = dlf.from_checkpoint(weights, **given).eval()
     if info.layout == "tflite":
         print(
             "\nWeights: Google's TensorFlow Lite DeepLabv3 (MobileNetV2 x0.5, 21 PASCAL VOC"
@@ -143,9 +141,9 @@ def _segment_photos(weights: Path, output: Path, quick: bool) -> None:
             backend=_backend_of(model, image.shape[:2]),
         )
         areas = class_areas(labels, classes)
-        shown = ", ".join(
-            f"{a['name']} {a['fraction']:.1%}" for a in areas if a["fraction"] > 0.001
-        )
+        # What would be printed as 0.0 %.
+        areas = [area for area in areas if area["fraction"] >= 0.0005]
+        shown = ", ".join(f"{a['name']} {a['fraction']:.1%}" for a in areas)
         size = f"{image.shape[1]}x{image.shape[0]}"
         print(f"{path.stem:<18}{size:>10}{1000 * took:>7.0f}   {shown}")
         done.append(_Segmented(path.stem, image, overlay(image, labels, classes), areas))
@@ -154,10 +152,9 @@ def _segment_photos(weights: Path, output: Path, quick: bool) -> None:
     write_atomically([(sheet_path, lambda file: sheet.save(file, format="PNG"))])
     print(f"\nWrote label maps, overlays and class areas of {len(done)} photos to {output}/")
     print(f"All of them side by side: {sheet_path}")
-    stride = f" --output-stride {_OUTPUT_STRIDE}" if given else ""
     print(
         "The same for your photos:\n"
-        f"  deeplab-fast predict PHOTO... --output DIR --weights {weights}{stride}"
+        f"  deeplab-fast predict PHOTO... --output DIR --weights {weights}"
     )
 
 

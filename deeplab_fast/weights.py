@@ -166,12 +166,6 @@ def _smp_options(state: Mapping[str, Tensor], header: Mapping[str, str]) -> dict
     return {"align_corners": True, **_no_contraction(state, header)}
 
 
-def _smp_differs(state: Mapping[str, Tensor]) -> str:
-    if _is_timm(state) and _basic_blocks(state):
-        return "timm contracts the dilation of a basic block's first convolution only"
-    return ""
-
-
 def _mmseg_differs(state: Mapping[str, Tensor]) -> str:
     if _basic_blocks(state):
         return "mmsegmentation dilates a basic block's first convolution only"
@@ -219,7 +213,6 @@ LAYOUTS: tuple[Layout, ...] = (
             Rule(r"classification_head\..+", None),
         ),
         options=_smp_options,
-        differs=_smp_differs,
         notes=(
             "segmentation-models-pytorch dilates without contraction and upsamples with "
             "align_corners=True. The output stride is not in the weights: it is 8 unless "
@@ -676,14 +669,18 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _read_torch(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
         with _harmless_globals():
-            content = torch.load(
-                os.fspath(path), map_location="cpu", weights_only=True, mmap=kind == "zip"
-            )
+            if path.suffix == ".safetensors":
+                # torch.load goes by this suffix, whatever the file is.
+                with path.open("rb") as file:
+                    content = torch.load(file, **options)
+            else:
+                content = torch.load(os.fspath(path), mmap=kind == "zip", **options)
     # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more for damaged files.
     except Exception as error:
-        refused = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        refused = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
         if refused is None:
             reason = str(error).strip().splitlines()
             raise CheckpointError(

@@ -138,10 +138,9 @@ def class_areas(labels: np.ndarray, classes: ClassSet) -> list[dict[str, Any]]:
     """``id``, ``name``, ``pixels`` and ``fraction`` (0..1) of each class present, largest first."""
     length = max(len(classes), int(labels.max()) + 1)
     # bincount makes an int64 copy of what it counts.
-    counts = sum(
-        np.bincount(labels[top : top + _BAND].ravel(), minlength=length)
-        for top in range(0, labels.shape[0], _BAND)
-    )
+    counts = np.zeros(length, dtype=np.int64)
+    for top in range(0, labels.shape[0], _BAND):
+        counts += np.bincount(labels[top : top + _BAND].ravel(), minlength=length)
     order = sorted(np.flatnonzero(counts).tolist(), key=lambda index: (-counts[index], index))
     return [
         {

@@ -47,9 +47,9 @@ def predict(
     image; their probabilities are blended with a weight that falls along sin^2 over an overlap and
     is 1 at the image's border. Scales and flips are run inside each window. An image that fits
     into one window is run whole. Beside the photo and the labels this holds ``4 * C * h * W``
-    bytes (one row of windows over the width W) and what the model takes for ``batch_size`` windows
-    at the largest scale, whatever the image's height. Windows are cut from the photo at its own
-    size: ``model.preprocess.size`` is not applied.
+    bytes (one row of windows over the width W), at most twice, and what the model takes for
+    ``batch_size`` windows at the largest scale, whatever the image's height. Windows are cut from
+    the photo at its own size: ``model.preprocess.size`` is not applied.
 
     Args:
         model: has ``forward_logits(x) -> [N, C, h, w]`` and ``align_corners``, and for anything
@@ -87,17 +87,18 @@ def predict(
         _check_tensor(images)
     else:
         _check_images(images)
-    preprocess = None
-    if not (isinstance(images, torch.Tensor) and images.is_floating_point()):
-        preprocess = _preprocess_of(model)
-    runner = _Runner.prepare(model, images, options, wanted_device, wanted_dtype)
+    ready = isinstance(images, torch.Tensor) and images.is_floating_point()
+    preprocess = None if ready else _preprocess_of(model)
+    runner = _Runner.prepare(model, images, preprocess, options, wanted_device, wanted_dtype)
+    labels: Any
+    prob: Any
     with _eval_mode(model), torch.inference_mode():
         if isinstance(images, torch.Tensor):
-            labels, prob = runner.tensor(images, preprocess)
+            labels, prob = runner.tensor(images)
         elif isinstance(images, (list, tuple)):
-            labels, prob = runner.images(images, preprocess)
+            labels, prob = runner.images(images)
         else:
-            (labels,), (prob,) = runner.images([images], preprocess)
+            (labels,), (prob,) = runner.images([images])
     if isinstance(labels, torch.Tensor):
         # Inference tensors refuse in-place changes later; results are ordinary ones.
         labels, prob = labels.clone(), None if prob is None else prob.clone()
@@ -196,6 +197,7 @@ class _Pixels:
 @dataclass(frozen=True)
 class _Runner:
     model: Any
+    preprocess: Preprocess | None
     options: PredictOptions
     device: torch.device
     dtype: torch.dtype
@@ -206,6 +208,7 @@ class _Runner:
         cls,
         model: torch.nn.Module,
         images: Any,
+        preprocess: Preprocess | None,
         options: PredictOptions,
         device: torch.device | None,
         dtype: torch.dtype | None,
@@ -228,11 +231,9 @@ class _Runner:
                 device = images.device if is_tensor else torch.device("cpu")
         elif state and not _same_device(state[0].device, device):
             model.to(device)
-        return cls(model, options, device, own, autocast)
+        return cls(model, preprocess, options, device, own, autocast)
 
-    def tensor(
-        self, images: torch.Tensor, preprocess: Preprocess | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def tensor(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch = images if images.ndim == 4 else images[None]
         size = (0, *batch.shape[-2:])
         if batch.shape[0] == 0:
@@ -244,24 +245,21 @@ class _Runner:
             # There batch_size counts windows.
             step = 1
         results = [
-            self.run(_Pixels(batch[i : i + step], preprocess))
+            self.run(_Pixels(batch[i : i + step], self.preprocess))
             for i in range(0, batch.shape[0], step)
         ]
-        labels = torch.cat([labels for labels, _ in results])
-        prob = torch.cat([prob for _, prob in results]) if self.options.return_prob else None
+        labels, prob = _joined(results, dim=0)
         if images.ndim == 3:
             labels, prob = labels[0], None if prob is None else prob[0]
         return labels, prob
 
-    def images(
-        self, images: Sequence[Any], preprocess: Preprocess
-    ) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    def images(self, images: Sequence[Any]) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
         step = 1 if self.options.tile is not None else self.options.batch_size or 1
         all_labels: list[np.ndarray] = []
         all_prob: list[np.ndarray | None] = []
         for group in _groups((as_rgb_array(image) for image in images), step):
             pixels = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)
-            labels, prob = self.run(_Pixels(pixels, preprocess))
+            labels, prob = self.run(_Pixels(pixels, self.preprocess))
             all_labels += list(labels.cpu().numpy())
             all_prob += [None] * len(group) if prob is None else list(prob.cpu().numpy())
         return all_labels, all_prob
@@ -280,7 +278,7 @@ class _Runner:
             base = (height, width)
         if options.passes == 1:
             x = pixels.inputs(self.scaled(base, options.scales[0]), self.device, self.dtype)
-            result = ops.upsample_argmax(
+            result: Any = ops.upsample_argmax(
                 self.logits(x),
                 (height, width),
                 align_corners=self.model.align_corners,
@@ -320,8 +318,7 @@ class _Runner:
             kept = band[:, :, done:].clone()
             band.zero_()
             band[:, :, : kept.shape[2]] = kept
-        labels = torch.cat([labels for labels, _ in bands], dim=1)
-        return labels, torch.cat([p for _, p in bands], dim=1) if options.return_prob else None
+        return _joined(bands, dim=1)
 
     def summed_softmax(self, pixels: _Pixels, base: tuple[int, int]) -> torch.Tensor:
         """Sum over scales and flips of the probabilities [N, C, H, W] at the picture's size."""
@@ -358,7 +355,16 @@ class _Runner:
     def scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
         # With aligned corners the distance between the corner pixels scales, not the pixel count.
         fixed = 1 if self.model.align_corners else 0
-        return tuple(max(1, math.floor((n - fixed) * scale + 0.5) + fixed) for n in size)
+        height, width = (max(1, math.floor((n - fixed) * scale + 0.5) + fixed) for n in size)
+        return height, width
+
+
+def _joined(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], dim: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    labels = torch.cat([labels for labels, _ in parts], dim)
+    probs = [prob for _, prob in parts if prob is not None]
+    return labels, torch.cat(probs, dim) if probs else None
 
 
 def _groups(images: Iterator[np.ndarray], step: int) -> Iterator[list[np.ndarray]]:
