@@ -106,8 +106,7 @@ def _segment_photos(weights: Path, output: Path, quick: bool) -> None:
     from deeplab_fast.weights import inspect_weights
 
     info = inspect_weights(weights)
-    given: dict[str, Any] = {"output_stride": _OUTPUT_STRIDE} if info.layout == "tflite" else {}
-    model: Any = dlf.from_checkpoint(weights, **given).eval()
+    model: Any = dlf.from_checkpoint(weights).eval()
     if info.layout == "tflite":
         print(
             "\nWeights: Google's TensorFlow Lite DeepLabv3 (MobileNetV2 x0.5, 21 PASCAL VOC"

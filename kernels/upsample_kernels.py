@@ -35,40 +35,46 @@ import triton.language as tl
 
 # A finite start of a running maximum: (-inf) - (-inf) would be NaN for a first logit of -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# exp(x) is written exp2(x LOG2_E): Triton's exp keeps denormals, at three more instructions.
+LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
 
 
+# Rows and columns beyond the end are not clamped, only masked: the compiler must see that columns
+# are consecutive, or it spreads the loads and stores of pixels over lanes in another order.
+
+
 @triton.jit
 def _row_tile(first_ptr, block_low_ptr, lam_ptr, block, in_rows, ROWS: tl.constexpr):
-    """Rows of a row block: (row, whether it exists, the two source rows, lam), row clamped."""
+    """Rows of a row block: (row, whether it exists, the two source rows, lam)."""
     first = tl.load(first_ptr + block)
     end = tl.load(first_ptr + block + 1)
     row = first + tl.arange(0, ROWS)
     row_in = row < end
-    row = tl.minimum(row, end - 1)
     low = tl.load(block_low_ptr + block)
     high = tl.minimum(low + 1, in_rows - 1)
-    return row, row_in, low, high, tl.load(lam_ptr + row)
-
-
-@triton.jit
-def _plain_columns(tile, out_cols, COLS: tl.constexpr):
-    """Consecutive columns: (column, whether it exists), column clamped."""
-    col = tile * COLS + tl.arange(0, COLS)
-    return tl.minimum(col, out_cols - 1), col < out_cols
+    return row, row_in, low, high, tl.load(lam_ptr + tl.minimum(row, end - 1))
 
 
 @triton.jit
 def _blocked_columns(first_ptr, tile, col_blocks, COLS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Columns of COLS / BLOCK_COLS column blocks: (column, whether it exists), column clamped."""
+    """Columns of COLS / BLOCK_COLS column blocks: (column, whether it exists)."""
     slot = tl.arange(0, COLS)
     block = tile * (COLS // BLOCK_COLS) + slot // BLOCK_COLS
     block_in = block < col_blocks
-    block = tl.minimum(block, col_blocks - 1)
-    col = tl.load(first_ptr + block) + slot % BLOCK_COLS
-    end = tl.load(first_ptr + block + 1)
-    return tl.minimum(col, end - 1), block_in & (col < end)
+    first = tl.load(first_ptr + block, mask=block_in, other=0)
+    end = tl.load(first_ptr + block + 1, mask=block_in, other=0)
+    col = first + slot % BLOCK_COLS
+    return col, col < end
+
+
+@triton.jit
+def _source_columns(low_ptr, lam_ptr, col, in_cols, out_cols):
+    """The two source columns and lam of each column; those that do not exist get some."""
+    col = tl.maximum(tl.minimum(col, out_cols - 1), 0)
+    low = tl.load(low_ptr + col)
+    return low, tl.minimum(low + 1, in_cols - 1), tl.load(lam_ptr + col)
 
 
 @triton.jit
@@ -112,7 +118,7 @@ def _interpolate_at(p00, p01, p10, p11, offset, lam_x, lam_y):
 @triton.jit
 def _online_softmax(v, highest, total):
     """Take v into a running maximum and sum of exp(v - maximum), with one exponential."""
-    e = tl.exp(-tl.abs(v - highest))
+    e = tl.exp2(-tl.abs(v - highest) * LOG2_E)
     above = v > highest
     total = tl.where(above, total * e + 1.0, total + e)
     return tl.where(above, v, highest), total
@@ -186,10 +192,8 @@ def upsample_argmax_kernel(
     row, row_in, top, bottom, lam_y = _row_tile(
         row_first_ptr, row_low_ptr, row_lam_ptr, block, in_rows, ROWS
     )
-    col, col_in = _plain_columns(tile, out_cols, COLS)
-    left = tl.load(col_low_ptr + col)
-    right = tl.minimum(left + 1, in_cols - 1)
-    lam_x = tl.load(col_lam_ptr + col)
+    col = tile * COLS + tl.arange(0, COLS)
+    left, right, lam_x = _source_columns(col_low_ptr, col_lam_ptr, col, in_cols, out_cols)
     p00, p01, p10, p11 = _corners(
         logits_ptr, image, top, bottom, left, right, stride_ln, stride_lh, stride_lw
     )
@@ -197,7 +201,7 @@ def upsample_argmax_kernel(
     index, total = _argmax_state(
         p00, p01, p10, p11, lam_x, lam_y, num_classes, stride_c, ROWS, COLS, WITH_PROB
     )
-    inside = row_in[:, None] & col_in[None, :]
+    inside = row_in[:, None] & (col < out_cols)[None, :]
     pixel = (image * out_rows + row)[:, None] * out_cols + col[None, :]
     tl.store(labels_ptr + pixel, index.to(labels_ptr.dtype.element_ty), mask=inside)
     if WITH_PROB:
@@ -212,7 +216,7 @@ def _labels(
     """(label or 0, whether it is a class, whether it is neither a class nor ignore_index)."""
     pixel = row.to(tl.int64)[:, None] * stride_h + col.to(tl.int64)[None, :] * stride_w
     # Compared as int64: a label that does not fit int32 must not wrap into a class.
-    label = tl.load(target_ptr + image * stride_n + pixel).to(tl.int64)
+    label = tl.load(target_ptr + image * stride_n + pixel, mask=inside, other=0).to(tl.int64)
     counted = inside & (label != ignore_index)
     is_class = counted & (label >= 0) & (label < num_classes)
     label = tl.where(is_class, label, 0).to(tl.int32)
@@ -247,14 +251,12 @@ def upsample_confusion_kernel(
     row, row_in, top, bottom, lam_y = _row_tile(
         row_first_ptr, row_low_ptr, row_lam_ptr, block, in_rows, ROWS
     )
-    col, col_in = _plain_columns(tile, out_cols, COLS)
-    left = tl.load(col_low_ptr + col)
-    right = tl.minimum(left + 1, in_cols - 1)
-    lam_x = tl.load(col_lam_ptr + col)
+    col = tile * COLS + tl.arange(0, COLS)
+    left, right, lam_x = _source_columns(col_low_ptr, col_lam_ptr, col, in_cols, out_cols)
     p00, p01, p10, p11 = _corners(
         logits_ptr, image, top, bottom, left, right, stride_ln, stride_lh, stride_lw
     )
-    inside = row_in[:, None] & col_in[None, :]
+    inside = row_in[:, None] & (col < out_cols)[None, :]
     label, is_class, is_bad = _labels(
         target_ptr, image, row, col, inside, num_classes, ignore_index,
         stride_tn, stride_th, stride_tw,
@@ -283,7 +285,7 @@ def upsample_softmax_add_kernel(
     stride_an, stride_ac, stride_ah, stride_aw,
     ROWS: tl.constexpr, COLS: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """accumulator [N, C, H, W] (any strides) += softmax, at mirrored columns where FLIP.
+    """accumulator [N, C, H, W] (any strides) += softmax, of mirrored columns where FLIP.
 
     Grid: column tiles, fastest, x row blocks x images.
     """
@@ -294,10 +296,11 @@ def upsample_softmax_add_kernel(
     row, row_in, top, bottom, lam_y = _row_tile(
         row_first_ptr, row_low_ptr, row_lam_ptr, block, in_rows, ROWS
     )
-    col, col_in = _plain_columns(tile, out_cols, COLS)
-    left = tl.load(col_low_ptr + col)
-    right = tl.minimum(left + 1, in_cols - 1)
-    lam_x = tl.load(col_lam_ptr + col)
+    col = tile * COLS + tl.arange(0, COLS)
+    source = col
+    if FLIP:
+        source = out_cols - 1 - col
+    left, right, lam_x = _source_columns(col_low_ptr, col_lam_ptr, source, in_cols, out_cols)
     p00, p01, p10, p11 = _corners(
         logits_ptr, image, top, bottom, left, right, stride_ln, stride_lh, stride_lw
     )
@@ -306,16 +309,14 @@ def upsample_softmax_add_kernel(
         p00, p01, p10, p11, lam_x, lam_y, num_classes, stride_c, ROWS, COLS
     )
     scale = 1.0 / total
-    inside = row_in[:, None] & col_in[None, :]
-    if FLIP:
-        col = out_cols - 1 - col
+    inside = row_in[:, None] & (col < out_cols)[None, :]
     pixel = row.to(tl.int64)[:, None] * stride_ah + col.to(tl.int64)[None, :] * stride_aw
     out = accumulator_ptr + image * stride_an + pixel
     for c in range(num_classes):
         v = _interpolate(p00, p01, p10, p11, c * stride_c, lam_x, lam_y)
         sum_ptr = out + tl.cast(c, tl.int64) * stride_ac
         before = tl.load(sum_ptr, mask=inside, other=0.0)
-        tl.store(sum_ptr, before + tl.exp(v - highest) * scale, mask=inside)
+        tl.store(sum_ptr, before + tl.exp2((v - highest) * LOG2_E) * scale, mask=inside)
 
 
 @triton.jit(
@@ -366,10 +367,8 @@ def upsample_cross_entropy_kernel(
     if WITH_GRAD:
         col, col_in = _blocked_columns(col_first_ptr, tile, col_blocks, COLS, BLOCK_COLS)
     else:
-        col, col_in = _plain_columns(tile, out_cols, COLS)
-    left = tl.load(col_low_ptr + col)
-    right = tl.minimum(left + 1, in_cols - 1)
-    lam_x = tl.load(col_lam_ptr + col)
+        col = tile * COLS + tl.arange(0, COLS)
+    left, right, lam_x = _source_columns(col_low_ptr, col_lam_ptr, col, in_cols, out_cols)
     p00, p01, p10, p11 = _corners(
         logits_ptr, image, top, bottom, left, right, stride_ln, stride_lh, stride_lw
     )
@@ -423,54 +422,57 @@ def upsample_cross_entropy_kernel(
     tl.store(counts_ptr + programs + pid, tl.sum(is_bad.to(tl.int32)))
 
     if WITH_GRAD:
+        # With e = exp(v - highest), p = e / total: the gradient is factor (e - at_class [c = y]),
+        # less the part of the smoothing that does not depend on the logits.
+        factor = hard / total
+        at_class = total
         if SMOOTH:
-            softly = tl.where(is_class, soft, 0.0)
+            both = hard + soft * weight_sum
+            at_class = tl.where(both == 0.0, 0.0, total * (hard / tl.where(both == 0.0, 1.0, both)))
+            factor = both / total
+            soft_factor = tl.where(is_class, soft, 0.0)
         if PIXEL_GRAD:
             pixel = row.to(tl.int64)[:, None] * stride_gh + col.to(tl.int64)[None, :] * stride_gw
-            pixel_grad = tl.load(pixel_grad_ptr + image * stride_gn + pixel).to(tl.float32)
-            pixel_grad = tl.where(is_class, pixel_grad, 0.0)
-            hard = hard * pixel_grad
+            pixel_grad_ptr += image * stride_gn
+            pixel_grad = tl.load(pixel_grad_ptr + pixel, mask=is_class, other=0.0).to(tl.float32)
+            factor *= pixel_grad
             if SMOOTH:
-                softly = softly * pixel_grad
+                soft_factor *= pixel_grad
+        factor = tl.where(is_class, factor, 0.0)
+        low_y = (1.0 - lam_y)[:, None]
         high_y = lam_y[:, None]
-        low_y = 1.0 - high_y
-        factor = hard
-        if SMOOTH:
-            factor = hard + softly * weight_sum
-            low_soft = tl.sum(low_y * softly, 0)
-            high_soft = tl.sum(high_y * softly, 0)
-        # exp(v - highest) / total is the probability: the division is done once a pixel.
-        factor = tl.where(is_class, factor / total, 0.0)
         low_factor = low_y * factor
         high_factor = high_y * factor
-        low_hard = low_y * hard
-        high_hard = high_y * hard
+        if SMOOTH:
+            low_soft = tl.sum(low_y * soft_factor, 0)
+            high_soft = tl.sum(high_y * soft_factor, 0)
 
         BLOCKS: tl.constexpr = COLS // BLOCK_COLS
         col_block = tile * BLOCKS + tl.arange(0, BLOCKS)
         block_in = col_block < col_blocks
         plane = num_classes.to(tl.int64) * col_blocks
-        out = partial_ptr + (image * row_blocks + block) * 4 * plane + col_block
+        right = tl.arange(0, 2)[None, :, None] * plane
+        high = tl.arange(0, 2)[None, None, :] * (2 * plane)
+        out = partial_ptr + (image * row_blocks + block) * 4 * plane
+        out = out + col_block[:, None, None] + right + high
         for c in range(num_classes):
             v = _interpolate(p00, p01, p10, p11, c * stride_c, lam_x, lam_y)
-            e = tl.exp(v - highest)
-            is_label = label == c
-            low = tl.sum(low_factor * e - tl.where(is_label, low_hard, 0.0), 0)
-            high = tl.sum(high_factor * e - tl.where(is_label, high_hard, 0.0), 0)
+            e = tl.exp2((v - highest) * LOG2_E) - tl.where(label == c, at_class, 0.0)
+            above = tl.sum(low_factor * e, 0)
+            below = tl.sum(high_factor * e, 0)
             if SMOOTH:
                 w = 1.0
                 if HAS_WEIGHT:
                     w = tl.load(weight_ptr + c)
-                low -= w * low_soft
-                high -= w * high_soft
-            low_right = tl.sum(tl.reshape(low * lam_x, [BLOCKS, BLOCK_COLS]), 1)
-            low_left = tl.sum(tl.reshape(low * (1.0 - lam_x), [BLOCKS, BLOCK_COLS]), 1)
-            high_right = tl.sum(tl.reshape(high * lam_x, [BLOCKS, BLOCK_COLS]), 1)
-            high_left = tl.sum(tl.reshape(high * (1.0 - lam_x), [BLOCKS, BLOCK_COLS]), 1)
-            tl.store(out, low_left, mask=block_in)
-            tl.store(out + plane, low_right, mask=block_in)
-            tl.store(out + 2 * plane, high_left, mask=block_in)
-            tl.store(out + 3 * plane, high_right, mask=block_in)
+                above -= w * low_soft
+                below -= w * high_soft
+            above_right = tl.sum(tl.reshape(above * lam_x, [BLOCKS, BLOCK_COLS]), 1)
+            above_left = tl.sum(tl.reshape(above * (1.0 - lam_x), [BLOCKS, BLOCK_COLS]), 1)
+            below_right = tl.sum(tl.reshape(below * lam_x, [BLOCKS, BLOCK_COLS]), 1)
+            below_left = tl.sum(tl.reshape(below * (1.0 - lam_x), [BLOCKS, BLOCK_COLS]), 1)
+            # One store, because a store of sums goes through shared memory: [BLOCKS, right, high].
+            corners = tl.join(tl.join(above_left, above_right), tl.join(below_left, below_right))
+            tl.store(out, corners, mask=block_in[:, None, None])
             out += col_blocks
 
 

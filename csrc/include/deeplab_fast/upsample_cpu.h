@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 namespace deeplab_fast::cpu {
 
@@ -35,7 +34,7 @@ struct Problem {
   int width;
   int out_height;
   int out_width;
-  bool finite;
+  bool finite;  // no value of `source` is infinite or nan
   const Band* bands;
   int num_bands;
   const T* row_weights;  // [out_height], of the second source row
@@ -53,10 +52,11 @@ struct Labels {
   int64_t ignore_index;
 };
 
-// Labels of one unit that are neither ignored nor a class; they are treated as ignored.
-struct BadLabels {
-  int64_t count;
-  int64_t first;  // linear index into the labels
+// Of the labels of one unit. A bad label is neither ignore_index nor a class; it counts as ignored.
+struct LabelCounts {
+  int64_t valid;
+  int64_t bad;
+  int64_t first_bad;  // linear index into the labels, where there is one
 };
 
 template <typename T>
@@ -69,7 +69,7 @@ struct ArgmaxResult {
 template <typename T>
 struct CrossEntropy {
   Labels labels;
-  BadLabels* bad;          // [units]
+  LabelCounts* counts;     // [units]
   const T* class_weights;  // [classes], null for ones
   T weight_sum;            // sum of class_weights
   T smoothing;
@@ -82,8 +82,8 @@ struct CrossEntropy {
 
 struct Confusion {
   Labels labels;
-  BadLabels* bad;   // [units]
-  int64_t* counts;  // [classes][classes]
+  LabelCounts* counts;  // [units]
+  int64_t* matrix;      // [classes][classes]
 };
 
 struct Accumulator {
@@ -104,7 +104,6 @@ struct Kernels {
   void (*cross_entropy)(const Problem<T>&, const CrossEntropy<T>&, int64_t begin, int64_t end);
   void (*confusion)(const Problem<T>&, const Confusion&, int64_t begin, int64_t end);
   void (*softmax_add)(const Problem<T>&, const Accumulator&, int64_t begin, int64_t end);
-  bool (*all_finite)(const T* values, int64_t count);
   void (*exp)(const T* values, T* result, int64_t count);  // of values <= 0
   void (*log)(const T* values, T* result, int64_t count);  // of values >= 1
 };

@@ -85,7 +85,7 @@ inline T sum_lanes(Vector<T> vector) {
   return lanes[0];
 }
 
-// exp(x) for x <= 0 or nan, within 1 unit in the last place; 0 below -87.3, where the result nears
+// exp(x) for x <= 0 or nan, within 1.1 units in the last place; 0 below -87.3, where the result nears
 // the smallest normal number.
 inline Vector<float> exp_nonpositive(Vector<float> x) {
   typedef uint32_t Bits __attribute__((vector_size(DEEPLAB_FAST_VECTOR_BYTES)));
@@ -105,19 +105,19 @@ inline Vector<float> exp_nonpositive(Vector<float> x) {
   p = p * r + 0.499999934478f;
   p = p * (r * r) + r;
   p = p + 1.0f;
-  const Bits exponent = (reinterpret_cast<const Bits&>(shifted) << 23) + 0x3f800000u;
-  const Vector<float> result = p * reinterpret_cast<const Vector<float>&>(exponent);
+  const Bits exponent = (__builtin_bit_cast(Bits, shifted) << 23) + 0x3f800000u;
+  const Vector<float> result = p * __builtin_bit_cast(Vector<float>, exponent);
   return x < lowest ? Vector<float>{} : result;
 }
 
 // log(x) for finite x >= 1 or nan, within 1 unit in the last place: Cephes' polynomial.
 inline Vector<float> log_from_one(Vector<float> x) {
-  const Index<float> bits = reinterpret_cast<const Index<float>&>(x);
+  const Index<float> bits = __builtin_bit_cast(Index<float>, x);
   // x = 2^exponent * m with m in [sqrt(1/2), sqrt(2)).
   const Index<float> exponent = (bits - 0x3f3504f3) >> 23;
   const Index<float> mantissa = bits - (exponent << 23);
   const Vector<float> n = __builtin_convertvector(exponent, Vector<float>);
-  const Vector<float> r = reinterpret_cast<const Vector<float>&>(mantissa) - 1.0f;
+  const Vector<float> r = __builtin_bit_cast(Vector<float>, mantissa) - 1.0f;
   const Vector<float> square = r * r;
   Vector<float> p = r * 7.0376836292e-2f - 1.1514610310e-1f;
   p = p * r + 1.1676998740e-1f;
@@ -198,7 +198,8 @@ inline Vector<float> pick_near(const float* source, const int32_t* indices) {
 }
 #elif DEEPLAB_FAST_VECTOR_BYTES == 64
 inline Vector<float> pick_near(const float* source, const int32_t* indices) {
-  return _mm512_permutexvar_ps(_mm512_loadu_si512(indices), _mm512_loadu_ps(source));
+  const __m512i index = _mm512_loadu_si512(indices);
+  return _mm512_maskz_permutexvar_ps(__mmask16(0xffff), index, _mm512_loadu_ps(source));
 }
 #endif
 
@@ -379,51 +380,52 @@ void argmax(const Problem<T>& problem, const ArgmaxResult<T>& result, int64_t be
   }
 }
 
-// Writes class indices of one output row, -1 for ignored pixels, and notes labels that are neither.
+// Writes class indices of one output row, -1 for ignored pixels, and counts.
 template <typename Label>
 inline void read_labels(const Label* labels, int64_t offset, int count, int64_t ignore_index,
-                        int classes, int32_t* out, BadLabels* bad) {
-  int bad_count = 0;
+                        int classes, int32_t* out, LabelCounts* counts) {
+  int valid = 0, bad = 0;
   for (int i = 0; i < count; ++i) {
     const int64_t label = static_cast<int64_t>(labels[offset + i]);
     const bool ignored = label == ignore_index;
     const bool inside = static_cast<uint64_t>(label) < static_cast<uint64_t>(classes);
-    bad_count += !ignored && !inside;
-    out[i] = !ignored && inside ? static_cast<int32_t>(label) : -1;
+    const bool is_valid = !ignored && inside;
+    valid += is_valid;
+    bad += !ignored && !inside;
+    out[i] = is_valid ? static_cast<int32_t>(label) : -1;
   }
-  if (bad_count == 0) return;
-  for (int i = 0; i < count && bad->count == 0; ++i) {
+  counts->valid += valid;
+  if (bad == 0) return;
+  for (int i = 0; counts->bad == 0; ++i) {
     const int64_t label = static_cast<int64_t>(labels[offset + i]);
-    if (label != ignore_index && (label < 0 || label >= classes)) {
-      bad->first = offset + i;
-      bad->count = bad_count;
-      return;
-    }
+    if (out[i] >= 0 || label == ignore_index) continue;
+    counts->first_bad = offset + i;
+    break;
   }
-  bad->count += bad_count;
+  counts->bad += bad;
 }
 
 // The labels of a unit's rows, each row filled up with -1 to a whole number of vectors.
 template <typename T>
 void read_unit_labels(const Problem<T>& problem, const Unit<T>& unit, const Labels& labels,
-                      int32_t* out, BadLabels* bad) {
+                      int32_t* out, LabelCounts* counts) {
   const int stride = problem.blocks * kLanes<T>;
-  *bad = {0, 0};
+  *counts = {0, 0, 0};
   for (int row = 0; row < unit.rows(); ++row, out += stride) {
     const int64_t offset = unit.row_offset(row);
     const int width = problem.out_width;
     switch (labels.type) {
       case LabelType::kUint8:
         read_labels(static_cast<const uint8_t*>(labels.data), offset, width, labels.ignore_index,
-                    problem.classes, out, bad);
+                    problem.classes, out, counts);
         break;
       case LabelType::kInt32:
         read_labels(static_cast<const int32_t*>(labels.data), offset, width, labels.ignore_index,
-                    problem.classes, out, bad);
+                    problem.classes, out, counts);
         break;
       case LabelType::kInt64:
         read_labels(static_cast<const int64_t*>(labels.data), offset, width, labels.ignore_index,
-                    problem.classes, out, bad);
+                    problem.classes, out, counts);
         break;
     }
     for (int i = width; i < stride; ++i) out[i] = -1;
@@ -439,7 +441,7 @@ void confusion(const Problem<T>& problem, const Confusion& op, int64_t begin, in
   int32_t* labels = label_scratch.as<int32_t>();
   for (int64_t u = begin; u < end; ++u) {
     Unit<T> unit(problem, u, scratch.as<Vector<T>>());
-    read_unit_labels(problem, unit, op.labels, labels, op.bad + u);
+    read_unit_labels(problem, unit, op.labels, labels, op.counts + u);
     for (int b = 0; b < problem.blocks; ++b) {
       const Block<T> block = block_at(problem, b);
       unit.enter(block);
@@ -451,14 +453,14 @@ void confusion(const Problem<T>& problem, const Confusion& op, int64_t begin, in
           if (label[i] < 0) continue;
           const int64_t at = label[i] * classes + static_cast<int64_t>(index[i]);
           if (at != run_at) {
-            op.counts[run_at] += run;
+            op.matrix[run_at] += run;
             run_at = at;
             run = 0;
           }
           ++run;
         }
       });
-      op.counts[run_at] += run;
+      op.matrix[run_at] += run;
     }
   }
 }
@@ -516,7 +518,7 @@ void cross_entropy(const Problem<T>& problem, const CrossEntropy<T>& op, int64_t
 
   for (int64_t u = begin; u < end; ++u) {
     Unit<T> unit(problem, u, scratch.as<Vector<T>>());
-    read_unit_labels(problem, unit, op.labels, labels, op.bad + u);
+    read_unit_labels(problem, unit, op.labels, labels, op.counts + u);
     const int64_t plane = classes * problem.width;
     T* const partial = with_grad ? op.partial + 2 * u * plane : nullptr;
     if (with_grad) __builtin_memset(partial, 0, 2 * plane * sizeof(T));
@@ -641,15 +643,6 @@ void cross_entropy(const Problem<T>& problem, const CrossEntropy<T>& op, int64_t
   }
 }
 
-// Adds kLanes columns of one class, first to a vector of the accumulator's own type.
-template <typename T, typename A>
-inline void add_columns(A* to, int64_t stride, Vector<T> values, int valid) {
-  for (int i = 0; i < valid; ++i) {
-    A& element = to[i * stride];
-    element = static_cast<A>(static_cast<T>(element) + values[i]);
-  }
-}
-
 template <typename T, typename A>
 void softmax_add_to(const Problem<T>& problem, const Accumulator& op, int64_t begin, int64_t end) {
   const int64_t classes = problem.classes;
@@ -663,9 +656,14 @@ void softmax_add_to(const Problem<T>& problem, const Accumulator& op, int64_t be
       for (int row = 0; row < unit.rows(); ++row) {
         const Vector<T> weight_upper = broadcast(unit.weight_upper(row));
         const Vector<T> weight_lower = broadcast(unit.weight_lower(row));
+        A* const to = static_cast<A*>(op.data) + unit.image * op.stride_image +
+                      (unit.band.row_begin + row) * op.stride_row +
+                      block.column * op.stride_column;
         Vector<T> top = logit(unit, weight_upper, weight_lower, 0);
-        for (int c = 1; c < classes; ++c) {
-          const Vector<T> z = logit(unit, weight_upper, weight_lower, c);
+        for (int64_t c = 0; c < classes; ++c) {
+          // The accumulator is too large for the caches.
+          __builtin_prefetch(to + c * op.stride_class, 1);
+          const Vector<T> z = logit(unit, weight_upper, weight_lower, static_cast<int>(c));
           top = z > top ? z : top;
         }
         Vector<T> sum{};
@@ -674,9 +672,6 @@ void softmax_add_to(const Problem<T>& problem, const Accumulator& op, int64_t be
           sum += e[c];
         }
         const Vector<T> scale = T(1) / sum;
-        A* const to = static_cast<A*>(op.data) + unit.image * op.stride_image +
-                      (unit.band.row_begin + row) * op.stride_row +
-                      block.column * op.stride_column;
         if constexpr (std::is_same_v<T, A>) {
           if (op.stride_column == 1 && block.valid == kLanes<T>) {
             for (int64_t c = 0; c < classes; ++c) {
@@ -709,20 +704,6 @@ void softmax_add(const Problem<T>& problem, const Accumulator& op, int64_t begin
   }
 }
 
-template <typename T>
-bool all_finite(const T* values, int64_t count) {
-  // x - x is 0 for finite x, else nan.
-  Vector<T> sum{};
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    const Vector<T> x = load(values + i);
-    sum += x - x;
-  }
-  T rest = sum_lanes<T>(sum);
-  for (; i < count; ++i) rest += values[i] - values[i];
-  return rest == T(0);
-}
-
 template <typename T, Vector<T> (*kFunction)(Vector<T>)>
 void apply(const T* values, T* result, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes<T>) {
@@ -735,9 +716,9 @@ void apply(const T* values, T* result, int64_t count) {
 
 template <typename T>
 constexpr Kernels<T> kernels() {
-  return {kLanes<T>,           argmax<T>,     cross_entropy<T>,
-          confusion<T>,        softmax_add<T>, all_finite<T>,
-          apply<T, exp_nonpositive>, apply<T, log_from_one>};
+  return {kLanes<T>,      argmax<T>,      cross_entropy<T>,
+          confusion<T>,   softmax_add<T>, apply<T, exp_nonpositive>,
+          apply<T, log_from_one>};
 }
 
 }  // namespace deeplab_fast::cpu::DEEPLAB_FAST_SET
