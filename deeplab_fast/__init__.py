@@ -17,7 +17,8 @@ if (
 ):
     __path__.append(str(_root))
 
-from . import _ext, backends, models, ops, reference
+from . import _ext as _ext
+from . import backends, models, ops, reference
 from ._version import __version__
 from .backends import use_backend, why
 from .models import (

@@ -165,7 +165,7 @@ def select(desc: OpDesc) -> Implementation:
                 f"These can: {', '.join(others) or 'none'}; or choose 'auto'."
             )
         return table[chosen]
-    rejected = []
+    rejected: list[tuple[Implementation, list[str]]] = []
     for implementation in sorted(table.values(), key=lambda i: -i.priority):
         reasons = implementation.not_supported_reasons(desc)
         if not reasons:

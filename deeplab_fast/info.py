@@ -117,7 +117,7 @@ def _versions() -> Iterator[str]:
     for package in _PACKAGES:
         if package == "torch":
             # The version string of the module names the build (+cpu, +cu130).
-            version = torch.__version__
+            version = str(torch.__version__)
         else:
             try:
                 version = importlib.metadata.version(package)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ def torchvision_deeplabv3(
     return DeepLabV3(body, DeepLabHead(channels, num_classes), aux_head)
 
 
-def _dilate_basic_blocks(stage: nn.Sequential, first: int, others: int) -> None:
+def _dilate_basic_blocks(stage: Any, first: int, others: int) -> None:
     """torchvision's rule for bottlenecks, written out for basic blocks."""
     stage[0].conv1.stride = (1, 1)
     stage[0].downsample[0].stride = (1, 1)

@@ -501,6 +501,7 @@ def _rename(state: Mapping[str, Tensor], layout: Layout, label: str) -> _Renamed
     return _Renamed(renamed, foreign, tuple(unknown), tuple(ignored))
 
 
+# Where training scripts keep the state dict, the most telling names first.
 _CONTAINERS = (
     "model_state_dict",
     "model_state",

@@ -116,7 +116,7 @@ def _builder(name: str, family: _Family, doc: str) -> Callable[..., DeepLabV3]:
         weights_backbone: Any = None,
         **options: Unpack[DeepLabOptions],
     ) -> DeepLabV3:
-        arguments = {
+        arguments: dict[str, Any] = {
             "weights": weights,
             "progress": progress,
             "num_classes": num_classes,
@@ -125,9 +125,10 @@ def _builder(name: str, family: _Family, doc: str) -> Callable[..., DeepLabV3]:
         }
         if positional:
             arguments.update(_positional(name, positional))
+        extra: dict[str, Any] = {**options}
         for old, (new, default) in _LEGACY.items():
-            if old in options:
-                arguments[new] = options.pop(old)
+            if old in extra:
+                arguments[new] = extra.pop(old)
                 _warn(
                     f"The parameter '{old}' is deprecated since 0.13 and may be removed in the "
                     f"future, please use '{new}' instead."
@@ -139,7 +140,7 @@ def _builder(name: str, family: _Family, doc: str) -> Callable[..., DeepLabV3]:
                     "since 0.13 and may be removed in the future. The current behavior is "
                     f"equivalent to passing `{new}={arguments[new]!r}`."
                 )
-        return _build(name, family, **arguments, options=options)
+        return _build(name, family, **arguments, options=extra)
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = doc
@@ -276,7 +277,7 @@ def deeplabv3_mobilenet_v2_tf(
 
     Source: arXiv 1801.04381, section 6.3 (semantic segmentation).
     """
-    given = {
+    given: dict[str, Any] = {
         "output_stride": output_stride,
         "width": width,
         "norm": norm,

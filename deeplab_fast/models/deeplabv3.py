@@ -92,7 +92,8 @@ class DeepLabV3(nn.Module):
     @property
     def output_stride(self) -> int:
         """Ratio of the input's size to that of the map the head works on."""
-        return self.backbone.output_stride
+        backbone: Any = self.backbone
+        return backbone.output_stride
 
     @property
     def atrous_rates(self) -> tuple[int, ...]:
@@ -119,12 +120,13 @@ class DeepLabV3(nn.Module):
         Source: arXiv 1706.05587, section 3.3 ("the rates are doubled when output_stride = 8").
         """
         check_output_stride(output_stride)
-        if not hasattr(self.backbone, "set_output_stride"):
+        backbone: Any = self.backbone
+        if not hasattr(backbone, "set_output_stride"):
             raise ValueError(
-                f"the backbone {type(self.backbone).__name__} has a fixed output stride; build the "
+                f"the backbone {type(backbone).__name__} has a fixed output stride; build the "
                 "model with a builder of deeplab_fast to change it"
             )
-        before = self.backbone.output_stride
+        before = backbone.output_stride
         convs = _atrous_convs(self.classifier)
         rates = [conv.dilation[0] * before for conv in convs]
         if any(rate % output_stride for rate in rates):
@@ -132,7 +134,7 @@ class DeepLabV3(nn.Module):
                 f"atrous rates {self.atrous_rates} at output stride {before} have no whole number "
                 f"at output stride {output_stride}; build the model with other atrous_rates"
             )
-        self.backbone.set_output_stride(output_stride)
+        backbone.set_output_stride(output_stride)
         for conv, rate in zip(convs, rates, strict=True):
             set_dilation(conv, rate // output_stride)
         if self.config is not None:
@@ -149,7 +151,7 @@ def check_output_stride(output_stride: int) -> None:
 
 
 def _atrous_convs(classifier: nn.Module) -> list[nn.Conv2d]:
-    convs = []
+    convs: list[Any] = []
     for module in classifier.modules():
         if isinstance(module, ASPPConv):
             convs.append(module[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,7 +74,7 @@ def conv_norm(
     """
     folded = norm == "folded"
     conv = SamePadConv2d if kernel > 1 else nn.Conv2d
-    layers = OrderedDict(
+    layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv=conv(in_channels, out_channels, kernel, stride, groups=groups, bias=folded)
     )
     if not folded:
@@ -109,8 +110,9 @@ class InvertedResidual(nn.Module):
 
     def set_atrous(self, stride: int, dilation: int) -> None:
         """Set stride and dilation of the depthwise convolution in place."""
-        set_stride(self.depthwise.conv, stride)
-        set_dilation(self.depthwise.conv, dilation)
+        conv: Any = self.depthwise.conv
+        set_stride(conv, stride)
+        set_dilation(conv, dilation)
 
 
 class MobileNetV2Backbone(IntermediateLayerGetter):

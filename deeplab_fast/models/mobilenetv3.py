@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,8 @@ class InvertedResidual(nn.Module):
 
     def set_atrous(self, stride: int, dilation: int) -> None:
         """Set stride and dilation of the depthwise convolution in place."""
-        conv = self.block[self.depthwise_index][0]
+        depthwise: Any = self.block[self.depthwise_index]
+        conv = depthwise[0]
         set_stride(conv, stride)
         set_dilation(conv, dilation)
 

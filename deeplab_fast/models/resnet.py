@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -189,7 +190,7 @@ class ResNetBackbone(IntermediateLayerGetter):
 
         The cascaded stages behind layer4 are dilated always: they never reduce the map.
         """
-        stages = [m for name, m in self.items() if name.startswith("layer")]
+        stages: list[Any] = [m for name, m in self.items() if name.startswith("layer")]
         cascaded = len(stages) - 4
         plans = plan_stages(
             strides=[1, 2, 2, 2] + [2] * cascaded,

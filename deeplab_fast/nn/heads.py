@@ -100,13 +100,15 @@ class DeepLabV2Head(nn.Module):
         super().__init__()
         if not atrous_rates:
             raise ValueError("DeepLabV2Head needs at least one atrous rate, got none")
-        self.convs = nn.ModuleList(
+        convs = [
             nn.Conv2d(in_channels, num_classes, 3, padding=rate, dilation=rate)
             for rate in atrous_rates
-        )
-        for conv in self.convs:
+        ]
+        self.convs = nn.ModuleList(convs)
+        for conv in convs:
             nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         branches = []

@@ -2,6 +2,7 @@
 in the file of its name; `deeplab_fast.backends` says which implementation of it runs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from .. import backends as _backends
@@ -31,7 +32,7 @@ __all__ = [
     "upsample_softmax_add",
 ]
 
-_DESCRIBE = {
+_DESCRIBE: dict[str, Callable[..., _backends.OpDesc]] = {
     "aspp_branches": _aspp_branches,
     "aspp_project": _aspp_project,
     "conv_bn_act": _conv_bn_act,
