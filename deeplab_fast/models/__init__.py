@@ -14,6 +14,13 @@ from .builders import (
     deeplabv3_resnet152,
 )
 from .deeplabv3 import DeepLabV3
+from .fregu856 import (
+    fregu856_resnet18,
+    fregu856_resnet34,
+    fregu856_resnet50,
+    fregu856_resnet101,
+    fregu856_resnet152,
+)
 
 __all__ = [
     "DeepLabOptions",
@@ -27,6 +34,11 @@ __all__ = [
     "deeplabv3_resnet50",
     "deeplabv3_resnet101",
     "deeplabv3_resnet152",
+    "fregu856_resnet18",
+    "fregu856_resnet34",
+    "fregu856_resnet50",
+    "fregu856_resnet101",
+    "fregu856_resnet152",
     "get_model",
     "list_models",
 ]

@@ -289,7 +289,8 @@ def deeplabv3_mobilenet_v2_tf(
 
         info = inspect_weights(weights)
         num_classes = _agree("num_classes", num_classes, info.num_classes)
-        given.update(info.options)
+        if info.model == "deeplabv3_mobilenet_v2_tf":
+            given.update(info.options)
     num_classes = _check_num_classes(num_classes)
     check_output_stride(given["output_stride"])
     _check_rates(given["atrous_rates"])
@@ -330,8 +331,10 @@ def _build(
         info = inspect_weights(path)
         num_classes = _agree("num_classes", num_classes, info.num_classes)
         aux_loss = info.aux if aux_loss is None else aux_loss
-        options = {**info.options, **options}
-        _check_options(name, family, options)
+        # A checkpoint of another model is load_weights' to refuse.
+        if info.model == name:
+            options = {**info.options, **options}
+            _check_options(name, family, options)
     elif weights is not None:
         published = _published(name, family.enum, "torchvision.models.segmentation", weights)
         num_classes = _agree("num_classes", num_classes, len(published.meta["categories"]))
@@ -347,7 +350,7 @@ def _build(
     model = _assemble(family, num_classes, bool(aux_loss), options)
     model.config = (name, {"num_classes": num_classes, "aux_loss": bool(aux_loss), **options})
     if backbone_weights is not None:
-        _load_backbone(model.backbone, backbone_weights, progress)
+        _load_backbone(model, backbone_weights, progress)
     if published is not None:
         model.load_state_dict(published.get_state_dict(progress=progress, check_hash=True))
         _describe_classes(model, "voc")
@@ -473,11 +476,11 @@ def _published(name: str, enum: str | None, module: str, weights: Any) -> Any:
         ) from None
 
 
-def _load_backbone(backbone: nn.Module, weights: Any, progress: bool) -> None:
-    """Fill a backbone from an image classifier's state dict, whose classifier is left out."""
-    if _is_path(weights):
-        from ..weights import read_state_dict
+def _load_backbone(model: DeepLabV3, weights: Any, progress: bool) -> None:
+    """Fill the backbone from an image classifier's state dict, whose classifier is left out."""
+    from ..weights import read_state_dict
 
+    if _is_path(weights):
         state = read_state_dict(weights)
     else:
         state = weights.get_state_dict(progress=progress, check_hash=True)
@@ -486,12 +489,12 @@ def _load_backbone(backbone: nn.Module, weights: Any, progress: bool) -> None:
         for key, value in state.items()
         if not key.startswith(("fc.", "classifier."))
     }
-    missing, unexpected = backbone.load_state_dict(state, strict=False)
+    missing, unexpected = model.backbone.load_state_dict(state, strict=False)
     # The copies of layer4 behind it are no part of a classifier.
     missing = [k for k in missing if not k.startswith(("layer5.", "layer6.", "layer7."))]
     if missing or unexpected:
         raise ValueError(
-            f"weights_backbone does not fit {type(backbone).__name__}: missing "
+            f"weights_backbone does not fit {type(model.backbone).__name__}: missing "
             f"{missing[:5] or 'nothing'}, unexpected {unexpected[:5] or 'nothing'}"
         )
 
@@ -500,7 +503,7 @@ def _load_file(model: DeepLabV3, path: str | Path) -> None:
     from ..weights import load_weights
 
     load_weights(model, path)
-    if model.num_classes == DEFAULT_NUM_CLASSES:
+    if model.classes is None and model.num_classes == DEFAULT_NUM_CLASSES:
         _describe_classes(model, "voc")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import _upsample
 from ._registry import check_map, check_size, define
 
 OP = "upsample_argmax"
@@ -92,6 +93,18 @@ def _fake(
     return labels, logits.new_empty(prob_shape, dtype=reference.compute_dtype(logits.dtype))
 
 
+def _cpu(
+    logits: Tensor, size: tuple[int, int], align_corners: bool, return_prob: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.deeplab_fast._upsample_argmax_cpu(logits, *size, align_corners, return_prob)
+
+
+def _cuda(
+    logits: Tensor, size: tuple[int, int], align_corners: bool, return_prob: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.deeplab_fast._upsample_argmax_cuda(logits, *size, align_corners, return_prob)
+
+
 define(
     "upsample_argmax(Tensor logits, SymInt height, SymInt width, bool align_corners, "
     "bool return_prob) -> (Tensor, Tensor)",
@@ -99,3 +112,6 @@ define(
     _fake,
 )
 backends.register(OP, "reference", reference.upsample_argmax)
+backends.register(OP, "cpu", _cpu, _upsample.cpu_reasons)
+backends.register(OP, "triton", _upsample.triton(OP), _upsample.triton_reasons)
+backends.register(OP, "cuda", _cuda, _upsample.cuda_reasons)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import _upsample
 from ._registry import check_map, check_target, define
 
 OP = "upsample_confusion"
@@ -29,7 +30,9 @@ def upsample_confusion(
 
     Raises:
         ValueError, TypeError: wrong rank, dtype or size, or a label outside [0, C) that is not
-            ignore_index.
+            ignore_index, with its value and position. On CUDA such a label counts as ignored; with
+            DEEPLAB_FAST_STRICT_LABELS=1 in the environment every call waits for its result and
+            raises.
 
     Source: arXiv 1706.05587, section 4 (mean intersection over union).
     """
@@ -74,6 +77,14 @@ def _fake(logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool
     return logits.new_empty((classes, classes), dtype=torch.int64)
 
 
+def _cuda(logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> Tensor:
+    matrix, bad = torch.ops.deeplab_fast._upsample_confusion_cuda(
+        logits, target, ignore_index, align_corners
+    )
+    _upsample.report_bad_labels(bad, target, logits.shape[1], ignore_index)
+    return matrix
+
+
 define(
     "upsample_confusion(Tensor logits, Tensor target, int ignore_index, bool align_corners) "
     "-> Tensor",
@@ -81,3 +92,6 @@ define(
     _fake,
 )
 backends.register(OP, "reference", reference.upsample_confusion)
+backends.register(OP, "cpu", _upsample.private("_upsample_confusion_cpu"), _upsample.cpu_reasons)
+backends.register(OP, "triton", _upsample.triton(OP), _upsample.triton_reasons)
+backends.register(OP, "cuda", _cuda, _upsample.cuda_reasons)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends, reference
+from . import _upsample
 from ._registry import check_device, check_map, check_shape, check_target, define, needs_grad
 
 OP = "upsample_cross_entropy"
@@ -47,7 +50,9 @@ def upsample_cross_entropy(
 
     Raises:
         ValueError, TypeError: wrong rank, dtype, size, reduction or smoothing, or a label outside
-            [0, C) that is not ignore_index, with its value and position.
+            [0, C) that is not ignore_index, with its value and position. On CUDA such a label
+            counts as ignored; with DEEPLAB_FAST_STRICT_LABELS=1 in the environment every call
+            waits for its result and raises.
         RuntimeError: a second derivative is asked for; there is none.
 
     Source: arXiv 1706.05587, section 4.1 ("Upsampling logits": the labels are kept at full size).
@@ -74,6 +79,24 @@ def describe(
     return _describe(logits, target, reduction)
 
 
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The three functions of one backend; one choice of backend serves all of them.
+
+    Attributes:
+        forward: the loss.
+        with_grad: the loss and its gradient, for reduction "mean" or "sum".
+        backward: the gradient times the gradient of the loss; the op needs it for "none" only.
+    """
+
+    forward: Callable[..., Tensor]
+    with_grad: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Tensor]
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.forward(*args)
+
+
 class _UpsampleCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -86,16 +109,28 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
         reduction: str,
         align_corners: bool,
     ) -> Tensor:
-        ctx.save_for_backward(logits, target, weight)
-        ctx.options = (ignore_index, label_smoothing, reduction, align_corners)
-        return torch.ops.deeplab_fast.upsample_cross_entropy(logits, target, weight, *ctx.options)
+        options = (ignore_index, label_smoothing, reduction, align_corners)
+        ctx.options = options
+        ctx.dtype = logits.dtype
+        if reduction == "none":
+            ctx.save_for_backward(logits, target, weight)
+            return torch.ops.deeplab_fast.upsample_cross_entropy(logits, target, weight, *options)
+        loss, grad_logits = torch.ops.deeplab_fast.upsample_cross_entropy_with_grad(
+            logits, target, weight, *options
+        )
+        ctx.save_for_backward(grad_logits)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logits = torch.ops.deeplab_fast.upsample_cross_entropy_backward(
-            grad, *ctx.saved_tensors, *ctx.options
-        )
+        if ctx.options[2] == "none":
+            grad_logits = torch.ops.deeplab_fast.upsample_cross_entropy_backward(
+                grad, *ctx.saved_tensors, *ctx.options
+            )
+        else:
+            # Not in place: a retained graph comes here again.
+            grad_logits = (ctx.saved_tensors[0] * grad).to(ctx.dtype)
         return grad_logits, None, None, None, None, None, None
 
 
@@ -123,6 +158,10 @@ def _describe(logits: Tensor, target: Tensor, reduction: str) -> backends.OpDesc
     )
 
 
+def _implementation(logits: Tensor, target: Tensor, reduction: str) -> CrossEntropy:
+    return cast(CrossEntropy, backends.select(_describe(logits, target, reduction)).run)
+
+
 def _run(
     logits: Tensor,
     target: Tensor,
@@ -132,16 +171,50 @@ def _run(
     reduction: str,
     align_corners: bool,
 ) -> Tensor:
-    return backends.run(
-        _describe(logits, target, reduction),
-        logits,
-        target,
-        weight,
-        ignore_index,
-        label_smoothing,
-        reduction,
-        align_corners,
+    return _implementation(logits, target, reduction).forward(
+        logits, target, weight, ignore_index, label_smoothing, reduction, align_corners
     )
+
+
+def _run_with_grad(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    align_corners: bool,
+) -> tuple[Tensor, Tensor]:
+    return _implementation(logits, target, reduction).with_grad(
+        logits, target, weight, ignore_index, label_smoothing, reduction, align_corners
+    )
+
+
+def _run_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    align_corners: bool,
+) -> Tensor:
+    return _implementation(logits, target, reduction).backward(
+        grad, logits, target, weight, ignore_index, label_smoothing, reduction, align_corners
+    )
+
+
+def _cuda_entry(name: str, has_grad: bool = False) -> Callable[..., Any]:
+    """A private CUDA op, whose last result counts bad labels."""
+
+    def run(*args: Any) -> Any:
+        *results, bad = getattr(torch.ops.deeplab_fast, name)(*args)
+        logits, target, _, ignore_index = args[has_grad : has_grad + 4]
+        _upsample.report_bad_labels(bad, target, logits.shape[1], ignore_index)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    return run
 
 
 def _fake(
@@ -157,18 +230,60 @@ def _fake(
     return logits.new_empty(shape, dtype=reference.compute_dtype(logits.dtype))
 
 
+def _fake_with_grad(
+    logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    dtype = reference.compute_dtype(logits.dtype)
+    return logits.new_empty((), dtype=dtype), logits.new_empty(logits.shape, dtype=dtype)
+
+
 def _fake_backward(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return logits.new_empty(logits.shape)
 
 
 _OPTIONS = (
     "Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
     "str reduction, bool align_corners"
 )
-define(f"upsample_cross_entropy({_OPTIONS}) -> Tensor", _run, _fake)
-define(
-    f"upsample_cross_entropy_backward(Tensor grad, {_OPTIONS}) -> Tensor",
-    reference.upsample_cross_entropy_backward,
-    _fake_backward,
+define(f"{OP}({_OPTIONS}) -> Tensor", _run, _fake)
+define(f"{OP}_with_grad({_OPTIONS}) -> (Tensor, Tensor)", _run_with_grad, _fake_with_grad)
+define(f"{OP}_backward(Tensor grad, {_OPTIONS}) -> Tensor", _run_backward, _fake_backward)
+backends.register(
+    OP,
+    "reference",
+    CrossEntropy(
+        reference.upsample_cross_entropy,
+        reference.upsample_cross_entropy_with_grad,
+        reference.upsample_cross_entropy_backward,
+    ),
 )
-backends.register(OP, "reference", reference.upsample_cross_entropy)
+backends.register(
+    OP,
+    "cpu",
+    CrossEntropy(
+        _upsample.private("_upsample_cross_entropy_cpu"),
+        _upsample.private("_upsample_cross_entropy_with_grad_cpu"),
+        _upsample.private("_upsample_cross_entropy_backward_cpu"),
+    ),
+    _upsample.cpu_reasons,
+)
+backends.register(
+    OP,
+    "triton",
+    CrossEntropy(
+        _upsample.triton(OP),
+        _upsample.triton(f"{OP}_with_grad"),
+        _upsample.triton(f"{OP}_backward"),
+    ),
+    _upsample.triton_reasons,
+)
+backends.register(
+    OP,
+    "cuda",
+    CrossEntropy(
+        _cuda_entry("_upsample_cross_entropy_cuda"),
+        _cuda_entry("_upsample_cross_entropy_with_grad_cuda"),
+        _cuda_entry("_upsample_cross_entropy_backward_cuda", has_grad=True),
+    ),
+    _upsample.cuda_reasons,
+)

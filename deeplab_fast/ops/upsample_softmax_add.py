@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import _upsample
 from ._registry import check_device, check_dtype, check_map, define, needs_grad
 
 OP = "upsample_softmax_add"
@@ -21,7 +22,8 @@ def upsample_softmax_add(
     where mirror reverses columns if `flip`: the logits are then those of the mirrored image.
 
     Args:
-        accumulator: [N, C, H, W] fp32 (or fp64), any strides, changed in place.
+        accumulator: [N, C, H, W] fp32 (or fp64), any strides that give every element a place of
+            its own, changed in place.
         logits: [N, C, h, w], fp16, bf16, fp32 or fp64, any strides.
         flip: the logits come from the left-right mirrored image.
         align_corners: as in torch.nn.functional.interpolate.
@@ -59,6 +61,14 @@ def _validate(accumulator: Tensor, logits: Tensor) -> None:
             f"{OP}: accumulator {list(accumulator.shape)} and logits {list(logits.shape)} "
             "differ in images or classes"
         )
+    if any(
+        stride == 0 and size > 1
+        for stride, size in zip(accumulator.stride(), accumulator.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{OP}: elements of the accumulator {list(accumulator.shape)} with strides "
+            f"{list(accumulator.stride())} share memory; pass a clone()"
+        )
 
 
 def _describe(
@@ -90,3 +100,8 @@ define(
     _fake,
 )
 backends.register(OP, "reference", reference.upsample_softmax_add)
+backends.register(OP, "cpu", _upsample.private("_upsample_softmax_add_cpu"), _upsample.cpu_reasons)
+backends.register(OP, "triton", _upsample.triton(OP), _upsample.triton_reasons)
+backends.register(
+    OP, "cuda", _upsample.private("_upsample_softmax_add_cuda"), _upsample.cuda_reasons
+)

@@ -1,0 +1,53 @@
+"""What reading, inspecting and loading checkpoints share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+StateDict = dict[str, Tensor]
+Source = str | os.PathLike[str] | Mapping[str, Any]
+
+# Key of the package's own facts in a .safetensors header or beside "model" in a .pth container.
+METADATA_KEY = "deeplab_fast"
+# How many keys of each kind an error message spells out.
+SHOWN = 10
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit the model; the message says why."""
+
+
+def shorten(items: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
+    shown = ", ".join(items[:SHOWN])
+    more = len(items) - SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def listed(what: str, items: Sequence[str]) -> str:
+    """A count, what is counted, and the first names."""
+    return f"{len(items)} {what}: {shorten(items)}"
+
+
+def call(name: str, options: Mapping[str, Any]) -> str:
+    """The builder's call as a user writes it."""
+    return f"deeplab_fast.{name}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        wrapped = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+        inner = model.module if isinstance(model, wrapped) else getattr(model, "_orig_mod", None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def tuples(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    return tuple(tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
