@@ -18,9 +18,8 @@ import torch
 
 from ..backends import OpDesc
 
-# Written with Triton 3.6.0 and 3.7.1.
+# The oldest that the kernels are compiled and tested with.
 MINIMUM_TRITON = (3, 6)
-# cp.async-era tensor cores, bf16 and 64-bit atomics; nothing older is compiled or tested for.
 MINIMUM_CAPABILITY = (8, 0)
 
 # The values that Triton itself takes for true.

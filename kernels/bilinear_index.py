@@ -8,9 +8,9 @@ goes from `in_size` to `out_size` reads the source position
     otherwise:      s = max(0, (d + 1/2) * scale - 1/2), scale = in_size / out_size
 
 and with low = floor(s), lam = s - low, high = min(low + 1, in_size - 1) the value is
-(1 - lam) x[low] + lam x[high]. Every step is rounded to float32 as PyTorch's is; the product and the
-subtraction of the second form are one fused multiply-add, because PyTorch's CPU and CUDA builds
-contract them. Without it some lam differ by an ulp of s.
+(1 - lam) x[low] + lam x[high]. Every step is rounded to float32 as PyTorch's is; the product and
+the subtraction of the second form are one fused multiply-add, as compilers make of them for
+processors that have it. Without it some lam differ by an ulp of s.
 
 All outputs with the same `low` interpolate between the same two inputs. `low` never decreases, so
 they are consecutive: they form the cell of that input. Cells are cut into blocks of at most

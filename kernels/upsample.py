@@ -1,8 +1,8 @@
 """Upsampling fused with what follows it, in Triton: the launchers.
 
 Each function takes what the reference of the same name in `deeplab_fast.reference` takes, already
-validated, and gives its results, in float32 arithmetic. The kernels, how they share out the work and
-what they cost are in `upsample_kernels.py`; importing this module does not import Triton.
+validated, and gives its results, in float32 arithmetic. The kernels, how they share out the work
+and what they cost are in `upsample_kernels.py`; importing this module does not import Triton.
 
 Labels outside [0, C) that are not ignore_index cannot raise on a GPU without stopping it. They are
 treated as ignored and counted; `last_label_errors` gives the count of the last call, and with
@@ -97,8 +97,8 @@ def upsample_argmax(
         return_prob: also compute the probabilities.
 
     Returns:
-        labels [N, H, W], uint8 up to 256 classes, else int64; prob [N, H, W] fp32, or empty where it
-        is not asked for.
+        labels [N, H, W], uint8 up to 256 classes, else int64; prob [N, H, W] fp32, or empty where
+        it is not asked for.
     """
     kernels = _compat.device_module("upsample_kernels")
     n, classes, in_rows, in_cols = logits.shape
@@ -188,7 +188,8 @@ def upsample_softmax_add(
         ValueError: elements of the accumulator share memory.
     """
     kernels = _compat.device_module("upsample_kernels")
-    if any(step == 0 and size > 1 for step, size in zip(accumulator.stride(), accumulator.shape)):
+    steps = zip(accumulator.stride(), accumulator.shape, strict=True)
+    if any(step == 0 and size > 1 for step, size in steps):
         raise ValueError(
             f"upsample_softmax_add: accumulator {list(accumulator.shape)} with strides "
             f"{list(accumulator.stride())} is an expanded tensor, whose elements share memory; "

@@ -15,19 +15,20 @@ Numerics
     a fixed order: in a thread, across a warp, then partial by partial. Nothing that is summed in
     floating point goes through an atomic.
 
-Cost, predicted and not measured. P = N H W output pixels, L = N h w C logits; slots are issue slots
-of one thread for one pixel and class at 8 rows a program, with about a half for the loads.
-    argmax                  4 L + P bytes;                6 slots (+8 with the probability)
-    confusion               4 L + b P bytes, b a label;   6 slots and P atomic adds on C^2 tables
-    cross entropy           4 L + b P bytes;             10 slots, 1 exponential
-    ... with gradient       4 L + b P + 16 B C + 4 L;    21 slots, 2 exponentials, where B is the
-                            number of blocks, about 1.03 N h w for upsampling by 8
-    gradient gather         16 B C + 4 L bytes;           4 loads and adds for each value read
-    softmax add             4 L + 8 P C bytes;           15 slots, 2 exponentials
-    An H100 issues 2.9e13 slots a second (132 SMs, 128 lanes, 1.7 GHz), takes 3.6e12 exponentials and
-    moves 3e12 bytes a second: every kernel but softmax add is bound by issue slots. At N = 16,
-    65x65 -> 513x513 that is 18 us for the argmax and 64 us for the loss with gradient at 21 classes,
-    130 us and 460 us at 150 classes; the softmax add takes 0.24 ms and 1.7 ms for its bytes.
+Cost, predicted and not measured. P = N H W output pixels, L = N h w C logits, B blocks (about
+1.03 N h w for upsampling by 8), t bytes of a logit, b bytes of a label. A slot is one instruction
+of one thread for one pixel and class, counted in the loops over classes that Triton 3.6 and 3.7
+compile for sm_90 at 8 rows a program.
+    argmax                    t L + P bytes          9.6 slots (18.8 with the probability)
+    confusion                 t L + b P bytes        9.6 slots, P atomic adds over C^2 tables
+    cross entropy             t L + b P bytes       15.0 slots, 1 of them an exponential
+    ... and its gradient      t L + b P + 16 B C    34.0 slots, 2 exponentials
+    gradient gather           16 B C + t L bytes    4 masked loads for each partial
+    softmax add               t L + 8 P C bytes     34.0 slots, 2 exponentials
+An H100 issues 2.9e13 slots a second (132 SMs x 128 lanes x 1.7 GHz), an eighth of that where they
+are exponentials, and moves 3e12 bytes. All but softmax add are bound by issue. At N = 16,
+65x65 -> 513x513, fp32, the model gives 30 us for the argmax, 105 us for the loss with its gradient
+and 0.24 ms for the softmax add at 21 classes; 0.21, 0.75 and 1.7 ms at 150.
 """
 
 import triton
@@ -104,12 +105,23 @@ def _interpolate(p00, p01, p10, p11, offset, lam_x, lam_y):
 
 
 @triton.jit
-def _interpolate_at(p00, p01, p10, p11, offset, lam_x, lam_y):
+def _gather(ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Load from pointers [ROWS, COLS] that follow no pattern.
+
+    As a vector: of a matrix Triton 3.6 spreads rows over lanes, and moves the tile to that layout.
+    """
+    return tl.reshape(tl.load(tl.reshape(ptr, [ROWS * COLS])), [ROWS, COLS]).to(tl.float32)
+
+
+@triton.jit
+def _interpolate_at(
+    p00, p01, p10, p11, offset, lam_x, lam_y, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """One class for each pixel, `offset` [ROWS, COLS]: cheaper than a select within the loop."""
-    a = tl.load(p00[None, :] + offset).to(tl.float32)
-    b = tl.load(p01[None, :] + offset).to(tl.float32)
-    c = tl.load(p10[None, :] + offset).to(tl.float32)
-    d = tl.load(p11[None, :] + offset).to(tl.float32)
+    a = _gather(p00[None, :] + offset, ROWS, COLS)
+    b = _gather(p01[None, :] + offset, ROWS, COLS)
+    c = _gather(p10[None, :] + offset, ROWS, COLS)
+    d = _gather(p11[None, :] + offset, ROWS, COLS)
     top = (1.0 - lam_x)[None, :] * a + lam_x[None, :] * b
     bottom = (1.0 - lam_x)[None, :] * c + lam_x[None, :] * d
     return (1.0 - lam_y)[:, None] * top + lam_y[:, None] * bottom
@@ -268,7 +280,10 @@ def upsample_confusion_kernel(
     )
     table = (pid * COLS + tl.arange(0, COLS)) & last_table
     offset = (table.to(tl.int64)[None, :] * num_classes + label) * num_classes + index
-    tl.atomic_add(tables_ptr + offset, 1, mask=is_class, sem="relaxed")
+    flat: tl.constexpr = [ROWS * COLS]
+    tl.atomic_add(
+        tl.reshape(tables_ptr + offset, flat), 1, mask=tl.reshape(is_class, flat), sem="relaxed"
+    )
 
 
 @triton.jit(
@@ -368,6 +383,7 @@ def upsample_cross_entropy_kernel(
         col, col_in = _blocked_columns(col_first_ptr, tile, col_blocks, COLS, BLOCK_COLS)
     else:
         col = tile * COLS + tl.arange(0, COLS)
+        col_in = col < out_cols
     left, right, lam_x = _source_columns(col_low_ptr, col_lam_ptr, col, in_cols, out_cols)
     p00, p01, p10, p11 = _corners(
         logits_ptr, image, top, bottom, left, right, stride_ln, stride_lh, stride_lw
@@ -379,7 +395,7 @@ def upsample_cross_entropy_kernel(
         stride_tn, stride_th, stride_tw,
     )  # fmt: skip
     if HAS_WEIGHT:
-        label_weight = tl.load(weight_ptr + label)
+        label_weight = _gather(weight_ptr + label, ROWS, COLS)
     else:
         label_weight = tl.full([ROWS, COLS], 1.0, tl.float32)
     label_weight = tl.where(is_class, label_weight, 0.0)
@@ -403,7 +419,7 @@ def upsample_cross_entropy_kernel(
         weight_sum = num_classes.to(tl.float32)
 
     at_label = _interpolate_at(
-        p00, p01, p10, p11, label.to(tl.int64) * stride_c, lam_x, lam_y
+        p00, p01, p10, p11, label.to(tl.int64) * stride_c, lam_x, lam_y, ROWS, COLS
     )
     log_total = tl.log(total)
     hard = label_weight

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from deeplab_fast.kernels import bilinear_index, configs
 from deeplab_fast.kernels.bilinear_index import axis_tables, source_index
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 SIZES = [
     pytest.param(65, 513, id="up-513-from-65-not-integer"),
@@ -119,7 +118,7 @@ def test_block_sizes_follow_the_ratio(in_size: int, out_size: int, rows: int, bl
         pytest.param(32, 1, id="one-warp-wide"),
         pytest.param(512, 4, id="a-multiple-of-four-warps"),
         pytest.param(520, 2, id="four-warps-would-idle"),
-        pytest.param(33, 1, id="two-warps-fit-but-four-do-not"),
+        pytest.param(33, 2, id="two-warps-are-needed-anyway"),
     ],
 )
 def test_programs_are_as_wide_as_wastes_little(cols: int, warps: int) -> None:
@@ -127,7 +126,7 @@ def test_programs_are_as_wide_as_wastes_little(cols: int, warps: int) -> None:
     least = -(-cols // 32) * 32
     padded = -(-cols // config.cols) * config.cols
     assert padded <= configs.MAX_WIDTH_WASTE * least
-    assert config.num_warps == (2 if cols == 33 else warps)
+    assert config.num_warps == warps
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
+from deeplab_fast.kernels import _compat, upsample
 
 from deeplab_fast.backends import OpDesc
-from deeplab_fast.kernels import _compat, upsample
 
 FP32 = OpDesc("upsample_argmax", "cuda", torch.float32, (2, 21, 9, 9), {}, (9, 0))
 
