@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends, reference
 from . import _upsample
@@ -122,16 +121,33 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.options[2] == "none":
-            grad_logits = torch.ops.deeplab_fast.upsample_cross_entropy_backward(
-                grad, *ctx.saved_tensors, *ctx.options
-            )
-        else:
-            # Not in place: a retained graph comes here again.
-            grad_logits = (ctx.saved_tensors[0] * grad).to(ctx.dtype)
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad():
+            if ctx.options[2] == "none":
+                grad_logits = torch.ops.deeplab_fast.upsample_cross_entropy_backward(
+                    grad, *ctx.saved_tensors, *ctx.options
+                )
+            else:
+                # Not in place: a retained graph comes here again.
+                grad_logits = (ctx.saved_tensors[0] * grad).to(ctx.dtype)
+        # once_differentiable would let a graph through in which only the logits need gradients.
+        if twice:
+            grad_logits = _NoSecondDerivative.apply(grad_logits.requires_grad_())
         return grad_logits, None, None, None, None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad_logits: Tensor) -> Tensor:
+        return grad_logits.view_as(grad_logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            f"{OP} has no second derivative; for one, use torch.nn.functional.interpolate and "
+            "cross_entropy"
+        )
 
 
 def _validate(

@@ -602,14 +602,15 @@ void cross_entropy(const Problem<T>& problem, const CrossEntropy<T>& op, int64_t
           if (!with_grad) continue;
 
           const Vector<T> hard = hard_share * weight * pixel;
-          for (int i = 0; i < kLanes<T>; ++i) {
-            if (label[i] < 0) continue;
-            grad_upper[label[i]][i] -= weight_upper[i] * hard[i];
-            grad_lower[label[i]][i] -= weight_lower[i] * hard[i];
-          }
           // pixel is 0 at ignored pixels.
           const Vector<T> smoothed = smooth_share * pixel;
           const Vector<T> scale = (hard + smoothed * op.weight_sum) / sum;
+          // The gradient is scale * e, less `hard` at the label. Taken off e before anything is
+          // summed, it leaves the small difference of a confident pixel exact.
+          const Vector<T> of_hard = hard / scale;
+          for (int i = 0; i < kLanes<T>; ++i) {
+            if (hard[i] != T(0)) e[label[i]][i] -= of_hard[i];
+          }
           scale_upper[active] = weight_upper * scale;
           scale_lower[active] = weight_lower * scale;
           shared_upper += weight_upper * smoothed;

@@ -1,0 +1,75 @@
+// Registers the C++ CPU implementations under private names; deeplab_fast/ops/*.py calls them where
+// backend "cpu" is chosen. The public schemas are defined there.
+#include <torch/library.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+
+namespace deeplab_fast::cpu {
+
+using at::Tensor;
+
+// csrc/cpu/upsample_ops.cpp
+std::string instruction_set(std::string name);
+std::tuple<Tensor, Tensor, Tensor, Tensor> bilinear_axis(int64_t in, int64_t out,
+                                                         bool align_corners, bool is_double);
+Tensor exp_nonpositive(const Tensor& x);
+Tensor log_from_one(const Tensor& x);
+std::tuple<Tensor, Tensor> upsample_argmax(const Tensor& logits, int64_t height, int64_t width,
+                                           bool align_corners, bool return_prob);
+Tensor upsample_cross_entropy(const Tensor& logits, const Tensor& target,
+                              const std::optional<Tensor>& weight, int64_t ignore_index,
+                              double label_smoothing, std::string_view reduction,
+                              bool align_corners);
+std::tuple<Tensor, Tensor> upsample_cross_entropy_with_grad(
+    const Tensor& logits, const Tensor& target, const std::optional<Tensor>& weight,
+    int64_t ignore_index, double label_smoothing, std::string_view reduction, bool align_corners);
+Tensor upsample_cross_entropy_backward(const Tensor& grad, const Tensor& logits,
+                                       const Tensor& target, const std::optional<Tensor>& weight,
+                                       int64_t ignore_index, double label_smoothing,
+                                       std::string_view reduction, bool align_corners);
+Tensor upsample_confusion(const Tensor& logits, const Tensor& target, int64_t ignore_index,
+                          bool align_corners);
+void upsample_softmax_add(const Tensor& accumulator, const Tensor& logits, bool flip,
+                          bool align_corners);
+
+}  // namespace deeplab_fast::cpu
+
+#define DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS                                                       \
+  "Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "      \
+  "str reduction, bool align_corners"
+
+TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
+  namespace cpu = deeplab_fast::cpu;
+  m.def("_cpu_instruction_set(str name) -> str", &cpu::instruction_set);
+  m.def("_bilinear_axis(int inputs, int outputs, bool align_corners, bool is_double) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        &cpu::bilinear_axis);
+  m.def("_exp_nonpositive_cpu(Tensor x) -> Tensor");
+  m.def("_log_from_one_cpu(Tensor x) -> Tensor");
+  m.def("_upsample_argmax_cpu(Tensor logits, int height, int width, bool align_corners, "
+        "bool return_prob) -> (Tensor, Tensor)");
+  m.def("_upsample_cross_entropy_cpu(" DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS ") -> Tensor");
+  m.def("_upsample_cross_entropy_with_grad_cpu(" DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS
+        ") -> (Tensor, Tensor)");
+  m.def("_upsample_cross_entropy_backward_cpu(Tensor grad, " DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS
+        ") -> Tensor");
+  m.def("_upsample_confusion_cpu(Tensor logits, Tensor target, int ignore_index, "
+        "bool align_corners) -> Tensor");
+  m.def("_upsample_softmax_add_cpu(Tensor(a!) accumulator, Tensor logits, bool flip, "
+        "bool align_corners) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
+  namespace cpu = deeplab_fast::cpu;
+  m.impl("_exp_nonpositive_cpu", &cpu::exp_nonpositive);
+  m.impl("_log_from_one_cpu", &cpu::log_from_one);
+  m.impl("_upsample_argmax_cpu", &cpu::upsample_argmax);
+  m.impl("_upsample_cross_entropy_cpu", &cpu::upsample_cross_entropy);
+  m.impl("_upsample_cross_entropy_with_grad_cpu", &cpu::upsample_cross_entropy_with_grad);
+  m.impl("_upsample_cross_entropy_backward_cpu", &cpu::upsample_cross_entropy_backward);
+  m.impl("_upsample_confusion_cpu", &cpu::upsample_confusion);
+  m.impl("_upsample_softmax_add_cpu", &cpu::upsample_softmax_add);
+}
