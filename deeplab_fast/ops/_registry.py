@@ -67,20 +67,35 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Mark the backward of an autograd.Function as one that cannot be differentiated itself.
 
-    Asking for a second derivative raises when the first is computed. torch's decorator of this name
-    raises only where the incoming gradient depends on the input, and is silent elsewhere.
+    torch's decorator of this name lets a graph through in which the incoming gradient does not
+    depend on the input, and the second derivative is then silently zero. Here it raises.
     """
-    checked = torch.autograd.function.once_differentiable(backward)
 
     def wrapper(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "the fused ops of deeplab_fast have no second derivative: call backward without "
-                "create_graph=True, or use PyTorch's own modules where one is needed"
-            )
-        return checked(ctx, *grads)
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not twice:
+            return results
+        return tuple(
+            _NoSecondDerivative.apply(r.detach().requires_grad_()) if r is not None else None
+            for r in results
+        )
 
     return wrapper
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(
+            "the ops of deeplab_fast have no second derivative; for one, use PyTorch's own "
+            "convolution, batch norm, interpolate and cross_entropy"
+        )
 
 
 def check_map(op: str, name: str, x: Tensor) -> None:

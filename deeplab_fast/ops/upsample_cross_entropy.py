@@ -11,7 +11,15 @@ from torch import Tensor
 
 from .. import backends, reference
 from . import _upsample
-from ._registry import check_device, check_map, check_shape, check_target, define, needs_grad
+from ._registry import (
+    check_device,
+    check_map,
+    check_shape,
+    check_target,
+    define,
+    needs_grad,
+    once_differentiable,
+)
 
 OP = "upsample_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
@@ -121,33 +129,16 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with torch.no_grad():
-            if ctx.options[2] == "none":
-                grad_logits = torch.ops.deeplab_fast.upsample_cross_entropy_backward(
-                    grad, *ctx.saved_tensors, *ctx.options
-                )
-            else:
-                # Not in place: a retained graph comes here again.
-                grad_logits = (ctx.saved_tensors[0] * grad).to(ctx.dtype)
-        # once_differentiable would let a graph through in which only the logits need gradients.
-        if twice:
-            grad_logits = _NoSecondDerivative.apply(grad_logits.requires_grad_())
+        if ctx.options[2] == "none":
+            grad_logits = torch.ops.deeplab_fast.upsample_cross_entropy_backward(
+                grad, *ctx.saved_tensors, *ctx.options
+            )
+        else:
+            # Not in place: a retained graph comes here again.
+            grad_logits = (ctx.saved_tensors[0] * grad).to(ctx.dtype)
         return grad_logits, None, None, None, None, None, None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad_logits: Tensor) -> Tensor:
-        return grad_logits.view_as(grad_logits)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise RuntimeError(
-            f"{OP} has no second derivative; for one, use torch.nn.functional.interpolate and "
-            "cross_entropy"
-        )
 
 
 def _validate(
