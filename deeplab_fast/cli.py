@@ -1,6 +1,7 @@
-"""The command line: ``deeplab-fast predict``, ``info`` and ``models``.
+"""The command line: ``deeplab-fast predict``, ``eval``, ``check-data``, ``info`` and ``models``.
 
-Exit status: 0 done; 1 some images failed, the others are done; 2 bad arguments, nothing written.
+Exit status: 0 done; 1 some images failed (predict: the others are done; eval: nothing is written),
+or the data are bad (check-data); 2 bad arguments, nothing written.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def _parser() -> Any:
         "predict", _predict_parser(), help="segment photos: label maps, overlays, class areas"
     )
     commands.add_subcommand(
+        "eval", _eval_parser(), help="score a model on a labelled data set: mIoU and more"
+    )
+    commands.add_subcommand(
+        "check-data", _check_data_parser(), help="find unreadable photos and wrong labels"
+    )
+    commands.add_subcommand(
         "info", ArgumentParser(), help="versions, devices, and which implementations run"
     )
     commands.add_subcommand("models", ArgumentParser(), help="names that --model takes")
@@ -78,6 +85,104 @@ def _predict_parser() -> Any:
     add("--config", action="config", help="YAML file with any of these options")
     add("paths", nargs="+", type=str, metavar="PATH", help="files, folders or glob patterns")
     add("--output", type=str | None, metavar="DIR", help="folder for the results (required)")
+    _add_model_arguments(add)
+    add(
+        "--classes",
+        type=str | None,
+        metavar="NAME|FILE",
+        help="voc, coco-voc, cityscapes, ade20k, camvid, or a file with a name a line, JSON, YAML",
+    )
+    _add_pass_arguments(add)
+    add(
+        "--size",
+        type=int | None,
+        metavar="N",
+        help="shorter side of the network's input, 0 for the photo's own size; default: the "
+        "model's; results always have the photo's size",
+    )
+    add(
+        "--reset-head",
+        action="store_true",
+        help="start the last layers anew where the number of classes differs (needs training "
+        "before results mean anything)",
+    )
+    return parser
+
+
+def _eval_parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        description="Scores a model on a labelled data set: mean IoU (classes that occur neither in"
+        " labels nor predictions left out), IoU and accuracy by class, pixel accuracy, mean"
+        " accuracy, frequency-weighted IoU. Prints a table; with --output writes metrics.json,"
+        " confusion.png and panels. Under torchrun the processes share the images."
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    _add_data_arguments(add)
+    _add_model_arguments(add)
+    _add_pass_arguments(add)
+    add("--batch-size", type=int, default=1, metavar="N", help="images of one size, or windows")
+    add(
+        "--size",
+        type=int | None,
+        metavar="N",
+        help="shorter side of the network's input, 0 for the photo's own size; default: the "
+        "model's; labels always have their own size",
+    )
+    add("--output", type=str | None, metavar="DIR", help="folder for the results")
+    add(
+        "--panels",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pictures photo | labels | prediction of the N worst and the N best images",
+    )
+    return parser
+
+
+def _check_data_parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        description="Reads every photo and mask of a data set and reports unreadable files, sizes"
+        " that differ, labels that are no class and empty masks, all at once. The exit status is 1"
+        " where there are any."
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    _add_data_arguments(add)
+    add("--allow-empty", action="store_true", help="masks may be ignored in every pixel")
+    return parser
+
+
+def _add_data_arguments(add: Any) -> None:
+    add(
+        "--data",
+        type=str | None,
+        metavar="NAME|FILE",
+        help="voc, cityscapes, ade20k, camvid, coco-voc, folder (images/ and masks/), a .csv of "
+        "pairs, or a YAML file with name, root, classes, label_map (required)",
+    )
+    add("--root", type=str | None, metavar="DIR", help="folder of the data")
+    add(
+        "--split",
+        type=str | None,
+        metavar="NAME",
+        help="default: val; all of a folder or csv",
+    )
+    add(
+        "--classes",
+        type=str | None,
+        metavar="NAME|FILE|N",
+        help="class names for a folder or csv: a built-in set, a file, or a number",
+    )
+    add("--ignore-index", type=int | None, metavar="N", help="label that is not counted")
+    add("--workers", type=int, default=0, metavar="N", help="processes that read")
+
+
+def _add_model_arguments(add: Any) -> None:
     add("--weights", type=str | None, metavar="FILE", help="trained weights (required)")
     add(
         "--model",
@@ -86,12 +191,28 @@ def _predict_parser() -> Any:
         help="see 'deeplab-fast models'; default: what the weights file is for",
     )
     add("--num-classes", type=int | None, metavar="N", help="default: as the weights have")
+    add("--device", type=str, default="auto", metavar="cpu|cuda|auto")
     add(
-        "--classes",
+        "--dtype",
         type=str | None,
-        metavar="NAME|FILE",
-        help="voc, coco-voc, cityscapes, ade20k, camvid, or a file with a name a line, JSON, YAML",
+        metavar="fp32|bf16|fp16",
+        help="default: as the weights are; bf16 and fp16 run under autocast",
     )
+    add(
+        "--output-stride",
+        type=int | None,
+        metavar="8|16",
+        help="run at this one, the atrous rates scaled with it; default: as the weights have",
+    )
+    add(
+        "--backend",
+        type=str | None,
+        metavar="NAME",
+        help="auto, cuda, triton, cpu or reference; default: auto, or DEEPLAB_FAST_BACKEND",
+    )
+
+
+def _add_pass_arguments(add: Any) -> None:
     add(
         "--scales",
         type=float,
@@ -116,34 +237,6 @@ def _predict_parser() -> Any:
         metavar="F",
         help="part of a window that the next one covers again, 0 to 1",
     )
-    add(
-        "--size",
-        type=int | None,
-        metavar="N",
-        help="shorter side of the network's input, 0 for the photo's own size; default: the "
-        "model's; results always have the photo's size",
-    )
-    add("--device", type=str, default="auto", metavar="cpu|cuda|auto")
-    add(
-        "--dtype",
-        type=str | None,
-        metavar="fp32|bf16|fp16",
-        help="default: as the weights are; bf16 and fp16 run under autocast",
-    )
-    add("--output-stride", type=int | None, metavar="8|16")
-    add(
-        "--reset-head",
-        action="store_true",
-        help="start the last layers anew where the number of classes differs (needs training "
-        "before results mean anything)",
-    )
-    add(
-        "--backend",
-        type=str | None,
-        metavar="NAME",
-        help="auto, cuda, triton, cpu or reference; default: auto, or DEEPLAB_FAST_BACKEND",
-    )
-    return parser
 
 
 def _info(config: Any) -> int:
@@ -185,13 +278,7 @@ def _prepare(config: Any) -> _Job:
         raise _UsageError("no images given: name files, folders or glob patterns")
     if not config.output:
         raise _UsageError("--output DIR is missing: where shall the results go?")
-    if not config.weights:
-        raise _UsageError(
-            "--weights FILE is missing: this package has no trained weights of its own yet, and "
-            "untrained ones give meaningless labels. Pass a .pth or .safetensors file of a trained "
-            "DeepLabv3 (torchvision, segmentation-models-pytorch, mmsegmentation, VainF, "
-            "jfzhang95, fregu856, TensorFlow Lite MobileNetV2)"
-        )
+    _need_weights(config)
     output = Path(config.output)
     try:
         options = PredictOptions.checked(
@@ -202,12 +289,10 @@ def _prepare(config: Any) -> _Job:
         paths = _inputs(list_images(config.paths), config.paths, output)
     except (ValueError, OSError) as error:
         raise _UsageError(str(error)) from error
-    if config.size is not None and config.size < 0:
-        raise _UsageError(f"--size is {config.size}, expected pixels above 0, or 0 for no resizing")
-    model, name = _load_model(config)
+    _check_size(config)
+    model, name = _load_model(config, "predict")
     classes = _classes(config, model, name)
-    if config.size is not None:
-        model.preprocess = replace(model.preprocess, size=config.size or None)
+    _apply_size(config, model)
     model.to(device).eval()
     return _Job(
         paths=tuple(paths),
@@ -225,6 +310,26 @@ def _prepare(config: Any) -> _Job:
         },
         backend=config.backend,
     )
+
+
+def _need_weights(config: Any) -> None:
+    if not config.weights:
+        raise _UsageError(
+            "--weights FILE is missing: this package has no trained weights of its own yet, and "
+            "untrained ones give meaningless labels. Pass a .pth or .safetensors file of a trained "
+            "DeepLabv3 (torchvision, segmentation-models-pytorch, mmsegmentation, VainF, "
+            "jfzhang95, fregu856, TensorFlow Lite MobileNetV2)"
+        )
+
+
+def _check_size(config: Any) -> None:
+    if config.size is not None and config.size < 0:
+        raise _UsageError(f"--size is {config.size}, expected pixels above 0, or 0 for no resizing")
+
+
+def _apply_size(config: Any, model: Any) -> None:
+    if config.size is not None:
+        model.preprocess = replace(model.preprocess, size=config.size or None)
 
 
 def _inputs(found: Sequence[Path], given: Sequence[str], output: Path) -> list[Path]:
@@ -300,7 +405,8 @@ def _device_name(name: str) -> str:
     return name
 
 
-def _load_model(config: Any) -> tuple[Any, str]:
+def _load_model(config: Any, command: str) -> tuple[Any, str]:
+    """The model that ``--weights`` is for, at ``--output-stride``, and its name."""
     from deeplab_fast import backends
     from deeplab_fast.models import get_model, list_models
     from deeplab_fast.weights import inspect_weights, load_weights
@@ -317,6 +423,7 @@ def _load_model(config: Any) -> tuple[Any, str]:
         raise _UsageError(
             f"no model is named {config.model!r}; there are: {', '.join(list_models())}"
         )
+    reset_head = bool(config.get("reset_head"))
     if not Path(config.weights).is_file():
         raise _UsageError(f"--weights {config.weights}: no such file")
     try:
@@ -332,24 +439,26 @@ def _load_model(config: Any) -> tuple[Any, str]:
         classes = config.num_classes or found.num_classes
         if classes is not None:
             options["num_classes"] = classes
-        if config.output_stride is not None:
-            options["output_stride"] = config.output_stride
-        model = get_model(name, **options)
+        model: Any = get_model(name, **options)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            load_weights(model, config.weights, reset_head=config.reset_head)
+            load_weights(model, config.weights, reset_head=reset_head)
+        # After loading: atrous rates that the file tells belong to the stride it was trained at.
+        if config.output_stride is not None:
+            model.set_output_stride(config.output_stride)
     # A file that is no checkpoint, or one that does not fit, or an option the model lacks.
     except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:
         raise _UsageError(str(error)) from error
     for warning in caught:
-        _tell(f"warning: {warning.message}")
-    if config.reset_head:
+        _tell(command, f"warning: {warning.message}")
+    if reset_head:
         _tell(
+            command,
             "warning: --reset-head: the last layer has random weights; labels mean nothing before "
-            "it is trained"
+            "it is trained",
         )
     if found.notes and config.output_stride is None:
-        _tell(f"note on the weights: {found.notes}")
+        _tell(command, f"note on the weights: {found.notes}")
     return model, name
 
 
@@ -377,14 +486,146 @@ def _classes(config: Any, model: Any, name: str) -> Any:
     if usual is None:
         return generic_classes(model.num_classes)
     _tell(
+        "predict",
         f"the weights name no classes; {model.num_classes} classes are taken to be {usual} "
-        "(--classes names others)"
+        "(--classes names others)",
     )
     return class_set(usual)
 
 
-def _tell(message: str) -> None:
-    print(f"{_PROGRAM} predict: {message}", file=sys.stderr)
+def _tell(command: str, message: str) -> None:
+    print(f"{_PROGRAM} {command}: {message}", file=sys.stderr)
+
+
+def _open_data(config: Any) -> Any:
+    from deeplab_fast.data.datasets import open_dataset
+
+    if not config.data:
+        raise _UsageError(
+            "--data NAME is missing: voc, cityscapes, ade20k, camvid, coco-voc, folder, a .csv of "
+            "pairs or a YAML file"
+        )
+    if config.workers < 0:
+        raise _UsageError(f"--workers is {config.workers}, expected 0 or more")
+    try:
+        return open_dataset(
+            config.data,
+            config.root,
+            config.split,
+            classes=config.classes,
+            ignore_index=config.ignore_index,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise _UsageError(str(error)) from error
+
+
+def _check_data(config: Any) -> int:
+    from deeplab_fast.data.check import check_dataset
+
+    dataset = _open_data(config)
+    report = check_dataset(dataset, workers=config.workers, progress=True)
+    print(report.table())
+    if report.absent:
+        print(f"in no image: {', '.join(report.absent)}")
+    bad = report.bad(allow_empty=config.allow_empty)
+    for problem in bad:
+        _tell("check-data", problem.message)
+    print(f"{dataset}: {len(bad)} problems")
+    return 1 if bad else 0
+
+
+def _eval(config: Any) -> int:
+    from deeplab_fast import use_backend
+    from deeplab_fast.backends import BackendUnavailable
+    from deeplab_fast.engine.evaluate import evaluate
+    from deeplab_fast.engine.predict import PredictOptions, check_device, check_dtype
+
+    _need_weights(config)
+    _check_size(config)
+    with _processes(config) as (rank, device_name):
+        try:
+            device = check_device(device_name)
+            check_dtype(config.dtype)
+            PredictOptions.checked(
+                config.scales, config.flip, config.tile, config.overlap, config.batch_size
+            )
+            if config.panels < 0:
+                raise ValueError(f"--panels is {config.panels}, expected 0 or more")
+            if config.panels and not config.output:
+                raise ValueError("--panels needs --output DIR: where shall the pictures go?")
+            if config.output and Path(config.output).exists() and not Path(config.output).is_dir():
+                raise ValueError(f"--output {config.output} is a file; name a folder")
+        except ValueError as error:
+            raise _UsageError(str(error)) from error
+        dataset = _open_data(config)
+        model, name = _load_model(config, "eval")
+        if model.num_classes != dataset.num_classes:
+            raise _UsageError(
+                f"the weights have {model.num_classes} classes and the data set {config.data} "
+                f"{dataset.num_classes}; evaluate them on the classes they were trained on"
+            )
+        _apply_size(config, model)
+        try:
+            with (
+                use_backend(config.backend) if config.backend else nullcontext(),
+                warnings.catch_warnings(record=True) as caught,
+            ):
+                warnings.simplefilter("always")
+                result = evaluate(
+                    model,
+                    dataset,
+                    scales=config.scales,
+                    flip=config.flip,
+                    tile=config.tile,
+                    overlap=config.overlap,
+                    batch_size=config.batch_size,
+                    workers=config.workers,
+                    device=device,
+                    dtype=config.dtype,
+                    panels=config.panels,
+                    progress=sys.stderr.isatty(),
+                )
+        except BackendUnavailable as error:
+            raise _UsageError(str(error)) from error
+        except (ValueError, MemoryError) as error:
+            _tell("eval", str(error))
+            return 1
+        if rank > 0:
+            return 0
+        for warning in caught:
+            _tell("eval", f"warning: {warning.message}")
+        print(result.metrics.table())
+        if config.output:
+            try:
+                paths = result.save(config.output, builder=name, weights=str(config.weights))
+            except OSError as error:
+                _tell("eval", f"cannot write: {error}")
+                return 1
+            print(f"{len(dataset)} images scored, results in {paths['metrics'].parent}")
+    return 0
+
+
+@contextmanager
+def _processes(config: Any) -> Iterator[tuple[int, str]]:
+    """Rank and device name; under torchrun the processes are joined for the duration."""
+    import torch
+    import torch.distributed as dist
+
+    device = _device_name(config.device)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ or dist.is_initialized():
+        yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0, device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield dist.get_rank(), device
+    finally:
+        dist.destroy_process_group()
 
 
 def _run(job: _Job) -> int:
@@ -476,7 +717,13 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-_COMMANDS = {"predict": _predict, "info": _info, "models": _models}
+_COMMANDS = {
+    "predict": _predict,
+    "eval": _eval,
+    "check-data": _check_data,
+    "info": _info,
+    "models": _models,
+}
 
 
 if __name__ == "__main__":

@@ -266,26 +266,43 @@ class _Runner:
 
     def run(self, pixels: _Pixels) -> tuple[torch.Tensor, torch.Tensor | None]:
         options = self.options
+        window = self.window(pixels)
+        if window is not None:
+            return self.tiled(pixels, window)
+        logits = self.single_pass(pixels)
+        if logits is None:
+            return self.best(self.summed_softmax(pixels, self.base(pixels)))
+        result: Any = ops.upsample_argmax(
+            logits,
+            pixels.size,
+            align_corners=self.model.align_corners,
+            return_prob=options.return_prob,
+        )
+        return result if options.return_prob else (result, None)
+
+    def single_pass(self, pixels: _Pixels) -> torch.Tensor | None:
+        """Logits [N, C, h, w] that alone make the result; None where passes or windows are merged.
+
+        Upsampled to the picture's size they are what :meth:`run` takes the labels from.
+        """
+        if self.options.passes != 1 or self.window(pixels) is not None:
+            return None
+        size = self.scaled(self.base(pixels), self.options.scales[0])
+        return self.logits(pixels.inputs(size, self.device, self.dtype))
+
+    def window(self, pixels: _Pixels) -> tuple[int, int] | None:
+        """Height and width of the sliding windows; None where the picture is run whole."""
+        if self.options.tile is None:
+            return None
         height, width = pixels.size
-        if options.tile is not None:
-            window = (min(options.tile[0], height), min(options.tile[1], width))
-            if window != (height, width):
-                return self.tiled(pixels, window)
-            base = (height, width)
-        elif pixels.preprocess is not None:
-            base = pixels.preprocess.target_size(height, width)
-        else:
-            base = (height, width)
-        if options.passes == 1:
-            x = pixels.inputs(self.scaled(base, options.scales[0]), self.device, self.dtype)
-            result: Any = ops.upsample_argmax(
-                self.logits(x),
-                (height, width),
-                align_corners=self.model.align_corners,
-                return_prob=options.return_prob,
-            )
-            return result if options.return_prob else (result, None)
-        return self.best(self.summed_softmax(pixels, base))
+        window = (min(self.options.tile[0], height), min(self.options.tile[1], width))
+        return None if window == (height, width) else window
+
+    def base(self, pixels: _Pixels) -> tuple[int, int]:
+        """The input size of a picture that is run whole, at scale 1."""
+        if self.options.tile is not None or pixels.preprocess is None:
+            return pixels.size
+        return pixels.preprocess.target_size(*pixels.size)
 
     def tiled(
         self, pixels: _Pixels, window: tuple[int, int]

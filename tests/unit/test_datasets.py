@@ -130,6 +130,17 @@ def test_masks_that_hold_no_class_numbers(tmp_path):
         assert caught.value.path == str(tmp_path / name)
 
 
+def test_grey_tiff_masks_of_four_bits_give_the_stored_values(tmp_path):
+    values = labels(*range(16))
+    rows = (values[:, ::2] << 4 | values[:, 1::2]).tobytes()
+    # Width, height, bits a sample, no compression, black is 0, place of the rows, one strip.
+    entries = [(256, 8), (257, 6), (258, 4), (259, 1), (262, 1), (273, 122), (278, 6), (279, 24)]
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + tags + struct.pack("<I", 0)
+    (tmp_path / "m.tif").write_bytes(head.ljust(122, b"\0") + rows)
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.tif"), values)
+
+
 # Label maps
 
 

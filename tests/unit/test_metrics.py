@@ -2,12 +2,14 @@
 
 import json
 import math
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 
 from deeplab_fast.engine.metrics import Metrics
+from deeplab_fast.testing import import_torchvision
 
 # Rows are the labels. Class 2 is predicted and never labelled, class 3 is in neither.
 BY_HAND = [
@@ -81,6 +83,9 @@ def test_what_is_no_confusion_matrix(confusion, classes, message):
 
 
 def test_against_torchmetrics():
+    # torchmetrics imports torchvision where there is one, which may need help to load.
+    with suppress(ImportError):
+        import_torchvision()
     classification = pytest.importorskip("torchmetrics.functional.classification")
     target = torch.randint(0, 5, (4000,))
     predicted = torch.where(torch.rand(4000) < 0.7, target, torch.randint(0, 5, (4000,)))

@@ -253,7 +253,7 @@ def test_tensors_without_a_transform():
     np.testing.assert_array_equal(label.numpy(), expected[1])
     assert dataset.num_classes == 5 and dataset.classes is Pairs.classes
     with pytest.raises(AttributeError, match="palette"):
-        dataset.palette
+        _ = dataset.palette
     with pytest.raises(IndexError):
         dataset[5]
 
@@ -328,7 +328,7 @@ def test_torchvision_v2():
     assert not equal([dataset[0]], [(image, label)])
     floats = T.AugmentedDataset(Pairs(), v2.ToDtype(torch.float32, scale=True))[0][0]
     assert floats.dtype == torch.float32 and floats.max() <= 1
-    with pytest.raises(TypeError, match="use the one of torchvision.transforms.v2"):
+    with pytest.raises(TypeError, match=r"use the one of torchvision\.transforms\.v2"):
         T.adapt(Resize(20))
 
 

@@ -1,0 +1,490 @@
+"""Augmentation of pairs of photo and labels, the same for every number of workers.
+
+A transform here is a callable ``(image, label, generator) -> (image, label)`` on a uint8 array
+[H, W, 3] and an integer array [H, W]; all of its chance comes from the ``torch.Generator``.
+:class:`AugmentedDataset` seeds one by (seed, epoch, index), so that a sample is the same whichever
+worker makes it, and turns the result into tensors. It takes transforms of other libraries too
+(:func:`adapt`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from deeplab_fast.data.datasets import LabelError, bad_labels
+from deeplab_fast.data.preprocess import IMAGENET_MEAN
+
+__all__ = [
+    "AugmentedDataset",
+    "Compose",
+    "Crop",
+    "RandomFlip",
+    "RandomScale",
+    "RandomShortSide",
+    "Transform",
+    "adapt",
+    "paper_evaluation",
+    "paper_training",
+    "resize_pair",
+    "torchvision_evaluation",
+    "torchvision_training",
+]
+
+Pair = tuple[np.ndarray, np.ndarray]
+Transform = Callable[[np.ndarray, np.ndarray, torch.Generator], Pair]
+
+STYLES = ("generator", "pair", "torchvision", "albumentations")
+
+
+class Compose:
+    """Runs transforms one after the other."""
+
+    def __init__(self, *transforms: Transform) -> None:
+        self.transforms = transforms
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+        for transform in self.transforms:
+            image, label = transform(image, label, generator)
+        return image, label
+
+    def __repr__(self) -> str:
+        return f"Compose({', '.join(map(repr, self.transforms))})"
+
+
+class RandomScale:
+    """Resizes by a factor drawn evenly from [low, high], or from low, low + step, ..., high.
+
+    Raises:
+        ValueError: factors that are not 0 < low <= high, a step that is not above 0.
+    """
+
+    def __init__(self, low: float = 0.5, high: float = 2.0, step: float | None = None) -> None:
+        if not 0 < low <= high:
+            raise ValueError(f"scale is {low} to {high}, expected 0 < low <= high")
+        if step is not None and not step > 0:
+            raise ValueError(f"step is {step}, expected None or a number above 0")
+        self.low, self.high, self.step = low, high, step
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+        if self.step is None:
+            factor = self.low + (self.high - self.low) * _uniform(generator)
+        else:
+            # 1e-6: (high - low) / step of 0.1 steps falls just short of an integer.
+            count = int((self.high - self.low) / self.step + 1e-6) + 1
+            factor = self.low + self.step * _integer(generator, 0, count - 1)
+        size = [max(1, int(side * factor + 0.5)) for side in label.shape]
+        return resize_pair(image, label, (size[0], size[1]))
+
+    def __repr__(self) -> str:
+        return f"RandomScale({self.low}, {self.high}, step={self.step})"
+
+
+class RandomShortSide:
+    """Resizes so that the shorter side has a whole number of pixels drawn from [low, high].
+
+    The longer side is ``int(size * longer / shorter)``, as torchvision has it.
+    """
+
+    def __init__(self, low: int, high: int | None = None) -> None:
+        high = low if high is None else high
+        if not 0 < low <= high:
+            raise ValueError(f"the shorter side is {low} to {high}, expected 0 < low <= high")
+        self.low, self.high = low, high
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+        side = _integer(generator, self.low, self.high)
+        height, width = label.shape
+        size = (
+            (side, int(side * width / height))
+            if height <= width
+            else (
+                int(side * height / width),
+                side,
+            )
+        )
+        return resize_pair(image, label, size)
+
+    def __repr__(self) -> str:
+        return f"RandomShortSide({self.low}, {self.high})"
+
+
+class RandomFlip:
+    """Mirrors left and right with this probability."""
+
+    def __init__(self, probability: float = 0.5) -> None:
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability is {probability}, expected 0..1")
+        self.probability = probability
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+        if _uniform(generator) < self.probability:
+            return np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(label[:, ::-1])
+        return image, label
+
+    def __repr__(self) -> str:
+        return f"RandomFlip({self.probability})"
+
+
+class Crop:
+    """Cuts out a window at a random place; what is too small is padded right and below first.
+
+    Args:
+        size: (height, width), or one number for both, in pixels.
+        fill: colour of the padding, (R, G, B) 0..255.
+        ignore_index: label of the padding.
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        fill: Sequence[int] = (0, 0, 0),
+        ignore_index: int = 255,
+    ) -> None:
+        height, width = (size, size) if isinstance(size, int) else size
+        if height < 1 or width < 1:
+            raise ValueError(f"crop is {size!r}, expected pixels above 0")
+        self.size = (height, width)
+        self.fill = np.array(fill, dtype=np.uint8)
+        self.ignore_index = ignore_index
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+        height, width = self.size
+        top = _integer(generator, 0, max(0, label.shape[0] - height))
+        left = _integer(generator, 0, max(0, label.shape[1] - width))
+        window = (slice(top, top + height), slice(left, left + width))
+        image, label = image[window], label[window]
+        if label.shape == self.size:
+            return np.ascontiguousarray(image), np.ascontiguousarray(label)
+        padded = np.empty((height, width, 3), dtype=np.uint8)
+        padded[:] = self.fill
+        padded[: image.shape[0], : image.shape[1]] = image
+        # A label that the mask's own type cannot hold needs a wider one.
+        wide = np.result_type(label.dtype, np.min_scalar_type(self.ignore_index))
+        wide = wide if wide in (np.uint8, np.int32, np.int64) else np.dtype(np.int32)
+        labels = np.full(self.size, self.ignore_index, dtype=wide)
+        labels[: label.shape[0], : label.shape[1]] = label
+        return padded, labels
+
+    def __repr__(self) -> str:
+        return f"Crop({self.size}, fill={self.fill.tolist()}, ignore_index={self.ignore_index})"
+
+
+def paper_training(
+    crop: int | tuple[int, int] = 513,
+    *,
+    scale: tuple[float, float] = (0.5, 2.0),
+    scale_step: float | None = None,
+    flip: float = 0.5,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    ignore_index: int = 255,
+) -> Compose:
+    """Scale 0.5 to 2, left-right flip, crop padded with the mean colour and ``ignore_index``.
+
+    Args:
+        crop: 513 for PASCAL VOC, 769 for Cityscapes; below and right of a smaller picture padding.
+        scale: the range of the factor; ``scale_step`` 0.25 draws steps, as TensorFlow DeepLab does.
+        flip: its probability.
+        mean: the model's ``preprocess.mean``, R, G, B in 0..1.
+        ignore_index: the data set's.
+
+    Source: arXiv 1706.05587, section 4.1.
+    """
+    fill = [round(255 * value) for value in mean]
+    return Compose(
+        RandomScale(*scale, step=scale_step), RandomFlip(flip), Crop(crop, fill, ignore_index)
+    )
+
+
+def paper_evaluation() -> Compose:
+    """Photo and labels at their own size: the paper's evaluation, on whole images."""
+    return Compose()
+
+
+def torchvision_training(
+    base_size: int = 520,
+    crop: int | tuple[int, int] = 480,
+    *,
+    flip: float = 0.5,
+    ignore_index: int = 255,
+) -> Compose:
+    """torchvision's recipe: shorter side 0.5 to 2 times ``base_size``, flip, crop padded black."""
+    return Compose(
+        RandomShortSide(int(0.5 * base_size), int(2.0 * base_size)),
+        RandomFlip(flip),
+        Crop(crop, (0, 0, 0), ignore_index),
+    )
+
+
+def torchvision_evaluation(base_size: int = 520) -> Compose:
+    """torchvision's evaluation: photo *and labels* with a shorter side of ``base_size`` pixels.
+
+    Its published figures count these resized labels; ``evaluate`` without a transform counts every
+    pixel of the original ones.
+    """
+    return Compose(RandomShortSide(base_size))
+
+
+def resize_pair(image: np.ndarray, label: np.ndarray, size: tuple[int, int]) -> Pair:
+    """Both at (height, width): the photo bilinear with antialiasing, the labels nearest.
+
+    Half-pixel centres for both, so that they stay aligned.
+    """
+    height, width = size
+    if label.shape == (height, width):
+        return image, label
+    pixels = torch.from_numpy(_plain(image)).permute(2, 0, 1).unsqueeze(0)
+    resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+    rows = _nearest(label.shape[0], height)
+    columns = _nearest(label.shape[1], width)
+    new_image = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    return new_image, np.ascontiguousarray(label[rows[:, None], columns])
+
+
+class AugmentedDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """A data set under a transform, as tensors: (uint8 or float [3, h, w], labels [h, w]).
+
+    Sample ``i`` of an epoch depends on (seed, epoch, i) only: not on the number of workers or
+    processes, nor on the order. Photos stay uint8, which ``Preprocess.batch`` normalises on the
+    device; floats from a transform of the user's are taken as normalised.
+
+    Args:
+        dataset: gives (uint8 [H, W, 3], labels [H, W]), e.g. a ``SegmentationDataset``.
+        transform: see :func:`adapt`; None changes nothing.
+        seed: any integer.
+        style: see :func:`adapt`.
+        check_labels: raise ``LabelError`` with the mask's path for a label that is no class, here
+            on the host: on CUDA it would be ignored, or stop the process.
+
+    Raises:
+        TypeError, ValueError: as :func:`adapt`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        transform: Any = None,
+        *,
+        seed: int = 0,
+        style: str | None = None,
+        check_labels: bool = True,
+    ) -> None:
+        self.dataset = dataset
+        self.transform = None if transform is None else adapt(transform, style=style)
+        self.seed = int(seed)
+        self.check_labels = check_labels
+        # Shared memory: workers that outlive an epoch see the new one.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch; :meth:`set_epoch` changes it."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the epoch, also to running workers; call it before iterating."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        # Classes, ignore_index and the like of the data set inside.
+        if name in ("classes", "num_classes", "ignore_index", "name", "split", "samples"):
+            return getattr(self.dataset, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        index = range(len(self))[index]
+        image, label = self.dataset[index]
+        if self.check_labels and hasattr(self.dataset, "ignore_index"):
+            check_labels(self.dataset, index, label)
+        if self.transform is not None:
+            generator = torch.Generator()
+            generator.manual_seed(sample_seed(self.seed, self.epoch, index))
+            image, label = self.transform(image, label, generator)
+        return to_tensors(image, label)
+
+
+def check_labels(dataset: Any, index: int, label: np.ndarray) -> None:
+    """Raises LabelError, with the mask's path, where ``label`` has values that are no class."""
+    found = bad_labels(label, dataset.num_classes, dataset.ignore_index)
+    if found:
+        samples = getattr(dataset, "samples", None)
+        path = f"sample {index}" if samples is None else str(samples[index].mask)
+        raise LabelError(
+            path,
+            found,
+            f"outside the classes 0..{dataset.num_classes - 1} and not "
+            f"ignore_index={dataset.ignore_index}; map them with label_map, set ignore_index, or "
+            "see what check-data reports",
+        )
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """64 bits that differ for different (seed, epoch, index)."""
+    # SeedSequence takes no negative numbers.
+    words = [seed & 0xFFFFFFFFFFFFFFFF, epoch & 0xFFFFFFFFFFFFFFFF, index]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+def adapt(transform: Any, *, style: str | None = None) -> Transform:
+    """Any library's transform as ``(image, label, generator) -> (image, label)``.
+
+    ============== ========================================================================
+    style          how it is called
+    ============== ========================================================================
+    generator      ``transform(image, label, generator)``
+    pair           ``transform(image, label)`` with arrays
+    torchvision    ``transform(tv_tensors.Image, tv_tensors.Mask)``, torchvision's v2
+    albumentations ``transform(image=image, mask=label)["image"]`` and ``["mask"]``
+    ============== ========================================================================
+
+    Without ``style`` it follows from where the transform is defined and, for the rest, from its
+    signature: the keywords image and mask, else the number of arguments (3 or 2). In all but the
+    first style the global generators of torch, NumPy and ``random`` (and albumentations' own) are
+    seeded for the call from ``generator``, and the global ones restored after it.
+
+    Raises:
+        TypeError: no callable, or one whose style cannot be told.
+        ValueError: an unknown style.
+    """
+    if style is not None and style not in STYLES:
+        raise ValueError(f"style is {style!r}, expected None or one of {', '.join(STYLES)}")
+    if not callable(transform):
+        raise TypeError(
+            f"the transform is a {type(transform).__name__}, expected a callable on a photo and "
+            "its labels"
+        )
+    style = style or _style_of(transform)
+    return transform if style == "generator" else _Adapted(transform, style)
+
+
+class _Adapted:
+    def __init__(self, transform: Any, style: str) -> None:
+        self.transform, self.style = transform, style
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Any:
+        seed = _integer(generator, 0, 2**31 - 1)
+        with _seeded(seed):
+            if self.style == "albumentations":
+                if hasattr(self.transform, "set_random_seed"):
+                    self.transform.set_random_seed(seed)
+                result = self.transform(image=image, mask=label)
+                return result["image"], result["mask"]
+            if self.style == "torchvision":
+                from torchvision import tv_tensors
+
+                chw = torch.from_numpy(_plain(image)).permute(2, 0, 1)
+                mask = torch.from_numpy(_plain(label))
+                pair = self.transform(tv_tensors.Image(chw), tv_tensors.Mask(mask))
+                return tuple(tensor.as_subclass(torch.Tensor) for tensor in pair)
+            return self.transform(image, label)
+
+    def __repr__(self) -> str:
+        return f"{self.transform!r} ({self.style})"
+
+
+def _style_of(transform: Any) -> str:
+    module = type(transform).__module__ or ""
+    if module.startswith(("torchvision.transforms.v2", "torchvision.prototype")):
+        return "torchvision"
+    if module.startswith("albumentations"):
+        return "albumentations"
+    if module.startswith("torchvision.transforms"):
+        raise TypeError(
+            f"{type(transform).__name__} is of torchvision.transforms, which changes photos "
+            "without their labels; use the one of torchvision.transforms.v2"
+        )
+    try:
+        parameters = list(inspect.signature(transform).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names = {p.name for p in parameters}
+    keyword_only = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if {"image", "mask"} <= {p.name for p in keyword_only}:
+        return "albumentations"
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    if len(required) == 3 or (len(positional) >= 3 and "generator" in names):
+        return "generator"
+    if len(required) == 2 or len(positional) == 2:
+        return "pair"
+    raise TypeError(
+        f"cannot tell how {transform!r} is called; pass style= one of {', '.join(STYLES)}"
+    )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def to_tensors(image: Any, label: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A pair as tensors: [3, h, w] uint8 or float, and [h, w] uint8, int32 or int64.
+
+    Args:
+        image: array [h, w, 3] or tensor [3, h, w].
+        label: array or tensor [h, w] or [1, h, w] of integers.
+
+    Raises:
+        ValueError: other shapes or dtypes, or sizes that differ.
+    """
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(_plain(image))
+        image = image.permute(2, 0, 1) if image.ndim == 3 else image
+    if isinstance(label, np.ndarray):
+        label = torch.from_numpy(_plain(label))
+    image, label = torch.as_tensor(image), torch.as_tensor(label)
+    if label.ndim == 3 and label.shape[0] == 1:
+        label = label[0]
+    is_image = image.ndim == 3 and image.shape[0] == 3
+    if not is_image or label.ndim != 2 or image.shape[1:] != label.shape:
+        raise ValueError(
+            f"the transform gave an image {list(image.shape)} and labels {list(label.shape)}, "
+            "expected [3, h, w] (arrays: [h, w, 3]) and [h, w]"
+        )
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise ValueError(f"the transform gave an image of {image.dtype}, expected uint8 or float")
+    if label.dtype not in (torch.uint8, torch.int32, torch.int64):
+        if label.is_floating_point() or label.dtype == torch.bool:
+            raise ValueError(f"the transform gave labels of {label.dtype}, expected integers")
+        label = label.to(torch.int32)
+    return image.contiguous(), label.contiguous()
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    # torch cannot share memory with read-only or negatively strided arrays.
+    if not array.flags.writeable or min(array.strides, default=0) < 0:
+        return array.copy()
+    return array
+
+
+def _nearest(length: int, new: int) -> np.ndarray:
+    # Integers: (i + 0.5) * length / new in floats may fall below a boundary that it lies on.
+    return (2 * np.arange(new) + 1) * length // (2 * new)
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
+def _integer(generator: torch.Generator, low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))

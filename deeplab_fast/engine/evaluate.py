@@ -1,0 +1,572 @@
+"""Scores of a model over a data set, exact over processes, and the files that show them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from deeplab_fast import ops
+from deeplab_fast.data.classes import ClassSet
+from deeplab_fast.data.preprocess import Preprocess
+from deeplab_fast.data.transforms import check_labels, resize_pair, to_tensors
+from deeplab_fast.engine.metrics import Metrics
+from deeplab_fast.engine.outputs import overlay, write_atomically
+from deeplab_fast.engine.predict import (
+    PredictOptions,
+    _check_model,
+    _eval_mode,
+    _Pixels,
+    _preprocess_of,
+    _Runner,
+    check_device,
+    check_dtype,
+)
+
+__all__ = [
+    "Evaluation",
+    "ImageScore",
+    "Panel",
+    "ShardSampler",
+    "confusion_image",
+    "evaluate",
+    "is_out_of_memory",
+]
+
+# Longer side of one picture of a panel, in pixels.
+_PANEL_SIDE = 640
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """One image's scores: IoU is the mean over the classes in its labels or prediction.
+
+    ``pixels`` counts those that are not ignored; without any the scores are nan.
+    """
+
+    index: int
+    name: str
+    miou: float
+    pixel_accuracy: float
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A photo with its labels and its prediction: the ``rank``-th (from 1) "worst" or "best"."""
+
+    kind: str
+    rank: int
+    score: ImageScore
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` gives: scores, counts [C, C] (rows: labels), scores of each image."""
+
+    metrics: Metrics
+    confusion: np.ndarray
+    images: tuple[ImageScore, ...]
+    classes: ClassSet
+    settings: dict[str, Any]
+    panels: tuple[Panel, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; nan is None."""
+        return {
+            **self.metrics.as_dict(),
+            "settings": self.settings,
+            "confusion": self.confusion.tolist(),
+            "images": [
+                {
+                    key: None if isinstance(value, float) and math.isnan(value) else value
+                    for key, value in vars(score).items()
+                }
+                for score in self.images
+            ],
+            "panels": [
+                {"file": f"panels/{_panel_name(panel)}", "index": panel.score.index}
+                for panel in self.panels
+            ],
+        }
+
+    def save(self, folder: str | os.PathLike[str], **extra: Any) -> dict[str, Path]:
+        """Writes ``metrics.json``, ``confusion.png`` and ``panels/*.png``; returns their paths.
+
+        All files are complete before the first gets its name, and the JSON gets its name last.
+
+        Args:
+            folder: made if it is missing.
+            extra: told in the JSON, e.g. the command's arguments.
+
+        Raises:
+            OSError: the files cannot be written; none is left half-written.
+        """
+        folder = Path(folder)
+        content = {**extra, **self.as_dict()}
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        picture = confusion_image(self.confusion, self.classes.classes)
+        paths = {
+            **{_panel_name(p): folder / "panels" / _panel_name(p) for p in self.panels},
+            "confusion": folder / "confusion.png",
+            "metrics": folder / "metrics.json",
+        }
+        pictures = [(paths[_panel_name(p)], _draw_panel(p, self.classes)) for p in self.panels]
+        pictures.append((paths["confusion"], picture))
+        (folder / "panels" if self.panels else folder).mkdir(parents=True, exist_ok=True)
+        files = [(path, _png_writer(image)) for path, image in pictures]
+        files.append((paths["metrics"], lambda file: file.write(text.encode("utf-8"))))
+        write_atomically(files)
+        return paths
+
+
+class ShardSampler(Sampler[int]):
+    """Indices rank, rank + world, ... of n: over all ranks every index once, without padding.
+
+    PyTorch's DistributedSampler repeats samples so that all ranks have equally many, which counts
+    some of them twice. Ranks of this one may differ by one sample: no collective call may depend on
+    the number of steps.
+    """
+
+    def __init__(self, length: int, rank: int | None = None, world: int | None = None) -> None:
+        own_rank, own_world = _rank_and_world()
+        self.length = length
+        self.rank = own_rank if rank is None else rank
+        self.world = own_world if world is None else world
+        if not 0 <= self.rank < self.world:
+            raise ValueError(f"rank is {self.rank} of {self.world} processes")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, self.length, self.world))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.length, self.world))
+
+
+def evaluate(
+    model: torch.nn.Module,
+    dataset: Any,
+    *,
+    output_stride: int | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    tile: tuple[int, int] | int | None = None,
+    overlap: float = 0.25,
+    batch_size: int = 1,
+    workers: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    panels: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Counts, for every labelled pixel of a data set, which class the model predicts there.
+
+    The prediction is :func:`~deeplab_fast.engine.predict.predict`'s, at the size of the labels. One
+    scale without flip or windows goes from low-resolution logits straight to counts
+    (``ops.upsample_confusion``): neither full-resolution logits nor label maps are made.
+
+    With ``torch.distributed`` initialised every process takes its share of the samples, each is
+    counted once, the counts are summed and all processes return the same result (``panels`` only
+    rank 0). All of them must call it. Where one fails all raise.
+
+    Args:
+        model: as for ``predict``; eval mode, training modes are restored.
+        dataset: gives (photo, labels) and has ``classes`` (a ``ClassSet``), ``num_classes`` and
+            ``ignore_index``, e.g. ``data.datasets.open_dataset(...)``, or one in an
+            ``AugmentedDataset``. uint8 photos go through ``model.preprocess``.
+        output_stride: run the model at this one and give it back with its own; None keeps it.
+        scales, flip, tile, overlap, device, dtype: as for ``predict``.
+        batch_size: images of one size, or windows, that run together.
+        workers: processes that read.
+        panels: number of worst and of best images (by image mIoU) kept with their predictions.
+        progress: a bar on stderr where that is a terminal.
+
+    Raises:
+        ValueError: arguments, a number of classes, or labels that do not fit (with the mask's
+            path), or a file that cannot be read.
+        MemoryError: not enough memory; names the images and what to lower.
+    """
+    options = PredictOptions.checked(scales, flip, tile, overlap, batch_size)
+    _check_model(model)
+    wanted_dtype, wanted_device = check_dtype(dtype), check_device(device)
+    if not isinstance(panels, int) or isinstance(panels, bool) or panels < 0:
+        raise ValueError(f"panels is {panels!r}, expected 0 or more")
+    classes = _classes_of(dataset, model)
+    if len(dataset) == 0:
+        raise ValueError(f"the data set {dataset!r} is empty")
+    preprocess = getattr(model, "preprocess", None)
+    with _at_output_stride(model, output_stride):
+        runner = _Runner.prepare(model, None, preprocess, options, wanted_device, wanted_dtype)
+        with _eval_mode(model), torch.inference_mode():
+            counter = _Counter(runner, dataset, classes)
+            confusion, images = _gathered(counter, lambda: counter.run(workers, progress))
+            rank, world = _rank_and_world()
+            kept = _panels(counter, images, panels) if rank == 0 else ()
+        settings = {
+            "dataset": getattr(dataset, "name", type(dataset).__name__),
+            "split": getattr(dataset, "split", None),
+            "samples": len(dataset),
+            "ignore_index": dataset.ignore_index,
+            "model": type(model).__name__,
+            "output_stride": getattr(model, "output_stride", None),
+            "scales": list(options.scales),
+            "flip": options.flip,
+            "tile": None if options.tile is None else list(options.tile),
+            "overlap": options.overlap if options.tile is not None else None,
+            "preprocess_size": preprocess.size if isinstance(preprocess, Preprocess) else None,
+            "device": str(runner.device),
+            "dtype": str(runner.autocast or runner.dtype).removeprefix("torch."),
+            "processes": world,
+            "torch": torch.__version__,
+        }
+    return Evaluation(
+        metrics=Metrics.from_confusion(confusion, classes.classes),
+        confusion=confusion.numpy(),
+        images=tuple(images),
+        classes=classes,
+        settings=settings,
+        panels=kept,
+    )
+
+
+def confusion_image(confusion: np.ndarray, classes: Sequence[str]) -> Any:
+    """A PIL picture of the matrix: row i shows where the pixels of class i went, in percent.
+
+    Light is 0 %, dark blue 100 %; up to 30 classes with the figures. A class without pixels has a
+    grey row.
+    """
+    from PIL import Image, ImageDraw
+
+    count = len(classes)
+    figures = count <= 30
+    cell = 36 if figures else 14
+    font = _font(12 if figures else 10)
+    rows = confusion.sum(axis=1, keepdims=True)
+    shares = np.divide(confusion, rows, out=np.zeros(confusion.shape), where=rows > 0)
+    # White to dark blue; the square root shows small confusions.
+    light, dark = np.array((255.0, 255.0, 255.0)), np.array((8.0, 48.0, 107.0))
+    colours = light + (dark - light) * np.sqrt(shares)[..., None]
+    colours[rows[:, 0] == 0] = 224
+    heat = Image.fromarray(np.rint(colours).astype(np.uint8)).resize(
+        (count * cell, count * cell), Image.Resampling.NEAREST
+    )
+    margin = 8 + max(int(font.getlength(name)) for name in classes)
+    title = 22
+    image = Image.new(
+        "RGB", (margin + count * cell + 8, title + margin + count * cell + 8), "white"
+    )
+    image.paste(heat, (margin, title + margin))
+    draw = ImageDraw.Draw(image)
+    draw.text((4, 4), "rows: labels, columns: predictions, % of the row", fill="black", font=font)
+    for i, name in enumerate(classes):
+        middle = title + margin + i * cell + cell // 2
+        draw.text((margin - 4, middle), name, fill="black", font=font, anchor="rm")
+        upright = Image.new("RGB", (margin - 4, cell), "white")
+        ImageDraw.Draw(upright).text((0, cell // 2), name, fill="black", font=font, anchor="lm")
+        image.paste(upright.rotate(90, expand=True), (margin + i * cell, title + 4))
+    if figures:
+        for i, j in zip(*np.nonzero(shares >= 0.005), strict=True):
+            place = (margin + j * cell + cell // 2, title + margin + i * cell + cell // 2)
+            colour = "white" if shares[i, j] > 0.3 else "black"
+            text = f"{100 * shares[i, j]:.0f}"
+            draw.text(place, text, fill=colour, font=font, anchor="mm")
+    return image
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or the host."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+@dataclass(frozen=True)
+class _Counter:
+    runner: _Runner
+    dataset: Any
+    classes: ClassSet
+
+    def run(self, workers: int, progress: bool) -> tuple[Tensor, list[ImageScore]]:
+        """Counts and image scores of this process's share."""
+        from tqdm import tqdm
+
+        count = len(self.classes)
+        total = torch.zeros(count, count, dtype=torch.int64, device=self.runner.device)
+        step = 1 if self.runner.options.tile is not None else self.runner.options.batch_size or 1
+        sampler = ShardSampler(len(self.dataset))
+        loader = DataLoader(
+            _Items(self.dataset),
+            batch_size=step,
+            sampler=sampler,
+            num_workers=workers,
+            collate_fn=list,
+        )
+        order: list[int] = []
+        scores: list[Tensor] = []
+        hidden = None if progress and sampler.rank == 0 else True
+        with tqdm(total=len(sampler), unit="image", desc="evaluating", disable=hidden) as bar:
+            for items in loader:
+                for _, item in items:
+                    if isinstance(item, Exception):
+                        raise item
+                for group in _equal_sizes(items):
+                    matrices = self.matrices(group)
+                    total += matrices.sum(0)
+                    order += [index for index, _ in group]
+                    scores.append(_image_scores(matrices))
+                bar.update(len(items))
+        # One copy from the device at the end: a copy an image would wait for each.
+        values = torch.cat(scores).tolist() if scores else []
+        images = [
+            ImageScore(index, self.name(index), miou, accuracy, int(pixels))
+            for index, (miou, accuracy, pixels) in zip(order, values, strict=True)
+        ]
+        return total, images
+
+    def matrices(self, group: list[tuple[int, tuple[Tensor, Tensor]]]) -> Tensor:
+        """Counts [n, C, C] of images of one size."""
+        data = torch.stack([item[0] for _, item in group])
+        target = torch.stack([item[1] for _, item in group]).to(self.runner.device)
+        pixels = self.pixels(data)
+        options: Any = {"ignore_index": self.dataset.ignore_index}
+        try:
+            logits = self.runner.single_pass(pixels)
+            if logits is not None:
+                options["align_corners"] = self.runner.model.align_corners
+                parts = [
+                    ops.upsample_confusion(logits[i : i + 1], target[i : i + 1], **options)
+                    for i in range(len(group))
+                ]
+            else:
+                labels, _ = self.runner.run(pixels)
+                parts = [
+                    _count(labels[i], target[i], len(self.classes), **options)
+                    for i in range(len(group))
+                ]
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            names = ", ".join(self.name(index) for index, _ in group)
+            height, width = target.shape[-2:]
+            raise MemoryError(
+                f"not enough memory for {names} ({width}x{height} pixels); use a smaller "
+                "batch_size, tile=(513, 513), fewer scales, or a larger output_stride"
+            ) from error
+        return torch.stack(parts)
+
+    def predict(self, data: Tensor) -> np.ndarray:
+        """Labels [H, W] of one photo."""
+        return self.runner.run(self.pixels(data[None]))[0][0].cpu().numpy()
+
+    def pixels(self, data: Tensor) -> _Pixels:
+        if data.is_floating_point():
+            return _Pixels(data, None)
+        return _Pixels(data, _preprocess_of(self.runner.model))
+
+    def name(self, index: int) -> str:
+        samples = getattr(self.dataset, "samples", None)
+        return f"sample {index}" if samples is None else samples[index].name
+
+
+class _Items(Dataset[Any]):
+    """(index, pair of tensors), or (index, the error): a worker would send only its text."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, tuple[Tensor, Tensor] | Exception]:
+        try:
+            image, label = self.dataset[index]
+            # On CUDA a label that is no class would silently count as ignored.
+            check_labels(self.dataset, index, np.asarray(label))
+            return index, to_tensors(image, label)
+        except (ValueError, OSError) as error:
+            return index, error
+
+
+def _gathered(
+    counter: _Counter, run: Callable[[], tuple[Tensor, list[ImageScore]]]
+) -> tuple[Tensor, list[ImageScore]]:
+    """The sum over processes, on the CPU, and all images in the data set's order."""
+    _, world = _rank_and_world()
+    if world == 1:
+        total, images = run()
+        return total.cpu(), sorted(images, key=lambda image: image.index)
+    error: Exception | None = None
+    total, images = torch.empty(0), []
+    try:
+        total, images = run()
+    # The others would wait for this process for ever.
+    except Exception as caught:
+        error = caught
+    shares: list[Any] = [None] * world
+    dist.all_gather_object(shares, (images, None if error is None else str(error)))
+    if error is not None:
+        raise error
+    failed = [f"process {i}: {text}" for i, (_, text) in enumerate(shares) if text is not None]
+    if failed:
+        raise RuntimeError(f"evaluation failed in another process: {'; '.join(failed)}")
+    # NCCL sums on GPUs only, Gloo on the host.
+    if dist.get_backend() == "nccl":
+        total = total.cuda()
+    else:
+        total = total.cpu()
+    dist.all_reduce(total)
+    everything = [image for share, _ in shares for image in share]
+    return total.cpu(), sorted(everything, key=lambda image: image.index)
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@contextmanager
+def _at_output_stride(model: Any, output_stride: int | None) -> Iterator[None]:
+    before = getattr(model, "output_stride", None)
+    if output_stride is None or output_stride == before:
+        yield
+        return
+    if before is None or not hasattr(model, "set_output_stride"):
+        raise ValueError(
+            f"output_stride={output_stride}: {type(model).__name__} cannot change its output "
+            "stride; leave it out"
+        )
+    config = getattr(model, "config", None)
+    model.set_output_stride(output_stride)
+    try:
+        yield
+    finally:
+        model.set_output_stride(before)
+        model.config = config
+
+
+def _classes_of(dataset: Any, model: Any) -> ClassSet:
+    classes = getattr(dataset, "classes", None)
+    missing = [name for name in ("num_classes", "ignore_index") if not hasattr(dataset, name)]
+    if not isinstance(classes, ClassSet) or missing:
+        raise ValueError(
+            f"the data set is a {type(dataset).__name__} without classes (a ClassSet), num_classes "
+            "and ignore_index; use deeplab_fast.data.datasets, or give yours these attributes"
+        )
+    count = getattr(model, "num_classes", len(classes))
+    if count != len(classes):
+        raise ValueError(
+            f"the model has {count} classes and the data set {len(classes)} ({classes.name}); "
+            "evaluate a model on the classes it was trained on"
+        )
+    own = getattr(model, "classes", None) or classes.classes
+    for index, (name, wanted) in enumerate(zip(own, classes.classes, strict=True)):
+        if name.strip("_").casefold() != wanted.strip("_").casefold():
+            warnings.warn(
+                f"class {index} is {name!r} to the model and {wanted!r} to the data set; the "
+                "scores are meaningless if the classes differ in more than their names",
+                stacklevel=3,
+            )
+            break
+    return classes
+
+
+def _equal_sizes(items: Sequence[Any]) -> Iterator[list[Any]]:
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for entry in items:
+        image, label = entry[1]
+        groups.setdefault((image.shape, image.dtype, label.dtype), []).append(entry)
+    yield from groups.values()
+
+
+def _count(labels: Tensor, target: Tensor, count: int, ignore_index: int) -> Tensor:
+    valid = target != ignore_index
+    pairs = target[valid].to(torch.int64) * count + labels[valid].to(torch.int64)
+    return torch.bincount(pairs, minlength=count * count).view(count, count)
+
+
+def _image_scores(matrices: Tensor) -> Tensor:
+    """[n, C, C] -> [n, 3]: mean IoU, pixel accuracy, pixels; nan where there are no pixels."""
+    hits = matrices.diagonal(dim1=1, dim2=2).double()
+    union = matrices.sum(1) + matrices.sum(2) - hits
+    pixels = matrices.sum((1, 2)).double()
+    # 0 / 0 is nan, which nanmean leaves out.
+    return torch.stack([(hits / union).nanmean(1), hits.sum(1) / pixels, pixels], dim=1)
+
+
+def _panels(counter: _Counter, images: Sequence[ImageScore], count: int) -> tuple[Panel, ...]:
+    ranked = [image for image in images if not math.isnan(image.miou)]
+    ranked.sort(key=lambda image: (image.miou, image.index))
+    worst = ranked[:count]
+    best = ranked[len(worst) :][::-1][:count]
+    panels = []
+    for kind, chosen in (("worst", worst), ("best", best)):
+        for rank, score in enumerate(chosen, start=1):
+            image, label = to_tensors(*counter.dataset[score.index])
+            if image.is_floating_point():
+                warnings.warn(
+                    "no panels: the data set gives normalised floats, not photos", stacklevel=3
+                )
+                return ()
+            prediction = counter.predict(image)
+            photo = image.permute(1, 2, 0).contiguous().numpy()
+            panels.append(Panel(kind, rank, score, photo, label.numpy(), prediction))
+    return tuple(panels)
+
+
+def _panel_name(panel: Panel) -> str:
+    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(panel.score.name).stem)
+    return f"{panel.kind}_{panel.rank:02d}_{stem}.png"
+
+
+def _draw_panel(panel: Panel, classes: ClassSet) -> Any:
+    from PIL import Image, ImageDraw
+
+    # Negative or large labels have no colour: ignored pixels get the first free id, drawn black.
+    shown = replace(classes, ignore_index=len(classes))
+    truth = panel.truth.astype(np.int32)
+    truth[panel.truth == classes.ignore_index] = len(classes)
+    prediction = panel.prediction.astype(np.int32)
+    height, width = truth.shape
+    factor = min(1.0, _PANEL_SIDE / max(height, width))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    photo, truth = resize_pair(panel.image, truth, size)
+    _, prediction = resize_pair(panel.image, prediction, size)
+    parts = [photo, overlay(photo, truth, shown, alpha=0.6)]
+    parts.append(overlay(photo, prediction, shown, alpha=0.6))
+    gap, head = 6, 20
+    canvas = Image.new("RGB", (3 * size[1] + 2 * gap, size[0] + head), "white")
+    for i, part in enumerate(parts):
+        canvas.paste(Image.fromarray(part), (i * (size[1] + gap), head))
+    draw = ImageDraw.Draw(canvas)
+    score = panel.score
+    titles = (score.name, "labels", f"prediction, mIoU {100 * score.miou:.1f}")
+    for i, title in enumerate(titles):
+        place = (i * (size[1] + gap) + 2, head // 2)
+        draw.text(place, title, fill="black", font=_font(12), anchor="lm")
+    return canvas
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def _png_writer(image: Any) -> Callable[[BinaryIO], Any]:
+    return lambda file: image.save(file, format="PNG")

@@ -1,0 +1,173 @@
+"""Scores of a segmentation from its confusion matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Metrics"]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores in 0..1 from counts M[i, j] of pixels of class i that were predicted as j.
+
+        IoU_c = M[c,c] / (sum_j M[c,j] + sum_i M[i,c] - M[c,c])
+        accuracy_c = M[c,c] / sum_j M[c,j]
+        pixel_accuracy = sum_c M[c,c] / sum M
+        frequency_weighted_iou = sum_c (sum_j M[c,j]) IoU_c / sum M
+
+    ``miou`` and ``mean_accuracy`` are means over the classes where the fraction exists: a class
+    that occurs neither in the labels nor in the predictions (``absent``) has no IoU and one that
+    does not occur in the labels no accuracy; these are nan. A class that was predicted and does
+    not occur in the labels has IoU 0 and counts. Nothing counted at all: every score is nan.
+
+    Source: arXiv 1411.4038, section 5; absent classes as in mmsegmentation (nanmean).
+    """
+
+    miou: float
+    pixel_accuracy: float
+    mean_accuracy: float
+    frequency_weighted_iou: float
+    classes: tuple[str, ...]
+    iou: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    target_pixels: tuple[int, ...]
+    predicted_pixels: tuple[int, ...]
+
+    @classmethod
+    def from_confusion(cls, confusion: Any, classes: Sequence[str] | None = None) -> Metrics:
+        """The scores of a matrix.
+
+        Args:
+            confusion: integers [C, C], rows are the labels, columns the predictions; an array or a
+                tensor on any device (as ``ops.upsample_confusion`` gives).
+            classes: C names; "class 0", ... without.
+
+        Raises:
+            ValueError: another shape or dtype, negative counts, or another number of names.
+        """
+        if hasattr(confusion, "detach"):
+            confusion = confusion.detach().cpu().numpy()
+        matrix = np.asarray(confusion)
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+            raise ValueError(f"the confusion matrix is {list(matrix.shape)}, expected [C, C]")
+        if not np.issubdtype(matrix.dtype, np.integer) or matrix.min() < 0:
+            raise ValueError(
+                f"the confusion matrix holds {matrix.dtype} from {matrix.min()}, expected counts "
+                "(integers, 0 or more)"
+            )
+        count = matrix.shape[0]
+        names = tuple(f"class {i}" for i in range(count)) if classes is None else tuple(classes)
+        if len(names) != count:
+            raise ValueError(f"{len(names)} class names for a confusion matrix of {count} classes")
+        matrix = matrix.astype(np.int64)
+        hits, target, predicted = np.diagonal(matrix), matrix.sum(1), matrix.sum(0)
+        total = int(target.sum())
+        iou = _ratio(hits, target + predicted - hits)
+        accuracy = _ratio(hits, target)
+        present = target > 0
+        weighted = float((target[present] * iou[present]).sum())
+        return cls(
+            miou=_mean(iou),
+            pixel_accuracy=int(hits.sum()) / total if total else math.nan,
+            mean_accuracy=_mean(accuracy),
+            frequency_weighted_iou=weighted / total if total else math.nan,
+            classes=names,
+            iou=tuple(iou.tolist()),
+            accuracy=tuple(accuracy.tolist()),
+            target_pixels=tuple(target.tolist()),
+            predicted_pixels=tuple(predicted.tolist()),
+        )
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Names of the classes in neither labels nor predictions; they are in no mean."""
+        return tuple(
+            name for name, value in zip(self.classes, self.iou, strict=True) if math.isnan(value)
+        )
+
+    @property
+    def num_scored(self) -> int:
+        """Number of classes that ``miou`` is the mean of."""
+        return len(self.classes) - len(self.absent)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, which has no nan: None instead."""
+        return {
+            "miou": _or_none(self.miou),
+            "pixel_accuracy": _or_none(self.pixel_accuracy),
+            "mean_accuracy": _or_none(self.mean_accuracy),
+            "frequency_weighted_iou": _or_none(self.frequency_weighted_iou),
+            "classes_scored": self.num_scored,
+            "absent": list(self.absent),
+            "classes": [
+                {
+                    "name": name,
+                    "iou": _or_none(iou),
+                    "accuracy": _or_none(accuracy),
+                    "target_pixels": target,
+                    "predicted_pixels": predicted,
+                }
+                for name, iou, accuracy, target, predicted in zip(
+                    self.classes,
+                    self.iou,
+                    self.accuracy,
+                    self.target_pixels,
+                    self.predicted_pixels,
+                    strict=True,
+                )
+            ],
+        }
+
+    def table(self) -> str:
+        """Per class and in total as text, in percent; "-" for what does not exist."""
+        total = sum(self.target_pixels)
+        width = max(map(len, (*self.classes, "frequency-weighted IoU")))
+        lines = [f"{'class':<{width}}  {'IoU':>6}  {'accuracy':>8}  {'share':>6}"]
+        for name, iou, accuracy, pixels in zip(
+            self.classes, self.iou, self.accuracy, self.target_pixels, strict=True
+        ):
+            share = pixels / total if total else math.nan
+            lines.append(
+                f"{name:<{width}}  {_percent(iou):>6}  {_percent(accuracy):>8}  "
+                f"{_percent(share):>6}"
+            )
+        scored = f" (of {self.num_scored} classes)" if self.absent else ""
+        for title, value in (
+            ("mean IoU", self.miou),
+            ("mean accuracy", self.mean_accuracy),
+            ("pixel accuracy", self.pixel_accuracy),
+            ("frequency-weighted IoU", self.frequency_weighted_iou),
+        ):
+            note = scored if title == "mean IoU" else ""
+            lines.append(f"{title:<{width}}  {_percent(value):>6}{note}")
+        if self.absent:
+            lines.append(
+                "in neither labels nor predictions, left out of the mean IoU: "
+                + ", ".join(self.absent)
+            )
+        return "\n".join(lines)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    result = np.full(part.shape, math.nan)
+    np.divide(part, whole, out=result, where=whole > 0)
+    return result
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.2f}"
