@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+
+from . import _ext
 
 # Kept alive: a Library unregisters its ops when it is collected.
 _libraries: list[torch.library.Library] = []
@@ -74,3 +78,39 @@ def _dilate_basic_blocks(stage: Any, first: int, others: int) -> None:
         for conv in (block.conv1, block.conv2):
             rate = first if conv is stage[0].conv1 else others
             conv.dilation = conv.padding = (rate, rate)
+
+
+def cpu_instruction_sets() -> list[str]:
+    """The instruction sets that the C++ code is compiled for and this processor has."""
+    if not _ext.CPU.loaded:
+        return []
+    before, found = torch.ops.deeplab_fast._cpu_instruction_set(""), []
+    for name in ("baseline", "avx2", "avx512"):
+        try:
+            found.append(torch.ops.deeplab_fast._cpu_instruction_set(name))
+        except ValueError:
+            continue
+    torch.ops.deeplab_fast._cpu_instruction_set(before)
+    return found
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch with this many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic mode, in which PyTorch also fills every new tensor of C++ with NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

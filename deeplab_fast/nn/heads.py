@@ -22,14 +22,9 @@ class DeepLabHead(nn.Sequential):
         dropout: float = 0.5,
         image_pooling_norm: str = "batch",
     ) -> None:
+        options = {"dropout": dropout, "image_pooling_norm": image_pooling_norm}
         super().__init__(
-            ASPP(
-                in_channels,
-                atrous_rates,
-                aspp_channels,
-                dropout=dropout,
-                image_pooling_norm=image_pooling_norm,
-            ),
+            ASPP(in_channels, atrous_rates, aspp_channels, **options),
             nn.Conv2d(aspp_channels, aspp_channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(aspp_channels),
             nn.ReLU(),
@@ -49,14 +44,9 @@ class PaperHead(nn.Sequential):
         dropout: float = 0.5,
         image_pooling_norm: str = "batch",
     ) -> None:
+        options = {"dropout": dropout, "image_pooling_norm": image_pooling_norm}
         super().__init__(
-            ASPP(
-                in_channels,
-                atrous_rates,
-                aspp_channels,
-                dropout=dropout,
-                image_pooling_norm=image_pooling_norm,
-            ),
+            ASPP(in_channels, atrous_rates, aspp_channels, **options),
             nn.Conv2d(aspp_channels, num_classes, 1),
         )
 

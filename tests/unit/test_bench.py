@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[2]
-# `pytest` alone, unlike `python -m pytest`, does not look for bench/ here.
-sys.path.insert(0, str(ROOT))
+# `pytest` alone, unlike `python -m pytest`, does not look for bench/ in the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import (
     compare,
@@ -37,6 +36,7 @@ from bench import (
 from bench.costs import UpsampleSize
 from bench.registry import FORWARD, FORWARD_BACKWARD, Provider, Suite
 
+ROOT = Path(__file__).resolve().parents[2]
 SUITE = Suite("quick", "cpu", torch.float32, seconds=0.0, rounds=(2, 2), copies=2)
 SMALL = UpsampleSize(2, 3, 5, 4, 9, 13)
 
@@ -522,16 +522,16 @@ def _file(tmp_path: Path, extra=()) -> Path:
 def test_report_between_markers_is_idempotent(tmp_path) -> None:
     data = _file(tmp_path)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n", "utf-8")
+    readme.write_text(f"before\n\n{report.BEGIN}\nstale\n{report.END}\n\nafter\n", "utf-8")
     arguments = [str(data), "--readme", str(readme)]
     assert report.main([*arguments, "--check"]) == 1
-    assert "old" in readme.read_text("utf-8")
+    assert "stale" in readme.read_text("utf-8")
     assert report.main(arguments) == 0
     once = readme.read_text("utf-8")
     assert report.main(arguments) == 0
     assert readme.read_text("utf-8") == once
     assert report.main([*arguments, "--check"]) == 0
-    assert once.startswith("before\n") and once.endswith("after\n") and "old" not in once
+    assert once.startswith("before\n") and once.endswith("after\n") and "stale" not in once
     assert "| aspp_head os8-65x65-b1 | **8** | 2 (ours) | 4.00x | 30.0 → 10.0 |" in once
     # The conditions of the rows, and what the baseline is.
     for fact in ("A, 2 cores, AVX2", "2 threads", "2.13.0+cpu", "0123456789", "2026-11-21"):

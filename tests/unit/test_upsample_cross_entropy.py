@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import hypothesis.strategies as st
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import _ext, ops, reference
+from deeplab_fast.testing import deterministic, threads
 
 OPS = torch.ops.deeplab_fast
 # Unit roundoff of float32.
@@ -57,70 +57,12 @@ both_alignments = pytest.mark.parametrize(
 )
 
 
-def _instruction_sets() -> list[str]:
-    """The sets of the C++ code that this processor has."""
-    if not _ext.CPU.loaded:
-        return []
-    before, found = OPS._cpu_instruction_set(""), []
-    for name in ("baseline", "avx2", "avx512"):
-        try:
-            found.append(OPS._cpu_instruction_set(name))
-        except ValueError:
-            continue
-    OPS._cpu_instruction_set(before)
-    return found
-
-
-@pytest.fixture(params=["reference", *_instruction_sets()])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with the reference and with the C++ code of every instruction set."""
-    if request.param == "reference":
-        with dlf.use_backend("reference"):
-            yield request.param
-        return
-    before = OPS._cpu_instruction_set("")
-    OPS._cpu_instruction_set(request.param)
-    with dlf.use_backend("cpu"):
-        yield request.param
-    OPS._cpu_instruction_set(before)
-
-
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "cpu" and not _ext.CPU.loaded:
         pytest.skip(_ext.CPU.reason)
     with dlf.use_backend(request.param):
         yield request.param
-
-
-@pytest.fixture
-def compiled() -> Iterator[None]:
-    """Runs the test with the C++ code that the processor gets by default."""
-    if not _ext.CPU.loaded:
-        pytest.skip(_ext.CPU.reason)
-    with dlf.use_backend("cpu"):
-        yield
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Deterministic mode, in which PyTorch also fills every new tensor of C++ with NaN."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

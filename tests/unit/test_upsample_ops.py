@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import _ext, backends, ops, reference
+from deeplab_fast.testing import cpu_instruction_sets, deterministic, threads
 
 OPS = torch.ops.deeplab_fast
 # Unit roundoff of float32.
@@ -47,69 +47,11 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-def _instruction_sets() -> list[str]:
-    """The sets of the C++ code that this processor has."""
-    if not _ext.CPU.loaded:
-        return []
-    before, found = OPS._cpu_instruction_set(""), []
-    for name in ("baseline", "avx2", "avx512"):
-        try:
-            found.append(OPS._cpu_instruction_set(name))
-        except ValueError:
-            continue
-    OPS._cpu_instruction_set(before)
-    return found
-
-
-INSTRUCTION_SETS = _instruction_sets()
+INSTRUCTION_SETS = cpu_instruction_sets()
 every_shape = pytest.mark.parametrize(("shape", "size"), SHAPES)
 both_alignments = pytest.mark.parametrize(
     "align_corners", [False, True], ids=["centres", "corners"]
 )
-
-
-@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
-def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test with the reference and with the C++ code of every instruction set."""
-    if request.param == "reference":
-        with dlf.use_backend("reference"):
-            yield request.param
-        return
-    before = OPS._cpu_instruction_set("")
-    OPS._cpu_instruction_set(request.param)
-    with dlf.use_backend("cpu"):
-        yield request.param
-    OPS._cpu_instruction_set(before)
-
-
-@pytest.fixture
-def compiled() -> Iterator[None]:
-    """Runs the test with the C++ code that the processor gets by default."""
-    if not _ext.CPU.loaded:
-        pytest.skip(_ext.CPU.reason)
-    with dlf.use_backend("cpu"):
-        yield
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Deterministic mode, in which PyTorch also fills every new tensor of C++ with NaN."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def interpolation_error(x: Tensor, size: tuple[int, int], align_corners: bool) -> float:
