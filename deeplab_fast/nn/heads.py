@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class DeepLabHead(nn.Sequential):
         dropout: float = 0.5,
         image_pooling_norm: str = "batch",
     ) -> None:
-        options = {"dropout": dropout, "image_pooling_norm": image_pooling_norm}
+        options: Any = {"dropout": dropout, "image_pooling_norm": image_pooling_norm}
         super().__init__(
             ASPP(in_channels, atrous_rates, aspp_channels, **options),
             nn.Conv2d(aspp_channels, aspp_channels, 3, padding=1, bias=False),
@@ -44,7 +45,7 @@ class PaperHead(nn.Sequential):
         dropout: float = 0.5,
         image_pooling_norm: str = "batch",
     ) -> None:
-        options = {"dropout": dropout, "image_pooling_norm": image_pooling_norm}
+        options: Any = {"dropout": dropout, "image_pooling_norm": image_pooling_norm}
         super().__init__(
             ASPP(in_channels, atrous_rates, aspp_channels, **options),
             nn.Conv2d(aspp_channels, num_classes, 1),

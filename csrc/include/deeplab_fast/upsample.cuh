@@ -112,8 +112,10 @@ __device__ inline T minus_infinity() {
 template <typename T>
 class Tile {
  public:
-  __device__ Tile(const Logits<T>& logits, const TilePlan& plan, int64_t block, T* stage)
-      : logits_(logits), plan_(plan), stage_(stage) {
+  // `memory` has room for kTileWeights values and the staged logits. All threads of the block make
+  // their Tile together.
+  __device__ Tile(const Logits<T>& logits, const TilePlan& plan, int64_t block, T* memory)
+      : logits_(logits), plan_(plan), row_weights_(memory), stage_(memory + kTileWeights) {
     const int tile = static_cast<int>(block % plan.tiles);
     block /= plan.tiles;
     const int split = static_cast<int>(block % plan.splits);
@@ -141,14 +143,18 @@ class Tile {
     first_column_ = first;
     last_column_ = last;
     if (private_slots_) slots_ = kPrivateSlots;
+    // Rows behind the end repeat the last.
+    const int i = threadIdx.x;
+    if (i < kTileWeights && row_begin < row_end) {
+      row_weights_[i] = source_tap(logits.rows, min(row_begin + i, row_end - 1)).weight;
+    }
+    __syncthreads();
   }
 
-  // Weights of the lower source row for kTileRows output rows; rows behind the end repeat the last.
+  // Weights of the lower source row for kTileRows output rows from `row` on.
   __device__ void row_weights(int row, T* weights) const {
 #pragma unroll
-    for (int r = 0; r < kTileRows; ++r) {
-      weights[r] = source_tap(logits_.rows, min(row + r, row_end - 1)).weight;
-    }
+    for (int r = 0; r < kTileRows; ++r) weights[r] = row_weights_[row - row_begin + r];
   }
 
   // Calls function(class, upper, lower) for each class with both source rows at this column. All
@@ -209,6 +215,7 @@ class Tile {
 
   const Logits<T>& logits_;
   const TilePlan& plan_;
+  T* row_weights_;
   T* stage_;
   int upper_, lower_, base_, slots_, lo_, hi_, first_column_, last_column_;
   int staged_first_ = -1;
@@ -292,8 +299,8 @@ __global__ void __launch_bounds__(kTileColumns)
     upsample_confusion_kernel(const Logits<T> logits, const TilePlan plan, const Labels labels,
                               bool shared_table, unsigned long long* matrix,
                               unsigned long long* bad_labels) {
-  T* const stage = reinterpret_cast<T*>(shared_memory());
-  unsigned int* const table = reinterpret_cast<unsigned int*>(shared_memory() + plan.stage_bytes);
+  T* const memory = reinterpret_cast<T*>(shared_memory());
+  unsigned int* const table = reinterpret_cast<unsigned int*>(shared_memory() + plan.shared_bytes);
   const int cells = logits.classes * logits.classes;
   if (shared_table) {
     for (int i = threadIdx.x; i < cells; i += blockDim.x) table[i] = 0;
@@ -311,7 +318,7 @@ __global__ void __launch_bounds__(kTileColumns)
   for (int64_t block = blockIdx.x; block < plan.blocks; block += gridDim.x) {
     // The last tile may still be read.
     __syncthreads();
-    Tile<T> tile(logits, plan, block, stage);
+    Tile<T> tile(logits, plan, block, memory);
     for (int row = tile.row_begin; row < tile.row_end; row += kTileRows) {
       ArgmaxState<T> state;
       find_argmax(tile, row, state);
@@ -436,7 +443,7 @@ struct PixelMemory {
   Pixel<T> pixels[kPixels];
   T hard[kPixels];
   T smoothed[kPixels];
-  T row_weights[kPixels];
+  T row_weights[kSplitRows];
   int first_columns[kPixels / kPixelRows + 1];
 };
 
@@ -482,6 +489,9 @@ class Cells {
     for (int i = threadIdx.x; i <= x_end_ - x_begin_; i += blockDim.x) {
       memory.first_columns[i] = first_output(logits.columns, x_begin_ + i);
     }
+    for (int i = threadIdx.x; i < kSplitRows && row_begin_ < row_end_; i += blockDim.x) {
+      memory.row_weights[i] = source_tap(logits.rows, min(row_begin_ + i, row_end_ - 1)).weight;
+    }
     __syncthreads();
   }
 
@@ -496,8 +506,8 @@ class Cells {
         row_ = row;
         column_ = column;
         find_statistics();
+        __syncthreads();
         if constexpr (kGrad) {
-          __syncthreads();
           sum_gradients(first);
           __syncthreads();
         }
@@ -550,9 +560,6 @@ class Cells {
   // Phase 1, for the pixels of the sub-tile [rows_][columns_] at (row_, column_).
   __device__ void find_statistics() {
     const int items = (rows_ + kPixelRows - 1) / kPixelRows * columns_;
-    for (int i = threadIdx.x; kGrad && i < rows_; i += blockDim.x) {
-      memory_.row_weights[i] = source_tap(logits_.rows, row_ + i).weight;
-    }
     // Every thread makes every turn: for_each_class has barriers.
     for (int base = 0; base < items; base += blockDim.x) {
       const int item = base + static_cast<int>(threadIdx.x);
@@ -563,7 +570,7 @@ class Cells {
       T weights[kPixelRows], top[kPixelRows], sum[kPixelRows], smooth[kPixelRows];
 #pragma unroll
       for (int r = 0; r < kPixelRows; ++r) {
-        weights[r] = source_tap(logits_.rows, min(row_ + y + r, row_end_ - 1)).weight;
+        weights[r] = memory_.row_weights[min(row_ - row_begin_ + y + r, kSplitRows - 1)];
         top[r] = minus_infinity<T>();
         sum[r] = 0;
         smooth[r] = 0;
@@ -587,13 +594,22 @@ class Cells {
       if (!active) continue;
 #pragma unroll
       for (int r = 0; r < kPixelRows; ++r) {
-        if (y + r < rows_) finish_pixel(x, y + r, tap, weights[r], top[r], sum[r], smooth[r]);
+        if (y + r >= rows_) continue;
+        const int i = (y + r) * columns_ + x;
+        memory_.pixels[i] = {top[r], sum[r], tap.weight, tap.lo};
+        if (kSmooth) memory_.smoothed[i] = smooth[r];
       }
     }
+    __syncthreads();
+    for (int i = threadIdx.x; i < rows_ * columns_; i += blockDim.x) finish_pixel(i);
   }
 
-  __device__ void finish_pixel(int x, int y, const Tap<T>& tap, T row_weight, T top, T sum,
-                               T smooth) {
+  // Turns the sums of a pixel, {top, sum, weight, source column}, into its loss and what phase 2
+  // needs.
+  __device__ void finish_pixel(int i) {
+    const int y = i / columns_, x = i - y * columns_;
+    const Pixel<T> pixel = memory_.pixels[i];
+    const T top = pixel.top, sum = pixel.scale;
     const int64_t at = (static_cast<int64_t>(image_) * logits_.rows.out + row_ + y) *
                            logits_.columns.out + column_ + x;
     bool bad;
@@ -601,23 +617,26 @@ class Cells {
     bad_ += bad;
     T loss = 0, scale = 0, hard = 0, smoothed = 0;
     if (label >= 0) {
-      const T weight = op_.class_weights ? op_.class_weights[label] : T(1);
       const T one = 1;
-      const T upper = (one - tap.weight) * logits_.at(image_, label, upper_, tap.lo) +
-                      tap.weight * logits_.at(image_, label, upper_, tap.hi);
-      const T lower = (one - tap.weight) * logits_.at(image_, label, lower_, tap.lo) +
-                      tap.weight * logits_.at(image_, label, lower_, tap.hi);
+      const T weight = op_.class_weights ? op_.class_weights[label] : one;
+      const T row_weight = memory_.row_weights[row_ - row_begin_ + y];
+      const int lo = pixel.label, hi = min(lo + 1, logits_.columns.in - 1);
+      const T upper = (one - pixel.weight) * logits_.at(image_, label, upper_, lo) +
+                      pixel.weight * logits_.at(image_, label, upper_, hi);
+      const T lower = (one - pixel.weight) * logits_.at(image_, label, lower_, lo) +
+                      pixel.weight * logits_.at(image_, label, lower_, hi);
       const T z = (one - row_weight) * upper + row_weight * lower;
       const T log_sum = natural_log(sum);
-      const T pixel = kGrad && op_.pixel_grad ? op_.pixel_grad[at] : one;
+      const T factor = kGrad && op_.pixel_grad ? op_.pixel_grad[at] : one;
       loss = weight * (log_sum - (z - top));
-      hard = weight * pixel;
+      hard = weight * factor;
       if (kSmooth) {
         const T weight_sum = op_.weight_sum ? *op_.weight_sum : static_cast<T>(logits_.classes);
         const T share = op_.smoothing / static_cast<T>(logits_.classes);
+        const T smooth = memory_.smoothed[i];
         loss = (one - op_.smoothing) * loss + share * (weight_sum * log_sum - smooth);
         hard = (one - op_.smoothing) * hard;
-        smoothed = share * pixel;
+        smoothed = share * factor;
         scale = (hard + smoothed * weight_sum) / sum;
       } else {
         scale = hard / sum;
@@ -628,8 +647,7 @@ class Cells {
     }
     if (op_.pixel_loss) op_.pixel_loss[at] = loss;
     if (kGrad) {
-      const int i = y * columns_ + x;
-      memory_.pixels[i] = {top, scale, tap.weight, label};
+      memory_.pixels[i] = {top, scale, pixel.weight, label};
       memory_.hard[i] = hard;
       if (kSmooth) memory_.smoothed[i] = smoothed;
     }
@@ -652,7 +670,7 @@ class Cells {
         const T lower_right = logits_.at(image_, c, lower_, right);
         const T class_weight = kSmooth && op_.class_weights ? op_.class_weights[c] : T(1);
         for (int y = 0; y < rows_; ++y) {
-          const T weight = memory_.row_weights[y], other = static_cast<T>(1) - weight;
+          const T weight = memory_.row_weights[row_ - row_begin_ + y], other = static_cast<T>(1) - weight;
           const T z_left = other * upper_left + weight * lower_left;
           const T z_right = other * upper_right + weight * lower_right;
           T to_left = 0, to_right = 0;

@@ -16,6 +16,8 @@ constexpr int kTileColumns = 128;
 constexpr int kTileRows = 8;
 // More output rows than this between two source rows are given to several blocks.
 constexpr int kSplitRows = 32;
+// Row weights that a tile keeps: of all rows, and of the repeated last one behind them.
+constexpr int kTileWeights = kSplitRows + kTileRows;
 // Logits of shared memory: 16 KB in fp32, which leaves room for 6 blocks on an SM of sm_80.
 constexpr int kStageValues = 4096;
 // Softmax statistics of so many pixels are kept between the two phases of the gradient kernel.
@@ -49,7 +51,7 @@ struct TilePlan {
   int pitch;          // slots, made odd to spread over the banks
   int stage_classes;  // classes that are staged at a time
   int64_t blocks;
-  size_t stage_bytes;
+  size_t shared_bytes;
 };
 
 // Each thread stages its own two source columns where a tile has more than these.
@@ -70,7 +72,7 @@ TilePlan plan_tiles(int images, int classes, const Axis<T>& rows, const Axis<T>&
   plan.pitch = plan.slots | 1;
   plan.stage_classes = std::min(classes, kStageValues / (2 * plan.pitch));
   plan.blocks = static_cast<int64_t>(images) * rows.in * plan.splits * plan.tiles;
-  plan.stage_bytes = sizeof(T) * 2 * plan.stage_classes * plan.pitch;
+  plan.shared_bytes = sizeof(T) * (kTileWeights + 2 * plan.stage_classes * plan.pitch);
   return plan;
 }
 
@@ -93,9 +95,10 @@ CellPlan plan_cells(int images, int classes, const Axis<T>& rows, const Axis<T>&
   CellPlan plan{};
   // In its second phase a thread has one (cell, class) pair; a sub-tile of kPixels pixels is no
   // wider than kPixels / kPixelRows columns.
-  const int most = std::max(1, kPixels / kPixelRows * columns.in / std::max(1, columns.out));
+  const int64_t wide = static_cast<int64_t>(kPixels / kPixelRows) * columns.in / columns.out;
+  const int most = static_cast<int>(std::clamp<int64_t>(wide, 1, kPixels / kPixelRows));
   plan.threads = 128;
-  plan.cells = std::min({most, kPixels / kPixelRows, columns.in});
+  plan.cells = std::min(most, columns.in);
   if (with_grad) {
     double best = 0;
     for (int threads = 128; threads <= kMaxThreads; threads += 32) {
@@ -121,9 +124,9 @@ CellPlan plan_cells(int images, int classes, const Axis<T>& rows, const Axis<T>&
 
 // Values of the partial gradients: [images][source rows][splits][source columns][4][classes].
 template <typename T>
-int64_t partial_size(int images, int classes, const Axis<T>& rows, const Axis<T>& columns,
-                     int splits) {
-  return static_cast<int64_t>(images) * rows.in * splits * columns.in * 4 * classes;
+int64_t partial_size(const CellPlan& plan, int images, int classes, const Axis<T>& rows,
+                     const Axis<T>& columns) {
+  return static_cast<int64_t>(images) * rows.in * plan.splits * columns.in * 4 * classes;
 }
 
 }  // namespace deeplab_fast::cuda
