@@ -1,0 +1,295 @@
+"""Cases of whole models: full-resolution logits, labels, and training steps.
+
+The exact result is that of torchvision's model in fp32 without TF32: a float64 pass of a network
+takes longer than all that is measured with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deeplab_fast import get_model, ops
+from deeplab_fast.testing import import_torchvision
+
+from .costs import Cost, network_cost
+from .op_cases import IGNORED, OS8_RATES, OS16_RATES, _without_dropout
+from .registry import (
+    GRADIENT,
+    LABELS,
+    STEP,
+    VALUES,
+    Arguments,
+    Case,
+    network_tolerance,
+    shape_name,
+)
+
+BUILDERS = {"r50": "resnet50", "r101": "resnet101", "mbv3": "mobilenet_v3_large"}
+# Main path of a forward pass, for tolerances: convolutions one behind another.
+DEPTH = {"r50": 53, "r101": 104, "mbv3": 51}
+
+
+def torchvision_model(backbone: str, output_stride: int, classes: int) -> nn.Module:
+    """torchvision's DeepLabV3 with random weights and without the auxiliary head.
+
+    torchvision's builders have no output stride; at 16 the ResNets are put together as they do it.
+    """
+    models = import_torchvision().models
+    if backbone == "mbv3":
+        return models.segmentation.deeplabv3_mobilenet_v3_large(
+            weights_backbone=None, num_classes=classes
+        )
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.segmentation.deeplabv3 import DeepLabHead, DeepLabV3
+
+    dilated = [False, output_stride == 8, True]
+    net = getattr(models, BUILDERS[backbone])(weights=None, replace_stride_with_dilation=dilated)
+    body = IntermediateLayerGetter(net, {"layer4": "out"})
+    rates = OS8_RATES if output_stride == 8 else OS16_RATES
+    return DeepLabV3(body, DeepLabHead(2048, classes, rates))
+
+
+class FullLogits(nn.Module):
+    """The main logits out of a model's dict."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)["out"]
+
+
+class Labels(FullLogits):
+    """Labels as users take them from a model: argmax of its full-resolution logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(1)
+
+
+class Loss(FullLogits):
+    """Cross entropy of full-resolution logits."""
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(super().forward(x), target, ignore_index=IGNORED)
+
+
+class FusedLoss(FullLogits):
+    """Cross entropy on the low-resolution logits of a model of deeplab_fast."""
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        logits = self.model.forward_logits(x)
+        return ops.upsample_cross_entropy(
+            logits, target, ignore_index=IGNORED, align_corners=self.model.align_corners
+        )
+
+
+class Predict(FullLogits):
+    """Labels by `model.predict`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.predict(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelCase(Case):
+    kind: ClassVar[str] = "model"
+    oracle_dtype: ClassVar[torch.dtype] = torch.float32
+    output: ClassVar[type[FullLogits]]
+    own_output: ClassVar[type[FullLogits]]
+
+    backbone: str
+    output_stride: int
+    n: int
+    height: int
+    width: int
+    classes: int = 21
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is in training mode."""
+        return STEP in self.modes
+
+    def wrap(self, model: nn.Module, output: type[FullLogits]) -> nn.Module:
+        """A model as the case runs it; dropout's masks would differ between layouts."""
+        return _without_dropout(output(model)).train(self.training)
+
+    def make_module(self) -> nn.Module:
+        model = torchvision_model(self.backbone, self.output_stride, self.classes)
+        return self.wrap(model, self.output)
+
+    def make_inputs(self) -> tuple[Tensor, ...]:
+        return (torch.randn(self.n, 3, self.height, self.width),)
+
+    def own_model(self, args: Arguments) -> nn.Module:
+        """deeplab_fast's model with the weights of torchvision's."""
+        with torch.device(next(args.module.parameters()).device):
+            model = get_model(
+                f"deeplabv3_{BUILDERS[self.backbone]}",
+                num_classes=self.classes,
+                output_stride=self.output_stride,
+            )
+        model.load_state_dict(args.module.model.state_dict())
+        return model
+
+    def own(self, args: Arguments) -> nn.Module:
+        return self.wrap(self.own_model(args), self.own_output)
+
+    def network_cost(self, itemsize: int) -> Cost:
+        """Cost up to the low-resolution logits."""
+        with torch.device("meta"):
+            model = torchvision_model(self.backbone, self.output_stride, self.classes).eval()
+            x = torch.empty(self.n, 3, self.height, self.width)
+        return network_cost(model, [x], itemsize)
+
+    def with_output(self, cost: Cost, moved: int) -> Cost:
+        """The cost with the bytes of the result."""
+        return Cost(cost.dense_macs, cost.live_macs, cost.bytes + moved, cost.convolutions)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of a batch."""
+        return self.n * self.height * self.width
+
+    def tolerance(self, kind: str) -> float:
+        return network_tolerance(DEPTH[self.backbone])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLogits(_ModelCase):
+    """Full-resolution logits of a batch of images."""
+
+    output: ClassVar[type[FullLogits]] = FullLogits
+    own_output: ClassVar[type[FullLogits]] = FullLogits
+
+    def cost(self, mode: str, itemsize: int) -> Cost:
+        return self.with_output(self.network_cost(itemsize), self.pixels * self.classes * itemsize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLabels(_ModelCase):
+    """Labels of a batch of images."""
+
+    output: ClassVar[type[FullLogits]] = Labels
+    own_output: ClassVar[type[FullLogits]] = Labels
+
+    def oracle(self, module: nn.Module) -> nn.Module:
+        return FullLogits(module.model).eval()
+
+    def predict(self, args: Arguments) -> nn.Module:
+        """deeplab_fast's model through `predict`."""
+        return self.wrap(self.own_model(args), Predict)
+
+    def cost(self, mode: str, itemsize: int) -> Cost:
+        return self.with_output(self.network_cost(itemsize), self.pixels)
+
+    def kinds(self, mode: str) -> tuple[str, ...]:
+        return (LABELS,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTrain(_ModelCase):
+    """A training step: forward, cross entropy, backward, SGD with momentum."""
+
+    output: ClassVar[type[FullLogits]] = Loss
+    own_output: ClassVar[type[FullLogits]] = FusedLoss
+
+    def make_inputs(self) -> tuple[Tensor, ...]:
+        target = torch.randint(0, self.classes, (self.n, self.height, self.width))
+        ignored = torch.rand(self.n, self.height, self.width) < 0.05
+        return *super().make_inputs(), torch.where(ignored, IGNORED, target)
+
+    def cost(self, mode: str, itemsize: int) -> Cost:
+        with torch.device("meta"):
+            model = torchvision_model(self.backbone, self.output_stride, self.classes)
+        # SGD reads parameter, gradient and momentum and writes parameter and momentum, in fp32.
+        optimizer = 5 * 4 * sum(p.numel() for p in model.parameters())
+        labels = self.pixels * torch.int64.itemsize
+        return self.network_cost(itemsize).with_gradient(optimizer + labels)
+
+    def kinds(self, mode: str) -> tuple[str, ...]:
+        return VALUES, GRADIENT
+
+
+_LABELS_COMPILE = {"compile": "its compilation takes minutes; model_labels has its figure"}
+_STEP_COMPILE = {"compile": "compiling a training step takes minutes on a CPU"}
+_CPU_COMPILE = {"compile": "its compilation takes a minute or more on a CPU"}
+
+
+def _cases() -> list[Case]:
+    found: list[Case] = []
+    # backbone, output stride, image, batch, classes, suites of logits, suites of labels
+    for backbone, output_stride, size, n, classes, logits, labels in (
+        ("r50", 8, (520, 520), 1, 21, ("gpu",), ("cpu", "gpu")),
+        ("r50", 16, (513, 513), 16, 21, ("gpu",), ("gpu",)),
+        ("r50", 8, (520, 520), 16, 21, ("gpu",), ("gpu",)),
+        ("r101", 8, (520, 520), 16, 21, (), ("gpu",)),
+        ("mbv3", 16, (520, 520), 1, 21, ("cpu", "gpu"), ("cpu", "gpu")),
+        ("mbv3", 16, (257, 257), 1, 21, (), ("quick",)),
+        ("r50", 16, (520, 520), 1, 21, (), ("cpu", "gpu")),
+        ("r101", 16, (520, 520), 1, 21, (), ("cpu", "gpu")),
+        ("r101", 8, (520, 520), 1, 21, (), ("gpu",)),
+        ("r101", 16, (513, 513), 16, 21, (), ("gpu",)),
+        ("r50", 8, (1024, 2048), 1, 19, (), ("gpu",)),
+        ("mbv3", 16, (520, 520), 16, 21, (), ("gpu",)),
+    ):
+        named = "cityscapes" if size == (1024, 2048) else f"{backbone}-os{output_stride}"
+        side = size[0] if size[0] == size[1] else size
+        shape = shape_name(named, side, f"b{n}")
+        given = {
+            "shape": shape,
+            "backbone": backbone,
+            "output_stride": output_stride,
+            "n": n,
+            "height": size[0],
+            "width": size[1],
+            "classes": classes,
+        }
+        if labels:
+            # Of the models of a suite on a CPU one ResNet and one MobileNet are compiled.
+            compiled = backbone == "mbv3" or (backbone, output_stride) == ("r50", 8)
+            left_out = {"quick": _CPU_COMPILE} if compiled else {"cpu": _CPU_COMPILE}
+            found.append(
+                ModelLabels(
+                    op="model_labels", suites=labels, left_out=left_out, headline=True, **given
+                )
+            )
+        if logits:
+            left_out = {"cpu": _LABELS_COMPILE, "gpu": _LABELS_COMPILE}
+            found.append(
+                ModelLogits(
+                    op="model_logits", suites=logits, left_out=left_out, headline=True, **given
+                )
+            )
+    for backbone, output_stride, side, n, suites in (
+        ("r50", 16, 513, 16, ("gpu",)),
+        ("mbv3", 16, 513, 16, ("gpu",)),
+        ("r101", 16, 513, 16, ("gpu",)),
+        ("r50", 16, 257, 2, ("cpu",)),
+        ("mbv3", 16, 257, 4, ("cpu",)),
+        ("mbv3", 16, 129, 2, ("quick",)),
+    ):
+        found.append(
+            ModelTrain(
+                op="model_train",
+                shape=shape_name(f"{backbone}-os{output_stride}", side, f"b{n}"),
+                suites=suites,
+                modes=(STEP,),
+                headline=True,
+                left_out={"cpu": _STEP_COMPILE, "quick": _STEP_COMPILE},
+                backbone=backbone,
+                output_stride=output_stride,
+                n=n,
+                height=side,
+                width=side,
+            )
+        )
+    return found
+
+
+CASES: tuple[Case, ...] = tuple(_cases())
