@@ -37,29 +37,33 @@ void upsample_softmax_add(const Tensor& accumulator, const Tensor& logits, bool 
 
 }  // namespace deeplab_fast::cpu
 
-#define DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS                                                       \
-  "Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "      \
+#define DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS                                                  \
+  "Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, " \
   "str reduction, bool align_corners"
 
 TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
   namespace cpu = deeplab_fast::cpu;
   m.def("_cpu_instruction_set(str name) -> str", &cpu::instruction_set);
-  m.def("_bilinear_axis(int inputs, int outputs, bool align_corners, bool is_double) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
-        &cpu::bilinear_axis);
+  m.def(
+      "_bilinear_axis(int inputs, int outputs, bool align_corners, bool is_double) "
+      "-> (Tensor, Tensor, Tensor, Tensor)",
+      &cpu::bilinear_axis);
   m.def("_exp_nonpositive_cpu(Tensor x) -> Tensor");
   m.def("_log_from_one_cpu(Tensor x) -> Tensor");
-  m.def("_upsample_argmax_cpu(Tensor logits, int height, int width, bool align_corners, "
-        "bool return_prob) -> (Tensor, Tensor)");
+  m.def(
+      "_upsample_argmax_cpu(Tensor logits, int height, int width, bool align_corners, "
+      "bool return_prob) -> (Tensor, Tensor)");
   m.def("_upsample_cross_entropy_cpu(" DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS ") -> Tensor");
   m.def("_upsample_cross_entropy_with_grad_cpu(" DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS
         ") -> (Tensor, Tensor)");
   m.def("_upsample_cross_entropy_backward_cpu(Tensor grad, " DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS
         ") -> Tensor");
-  m.def("_upsample_confusion_cpu(Tensor logits, Tensor target, int ignore_index, "
-        "bool align_corners) -> Tensor");
-  m.def("_upsample_softmax_add_cpu(Tensor(a!) accumulator, Tensor logits, bool flip, "
-        "bool align_corners) -> ()");
+  m.def(
+      "_upsample_confusion_cpu(Tensor logits, Tensor target, int ignore_index, "
+      "bool align_corners) -> Tensor");
+  m.def(
+      "_upsample_softmax_add_cpu(Tensor(a!) accumulator, Tensor logits, bool flip, "
+      "bool align_corners) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {

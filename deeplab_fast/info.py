@@ -50,6 +50,7 @@ _PACKAGES = ("torch", "triton", "numpy", "torchvision", "lightning", "pillow", "
 _ENVIRONMENT = (
     (backends.ENVIRONMENT_VARIABLE, "backend of every op: auto, cuda, triton, cpu, reference"),
     ("DEEPLAB_FAST_DISABLE_EXT", "1: do not load the compiled extension"),
+    ("DEEPLAB_FAST_CPU_SET", "instruction set of the C++ code: baseline, avx2 or avx512"),
     ("DEEPLAB_FAST_STRICT_LABELS", "1: a label outside the classes is an error on a GPU too"),
     ("TRITON_INTERPRET", "1: Triton kernels run in its interpreter, on a CPU"),
 )

@@ -304,7 +304,7 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
         n, y, x = bad.nonzero()[0].tolist()
         raise ValueError(
             f"label {int(target[n, y, x])} at (image {n}, row {y}, column {x}) is outside "
-            f"[0, {num_classes}) and is not ignore_index={ignore_index}; {count} pixels are. "
+            f"[0, {num_classes}) and is not ignore_index={ignore_index}; {count} in all. "
             "Map the labels to class indices, or set ignore_index"
         )
 

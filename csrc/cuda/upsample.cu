@@ -8,28 +8,28 @@
 
 namespace deeplab_fast::cuda {
 
-#define DEEPLAB_FAST_INSTANTIATE(T)                                                              \
-  template __global__ void upsample_argmax_kernel<T>(const Logits<T>, const TilePlan, uint8_t*,  \
-                                                     int64_t*, T*);                              \
-  template __global__ void upsample_confusion_kernel<T>(const Logits<T>, const TilePlan,         \
-                                                        const Labels, bool, unsigned long long*, \
-                                                        unsigned long long*);                    \
-  template __global__ void upsample_softmax_add_kernel<T, float>(                                \
-      const Logits<T>, const TilePlan, const Accumulator<float>, bool);                          \
-  template __global__ void upsample_softmax_add_kernel<T, double>(                               \
-      const Logits<T>, const TilePlan, const Accumulator<double>, bool);                         \
-  template __global__ void upsample_cross_entropy_kernel<T, false, false>(                       \
-      const Logits<T>, const CellPlan, const CrossEntropy<T>);                                   \
-  template __global__ void upsample_cross_entropy_kernel<T, false, true>(                        \
-      const Logits<T>, const CellPlan, const CrossEntropy<T>);                                   \
-  template __global__ void upsample_cross_entropy_kernel<T, true, false>(                        \
-      const Logits<T>, const CellPlan, const CrossEntropy<T>);                                   \
-  template __global__ void upsample_cross_entropy_kernel<T, true, true>(                         \
-      const Logits<T>, const CellPlan, const CrossEntropy<T>);                                   \
-  template __global__ void finish_cross_entropy_kernel<T>(const BlockSums*, int64_t, bool,       \
-                                                          const T*, T*, T*, int64_t*);           \
-  template __global__ void gather_gradient_kernel<T>(const T*, const T*, int, int, int, int,     \
-                                                     int, Storage, void*)
+#define DEEPLAB_FAST_INSTANTIATE(T)                                                               \
+  template __global__ void upsample_argmax_kernel<T>(const Logits<T>, const TilePlan, uint8_t*,   \
+                                                     int64_t*, T*);                               \
+  template __global__ void upsample_confusion_kernel<T>(const Logits<T>, const TilePlan,          \
+                                                        const Labels, bool, unsigned long long*,  \
+                                                        unsigned long long*);                     \
+  template __global__ void upsample_softmax_add_kernel<T, float>(const Logits<T>, const TilePlan, \
+                                                                 const Accumulator<float>, bool); \
+  template __global__ void upsample_softmax_add_kernel<T, double>(                                \
+      const Logits<T>, const TilePlan, const Accumulator<double>, bool);                          \
+  template __global__ void upsample_cross_entropy_kernel<T, false, false>(                        \
+      const Logits<T>, const CellPlan, const CrossEntropy<T>);                                    \
+  template __global__ void upsample_cross_entropy_kernel<T, false, true>(                         \
+      const Logits<T>, const CellPlan, const CrossEntropy<T>);                                    \
+  template __global__ void upsample_cross_entropy_kernel<T, true, false>(                         \
+      const Logits<T>, const CellPlan, const CrossEntropy<T>);                                    \
+  template __global__ void upsample_cross_entropy_kernel<T, true, true>(                          \
+      const Logits<T>, const CellPlan, const CrossEntropy<T>);                                    \
+  template __global__ void finish_cross_entropy_kernel<T>(const BlockSums*, int64_t, bool,        \
+                                                          const T*, T*, T*, int64_t*);            \
+  template __global__ void gather_gradient_kernel<T>(const T*, const T*, int, int, int, int, int, \
+                                                     Storage, void*)
 
 DEEPLAB_FAST_INSTANTIATE(float);
 DEEPLAB_FAST_INSTANTIATE(double);
@@ -82,8 +82,12 @@ class Launch {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared_bytes)));
     }
-    kernel<<<static_cast<unsigned int>(blocks), threads, shared_bytes, stream_>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned int>(blocks));
+    config.blockDim = dim3(static_cast<unsigned int>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 
   int64_t attribute(cudaDeviceAttr name) const {
@@ -119,8 +123,7 @@ Storage storage_of(const Tensor& logits) {
 }
 
 int checked_size(int64_t size) {
-  STD_TORCH_CHECK(size <= std::numeric_limits<int>::max() / 2, "a size of ", size,
-                  " is too large");
+  STD_TORCH_CHECK(size <= std::numeric_limits<int>::max() / 2, "a size of ", size, " is too large");
   return static_cast<int>(size);
 }
 
@@ -173,8 +176,7 @@ std::tuple<Tensor, Tensor> upsample_argmax(const Tensor& logits, int64_t height,
   Tensor labels = empty(logits, shape, narrow ? ScalarType::Byte : ScalarType::Long);
   return with_compute_type(logits, [&](auto type) {
     using T = decltype(type);
-    Tensor prob =
-        empty(logits, return_prob ? shape : std::vector<int64_t>{0}, scalar_type<T>());
+    Tensor prob = empty(logits, return_prob ? shape : std::vector<int64_t>{0}, scalar_type<T>());
     const Logits<T> map = describe<T>(logits, height, width, align_corners);
     launch_argmax(launch, map, tiles_of(map), narrow ? pointer<uint8_t>(labels) : nullptr,
                   narrow ? nullptr : pointer<int64_t>(labels),
@@ -208,8 +210,7 @@ Accumulator<A> describe_accumulator(Tensor& to) {
   return {pointer<A>(to), to.stride(0), to.stride(1), to.stride(2), to.stride(3)};
 }
 
-void upsample_softmax_add(Tensor accumulator, const Tensor& logits, bool flip,
-                          bool align_corners) {
+void upsample_softmax_add(Tensor accumulator, const Tensor& logits, bool flip, bool align_corners) {
   const Launch launch(logits);
   with_compute_type(logits, [&](auto type) {
     using T = decltype(type);
@@ -279,8 +280,8 @@ CrossEntropyResult cross_entropy(const Tensor& logits, const Tensor& target_any,
     Tensor sums = empty(logits, {plan.blocks * sum_values}, ScalarType::Double);
     op.sums = pointer<BlockSums>(sums);
     if (grad_type.has_value()) {
-      partial = empty(
-          logits, {partial_size(plan, map.images, map.classes, map.rows, map.columns)}, kType);
+      partial = empty(logits, {partial_size(plan, map.images, map.classes, map.rows, map.columns)},
+                      kType);
       op.partial = pointer<T>(partial);
     }
     launch_cross_entropy(launch, map, plan, op);
@@ -291,8 +292,8 @@ CrossEntropyResult cross_entropy(const Tensor& logits, const Tensor& target_any,
                   per_pixel ? nullptr : pointer<T>(result.loss), pointer<T>(scale),
                   pointer<int64_t>(result.bad));
     if (grad_type.has_value()) {
-      result.grad = empty(
-          logits, {logits.size(0), logits.size(1), logits.size(2), logits.size(3)}, *grad_type);
+      result.grad = empty(logits, {logits.size(0), logits.size(1), logits.size(2), logits.size(3)},
+                          *grad_type);
       launch_gather(launch, map, plan, const_pointer<T>(partial), const_pointer<T>(scale),
                     storage_of(result.grad), result.grad.mutable_data_ptr());
     }
@@ -304,11 +305,10 @@ CrossEntropyResult cross_entropy(const Tensor& logits, const Tensor& target_any,
 std::tuple<Tensor, Tensor> upsample_cross_entropy(const Tensor& logits, const Tensor& target,
                                                   const std::optional<Tensor>& weight,
                                                   int64_t ignore_index, double label_smoothing,
-                                                  std::string_view reduction,
-                                                  bool align_corners) {
-  const CrossEntropyResult result =
-      cross_entropy(logits, target, {weight, ignore_index, label_smoothing, reduction,
-                                     align_corners}, std::nullopt, nullptr);
+                                                  std::string_view reduction, bool align_corners) {
+  const CrossEntropyResult result = cross_entropy(
+      logits, target, {weight, ignore_index, label_smoothing, reduction, align_corners},
+      std::nullopt, nullptr);
   return {result.loss, result.bad};
 }
 
@@ -318,9 +318,9 @@ std::tuple<Tensor, Tensor, Tensor> upsample_cross_entropy_with_grad(
     int64_t ignore_index, double label_smoothing, std::string_view reduction, bool align_corners) {
   const ScalarType type =
       logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const CrossEntropyResult result =
-      cross_entropy(logits, target, {weight, ignore_index, label_smoothing, reduction,
-                                     align_corners}, type, nullptr);
+  const CrossEntropyResult result = cross_entropy(
+      logits, target, {weight, ignore_index, label_smoothing, reduction, align_corners}, type,
+      nullptr);
   return {result.loss, result.grad, result.bad};
 }
 
@@ -329,9 +329,9 @@ std::tuple<Tensor, Tensor> upsample_cross_entropy_backward(
     const Tensor& grad, const Tensor& logits, const Tensor& target,
     const std::optional<Tensor>& weight, int64_t ignore_index, double label_smoothing,
     std::string_view reduction, bool align_corners) {
-  const CrossEntropyResult result =
-      cross_entropy(logits, target, {weight, ignore_index, label_smoothing, reduction,
-                                     align_corners}, logits.scalar_type(), &grad);
+  const CrossEntropyResult result = cross_entropy(
+      logits, target, {weight, ignore_index, label_smoothing, reduction, align_corners},
+      logits.scalar_type(), &grad);
   return {result.grad, result.bad};
 }
 
@@ -344,14 +344,16 @@ std::tuple<Tensor, Tensor> upsample_cross_entropy_backward(
   "str reduction, bool align_corners"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
-  m.def("_upsample_argmax_cuda(Tensor logits, int height, int width, bool align_corners, "
-        "bool return_prob) -> (Tensor, Tensor)");
-  m.def("_upsample_confusion_cuda(Tensor logits, Tensor target, int ignore_index, "
-        "bool align_corners) -> (Tensor, Tensor)");
-  m.def("_upsample_softmax_add_cuda(Tensor(a!) accumulator, Tensor logits, bool flip, "
-        "bool align_corners) -> ()");
-  m.def("_upsample_cross_entropy_cuda(" DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS
-        ") -> (Tensor, Tensor)");
+  m.def(
+      "_upsample_argmax_cuda(Tensor logits, int height, int width, bool align_corners, "
+      "bool return_prob) -> (Tensor, Tensor)");
+  m.def(
+      "_upsample_confusion_cuda(Tensor logits, Tensor target, int ignore_index, "
+      "bool align_corners) -> (Tensor, Tensor)");
+  m.def(
+      "_upsample_softmax_add_cuda(Tensor(a!) accumulator, Tensor logits, bool flip, "
+      "bool align_corners) -> ()");
+  m.def("_upsample_cross_entropy_cuda(" DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS ") -> (Tensor, Tensor)");
   m.def("_upsample_cross_entropy_with_grad_cuda(" DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS
         ") -> (Tensor, Tensor, Tensor)");
   m.def("_upsample_cross_entropy_backward_cuda(Tensor grad, " DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS

@@ -45,10 +45,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
 INSTRUCTION_SETS = cpu_instruction_sets()
 every_shape = pytest.mark.parametrize(("shape", "size"), SHAPES)
+compiled_sets = pytest.mark.parametrize("implementation", INSTRUCTION_SETS, indirect=True)
 both_alignments = pytest.mark.parametrize(
     "align_corners", [False, True], ids=["centres", "corners"]
 )
@@ -101,6 +100,7 @@ class TestArgmax:
         without = ops.upsample_argmax(x, size, align_corners=align_corners)
         assert torch.equal(without, labels)
 
+    @compiled_sets
     @both_alignments
     @every_shape
     def test_against_float64(self, implementation, shape, size, align_corners) -> None:
@@ -177,6 +177,7 @@ class TestConfusion:
                 matrix[t, p] += 1
         return matrix
 
+    @compiled_sets
     @both_alignments
     @every_shape
     def test_counts(self, implementation, shape, size, align_corners) -> None:
@@ -238,6 +239,7 @@ class TestSoftmaxAdd:
         tolerance += 0 if accumulator.dtype == torch.float64 else 2 * U
         torch.testing.assert_close(accumulator.double(), expected, rtol=0, atol=tolerance)
 
+    @compiled_sets
     @pytest.mark.parametrize("flip", [False, True], ids=["as is", "flipped"])
     @both_alignments
     @every_shape
@@ -250,6 +252,7 @@ class TestSoftmaxAdd:
     def test_dtypes(self, implementation, dtype, to) -> None:
         self.check(torch.rand(2, 21, 29, 35).to(to), make((2, 21, 5, 4), dtype), True, False)
 
+    @compiled_sets
     @every_layout
     @pytest.mark.parametrize("place", ACCUMULATORS.values(), ids=ACCUMULATORS)
     def test_layouts(self, implementation, layout, place) -> None:
@@ -276,10 +279,9 @@ class TestSoftmaxAdd:
         assert torch.equal(*results)
 
 
+@compiled_sets
 def test_exponential_and_logarithm_are_within_their_bound(implementation) -> None:
     """The documented 1.1 and 1 units in the last place, on a dense sample."""
-    if implementation == "reference":
-        pytest.skip("the reference has no functions of its own")
 
     def error(got: Tensor, exact: Tensor) -> float:
         unit = torch.exp2(torch.floor(torch.log2(exact.abs())) - 23)
@@ -315,10 +317,10 @@ def _calls() -> dict[str, tuple[Callable, tuple, tuple]]:
 
 @pytest.mark.parametrize("name", _calls())
 class TestEveryOp:
-    def test_opcheck(self, implementation, name: str) -> None:
+    def test_opcheck(self, compiled, name: str) -> None:
         torch.library.opcheck(getattr(OPS, name).default, _calls()[name][2])
 
-    def test_compile_fullgraph(self, implementation, name: str) -> None:
+    def test_compile_fullgraph(self, compiled, name: str) -> None:
         torch.compiler.reset()
         op, args, _ = _calls()[name]
         expected = op(*(a.clone() if isinstance(a, Tensor) else a for a in args))
@@ -337,7 +339,7 @@ class TestEveryOp:
         expected = op(*(a.clone() if isinstance(a, Tensor) else a for a in args))
         assert torch.equal(program.module()(*args), expected)
 
-    def test_outputs_are_written_whole(self, implementation, name: str, nan_poison: None) -> None:
+    def test_outputs_are_written_whole(self, compiled, name: str, nan_poison: None) -> None:
         op, args, _ = _calls()[name]
         expected = op(*(a.clone() if isinstance(a, Tensor) else a for a in args))
         with deterministic():
@@ -405,12 +407,33 @@ class TestInstructionSets:
         assert OPS._cpu_instruction_set("") in ("avx2", "baseline")
 
 
+class TestChoice:
+    @pytest.mark.parametrize(
+        ("size", "chosen"),
+        [
+            pytest.param((8, 8), "cpu", id="enlarged"),
+            pytest.param((2, 40), "cpu", id="enlarged in one direction"),
+            pytest.param((4, 5), "reference", id="same size"),
+            pytest.param((2, 3), "reference", id="shrunk"),
+        ],
+    )
+    def test_pytorch_runs_what_is_not_enlarged(self, size, chosen) -> None:
+        if not _ext.CPU.loaded:
+            pytest.skip(_ext.CPU.reason)
+        x = make((1, 3, 4, 5))
+        why = dlf.why("upsample_argmax", x, size)
+        assert why.chosen == chosen
+        assert ("use_backend('cpu') runs it all the same" in str(why)) == (chosen != "cpu")
+        with dlf.use_backend("cpu"):
+            assert dlf.why("upsample_argmax", x, size).chosen == "cpu"
+
+
 class TestMissingExtension:
     @pytest.mark.parametrize("op", ["upsample_argmax", "upsample_cross_entropy"])
     def test_reason(self, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
         missing = _ext.Extension("deeplab_fast._C", False, "not built: no compiler", {})
         monkeypatch.setattr(_ext, "CPU", missing)
-        desc = backends.OpDesc(op, "cpu", torch.float32, (1, 3, 4, 4))
+        desc = backends.OpDesc(op, "cpu", torch.float32, (1, 3, 4, 4), {"size": (32, 32)})
         reasons = backends.implementations(op)["cpu"].not_supported_reasons(desc)
         assert reasons == ["not built: no compiler"]
         assert backends.select(desc).backend == "reference"

@@ -1,5 +1,5 @@
-// Index arithmetic of torch.nn.functional.interpolate(mode="bilinear"), bit for bit, and its inverse.
-// For host and device, without torch.
+// Index arithmetic of torch.nn.functional.interpolate(mode="bilinear"), bit for bit, and its
+// inverse. For host and device, without torch.
 #pragma once
 
 #include <cmath>
@@ -101,9 +101,8 @@ DEEPLAB_FAST_HOST_DEVICE inline int first_output(const Axis<T>& axis, int cell) 
   int first = axis.out;
   if (axis.scale > static_cast<T>(0)) {
     const T half = static_cast<T>(0.5);
-    const T guess = axis.align_corners
-                        ? static_cast<T>(cell) / axis.scale
-                        : (static_cast<T>(cell) + half) / axis.scale - half;
+    const T guess = axis.align_corners ? static_cast<T>(cell) / axis.scale
+                                       : (static_cast<T>(cell) + half) / axis.scale - half;
     if (guess < static_cast<T>(axis.out)) first = static_cast<int>(guess);
   }
   // source_cell never falls, so that the guess, off by its rounding, is corrected step by step.

@@ -3,11 +3,13 @@
 // All outputs between two source rows share their interpolation along columns, so that blocks are
 // bands of outputs with the same first source row, whatever the ratio; 513 / 65 is not an integer.
 //
-//   argmax, confusion, softmax_add   a block takes 128 output columns of a band, a thread one column
+//   argmax, confusion, softmax_add   a block takes 128 output columns of a band, a thread one
+//   column
 //                                    and 8 rows at a time. Classes run in the innermost loop over
 //                                    logits in shared memory; full-resolution logits are never
 //                                    stored.
-//   cross entropy                    a block takes a few source columns of a band. Phase 1: a thread
+//   cross entropy                    a block takes a few source columns of a band. Phase 1: a
+//   thread
 //                                    has one column and 4 rows and finds the softmax statistics of
 //                                    its pixels. Phase 2: a thread has one (source column, class)
 //                                    pair, walks the pixels between its four source pixels and sums
@@ -204,8 +206,7 @@ class Tile {
       const int c = classes_inside ? a : b, slot = classes_inside ? b : a;
       int x = base_ + slot;
       if (private_slots_) {
-        const Tap<T> tap =
-            source_tap(logits_.columns, min(first_column_ + slot / 2, last_column_));
+        const Tap<T> tap = source_tap(logits_.columns, min(first_column_ + slot / 2, last_column_));
         x = slot % 2 ? tap.hi : tap.lo;
       }
       stage_[(row * count + c) * plan_.pitch + slot] =
@@ -334,8 +335,7 @@ __global__ void __launch_bounds__(kTileColumns, kTilesPerMultiprocessor<T>)
       for (int r = 0; r < kTileRows; ++r) {
         if (row + r >= tile.row_end) continue;
         bool bad;
-        const int label =
-            labels.read(tile.row_offset(row + r) + tile.column, logits.classes, &bad);
+        const int label = labels.read(tile.row_offset(row + r) + tile.column, logits.classes, &bad);
         bad_pixels += bad;
         if (label < 0) continue;
         const int at = label * logits.classes + state.label[r];
@@ -398,8 +398,8 @@ __global__ void __launch_bounds__(kTileColumns, kTilesPerMultiprocessor<T>)
     });
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r) sum[r] = static_cast<T>(1) / sum[r];
-    A* const first = to.data + tile.image * to.stride_image + row * to.stride_row +
-                     column * to.stride_column;
+    A* const first =
+        to.data + tile.image * to.stride_image + row * to.stride_row + column * to.stride_column;
     tile.for_each_class([&](int c, T upper, T lower) {
       A* const out = first + c * to.stride_class;
 #pragma unroll
@@ -432,8 +432,8 @@ struct CrossEntropy {
   T* partial;           // see partial_size
 };
 
-// Softmax statistics of a pixel: the gradient of its logit z is scale * exp(z - top), less `hard` at
-// the label. An ignored pixel has scale 0 and label -1.
+// Softmax statistics of a pixel: the gradient of its logit z is scale * exp(z - top), less `hard`
+// at the label. An ignored pixel has scale 0 and label -1.
 template <typename T>
 struct alignas(4 * sizeof(T)) Pixel {
   T top;
@@ -614,8 +614,9 @@ class Cells {
     const int y = i / columns_, x = i - y * columns_;
     const Pixel<T> pixel = memory_.pixels[i];
     const T top = pixel.top, sum = pixel.scale;
-    const int64_t at = (static_cast<int64_t>(image_) * logits_.rows.out + row_ + y) *
-                           logits_.columns.out + column_ + x;
+    const int64_t at =
+        (static_cast<int64_t>(image_) * logits_.rows.out + row_ + y) * logits_.columns.out +
+        column_ + x;
     bool bad;
     const int label = op_.labels.read(at, logits_.classes, &bad);
     bad_ += bad;
@@ -674,7 +675,8 @@ class Cells {
         const T lower_right = logits_.at(image_, c, lower_, right);
         const T class_weight = kSmooth && op_.class_weights ? op_.class_weights[c] : T(1);
         for (int y = 0; y < rows_; ++y) {
-          const T weight = memory_.row_weights[row_ - row_begin_ + y], other = static_cast<T>(1) - weight;
+          const T weight = memory_.row_weights[row_ - row_begin_ + y],
+                  other = static_cast<T>(1) - weight;
           const T z_left = other * upper_left + weight * lower_left;
           const T z_right = other * upper_right + weight * lower_right;
           T to_left = 0, to_right = 0;
@@ -709,8 +711,8 @@ class Cells {
   }
 
   __device__ T* partial(int cell) const {
-    const int64_t row = (static_cast<int64_t>(image_) * logits_.rows.in + upper_) * plan_.splits +
-                        split_;
+    const int64_t row =
+        (static_cast<int64_t>(image_) * logits_.rows.in + upper_) * plan_.splits + split_;
     return op_.partial + (row * logits_.columns.in + x_begin_ + cell) * 4 * logits_.classes;
   }
 
@@ -723,8 +725,7 @@ class Cells {
     const double valid = block_sum(static_cast<double>(valid_), memory);
     const double bad = block_sum(static_cast<double>(bad_), memory);
     if (threadIdx.x == 0) {
-      op_.sums[blockIdx.x] = {loss, weight, static_cast<int64_t>(valid),
-                              static_cast<int64_t>(bad)};
+      op_.sums[blockIdx.x] = {loss, weight, static_cast<int64_t>(valid), static_cast<int64_t>(bad)};
     }
   }
 
@@ -807,8 +808,7 @@ __global__ void __launch_bounds__(kGatherThreads)
     const int lower = row != 1;
     if (band < 0 || (row == 2 && y != height - 1)) continue;
     for (int split = 0; split < splits; ++split) {
-      const int64_t line =
-          ((static_cast<int64_t>(image) * height + band) * splits + split) * width;
+      const int64_t line = ((static_cast<int64_t>(image) * height + band) * splits + split) * width;
       for (int column = 0; column < 3; ++column) {
         const int cell = column == 0 ? x - 1 : x;
         const int right = column != 1;

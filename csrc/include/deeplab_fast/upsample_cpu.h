@@ -22,9 +22,9 @@ enum class LabelType { kUint8, kInt32, kInt64 };
 
 // Upsampling of `source` [images][height][classes][width] to [out_height][out_width].
 //
-// Output columns are cut into `blocks` vectors of `lanes` columns; the last is filled up with copies
-// of the last column. The sources of block b are the `count[b]` columns from `base[b]`; `lo` and
-// `hi` are relative to the base.
+// Output columns are cut into `blocks` vectors of `lanes` columns; the last is filled up with
+// copies of the last column. The sources of block b are the `count[b]` columns from `base[b]`; `lo`
+// and `hi` are relative to the base.
 template <typename T>
 struct Problem {
   const T* source;

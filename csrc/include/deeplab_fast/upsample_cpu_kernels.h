@@ -1,13 +1,14 @@
 // The C++ CPU kernels of the upsampling ops, in one instruction set.
 //
-// Included once by each csrc/cpu/upsample_<set>.cpp, behind all other includes and behind the pragma
-// that lets the compiler use the set, because vector types are lowered for the instruction set of
-// the function that they stand in, before it is inlined. The file defines DEEPLAB_FAST_SET (a
-// namespace) and DEEPLAB_FAST_VECTOR_BYTES. No templates of the standard library in here: the linker
-// keeps one copy of each instance for the whole program, which may be the one of this set.
+// Included once by each csrc/cpu/upsample_<set>.cpp, behind all other includes and behind the
+// pragma that lets the compiler use the set, because vector types are lowered for the instruction
+// set of the function that they stand in, before it is inlined. The file defines DEEPLAB_FAST_SET
+// (a namespace) and DEEPLAB_FAST_VECTOR_BYTES. No templates of the standard library in here: the
+// linker keeps one copy of each instance for the whole program, which may be the one of this set.
 //
 // Vectors hold output columns. Along columns a band's two source rows are interpolated once, to
-// `upper` and `lower` [classes] vectors; each output row of the band is then a weighted sum of both.
+// `upper` and `lower` [classes] vectors; each output row of the band is then a weighted sum of
+// both.
 namespace deeplab_fast::cpu::DEEPLAB_FAST_SET {
 
 template <typename T>
@@ -85,8 +86,8 @@ inline T sum_lanes(Vector<T> vector) {
   return lanes[0];
 }
 
-// exp(x) for x <= 0 or nan, within 1.1 units in the last place; 0 below -87.3, where the result nears
-// the smallest normal number.
+// exp(x) for x <= 0 or nan, within 1.1 units in the last place; 0 below -87.3, where the result
+// nears the smallest normal number.
 inline Vector<float> exp_nonpositive(Vector<float> x) {
   typedef uint32_t Bits __attribute__((vector_size(DEEPLAB_FAST_VECTOR_BYTES)));
   const Vector<float> lowest = broadcast(-87.3f);
@@ -205,8 +206,9 @@ inline Vector<float> pick_near(const float* source, const int32_t* indices) {
 
 // Interpolates both source rows of a band along the columns of a block.
 template <typename T, bool kNear>
-inline void interpolate_columns(const Problem<T>& problem, const Block<T>& block, const T* upper_row,
-                                const T* lower_row, Vector<T>* upper, Vector<T>* lower) {
+inline void interpolate_columns(const Problem<T>& problem, const Block<T>& block,
+                                const T* upper_row, const T* lower_row, Vector<T>* upper,
+                                Vector<T>* lower) {
   const auto pick = [&](const T* source, const int32_t* indices) {
     return kNear ? pick_near(source, indices) : pick_any(source, indices);
   };
@@ -658,8 +660,7 @@ void softmax_add_to(const Problem<T>& problem, const Accumulator& op, int64_t be
         const Vector<T> weight_upper = broadcast(unit.weight_upper(row));
         const Vector<T> weight_lower = broadcast(unit.weight_lower(row));
         A* const to = static_cast<A*>(op.data) + unit.image * op.stride_image +
-                      (unit.band.row_begin + row) * op.stride_row +
-                      block.column * op.stride_column;
+                      (unit.band.row_begin + row) * op.stride_row + block.column * op.stride_column;
         Vector<T> top = logit(unit, weight_upper, weight_lower, 0);
         for (int64_t c = 0; c < classes; ++c) {
           // The accumulator is too large for the caches.
@@ -717,8 +718,12 @@ void apply(const T* values, T* result, int64_t count) {
 
 template <typename T>
 constexpr Kernels<T> kernels() {
-  return {kLanes<T>,      argmax<T>,      cross_entropy<T>,
-          confusion<T>,   softmax_add<T>, apply<T, exp_nonpositive>,
+  return {kLanes<T>,
+          argmax<T>,
+          cross_entropy<T>,
+          confusion<T>,
+          softmax_add<T>,
+          apply<T, exp_nonpositive>,
           apply<T, log_from_one>};
 }
 

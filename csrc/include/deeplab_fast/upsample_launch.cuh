@@ -53,8 +53,8 @@ void launch_cross_entropy(const Launch& launch, const Logits<T>& logits, const C
                                     : upsample_cross_entropy_kernel<T, true, false>)
                           : (smooth ? upsample_cross_entropy_kernel<T, false, true>
                                     : upsample_cross_entropy_kernel<T, false, false>);
-  launch(kernel, plan.blocks, plan.threads, sizeof(PixelMemory<T>) + plan.stage_bytes, logits,
-         plan, op);
+  launch(kernel, plan.blocks, plan.threads, sizeof(PixelMemory<T>) + plan.stage_bytes, logits, plan,
+         op);
 }
 
 // `loss` and `grad` may be null.
@@ -68,11 +68,11 @@ void launch_finish(const Launch& launch, const BlockSums* sums, const CellPlan& 
 template <typename T, typename Launch>
 void launch_gather(const Launch& launch, const Logits<T>& logits, const CellPlan& plan,
                    const T* partial, const T* scale, Storage storage, void* out) {
-  const int64_t values = static_cast<int64_t>(logits.images) * logits.classes * logits.rows.in *
-                         logits.columns.in;
+  const int64_t values =
+      static_cast<int64_t>(logits.images) * logits.classes * logits.rows.in * logits.columns.in;
   if (values == 0) return;
-  launch(gather_gradient_kernel<T>, (values + kGatherThreads - 1) / kGatherThreads,
-         kGatherThreads, size_t{0}, partial, scale, logits.images, logits.classes, logits.rows.in,
+  launch(gather_gradient_kernel<T>, (values + kGatherThreads - 1) / kGatherThreads, kGatherThreads,
+         size_t{0}, partial, scale, logits.images, logits.classes, logits.rows.in,
          logits.columns.in, plan.splits, storage, out);
 }
 
