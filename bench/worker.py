@@ -4,10 +4,10 @@ One line of JSON in, one out. Peak memory of a CPU call can only be told as the 
 process that does nothing else, and two versions of the package only fit into two processes.
 
     {"do": "prepare", "case", "mode", "provider", "suite", "seed", "copies"} -> {"package"}
-    {"do": "time", "first", "calls"}                                         -> {"seconds"}
-    {"do": "memory"}                                        -> {"peak", "held", "note"}
-    {"do": "errors"}                                        -> {"errors": {kind: error}}
-    {"do": "release"}                                       -> {}
+    {"do": "time", "first", "calls"}                            -> {"seconds"}
+    {"do": "errors"}                                            -> {"errors": {kind: error}}
+    {"do": "release"}                                           -> {}
+    {"do": "memory", "case", "mode", "provider", "suite", "seed"} -> {"peak", "held", "note"}
 
 An error of a command comes back as {"error": text}; the process lives on.
 """
@@ -20,8 +20,10 @@ import gc
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +45,21 @@ class Worker:
 
     Args:
         root: folder whose deeplab_fast and bench are imported.
-        memory: return freed memory to the system at once, which costs time.
         threads: of PyTorch in the child.
     """
 
-    def __init__(self, root: Path = ROOT, memory: bool = False, threads: int | None = None) -> None:
+    def __init__(self, root: Path = ROOT, threads: int | None = None) -> None:
         command = [sys.executable, "-m", "bench.worker", str(threads or 0)]
         environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(
-            command + ["memory"] * memory,
+            command,
             cwd=root,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            # A group of its own, so that what it forked ends with it.
+            start_new_session=True,
         )
 
     def ask(self, seconds: float = 300.0, **command: Any) -> dict[str, Any]:
@@ -99,7 +102,8 @@ class Worker:
     def close(self) -> None:
         """End the process."""
         if self._process.poll() is None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
@@ -116,13 +120,13 @@ class Worker:
 class _Served:
     """The child's side."""
 
-    def __init__(self, memory: bool) -> None:
-        self.memory = memory
+    def __init__(self) -> None:
         self.run: Any = None
 
     def prepare(
         self, case: str, mode: str, provider: str, suite: str, seed: int, copies: int
     ) -> dict:
+        """Build a provider at a case and keep it."""
         import deeplab_fast
         from bench import registry
 
@@ -134,7 +138,7 @@ class _Served:
         if reason:
             raise WorkerError(f"missing: {reason}")
         self.args = self.case.setup(chosen.device, chosen.dtype, seed, copies)
-        before = self._resident()
+        before = _resident()
         self.run = self.provider.build(self.case, mode, chosen.device, chosen.dtype, self.args)
         # Inputs that were brought to another layout are the case's, not what the provider holds.
         there = {t.data_ptr() for given in self.args.inputs for t in given}
@@ -143,11 +147,13 @@ class _Served:
         return {"package": str(Path(deeplab_fast.__file__).resolve().parent)}
 
     def time(self, first: int, calls: int) -> dict:
+        """Seconds of a call of what was prepared."""
         from bench.measure import clock
 
         return {"seconds": clock(self.suite.device)(self.run, first, calls)}
 
     def errors(self) -> dict:
+        """Errors of what was prepared, against the exact result."""
         from bench import gate
         from bench.providers import expected
 
@@ -155,9 +161,37 @@ class _Served:
         found = gate.errors(self.case, self.mode, gate.outputs(self.run.probe()), exact)
         return {"errors": found}
 
-    def memory_of_call(self) -> dict:
+    def memory(self, **what: Any) -> dict:
+        """Memory of a provider at a case, in a process forked for it alone.
+
+        A fork carries over no threads. That is safe as long as this process has never computed
+        anything: PyTorch starts its threads at the first parallel loop.
+        """
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            with os.fdopen(writer, "w") as answers:
+                try:
+                    answer = _answer(lambda: self._memory(**what))
+                except BaseException as error:
+                    answer = {"error": repr(error)}
+                answers.write(json.dumps(answer))
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as answers:
+            text = answers.read()
+        _, status = os.waitpid(child, 0)
+        if not text:
+            code = os.waitstatus_to_exitcode(status)
+            raise WorkerError(f"its process ended with status {code}")
+        return json.loads(text)
+
+    def _memory(self, **what: Any) -> dict:
+        _return_memory_at_once()
+        self.prepare(**what, copies=1)
         self.run(0)
-        resident = self._resident()
+        resident = _resident()
         reset = _reset_high_water()
         before = _status("VmHWM")
         result = self.run(0)
@@ -165,11 +199,12 @@ class _Served:
         del result
         note = ""
         if not reset and after == before:
-            # The mark of an earlier call hides this one's.
+            # The mark of the call before hides this one's.
             note = "peak memory is an upper bound: the high-water mark could not be reset"
         return {"peak": max(0, after - resident), "held": resident - self.base, "note": note}
 
     def release(self) -> dict:
+        """Forget what was prepared."""
         self.run = self.args = None
         if "torch._dynamo" in sys.modules:
             import torch
@@ -178,11 +213,12 @@ class _Served:
         gc.collect()
         return {}
 
-    def _resident(self) -> int:
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        return _status("VmRSS")
+
+def _resident() -> int:
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
 
 
 def _status(name: str) -> int:
@@ -213,40 +249,44 @@ def _return_memory_at_once() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _SMALLEST_MAPPED)
 
 
+def _answer(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return action()
+    except WorkerError as error:
+        return {"error": str(error)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
 def main() -> int:
     """Serve commands from standard input until it ends."""
-    threads, memory = int(sys.argv[1]), "memory" in sys.argv[2:]
-    if memory:
-        _return_memory_at_once()
     # Libraries print; answers go where only answers go.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     import torch
 
-    if threads:
+    from bench import registry
+
+    registry.providers()
+    if threads := int(sys.argv[1]):
         torch.set_num_threads(threads)
-    served = _Served(memory)
+    served = _Served()
     actions = {
         "prepare": served.prepare,
         "time": served.time,
-        "memory": served.memory_of_call,
+        "memory": served.memory,
         "errors": served.errors,
         "release": served.release,
     }
     for line in sys.stdin:
         command = json.loads(line)
-        try:
-            answer = actions[command.pop("do")](**command)
-        except Exception as error:
-            text = " ".join(str(error).split())[:300]
-            known = isinstance(error, WorkerError)
-            answer = {"error": text if known else f"{type(error).__name__}: {text}"}
-        answers.write(json.dumps(answer) + "\n")
+        action = actions[command.pop("do")]
+        answers.write(json.dumps(_answer(lambda a=action, c=command: a(**c))) + "\n")
     return 0
 
 
 class CpuMemory:
-    """Peak memory on a CPU: one child for each provider, kept for the next case.
+    """Peak memory on a CPU, of each provider at each case in a process of its own.
 
     Args:
         suite: name of the suite.
@@ -256,34 +296,23 @@ class CpuMemory:
 
     def __init__(self, suite: str, seed: int, threads: int) -> None:
         self.suite, self.seed, self.threads = suite, seed, threads
-        self.workers: dict[str, Worker] = {}
+        self.worker: Worker | None = None
 
     def __call__(self, case: Any, mode: str, provider: Any) -> tuple[int | None, int | None, str]:
         """(peak bytes of a call, bytes held between calls, note); None where it failed."""
-        name = provider.name
-        worker = self.workers.get(name)
-        if worker is None or not worker.alive:
-            worker = self.workers[name] = Worker(memory=True, threads=self.threads)
+        if self.worker is None or not self.worker.alive:
+            self.worker = Worker(threads=self.threads)
+        what = {"case": case.id, "mode": mode, "provider": provider.name}
         try:
-            worker.ask(
-                do="prepare",
-                case=case.id,
-                mode=mode,
-                provider=name,
-                suite=self.suite,
-                seed=self.seed,
-                copies=1,
-            )
-            found = worker.ask(do="memory")
-            worker.ask(do="release")
+            found = self.worker.ask(do="memory", suite=self.suite, seed=self.seed, **what)
         except WorkerError as error:
             return None, None, f"memory not measured: {error}"
         return found["peak"], found["held"], found["note"]
 
     def close(self) -> None:
-        """End the children."""
-        for worker in self.workers.values():
-            worker.close()
+        """End the process."""
+        if self.worker is not None:
+            self.worker.close()
 
     def __enter__(self) -> CpuMemory:
         return self
