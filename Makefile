@@ -32,7 +32,7 @@ FOLDERS_gpu := tests/gpu
 ENV_interpret := TRITON_INTERPRET=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test $(GROUPS:%=test-%) ext wheel lint format clean
+.PHONY: help demo test $(GROUPS:%=test-%) bench bench-report ext wheel lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -78,6 +78,16 @@ print(f"total: {total - failed - skipped} passed, {failed} failed, {skipped} ski
 sys.exit(failed > 0)
 endef
 export SUMMARY
+
+# For instance make bench SUITE=cpu BENCH_ARGS="-k upsample".
+SUITE ?= quick
+BENCH_ARGS ?=
+
+bench: $(INSTALLED) ## measure this machine against PyTorch: SUITE=quick, cpu or gpu
+	$(VENV_PYTHON) -m bench.run --suite $(SUITE) --out build/bench $(BENCH_ARGS)
+
+bench-report: $(INSTALLED) ## write the README's table from bench/data
+	$(VENV_PYTHON) -m bench.report --readme README.md
 
 ext: $(DEPS) ## build the extensions again; ninja compiles what changed
 	$(INSTALL)

@@ -11,10 +11,12 @@
 #   BENCH_ARGS="-k 'aspp_head|model'"    further arguments of bench.run
 #   PYTHON=python3                       the interpreter that has torch
 #   SECONDS_BUILD, SECONDS_TESTS, SECONDS_SANITIZE, SECONDS_BENCH
+#   DEEPLAB_FAST_BENCH_COMMIT            which commit it is, where the tree came without git
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+out=$(realpath -m "${1:-${OUT:-$root/build/gpu}}")
+cd "$root"
 
-out=${1:-${OUT:-build/gpu}}
 python=${PYTHON:-python3}
 steps=${STEPS:-build tests sanitize bench}
 # The sum is 8.5 minutes; benchmarks get what the steps before them leave.
@@ -24,8 +26,6 @@ tests=${SECONDS_TESTS:-90}
 sanitize=${SECONDS_SANITIZE:-120}
 begin=$SECONDS
 export PYTHONUNBUFFERED=1
-# A checkout that came without git still says which commit it is, if the caller knows.
-export DEEPLAB_FAST_BENCH_COMMIT=${DEEPLAB_FAST_BENCH_COMMIT:-$(git rev-parse --short=10 HEAD 2>/dev/null || true)}
 
 mkdir -p "$out"
 summary=$out/summary.txt

@@ -323,7 +323,7 @@ class AsppHead(_OpCase):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvBnActCase(_OpCase):
-    """One layer of ResNet-50 at 520x520 and output stride 8."""
+    """One layer of DeepLabv3 on ResNet-50 at 520x520 and output stride 8."""
 
     n: int
     h: int
@@ -584,6 +584,9 @@ def _conv_cases() -> list[Case]:
         ("layer4-3x3d4", 512, 512, 3, 4, False, 65, 65, ("cpu", "gpu")),
         ("layer4-1x1-add", 512, 2048, 1, 1, True, 65, 65, ("cpu", "gpu")),
         ("layer1-3x3", 64, 64, 3, 1, False, 130, 130, ("cpu", "gpu")),
+        # Two branches of the ASPP by themselves: does cuDNN's time follow the live taps?
+        ("aspp-3x3d12", 2048, 256, 3, 12, False, 65, 65, ("gpu",)),
+        ("aspp-3x3d36", 2048, 256, 3, 36, False, 65, 65, ("gpu",)),
     ):
         for n in (1, 16):
             found.append(

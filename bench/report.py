@@ -4,6 +4,7 @@
                      baseline, roofline, memory
     --readme FILE    rewrite what stands between the two markers in FILE
     --check          write nothing; exit 1 if FILE differs from what the rows give
+    --against FILE   print how far the ratios of another run are from these, and the median of that
 
 Rows whose results do not agree are left out of every table and plot, and named below them.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -262,6 +264,32 @@ def _details(g: Group) -> Iterator[str]:
         yield f"| {name} | " + " | ".join([*cells, spread]) + " |"
 
 
+def spread(found: Sequence[Row], others: Sequence[Row]) -> Iterator[str]:
+    """How far ratios of two runs are apart: a line for each in both, and the median of all.
+
+    Baselines count too, but for the fastest, whose ratio is 1.
+    """
+
+    def ratios(some: Sequence[Row]) -> dict[tuple[str, str], float]:
+        return {
+            (g.name, p): value
+            for g in groups(some)
+            for p in g.order
+            if p != g.best and (value := g.value(p, rows.RATIO)) is not None
+        }
+
+    first, second = ratios(found), ratios(others)
+    apart = {}
+    for key in first:
+        if key in second:
+            a, b = first[key], second[key]
+            apart[key] = max(a, b) / min(a, b) - 1
+            yield f"{key[0]:<60}{key[1]:<14}{a:>8.3f}{b:>8.3f}{apart[key]:>8.1%}"
+    if not apart:
+        raise ReportError("the two files have no ratios of the same case and provider")
+    yield f"median of {len(apart)}: {statistics.median(apart.values()):.1%} apart"
+
+
 def between_markers(text: str, table: str) -> str:
     """A text with what stands between its markers replaced.
 
@@ -413,6 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for report.md and plots")
     parser.add_argument("--readme", type=Path, help="file with the markers")
     parser.add_argument("--check", action="store_true", help="compare only")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="rows of another run")
     options = parser.parse_args(argv)
     files = options.rows or sorted(DATA.glob("*.csv"))
     try:
@@ -440,7 +469,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.out is not None and not options.check:
             _write(options.out / "report.md", full_report(found))
             plots(found, options.out)
-        if options.out is None and options.readme is None:
+        if options.against is not None:
+            print("\n".join(spread(found, rows.read(options.against))))
+        elif options.out is None and options.readme is None:
             print(full_report(found), end="")
     except (ValueError, OSError) as error:
         print(f"bench.report: error: {error}", file=sys.stderr)

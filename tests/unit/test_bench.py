@@ -554,6 +554,21 @@ def test_report_refuses_results_that_disagree(tmp_path) -> None:
     assert "disagrees (ours)" in lines and "Not shown" in lines and "x |" not in lines
 
 
+def test_spread_of_two_runs(tmp_path) -> None:
+    found = rows.read(_file(tmp_path))
+    others = [
+        dataclasses.replace(r, value="3.2")
+        if r.provider == "ours" and r.metric == rows.RATIO
+        else r
+        for r in found
+    ]
+    line, median = report.spread(found, others)
+    assert line.split()[-3:] == ["4.000", "3.200", "25.0%"]
+    assert median == "median of 1: 25.0% apart"
+    with pytest.raises(report.ReportError, match="no ratios"):
+        list(report.spread(found, found[:2]))
+
+
 def test_report_without_markers_or_rows_says_so(tmp_path, capsys) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("nothing here\n", "utf-8")
