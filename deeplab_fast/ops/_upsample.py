@@ -47,8 +47,7 @@ def cpu_reasons(desc: OpDesc) -> list[str]:
     if desc.device != "cpu":
         reasons.append(f"needs CPU tensors, the input is on {desc.device}")
     (height, width), (out_height, out_width) = desc.shape[-2:], desc.params["size"]
-    # Nothing is shared between outputs then. 21 classes, 129x129 to 65x65: 0.4 to 1.6 times
-    # PyTorch's speed; 433x433 to 520x520: 1.2 to 4 times.
+    # Nothing is shared between outputs then; bench/NOTES.md has the measurement.
     if out_height * out_width <= height * width and current_backend() == "auto":
         reasons.append(
             f"PyTorch's own ops are as fast where nothing is enlarged ({height}x{width} to "

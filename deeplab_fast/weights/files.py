@@ -37,6 +37,8 @@ _HEAD_BYTES = 4096
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """What a file or a state dict holds; `label` names it in messages."""
+
     label: str
     state: StateDict
     # The package's own facts, and the other text entries of a .safetensors header.
@@ -316,6 +318,7 @@ def _checked(state: StateDict, label: str) -> StateDict:
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
+    """Read a path, or take a state dict as it is; errors as of `read_state_dict`."""
     if isinstance(source, Mapping):
         label = "the state dict"
         metadata = source.get(METADATA_KEY)

@@ -68,6 +68,7 @@ def inspect_weights(source: Source) -> WeightsInfo:
 def inspect_open(
     checkpoint: Checkpoint, layout: Layout, state: Mapping[str, Tensor]
 ) -> WeightsInfo:
+    """As `inspect_weights`, for a checkpoint that is read, its tensors under our names."""
     from ..models import list_models
 
     # A layout without rules has nothing that could be built.

@@ -413,6 +413,7 @@ NOT_MODEL = re.compile(r"(?:criterion|loss(?:_\w+)?|metrics?|(?:train|val|test)_
 
 
 def layout_named(name: str) -> Layout:
+    """The layout of that name; ValueError lists the names there are."""
     for layout in LAYOUTS:
         if layout.name == name:
             return layout
@@ -421,6 +422,7 @@ def layout_named(name: str) -> Layout:
 
 
 def detect_layout(state: Mapping[str, Tensor], label: str) -> Layout:
+    """The first layout whose names a state dict has; CheckpointError, with `label`, for none."""
     for layout in LAYOUTS:
         if all(any(re.match(d, key) for key in state) for d in layout.detect):
             return layout
@@ -442,6 +444,7 @@ class Renamed:
 
 
 def rename_tensors(state: Mapping[str, Tensor], layout: Layout, label: str) -> Renamed:
+    """A state dict under our names, by the layout's rules; two keys for one are an error."""
     pool = 0
     if layout.branches:
         pool = len({m[1] for key in state if (m := re.match(layout.branches, key))})
