@@ -41,7 +41,7 @@ from .models import (
     get_model,
     list_models,
 )
-from .weights import from_checkpoint, load_weights, save_weights
+from .weights import from_checkpoint, load, load_weights, save_weights
 
 __all__ = [
     "DeepLabV3",
@@ -65,6 +65,7 @@ __all__ = [
     "from_checkpoint",
     "get_model",
     "list_models",
+    "load",
     "load_weights",
     "models",
     "ops",

@@ -1,6 +1,7 @@
 """Checkpoints: reading files, foreign key layouts, loading with a report, saving."""
 
 from ._common import CheckpointError
+from .embedded import embedded_path, list_embedded, load, model_card
 from .files import model_metadata, read_state_dict, save_weights
 from .inspect import WeightsInfo, inspect_weights
 from .layouts import LAYOUTS, Layout, Rule
@@ -13,9 +14,13 @@ __all__ = [
     "LoadReport",
     "Rule",
     "WeightsInfo",
+    "embedded_path",
     "from_checkpoint",
     "inspect_weights",
+    "list_embedded",
+    "load",
     "load_weights",
+    "model_card",
     "model_metadata",
     "read_state_dict",
     "save_weights",

@@ -360,19 +360,23 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
     return json.loads(json.dumps(metadata))
 
 
-def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+def save_weights(
+    model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> Path:
     """Write a model's state dict under a temporary name in the same folder, then rename it.
 
     Args:
         model: also inside DistributedDataParallel or torch.compile, whose prefixes are left out.
         path: .safetensors (with `model_metadata`), or .pth or .pt (a plain state dict, which
             torchvision's load_state_dict takes where the model is one of its own).
+        dtype: what floating-point tensors are stored in, torch.float16 for a file of half the
+            size; None keeps theirs. Loading converts back to the model's.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix; a value that the dtype cannot hold.
         FileNotFoundError: the folder does not exist.
     """
     path = Path(path)
@@ -381,7 +385,9 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {path.parent} (to save {path.name} in)")
     model = unwrapped(model)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {
+        k: _stored(k, v.detach().cpu().contiguous(), dtype) for k, v in model.state_dict().items()
+    }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".safetensors":
@@ -395,3 +401,12 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not value.is_floating_point():
+        return value
+    converted = value.to(dtype)
+    if not torch.equal(converted.isfinite(), value.isfinite()):
+        raise ValueError(f"{key} has values that {dtype} cannot hold; leave dtype out")
+    return converted
