@@ -35,6 +35,17 @@ Tensor upsample_confusion(const Tensor& logits, const Tensor& target, int64_t ig
 void upsample_softmax_add(const Tensor& accumulator, const Tensor& logits, bool flip,
                           bool align_corners);
 
+// csrc/cpu/conv_ops.cpp
+std::tuple<std::string, Tensor, Tensor, Tensor, int64_t> conv_form(int64_t number);
+Tensor conv_prepare_tiles(const Tensor& weight, int64_t row_form, int64_t column_form);
+void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
+                const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
+                int64_t dilation, at::IntArrayRef row_forms, at::IntArrayRef column_forms,
+                std::string_view act, int64_t block_tiles);
+void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
+                 const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
+                 std::string_view act);
+
 }  // namespace deeplab_fast::cpu
 
 #define DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS                                                  \
@@ -64,6 +75,15 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
   m.def(
       "_upsample_softmax_add_cpu(Tensor(a!) accumulator, Tensor logits, bool flip, "
       "bool align_corners) -> ()");
+  m.def("_conv_form(int number) -> (str, Tensor, Tensor, Tensor, int)", &cpu::conv_form);
+  m.def("_conv_prepare_tiles_cpu(Tensor weight, int row_form, int column_form) -> Tensor");
+  m.def(
+      "_conv_tiles_cpu(Tensor x, Tensor[] weights, Tensor shift, Tensor? residual, Tensor(a!) out, "
+      "int channel_offset, int dilation, int[2] row_forms, int[2] column_forms, str act, "
+      "int block_tiles=0) -> ()");
+  m.def(
+      "_conv_pixels_cpu(Tensor x, Tensor weight, Tensor shift, Tensor? residual, Tensor(a!) out, "
+      "int channel_offset, str act) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
@@ -76,4 +96,7 @@ TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
   m.impl("_upsample_cross_entropy_backward_cpu", &cpu::upsample_cross_entropy_backward);
   m.impl("_upsample_confusion_cpu", &cpu::upsample_confusion);
   m.impl("_upsample_softmax_add_cpu", &cpu::upsample_softmax_add);
+  m.impl("_conv_prepare_tiles_cpu", &cpu::conv_prepare_tiles);
+  m.impl("_conv_tiles_cpu", &cpu::conv_tiles);
+  m.impl("_conv_pixels_cpu", &cpu::conv_pixels);
 }

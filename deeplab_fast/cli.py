@@ -1,7 +1,8 @@
-"""The command line: ``deeplab-fast predict``, ``eval``, ``check-data``, ``info`` and ``models``.
+"""The command line: ``deeplab-fast`` predict, eval, train, check-data, info, models.
 
 Exit status: 0 done; 1 some images failed (predict: the others are done; eval: nothing is written),
-or the data are bad (check-data); 2 bad arguments, nothing written.
+the data are bad (check-data), or training ended early (nan, memory, disk; the checkpoint is whole);
+2 bad arguments, nothing written; 130 and 143 stopped by Ctrl+C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -62,6 +63,9 @@ def _parser() -> Any:
     )
     commands.add_subcommand(
         "eval", _eval_parser(), help="score a model on a labelled data set: mIoU and more"
+    )
+    commands.add_subcommand(
+        "train", _train_parser(), help="train a model: the paper's protocol, or your own"
     )
     commands.add_subcommand(
         "check-data", _check_data_parser(), help="find unreadable photos and wrong labels"
@@ -140,6 +144,72 @@ def _eval_parser() -> Any:
         help="pictures photo | labels | prediction of the N worst and the N best images",
     )
     return parser
+
+
+def _train_parser() -> Any:
+    import dataclasses
+    from typing import get_type_hints
+
+    from jsonargparse import ArgumentParser
+
+    from deeplab_fast.engine.config import PRESETS, TrainConfig
+
+    parser = ArgumentParser(
+        description="Trains a model into the folder --output: config.yaml (runs again with"
+        " --config), versions.json, metrics.jsonl, tensorboard/, checkpoints/last.ckpt and"
+        " best.ckpt, and at the end model.safetensors for predict and eval. SIGTERM and Ctrl+C"
+        " save and stop; --resume goes on with the same result. Under torchrun or SLURM the"
+        " processes share each batch. Needs pip install deeplab_fast[train]."
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add(
+        "--preset",
+        type=str | None,
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}: values that the options below go before",
+    )
+    add(
+        "--stages",
+        type=int,
+        default=1,
+        metavar="1|2",
+        help="2 adds the paper's second stage in OUTPUT/stage2, after OUTPUT/stage1: batch norm "
+        "frozen, output stride 8, a tenth of the learning rate",
+    )
+    add(
+        "--stage2",
+        type=dict[str, Any],
+        default={},
+        metavar="MAP",
+        help="options of the second stage: --stage2.steps 10000",
+    )
+    add("--resume", action="store_true", help="go on from checkpoints/last.ckpt, if there is one")
+    add(
+        "--validate-only",
+        action="store_true",
+        help="score --weights (or the untrained model) on the validation data, train nothing",
+    )
+    hints = get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = field.default_factory() if callable(field.default_factory) else None
+        note = "" if default in (None, {}, []) else f" (default: {_shown(default)})"
+        metavar = field.metadata["metavar"]
+        add(
+            "--" + field.name.replace("_", "-"),
+            # Not given is told from given: a preset's value goes between.
+            type=hints[field.name] | None,
+            default=None,
+            help=field.metadata["help"] + note,
+            **({"metavar": metavar} if metavar else {}),
+        )
+    return parser
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
 def _check_data_parser() -> Any:
@@ -605,6 +675,54 @@ def _eval(config: Any) -> int:
     return 0
 
 
+def _train(config: Any) -> int:
+    from deeplab_fast.backends import BackendUnavailable
+    from deeplab_fast.engine.config import train_config
+    from deeplab_fast.engine.train import TrainingUnavailable, fit_stages, validate
+
+    given = config.as_dict() if hasattr(config, "as_dict") else dict(config)
+    own = ("config", "preset", "stages", "stage2", "resume", "validate_only")
+    options = {k: v for k, v in given.items() if k not in own and v is not None}
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    try:
+        plan = train_config(config.preset, **options)
+        if config.validate_only:
+            print(validate(plan, progress=sys.stderr.isatty()).table())
+            return 0
+        results = fit_stages(
+            plan,
+            stages=config.stages,
+            stage2=dict(config.stage2 or {}),
+            resume=config.resume,
+            tell=(lambda text: print(text, flush=True)) if first else None,
+            progress=first and sys.stderr.isatty(),
+        )
+    except (TrainingUnavailable, BackendUnavailable) as error:
+        raise _UsageError(str(error)) from error
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise _UsageError(str(error)) from error
+    except (MemoryError, OSError) as error:
+        _tell("train", str(error))
+        return 1
+    except RuntimeError as error:
+        from deeplab_fast.engine.module import NonFiniteLoss
+
+        if not isinstance(error, NonFiniteLoss):
+            raise
+        _tell("train", str(error))
+        return 1
+    result = results[-1]
+    if first and result.metrics is not None:
+        print(result.metrics.table())
+    if result.finished:
+        if first:
+            print(f"{result.steps} steps done, the model is {result.weights}")
+        return 0
+    if first:
+        print(f"{result.stopped} after {result.steps} steps; --resume goes on from {result.folder}")
+    return {"SIGINT": 130, "SIGTERM": 143}.get((result.stopped or "").rsplit(" ", 1)[-1], 0)
+
+
 @contextmanager
 def _processes(config: Any) -> Iterator[tuple[int, str]]:
     """Rank and device name; under torchrun the processes are joined for the duration."""
@@ -720,6 +838,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 _COMMANDS = {
     "predict": _predict,
     "eval": _eval,
+    "train": _train,
     "check-data": _check_data,
     "info": _info,
     "models": _models,

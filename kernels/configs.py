@@ -6,9 +6,10 @@ the same from run to run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from ..ops.aspp_tiles import Branch
 from .bilinear_index import cell_counts, source_index
 
 WARP = 32
@@ -119,3 +120,253 @@ def _num_warps(slots: int) -> int:
         if -(-slots // width) * width <= MAX_WIDTH_WASTE * least:
             return warps
     return 1
+
+
+# Matrix products: the ASPP branches, the projection, 1x1 convolutions.
+
+MMA_16BIT = "16-bit"
+MMA_TF32 = "tf32"
+FMA_FP32 = "fp32"
+REGISTERS = 65536
+MAX_REGISTERS = 255
+# CUDA keeps this much of the shared memory of each resident block for itself.
+SHARED_RESERVE = 1024
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice of configuration and the time model know of a GPU.
+
+    Attributes:
+        name: for messages.
+        capability: compute capability.
+        multiprocessors: streaming multiprocessors.
+        clock: boost clock, Hz.
+        flops_16bit, flops_tf32, flops_fp32: FLOP per multiprocessor and clock of dense products, of
+            the tensor cores and, for fp32, of the ordinary ones.
+        dram, l2: bytes per second that the memory and the second-level cache deliver.
+        shared: bytes of shared memory that the blocks of a multiprocessor have together.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    clock: float
+    flops_16bit: int
+    flops_tf32: int
+    flops_fp32: int
+    dram: float
+    l2: float
+    shared: int
+
+    def flops(self, math: str) -> float:
+        """FLOP per second of a multiprocessor, for MMA_16BIT, MMA_TF32 or FMA_FP32."""
+        each = {
+            MMA_16BIT: self.flops_16bit,
+            MMA_TF32: self.flops_tf32,
+            FMA_FP32: self.flops_fp32,
+        }
+        return each[math] * self.clock
+
+
+# Peaks of the makers' data sheets, from which clock and FLOP are derived; the rates of L2 are what
+# matrix products in print reach divided by the bytes that their tiles read: 600 TFLOP/s with tiles
+# of 128x256 on an H100, 240 TFLOP/s with 128x128 on an A100.
+H100 = Device(
+    name="H100",
+    capability=(9, 0),
+    multiprocessors=132,
+    clock=1.83e9,
+    flops_16bit=4096,
+    flops_tf32=2048,
+    flops_fp32=256,
+    dram=3.0e12,
+    l2=7.0e12,
+    shared=228 * 1024,
+)
+A100 = Device(
+    name="A100",
+    capability=(8, 0),
+    multiprocessors=108,
+    clock=1.41e9,
+    flops_16bit=2048,
+    flops_tf32=1024,
+    flops_fp32=128,
+    dram=1.9e12,
+    l2=3.8e12,
+    shared=164 * 1024,
+)
+
+
+def nominal_device(capability: tuple[int, int] | None) -> Device:
+    """The device that stands for a compute capability; H100 where there is none (interpreter)."""
+    return H100 if capability is None or (9, 0) <= capability < (12, 0) else A100
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile and pipeline of a matrix product [pixels, channels] x [channels, filters].
+
+    Attributes:
+        block_m, block_n, block_c: pixels, filters and input channels of a tile, powers of two.
+        num_warps: warps of a thread block.
+        num_stages: chunks of channels in flight, plus the one in use.
+        occupancy: thread blocks that a multiprocessor must hold at once.
+        split: cut tiles into parts where programs would run out of them (aspp_tiles.schedule).
+    """
+
+    block_m: int
+    block_n: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+    occupancy: int
+    split: bool = False
+
+    @property
+    def max_registers(self) -> int:
+        """Registers of a thread with which `occupancy` blocks fit."""
+        most = REGISTERS // (self.num_warps * WARP * self.occupancy)
+        return min(most // 8 * 8, MAX_REGISTERS)
+
+    @property
+    def register_limit(self) -> int | None:
+        """What to tell the compiler; None where its own limit is the same."""
+        return self.max_registers if self.max_registers < MAX_REGISTERS else None
+
+    def shared_bytes(self, itemsize: int, capability: tuple[int, int]) -> int:
+        """Shared memory of a block: the stages. Asynchronous tensor cores read a stage while the
+        next ones arrive; before capability 9.0 operands are in registers by then, which leaves one
+        stage fewer."""
+        stages = self.num_stages if capability >= (9, 0) else self.num_stages - 1
+        return stages * (self.block_m + self.block_n) * self.block_c * itemsize
+
+    def is_legal(self, itemsize: int, device: Device) -> bool:
+        """Whether `occupancy` blocks fit into a multiprocessor's shared memory."""
+        block = self.shared_bytes(itemsize, device.capability) + SHARED_RESERVE
+        return block * self.occupancy <= device.shared
+
+
+def gemm_candidates(math: str, device: Device, filters: int | None = None) -> list[GemmConfig]:
+    """Legal configurations without split, for a matrix product in this arithmetic.
+
+    Args:
+        math: MMA_16BIT, MMA_TF32 or FMA_FP32.
+        device: the GPU.
+        filters: leave out those whose tile has more than twice that many filters.
+    """
+    itemsize = 2 if math == MMA_16BIT else 4
+    if math == FMA_FP32:
+        table = _FMA
+    else:
+        table = _MMA_SM90 if (9, 0) <= device.capability < (12, 0) else _MMA_SM80
+    found = []
+    for block_m, block_n, chunk_bytes, *rest in table:
+        config = GemmConfig(block_m, block_n, chunk_bytes // itemsize, *rest)
+        if config.is_legal(itemsize, device):
+            found.append(config)
+    if filters is not None:
+        widest = max(1 << (filters - 1).bit_length(), min(c.block_n for c in found))
+        found = [c for c in found if c.block_n <= widest]
+    return found
+
+
+# block_m, block_n, bytes of a pixel's chunk of channels, num_warps, num_stages, occupancy. A chunk
+# of 128 bytes is a cache line, and the widest that shared memory swizzles. Of an accumulator a
+# thread holds block_m block_n / (32 num_warps) registers: 128 fit beside the rest on 9.0, where the
+# operands stay in shared memory, 64 before.
+_MMA_SM90 = (
+    (128, 256, 128, 8, 4, 1),
+    (128, 128, 128, 8, 3, 2),
+    (64, 256, 128, 4, 2, 2),
+    (64, 128, 128, 4, 4, 2),
+    (128, 64, 128, 4, 4, 2),
+    (64, 64, 128, 4, 4, 3),
+    (64, 32, 128, 4, 4, 4),
+)
+_MMA_SM80 = (
+    (128, 128, 128, 8, 4, 1),
+    (64, 128, 128, 4, 3, 2),
+    (128, 64, 128, 4, 3, 2),
+    (64, 64, 128, 4, 4, 3),
+    (64, 32, 128, 4, 4, 4),
+)
+_FMA = (
+    (64, 64, 128, 4, 3, 2),
+    (64, 32, 128, 4, 3, 3),
+)
+
+
+@lru_cache(maxsize=512)
+def aspp_branches_config(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    math: str,
+    device: Device,
+) -> GemmConfig:
+    """The configuration of least predicted time (`time_model.branches_seconds`).
+
+    Args:
+        batch, height, width, channels: the input map.
+        branches: the branches.
+        math: MMA_16BIT, MMA_TF32 or FMA_FP32.
+        device: the GPU.
+    """
+    from . import time_model
+
+    shape = (batch, height, width, channels, branches)
+    filters = max(b.channels for b in branches)
+    candidates = [
+        (time_model.branches_floor(*shape, config, math, device), order, config)
+        for order, config in enumerate(aspp_branches_candidates(math, device, filters))
+    ]
+    best, least = None, float("inf")
+    # Tile lists of large batches take long to make; most candidates cannot win.
+    for floor, _, config in sorted(candidates, key=lambda c: c[:2]):
+        if floor >= least:
+            break
+        seconds = time_model.branches_seconds(*shape, config, math, device).seconds
+        if seconds < least:
+            best, least = config, seconds
+    assert best is not None
+    return best
+
+
+def aspp_branches_candidates(
+    math: str, device: Device, filters: int | None = None
+) -> list[GemmConfig]:
+    """Legal configurations of aspp_branches, whole tiles first."""
+    whole = gemm_candidates(math, device, filters)
+    return whole + [replace(config, split=True) for config in whole]
+
+
+@lru_cache(maxsize=1024)
+def pointwise_config(
+    groups: int, pixels: int, channels: int, filters: int, math: str, device: Device, whole: bool
+) -> GemmConfig:
+    """The configuration of least predicted time (`time_model.pointwise_seconds`).
+
+    Args:
+        groups, pixels: rows of the product, `pixels` in each of `groups` that share no tile.
+        channels, filters: depth and columns of the product.
+        math: MMA_16BIT, MMA_TF32 or FMA_FP32.
+        device: the GPU.
+        whole: a tile must hold all filters.
+
+    Raises:
+        ValueError: no tile holds them.
+    """
+    from . import time_model
+
+    found = gemm_candidates(math, device, filters)
+    if whole:
+        found = [c for c in found if c.block_n >= filters]
+        if not found:
+            raise ValueError(f"no tile holds {filters} filters")
+    shape = (groups, pixels, channels, filters)
+    return min(
+        found, key=lambda config: time_model.pointwise_seconds(*shape, config, math, device).seconds
+    )

@@ -1,0 +1,19 @@
+// The convolution kernels in the instruction set that the compiler takes for granted.
+#include <cstdint>
+
+#include "deeplab_fast/conv_cpu.h"
+
+#define DEEPLAB_FAST_SET baseline_set
+#define DEEPLAB_FAST_VECTOR_BYTES 16
+#define DEEPLAB_FAST_ROWS 6
+#include "deeplab_fast/conv_cpu_kernels.h"
+
+namespace deeplab_fast::cpu {
+
+const ConvKernels& conv_baseline() {
+  static constexpr ConvKernels kernels =
+      baseline_set::conv_kernels("baseline", [] { return true; });
+  return kernels;
+}
+
+}  // namespace deeplab_fast::cpu

@@ -1,0 +1,76 @@
+// What the C++ CPU convolution kernels are given, and which build of them runs.
+#pragma once
+
+#include <cstdint>
+
+#include "deeplab_fast/conv_forms.h"
+
+namespace deeplab_fast::cpu {
+
+// Channels in a panel of prepared weights [products][panels][input channels][kPanel], and the unit
+// in which transforms walk channels: a cache line of floats.
+constexpr int kPanel = 16;
+// Input channels that are transformed and multiplied at a time: their panel of weights fills half
+// of a first-level cache.
+constexpr int kMaxChunk = 256;
+// Added to the rows of buffers: a power of two between rows puts them into one set of a cache.
+constexpr int kRowPad = 16;
+
+constexpr int64_t padded(int64_t channels) { return (channels + kPanel - 1) / kPanel * kPanel; }
+
+// y = act(product + shift + residual), act clamping to [low, high] or, for hardswish,
+// v * clamp(v + 3, 0, 6) / 6.
+struct Epilogue {
+  const float* shift;          // [channels]
+  const float* residual;       // null for none
+  int64_t residual_stride;     // between pixels
+  float* out;                  // the first of the output channels
+  int64_t out_stride;          // between pixels
+  int64_t channels;
+  float low;
+  float high;
+  bool hardswish;
+};
+
+// The transforms of one form, along rows or columns of a tile, for kPanel channels.
+struct FormKernels {
+  // to [products][columns][kPanel]; pixels [inputs][columns] point to the first channel.
+  void (*input_rows)(const float* const* pixels, int64_t channel, int columns, float* to);
+  // from [rows][inputs][kPanel] to row r * products + p at to + (r * products + p) * stride.
+  void (*input_columns)(const float* from, int rows, float* to, int64_t stride);
+  // from + (p * columns + q) * stride to [outputs][columns][kPanel].
+  void (*output_rows)(const float* from, int64_t stride, int columns, float* to);
+  // from [rows][products][kPanel]; pixels [rows][outputs], negative for none.
+  void (*output_columns)(const float* from, int rows, const int64_t* pixels, int64_t channel,
+                         const Epilogue& epilogue);
+};
+
+// c [rows][columns] = a [rows][depth] times panels, or c += it.
+struct Product {
+  const float* a;
+  int64_t a_stride;
+  int64_t rows;
+  const float* panels;
+  int64_t panel_stride;
+  int64_t num_panels;
+  float* c;
+  int64_t c_stride;
+  int64_t depth;
+  bool accumulate;
+};
+
+struct ConvKernels {
+  const char* name;
+  bool (*supported)();
+  FormKernels forms[kNumForms];
+  void (*multiply)(const Product&);
+  // y of `count` pixels from rows of products at `from`.
+  void (*finish_rows)(const float* from, int64_t from_stride, int64_t first_pixel, int64_t count,
+                      const Epilogue&);
+};
+
+const ConvKernels& conv_baseline();
+const ConvKernels& conv_avx2();
+const ConvKernels& conv_avx512();
+
+}  // namespace deeplab_fast::cpu

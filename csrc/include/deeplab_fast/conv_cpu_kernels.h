@@ -1,0 +1,333 @@
+// The C++ CPU convolution kernels, in one instruction set.
+//
+// Included once by each csrc/cpu/conv_<set>.cpp, in the way and under the rules of
+// upsample_cpu_kernels.h. The file defines DEEPLAB_FAST_SET (a namespace),
+// DEEPLAB_FAST_VECTOR_BYTES and DEEPLAB_FAST_ROWS (rows of the multiplication's register tile).
+//
+// Vectors hold channels.
+namespace deeplab_fast::cpu::DEEPLAB_FAST_SET {
+
+typedef float Vector __attribute__((vector_size(DEEPLAB_FAST_VECTOR_BYTES)));
+
+constexpr int kLanes = DEEPLAB_FAST_VECTOR_BYTES / sizeof(float);
+constexpr int kParts = kPanel / kLanes;  // vectors in a panel
+constexpr int kRows = DEEPLAB_FAST_ROWS;
+
+#define DEEPLAB_FAST_INLINE inline __attribute__((always_inline))
+#define DEEPLAB_FAST_LAMBDA __attribute__((always_inline))
+
+DEEPLAB_FAST_INLINE Vector load(const float* from) {
+  Vector vector;
+  __builtin_memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+DEEPLAB_FAST_INLINE void store(float* to, Vector vector) {
+  __builtin_memcpy(to, &vector, sizeof(vector));
+}
+
+// value - 0 is value also for -0, so that no addition is left; value + 0 is not.
+DEEPLAB_FAST_INLINE Vector broadcast(float value) { return value - Vector{}; }
+
+template <int kValue>
+struct Index {
+  static constexpr int value = kValue;
+};
+
+template <int kBegin, int kEnd, typename Function>
+DEEPLAB_FAST_INLINE void unrolled(const Function& function) {
+  if constexpr (kBegin < kEnd) {
+    function(Index<kBegin>{});
+    unrolled<kBegin + 1, kEnd>(function);
+  }
+}
+
+// sum + factor * x; factors of 0 and +-1 cost no multiplication.
+template <double kFactor>
+DEEPLAB_FAST_INLINE void add_scaled(Vector& sum, bool& empty, Vector x) {
+  if constexpr (kFactor != 0) {
+    if constexpr (kFactor == 1) {
+      sum = empty ? x : sum + x;
+    } else if constexpr (kFactor == -1) {
+      sum = empty ? -x : sum - x;
+    } else {
+      const Vector term = x * static_cast<float>(kFactor);
+      sum = empty ? term : sum + term;
+    }
+    empty = false;
+  }
+}
+
+// The products of one line of inputs: A x.
+template <int kForm, typename Load, typename Store>
+DEEPLAB_FAST_INLINE void transform_input(const Load& input, const Store& output) {
+  constexpr const Form& form = kForms[kForm];
+  Vector x[form.inputs];
+  unrolled<0, form.inputs>([&](auto j) DEEPLAB_FAST_LAMBDA { x[j.value] = input(j.value); });
+  unrolled<0, form.input_pairs>([&](auto pair) DEEPLAB_FAST_LAMBDA {
+    constexpr int p = 2 * decltype(pair)::value;
+    Vector even = {}, odd = {};
+    bool no_even = true, no_odd = true;
+    unrolled<0, form.inputs>([&](auto input_index) DEEPLAB_FAST_LAMBDA {
+      constexpr int j = decltype(input_index)::value;
+      if constexpr (form.a[p][j] == form.a[p + 1][j]) {
+        add_scaled<form.a[p][j]>(even, no_even, x[j]);
+      } else {
+        add_scaled<form.a[p][j]>(odd, no_odd, x[j]);
+      }
+    });
+    output(p, even + odd);
+    output(p + 1, even - odd);
+  });
+  unrolled<2 * form.input_pairs, form.products>([&](auto product) DEEPLAB_FAST_LAMBDA {
+    constexpr int p = decltype(product)::value;
+    Vector sum = {};
+    bool empty = true;
+    unrolled<0, form.inputs>([&](auto input_index) DEEPLAB_FAST_LAMBDA {
+      constexpr int j = decltype(input_index)::value;
+      add_scaled<form.a[p][j]>(sum, empty, x[j]);
+    });
+    output(p, sum);
+  });
+}
+
+// The outputs of one line of products: C m.
+template <int kForm, typename Load, typename Store>
+DEEPLAB_FAST_INLINE void transform_output(const Load& input, const Store& output) {
+  constexpr const Form& form = kForms[kForm];
+  // Of a pair the sum and the difference are kept.
+  Vector m[form.products];
+  unrolled<0, form.output_pairs>([&](auto pair) DEEPLAB_FAST_LAMBDA {
+    constexpr int p = 2 * decltype(pair)::value;
+    const Vector first = input(p), second = input(p + 1);
+    m[p] = first + second;
+    m[p + 1] = first - second;
+  });
+  unrolled<2 * form.output_pairs, form.products>([&](auto p) DEEPLAB_FAST_LAMBDA { m[p.value] = input(p.value); });
+  unrolled<0, form.outputs>([&](auto output_index) DEEPLAB_FAST_LAMBDA {
+    constexpr int i = decltype(output_index)::value;
+    Vector sum = {};
+    bool empty = true;
+    unrolled<0, form.products>([&](auto product) DEEPLAB_FAST_LAMBDA {
+      constexpr int p = decltype(product)::value;
+      constexpr bool paired = p < 2 * form.output_pairs;
+      constexpr int first = paired ? p / 2 * 2 : p;
+      constexpr bool same = paired && form.c[i][first] == form.c[i][first + paired];
+      // The sum serves columns with equal entries, the difference the others.
+      constexpr double factor = !paired || same == (p == first) ? form.c[i][first] : 0;
+      add_scaled<factor>(sum, empty, m[p]);
+    });
+    output(i, sum);
+  });
+}
+
+template <int kForm>
+void input_rows(const float* const* pixels, int64_t channel, int columns, float* to) {
+  for (int column = 0; column < columns; ++column) {
+    for (int part = 0; part < kParts; ++part) {
+      const int64_t offset = channel + part * kLanes;
+      float* const line = to + column * kPanel + part * kLanes;
+      transform_input<kForm>(
+          [&](int i) DEEPLAB_FAST_LAMBDA { return load(pixels[i * columns + column] + offset); },
+          [&](int p, Vector v) DEEPLAB_FAST_LAMBDA { store(line + p * columns * kPanel, v); });
+    }
+  }
+}
+
+template <int kForm>
+void input_columns(const float* from, int rows, float* to, int64_t stride) {
+  constexpr int inputs = kForms[kForm].inputs, products = kForms[kForm].products;
+  for (int row = 0; row < rows; ++row) {
+    for (int part = 0; part < kParts; ++part) {
+      const float* const line = from + row * inputs * kPanel + part * kLanes;
+      float* const product = to + row * products * stride + part * kLanes;
+      transform_input<kForm>(
+          [&](int j) DEEPLAB_FAST_LAMBDA { return load(line + j * kPanel); },
+          [&](int p, Vector v) DEEPLAB_FAST_LAMBDA { store(product + p * stride, v); });
+    }
+  }
+}
+
+template <int kForm>
+void output_rows(const float* from, int64_t stride, int columns, float* to) {
+  for (int column = 0; column < columns; ++column) {
+    for (int part = 0; part < kParts; ++part) {
+      const float* const product = from + column * stride + part * kLanes;
+      float* const line = to + column * kPanel + part * kLanes;
+      transform_output<kForm>(
+          [&](int p) DEEPLAB_FAST_LAMBDA { return load(product + p * columns * stride); },
+          [&](int i, Vector v) DEEPLAB_FAST_LAMBDA { store(line + i * columns * kPanel, v); });
+    }
+  }
+}
+
+DEEPLAB_FAST_INLINE Vector activate(Vector v, const Epilogue& epilogue) {
+  if (epilogue.hardswish) {
+    const Vector six = broadcast(6);
+    Vector gate = v + 3;
+    gate = gate < 0 ? Vector{} : gate;
+    gate = gate > six ? six : gate;
+    return v * gate / 6;
+  }
+  // nan compares false and stays.
+  const Vector low = broadcast(epilogue.low), high = broadcast(epilogue.high);
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+
+// Of the kLanes channels from `channel`, those that there are.
+DEEPLAB_FAST_INLINE void finish(Vector v, int64_t pixel, int64_t channel,
+                                const Epilogue& epilogue) {
+  const int64_t left = epilogue.channels - channel;
+  float* const out = epilogue.out + pixel * epilogue.out_stride + channel;
+  const int64_t residual = pixel * epilogue.residual_stride + channel;
+  if (left >= kLanes) {
+    v = v + load(epilogue.shift + channel);
+    if (epilogue.residual != nullptr) v = v + load(epilogue.residual + residual);
+    store(out, activate(v, epilogue));
+  } else if (left > 0) {
+    float lanes[kLanes] = {};
+    __builtin_memcpy(lanes, epilogue.shift + channel, left * sizeof(float));
+    v = v + load(lanes);
+    if (epilogue.residual != nullptr) {
+      __builtin_memcpy(lanes, epilogue.residual + residual, left * sizeof(float));
+      v = v + load(lanes);
+    }
+    store(lanes, activate(v, epilogue));
+    __builtin_memcpy(out, lanes, left * sizeof(float));
+  }
+}
+
+template <int kForm>
+void output_columns(const float* from, int rows, const int64_t* pixels, int64_t channel,
+                    const Epilogue& epilogue) {
+  constexpr int outputs = kForms[kForm].outputs, products = kForms[kForm].products;
+  for (int row = 0; row < rows; ++row, pixels += outputs) {
+    for (int part = 0; part < kParts; ++part) {
+      const float* const line = from + row * products * kPanel + part * kLanes;
+      transform_output<kForm>(
+          [&](int p) DEEPLAB_FAST_LAMBDA { return load(line + p * kPanel); },
+          [&](int j, Vector v) DEEPLAB_FAST_LAMBDA {
+            if (pixels[j] >= 0) finish(v, pixels[j], channel + part * kLanes, epilogue);
+          });
+    }
+  }
+}
+
+void finish_rows(const float* from, int64_t from_stride, int64_t first_pixel, int64_t count,
+                 const Epilogue& epilogue) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t channel = 0; channel < epilogue.channels; channel += kLanes) {
+      finish(load(from + i * from_stride + channel), first_pixel + i, channel, epilogue);
+    }
+  }
+}
+
+// kCount rows of a times kVectors vectors of columns. The rows behind them are prefetched, because
+// they are multiplied next.
+template <int kCount, int kVectors>
+void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t vector_stride,
+                   float* c, int64_t c_stride, int64_t depth, bool accumulate) {
+  Vector sum[kCount][kVectors];
+  for (int i = 0; i < kCount; ++i) {
+    __builtin_prefetch(c + (kCount + i) * c_stride);
+    for (int j = 0; j < kVectors; ++j) {
+      sum[i][j] = accumulate ? load(c + i * c_stride + j * kLanes) : Vector{};
+    }
+  }
+  const auto step = [&](int64_t k) DEEPLAB_FAST_LAMBDA {
+    Vector b[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) b[j] = load(panel + k * kPanel + j * vector_stride);
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      const Vector value = broadcast(a[i * a_stride + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[i][j] += value * b[j];
+    }
+  };
+  constexpr int kLine = 16;
+  const float* const next = a + kCount * a_stride;
+  int64_t k = 0;
+  for (; k + kLine <= depth; k += kLine) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) __builtin_prefetch(next + i * a_stride + k);
+#pragma GCC unroll 4
+    for (int q = 0; q < kLine; ++q) step(k + q);
+  }
+  for (; k < depth; ++k) step(k);
+  for (int i = 0; i < kCount; ++i) {
+    for (int j = 0; j < kVectors; ++j) store(c + i * c_stride + j * kLanes, sum[i][j]);
+  }
+}
+
+using MultiplyTile = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t,
+                              int64_t, bool);
+
+template <int kVectors>
+DEEPLAB_FAST_INLINE MultiplyTile tile_of_rows(int64_t rows) {
+  MultiplyTile tile = nullptr;
+  unrolled<1, kRows + 1>([&](auto count) DEEPLAB_FAST_LAMBDA {
+    if (count.value == rows) tile = multiply_tile<decltype(count)::value, kVectors>;
+  });
+  return tile;
+}
+
+template <int kVectors>
+void multiply_columns(const Product& product, const float* panel, int64_t vector_stride,
+                      float* c) {
+  int64_t row = 0;
+  for (; row + kRows <= product.rows; row += kRows) {
+    multiply_tile<kRows, kVectors>(product.a + row * product.a_stride, product.a_stride, panel,
+                                   vector_stride, c + row * product.c_stride, product.c_stride,
+                                   product.depth, product.accumulate);
+  }
+  if (row < product.rows) {
+    tile_of_rows<kVectors>(product.rows - row)(
+        product.a + row * product.a_stride, product.a_stride, panel, vector_stride,
+        c + row * product.c_stride, product.c_stride, product.depth, product.accumulate);
+  }
+}
+
+void multiply(const Product& product) {
+  constexpr int kVectors = 2;
+  if constexpr (kParts >= kVectors) {
+    for (int64_t n = 0; n < product.num_panels; ++n) {
+      for (int part = 0; part < kParts; part += kVectors) {
+        multiply_columns<kVectors>(product,
+                                   product.panels + n * product.panel_stride + part * kLanes,
+                                   kLanes, product.c + n * kPanel + part * kLanes);
+      }
+    }
+  } else {
+    int64_t n = 0;
+    for (; n + kVectors <= product.num_panels; n += kVectors) {
+      multiply_columns<kVectors>(product, product.panels + n * product.panel_stride,
+                                 product.panel_stride, product.c + n * kPanel);
+    }
+    if (n < product.num_panels) {
+      multiply_columns<1>(product, product.panels + n * product.panel_stride, 0,
+                          product.c + n * kPanel);
+    }
+  }
+}
+
+template <int kForm>
+constexpr FormKernels form_kernels() {
+  return {input_rows<kForm>, input_columns<kForm>, output_rows<kForm>, output_columns<kForm>};
+}
+
+constexpr ConvKernels conv_kernels(const char* name, bool (*supported)()) {
+  return {name,
+          supported,
+          {form_kernels<kLine1>(), form_kernels<kLine2>(), form_kernels<kLine3>(),
+           form_kernels<kTile2>(), form_kernels<kTile3>(), form_kernels<kTile4>(),
+           form_kernels<kTile6>()},
+          multiply,
+          finish_rows};
+}
+
+#undef DEEPLAB_FAST_INLINE
+#undef DEEPLAB_FAST_LAMBDA
+
+}  // namespace deeplab_fast::cpu::DEEPLAB_FAST_SET

@@ -1,0 +1,372 @@
+// Runs convolutions on the kernels of conv_cpu.h: cuts a map into tiles, walks them in blocks whose
+// buffers stay in the caches, and shares the work between threads. Free of torch.
+//
+// With stride 1 and a padding that equals the dilation d, the pixels (y mod d, x mod d) of a 3x3
+// convolution form d * d independent maps, its phases. A phase's rows and columns are cut into
+// tiles of a form; a tile's inputs become row_form.products * column_form.products values, each of
+// which takes part in one matrix product over all tiles.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "deeplab_fast/conv_cpu.h"
+
+namespace deeplab_fast::cpu {
+
+// Pixels of x [images][height][width], each `channels` contiguous floats.
+struct InputMap {
+  const float* data;
+  int64_t images;
+  int64_t height;
+  int64_t width;
+  int64_t channels;
+};
+
+// The tiles of one form along one axis: the positions of their first outputs.
+struct AxisTiles {
+  int form;
+  std::vector<int32_t> starts;
+};
+
+// Tiles with `long_form` on the phases of ceil(length / dilation) samples and `short_form` on those
+// that are one shorter.
+inline std::vector<AxisTiles> cut_axis(int64_t length, int64_t dilation, int long_form,
+                                       int short_form) {
+  std::vector<AxisTiles> result;
+  result.push_back({long_form, {}});
+  if (short_form != long_form) result.push_back({short_form, {}});
+  const int64_t most = (length + dilation - 1) / dilation;
+  for (int64_t phase = 0; phase < std::min(length, dilation); ++phase) {
+    const int64_t samples = (length - phase + dilation - 1) / dilation;
+    AxisTiles& axis = samples == most ? result.front() : result.back();
+    for (int64_t sample = 0; sample < samples; sample += kForms[axis.form].outputs) {
+      axis.starts.push_back(static_cast<int32_t>(phase + dilation * sample));
+    }
+  }
+  if (result.back().starts.empty()) result.pop_back();
+  return result;
+}
+
+// Whether the form computes all outputs of a phase of this many samples.
+inline bool fits_phase(int form, int64_t samples) {
+  return kForms[form].halo > 0 || samples <= kForms[form].outputs;
+}
+
+// One part of a convolution: all tiles with one form along rows and one along columns.
+struct TileGroup {
+  AxisTiles rows;
+  AxisTiles columns;
+  const float* weights;  // [products][panels][channels][kPanel]
+
+  int64_t products() const {
+    return int64_t{kForms[rows.form].products} * kForms[columns.form].products;
+  }
+  int64_t tiles() const {
+    return static_cast<int64_t>(rows.starts.size()) * static_cast<int64_t>(columns.starts.size());
+  }
+};
+
+struct Blocking {
+  int64_t tiles;  // in a block
+  bool shared;    // all threads work on one block, else each on blocks of its own
+};
+
+inline int64_t chunk_channels(int64_t channels) {
+  const int64_t chunks = (channels + kMaxChunk - 1) / kMaxChunk;
+  return padded((channels + chunks - 1) / chunks);
+}
+
+// Floats of the buffers of one block: transformed inputs of a chunk of channels, and products.
+inline int64_t block_floats(int64_t products, int64_t tiles, int64_t channels, int64_t outputs) {
+  return products * tiles * (chunk_channels(channels) + padded(outputs) + 2 * kRowPad);
+}
+
+// Bytes of a block's buffers to aim at: a thread's share of a third-level cache.
+constexpr int64_t kBlockBytes = int64_t{4} << 20;
+// Fewer tiles in a block than this stream the weights faster than memory delivers them.
+constexpr int64_t kLeastTiles = 48;
+
+inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channels, int64_t outputs,
+                                int64_t threads) {
+  const int64_t bytes = 4 * block_floats(products, 1, channels, outputs);
+  int64_t fit = std::max(kLeastTiles, kBlockBytes / bytes);
+  if (tiles < 2 * kLeastTiles * threads && threads > 1) {
+    // Blocks for each thread would be small: the threads share one, and each weight is read once.
+    return {std::min(tiles, std::max(fit, kLeastTiles * threads)), true};
+  }
+  // As many blocks as make the threads end together.
+  const int64_t rounds = (tiles + fit * threads - 1) / (fit * threads);
+  return {(tiles + rounds * threads - 1) / (rounds * threads), false};
+}
+
+// One block of tiles and its buffers.
+class Block {
+ public:
+  Block(const ConvKernels& kernels, const InputMap& x, const TileGroup& group,
+        const Epilogue& epilogue, int dilation, int64_t capacity, float* buffer)
+      : kernels_(kernels),
+        x_(x),
+        group_(group),
+        epilogue_(epilogue),
+        row_(kForms[group.rows.form]),
+        column_(kForms[group.columns.form]),
+        dilation_(dilation),
+        chunk_(chunk_channels(x.channels)),
+        input_stride_(chunk_ + kRowPad),
+        output_stride_(padded(epilogue.channels) + kRowPad),
+        capacity_(capacity),
+        inputs_(buffer),
+        products_(buffer + group.products() * capacity * input_stride_) {}
+
+  // The whole block in this thread.
+  void run(int64_t first, int64_t tiles) {
+    start(first, tiles);
+    for (int64_t channel = 0; channel < x_.channels; channel += chunk_) {
+      transform(channel, 0, tiles);
+      multiply(channel, 0, units());
+    }
+    finish(0, tiles);
+  }
+
+  // The whole block, parallel(count, function(begin, end)) calling the function in threads.
+  template <typename Parallel>
+  void run(int64_t first, int64_t tiles, const Parallel& parallel) {
+    start(first, tiles);
+    for (int64_t channel = 0; channel < x_.channels; channel += chunk_) {
+      parallel(tiles, [&](int64_t begin, int64_t end) { transform(channel, begin, end); });
+      parallel(units(), [&](int64_t begin, int64_t end) { multiply(channel, begin, end); });
+    }
+    parallel(tiles, [&](int64_t begin, int64_t end) { finish(begin, end); });
+  }
+
+ private:
+  static constexpr int kMaxTile = kMaxInputs * kMaxInputs;
+
+  void start(int64_t first, int64_t tiles) {
+    first_ = first;
+    tiles_ = tiles;
+  }
+
+  // Position of a tile: its image and the indices of its row and column.
+  void locate(int64_t tile, int64_t& image, int64_t& row, int64_t& column) const {
+    const int64_t columns = static_cast<int64_t>(group_.columns.starts.size());
+    const int64_t rows = static_cast<int64_t>(group_.rows.starts.size());
+    tile += first_;
+    column = tile % columns;
+    row = tile / columns % rows;
+    image = tile / (columns * rows);
+  }
+
+  void transform(int64_t channel, int64_t begin, int64_t end) const {
+    alignas(64) static const float zeros[kMaxChunk + kPanel] = {};
+    const FormKernels& rows = kernels_.forms[group_.rows.form];
+    const FormKernels& columns = kernels_.forms[group_.columns.form];
+    const int64_t depth = std::min(chunk_, x_.channels - channel);
+    const int64_t whole = depth / kPanel * kPanel;
+    const int64_t plane = capacity_ * input_stride_;
+    const int count = row_.inputs * column_.inputs;
+    alignas(64) float line[kMaxProducts * kMaxInputs * kPanel];
+    const float* pixels[kMaxTile];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      int64_t image, row, column;
+      locate(tile, image, row, column);
+      const int64_t y0 = group_.rows.starts[row] - int64_t{row_.halo} * dilation_;
+      const int64_t x0 = group_.columns.starts[column] - int64_t{column_.halo} * dilation_;
+      for (int i = 0; i < row_.inputs; ++i) {
+        const int64_t y = y0 + int64_t{i} * dilation_;
+        const bool inside = y >= 0 && y < x_.height;
+        const int64_t start = (image * x_.height + y) * x_.width;
+        for (int j = 0; j < column_.inputs; ++j) {
+          const int64_t x = x0 + int64_t{j} * dilation_;
+          pixels[i * column_.inputs + j] =
+              inside && x >= 0 && x < x_.width ? x_.data + (start + x) * x_.channels + channel
+                                               : zeros;
+        }
+      }
+      float* const to = inputs_ + tile * input_stride_;
+      for (int64_t c = 0; c < whole; c += kPanel) {
+        rows.input_rows(pixels, c, column_.inputs, line);
+        columns.input_columns(line, row_.products, to + c, plane);
+      }
+      if (whole < depth) {
+        alignas(64) float tail[kMaxTile][kPanel];
+        for (int i = 0; i < count; ++i) {
+          std::fill(tail[i], tail[i] + kPanel, 0.0f);
+          std::copy(pixels[i] + whole, pixels[i] + depth, tail[i]);
+          pixels[i] = tail[i];
+        }
+        rows.input_rows(pixels, 0, column_.inputs, line);
+        columns.input_columns(line, row_.products, to + whole, plane);
+      }
+    }
+  }
+
+  // Units are products times parts of the output channels.
+  int64_t parts() const { return (num_panels() + kUnitPanels - 1) / kUnitPanels; }
+  int64_t units() const { return group_.products() * parts(); }
+  int64_t num_panels() const { return padded(epilogue_.channels) / kPanel; }
+
+  void multiply(int64_t channel, int64_t begin, int64_t end) const {
+    const int64_t panel_size = x_.channels * kPanel;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t p = unit / parts(), first_panel = unit % parts() * kUnitPanels;
+      Product product;
+      product.a = inputs_ + p * capacity_ * input_stride_;
+      product.a_stride = input_stride_;
+      product.rows = tiles_;
+      product.panels =
+          group_.weights + (p * num_panels() + first_panel) * panel_size + channel * kPanel;
+      product.panel_stride = panel_size;
+      product.num_panels = std::min(kUnitPanels, num_panels() - first_panel);
+      product.c = products_ + p * capacity_ * output_stride_ + first_panel * kPanel;
+      product.c_stride = output_stride_;
+      product.depth = std::min(chunk_, x_.channels - channel);
+      product.accumulate = channel > 0;
+      kernels_.multiply(product);
+    }
+  }
+
+  void finish(int64_t begin, int64_t end) const {
+    const FormKernels& rows = kernels_.forms[group_.rows.form];
+    const FormKernels& columns = kernels_.forms[group_.columns.form];
+    const int64_t plane = capacity_ * output_stride_;
+    alignas(64) float line[kMaxOutputs * kMaxProducts * kPanel];
+    int64_t pixels[kMaxOutputs * kMaxOutputs];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      int64_t image, row, column;
+      locate(tile, image, row, column);
+      for (int i = 0; i < row_.outputs; ++i) {
+        const int64_t y = group_.rows.starts[row] + int64_t{i} * dilation_;
+        for (int j = 0; j < column_.outputs; ++j) {
+          const int64_t x = group_.columns.starts[column] + int64_t{j} * dilation_;
+          pixels[i * column_.outputs + j] =
+              y < x_.height && x < x_.width ? (image * x_.height + y) * x_.width + x : -1;
+        }
+      }
+      for (int64_t channel = 0; channel < epilogue_.channels; channel += kPanel) {
+        rows.output_rows(products_ + tile * output_stride_ + channel, plane, column_.products,
+                         line);
+        columns.output_columns(line, row_.outputs, pixels, channel, epilogue_);
+      }
+    }
+  }
+
+  // Output channels that a unit multiplies at a time.
+  static constexpr int64_t kUnitPanels = 8;
+
+  const ConvKernels& kernels_;
+  const InputMap& x_;
+  const TileGroup& group_;
+  const Epilogue& epilogue_;
+  const Form& row_;
+  const Form& column_;
+  const int dilation_;
+  const int64_t chunk_;
+  const int64_t input_stride_;
+  const int64_t output_stride_;
+  const int64_t capacity_;
+  float* const inputs_;
+  float* const products_;
+  int64_t first_ = 0;
+  int64_t tiles_ = 0;
+};
+
+// The outputs of one group. `parallel` is as for Block; allocate(floats) gives memory that lives
+// until its result is destroyed, with data() to the first float, aligned to 64 bytes.
+template <typename Parallel, typename Allocate>
+void run_group(const ConvKernels& kernels, const InputMap& x, const TileGroup& group,
+               const Epilogue& epilogue, int dilation, const Blocking& blocking,
+               const Parallel& parallel, const Allocate& allocate) {
+  const int64_t tiles = x.images * group.tiles();
+  const int64_t size = std::min(blocking.tiles, tiles);
+  if (tiles == 0) return;
+  const int64_t blocks = (tiles + size - 1) / size;
+  const int64_t floats = block_floats(group.products(), size, x.channels, epilogue.channels);
+  if (blocking.shared) {
+    auto buffer = allocate(floats);
+    Block block(kernels, x, group, epilogue, dilation, size, buffer.data());
+    for (int64_t i = 0; i < blocks; ++i) {
+      block.run(i * size, std::min(size, tiles - i * size), parallel);
+    }
+    return;
+  }
+  parallel(blocks, [&](int64_t begin, int64_t end) {
+    auto buffer = allocate(floats);
+    Block block(kernels, x, group, epilogue, dilation, size, buffer.data());
+    for (int64_t i = begin; i < end; ++i) block.run(i * size, std::min(size, tiles - i * size));
+  });
+}
+
+// A 1x1 convolution: y [pixels][outputs] from x [pixels][channels], weights [panels][channels]
+// [kPanel].
+template <typename Parallel, typename Allocate>
+void run_pixels(const ConvKernels& kernels, const InputMap& x, const float* weights,
+                const Epilogue& epilogue, int64_t threads, const Parallel& parallel,
+                const Allocate& allocate) {
+  const int64_t pixels = x.images * x.height * x.width;
+  if (pixels == 0) return;
+  const int64_t chunk = chunk_channels(x.channels);
+  const int64_t stride = padded(epilogue.channels) + kRowPad;
+  const int64_t panels = padded(epilogue.channels) / kPanel;
+  // Rows whose products and inputs stay in a second-level cache.
+  const int64_t fit = 96;
+  const int64_t rounds = (pixels + fit * threads - 1) / (fit * threads);
+  const int64_t size = (pixels + rounds * threads - 1) / (rounds * threads);
+  const int64_t blocks = (pixels + size - 1) / size;
+  parallel(blocks, [&](int64_t begin, int64_t end) {
+    auto buffer = allocate(size * (stride + chunk + kRowPad));
+    float* const products = buffer.data();
+    float* const rows = products + size * stride;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * size, count = std::min(size, pixels - first);
+      for (int64_t channel = 0; channel < x.channels; channel += chunk) {
+        const int64_t depth = std::min(chunk, x.channels - channel);
+        Product product;
+        product.a = x.data + first * x.channels + channel;
+        product.a_stride = x.channels;
+        if (x.channels % 256 == 0 && x.channels > 256) {
+          for (int64_t r = 0; r < count; ++r) {
+            std::copy_n(product.a + r * x.channels, depth, rows + r * (chunk + kRowPad));
+          }
+          product.a = rows;
+          product.a_stride = chunk + kRowPad;
+        }
+        product.rows = count;
+        product.panels = weights + channel * kPanel;
+        product.panel_stride = x.channels * kPanel;
+        product.num_panels = panels;
+        product.c = products;
+        product.c_stride = stride;
+        product.depth = depth;
+        product.accumulate = channel > 0;
+        kernels.multiply(product);
+      }
+      kernels.finish_rows(products, stride, first, count, epilogue);
+    }
+  });
+}
+
+// weights [outputs][channels][3][3] -> one product's panels [panels][channels][kPanel], the output
+// channels beyond the last being 0: sum over taps of b_row[r] * b_column[s] * w[r][s].
+inline void prepare_panel(const float* weights, int64_t outputs, int64_t channels, int64_t panel,
+                          const double* b_row, const double* b_column, float* to) {
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = 0; i < kPanel; ++i) {
+      const int64_t k = panel * kPanel + i;
+      double sum = 0;
+      if (k < outputs) {
+        const float* const w = weights + (k * channels + c) * 9;
+        for (int r = 0; r < 3; ++r) {
+          double row = 0;
+          for (int s = 0; s < 3; ++s) row += b_column[s] * w[r * 3 + s];
+          sum += b_row[r] * row;
+        }
+      }
+      to[c * kPanel + i] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace deeplab_fast::cpu

@@ -1,0 +1,441 @@
+"""What a training run adds to Lightning: checkpoints, stops, averaged weights, logs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "CheckpointNotWritten",
+    "ExponentialAverage",
+    "JsonLines",
+    "Progress",
+    "RunCheckpoint",
+    "Stopped",
+]
+
+logger = logging.getLogger("deeplab_fast")
+
+
+class CheckpointNotWritten(OSError):
+    """A checkpoint could not be written; the former one is whole."""
+
+
+class Stopped(Exception):
+    """Training was asked to stop by a signal; the checkpoint is written."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signum).name}"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under another name, to the disk, and then gives it its own.
+
+    At any moment, also after a power cut, the file of that name is a whole checkpoint: the new or
+    the former one.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Writes it.
+
+        Raises:
+            CheckpointNotWritten: no space, no permission; the file that was there is untouched.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        # torch's writer turns an OSError of the file into a RuntimeError.
+        except (OSError, RuntimeError) as error:
+            cause = _os_error(error)
+            if cause is None:
+                raise
+            raise CheckpointNotWritten(cause.errno, _why_not_written(path, cause)) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without it the new name may be lost with the power; some file systems cannot.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _why_not_written(path: Path, error: OSError) -> str:
+    former = f"the former {path.name} is untouched" if path.exists() else "there is no former one"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left for the checkpoint {path}; {former}. Make room, then go on with "
+            "--resume"
+        )
+    return f"the checkpoint {path} cannot be written: {error.strerror or error}; {former}"
+
+
+class RunCheckpoint(Checkpoint):
+    """``last.ckpt`` and ``best.ckpt`` of a run, and its stops: signals, wall time, steps.
+
+    ``last.ckpt`` is written between two steps of the optimizer: every ``minutes``, one step before
+    a validation (so that an interrupted validation costs one step), after each epoch, and before a
+    stop. A run that goes on from it gives what it would have given without the interruption.
+    ``best.ckpt`` is written after a validation with a higher ``monitor`` than ever.
+
+    SIGTERM and SIGINT stop the run at the end of the step with :class:`Stopped`, in validation at
+    once; a second SIGINT interrupts.
+
+    Args:
+        folder: for the two files.
+        minutes: wall time between checkpoints within an epoch.
+        max_seconds: wall time of this call of ``fit`` after which it is stopped and validated.
+        max_steps: steps of the optimizer in all, after which it is stopped and validated.
+        monitor: name of a logged metric, larger is better.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        minutes: float = 10.0,
+        max_seconds: float | None = None,
+        max_steps: int | None = None,
+        monitor: str = "val/miou",
+    ) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.minutes = minutes
+        self.max_seconds = max_seconds
+        self.max_steps = max_steps
+        self.monitor = monitor
+        self.best_score: float | None = None
+        self.best_step: int | None = None
+        self.out_of_time = False
+        self._signal: int | None = None
+        self._started = self._saved = 0.0
+        self._handlers: dict[int, Any] = {}
+
+    @property
+    def last_path(self) -> Path:
+        """Where ``last.ckpt`` lies."""
+        return self.folder / "last.ckpt"
+
+    @property
+    def best_path(self) -> Path:
+        """Where ``best.ckpt`` lies."""
+        return self.folder / "best.ckpt"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._started = self._saved = time.monotonic()
+        self.out_of_time = False
+        self._signal = None
+        self._catch_signals(trainer)
+        if self.max_steps is not None and trainer.global_step >= self.max_steps:
+            trainer.should_stop = True
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done, parts = batch_idx + 1, trainer.accumulate_grad_batches
+        if done % parts:
+            return
+        left = trainer.num_training_batches - done
+        signum, running, unsaved = self._agreed(trainer)
+        enough = self.max_steps is not None and trainer.global_step >= self.max_steps
+        late = self.max_seconds is not None and running >= self.max_seconds
+        # Within the last batch of an epoch Lightning cannot resume: on_train_epoch_end writes then.
+        if left:
+            before_validation = left <= parts and self._validates(trainer)
+            due = unsaved >= 60 * self.minutes
+            if signum is not None or late or enough or before_validation or due:
+                self._save(trainer, self.last_path)
+            if signum is not None:
+                raise Stopped(signum)
+        if late or enough:
+            self.out_of_time = late and not enough
+            # Lightning validates once more and ends.
+            trainer.should_stop = True
+
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # Without other processes: they may have another number of validation batches.
+        if self._signal is not None and trainer.world_size == 1:
+            raise Stopped(self._signal)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is None or not score > (-1.0 if self.best_score is None else self.best_score):
+            return
+        self.best_score, self.best_step = float(score), trainer.global_step
+        self._save(trainer, self.best_path)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        # A part of an epoch, stopped for its length, would count as a whole one.
+        if trainer.fit_loop.batch_idx + 1 >= trainer.num_training_batches:
+            self._save(trainer, self.last_path)
+        signum, _, _ = self._agreed(trainer)
+        if signum is not None:
+            raise Stopped(signum)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._release_signals()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._release_signals()
+
+    def _save(self, trainer: Any, path: Path) -> None:
+        trainer.save_checkpoint(path)
+        if path == self.last_path:
+            self._saved = time.monotonic()
+
+    def _validates(self, trainer: Any) -> bool:
+        """Whether the present epoch ends with a validation."""
+        every = trainer.check_val_every_n_epoch
+        return trainer.enable_validation and bool(every) and not (trainer.current_epoch + 1) % every
+
+    def _agreed(self, trainer: Any) -> tuple[int | None, float, float]:
+        """Signal, and seconds since the start and the last checkpoint, the same on all processes.
+
+        They must agree on when to save and stop: both are collective calls.
+        """
+        now = time.monotonic()
+        values = [float(self._signal or 0), now - self._started, now - self._saved]
+        if trainer.world_size > 1:
+            shared = torch.tensor(values, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+            values = shared.tolist()
+        return int(values[0]) or None, values[1], values[2]
+
+    def _catch_signals(self, trainer: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+        wanted = [signal.SIGINT]
+        environment = trainer._accelerator_connector.cluster_environment
+        # There Lightning saves and requeues the job.
+        if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
+            wanted.append(signal.SIGTERM)
+        for signum in wanted:
+            self._handlers[signum] = signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if self._signal is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = signum
+
+    def _release_signals(self) -> None:
+        handlers, self._handlers = self._handlers, {}
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+
+
+class ExponentialAverage(WeightAveraging):
+    """Exponential moving average of all parameters and batch norm statistics.
+
+        a <- a + (1 - d) (w - a),  d = min(decay, (1 + n) / (10 + n))
+
+    after step n of the optimizer; the smaller d of the first steps forgets the initial weights, as
+    TensorFlow's ExponentialMovingAverage with num_updates does. Running statistics of batch norms
+    are averaged like parameters, so that they belong to the averaged weights; counters are copied.
+    Validation runs on the average, checkpoints hold it as the model's state, and it is the model's
+    after training.
+
+    Args:
+        decay: in (0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        self.decay = decay
+        super().__init__(use_buffers=True, multi_avg_fn=self._update)
+
+    @property
+    def averaged(self) -> Any:
+        """The module with the averaged weights."""
+        return None if self._average_model is None else self._average_model.module
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # The module is still on the CPU.
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    @torch.no_grad()
+    def _update(self, averaged: Any, current: Any, count: Any) -> None:
+        if not torch.is_floating_point(averaged[0]):
+            torch._foreach_copy_(averaged, current)
+            return
+        # Of the optimizer's steps, which the host knows: count lies on the device.
+        n = self._latest_update_step
+        decay = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+class JsonLines(Logger):
+    """One JSON object a line: ``{"step": ..., "epoch": ..., "train/loss": ...}``.
+
+    A resumed run drops the lines of the steps that it repeats (:meth:`forget_from`).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.path = Path(path)
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        return self.path
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """The run's config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        row: dict[str, Any] = {"step": step}
+        for name, value in metrics.items():
+            number = float(value)
+            row[name] = int(number) if name == "epoch" else number if number == number else None
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @rank_zero_only
+    def forget_from(self, step: int) -> None:
+        """Drops the lines of this step and later ones, and a last line that was cut off."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and (row.get("step") or 0) < step:
+                    kept.append(line)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+class Progress(Callback):
+    """Tells of each epoch and validation in one line.
+
+    Args:
+        tell: takes the line.
+        total_steps: of the run.
+    """
+
+    def __init__(self, tell: Callable[[str], None], total_steps: int) -> None:
+        super().__init__()
+        self.tell = tell
+        self.total_steps = total_steps
+        self._first = self._mark = 0
+        self._time = self._start = 0.0
+        self._loss: Tensor | None = None
+        self._count = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._first = self._mark = trainer.global_step
+        self._time = self._start = time.monotonic()
+        self._loss, self._count = None, 0
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._count += 1
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero or self._loss is None:
+            return
+        now, step = time.monotonic(), trainer.global_step
+        rate = (now - self._start) / max(1, step - self._first)
+        parts = [
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
+            f"step {step}/{self.total_steps}",
+            f"loss {float(self._loss) / self._count:.4f}",
+            f"lr {pl_module.learning_rate:.5f}",
+        ]
+        metrics = trainer.callback_metrics
+        if "val/miou" in metrics and pl_module.validated_step == step:
+            best = trainer.checkpoint_callback.best_score
+            parts.append(f"val mIoU {100 * float(metrics['val/miou']):.2f} (best {100 * best:.2f})")
+        parts.append(f"{rate:.2f} s/step, {_clock_text(rate * (self.total_steps - step))} left")
+        self.tell(", ".join(parts))
+        self._loss, self._count = None, 0
+
+
+def _clock_text(seconds: float) -> str:
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def new_trainer(**arguments: Any) -> Any:
+    """``lightning.Trainer``; its errors about arguments become ValueError."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        return lightning.Trainer(**arguments)
+    except (MisconfigurationException, TypeError) as error:
+        raise ValueError(f"trainer: {error}") from error

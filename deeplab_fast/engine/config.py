@@ -1,0 +1,418 @@
+"""What a training run is made of: every option with its default, and the published recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["PRESETS", "TrainConfig", "train_config"]
+
+
+def _help(text: str, metavar: str | None = None) -> dict[str, Any]:
+    return {"help": text, "metavar": metavar}
+
+
+def _option(default: Any, text: str, metavar: str | None = None) -> Any:
+    return field(default=default, metadata=_help(text, metavar))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The options of a training run; :func:`train_config` makes one from a preset and overrides.
+
+    Lengths are in pixels, ``batch_size`` counts images of all processes together. Each field's
+    metadata holds its help text, which ``deeplab-fast train --help`` shows.
+
+    Raises:
+        ValueError: an option out of its range; the message says what is allowed.
+    """
+
+    # Data.
+    data: str | None = _option(
+        None, "training data, as in 'deeplab-fast eval' (required)", "NAME|FILE"
+    )
+    root: str | None = _option(None, "folder of the data", "DIR")
+    split: str | None = _option("train", "to train on; all: everything in a folder or csv", "NAME")
+    data_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_help(
+            "further options of the data set: --data-options.sequences [\"0016E5\"]", "MAP"
+        ),
+    )
+    val_data: str | None = _option(None, "data to validate on; default: --data", "NAME|FILE")
+    val_root: str | None = _option(None, "its folder; default: --root", "DIR")
+    val_split: str | None = _option("val", "its split; all: everything in a folder or csv", "NAME")
+    val_options: dict[str, Any] = field(
+        default_factory=dict, metadata=_help("as --data-options, for validation", "MAP")
+    )
+    classes: str | None = _option(None, "class names of a folder or csv", "NAME|FILE|N")
+    ignore_index: int | None = _option(None, "label that counts for nothing", "N")
+    check_data: bool = _option(True, "read all photos and masks before training")
+    allow_empty: bool = _option(False, "masks may be ignored in every pixel")
+    bootstrap: list[str] = field(
+        default_factory=list,
+        metadata=_help(
+            "duplicate the images with these classes (names or numbers), or [rare]", "CLASSES"
+        ),
+    )
+    bootstrap_factor: int = _option(2, "how often such an image occurs in an epoch", "N")
+    workers: int = _option(0, "processes that read, of each training process", "N")
+
+    # Augmentation.
+    transform: str = _option(
+        "paper",
+        "paper (scale, flip, crop), torchvision (shorter side, flip, crop), none, or the import "
+        "path of any callable: package.module.name, also torchvision v2 and albumentations",
+        "NAME|PATH",
+    )
+    transform_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_help("arguments to call that import path with, to make the transform", "MAP"),
+    )
+    crop: int | list[int] = field(default=513, metadata=_help("side, or [height,width]", "N|[H,W]"))
+    scale: list[float] = field(
+        default_factory=lambda: [0.5, 2.0],
+        metadata=_help("range of the random scale (paper)", "[LOW,HIGH]"),
+    )
+    scale_step: float | None = _option(None, "draw the scale in steps of this", "S")
+    base_size: int = _option(520, "shorter side at scale 1 (torchvision)", "N")
+    flip: float = _option(0.5, "probability of the left-right flip", "P")
+    colour_jitter: float = _option(
+        0.0, "brightness, contrast and saturation by 1 - J to 1 + J", "J"
+    )
+    hue_jitter: float = _option(0.0, "hue by -J to J of a turn, 0 to 0.5", "J")
+
+    # Model.
+    model: str = _option("deeplabv3_resnet50", "see 'deeplab-fast models'", "NAME")
+    model_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_help("options of its builder: --model-options.atrous_rates [6,12,18]", "MAP"),
+    )
+    weights: str | None = _option(None, "start from these weights", "FILE")
+    reset_head: bool = _option(False, "start the last layers anew whatever --weights has")
+    weights_backbone: str | None = _option(
+        None, "start the backbone from these weights: a file, or torchvision's name", "FILE|NAME"
+    )
+    output_stride: int | None = _option(None, "in training; default: the model's own", "8|16")
+    eval_output_stride: int | None = _option(
+        None, "in validation and of the saved model; default: as in training", "8|16"
+    )
+    freeze_batch_norm: bool = _option(
+        False, "keep statistics and parameters of all batch norms as they are (stage 2)"
+    )
+    freeze_backbone_statistics: bool = _option(
+        False, "keep the running statistics of the backbone's batch norms, for small batches"
+    )
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata=_help(
+            "parts of the model that stay as they are: [backbone.stem,backbone.block0]", "NAMES"
+        ),
+    )
+    batch_norm_momentum: float | None = _option(
+        None, "weight of a new batch in the running statistics; the paper's: 0.0003", "M"
+    )
+    channels_last: bool = _option(True, "memory format of images and weights")
+    backend: str | None = _option(None, "auto, cuda, triton, cpu or reference", "NAME")
+
+    # Loss.
+    loss: str = _option(
+        "cross_entropy", "cross_entropy, hard_pixels, dice or cross_entropy+dice", "KIND"
+    )
+    loss_labels: str = _option(
+        "full", "full: logits upsampled; downsampled: labels reduced, as DeepLabv2", "SIZE"
+    )
+    class_weights: str | list[float] | None = field(
+        default=None,
+        metadata=_help(
+            "median_frequency, inverse_log, or a list of one weight a class", "NAME|LIST"
+        ),
+    )
+    label_smoothing: float = _option(0.0, "part of a label given to all classes", "F")
+    top_k: float = _option(0.25, "fraction of the pixels that count (hard_pixels)", "F")
+    min_kept: int = _option(0, "least number of pixels that count (hard_pixels)", "N")
+    dice_weight: float = _option(1.0, "factor of Dice in cross_entropy+dice", "F")
+    aux_weight: float = _option(0.0, "factor of the auxiliary head's loss; 0: no such head", "F")
+
+    # Optimiser and schedule.
+    optimizer: str = _option("sgd", "sgd or adamw", "NAME")
+    lr: float = _option(0.007, "initial learning rate", "LR")
+    momentum: float = _option(0.9, "of SGD; beta 1 of AdamW", "M")
+    nesterov: bool = _option(False, "Nesterov's form of the momentum (SGD)")
+    weight_decay: float = _option(1e-4, "L2 (SGD) or decoupled (AdamW)", "W")
+    decay_norm_and_bias: bool = _option(False, "weight decay on batch norms and biases too")
+    backbone_lr_factor: float = _option(1.0, "learning rate of the backbone over --lr", "F")
+    aux_lr_factor: float = _option(1.0, "learning rate of the auxiliary head over --lr", "F")
+    power: float = _option(0.9, "of the schedule (1 - step / steps) ** power", "P")
+    warmup_steps: int = _option(0, "steps of a linear warm-up", "N")
+    warmup_epochs: float = _option(0.0, "the same in epochs", "N")
+    warmup_factor: float = _option(1e-3, "first learning rate of the warm-up over --lr", "F")
+    clip_norm: float | None = _option(None, "largest norm of the gradient", "N")
+    ema: float = _option(
+        0.0, "decay of averaged weights, which are validated and saved; 0: none", "D"
+    )
+
+    # Length and batches.
+    epochs: int | None = _option(None, "passes over the data", "N")
+    steps: int | None = _option(None, "steps of the optimiser, instead of epochs", "N")
+    batch_size: int = _option(16, "images a step, of all processes together", "N")
+    accumulate: int = _option(1, "parts that a step's images are run in, one after another", "N")
+    seed: int = _option(0, "of weights, order and augmentation", "N")
+
+    # Validation.
+    val_every: int = _option(1, "epochs between validations; 0: none", "N")
+    val_batch_size: int = _option(1, "images of one size that run together", "N")
+
+    # The run.
+    output: str | None = _option(None, "folder of the run (required)", "DIR")
+    max_time: str | None = _option(
+        None, "stop, saved, after this long: 90m, 1.5h, 3600s or 01:30:00", "TIME"
+    )
+    checkpoint_minutes: float = _option(10.0, "time between checkpoints within an epoch", "M")
+    export: str = _option("last", "weights in model.safetensors: last or best (val mIoU)", "WHICH")
+    log_every: int = _option(10, "steps between lines in metrics.jsonl", "N")
+    tensorboard: bool = _option(True, "also write TensorBoard's logs")
+    trainer: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_help(
+            "arguments of lightning.Trainer: --trainer.devices 2 --trainer.precision bf16-mixed",
+            "MAP",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for problem in _problems(self):
+            raise ValueError(problem)
+
+    def replace(self, **changes: Any) -> TrainConfig:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values by name, for YAML and JSON."""
+        return dataclasses.asdict(self)
+
+    @property
+    def crop_size(self) -> tuple[int, int]:
+        """(height, width)."""
+        if isinstance(self.crop, int):
+            return self.crop, self.crop
+        return self.crop[0], self.crop[1]
+
+    @property
+    def max_seconds(self) -> float | None:
+        """``max_time`` in seconds."""
+        return None if self.max_time is None else _seconds(self.max_time)
+
+
+# arXiv 1706.05587, section 4.1. It gives no weight decay; that of the official code's train.py for
+# ResNet is 0.0001 (0.00004 for MobileNet and Xception), on weights of convolutions only.
+_PAPER: dict[str, Any] = {
+    "model": "deeplabv3_resnet101",
+    "model_options": {"head": "paper", "multi_grid": [1, 2, 4]},
+    "optimizer": "sgd",
+    "lr": 0.007,
+    "momentum": 0.9,
+    "power": 0.9,
+    "weight_decay": 1e-4,
+    "decay_norm_and_bias": False,
+    "batch_size": 16,
+    "steps": 30_000,
+    "transform": "paper",
+    "crop": 513,
+    "scale": [0.5, 2.0],
+    "flip": 0.5,
+    "output_stride": 16,
+    "eval_output_stride": 8,
+    "batch_norm_momentum": 0.0003,
+    "loss": "cross_entropy",
+    "loss_labels": "full",
+}
+# Section 4.1: "freeze batch normalization parameters, employ output stride = 8, ... smaller base
+# learning rate = 0.001".
+_STAGE2: dict[str, Any] = {"freeze_batch_norm": True, "output_stride": 8, "lr": 0.001}
+
+# torchvision's references/segmentation, the published commands: 8 processes of 4 images at 0.02.
+# Its warm-up is an option of the script, off in the published commands.
+_TORCHVISION: dict[str, Any] = {
+    "model": "deeplabv3_resnet50",
+    "optimizer": "sgd",
+    "lr": 0.02,
+    "momentum": 0.9,
+    "power": 0.9,
+    "weight_decay": 1e-4,
+    "decay_norm_and_bias": True,
+    "batch_size": 32,
+    "epochs": 30,
+    "warmup_epochs": 1.0,
+    "warmup_factor": 0.01,
+    "transform": "torchvision",
+    "base_size": 520,
+    "crop": 480,
+    "flip": 0.5,
+    "aux_weight": 0.5,
+    "aux_lr_factor": 10.0,
+    "loss": "cross_entropy",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": _PAPER,
+    "paper-stage2": {**_PAPER, **_STAGE2},
+    "torchvision": _TORCHVISION,
+}
+
+# Section 4.3: Cityscapes with larger crops, for longer.
+_CITYSCAPES = {"crop": 769, "steps": 90_000}
+
+
+def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
+    """Options from a preset, with others put above it.
+
+    ========== ======================================================================
+    preset     what it sets
+    ========== ======================================================================
+    paper      arXiv 1706.05587, section 4.1: SGD, lr 0.007, 30,000 steps of 16 crops of
+               513 (Cityscapes: 769, 90,000 steps), output stride 16, validation at 8
+    paper-stage2 the second stage: batch norm frozen, output stride 8, lr 0.001; start it
+               from the first one's weights
+    torchvision references/segmentation: shorter side 260 to 1040, crops of 480, 30 epochs of
+               batches of 32, lr 0.02, auxiliary loss 0.5 at ten times the lr
+    ========== ======================================================================
+
+    Args:
+        preset: a key of ``PRESETS``, or None.
+        given: fields of :class:`TrainConfig`; ``epochs`` replaces a preset's ``steps`` and the
+            other way round.
+
+    Raises:
+        ValueError: an unknown preset or field, or a value out of range.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"no preset is named {preset!r}; there are: {', '.join(PRESETS)}")
+    known = {each.name for each in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"unknown options {', '.join(unknown)}")
+    values = dict(PRESETS[preset]) if preset else {}
+    if preset and preset.startswith("paper") and given.get("data") == "cityscapes":
+        values.update(_CITYSCAPES)
+    for one, other in (("epochs", "steps"), ("steps", "epochs")):
+        if given.get(one) is not None and given.get(other) is None:
+            values.pop(other, None)
+    if "model" in given and given["model"] != values.get("model"):
+        # A preset's builder options are those of its model.
+        values.pop("model_options", None)
+    return TrainConfig(**{**values, **given})
+
+
+def _problems(config: TrainConfig) -> list[str]:
+    """What is wrong with an option by itself, as text."""
+    found: list[str] = []
+
+    def need(good: bool, name: str, allowed: str) -> None:
+        if not good:
+            found.append(f"{name} is {getattr(config, name)!r}, expected {allowed}")
+
+    for name in ("batch_size", "accumulate", "val_batch_size", "bootstrap_factor", "log_every"):
+        need(_is_int(getattr(config, name)) and getattr(config, name) >= 1, name, "1 or more")
+    for name in ("workers", "warmup_steps", "val_every", "min_kept", "base_size"):
+        need(_is_int(getattr(config, name)) and getattr(config, name) >= 0, name, "0 or more")
+    for name in ("lr", "power"):
+        need(_finite(getattr(config, name)) and getattr(config, name) > 0, name, "above 0")
+    for name in (
+        "weight_decay",
+        "backbone_lr_factor",
+        "aux_lr_factor",
+        "aux_weight",
+        "warmup_epochs",
+        "checkpoint_minutes",
+    ):
+        need(_finite(getattr(config, name)) and getattr(config, name) >= 0, name, "0 or more")
+    for name in ("momentum", "ema"):
+        need(0 <= getattr(config, name) < 1, name, "0 or more and below 1")
+    need(0 <= config.warmup_factor <= 1, "warmup_factor", "0 to 1")
+    need(0 <= config.flip <= 1, "flip", "a probability, 0 to 1")
+    need(0 <= config.colour_jitter <= 1, "colour_jitter", "0 to 1")
+    need(0 <= config.hue_jitter <= 0.5, "hue_jitter", "0 to 0.5")
+    need(config.clip_norm is None or config.clip_norm > 0, "clip_norm", "above 0, or null")
+    momentum = config.batch_norm_momentum
+    need(momentum is None or 0 < momentum <= 1, "batch_norm_momentum", "above 0 to 1, or null")
+    for name in ("output_stride", "eval_output_stride"):
+        need(getattr(config, name) in (None, 8, 16), name, "8 or 16")
+    for name in ("epochs", "steps"):
+        value = getattr(config, name)
+        need(value is None or (_is_int(value) and value >= 1), name, "1 or more")
+    if config.epochs is not None and config.steps is not None:
+        found.append(
+            f"epochs is {config.epochs} and steps is {config.steps}; give one of them, it says how "
+            "long to train"
+        )
+    need(config.optimizer in ("sgd", "adamw"), "optimizer", "sgd or adamw")
+    need(config.export in ("last", "best"), "export", "last or best")
+    crop = config.crop if isinstance(config.crop, (list, tuple)) else [config.crop]
+    need(
+        len(crop) in (1, 2) and all(_is_int(side) and side >= 1 for side in crop),
+        "crop",
+        "a side in pixels, or [height, width]",
+    )
+    need(
+        len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1],
+        "scale",
+        "[low, high] with 0 < low <= high",
+    )
+    if config.batch_size % config.accumulate:
+        found.append(
+            f"batch_size is {config.batch_size} and accumulate {config.accumulate}; a step's "
+            "images must divide into equal parts"
+        )
+    if config.max_time is not None and not _seconds(config.max_time) > 0:
+        found.append(
+            f"max_time is {config.max_time!r}, expected 90m, 1.5h, 3600s or 01:30:00 (hours, "
+            "minutes, seconds)"
+        )
+    return found
+
+
+def _seconds(text: str) -> float:
+    """Seconds, nan where the text is no time."""
+    text = str(text).strip()
+    try:
+        if ":" in text:
+            total = 0.0
+            for part in text.split(":"):
+                total = total * 60 + float(part)
+            return total
+        factor = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:].lower())
+        return float(text) if factor is None else float(text[:-1]) * factor
+    except ValueError:
+        return math.nan
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """YAML that every reader takes alike: of strings only plain words go without quotes."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def text(dumper: Any, value: str) -> Any:
+        # YAML 1.2 readers take 0016E5 for a number, PyYAML does not.
+        style = None if re.fullmatch(r"[A-Za-z/._][\w/.-]*", value) else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump(
+        dict(values), Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

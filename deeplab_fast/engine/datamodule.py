@@ -1,0 +1,425 @@
+"""Training and validation data for Lightning: checked, augmented, in a reproducible order."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from deeplab_fast.data.check import DataReport, check_dataset
+from deeplab_fast.data.datasets import SegmentationDataset, open_dataset
+from deeplab_fast.data.preprocess import IMAGENET_MEAN
+from deeplab_fast.data.transforms import (
+    AugmentedDataset,
+    Compose,
+    adapt,
+    paper_training,
+    torchvision_training,
+)
+from deeplab_fast.engine.augment import ColourJitter
+from deeplab_fast.engine.bootstrap import bootstrap_indices
+from deeplab_fast.engine.config import TrainConfig
+from deeplab_fast.engine.evaluate import ShardSampler, _Items
+
+__all__ = ["Batch", "SegmentationData", "TrainBatches", "TrainLoader", "training_transform"]
+
+# Images uint8 or float [N, 3, h, w], labels [N, h, w], indices of the samples [N].
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class SegmentationData(lightning.LightningDataModule):
+    """Loaders for ``lightning.Trainer(use_distributed_sampler=False)``.
+
+    Training batches are (images, labels, indices); their order and augmentation follow from (seed,
+    epoch, index) alone, whatever the number of workers. A global batch of ``config.batch_size``
+    images is split evenly over processes and ``config.accumulate`` parts; images beyond the last
+    whole batch wait for another epoch's order. Validation goes over every image once, at its own
+    size.
+
+    Args:
+        config: the options under "Data", "Augmentation" and "Length and batches".
+        train, val: data sets instead of those that the config names, as ``open_dataset`` gives.
+        mean: colour of the padding, R, G, B in 0..1: the model's ``preprocess.mean``.
+
+    Attributes:
+        train, val: the data sets, ``val`` None without validation.
+        report: of the data check, or None where it was left out.
+
+    Raises:
+        ValueError, OSError, DataError: data that cannot be opened, or have problems.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        train: SegmentationDataset | None = None,
+        val: SegmentationDataset | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.mean = tuple(mean)
+        self.train = train if train is not None else open_training(config)
+        if val is None and config.val_every and (train is None or config.val_data):
+            val = open_validation(config)
+        self.val = val
+        if val is not None and val.classes.classes != self.train.classes.classes:
+            raise ValueError(
+                f"the data to validate on have the classes {', '.join(val.classes.classes)} and "
+                f"those to train on {', '.join(self.train.classes.classes)}; they must be the same"
+            )
+        self.report: DataReport | None = None
+        self._bootstrapped = False
+        self._loader: TrainLoader | None = None
+
+    def check(self, *, progress: bool = False) -> DataReport:
+        """Reads all photos and masks of both data sets; keeps the report of the training data.
+
+        Raises:
+            DataError: there are problems; names all of them.
+        """
+        config = self.config
+        for dataset in (self.train, self.val):
+            if dataset is None or (dataset is self.train and self.report is not None):
+                continue
+            report = check_dataset(dataset, workers=config.workers, progress=progress)
+            report.raise_if_bad(allow_empty=config.allow_empty)
+            if dataset is self.train:
+                self.report = report
+        assert self.report is not None
+        return self.report
+
+    def bootstrap(self) -> int:
+        """Duplicates the training images that ``config.bootstrap`` asks for; their new number."""
+        if self.config.bootstrap and not self._bootstrapped:
+            report = self.report or check_dataset(self.train, workers=self.config.workers)
+            self.train = self.train.select(
+                bootstrap_indices(
+                    report.images_of,
+                    len(self.train),
+                    classes=_class_list(self.config.bootstrap),
+                    factor=self.config.bootstrap_factor,
+                    names=self.train.classes.classes,
+                )
+            )
+            self._bootstrapped = True
+        return len(self.train)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.bootstrap()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return len(self.train) // self.config.batch_size
+
+    def source_of(self, index: int) -> str:
+        """Where a training sample comes from, for messages."""
+        return str(self.train.samples[index].image)
+
+    def train_dataloader(self) -> TrainLoader:
+        config = self.config
+        if self._loader is None:
+            transform = training_transform(config, self.mean, self.train.ignore_index)
+            dataset = AugmentedDataset(self.train, transform, seed=config.seed)
+            rank, world = _processes(self.trainer)
+            batches = TrainBatches(
+                len(self.train),
+                config.batch_size,
+                accumulate=config.accumulate,
+                rank=rank,
+                world=world,
+                seed=config.seed,
+            )
+            self._loader = TrainLoader(
+                dataset, batches, workers=config.workers, pin_memory=_on_gpu(self.trainer)
+            )
+        return self._loader
+
+    def val_dataloader(self) -> Any:
+        if self.val is None:
+            return []
+        rank, world = _processes(self.trainer)
+        return DataLoader(
+            _Items(self.val),
+            batch_size=self.config.val_batch_size,
+            sampler=ShardSampler(len(self.val), rank, world),
+            num_workers=self.config.workers,
+            collate_fn=list,
+            # Without one each pass draws from the global generator of the training.
+            generator=torch.Generator(),
+        )
+
+
+class TrainBatches(Sampler[list[int]]):
+    """This process's micro-batches of an epoch: a pure function of (seed, epoch).
+
+    The epoch's permutation of the samples is cut into global batches; each of these into
+    ``accumulate`` parts, each of these into one share a process. So the images of a step do not
+    depend on the number of processes or parts.
+
+    Args:
+        length: number of samples.
+        batch_size: of the global batch.
+        accumulate, world: parts and processes; their product divides ``batch_size``.
+        rank: this process.
+        seed: any integer.
+
+    Raises:
+        ValueError: a batch that cannot be divided, or more images a batch than there are.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if batch_size % (accumulate * world):
+            raise ValueError(
+                f"batch_size is {batch_size}, which {world} processes with {accumulate} parts each "
+                f"cannot share evenly; use a multiple of {world * accumulate}"
+            )
+        if not 1 <= batch_size <= length:
+            raise ValueError(
+                f"batch_size is {batch_size} and there are {length} images to train on; use at "
+                f"most {length}"
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.accumulate, self.rank, self.world = accumulate, rank, world
+        self.seed = seed
+        self.epoch = 0
+        # Micro-batches of the present epoch that are left out, done before an interruption.
+        self.skip = 0
+
+    @property
+    def sampler(self) -> TrainBatches:
+        """Itself: Lightning tells the epoch to the batch sampler's sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration is for."""
+        if epoch != self.epoch:
+            self.epoch, self.skip = epoch, 0
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = permutation(self.length, self.seed, self.epoch)
+        share = self.batch_size // (self.accumulate * self.world)
+        for part in range(self.skip, len(self)):
+            first = (part * self.world + self.rank) * share
+            yield order[first : first + share].tolist()
+
+
+class TrainLoader(DataLoader[Any]):
+    """Batches of an :class:`AugmentedDataset`; resumes in the middle of an epoch.
+
+    ``state_dict`` counts the batches that were handed out; after ``load_state_dict`` the next
+    iteration begins behind them.
+    """
+
+    def __init__(
+        self,
+        dataset: AugmentedDataset,
+        batches: TrainBatches,
+        *,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__(
+            _Indexed(dataset),
+            batch_sampler=batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            collate_fn=_collate,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),
+        )
+        self._augmented = dataset
+        self._batches = batches
+        self._given = 0
+
+    def __iter__(self) -> Any:
+        # A generator: what Lightning makes only to look whether it can iterate starts no workers,
+        # and the epoch is read when the first batch is asked for.
+        batches = self._batches
+        self._augmented.set_epoch(batches.epoch)
+        self._given = batches.skip
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+        batches.skip = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of its batches handed out."""
+        return {"epoch": self._batches.epoch, "batches": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on behind the batches of ``state``."""
+        self._batches.epoch, self._batches.skip = state["epoch"], state["batches"]
+        self._given = state["batches"]
+
+
+def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the samples in an epoch."""
+    words = [seed & 0xFFFFFFFFFFFFFFFF, epoch, 0x6F72646572]
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words))).permutation(length)
+
+
+def training_transform(
+    config: TrainConfig, mean: Sequence[float] = IMAGENET_MEAN, ignore_index: int = 255
+) -> Any:
+    """The transform that a config asks for, as ``AugmentedDataset`` takes it.
+
+    Raises:
+        ValueError: an import path that leads nowhere, or options that do not fit.
+    """
+    if config.transform == "paper":
+        low, high = config.scale
+        transform: Any = paper_training(
+            config.crop_size,
+            scale=(low, high),
+            scale_step=config.scale_step,
+            flip=config.flip,
+            mean=mean,
+            ignore_index=ignore_index,
+        )
+    elif config.transform == "torchvision":
+        transform = torchvision_training(
+            config.base_size, config.crop_size, flip=config.flip, ignore_index=ignore_index
+        )
+    elif config.transform == "none":
+        transform = None
+    else:
+        transform = _imported(config.transform, config.transform_options)
+    if not (config.colour_jitter or config.hue_jitter):
+        return transform
+    strength = config.colour_jitter
+    jitter = ColourJitter(strength, strength, strength, config.hue_jitter)
+    # Last: a crop has fewer pixels than the photo.
+    return jitter if transform is None else Compose(adapt(transform), jitter)
+
+
+def open_training(config: TrainConfig) -> SegmentationDataset:
+    """The data set to train on."""
+    if not config.data:
+        raise ValueError("data is missing: which data set shall be trained on?")
+    return _open(config, config.data, config.root, config.split, config.data_options)
+
+
+def open_validation(config: TrainConfig) -> SegmentationDataset:
+    """The data set to validate on."""
+    if not (config.val_data or config.data):
+        raise ValueError("data is missing: which data set shall be validated on?")
+    root = config.val_root if config.val_root or config.val_data else config.root
+    options = config.val_options if config.val_options or config.val_data else {}
+    return _open(config, config.val_data or config.data, root, config.val_split, options)
+
+
+def _open(
+    config: TrainConfig, source: Any, root: str | None, split: str | None, options: dict[str, Any]
+) -> SegmentationDataset:
+    split = None if split == "all" else split
+    numbers = [each for each in options.get("sequences", ()) if not isinstance(each, str)]
+    if numbers:
+        raise ValueError(
+            f"sequences has {numbers[0]!r}, a number: put names that YAML takes for one in quotes, "
+            'as "0016E5"'
+        )
+    return open_dataset(
+        source, root, split, classes=config.classes, ignore_index=config.ignore_index, **options
+    )
+
+
+class _Indexed(Dataset[Any]):
+    """(image, labels, index): a message can name the file."""
+
+    def __init__(self, dataset: AugmentedDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int] | Exception:
+        try:
+            return (*self.dataset[index], index)
+        # A worker would pass on the exception's text alone, and some lose their arguments.
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _collate(items: list[Any]) -> Batch:
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+    sizes = {tuple(image.shape) for image, _, _ in items}
+    if len(sizes) > 1:
+        shown = ", ".join(f"{w}x{h}" for _, h, w in sorted(sizes))
+        raise ValueError(
+            f"the transform gave photos of different sizes for one batch ({shown}); let it end "
+            "with a crop, or use batch_size=1"
+        )
+    images, labels, indices = zip(*items, strict=True)
+    # Masks of one data set may differ in type where the padding's label needs a wider one.
+    wide = max((label.dtype for label in labels), key=lambda dtype: dtype.itemsize)
+    return (
+        torch.stack(images),
+        torch.stack([label.to(wide) for label in labels]),
+        torch.tensor(indices),
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl+C and job schedulers signal the workers too; the training still needs their batches.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _imported(path: str, options: dict[str, Any]) -> Any:
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"transform is {path!r}, expected paper, torchvision, none, or an import path "
+            "package.module.name"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"transform {path}: {error}") from error
+    if options or isinstance(found, type):
+        try:
+            return found(**options)
+        except TypeError as error:
+            raise ValueError(f"transform {path}: {error}") from error
+    return found
+
+
+def _class_list(names: Sequence[str]) -> list[int | str] | None:
+    if list(names) == ["rare"]:
+        return None
+    return [int(name) if str(name).isdecimal() else name for name in names]
+
+
+def _processes(trainer: Any) -> tuple[int, int]:
+    return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+
+def _on_gpu(trainer: Any) -> bool:
+    return trainer is not None and trainer.strategy.root_device.type == "cuda"

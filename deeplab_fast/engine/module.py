@@ -1,0 +1,344 @@
+"""DeepLabv3 as a LightningModule: loss, optimizer, schedule, validation by confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deeplab_fast.data.classes import ClassSet, generic_classes
+from deeplab_fast.engine.batch_norm import freeze_batch_norm
+from deeplab_fast.engine.config import TrainConfig
+from deeplab_fast.engine.evaluate import (
+    _at_output_stride,
+    _Counter,
+    _equal_sizes,
+    is_out_of_memory,
+)
+from deeplab_fast.engine.losses import SegmentationLoss
+from deeplab_fast.engine.metrics import Metrics
+from deeplab_fast.engine.predict import PredictOptions, _preprocess_of, _Runner
+from deeplab_fast.engine.schedule import parameter_groups, poly_lr
+from deeplab_fast.weights.files import model_metadata
+
+__all__ = ["NonFiniteLoss", "SegmentationModule"]
+
+# One random stream a (seed, epoch, batch, process); not that of the augmentation.
+_STREAM = 0x73746570
+
+
+class NonFiniteLoss(RuntimeError):
+    """A loss or gradient that is nan or infinite; the weights are those of before the step."""
+
+
+class SegmentationModule(lightning.LightningModule):
+    """A model in training, for ``lightning.Trainer``.
+
+    Batches are (images, labels, indices) as ``SegmentationData`` gives; uint8 images are normalised
+    on the device by ``model.preprocess``. Before every batch the global generators are seeded by
+    (config.seed, epoch, batch, process), so that a resumed run draws the same dropout as one that
+    was not interrupted.
+
+    Logs "train/loss" (and "train/main", "train/aux" with an auxiliary head), "lr", and after
+    validation "val/miou", "val/pixel_accuracy", "val/mean_accuracy" and
+    "val/frequency_weighted_iou", exact over processes. Checkpoints hold the model as
+    ``load_weights`` reads it.
+
+    Args:
+        model: as the builders return; its batch norms are changed as the config says.
+        config: options under "Model", "Loss" and "Optimiser and schedule".
+        classes: names of the classes, for the metrics.
+        ignore_index: of the labels.
+        class_weights: numbers, in place of ``config.class_weights`` where that is a name.
+        total_steps: length of the schedule; default: ``config.steps``, or what the trainer
+            estimates.
+        name: gives a training sample's path for its index, for messages.
+
+    Attributes:
+        metrics: the last validation's ``Metrics``, ``confusion`` its counts, ``validated_step`` the
+            number of optimizer steps before it.
+
+    Raises:
+        ValueError: an option that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        *,
+        classes: ClassSet | None = None,
+        ignore_index: int | None = None,
+        class_weights: Sequence[float] | None = None,
+        total_steps: int | None = None,
+        name: Callable[[int], str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        any_model: Any = model
+        if config.output_stride is not None and config.output_stride != any_model.output_stride:
+            any_model.set_output_stride(config.output_stride)
+        if config.batch_norm_momentum is not None:
+            for layer in model.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    layer.momentum = config.batch_norm_momentum
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = any_model
+        self.classes = classes or generic_classes(any_model.num_classes)
+        if ignore_index is None:
+            ignore_index = 255 if config.ignore_index is None else config.ignore_index
+        self.ignore_index = ignore_index
+        if class_weights is None and isinstance(config.class_weights, (list, tuple)):
+            class_weights = config.class_weights
+        kind: Any = config.loss
+        labels: Any = config.loss_labels
+        self.loss = SegmentationLoss(
+            kind=kind,
+            ignore_index=ignore_index,
+            class_weights=class_weights,
+            label_smoothing=config.label_smoothing,
+            top_k=config.top_k,
+            min_kept=config.min_kept,
+            dice_weight=config.dice_weight,
+            labels=labels,
+            align_corners=bool(any_model.align_corners),
+        )
+        self.total_steps = total_steps if total_steps is not None else config.steps
+        if config.freeze_batch_norm:
+            freeze_batch_norm(model)
+        elif config.freeze_backbone_statistics:
+            freeze_batch_norm(any_model.backbone, parameters=False)
+        for part in config.freeze:
+            _freeze(model, part)
+        self.metrics: Metrics | None = None
+        self.validated_step: int | None = None
+        self.confusion: Tensor | None = None
+        # A function: deepcopy would follow a bound method to its object, the data.
+        self._name = None if name is None else lambda index: name(index)
+        self._counter: _Counter | None = None
+        self._confusion: Tensor | None = None
+        # Losses and samples since the last step of the optimizer: the last is what went wrong.
+        self._window: list[tuple[dict[str, Tensor], Tensor]] = []
+        self._at_stride: Any = None
+
+    # Optimisation.
+
+    def configure_optimizers(self) -> Any:
+        config = self.config
+        groups = parameter_groups(
+            self.model,
+            config.lr,
+            weight_decay=config.weight_decay,
+            backbone_lr_factor=config.backbone_lr_factor,
+            aux_lr_factor=config.aux_lr_factor,
+            decay_norm_and_bias=config.decay_norm_and_bias,
+        )
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(
+                groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov
+            )
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+        steps = self.total_steps or int(self.trainer.estimated_stepping_batches)
+        warmup = config.warmup_steps
+        if config.warmup_epochs:
+            epochs = config.epochs or self.trainer.max_epochs or 1
+            warmup = round(config.warmup_epochs * steps / epochs)
+        schedule = poly_lr(
+            optimizer,
+            steps,
+            config.power,
+            warmup_steps=min(warmup, steps - 1),
+            warmup_factor=config.warmup_factor,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    @property
+    def learning_rate(self) -> float:
+        """The present rate of the classifier."""
+        groups = self.trainer.optimizers[0].param_groups
+        named = {str(group.get("name", "")).split("/")[0]: group["lr"] for group in groups}
+        return float(named.get("classifier", groups[0]["lr"]))
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """Images of a batch as the model takes them."""
+        if images.dtype == torch.uint8:
+            preprocess = _preprocess_of(self.model)
+            # The size of the crop is the network's: model.preprocess.size is for photos.
+            size = (images.shape[-2], images.shape[-1])
+            images = preprocess.batch(images, size=size, device=self.device)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    def losses(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """ "loss" of normalised images, and its parts "main" and "aux" with an auxiliary head."""
+        aux_head = getattr(self.model, "aux_classifier", None)
+        if aux_head is None or not self.config.aux_weight:
+            return {"loss": self.loss(self.model.forward_logits(x), labels)}
+        features = self.model.backbone(x)
+        main = self.loss(self.model.classifier(features["out"]), labels)
+        aux = self.loss(aux_head(features["aux"]), labels)
+        return {"loss": main + self.config.aux_weight * aux, "main": main, "aux": aux}
+
+    def on_train_start(self) -> None:
+        self._window.clear()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        words = [self.config.seed & 0xFFFFFFFFFFFFFFFF, self.current_epoch, batch_idx]
+        words += [self.global_rank, _STREAM]
+        state = np.random.SeedSequence(words).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0]))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels, indices = batch
+        with self._memory_explained(batch[2]):
+            losses = self.losses(self.inputs(images), labels)
+        self._window.append(({k: v.detach() for k, v in losses.items()}, indices))
+        count = images.shape[0]
+        for name, value in losses.items():
+            self.log(f"train/{name}", value.detach(), batch_size=count, prog_bar=name == "loss")
+        self.log("lr", self.learning_rate, batch_size=count)
+        return losses["loss"]
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with self._memory_explained(self._window[-1][1]):
+            super().backward(loss, *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        window, self._window = self._window, []
+        totals = torch.stack([losses["loss"] for losses, _ in window])
+        # Here the host waits for the device: the backward pass is queued by now.
+        finite = torch.isfinite(totals)
+        checks = [finite.all()]
+        # The gradient scaler of fp16 meets infinite gradients on its own.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            grads = [p.grad for p in parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+            checks.append(torch.isfinite(norm))
+        if bool(torch.stack([check.to(totals.device) for check in checks]).all()):
+            return
+        raise NonFiniteLoss(self._non_finite(window, finite.tolist()))
+
+    # Validation.
+
+    def on_validation_epoch_start(self) -> None:
+        self._confusion = torch.zeros(
+            (len(self.classes),) * 2, dtype=torch.int64, device=self.device
+        )
+        self._at_stride = _at_output_stride(self.model, self.config.eval_output_stride)
+        self._at_stride.__enter__()
+        options = PredictOptions.checked()
+        runner = _Runner.prepare(
+            self.model, None, getattr(self.model, "preprocess", None), options, self.device, None
+        )
+        loader: Any = self.trainer.val_dataloaders
+        self._counter = _Counter(runner, loader.dataset.dataset, self.classes)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert self._counter is not None and self._confusion is not None
+        for _, item in batch:
+            if isinstance(item, Exception):
+                raise item
+        for group in _equal_sizes(batch):
+            self._confusion += self._counter.matrices(group).sum(0)
+
+    def on_validation_epoch_end(self) -> None:
+        assert self._confusion is not None
+        total = self._confusion
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        self.end_validation()
+        self.confusion, self._confusion, self._counter = total.cpu(), None, None
+        self.metrics = Metrics.from_confusion(self.confusion, self.classes.classes)
+        self.validated_step = self.trainer.global_step
+        for name in ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou"):
+            value = float(getattr(self.metrics, name))
+            # Equal on all processes: the counts are summed.
+            self.log(f"val/{name}", value, prog_bar=name == "miou", rank_zero_only=False)
+
+    def end_validation(self) -> None:
+        """Gives the model back its output stride, also where validation was cut off."""
+        if self._at_stride is not None:
+            self._at_stride.__exit__(None, None, None)
+            self._at_stride = None
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["deeplab_fast"] = model_metadata(self.model)
+        checkpoint["train_config"] = self.config.as_dict()
+
+    # Messages.
+
+    @contextmanager
+    def _memory_explained(self, indices: Tensor) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            config = self.config
+            height, width = config.crop_size
+            where = f"epoch {self.current_epoch}, step {self.global_step}"
+            raise MemoryError(
+                f"not enough memory at {where} for {len(indices)} images a pass (crop "
+                f"{width}x{height}, output stride {self.model.output_stride}): "
+                f"{self._names(indices)}. Raise accumulate (now {config.accumulate}; the result "
+                f"stays the same but for batch norm), or lower batch_size (now "
+                f"{config.batch_size}) or crop, train at output stride 16, or use "
+                "--trainer.precision bf16-mixed"
+            ) from error
+
+    def _non_finite(
+        self, window: Sequence[tuple[dict[str, Tensor], Tensor]], finite: Sequence[bool]
+    ) -> str:
+        bad = [i for i, good in enumerate(finite) if not good]
+        kind = "loss" if bad else "gradient"
+        shown = [window[i] for i in bad] or list(window)
+        parts = "; ".join(
+            ", ".join(f"{name} {float(value):.6g}" for name, value in losses.items())
+            + f" of {self._names(indices)}"
+            for losses, indices in shown
+        )
+        rates = ", ".join(
+            f"{group.get('name', i)} {group['lr']:.3g}"
+            for i, group in enumerate(self.trainer.optimizers[0].param_groups)
+        )
+        return (
+            f"the {kind} is not finite at epoch {self.current_epoch}, step {self.global_step}: "
+            f"{parts}; learning rates: {rates}. The weights were not changed by it and the last "
+            "checkpoint is from before. Look at these images (deeplab-fast check-data), lower lr, "
+            "set clip_norm, or add warmup_steps"
+        )
+
+    def _names(self, indices: Tensor) -> str:
+        listed = indices.tolist()
+        if self._name is None:
+            return ", ".join(f"sample {i}" for i in listed)
+        return ", ".join(self._name(i) for i in listed)
+
+
+def _freeze(model: nn.Module, part: str) -> None:
+    """Keeps a part of a model as it is: no gradients, batch norm statistics unchanged."""
+    try:
+        module = model.get_submodule(part)
+    except AttributeError:
+        names = [name for name, _ in model.named_modules() if 0 < name.count(".") + 1 <= 2]
+        raise ValueError(
+            f"freeze: the model has no part {part!r}; there are, for example: {', '.join(names)}"
+        ) from None
+    module.requires_grad_(False)
+    freeze_batch_norm(module)

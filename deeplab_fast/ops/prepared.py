@@ -1,0 +1,476 @@
+"""Convolutions with weights prepared once, for inference in fp32 on the CPU.
+
+    conv = PreparedConv(weight, scale, shift, padding=2, dilation=2)
+    y = conv(x)                   # relu(scale * conv2d(x, weight) + shift)
+    print(conv.plan(x.shape))     # what runs for this shape, and its cost
+
+The objects take a snapshot of their weights: they do not follow later changes of the tensors that
+they were made from.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("relu", "relu6", "hardswish", None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call runs.
+
+    Attributes:
+        kernel: what computes it: "onednn" or "aten".
+        form: the algorithm, such as "direct".
+        shape: of the input, [N, C, H, W].
+        threads: that the prediction is for.
+        macs: multiply-adds that are done.
+        bytes: moved to and from memory, at least.
+        predicted_seconds: by the cost model.
+        extra_bytes: of prepared weights that the form needs beyond the original ones.
+    """
+
+    kernel: str
+    form: str
+    shape: tuple[int, int, int, int]
+    threads: int
+    macs: int
+    bytes: int
+    predicted_seconds: float
+    extra_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel} {self.form} {list(self.shape)}: {self.macs / 1e9:.3f} GMAC, "
+            f"{self.bytes / 1e6:.1f} MB, {self.predicted_seconds * 1e3:.2f} ms predicted on "
+            f"{self.threads} threads, {self.extra_bytes / 1e6:.1f} MB of prepared weights"
+        )
+
+
+class PreparedConv:
+    """y = act(scale * conv2d(x, weight) + shift + residual), with prepared weights.
+
+    Safe to call from several threads at a time; can be deep-copied and pickled.
+
+    Args:
+        weight: [K, C / groups, R, S], fp32, on the CPU.
+        scale, shift: [K] (the folded batch norm), or None for one and zero.
+        stride, padding, dilation: an int for rows and columns, or a pair (rows, columns).
+        groups: as in torch.nn.functional.conv2d.
+        act: "relu", "relu6", "hardswish", or None for the identity.
+        max_extra_bytes: bound on `extra_bytes`; None for no bound. Forms that need more are not
+            chosen.
+
+    Raises:
+        ValueError: tensors or options that do not fit.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        *,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        act: str | None = "relu",
+        max_extra_bytes: int | None = None,
+    ) -> None:
+        _check_weight("PreparedConv", weight)
+        self.out_channels = weight.shape[0]
+        self.in_channels = weight.shape[1] * groups
+        self.stride = _pair("stride", stride, 1)
+        self.padding = _pair("padding", padding, 0)
+        self.dilation = _pair("dilation", dilation, 1)
+        if groups < 1 or self.out_channels % groups:
+            raise ValueError(
+                f"PreparedConv: groups={groups} must divide the {self.out_channels} output channels"
+            )
+        if act not in ACTIVATIONS:
+            raise ValueError(f"PreparedConv: act must be one of {ACTIVATIONS}, got {act!r}")
+        self.groups = groups
+        self.act = act
+        self.max_extra_bytes = max_extra_bytes
+        self._weight, self._shift = _fold("PreparedConv", weight, scale, shift)
+        self._forms: dict[Any, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        out: Tensor | None = None,
+        channel_offset: int = 0,
+    ) -> Tensor:
+        """Run the convolution.
+
+        Args:
+            x: [N, C, H, W], fp32, any strides.
+            residual: [N, K, H', W'], fp32, any strides, or None.
+            out: [N, L, H', W'], fp32, contiguous in channels_last, or None for a new tensor.
+            channel_offset: the result goes to channels [channel_offset, channel_offset + K) of
+                `out`.
+
+        Returns:
+            [N, K, H', W'] in channels_last; with `out` the view of its channels.
+
+        Raises:
+            ValueError: shapes, dtypes, devices or a layout that do not fit.
+        """
+        shape = self._check_input(x)
+        if residual is not None:
+            _check_map("PreparedConv", "residual", residual, shape)
+        into = None if out is None else _slice("PreparedConv", out, channel_offset, shape)
+        with torch.no_grad():
+            y = self._onednn(x, residual)
+            if into is None:
+                return y.contiguous(memory_format=torch.channels_last)
+            into.copy_(y)
+        return into
+
+    def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
+        """What a call on an input of this shape runs.
+
+        Args:
+            shape: of the input, [N, C, H, W].
+            threads: None for the number that PyTorch uses now.
+        """
+        threads = threads or torch.get_num_threads()
+        n, _, height, width = shape
+        out_height, out_width = self._output_size(height, width)
+        macs = n * out_height * out_width * self._weight.numel()
+        moved = 4 * (n * self.in_channels * height * width + self._weight.numel())
+        moved += 4 * n * self.out_channels * out_height * out_width
+        return Plan(
+            "onednn" if _has_onednn() else "aten",
+            "direct",
+            (n, self.in_channels, height, width),
+            threads,
+            macs,
+            moved,
+            2 * macs / (70e9 * threads),
+            4 * self._weight.numel(),
+        )
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of prepared weights now held beyond the original ones."""
+        return sum(4 * t.numel() for t in list(self._forms.values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Prepared weights come back on demand; those in oneDNN's layout cannot be copied.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_forms")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forms = {}
+        self._lock = threading.Lock()
+
+    def _output_size(self, height: int, width: int) -> tuple[int, int]:
+        h, w = (
+            (size + 2 * p - d * (r - 1) - 1) // s + 1
+            for size, r, s, p, d in zip(
+                (height, width),
+                self._weight.shape[2:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                strict=True,
+            )
+        )
+        if min(h, w) < 1:
+            raise ValueError(
+                f"PreparedConv: a map of {height}x{width} is smaller than the dilated kernel of "
+                f"weight {list(self._weight.shape)} with dilation={self.dilation}, "
+                f"padding={self.padding}"
+            )
+        return h, w
+
+    def _check_input(self, x: Tensor) -> tuple[int, int, int, int]:
+        _check_map("PreparedConv", "x", x)
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"PreparedConv: x {list(x.shape)} has {x.shape[1]} channels, the weight wants "
+                f"{self.in_channels}"
+            )
+        return (x.shape[0], self.out_channels, *self._output_size(x.shape[2], x.shape[3]))
+
+    def _onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not _has_onednn():
+            y = F.conv2d(
+                x, self._weight, self._shift, self.stride, self.padding, self.dilation, self.groups
+            )
+            return _activate(y if residual is None else y + residual, self.act)
+        mkldnn = torch.ops.mkldnn
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        weight = self._reordered(x.shape)
+        if residual is None:
+            attr, scalars = _ONEDNN_ACTIVATIONS[self.act]
+            return mkldnn._convolution_pointwise(
+                x, weight, self._shift, *geometry, attr, scalars, ""
+            )
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        relu = "relu" if self.act == "relu" else None
+        y = mkldnn._convolution_pointwise.binary(
+            x, residual, weight, self._shift, *geometry, "add", 1.0, relu, [], ""
+        )
+        return y if relu else _activate(y, self.act)
+
+    def _reordered(self, shape: Sequence[int]) -> Tensor:
+        bound = self.max_extra_bytes
+        if bound is not None and 4 * self._weight.numel() > bound:
+            return self._weight
+        with self._lock:
+            if "onednn" not in self._forms:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._forms["onednn"] = torch.ops.mkldnn._reorder_convolution_weight(
+                        self._weight,
+                        self.padding,
+                        self.stride,
+                        self.dilation,
+                        self.groups,
+                        list(shape),
+                    )
+            return self._forms["onednn"]
+
+
+class PreparedAspp:
+    """All ASPP branches, each 1x1 or 3x3 with its dilation, written into slices of one buffer.
+
+    y = concat over branches b of relu(scale_b * conv(x, weight_b, dilation_b) + shift_b).
+
+    Args:
+        weights, scales, shifts, dilations: as for `ops.aspp_branches`, fp32 on the CPU.
+        max_extra_bytes: as for `PreparedConv`, of all branches together.
+
+    Raises:
+        ValueError: tensors or options that do not fit.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        shifts: Sequence[Tensor],
+        dilations: Sequence[int],
+        max_extra_bytes: int | None = None,
+    ) -> None:
+        counts = [len(weights), len(scales), len(shifts), len(dilations)]
+        if min(counts) < 1 or len(set(counts)) > 1:
+            raise ValueError(
+                "PreparedAspp: weights, scales, shifts and dilations must have one entry for each "
+                f"of at least one branch, got {counts}"
+            )
+        for b, weight in enumerate(weights):
+            _check_weight(f"PreparedAspp: weights[{b}]", weight)
+            if weight.shape[1] != weights[0].shape[1] or tuple(weight.shape[2:]) not in (
+                (1, 1),
+                (3, 3),
+            ):
+                raise ValueError(
+                    f"PreparedAspp: weights[{b}] has shape {list(weight.shape)}, expected "
+                    f"[K, {weights[0].shape[1]}, 1, 1] or [K, {weights[0].shape[1]}, 3, 3]"
+                )
+        share = None if max_extra_bytes is None else max_extra_bytes // len(weights)
+        self.branches = tuple(
+            PreparedConv(
+                w,
+                a,
+                b,
+                padding=d * (w.shape[-1] // 2),
+                dilation=d,
+                act="relu",
+                max_extra_bytes=share,
+            )
+            for w, a, b, d in zip(weights, scales, shifts, dilations, strict=True)
+        )
+        self.in_channels = self.branches[0].in_channels
+        self.out_channels = sum(b.out_channels for b in self.branches)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W], fp32, any strides -> [N, sum K_b, H, W] in channels_last."""
+        shape = self.branches[0]._check_input(x)
+        y = torch.empty(
+            (shape[0], self.out_channels, *shape[2:]), memory_format=torch.channels_last
+        )
+        x = x.contiguous(memory_format=torch.channels_last)
+        offset = 0
+        for branch in self.branches:
+            branch(x, out=y, channel_offset=offset)
+            offset += branch.out_channels
+        return y
+
+    def plan(self, shape: Sequence[int], threads: int | None = None) -> tuple[Plan, ...]:
+        """What each branch runs; arguments as for `PreparedConv.plan`."""
+        return tuple(branch.plan(shape, threads) for branch in self.branches)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of prepared weights now held beyond the original ones."""
+        return sum(branch.extra_bytes for branch in self.branches)
+
+
+class PreparedProject:
+    """y = act(scale * (W . concat(branches, upsample(pooled))) + shift), without the concat.
+
+    Args:
+        weight: [K, B + P, 1, 1], fp32 on the CPU, input channels of the branches, then of pooled.
+        scale, shift: [K], or None for one and zero.
+        branch_channels: B.
+        act: as for `PreparedConv`.
+        max_extra_bytes: as for `PreparedConv`.
+
+    Raises:
+        ValueError: tensors or options that do not fit.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        *,
+        branch_channels: int,
+        act: str | None = "relu",
+        max_extra_bytes: int | None = None,
+    ) -> None:
+        _check_weight("PreparedProject", weight)
+        if tuple(weight.shape[2:]) != (1, 1) or not 0 < branch_channels <= weight.shape[1]:
+            raise ValueError(
+                f"PreparedProject: weight has shape {list(weight.shape)}, expected "
+                f"[K, B + P, 1, 1] with B = branch_channels={branch_channels}"
+            )
+        folded, shift = _fold("PreparedProject", weight, scale, shift)
+        self.branch_channels = branch_channels
+        self.pooled_channels = weight.shape[1] - branch_channels
+        self.out_channels = weight.shape[0]
+        self._to_pooled = folded[:, branch_channels:, 0, 0].t().contiguous()
+        self._conv = PreparedConv(
+            folded[:, :branch_channels], None, shift, act=act, max_extra_bytes=max_extra_bytes
+        )
+
+    def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
+        """branches [N, B, H, W], pooled [N, P], fp32 -> [N, K, H, W] in channels_last."""
+        shape = self._conv._check_input(branches)
+        if tuple(pooled.shape) != (shape[0], self.pooled_channels):
+            raise ValueError(
+                f"PreparedProject: pooled has shape {list(pooled.shape)}, expected "
+                f"[{shape[0]}, {self.pooled_channels}]"
+            )
+        with torch.no_grad():
+            bias = pooled @ self._to_pooled
+            return self._conv(branches, bias[:, :, None, None].expand(shape))
+
+    def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
+        """What a call runs for branches of this shape; arguments as for `PreparedConv.plan`."""
+        return self._conv.plan(shape, threads)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of prepared weights now held beyond the original ones."""
+        return self._conv.extra_bytes
+
+
+_ONEDNN_ACTIVATIONS: dict[str | None, tuple[str, list[float]]] = {
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "hardswish": ("hardswish", []),
+    None: ("none", []),
+}
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available()
+
+
+def _activate(y: Tensor, act: str | None) -> Tensor:
+    if act == "relu":
+        return torch.relu(y)
+    if act == "relu6":
+        return F.relu6(y)
+    if act == "hardswish":
+        return F.hardswish(y)
+    return y
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) < least:
+        raise ValueError(
+            f"PreparedConv: {name} must be an int or a pair of ints of at least {least}, "
+            f"got {value!r}"
+        )
+    return pair[0], pair[1]
+
+
+def _check_fp32_cpu(who: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{who}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{who}: {name} is {dtype} on {tensor.device}; allowed is float32 on the CPU"
+        )
+
+
+def _check_weight(who: str, weight: Tensor) -> None:
+    _check_fp32_cpu(who, "weight", weight)
+    if weight.dim() != 4 or weight.numel() == 0:
+        raise ValueError(f"{who}: weight has shape {list(weight.shape)}, expected [K, C, R, S]")
+
+
+def _check_map(who: str, name: str, x: Tensor, expected: Sequence[int] | None = None) -> None:
+    _check_fp32_cpu(who, name, x)
+    if x.dim() != 4 or (expected is not None and tuple(x.shape) != tuple(expected)):
+        wanted = "[N, C, H, W]" if expected is None else list(expected)
+        raise ValueError(f"{who}: {name} has shape {list(x.shape)}, expected {wanted}")
+
+
+def _fold(
+    who: str, weight: Tensor, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(weight * scale, shift), as new tensors that belong to no graph and no inference mode."""
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is None:
+            continue
+        if tuple(vector.shape) != (weight.shape[0],):
+            raise ValueError(
+                f"{who}: {name} has shape {list(vector.shape)}, expected [{weight.shape[0]}], one "
+                "value for each output channel"
+            )
+        if vector.device.type != "cpu":
+            raise ValueError(f"{who}: {name} is on {vector.device}; allowed is the CPU")
+    with torch.inference_mode(False), torch.no_grad():
+        folded = weight.detach().clone(memory_format=torch.contiguous_format)
+        if scale is not None:
+            folded *= scale.detach().to(torch.float32)[:, None, None, None]
+        if shift is None:
+            return folded, torch.zeros(weight.shape[0])
+        return folded, shift.detach().to(torch.float32, copy=True).contiguous()
+
+
+def _slice(who: str, out: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
+    n, channels, height, width = shape
+    _check_fp32_cpu(who, "out", out)
+    fits = out.dim() == 4 and (out.shape[0], *out.shape[2:]) == (n, height, width)
+    if not fits or not 0 <= offset <= out.shape[1] - channels:
+        raise ValueError(
+            f"{who}: out has shape {list(out.shape)}, expected [{n}, L, {height}, {width}] with "
+            f"L >= channel_offset + {channels}, channel_offset={offset}"
+        )
+    if not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"{who}: out has strides {out.stride()}; make it with memory_format=torch.channels_last"
+        )
+    return out.narrow(1, offset, channels)
