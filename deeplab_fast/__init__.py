@@ -21,6 +21,7 @@ from . import _ext as _ext
 from . import backends, models, ops, reference
 from ._version import __version__
 from .backends import use_backend, why
+from .inference.optimize import OptimizedDeepLabV3, optimize
 from .models import (
     DeepLabV3,
     deeplabv3_cascaded_resnet50,
@@ -45,6 +46,7 @@ from .weights import from_checkpoint, load, load_weights, save_weights
 
 __all__ = [
     "DeepLabV3",
+    "OptimizedDeepLabV3",
     "__version__",
     "backends",
     "deeplabv3_cascaded_resnet50",
@@ -69,6 +71,7 @@ __all__ = [
     "load_weights",
     "models",
     "ops",
+    "optimize",
     "reference",
     "save_weights",
     "use_backend",

@@ -676,6 +676,8 @@ def _eval(config: Any) -> int:
 
 
 def _train(config: Any) -> int:
+    from tqdm import tqdm
+
     from deeplab_fast.backends import BackendUnavailable
     from deeplab_fast.engine.config import train_config
     from deeplab_fast.engine.train import TrainingUnavailable, fit_stages, validate
@@ -694,7 +696,8 @@ def _train(config: Any) -> int:
             stages=config.stages,
             stage2=dict(config.stage2 or {}),
             resume=config.resume,
-            tell=(lambda text: print(text, flush=True)) if first else None,
+            # Above a bar, where there is one.
+            tell=(lambda text: tqdm.write(text, file=sys.stdout)) if first else None,
             progress=first and sys.stderr.isatty(),
         )
     except (TrainingUnavailable, BackendUnavailable) as error:

@@ -277,10 +277,12 @@ def upsample_confusion(
 ) -> Tensor:
     """Counts [C, C] of (target, argmax of upsampled logits) over pixels that are not ignored."""
     classes = logits.shape[1]
+    # In uint8 a comparison with an ignore_index outside 0..255 would wrap around.
+    target = target.to(torch.int64)
     check_labels(target, classes, ignore_index)
     labels = upsample(logits, target.shape[-2:], align_corners).argmax(1)
     valid = target != ignore_index
-    pairs = target[valid].to(torch.int64) * classes + labels[valid]
+    pairs = target[valid] * classes + labels[valid]
     return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
 
 
@@ -298,6 +300,7 @@ def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
     Raises:
         ValueError: names the first such label, where it is, and how many there are.
     """
+    target = target.to(torch.int64)
     bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
     count = int(bad.sum())
     if count:

@@ -154,7 +154,7 @@ def aspp_branches_kernel(
         pixel = tl.load(part_ptr + _FIRST) + tl.arange(0, BLOCK_M)
         pixel = tl.minimum(pixel, tl.load(class_ptr + _PIXELS) - 1)
         c = tl.arange(0, BLOCK_C)
-        x_base = _pixel_offsets(class_ptr, pixel, stride_xn.to(tl.int64), x_row, x_col) * VEC_X
+        x_base = _pixel_offsets(class_ptr, pixel, stride_xn, x_row, x_col) * VEC_X
         x_at = x_ptr + x_base[:, None] + c[None, :]
         row = tl.load(part_ptr + _FILTER) + tl.arange(0, BLOCK_N)
         row = tl.minimum(row, tl.load(class_ptr + _CHANNELS) - 1)
@@ -166,44 +166,41 @@ def aspp_branches_kernel(
         tap_row = (begin - chunk * taps) // col_taps
         tap_col = begin - chunk * taps - tap_row * col_taps
         first_c = chunk * BLOCK_C
-        dilation = tl.load(class_ptr + _DILATION).to(tl.int64)
-        x_off = (tl.load(class_ptr + _ROW_SHIFT) + tap_row * dilation) * x_row + (
-            tl.load(class_ptr + _COL_SHIFT) + tap_col * dilation
-        ) * x_col
-        weight_col = tl.load(class_ptr + _WEIGHT_COL_STEP)
-        weight_row = tl.load(class_ptr + _WEIGHT_ROW_STEP)
-        weight_off = tl.load(class_ptr + _WEIGHT_ROW) + tap_row * weight_row + tap_col * weight_col
-        weight_off = weight_off * depth
-        # Steps to the next tap of a row of taps, from its last tap to the next row's first, and
-        # from the last tap back to the first.
-        x_step = dilation * x_col
-        x_wrap = dilation * x_row - (col_taps - 1) * x_step
-        x_back = -(row_taps - 1) * dilation * x_row - (col_taps - 1) * x_step
-        weight_step = weight_col * depth
-        weight_wrap = weight_row * depth - (col_taps - 1) * weight_step
-        weight_back = -(row_taps - 1) * (weight_row * depth) - (col_taps - 1) * weight_step
+        dilation = tl.load(class_ptr + _DILATION)
+        row_shift = tl.load(class_ptr + _ROW_SHIFT)
+        col_shift = tl.load(class_ptr + _COL_SHIFT)
+        shift_row = row_shift + tap_row * dilation
+        shift_col = col_shift + tap_col * dilation
+        first_row = tl.load(class_ptr + _WEIGHT_ROW)
+        row_step = tl.load(class_ptr + _WEIGHT_ROW_STEP)
+        col_step = tl.load(class_ptr + _WEIGHT_COL_STEP)
+        weight_row = first_row + tap_row * row_step + tap_col * col_step
+        # From the last tap of a row of taps to the first of the next.
+        wrap_step = row_step - (col_taps - 1) * col_step
 
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for _ in range(begin, end):
+            x_off = (shift_row.to(tl.int64) * x_row + shift_col.to(tl.int64) * x_col) * VEC_X
+            weight_off = weight_row.to(tl.int64) * depth * VEC_X
             if EVEN_C:
-                x = tl.load(x_at + (x_off * VEC_X + first_c))
-                weight = tl.load(weight_at + (weight_off * VEC_X + first_c))
+                x = tl.load(x_at + (x_off + first_c))
+                weight = tl.load(weight_at + (weight_off + first_c))
             else:
                 live = (c < channels * VEC_X - first_c)[None, :]
-                x = tl.load(x_at + (x_off * VEC_X + first_c), mask=live, other=0.0)
-                weight = tl.load(weight_at + (weight_off * VEC_X + first_c), mask=live, other=0.0)
+                x = tl.load(x_at + (x_off + first_c), mask=live, other=0.0)
+                weight = tl.load(weight_at + (weight_off + first_c), mask=live, other=0.0)
             sums = tl.dot(x, tl.trans(weight), sums, input_precision=PRECISION)
             tap_col += 1
-            end_of_row = tap_col == col_taps
-            tap_col = tl.where(end_of_row, 0, tap_col)
-            tap_row = tl.where(end_of_row, tap_row + 1, tap_row)
-            last = tap_row == row_taps
-            tap_row = tl.where(last, 0, tap_row)
-            x_off += tl.where(last, x_back, tl.where(end_of_row, x_wrap, x_step))
-            weight_off += tl.where(
-                last, weight_back, tl.where(end_of_row, weight_wrap, weight_step)
-            )
-            first_c = tl.where(last, first_c + BLOCK_C, first_c)
+            wraps = tap_col == col_taps
+            tap_col = tl.where(wraps, 0, tap_col)
+            tap_row = tl.where(wraps, tap_row + 1, tap_row)
+            ends = tap_row == row_taps
+            tap_row = tl.where(ends, 0, tap_row)
+            shift_col = tl.where(wraps, col_shift, shift_col + dilation)
+            shift_row = tl.where(ends, row_shift, tl.where(wraps, shift_row + dilation, shift_row))
+            weight_row += tl.where(wraps, wrap_step, col_step)
+            weight_row = tl.where(ends, first_row, weight_row)
+            first_c = tl.where(ends, first_c + BLOCK_C, first_c)
 
         left, right = _halves(sums, BLOCK_M, BLOCK_N)
         half: tl.constexpr = BLOCK_N // 2

@@ -10,9 +10,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-__all__ = ["freeze_batch_norm", "frozen_batch_norms", "unfreeze_batch_norm"]
+__all__ = [
+    "convert_sync_batch_norm",
+    "freeze_batch_norm",
+    "frozen_batch_norms",
+    "unfreeze_batch_norm",
+]
 
 _PARAMETERS = ("weight", "bias")
+# What an instance of _Frozen holds beyond its own class.
+_STATE = ("frozen_statistics", "frozen_parameters", "asked_mode")
 
 
 class _Frozen:
@@ -50,9 +57,9 @@ def freeze_batch_norm(
     with `unfreeze_batch_norm`. Freezing again adds to what is frozen.
 
     Covered are all subclasses of torch's batch norm: BatchNorm1d/2d/3d, SyncBatchNorm,
-    `deeplab_fast.nn.SingleValueBatchNorm2d` and a user's own. Convert to SyncBatchNorm first:
-    `convert_sync_batchnorm` makes new layers, whose statistics are not frozen. Wrap in DDP last: it
-    expects a gradient for each parameter that was trainable when it was made.
+    `deeplab_fast.nn.SingleValueBatchNorm2d` and a user's own. torch's `convert_sync_batchnorm`
+    makes new layers, whose statistics are not frozen; `convert_sync_batch_norm` keeps them so. Wrap
+    in DDP last: it expects a gradient for each parameter that was trainable when it was made.
 
     Args:
         statistics: normalise by the running statistics and leave them alone, also in training
@@ -113,6 +120,30 @@ def frozen_batch_norms(module: nn.Module) -> list[str]:
     return [name for name, layer in _batch_norms(module) if isinstance(layer, _Frozen)]
 
 
+def convert_sync_batch_norm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """torch.nn.SyncBatchNorm.convert_sync_batchnorm, after which what was frozen still is.
+
+    Args:
+        module: changed in place; its batch norms are replaced.
+        process_group: whose processes share statistics; None for all.
+
+    Returns:
+        The module, or its replacement where it is a batch norm itself.
+    """
+    kept = {
+        name: {key: layer.__dict__[key] for key in _STATE}
+        for name, layer in _batch_norms(module)
+        if isinstance(layer, _Frozen)
+    }
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+    for name, state in kept.items():
+        layer: Any = module.get_submodule(name)
+        _make_frozen(layer)
+        layer.__dict__.update(state)
+        layer.training = layer.asked_mode
+    return module
+
+
 def _batch_norms(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, child in module.named_modules():
         if isinstance(child, _BatchNorm):
@@ -140,7 +171,8 @@ def _thaw(layer: Any) -> None:
     mode = layer.asked_mode
     for name in layer.frozen_parameters:
         getattr(layer, name).requires_grad_(True)
-    del layer.frozen_statistics, layer.frozen_parameters, layer.asked_mode
+    for key in _STATE:
+        del layer.__dict__[key]
     layer.__class__ = layer.thawed
     layer.training = mode
 

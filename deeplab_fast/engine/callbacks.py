@@ -179,6 +179,12 @@ class RunCheckpoint(Checkpoint):
         if self.max_steps is not None and trainer.global_step >= self.max_steps:
             trainer.should_stop = True
 
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # A resumed epoch has no start.
+        self._validate_last(trainer, trainer.current_epoch + 1 >= trainer.max_epochs)
+
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -201,6 +207,7 @@ class RunCheckpoint(Checkpoint):
             self.out_of_time = late and not enough
             # Lightning validates once more and ends.
             trainer.should_stop = True
+            self._validate_last(trainer, True)
 
     def on_validation_batch_end(
         self,
@@ -242,6 +249,11 @@ class RunCheckpoint(Checkpoint):
         trainer.save_checkpoint(path)
         if path == self.last_path:
             self._saved = time.monotonic()
+
+    def _validate_last(self, trainer: Any, last: bool) -> None:
+        """The last epoch is validated, also where ``check_val_every_n_epoch`` passes over it."""
+        if last and trainer.enable_validation and trainer.check_val_every_n_epoch:
+            trainer.check_val_every_n_epoch = 1
 
     def _validates(self, trainer: Any) -> bool:
         """Whether the present epoch ends with a validation."""
@@ -382,11 +394,13 @@ class Progress(Callback):
     Args:
         tell: takes the line.
         total_steps: of the run.
+        saver: knows the best score.
     """
 
-    def __init__(self, tell: Callable[[str], None], total_steps: int) -> None:
+    def __init__(self, tell: Callable[[str], None], total_steps: int, saver: RunCheckpoint) -> None:
         super().__init__()
         self.tell = tell
+        self.saver = saver
         self.total_steps = total_steps
         self._first = self._mark = 0
         self._time = self._start = 0.0
@@ -418,8 +432,9 @@ class Progress(Callback):
         ]
         metrics = trainer.callback_metrics
         if "val/miou" in metrics and pl_module.validated_step == step:
-            best = trainer.checkpoint_callback.best_score
-            parts.append(f"val mIoU {100 * float(metrics['val/miou']):.2f} (best {100 * best:.2f})")
+            best = self.saver.best_score
+            shown = "" if best is None else f" (best {100 * best:.2f})"
+            parts.append(f"val mIoU {100 * float(metrics['val/miou']):.2f}{shown}")
         parts.append(f"{rate:.2f} s/step, {_clock_text(rate * (self.total_steps - step))} left")
         self.tell(", ".join(parts))
         self._loss, self._count = None, 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,21 +13,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deeplab_fast.data.check import DataReport, check_dataset
-from deeplab_fast.data.datasets import SegmentationDataset, open_dataset
+from deeplab_fast.data.datasets import SegmentationDataset
 from deeplab_fast.data.preprocess import IMAGENET_MEAN
-from deeplab_fast.data.transforms import (
-    AugmentedDataset,
-    Compose,
-    adapt,
-    paper_training,
-    torchvision_training,
-)
-from deeplab_fast.engine.augment import ColourJitter
+from deeplab_fast.data.transforms import AugmentedDataset
 from deeplab_fast.engine.bootstrap import bootstrap_indices
 from deeplab_fast.engine.config import TrainConfig
 from deeplab_fast.engine.evaluate import ShardSampler, _Items
+from deeplab_fast.engine.sources import open_training, open_validation, training_transform
 
-__all__ = ["Batch", "SegmentationData", "TrainBatches", "TrainLoader", "training_transform"]
+__all__ = ["Batch", "SegmentationData", "TrainBatches", "TrainLoader"]
 
 # Images uint8 or float [N, 3, h, w], labels [N, h, w], indices of the samples [N].
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -50,7 +43,7 @@ class SegmentationData(lightning.LightningDataModule):
 
     Attributes:
         train, val: the data sets, ``val`` None without validation.
-        report: of the data check, or None where it was left out.
+        report: of the training data, once it was needed.
 
     Raises:
         ValueError, OSError, DataError: data that cannot be opened, or have problems.
@@ -86,21 +79,26 @@ class SegmentationData(lightning.LightningDataModule):
         Raises:
             DataError: there are problems; names all of them.
         """
-        config = self.config
-        for dataset in (self.train, self.val):
-            if dataset is None or (dataset is self.train and self.report is not None):
-                continue
-            report = check_dataset(dataset, workers=config.workers, progress=progress)
-            report.raise_if_bad(allow_empty=config.allow_empty)
-            if dataset is self.train:
-                self.report = report
-        assert self.report is not None
+        report = self.counted(progress=progress)
+        reports = [report]
+        if self.val is not None:
+            workers = self.config.workers
+            reports.append(check_dataset(self.val, workers=workers, progress=progress))
+        for each in reports:
+            each.raise_if_bad(allow_empty=self.config.allow_empty)
+        return report
+
+    def counted(self, *, progress: bool = False) -> DataReport:
+        """The report of the training data, made once: pixels and images of each class."""
+        if self.report is None:
+            workers = self.config.workers
+            self.report = check_dataset(self.train, workers=workers, progress=progress)
         return self.report
 
     def bootstrap(self) -> int:
         """Duplicates the training images that ``config.bootstrap`` asks for; their new number."""
         if self.config.bootstrap and not self._bootstrapped:
-            report = self.report or check_dataset(self.train, workers=self.config.workers)
+            report = self.counted()
             self.train = self.train.select(
                 bootstrap_indices(
                     report.images_of,
@@ -283,71 +281,6 @@ def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words))).permutation(length)
 
 
-def training_transform(
-    config: TrainConfig, mean: Sequence[float] = IMAGENET_MEAN, ignore_index: int = 255
-) -> Any:
-    """The transform that a config asks for, as ``AugmentedDataset`` takes it.
-
-    Raises:
-        ValueError: an import path that leads nowhere, or options that do not fit.
-    """
-    if config.transform == "paper":
-        low, high = config.scale
-        transform: Any = paper_training(
-            config.crop_size,
-            scale=(low, high),
-            scale_step=config.scale_step,
-            flip=config.flip,
-            mean=mean,
-            ignore_index=ignore_index,
-        )
-    elif config.transform == "torchvision":
-        transform = torchvision_training(
-            config.base_size, config.crop_size, flip=config.flip, ignore_index=ignore_index
-        )
-    elif config.transform == "none":
-        transform = None
-    else:
-        transform = _imported(config.transform, config.transform_options)
-    if not (config.colour_jitter or config.hue_jitter):
-        return transform
-    strength = config.colour_jitter
-    jitter = ColourJitter(strength, strength, strength, config.hue_jitter)
-    # Last: a crop has fewer pixels than the photo.
-    return jitter if transform is None else Compose(adapt(transform), jitter)
-
-
-def open_training(config: TrainConfig) -> SegmentationDataset:
-    """The data set to train on."""
-    if not config.data:
-        raise ValueError("data is missing: which data set shall be trained on?")
-    return _open(config, config.data, config.root, config.split, config.data_options)
-
-
-def open_validation(config: TrainConfig) -> SegmentationDataset:
-    """The data set to validate on."""
-    if not (config.val_data or config.data):
-        raise ValueError("data is missing: which data set shall be validated on?")
-    root = config.val_root if config.val_root or config.val_data else config.root
-    options = config.val_options if config.val_options or config.val_data else {}
-    return _open(config, config.val_data or config.data, root, config.val_split, options)
-
-
-def _open(
-    config: TrainConfig, source: Any, root: str | None, split: str | None, options: dict[str, Any]
-) -> SegmentationDataset:
-    split = None if split == "all" else split
-    numbers = [each for each in options.get("sequences", ()) if not isinstance(each, str)]
-    if numbers:
-        raise ValueError(
-            f"sequences has {numbers[0]!r}, a number: put names that YAML takes for one in quotes, "
-            'as "0016E5"'
-        )
-    return open_dataset(
-        source, root, split, classes=config.classes, ignore_index=config.ignore_index, **options
-    )
-
-
 class _Indexed(Dataset[Any]):
     """(image, labels, index): a message can name the file."""
 
@@ -390,25 +323,6 @@ def _ignore_signals(worker: int) -> None:
     # Ctrl+C and job schedulers signal the workers too; the training still needs their batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _imported(path: str, options: dict[str, Any]) -> Any:
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise ValueError(
-            f"transform is {path!r}, expected paper, torchvision, none, or an import path "
-            "package.module.name"
-        )
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"transform {path}: {error}") from error
-    if options or isinstance(found, type):
-        try:
-            return found(**options)
-        except TypeError as error:
-            raise ValueError(f"transform {path}: {error}") from error
-    return found
 
 
 def _class_list(names: Sequence[str]) -> list[int | str] | None:

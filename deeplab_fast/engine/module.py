@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning
@@ -111,12 +111,7 @@ class SegmentationModule(lightning.LightningModule):
             align_corners=bool(any_model.align_corners),
         )
         self.total_steps = total_steps if total_steps is not None else config.steps
-        if config.freeze_batch_norm:
-            freeze_batch_norm(model)
-        elif config.freeze_backbone_statistics:
-            freeze_batch_norm(any_model.backbone, parameters=False)
-        for part in config.freeze:
-            _freeze(model, part)
+        self._freeze()
         self.metrics: Metrics | None = None
         self.validated_step: int | None = None
         self.confusion: Tensor | None = None
@@ -126,9 +121,27 @@ class SegmentationModule(lightning.LightningModule):
         self._confusion: Tensor | None = None
         # Losses and samples since the last step of the optimizer: the last is what went wrong.
         self._window: list[tuple[dict[str, Tensor], Tensor]] = []
-        self._at_stride: Any = None
+        self._restore = ExitStack()
+
+    def _freeze(self) -> None:
+        """What the config wants to stay as it is; an auxiliary head without a loss too."""
+        config = self.config
+        if config.freeze_batch_norm:
+            freeze_batch_norm(self.model)
+        elif config.freeze_backbone_statistics:
+            freeze_batch_norm(self.model.backbone, parameters=False)
+        for part in config.freeze:
+            _freeze_part(self.model, part)
+        aux_head = getattr(self.model, "aux_classifier", None)
+        if aux_head is not None and not config.aux_weight:
+            # DDP waits for the gradient of every parameter that may have one.
+            aux_head.requires_grad_(False)
 
     # Optimisation.
+
+    def on_fit_start(self) -> None:
+        # The trainer's SyncBatchNorm layers are new ones.
+        self._freeze()
 
     def configure_optimizers(self) -> Any:
         config = self.config
@@ -183,14 +196,23 @@ class SegmentationModule(lightning.LightningModule):
         return images
 
     def losses(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """ "loss" of normalised images, and its parts "main" and "aux" with an auxiliary head."""
+        """ "loss" of normalised images, and its parts "main" and "aux" with an auxiliary head.
+
+        Images whose pixels are all ignored, a whole batch of them, have the loss 0.
+        """
+        # A mean over no pixels is nan; a crop of a large unlabelled area is no reason to stop.
+        labelled = (labels != self.ignore_index).any()
         aux_head = getattr(self.model, "aux_classifier", None)
         if aux_head is None or not self.config.aux_weight:
-            return {"loss": self.loss(self.model.forward_logits(x), labels)}
+            return {"loss": self._mean(self.model.forward_logits(x), labels, labelled)}
         features = self.model.backbone(x)
-        main = self.loss(self.model.classifier(features["out"]), labels)
-        aux = self.loss(aux_head(features["aux"]), labels)
+        main = self._mean(self.model.classifier(features["out"]), labels, labelled)
+        aux = self._mean(aux_head(features["aux"]), labels, labelled)
         return {"loss": main + self.config.aux_weight * aux, "main": main, "aux": aux}
+
+    def _mean(self, logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:
+        loss = self.loss(logits, labels)
+        return torch.where(labelled, loss, torch.zeros_like(loss))
 
     def on_train_start(self) -> None:
         self._window.clear()
@@ -238,8 +260,11 @@ class SegmentationModule(lightning.LightningModule):
         self._confusion = torch.zeros(
             (len(self.classes),) * 2, dtype=torch.int64, device=self.device
         )
-        self._at_stride = _at_output_stride(self.model, self.config.eval_output_stride)
-        self._at_stride.__enter__()
+        self.end_validation()
+        self._restore = ExitStack()
+        self._restore.enter_context(_at_output_stride(self.model, self.config.eval_output_stride))
+        # Photos of many sizes: each would be tuned for anew.
+        self._restore.enter_context(_no_cudnn_benchmark())
         options = PredictOptions.checked()
         runner = _Runner.prepare(
             self.model, None, getattr(self.model, "preprocess", None), options, self.device, None
@@ -271,9 +296,7 @@ class SegmentationModule(lightning.LightningModule):
 
     def end_validation(self) -> None:
         """Gives the model back its output stride, also where validation was cut off."""
-        if self._at_stride is not None:
-            self._at_stride.__exit__(None, None, None)
-            self._at_stride = None
+        self._restore.close()
 
     # Checkpoints.
 
@@ -331,7 +354,7 @@ class SegmentationModule(lightning.LightningModule):
         return ", ".join(self._name(i) for i in listed)
 
 
-def _freeze(model: nn.Module, part: str) -> None:
+def _freeze_part(model: nn.Module, part: str) -> None:
     """Keeps a part of a model as it is: no gradients, batch norm statistics unchanged."""
     try:
         module = model.get_submodule(part)
@@ -342,3 +365,13 @@ def _freeze(model: nn.Module, part: str) -> None:
         ) from None
     module.requires_grad_(False)
     freeze_batch_norm(module)
+
+
+@contextmanager
+def _no_cudnn_benchmark() -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

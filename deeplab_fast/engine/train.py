@@ -107,16 +107,18 @@ def build_model(config: Any, num_classes: int, classes: Any = None) -> nn.Module
     from deeplab_fast.models import get_model
     from deeplab_fast.weights import inspect_weights, load_weights
 
-    options = dict(config.model_options)
+    options: dict[str, Any] = {}
     if config.weights is not None:
         found = inspect_weights(config.weights)
         if found.model == config.model:
-            options = {**found.options, **options}
-    if config.output_stride is not None and "output_stride" not in config.model_options:
-        # set_output_stride scales the atrous rates; a builder's option would not.
-        own_stride = options.get("output_stride")
-        if own_stride is None and "atrous_rates" not in options:
-            options["output_stride"] = config.output_stride
+            options.update(found.options)
+    options.update(config.model_options)
+    stride = config.output_stride
+    # Rates that the file tells are at the file's stride, and change with set_output_stride; those
+    # of the config and of the builder are at the training's.
+    of_file = {"output_stride", "atrous_rates"} & options.keys()
+    if stride is not None and ("atrous_rates" in config.model_options or not of_file):
+        options["output_stride"] = stride
     if config.aux_weight:
         options["aux_loss"] = True
     if config.weights_backbone is not None:
@@ -125,8 +127,8 @@ def build_model(config: Any, num_classes: int, classes: Any = None) -> nn.Module
     model: Any = get_model(config.model, num_classes=num_classes, **options)
     if config.weights is not None:
         load_weights(model, config.weights, reset_head=config.reset_head, strict=True)
-    if config.output_stride is not None:
-        model.set_output_stride(config.output_stride)
+    if stride is not None and model.output_stride != stride:
+        model.set_output_stride(stride)
     if classes is not None:
         model.classes = tuple(classes.classes)
         model.palette = None if classes.palette is None else tuple(classes.palette)
@@ -181,7 +183,8 @@ def fit(
     checkpoint = _checkpoint_to_resume(folder, resume)
     if data is None:
         data = SegmentationData(config)
-    if config.check_data:
+    # The other processes end with this one.
+    if config.check_data and _is_first():
         tell(f"checking {data.train}" + (f" and {data.val}" if data.val is not None else ""))
         data.check(progress=progress)
     data.bootstrap()
@@ -221,7 +224,7 @@ def fit(
             validates=data.val is not None and config.val_every > 0,
             callbacks=[
                 *([average] if average is not None else []),
-                parts.Progress(tell, steps),
+                parts.Progress(tell, steps, saver),
                 *callbacks,
                 saver,
             ],
@@ -242,7 +245,8 @@ def fit(
     if unsettled > 0.05 and config.weights is None:
         tell(
             f"warning: after {steps} steps {unsettled:.0%} of the running statistics of some batch "
-            "norms are still those from before the training; set batch_norm_momentum, e.g. to 0.1"
+            "norms are still those from before the training; train longer, or raise "
+            "batch_norm_momentum"
         )
     stopped = None
     with _quiet(), use_backend(config.backend) if config.backend else nullcontext():
@@ -332,6 +336,12 @@ def second_stage(config: Any, weights: str, changes: dict[str, Any]) -> Any:
         "batch_norm_momentum": None,
         "output_stride": 8,
         "lr": config.lr / 10,
+        # Those of the first stage's stride; the weights' file tells them.
+        "model_options": {
+            name: value
+            for name, value in config.model_options.items()
+            if name not in ("atrous_rates", "output_stride")
+        },
         **changes,
     }
     for one, other in (("epochs", "steps"), ("steps", "epochs")):
@@ -358,14 +368,9 @@ def validate(
         As :func:`fit`.
     """
     from deeplab_fast.engine.evaluate import evaluate
+    from deeplab_fast.engine.sources import open_validation
 
-    if data is None:
-        import_lightning()
-        from deeplab_fast.engine.datamodule import open_validation
-
-        val = open_validation(config)
-    else:
-        val = data.val
+    val = open_validation(config) if data is None else data.val
     if model is None:
         model = build_model(config, val.num_classes, val.classes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -457,8 +462,7 @@ def _class_weights(config: Any, data: Any) -> Any:
         return None
     from deeplab_fast.engine.losses import class_weights_from_counts
 
-    report = data.report or data.check()
-    return class_weights_from_counts(report.pixels, weights)
+    return class_weights_from_counts(data.counted().pixels, weights)
 
 
 def _checkpoint_to_resume(folder: Path, resume: bool | str | os.PathLike[str]) -> Path | None:
@@ -585,6 +589,13 @@ def _unsettled_share(model: nn.Module, steps: int) -> float:
         if layer.momentum is not None and not getattr(layer, "frozen_statistics", False)
     ]
     return max(shares, default=0.0)
+
+
+def _is_first() -> bool:
+    """Whether this is the first of several processes, before they are joined."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) in (None, 0)
 
 
 def _count(model: nn.Module) -> str:

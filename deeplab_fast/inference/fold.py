@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ from .layers import (
     WideProjectLayer,
     is_channels_last,
 )
+from .staleness import has_hooks, is_foldable
 
 Named = tuple[str, nn.Module]
 
@@ -77,29 +78,9 @@ class NotFoldable(Exception):
     """A module cannot be folded, and the message says why; it runs as it is."""
 
 
-@dataclass
-class Folded:
-    """The result of `fold`.
-
-    Attributes:
-        program: None where there is nothing to gain.
-        reason: why there is no program.
-        visited: the modules of PyTorch's and ours; the result depends on their attributes, hooks
-            and children.
-        tensors: (parameters or buffers of a module, key) of all that the program was made from.
-        facts: (a container that belongs to a module, what it held) on which it depends too.
-    """
-
-    program: Program | None
-    reason: str
-    visited: list[nn.Module]
-    tensors: list[tuple[dict[str, Any], str]] = field(default_factory=list)
-    facts: list[tuple[Any, Any]] = field(default_factory=list)
-
-
 def fold(
     model: Any, *, aux: bool = True, max_extra_bytes: int | None = None, frozen: bool = False
-) -> Folded:
+) -> tuple[Program | None, str]:
     """Fold a model with `backbone`, `classifier` and `aux_classifier` as `DeepLabV3` has them.
 
     Args:
@@ -108,36 +89,28 @@ def fold(
         max_extra_bytes: bound on the prepared weights beyond one copy of the weights. Each layer
             gets the part of it that its weights have of the model's.
         frozen: copy the modules that stay plain, and treat all modules as in eval mode.
+
+    Returns:
+        The program and "", or None and why the whole model must run its plain modules.
     """
     parts = [("backbone", model.backbone), ("classifier", model.classifier)]
     if aux and model.aux_classifier is not None:
         parts.append(("aux_classifier", model.aux_classifier))
-    # Attributes of other modules may change with every call; they run as they are.
-    visited = [m for _, root in parts for m in root.modules() if _is_ours(m)]
     for part, root in parts:
         for name, module in root.named_modules(prefix=part):
             if has_hooks(module):
-                return Folded(None, f"{name} has forward hooks", [*visited, module])
+                return None, f"{name} has forward hooks"
     folder = _Folder(frozen, max_extra_bytes, _count_weights(parts))
     with torch.inference_mode(False), torch.no_grad():
         backbone: Any = folder.step(*parts[0])
-        heads = [
+        heads = tuple(
             (result, result, folder.step(*part))
             for result, part in zip(("out", "aux"), parts[1:], strict=False)
-        ]
-    result = Folded(None, "", visited, folder.tensors, folder.facts)
+        )
     if not any(isinstance(layer, (ConvLayer, AsppLayer)) for layer in folder.layers):
-        result.reason = _why_nothing(parts)
-        return result
-    result.program = Program(
-        backbone, tuple(heads), tuple(folder.layers), folder.in_channels, folder.channels_last
-    )
-    return result
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calls of a module run anything beside its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+        return None, _why_nothing(parts)
+    layers = tuple(folder.layers)
+    return Program(backbone, heads, layers, folder.in_channels, folder.channels_last), ""
 
 
 Rule = Callable[["_Folder", str, Any], Step]
@@ -165,8 +138,6 @@ class _Folder:
     max_extra_bytes: int | None
     weights: int
     layers: list[Layer] = field(default_factory=list)
-    tensors: list[tuple[dict[str, Any], str]] = field(default_factory=list)
-    facts: list[tuple[Any, Any]] = field(default_factory=list)
     in_channels: int | None = None
     channels_last: bool = False
 
@@ -216,11 +187,11 @@ class _Folder:
         if type(module).forward is IntermediateLayerGetter.forward:
             function = _features
         if function is not None and self.is_itself(module):
-            layers, tensors = len(self.layers), len(self.tensors)
+            before = len(self.layers)
             try:
                 return function(self, name, module)
             except NotFoldable:
-                del self.layers[layers:], self.tensors[tensors:]
+                del self.layers[before:]
         if self.frozen:
             module = copy.deepcopy(module).eval()
         return self.add(PlainLayer(name, module))
@@ -270,11 +241,8 @@ class _Folder:
         if self.in_channels is None and not self.layers:
             self.in_channels = conv.in_channels
             self.channels_last = is_channels_last(conv.weight)
-        self.tensors += [(conv._parameters, key) for key in ("weight", "bias")]
         scale, shift = None, None if conv.bias is None else conv.bias.detach()
         if norm is not None:
-            self.tensors += [(norm._parameters, key) for key in ("weight", "bias")]
-            self.tensors += [(norm._buffers, key) for key in ("running_mean", "running_var")]
             scale, shift = _fold_norm(norm, shift)
         padding = "same" if type(conv) is SamePadConv2d else conv.padding
         geometry = (conv.stride, padding, conv.dilation, conv.groups)
@@ -317,22 +285,10 @@ class _Folder:
             and {"running_mean", "running_var"} <= set(norm._buffers)
             and norm.running_mean is not None
             and norm.running_var is not None
-            and all(is_foldable(t) and t.shape == conv.weight.shape[:1] for t in values if t is not None)
+            and all(
+                is_foldable(t) and t.shape == conv.weight.shape[:1] for t in values if t is not None
+            )
         )
-
-
-def is_foldable(tensor: Tensor) -> bool:
-    """An ordinary dense fp32 tensor on the CPU."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.dtype == torch.float32
-        and tensor.device.type == "cpu"
-        and tensor.layout == torch.strided
-        and (
-            tensor.is_contiguous()
-            or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-        )
-    )
 
 
 @rule(BasicBlock)
@@ -401,7 +357,8 @@ def _aspp(folder: _Folder, name: str, aspp: Any) -> Step:
     label = f"{name}.convs.{len(convs)}"
     _check_global_pool(folder, label, pool)
     pooled = replace(folder.one(label, nn.Sequential(*rest)), name=label)
-    project, *behind = folder.pieces([(f"{name}.project", aspp.project)]) or [None]
+    pieces = folder.pieces([(f"{name}.project", aspp.project)])
+    project = pieces[0] if pieces else None
     channels = sum(spec.weight.shape[0] for spec in branches)
     if (
         not pooled.is_pointwise
@@ -417,7 +374,7 @@ def _aspp(folder: _Folder, name: str, aspp: Any) -> Step:
         wide(project, channels, folder.share(project)),
     )
     folder.layers += layers
-    return folder.chain([Aspp(*layers), *behind])
+    return folder.chain([Aspp(*layers), *pieces[1:]])
 
 
 @rule(DeepLabV2Head)
@@ -430,7 +387,6 @@ def _deeplabv2(folder: _Folder, name: str, head: Any) -> Step:
 
 def _features(folder: _Folder, name: str, getter: Any) -> Step:
     """An IntermediateLayerGetter: sequences that end where a result is kept."""
-    folder.facts.append((getter.return_layers, dict(getter.return_layers)))
     stages: list[tuple[Step, str | None]] = []
     members: list[Named] = []
     for key, module in getter._modules.items():
@@ -483,10 +439,6 @@ def _is_branch(spec: ConvSpec) -> bool:
     same = kernel == (3, 3) and spec.dilation == (rate, rate) and spec.padding == (rate, rate)
     plain = spec.stride == (1, 1) and spec.groups == 1 and spec.act == "relu"
     return plain and (same or spec.is_pointwise)
-
-
-def _is_ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(("torch.nn.", "deeplab_fast."))
 
 
 def _count_weights(parts: Sequence[Named]) -> int:

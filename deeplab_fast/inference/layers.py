@@ -45,7 +45,8 @@ class Layer(Protocol):
 
 
 Run = Callable[..., Tensor]
-Step = Callable[[Tensor, Run], Tensor]
+# Features give a dict of maps.
+Step = Callable[[Tensor, Run], Any]
 
 
 def execute(layer: Layer, *tensors: Tensor | None) -> Tensor:
@@ -304,9 +305,10 @@ class AtenLayer:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
-        self._module = copy.deepcopy(module).eval()
-        if hasattr(self._module, "inplace"):
-            self._module.inplace = False
+        own: Any = copy.deepcopy(module).eval()
+        if hasattr(own, "inplace"):
+            own.inplace = False
+        self._module = own
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._module(x)

@@ -8,48 +8,63 @@
 - the bytes of their tensors. A version counter counts what PyTorch's own in-place operations do; it
   does not see writes through `p.data`, a NumPy view, shared memory or another framework.
 
-The bytes cost one pass over the weights at the speed of memory, the rest some microseconds for each
-layer.
+The bytes cost one pass over the weights at the speed of memory, the rest one or two microseconds
+for each module and tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Snapshot"]
+_PARTS = ("backbone", "classifier", "aux_classifier")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calls of a module run anything beside its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_foldable(tensor: Tensor) -> bool:
+    """An ordinary dense fp32 tensor on the CPU."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and (
+            tensor.is_contiguous()
+            or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+        )
+    )
 
 
 class Snapshot:
-    """The state of modules and tensors at one time.
+    """The state of a model with `backbone`, `classifier` and `aux_classifier`, at one time.
 
-    Args:
-        modules: their attributes, hooks and children count.
-        tensors: (a module's parameters or buffers, key): the entries whose values count, None too.
-        facts: (container, a copy of what it held).
-
-    The bytes are taken at once: what is prepared afterwards is never older than they are.
+    Taken before weights are prepared from the model, so that what is prepared is never older. Only
+    modules of PyTorch's and of this package count: others run as they are, and may change their
+    attributes in every call.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[nn.Module],
-        tensors: Sequence[tuple[dict[str, Any], str]],
-        facts: Sequence[tuple[Any, Any]] = (),
-    ) -> None:
-        self._modules = [_ModuleState(m) for m in {id(m): m for m in modules}.values()]
-        self._facts = tuple(facts)
-        entries = {(id(holder), key): (holder, key) for holder, key in tensors}
+    def __init__(self, model: Any) -> None:
+        self._model = model._modules
+        self._parts = [(part, model._modules.get(part)) for part in _PARTS]
+        inner = [m for _, root in self._parts if root is not None for m in root.modules()]
+        watched = {id(m): m for m in inner if _is_ours(m) or has_hooks(m)}.values()
+        self._modules = [_ModuleState(m) for m in watched]
         self._tensors = [
             (holder, key, tensor, _identity(tensor))
-            for holder, key in entries.values()
-            for tensor in [holder.get(key)]
+            for m in watched
+            for holder in (m._parameters, m._buffers)
+            for key, tensor in holder.items()
+            # Counts batches of training.
+            if key != "num_batches_tracked"
         ]
-        values = {id(t): t for _, _, t, _ in self._tensors if t is not None}
-        self._bytes = _Bytes([t.detach() for t in values.values()])
+        foldable = {id(t): t for _, _, t, _ in self._tensors if t is not None and is_foldable(t)}
+        self._bytes = _Bytes([t.detach() for t in foldable.values()])
 
     def is_current(self) -> bool:
         """Whether nothing has changed since."""
@@ -58,11 +73,11 @@ class Snapshot:
     def same_structure(self) -> bool:
         """Modules, their attributes, hooks and children."""
         try:
-            return all([state.same() for state in self._modules]) and all(
-                container == held for container, held in self._facts
+            return all([self._model.get(part) is root for part, root in self._parts]) and all(
+                [state.same() for state in self._modules]
             )
-        except (RuntimeError, ValueError, TypeError):
-            # An attribute that cannot be compared, such as a tensor, has been exchanged.
+        except (RuntimeError, TypeError, ValueError):
+            # An attribute that has no equality, such as a tensor, has been exchanged.
             return False
 
     def same_tensors(self) -> bool:
@@ -80,42 +95,48 @@ class Snapshot:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that the snapshot itself holds."""
+        """Bytes of weights that the snapshot itself holds."""
         return self._bytes.held
 
 
 class _ModuleState:
-    __slots__ = ("attributes", "children", "cls", "hooked", "hooks", "module", "now")
+    __slots__ = ("attributes", "children", "containers", "hooked", "module", "now", "type")
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.cls = type(module)
+        self.type = type(module)
         self.now = module.__dict__
         self.attributes = dict(module.__dict__)
         self.children = tuple(module._modules.items())
-        self.hooks = (module._forward_hooks, module._forward_pre_hooks)
-        self.hooked = self._has_hooks()
-
-    def _has_hooks(self) -> bool:
-        before, after = self.hooks
-        return bool(before or after)
+        # Settings that could be changed in place, such as return_layers.
+        self.containers = [
+            (value, dict(value))
+            for key, value in module.__dict__.items()
+            if type(value) is dict and not key.startswith("_")
+        ]
+        self.hooked = has_hooks(module)
 
     def same(self) -> bool:
         # Values that are the same object, as the dictionaries of parameters are, compare at once.
         return (
             self.now == self.attributes
-            and type(self.module) is self.cls
-            and self._has_hooks() == self.hooked
+            and type(self.module) is self.type
+            and has_hooks(self.module) == self.hooked
             and (not self.children or tuple(self.module._modules.items()) == self.children)
+            and all(value == copy for value, copy in self.containers)
         )
 
 
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.nn.", "deeplab_fast."))
+
+
 def _identity(tensor: Tensor | None) -> Any:
-    if tensor is None:
+    if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
         return None
     # Tensors made in inference mode have no version counter.
     version = -1 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _Bytes:
@@ -123,7 +144,8 @@ class _Bytes:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._tensors = tensors
-        self._hash = self._copies = None
+        self._hash: int | None = None
+        self._copies: list[Tensor] = []
         if hasattr(torch.ops.deeplab_fast, "_hash_bytes"):
             self._hash = torch.ops.deeplab_fast._hash_bytes(tensors)
         else:
@@ -131,18 +153,14 @@ class _Bytes:
                 self._copies = [t.clone() for t in tensors]
 
     def same(self) -> bool:
-        if self._copies is None:
+        if self._hash is not None:
             return torch.ops.deeplab_fast._hash_bytes(self._tensors) == self._hash
         # Bit patterns: nan equals itself, and 0.0 differs from -0.0.
         return all(
-            torch.equal(_bits(now), _bits(then))
+            torch.equal(now.view(torch.int32), then.view(torch.int32))
             for now, then in zip(self._tensors, self._copies, strict=True)
         )
 
     @property
     def held(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self._copies or ())
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+        return sum(4 * t.numel() for t in self._copies)

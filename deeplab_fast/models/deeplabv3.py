@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.preprocess import Preprocess
+from ..inference.fast_path import FastPath, upsampled
 from ..nn.aspp import ASPPConv
 from ..nn.heads import DeepLabV2Head
 from ._backbone import set_dilation
@@ -32,12 +34,30 @@ class DeepLabV3(nn.Module):
         classes, palette: names and colours of the classes, or None where they are not known.
         config: (builder name, options) that make this model again, or None.
 
+        fast: False switches the fast path off.
+        max_extra_bytes: bound on its prepared weights beyond one copy of the weights, 0 for none;
+            None for no bound. Each layer gets the part of it that its weights have of the model's.
+
+    In eval mode and without gradients (`torch.inference_mode()` or `torch.no_grad()`), on float32
+    inputs on the CPU, calls take the fast path: batch norms folded, weights prepared for the kernel
+    of each layer on the first call, the same numbers within fp32 rounding. Any change of the model
+    is noticed at the next call and costs one preparation: each call compares the modules, version
+    counters and storage of all tensors, and a hash of their bytes, which is one pass over the
+    weights. `deeplab_fast.optimize` freezes a model and saves that. `fast_reasons(x)` says why a
+    call does not take the fast path; hooks on inner modules, autocast, compilation, scripting,
+    tracing, export, deterministic mode and `use_backend("reference")` are such reasons.
+
     Input: float [N, 3, H, W], any layout, H and W of at least 1, normalised as by `preprocess`.
     Output: OrderedDict "out" [N, num_classes, H, W] and "aux" where there is an auxiliary head.
     """
 
     __constants__: ClassVar = ["aux_classifier"]
-    __jit_unused_properties__: ClassVar = ["atrous_rates", "num_classes", "output_stride"]
+    __jit_unused_properties__: ClassVar = [
+        "atrous_rates",
+        "num_classes",
+        "output_stride",
+        "prepared_bytes",
+    ]
 
     def __init__(
         self,
@@ -56,10 +76,17 @@ class DeepLabV3(nn.Module):
         self.classes: tuple[str, ...] | None = None
         self.palette: tuple[tuple[int, int, int], ...] | None = None
         self.config: tuple[str, dict[str, Any]] | None = None
+        self.fast = True
+        self.max_extra_bytes: int | None = None
+        self._fast_path = FastPath()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Full-resolution logits, as torchvision's DeepLabV3 returns them."""
         size = x.shape[-2:]
+        if not torch.jit.is_scripting():
+            logits = self._fast_logits(x, True)
+            if logits is not None:
+                return upsampled(logits, size, self.align_corners)
         features = self.backbone(x)
         result = OrderedDict()
         y = self.classifier(features["out"])
@@ -75,7 +102,39 @@ class DeepLabV3(nn.Module):
 
     def forward_logits(self, x: Tensor) -> Tensor:
         """The main logits before upsampling: [N, 3, H, W] -> [N, num_classes, h, w]."""
+        if not torch.jit.is_scripting():
+            logits = self._fast_logits(x, False)
+            if logits is not None:
+                return logits["out"]
         return self.classifier(self.backbone(x)["out"])
+
+    def fast_reasons(self, x: Tensor) -> list[str]:
+        """Why a call on x runs the plain modules; empty where it takes the fast path.
+
+        Prepares the weights where nothing else speaks against it.
+        """
+        return self._fast_path.reasons(self, x)
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Bytes of prepared weights that the fast path holds now, beside the model's own."""
+        return self._fast_path.held_bytes
+
+    def train(self, mode: bool = True) -> DeepLabV3:
+        """As nn.Module.train; frees the prepared weights when training begins."""
+        if mode:
+            self._fast_path.drop()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **options: Any) -> DeepLabV3:
+        # What was prepared for another dtype or device is of no more use.
+        self._fast_path.drop()
+        return super()._apply(*args, **options)
+
+    def _fast_logits(self, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
+        if torch.compiler.is_compiling():
+            return None
+        return self._fast_path.logits(self, x, aux)
 
     def predict(self, images: Any, **options: Any) -> Any:
         """Label maps of photos or tensors; see `deeplab_fast.engine.predict.predict`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import deeplab_fast as dlf
 from deeplab_fast.engine.batch_norm import (
+    convert_sync_batch_norm,
     freeze_batch_norm,
     frozen_batch_norms,
     unfreeze_batch_norm,
@@ -249,6 +250,29 @@ def test_sync_batch_norm_made_before_freezing():
     freeze_batch_norm(net)
     assert isinstance(net[1], nn.SyncBatchNorm)
     assert_frozen(net)
+
+
+def test_sync_batch_norm_made_of_frozen_layers():
+    net = nn.Sequential(*a_net(nn.BatchNorm2d(4)), nn.BatchNorm2d(4))
+    freeze_batch_norm(net[1])
+    before = state(net)
+    assert convert_sync_batch_norm(net) is net
+    assert isinstance(net[1], nn.SyncBatchNorm) and type(net[3]) is nn.SyncBatchNorm
+    assert_same(before, state(net))
+    assert frozen_batch_norms(net) == ["1"]
+    assert_frozen(net[:3])
+    assert net.train()[3].training and net[3].weight.requires_grad
+    unfreeze_batch_norm(net)
+    assert type(net[1]) is nn.SyncBatchNorm and net[1].weight.requires_grad
+    assert_learns(net)
+
+
+def test_sync_batch_norm_of_a_frozen_norm_by_itself():
+    norm = nn.BatchNorm2d(4)
+    freeze_batch_norm(norm, parameters=False)
+    made = convert_sync_batch_norm(norm)
+    assert isinstance(made, nn.SyncBatchNorm) and frozen_batch_norms(made) == [""]
+    assert not made.train().training and made.weight.requires_grad
 
 
 def test_real_model():

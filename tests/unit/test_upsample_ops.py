@@ -197,6 +197,14 @@ class TestConfusion:
         matrix = ops.upsample_confusion(x, target, ignore_index=ignore_index)
         assert torch.equal(matrix, self.expected(x, target, ignore_index))
 
+    @pytest.mark.parametrize("ignore_index", [257, -255], ids=["above", "negative"])
+    def test_uint8_labels_do_not_wrap_to_ignore_index(self, implementation, ignore_index) -> None:
+        """257 and -255 are 1 in eight bits; class 1 is not ignored."""
+        x, target = make((1, 3, 5, 5)), make_target(1, (9, 11), 3, 1).to(torch.uint8)
+        assert (target == 1).any()
+        matrix = ops.upsample_confusion(x, target, ignore_index=ignore_index)
+        assert torch.equal(matrix, self.expected(x, target, ignore_index))
+
     def test_more_classes_than_tables_for_each_thread(self, compiled) -> None:
         """6000^2 counts take 288 MB: the threads share one table."""
         x = torch.zeros(1, 6000, 1, 1)

@@ -16,6 +16,10 @@ constexpr int kMaxChunk = 256;
 // Added to the rows of buffers: a power of two between rows puts them into one set of a cache.
 constexpr int kRowPad = 16;
 
+// Channels that a transform takes at a time, so that its lines between rows and columns stay in a
+// first-level cache.
+constexpr int kStrip = 64;
+
 constexpr int64_t padded(int64_t channels) { return (channels + kPanel - 1) / kPanel * kPanel; }
 
 // y = act(product + shift + residual), act clamping to [low, high] or, for hardswish,
@@ -32,20 +36,23 @@ struct Epilogue {
   bool hardswish;
 };
 
-// The transforms of one form, along rows or columns of a tile, for kPanel channels.
+// The transforms of one form, along rows or columns of a tile, for `count` channels from `channel`,
+// a multiple of kPanel up to kStrip.
 struct FormKernels {
-  // to [products][columns][kPanel]; pixels [inputs][columns] point to the first channel.
-  void (*input_rows)(const float* const* pixels, int64_t channel, int columns, float* to);
-  // from [rows][inputs][kPanel] to row r * products + p at to + (r * products + p) * stride.
-  void (*input_columns)(const float* from, int rows, float* to, int64_t stride);
-  // from + (p * columns + q) * stride to [outputs][columns][kPanel].
-  void (*output_rows)(const float* from, int64_t stride, int columns, float* to);
-  // from [rows][products][kPanel]; pixels [rows][outputs], negative for none.
+  // to [products][columns][kStrip]; pixels [inputs][columns] point to channel 0.
+  void (*input_rows)(const float* const* pixels, int64_t channel, int count, int columns,
+                     float* to);
+  // from [rows][inputs][kStrip] to row r * products + p at to + (r * products + p) * stride.
+  void (*input_columns)(const float* from, int count, int rows, float* to, int64_t stride);
+  // from + (p * columns + q) * stride to [outputs][columns][kStrip].
+  void (*output_rows)(const float* from, int64_t stride, int count, int columns, float* to);
+  // from [rows][products][kStrip]; pixels [rows][outputs], negative for none.
   void (*output_columns)(const float* from, int rows, const int64_t* pixels, int64_t channel,
-                         const Epilogue& epilogue);
+                         int count, const Epilogue& epilogue);
 };
 
-// c [rows][columns] = a [rows][depth] times panels, or c += it.
+// c [rows][columns] = a [rows][depth] times panels, or c += it. What follows the panels is
+// prefetched, being multiplied next as a rule.
 struct Product {
   const float* a;
   int64_t a_stride;

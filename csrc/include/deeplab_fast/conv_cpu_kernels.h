@@ -122,41 +122,43 @@ DEEPLAB_FAST_INLINE void transform_output(const Load& input, const Store& output
 }
 
 template <int kForm>
-void input_rows(const float* const* pixels, int64_t channel, int columns, float* to) {
+void input_rows(const float* const* pixels, int64_t channel, int count, int columns, float* to) {
+  constexpr int inputs = kForms[kForm].inputs;
   for (int column = 0; column < columns; ++column) {
-    for (int part = 0; part < kParts; ++part) {
-      const int64_t offset = channel + part * kLanes;
-      float* const line = to + column * kPanel + part * kLanes;
+    const float* from[inputs];
+    for (int i = 0; i < inputs; ++i) from[i] = pixels[i * columns + column] + channel;
+    float* const line = to + column * kStrip;
+    for (int c = 0; c < count; c += kLanes) {
       transform_input<kForm>(
-          [&](int i) DEEPLAB_FAST_LAMBDA { return load(pixels[i * columns + column] + offset); },
-          [&](int p, Vector v) DEEPLAB_FAST_LAMBDA { store(line + p * columns * kPanel, v); });
+          [&](int i) DEEPLAB_FAST_LAMBDA { return load(from[i] + c); },
+          [&](int p, Vector v) DEEPLAB_FAST_LAMBDA { store(line + p * columns * kStrip + c, v); });
     }
   }
 }
 
 template <int kForm>
-void input_columns(const float* from, int rows, float* to, int64_t stride) {
+void input_columns(const float* from, int count, int rows, float* to, int64_t stride) {
   constexpr int inputs = kForms[kForm].inputs, products = kForms[kForm].products;
   for (int row = 0; row < rows; ++row) {
-    for (int part = 0; part < kParts; ++part) {
-      const float* const line = from + row * inputs * kPanel + part * kLanes;
-      float* const product = to + row * products * stride + part * kLanes;
+    const float* const line = from + row * inputs * kStrip;
+    float* const product = to + row * products * stride;
+    for (int c = 0; c < count; c += kLanes) {
       transform_input<kForm>(
-          [&](int j) DEEPLAB_FAST_LAMBDA { return load(line + j * kPanel); },
-          [&](int p, Vector v) DEEPLAB_FAST_LAMBDA { store(product + p * stride, v); });
+          [&](int j) DEEPLAB_FAST_LAMBDA { return load(line + j * kStrip + c); },
+          [&](int p, Vector v) DEEPLAB_FAST_LAMBDA { store(product + p * stride + c, v); });
     }
   }
 }
 
 template <int kForm>
-void output_rows(const float* from, int64_t stride, int columns, float* to) {
+void output_rows(const float* from, int64_t stride, int count, int columns, float* to) {
   for (int column = 0; column < columns; ++column) {
-    for (int part = 0; part < kParts; ++part) {
-      const float* const product = from + column * stride + part * kLanes;
-      float* const line = to + column * kPanel + part * kLanes;
+    const float* const product = from + column * stride;
+    float* const line = to + column * kStrip;
+    for (int c = 0; c < count; c += kLanes) {
       transform_output<kForm>(
-          [&](int p) DEEPLAB_FAST_LAMBDA { return load(product + p * columns * stride); },
-          [&](int i, Vector v) DEEPLAB_FAST_LAMBDA { store(line + i * columns * kPanel, v); });
+          [&](int p) DEEPLAB_FAST_LAMBDA { return load(product + p * columns * stride + c); },
+          [&](int i, Vector v) DEEPLAB_FAST_LAMBDA { store(line + i * columns * kStrip + c, v); });
     }
   }
 }
@@ -199,16 +201,16 @@ DEEPLAB_FAST_INLINE void finish(Vector v, int64_t pixel, int64_t channel,
 }
 
 template <int kForm>
-void output_columns(const float* from, int rows, const int64_t* pixels, int64_t channel,
+void output_columns(const float* from, int rows, const int64_t* pixels, int64_t channel, int count,
                     const Epilogue& epilogue) {
   constexpr int outputs = kForms[kForm].outputs, products = kForms[kForm].products;
   for (int row = 0; row < rows; ++row, pixels += outputs) {
-    for (int part = 0; part < kParts; ++part) {
-      const float* const line = from + row * products * kPanel + part * kLanes;
+    const float* const line = from + row * products * kStrip;
+    for (int c = 0; c < count; c += kLanes) {
       transform_output<kForm>(
-          [&](int p) DEEPLAB_FAST_LAMBDA { return load(line + p * kPanel); },
+          [&](int p) DEEPLAB_FAST_LAMBDA { return load(line + p * kStrip + c); },
           [&](int j, Vector v) DEEPLAB_FAST_LAMBDA {
-            if (pixels[j] >= 0) finish(v, pixels[j], channel + part * kLanes, epilogue);
+            if (pixels[j] >= 0) finish(v, pixels[j], channel + c, epilogue);
           });
     }
   }
@@ -224,10 +226,12 @@ void finish_rows(const float* from, int64_t from_stride, int64_t first_pixel, in
 }
 
 // kCount rows of a times kVectors vectors of columns. The rows behind them are prefetched, because
-// they are multiplied next.
+// they are multiplied next, and of what follows the panel `ahead_lines` cache lines for each kLine
+// of depth.
 template <int kCount, int kVectors>
 void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t vector_stride,
-                   float* c, int64_t c_stride, int64_t depth, bool accumulate) {
+                   float* c, int64_t c_stride, int64_t depth, bool accumulate, const float* ahead,
+                   int ahead_lines) {
   Vector sum[kCount][kVectors];
   for (int i = 0; i < kCount; ++i) {
     __builtin_prefetch(c + (kCount + i) * c_stride);
@@ -252,6 +256,7 @@ void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t
   for (; k + kLine <= depth; k += kLine) {
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) __builtin_prefetch(next + i * a_stride + k);
+    for (int i = 0; i < ahead_lines; ++i, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 4
     for (int q = 0; q < kLine; ++q) step(k + q);
   }
@@ -262,7 +267,7 @@ void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t
 }
 
 using MultiplyTile = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t,
-                              int64_t, bool);
+                              int64_t, bool, const float*, int);
 
 template <int kVectors>
 DEEPLAB_FAST_INLINE MultiplyTile tile_of_rows(int64_t rows) {
@@ -273,41 +278,51 @@ DEEPLAB_FAST_INLINE MultiplyTile tile_of_rows(int64_t rows) {
   return tile;
 }
 
-template <int kVectors>
-void multiply_columns(const Product& product, const float* panel, int64_t vector_stride,
-                      float* c) {
-  int64_t row = 0;
-  for (; row + kRows <= product.rows; row += kRows) {
-    multiply_tile<kRows, kVectors>(product.a + row * product.a_stride, product.a_stride, panel,
-                                   vector_stride, c + row * product.c_stride, product.c_stride,
-                                   product.depth, product.accumulate);
-  }
-  if (row < product.rows) {
-    tile_of_rows<kVectors>(product.rows - row)(
-        product.a + row * product.a_stride, product.a_stride, panel, vector_stride,
-        c + row * product.c_stride, product.c_stride, product.depth, product.accumulate);
+// All rows times kVectors vectors of columns. The tiles of rows share in prefetching the kAhead
+// panels from `ahead`.
+template <int kVectors, int kAhead>
+void multiply_columns(const Product& product, const float* panel, int64_t vector_stride, float* c,
+                      const float* ahead) {
+  constexpr int kLine = kPanel;
+  const int64_t tiles = (product.rows + kRows - 1) / kRows;
+  const int64_t share = kAhead > 0 ? (tiles + kAhead - 1) / kAhead : 1;
+  const int ahead_lines = kAhead > 0 ? static_cast<int>((kLine + share - 1) / share) : 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t row = tile * kRows, left = product.rows - row;
+    const float* const next =
+        ahead + tile % (kAhead > 0 ? kAhead : 1) * product.panel_stride +
+        tile / (kAhead > 0 ? kAhead : 1) * ahead_lines * (product.depth / kLine) * kPanel;
+    const MultiplyTile multiply =
+        left >= kRows ? multiply_tile<kRows, kVectors> : tile_of_rows<kVectors>(left);
+    multiply(product.a + row * product.a_stride, product.a_stride, panel, vector_stride,
+             c + row * product.c_stride, product.c_stride, product.depth, product.accumulate, next,
+             ahead_lines);
   }
 }
 
 void multiply(const Product& product) {
   constexpr int kVectors = 2;
+  const int64_t stride = product.panel_stride;
   if constexpr (kParts >= kVectors) {
     for (int64_t n = 0; n < product.num_panels; ++n) {
-      for (int part = 0; part < kParts; part += kVectors) {
-        multiply_columns<kVectors>(product,
-                                   product.panels + n * product.panel_stride + part * kLanes,
-                                   kLanes, product.c + n * kPanel + part * kLanes);
+      const float* const panel = product.panels + n * stride;
+      float* const c = product.c + n * kPanel;
+      multiply_columns<kVectors, 1>(product, panel, kLanes, c, panel + stride);
+      for (int part = kVectors; part < kParts; part += kVectors) {
+        multiply_columns<kVectors, 0>(product, panel + part * kLanes, kLanes, c + part * kLanes,
+                                      panel);
       }
     }
   } else {
     int64_t n = 0;
     for (; n + kVectors <= product.num_panels; n += kVectors) {
-      multiply_columns<kVectors>(product, product.panels + n * product.panel_stride,
-                                 product.panel_stride, product.c + n * kPanel);
+      const float* const panel = product.panels + n * stride;
+      multiply_columns<kVectors, kVectors>(product, panel, stride, product.c + n * kPanel,
+                                           panel + kVectors * stride);
     }
     if (n < product.num_panels) {
-      multiply_columns<1>(product, product.panels + n * product.panel_stride, 0,
-                          product.c + n * kPanel);
+      const float* const panel = product.panels + n * stride;
+      multiply_columns<1, 1>(product, panel, 0, product.c + n * kPanel, panel + stride);
     }
   }
 }

@@ -167,7 +167,7 @@ class Block {
     const int64_t whole = depth / kPanel * kPanel;
     const int64_t plane = capacity_ * input_stride_;
     const int count = row_.inputs * column_.inputs;
-    alignas(64) float line[kMaxProducts * kMaxInputs * kPanel];
+    alignas(64) float line[kMaxProducts * kMaxInputs * kStrip];
     const float* pixels[kMaxTile];
     for (int64_t tile = begin; tile < end; ++tile) {
       int64_t image, row, column;
@@ -186,9 +186,10 @@ class Block {
         }
       }
       float* const to = inputs_ + tile * input_stride_;
-      for (int64_t c = 0; c < whole; c += kPanel) {
-        rows.input_rows(pixels, c, column_.inputs, line);
-        columns.input_columns(line, row_.products, to + c, plane);
+      for (int64_t c = 0; c < whole; c += kStrip) {
+        const int count = static_cast<int>(std::min<int64_t>(kStrip, whole - c));
+        rows.input_rows(pixels, c, count, column_.inputs, line);
+        columns.input_columns(line, count, row_.products, to + c, plane);
       }
       if (whole < depth) {
         alignas(64) float tail[kMaxTile][kPanel];
@@ -197,8 +198,8 @@ class Block {
           std::copy(pixels[i] + whole, pixels[i] + depth, tail[i]);
           pixels[i] = tail[i];
         }
-        rows.input_rows(pixels, 0, column_.inputs, line);
-        columns.input_columns(line, row_.products, to + whole, plane);
+        rows.input_rows(pixels, 0, kPanel, column_.inputs, line);
+        columns.input_columns(line, kPanel, row_.products, to + whole, plane);
       }
     }
   }
@@ -232,7 +233,7 @@ class Block {
     const FormKernels& rows = kernels_.forms[group_.rows.form];
     const FormKernels& columns = kernels_.forms[group_.columns.form];
     const int64_t plane = capacity_ * output_stride_;
-    alignas(64) float line[kMaxOutputs * kMaxProducts * kPanel];
+    alignas(64) float line[kMaxOutputs * kMaxProducts * kStrip];
     int64_t pixels[kMaxOutputs * kMaxOutputs];
     for (int64_t tile = begin; tile < end; ++tile) {
       int64_t image, row, column;
@@ -245,10 +246,12 @@ class Block {
               y < x_.height && x < x_.width ? (image * x_.height + y) * x_.width + x : -1;
         }
       }
-      for (int64_t channel = 0; channel < epilogue_.channels; channel += kPanel) {
-        rows.output_rows(products_ + tile * output_stride_ + channel, plane, column_.products,
-                         line);
-        columns.output_columns(line, row_.outputs, pixels, channel, epilogue_);
+      const int64_t channels = padded(epilogue_.channels);
+      for (int64_t channel = 0; channel < channels; channel += kStrip) {
+        const int count = static_cast<int>(std::min<int64_t>(kStrip, channels - channel));
+        rows.output_rows(products_ + tile * output_stride_ + channel, plane, count,
+                         column_.products, line);
+        columns.output_columns(line, row_.outputs, pixels, channel, count, epilogue_);
       }
     }
   }

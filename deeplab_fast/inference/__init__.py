@@ -1,0 +1,1 @@
+"""Inference with folded batch norms and prepared weights."""

@@ -1,0 +1,175 @@
+"""The fast path that a model built here takes by itself: when, and with which prepared weights."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import backends
+
+logger = logging.getLogger("deeplab_fast")
+
+
+class FastPath:
+    """Prepared weights of one model, made on first use and again after any change.
+
+    Copies and pickles of a model have an empty one. Safe to use from several threads: one prepares,
+    the others wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._state: _State | None = None
+
+    def logits(self, model: Any, x: Any, aux: bool) -> dict[str, Tensor] | None:
+        """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules."""
+        for _ in reasons(model, x):
+            return None
+        program = self._current(model).program
+        # The plain modules have the error for another number of channels.
+        if program is None or program.in_channels not in (None, x.shape[1]):
+            return None
+        return program.logits(x, aux=aux)
+
+    def reasons(self, model: Any, x: Any) -> list[str]:
+        """Why a call on x takes the plain modules; empty where it takes the fast path."""
+        found = list(reasons(model, x))
+        if found:
+            return found
+        state = self._current(model)
+        if state.program is None:
+            return [state.reason]
+        channels = state.program.in_channels
+        if channels not in (None, x.shape[1]):
+            return [f"the input has {x.shape[1]} channels, the model wants {channels}"]
+        return []
+
+    def drop(self) -> None:
+        """Free the prepared weights."""
+        self._state = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of weights held beside the model's own."""
+        state = self._state
+        if state is None or state.program is None:
+            return 0
+        return state.program.held_bytes + state.snapshot.held_bytes
+
+    def _current(self, model: Any) -> _State:
+        state = self._state
+        if not _fits(state, model):
+            with self._lock:
+                state = self._state
+                if not _fits(state, model):
+                    # The old weights go before the new ones come.
+                    self._state = state = None
+                    self._state = state = _prepare(model)
+        assert state is not None
+        return state
+
+    def __deepcopy__(self, memo: Any) -> FastPath:
+        return FastPath()
+
+    def __copy__(self) -> FastPath:
+        return FastPath()
+
+    def __reduce__(self) -> Any:
+        return FastPath, ()
+
+
+@dataclass(frozen=True)
+class _State:
+    """What was prepared, or why nothing was; from what, and under which bound."""
+
+    program: Any
+    reason: str
+    snapshot: Any
+    max_extra_bytes: int | None
+
+
+def reasons(model: Any, x: Any) -> Iterator[str]:
+    """What speaks against the fast path before any weight is looked at, cheapest first."""
+    if not model.fast:
+        yield "model.fast is False"
+    if model.training:
+        yield "the model is in training mode; call model.eval()"
+    if type(x) not in (Tensor, nn.Parameter):
+        yield f"the input is a {type(x).__name__}, not a torch.Tensor"
+        return
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.layout != torch.strided:
+        dtype = str(x.dtype).removeprefix("torch.")
+        yield f"the input is {dtype} on {x.device}; prepared weights exist for float32 on the CPU"
+    if x.dim() != 4 or x.numel() == 0:
+        yield f"the input has shape {list(x.shape)}, not [N, C, H, W] with N of at least 1"
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in model.parameters())
+    ):
+        yield "gradients may be needed; use torch.inference_mode() or torch.no_grad()"
+    if torch.is_autocast_enabled("cpu"):
+        yield "autocast is on"
+    backend = backends.current_backend()
+    if backend not in ("auto", "cpu"):
+        yield f"backend {backend!r} is asked for"
+    if torch.are_deterministic_algorithms_enabled():
+        yield "deterministic algorithms are asked for"
+    if not torch.backends.mkldnn.enabled:
+        yield "oneDNN is switched off (torch.backends.mkldnn)"
+    if torch.jit.is_tracing():
+        yield "torch.jit.trace records the plain modules"
+    if _transforms():
+        yield "a torch.func transform, forward-mode gradients or a dispatch mode is active"
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        yield "global forward hooks are set"
+
+
+def _transforms() -> bool:
+    """Whether something watches or changes the operations that the plain modules run."""
+    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if not torch._C._len_torch_function_stack():
+        return False
+    # torch.device and torch.set_default_device are modes too, without effect on a model's call.
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode).__name__ != "DeviceContext" for mode in modes)
+
+
+def _fits(state: _State | None, model: Any) -> bool:
+    if state is None or state.max_extra_bytes != model.max_extra_bytes:
+        return False
+    snapshot = state.snapshot
+    if state.program is None:
+        return snapshot.same_structure() and snapshot.same_tensors()
+    return snapshot.is_current()
+
+
+def _prepare(model: Any) -> _State:
+    from .fold import fold
+    from .staleness import Snapshot
+
+    bound = model.max_extra_bytes
+    snapshot = Snapshot(model)
+    program, reason = fold(model, max_extra_bytes=bound)
+    if program is None:
+        logger.info("the model runs its plain modules: %s", reason)
+    return _State(program, reason, snapshot, bound)
+
+
+def upsampled(
+    logits: dict[str, Tensor], size: Sequence[int], align_corners: bool
+) -> dict[str, Tensor]:
+    """Bilinear interpolation of each of the logits to (height, width)."""
+    return OrderedDict(
+        (name, F.interpolate(y, size=size, mode="bilinear", align_corners=align_corners))
+        for name, y in logits.items()
+    )

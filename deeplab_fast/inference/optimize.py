@@ -1,0 +1,226 @@
+"""`deeplab_fast.optimize`: a model as a frozen inference module with prepared weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..models.deeplabv3 import DeepLabV3
+from .fast_path import upsampled
+from .fold import fold
+from .layers import Program
+from .report import LayerReport, layer_reports, table
+
+logger = logging.getLogger("deeplab_fast")
+
+
+def optimize(
+    model: DeepLabV3, *, keep_aux: bool = False, max_extra_bytes: int | None = None
+) -> OptimizedDeepLabV3:
+    """A frozen copy of a model for inference, with kernels and weights chosen for good.
+
+    Batch norms are folded, residuals and activations run in the convolutions' epilogues, weights
+    are prepared for the kernel that each layer takes; dropout is left out, as in eval mode,
+    whatever mode the model is in. Outputs equal those of `model.eval()` within fp32 rounding. What
+    a model does by itself in eval mode (see `DeepLabV3`) is the same, but for the check at each
+    call whether its weights have changed, which a frozen module does not need.
+
+    The model is not touched and not referred to: after `model.load_state_dict(...)` optimise again.
+    Modules that are not known here are copied and run as they are. A model that cannot be folded at
+    all (`reasons` of the result says why: forward hooks, weights that are not float32 on the CPU)
+    is copied as a whole.
+
+    Args:
+        model: a model of this package, in any mode.
+        keep_aux: keep the auxiliary head, whose logits are then in the output.
+        max_extra_bytes: bound on prepared weights beyond one copy of the weights, 0 for none; None
+            for no bound. Each layer gets the part of it that its weights have of the model's.
+
+    Raises:
+        TypeError: a model of another library.
+        ValueError: a negative bound.
+    """
+    if not isinstance(model, DeepLabV3):
+        raise TypeError(
+            f"optimize takes the models that deeplab_fast builds, got {type(model).__name__}; load "
+            "the weights into one, e.g. deeplab_fast.from_checkpoint(path)"
+        )
+    if max_extra_bytes is not None and max_extra_bytes < 0:
+        raise ValueError(f"max_extra_bytes must be at least 0, got {max_extra_bytes}")
+    return OptimizedDeepLabV3(model, keep_aux, max_extra_bytes)
+
+
+class OptimizedDeepLabV3(nn.Module):
+    """What `optimize` returns: the outputs of a DeepLabV3 in eval mode, without gradients.
+
+    Attributes:
+        num_classes, output_stride, atrous_rates, align_corners, preprocess, classes, palette,
+            config: as of the model that it was made from.
+        reasons: why the model could not be folded and runs as a copy; empty where it could.
+
+    Input: float32 [N, 3, H, W] on the CPU (of a copied model: as that takes it); autocast has no
+    effect. Sizes may change from call to call; several threads may call at once. It can be
+    deep-copied and pickled. It has no parameters and no buffers: `state_dict()` is empty, and
+    neither `load_state_dict`, `.to()` to another dtype or device nor `train()` are possible; change
+    the model it came from and optimise again.
+    """
+
+    def __init__(self, model: DeepLabV3, keep_aux: bool, max_extra_bytes: int | None) -> None:
+        super().__init__()
+        super().train(False)
+        self.num_classes = model.num_classes
+        self.output_stride = getattr(model.backbone, "output_stride", None)
+        self.atrous_rates = model.atrous_rates
+        self.align_corners = model.align_corners
+        self.preprocess = model.preprocess
+        self.classes, self.palette = model.classes, model.palette
+        self.config = copy.deepcopy(model.config)
+        program, reason = fold(model, aux=keep_aux, max_extra_bytes=max_extra_bytes, frozen=True)
+        self.reasons: tuple[str, ...] = (reason,) if reason else ()
+        self._keep_aux = keep_aux and model.aux_classifier is not None
+        self._program: Program | None = program
+        # In a tuple, so that the copy's parameters are not this module's.
+        self._copy: tuple[DeepLabV3, ...] = ()
+        if program is None:
+            logger.warning("optimize: the model is copied and runs its plain modules: %s", reason)
+            self._copy = (copy.deepcopy(model).eval(),)
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Full-resolution logits {"out"[, "aux"]}, as `DeepLabV3` returns them."""
+        logits = self._logits(x, self._keep_aux)
+        return upsampled(logits, x.shape[-2:], self.align_corners)
+
+    @torch.compiler.disable
+    def forward_logits(self, x: Tensor) -> Tensor:
+        """The main logits before upsampling: [N, 3, H, W] -> [N, num_classes, h, w]."""
+        return self._logits(x, False)["out"]
+
+    def predict(self, images: Any, **options: Any) -> Any:
+        """Label maps of photos or tensors; see `deeplab_fast.engine.predict.predict`."""
+        from ..engine.predict import predict
+
+        return predict(self, images, **options)
+
+    def layers(
+        self, shape: Sequence[int] = (520, 520), *, measure: bool = False, repeats: int = 5
+    ) -> list[LayerReport]:
+        """What runs for inputs of a shape, layer by layer.
+
+        Args:
+            shape: (N, 3, H, W), or (H, W) for one image.
+            measure: run the model on zeros and time each layer.
+            repeats: measured runs, of which the median is reported.
+
+        Raises:
+            ValueError: a shape that does not fit, or a model that runs as a copy.
+        """
+        if self._program is None:
+            raise ValueError(f"the model runs its plain modules: {self.reasons[0]}")
+        full = (1, 3, *shape) if len(shape) == 2 else tuple(shape)
+        if len(full) != 4 or min(full) < 1 or repeats < 1:
+            raise ValueError(
+                f"shape must be (H, W) or (N, 3, H, W) and repeats at least 1, got {tuple(shape)} "
+                f"and {repeats}"
+            )
+        return layer_reports(self._program, full, self._keep_aux, measure, repeats)
+
+    def table(
+        self, shape: Sequence[int] = (520, 520), *, measure: bool = False, repeats: int = 5
+    ) -> str:
+        """`layers` as text: kernel, multiply-adds, predicted and measured time, extra memory."""
+        reports = self.layers(shape, measure=measure, repeats=repeats)
+        return table(reports, self.held_bytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of weights held now; forms that are prepared on first use count from then on."""
+        if self._program is not None:
+            return self._program.held_bytes
+        state = self._copy[0].state_dict().values()
+        return sum(t.numel() * t.element_size() for t in state)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of prepared weights held now beyond one copy of the weights."""
+        return 0 if self._program is None else self._program.extra_bytes
+
+    def train(self, mode: bool = True) -> OptimizedDeepLabV3:
+        """Only `train(False)`.
+
+        Raises:
+            RuntimeError: training mode is asked for.
+        """
+        if mode:
+            raise RuntimeError(
+                "an optimised model cannot train: its batch norms are folded; train the model that "
+                "it was made from and call deeplab_fast.optimize again"
+            )
+        return self
+
+    def load_state_dict(self, *args: Any, **options: Any) -> NoReturn:
+        """Not possible.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "an optimised model holds prepared weights only; load into the model that it was made "
+            "from and call deeplab_fast.optimize again"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedDeepLabV3:
+        probe = self._probe()
+        converted = fn(probe)
+        if (converted.dtype, converted.device) != (probe.dtype, probe.device):
+            raise RuntimeError(
+                f"an optimised model stays {probe.dtype} on {probe.device}; convert the model that "
+                "it was made from and call deeplab_fast.optimize again"
+            )
+        return self
+
+    def _probe(self) -> Tensor:
+        if self._copy:
+            first = next(self._copy[0].parameters(), None)
+            if first is not None:
+                return torch.empty(0, dtype=first.dtype, device=first.device)
+        return torch.empty(0)
+
+    def _logits(self, x: Tensor, aux: bool) -> dict[str, Tensor]:
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+            raise RuntimeError(
+                "an optimised model has no gradients; pass x.detach(), or use the model that it "
+                "was made from"
+            )
+        if self._program is None:
+            return self._copied_logits(x, aux)
+        _check_input(x)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return self._program.logits(x, aux=aux)
+
+    def _copied_logits(self, x: Tensor, aux: bool) -> dict[str, Tensor]:
+        (model,) = self._copy
+        with torch.no_grad():
+            features = model.backbone(x)
+            logits = OrderedDict(out=model.classifier(features["out"]))
+            if aux and model.aux_classifier is not None:
+                logits["aux"] = model.aux_classifier(features["aux"])
+        return logits
+
+
+def _check_input(x: Any) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"the input must be a tensor [N, 3, H, W], got {got}")
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the input is {dtype} on {x.device}; this model was optimised for float32 on the CPU: "
+            "convert the input, or optimise a model of that dtype on that device"
+        )

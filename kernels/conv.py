@@ -1,0 +1,280 @@
+"""1x1 convolutions with what follows them, in Triton: the launchers, and what they share with
+`aspp.py`.
+
+`conv_bn_act` takes what the reference of the same name in `deeplab_fast.reference` takes, already
+validated. The kernel and its costs are in `conv_kernels.py`; importing this module does not import
+Triton. Convolutions of other sizes are refused: cuDNN has fused kernels for them, and only the
+dilated branches of the ASPP have padding worth skipping (`aspp.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..backends import OpDesc, current_backend
+from . import _compat, configs, time_model
+from .configs import Device, GemmConfig
+
+# Grids are one-dimensional; CUDA's limit on the first dimension.
+_MAX_PROGRAMS = 2**31 - 1
+_MAX_PIXELS = 2**31 - 1
+_VECTOR_BYTES = 16
+
+
+def not_supported_reasons(desc: OpDesc) -> list[str]:
+    """Why the Triton kernel cannot run the call; empty where it can.
+
+    Args:
+        desc: a call of conv_bn_act.
+    """
+    reasons = product_reasons(desc)
+    k, _, rows, cols = desc.params["weight"]
+    if (rows, cols) != (1, 1):
+        reasons.append(f"only 1x1 convolutions; cuDNN's fused kernels run {rows}x{cols}")
+    if desc.params["padding"] or desc.params["groups"] != 1:
+        reasons.append(
+            f"needs padding=0 and groups=1, got padding={desc.params['padding']}, "
+            f"groups={desc.params['groups']}"
+        )
+    return reasons + ([] if reasons else slower_reasons(desc))
+
+
+def product_reasons(desc: OpDesc) -> list[str]:
+    """Reasons that hold for every matrix product here, against the call `desc`."""
+    reasons = _compat.not_supported_reasons(desc)
+    n, _, height, width = desc.shape
+    if n * height * width > _MAX_PIXELS:
+        reasons.append(
+            f"counts at most {_MAX_PIXELS} pixels, {n} maps of {height}x{width} have more"
+        )
+    return reasons
+
+
+def slower_reasons(desc: OpDesc) -> list[str]:
+    """A reason where the automatic choice would pick a kernel that PyTorch is predicted to beat.
+
+    No GPU has measured these kernels yet: both times are those of `time_model`.
+    """
+    if current_backend() != "auto" or _compat.interpreting() or not desc.shape[0]:
+        return []
+    ours = time_model.predict(desc, tf32=allow_tf32()).seconds
+    torch_tf32 = torch.backends.cudnn.allow_tf32
+    theirs = time_model.predict_reference(desc, tf32=torch_tf32)
+    if ours <= theirs:
+        return []
+    return [
+        f"predicted {ours * 1e6:.0f} us, PyTorch {theirs * 1e6:.0f} us (a model, not measured); "
+        "use_backend('triton') runs it all the same"
+    ]
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    act: str | None = "relu",
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """y = act(scale * conv(x, weight) + shift + residual) of a 1x1 convolution.
+
+    Args:
+        x: [N, C, H, W] fp16, bf16 or fp32; a layout other than channels_last is copied.
+        weight: [K, C, 1, 1], the dtype of x.
+        scale, shift: [K], any float dtype; used in fp32.
+        stride: of rows and columns.
+        padding, groups: 0 and 1; dilation has no effect.
+        residual: [N, K, H', W'], the dtype of x, or None.
+        act: "relu" or None.
+        config: None for the analytic choice.
+
+    Returns:
+        [N, K, H', W'], channels_last, accumulated in fp32 and rounded once.
+    """
+    if stride != 1:
+        x = x[:, :, ::stride, ::stride]
+    n, _, height, width = x.shape
+    y = torch.empty(
+        (n, weight.shape[0], height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    pointwise(
+        x, weight.flatten(1), fp32(scale), fp32(shift)[None], y,
+        residual=residual, relu=act == "relu", config=config,
+    )  # fmt: skip
+    return y
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    y: Tensor,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    classifier: tuple[Tensor, Tensor] | None = None,
+    config: GemmConfig | None = None,
+) -> None:
+    """Launch `conv_kernels.pointwise_kernel`; writes y.
+
+    Args:
+        x: [N, C, H, W], any strides.
+        weight: [K, C' >= C], the dtype of x; of its columns the first C are used.
+        scale: [K] fp32.
+        shift: [1, K] fp32, or [N, K] for a shift of each image.
+        y: [N, K, H, W] ([N, classes, H, W] with a classifier), channels next to each other.
+        residual: [N, K, H, W], the dtype of x.
+        relu: the activation.
+        classifier: ([classes, K] in the dtype of x, [classes] fp32) of a second product.
+        config: None for the analytic choice.
+    """
+    n, channels, height, width = x.shape
+    filters = weight.shape[0]
+    if n == 0:
+        return
+    kernels = _compat.device_module("conv_kernels")
+    tf32 = allow_tf32()
+    groups = shift.shape[0]
+    group_rows = n * height * width // groups
+    if config is None:
+        config = configs.pointwise_config(
+            groups, group_rows, channels, filters, time_model.math_of(x.dtype, tf32),
+            device_of(x), classifier is not None,
+        )  # fmt: skip
+    x = channels_inside(x)
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    if residual is not None:
+        residual = channels_inside(residual)
+    classes, class_weight, class_bias = 0, None, None
+    if classifier is not None:
+        class_weight, class_bias = classifier
+        class_weight = class_weight.contiguous()
+        classes = class_weight.shape[0]
+    flat_x, x_strides = pixel_strides(x)
+    flat_y, y_strides = pixel_strides(y)
+    flat_r, r_strides = pixel_strides(residual) if residual is not None else (True, (0, 0, 0))
+    inner = [channels, weight.stride(0), *x_strides]
+    vec_x = vector(x, *inner, *([filters] if classes else []))
+    vec_y = vector(x, *y_strides, *([] if classes else [filters]))
+    vec_r = vector(x, *r_strides)
+    tiles_n = -(-filters // config.block_n)
+    tiles_m = -(-group_rows // config.block_m)
+    with _compat.on_device(x):
+        kernels.pointwise_kernel[grid(groups * tiles_m * tiles_n)](
+            x, weight, scale, shift, residual, class_weight, class_bias, y,
+            group_rows, height, width, channels // vec_x, filters // (vec_x if classes else vec_y),
+            classes, tiles_n,
+            *(s // vec_x for s in x_strides), weight.stride(0) // vec_x,
+            shift.stride(0) if groups > 1 else 0,
+            *(s // vec_r for s in r_strides), *(s // vec_y for s in y_strides),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
+            CLASSES=max(16, 1 << (classes - 1).bit_length()) if classes else 0,
+            VEC_X=vec_x, VEC_Y=vec_y, VEC_R=vec_r, FLAT_X=flat_x, FLAT_Y=flat_y, FLAT_R=flat_r,
+            EVEN_C=channels % config.block_c == 0, HAS_RESIDUAL=residual is not None, RELU=relu,
+            PRECISION="tf32" if tf32 else "ieee",
+            **launch_options(config),
+        )  # fmt: skip
+
+
+def fp32(x: Tensor) -> Tensor:
+    """A contiguous fp32 tensor of the same values."""
+    return x.to(torch.float32).contiguous()
+
+
+def channels_inside(x: Tensor) -> Tensor:
+    """x, copied to channels_last where its channels are not next to each other."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def pixel_strides(x: Tensor) -> tuple[bool, tuple[int, int, int]]:
+    """(whether pixels lie at equal distances, strides of image, row and column).
+
+    At equal distances, across rows and images, the last stride is that distance. The stride of a
+    dimension of one entry has no meaning and comes out as 0.
+    """
+    n, _, height, width = x.shape
+    image, _, row, col = x.stride()
+    strides = [s if size > 1 else 0 for s, size in zip((image, row, col), (n, height, width))]  # noqa: B905
+    step, size = 0, 1
+    flat = True
+    for stride, count in ((col, width), (row, height), (image, n)):
+        if count == 1:
+            continue
+        if size == 1:
+            step = stride
+        flat &= stride == step * size
+        size *= count
+    if flat:
+        return True, (0, 0, step)
+    return False, (strides[0], strides[1], strides[2])
+
+
+def vector(x: Tensor, *counts: int) -> int:
+    """Elements of x in the longest access, of 16 bytes at most, that divides all counts."""
+    elements = _VECTOR_BYTES // x.element_size()
+    while any(count % elements for count in counts):
+        elements //= 2
+    return elements
+
+
+def grid(programs: int) -> tuple[int]:
+    """A launch grid.
+
+    Raises:
+        ValueError: it is larger than CUDA allows.
+    """
+    if programs > _MAX_PROGRAMS:
+        raise ValueError(
+            f"{programs} programs are more than a CUDA grid holds ({_MAX_PROGRAMS}); "
+            "split the batch"
+        )
+    return (programs,)
+
+
+def launch_options(config: GemmConfig) -> dict[str, int]:
+    """Triton's launch options of a configuration."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if config.register_limit is not None:
+        options["maxnreg"] = config.register_limit
+    return options
+
+
+def allow_tf32() -> bool:
+    """Whether PyTorch lets matrix products of fp32 operands round them to TF32."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        # Raised once the newer setting has been used.
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def device_of(x: Tensor) -> Device:
+    """What the choice of a configuration needs to know of x's device."""
+    return _device(x.device) if x.is_cuda else configs.H100
+
+
+@cache
+def _device(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    return replace(
+        configs.nominal_device((properties.major, properties.minor)),
+        name=properties.name,
+        multiprocessors=properties.multi_processor_count,
+        shared=properties.shared_memory_per_multiprocessor,
+    )
