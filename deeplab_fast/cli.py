@@ -702,7 +702,7 @@ def _train(config: Any) -> int:
         )
     except (TrainingUnavailable, BackendUnavailable) as error:
         raise _UsageError(str(error)) from error
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise _UsageError(str(error)) from error
     except (MemoryError, OSError) as error:
         _tell("train", str(error))

@@ -33,8 +33,8 @@ from .conv import (
     device_of,
     fp32,
     grid,
+    is_longest,
     launch_options,
-    pixel_strides,
     pointwise,
     product_reasons,
     slower_reasons,
@@ -206,14 +206,8 @@ def aspp_branches_packed(
     filters = sum(b.channels for b in packed.branches)
     shape = (n, filters, height, width)
     if out is None:
-        out = torch.empty(
-            shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-        )
-    elif (
-        tuple(out.shape) != shape
-        or out.dtype != x.dtype
-        or (out.stride(1) != 1 and filters > 1)
-    ):
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    elif tuple(out.shape) != shape or out.dtype != x.dtype or (out.stride(1) != 1 and filters > 1):
         raise ValueError(
             f"aspp_branches: out is {out.dtype} {list(out.shape)} with strides {out.stride()}; "
             f"expected {x.dtype} {list(shape)} with neighbouring channels (channels_last)"
@@ -223,16 +217,17 @@ def aspp_branches_packed(
     kernels = _compat.device_module("aspp_kernels")
     tf32 = allow_tf32()
     device = device_of(x)
-    if config is None:
-        config = configs.aspp_branches_config(
-            n, height, width, channels, packed.branches, time_model.math_of(x.dtype, tf32), device
-        )
-    tables = _device_tables(x, packed.branches, config, device.multiprocessors * config.occupancy)
     x = channels_inside(x)
     x_strides = _strides(x)
     y_strides = _strides(out)
     vec_x = vector(x, channels, *x_strides)
     vec_y = vector(x, *y_strides, *(b.channels for b in packed.branches))
+    if config is None:
+        config = configs.aspp_branches_config(
+            n, height, width, channels, packed.branches, time_model.math_of(x.dtype, tf32), device,
+            aligned=is_longest(x, vec_x, vec_y),
+        )  # fmt: skip
+    tables = _device_tables(x, packed.branches, config, device.multiprocessors * config.occupancy)
     y_strides = tuple(s // vec_y for s in y_strides)
     partial = x.new_empty((tables.slots, config.block_m, config.block_n), dtype=torch.float32)
     with _compat.on_device(x):

@@ -71,11 +71,7 @@ def _pixel_offsets(class_ptr, pixel, stride_n, stride_h, stride_w):
     col = tl.load(class_ptr + _COL) + pixel - line * cols
     image = line // rows
     row = tl.load(class_ptr + _ROW) + line - image * rows
-    return (
-        image.to(tl.int64) * stride_n
-        + row.to(tl.int64) * stride_h
-        + col.to(tl.int64) * stride_w
-    )
+    return image.to(tl.int64) * stride_n + row.to(tl.int64) * stride_h + col.to(tl.int64) * stride_w
 
 
 @triton.jit

@@ -247,16 +247,21 @@ class GemmConfig:
         return block * self.occupancy <= device.shared
 
 
-def gemm_candidates(math: str, device: Device, filters: int | None = None) -> list[GemmConfig]:
+def gemm_candidates(
+    math: str, device: Device, filters: int | None = None, aligned: bool = True
+) -> list[GemmConfig]:
     """Legal configurations without split, for a matrix product in this arithmetic.
 
     Args:
         math: MMA_16BIT, MMA_TF32 or FMA_FP32.
         device: the GPU.
-        filters: leave out those whose tile has more than twice that many filters.
+        filters: leave out tiles of more filters than the next power of two.
+        aligned: operands and result allow accesses of 16 bytes.
     """
     itemsize = 2 if math == MMA_16BIT else 4
-    if math == FMA_FP32:
+    if not aligned:
+        table = _UNALIGNED
+    elif math == FMA_FP32:
         table = _FMA
     else:
         table = _MMA_SM90 if (9, 0) <= device.capability < (12, 0) else _MMA_SM80
@@ -274,10 +279,10 @@ def gemm_candidates(math: str, device: Device, filters: int | None = None) -> li
 # block_m, block_n, bytes of a pixel's chunk of channels, num_warps, num_stages, occupancy. A chunk
 # of 128 bytes is a cache line, and the widest that shared memory swizzles. Of an accumulator a
 # thread holds block_m block_n / (32 num_warps) registers: 128 fit beside the rest on 9.0, where the
-# operands stay in shared memory, 64 before.
+# operands stay in shared memory, 64 before. tests/aot compiles all of them.
 _MMA_SM90 = (
     (128, 256, 128, 8, 4, 1),
-    (128, 128, 128, 8, 3, 2),
+    (128, 128, 128, 4, 3, 2),
     (64, 256, 128, 4, 2, 2),
     (64, 128, 128, 4, 4, 2),
     (128, 64, 128, 4, 4, 2),
@@ -286,6 +291,7 @@ _MMA_SM90 = (
 )
 _MMA_SM80 = (
     (128, 128, 128, 8, 4, 1),
+    (64, 256, 128, 8, 3, 1),
     (64, 128, 128, 4, 3, 2),
     (128, 64, 128, 4, 3, 2),
     (64, 64, 128, 4, 4, 3),
@@ -294,6 +300,11 @@ _MMA_SM80 = (
 _FMA = (
     (64, 64, 128, 4, 3, 2),
     (64, 32, 128, 4, 3, 3),
+)
+# Copies of less than 4 bytes do not exist: operands then pass through registers.
+_UNALIGNED = (
+    (64, 64, 64, 4, 3, 2),
+    (64, 32, 64, 4, 3, 2),
 )
 
 
@@ -306,6 +317,7 @@ def aspp_branches_config(
     branches: tuple[Branch, ...],
     math: str,
     device: Device,
+    aligned: bool = True,
 ) -> GemmConfig:
     """The configuration of least predicted time (`time_model.branches_seconds`).
 
@@ -314,6 +326,7 @@ def aspp_branches_config(
         branches: the branches.
         math: MMA_16BIT, MMA_TF32 or FMA_FP32.
         device: the GPU.
+        aligned: operands and result allow accesses of 16 bytes.
     """
     from . import time_model
 
@@ -321,7 +334,7 @@ def aspp_branches_config(
     filters = max(b.channels for b in branches)
     candidates = [
         (time_model.branches_floor(*shape, config, math, device), order, config)
-        for order, config in enumerate(aspp_branches_candidates(math, device, filters))
+        for order, config in enumerate(aspp_branches_candidates(math, device, filters, aligned))
     ]
     best, least = None, float("inf")
     # Tile lists of large batches take long to make; most candidates cannot win.
@@ -336,16 +349,23 @@ def aspp_branches_config(
 
 
 def aspp_branches_candidates(
-    math: str, device: Device, filters: int | None = None
+    math: str, device: Device, filters: int | None = None, aligned: bool = True
 ) -> list[GemmConfig]:
-    """Legal configurations of aspp_branches, whole tiles first."""
-    whole = gemm_candidates(math, device, filters)
+    """Legal configurations of aspp_branches, whole tiles first; arguments as gemm_candidates."""
+    whole = gemm_candidates(math, device, filters, aligned)
     return whole + [replace(config, split=True) for config in whole]
 
 
 @lru_cache(maxsize=1024)
 def pointwise_config(
-    groups: int, pixels: int, channels: int, filters: int, math: str, device: Device, whole: bool
+    groups: int,
+    pixels: int,
+    channels: int,
+    filters: int,
+    math: str,
+    device: Device,
+    aligned: bool = True,
+    classes: bool = False,
 ) -> GemmConfig:
     """The configuration of least predicted time (`time_model.pointwise_seconds`).
 
@@ -354,18 +374,22 @@ def pointwise_config(
         channels, filters: depth and columns of the product.
         math: MMA_16BIT, MMA_TF32 or FMA_FP32.
         device: the GPU.
-        whole: a tile must hold all filters.
+        aligned: operands and result allow accesses of 16 bytes.
+        classes: a second product follows, for which a tile must hold all filters.
 
     Raises:
         ValueError: no tile holds them.
     """
     from . import time_model
 
-    found = gemm_candidates(math, device, filters)
-    if whole:
-        found = [c for c in found if c.block_n >= filters]
+    found = gemm_candidates(math, device, filters, aligned)
+    if classes:
+        # Beside the second product there are no registers for 128 rows of 256 filters.
+        found = [c for c in found if c.block_n >= filters and c.block_m * c.block_n <= 16384]
         if not found:
-            raise ValueError(f"no tile holds {filters} filters")
+            raise ValueError(
+                f"no tile holds {filters} filters and their classes; project first, then classify"
+            )
     shape = (groups, pixels, channels, filters)
     return min(
         found, key=lambda config: time_model.pointwise_seconds(*shape, config, math, device).seconds

@@ -10,7 +10,8 @@ dilated branches of the ASPP have padding worth skipping (`aspp.py`).
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def not_supported_reasons(desc: OpDesc) -> list[str]:
         desc: a call of conv_bn_act.
     """
     reasons = product_reasons(desc)
-    k, _, rows, cols = desc.params["weight"]
+    rows, cols = desc.params["weight"][2:]
     if (rows, cols) != (1, 1):
         reasons.append(f"only 1x1 convolutions; cuDNN's fused kernels run {rows}x{cols}")
     if desc.params["padding"] or desc.params["groups"] != 1:
@@ -55,21 +56,35 @@ def product_reasons(desc: OpDesc) -> list[str]:
 
 
 def slower_reasons(desc: OpDesc) -> list[str]:
-    """A reason where the automatic choice would pick a kernel that PyTorch is predicted to beat.
+    """A reason where the automatic choice would take a kernel that PyTorch is predicted to beat.
 
     No GPU has measured these kernels yet: both times are those of `time_model`.
     """
     if current_backend() != "auto" or _compat.interpreting() or not desc.shape[0]:
         return []
-    ours = time_model.predict(desc, tf32=allow_tf32()).seconds
-    torch_tf32 = torch.backends.cudnn.allow_tf32
+    facts = (desc.op, desc.dtype, desc.shape, tuple(desc.params.items()), desc.capability)
+    return list(_slower_reasons(*facts, allow_tf32(), torch.backends.cudnn.allow_tf32))
+
+
+@lru_cache(maxsize=1024)
+def _slower_reasons(
+    op: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    params: tuple[tuple[str, Any], ...],
+    capability: tuple[int, int] | None,
+    tf32: bool,
+    torch_tf32: bool,
+) -> tuple[str, ...]:
+    desc = OpDesc(op, "cuda", dtype, shape, dict(params), capability)
+    ours = time_model.predict(desc, tf32=tf32).seconds
     theirs = time_model.predict_reference(desc, tf32=torch_tf32)
     if ours <= theirs:
-        return []
-    return [
+        return ()
+    return (
         f"predicted {ours * 1e6:.0f} us, PyTorch {theirs * 1e6:.0f} us (a model, not measured); "
-        "use_backend('triton') runs it all the same"
-    ]
+        "use_backend('triton') runs it all the same",
+    )
 
 
 def conv_bn_act(
@@ -149,11 +164,6 @@ def pointwise(
     tf32 = allow_tf32()
     groups = shift.shape[0]
     group_rows = n * height * width // groups
-    if config is None:
-        config = configs.pointwise_config(
-            groups, group_rows, channels, filters, time_model.math_of(x.dtype, tf32),
-            device_of(x), classifier is not None,
-        )  # fmt: skip
     x = channels_inside(x)
     if weight.stride(1) != 1:
         weight = weight.contiguous()
@@ -171,6 +181,12 @@ def pointwise(
     vec_x = vector(x, *inner, *([filters] if classes else []))
     vec_y = vector(x, *y_strides, *([] if classes else [filters]))
     vec_r = vector(x, *r_strides)
+    if config is None:
+        config = configs.pointwise_config(
+            groups, group_rows, channels, filters, time_model.math_of(x.dtype, tf32), device_of(x),
+            aligned=is_longest(x, vec_x, vec_x if classes else min(vec_y, vec_r)),
+            classes=classes > 0,
+        )  # fmt: skip
     tiles_n = -(-filters // config.block_n)
     tiles_m = -(-group_rows // config.block_m)
     with _compat.on_device(x):
@@ -210,9 +226,7 @@ def pixel_strides(x: Tensor) -> tuple[bool, tuple[int, int, int]]:
     """
     n, _, height, width = x.shape
     image, _, row, col = x.stride()
-    strides = [s if size > 1 else 0 for s, size in zip((image, row, col), (n, height, width))]  # noqa: B905
-    step, size = 0, 1
-    flat = True
+    step, size, flat = 0, 1, True
     for stride, count in ((col, width), (row, height), (image, n)):
         if count == 1:
             continue
@@ -222,7 +236,7 @@ def pixel_strides(x: Tensor) -> tuple[bool, tuple[int, int, int]]:
         size *= count
     if flat:
         return True, (0, 0, step)
-    return False, (strides[0], strides[1], strides[2])
+    return False, (image * (n > 1), row * (height > 1), col * (width > 1))
 
 
 def vector(x: Tensor, *counts: int) -> int:
@@ -231,6 +245,11 @@ def vector(x: Tensor, *counts: int) -> int:
     while any(count % elements for count in counts):
         elements //= 2
     return elements
+
+
+def is_longest(x: Tensor, *elements: int) -> bool:
+    """Whether accesses of so many elements of x all have 16 bytes."""
+    return min(elements) * x.element_size() == _VECTOR_BYTES
 
 
 def grid(programs: int) -> tuple[int]:

@@ -6,8 +6,9 @@ R of them an iteration takes
     t = R max(2 M N C / (F MMA_EFFICIENCY), (M + N) C itemsize / b)
 
 for a tile of M x N and a chunk of C channels: the tensor cores on one side, operands that arrive
-from the second-level cache on the other. b is L2 / (busy multiprocessors), at most PORT clock. Every tile also costs START, to fill the pipeline and to drain it,
-during which another resident block may compute. The call takes
+from the second-level cache on the other. b is L2 / (busy multiprocessors), at most PORT clock.
+Every tile also costs START, to fill the pipeline and to drain it, during which another resident
+block may compute. The call takes
 
     launches LAUNCH + max(longest iterations t + most tiles START, bytes / DRAM) + reduction
 
@@ -20,8 +21,8 @@ each branch, tiles of 128x256 in whole waves, and the passes of what is not fuse
 
     print(predict(desc))          # desc: backends.OpDesc of the call, as ops.describe makes it
 
-Rates are those of `configs.Device`. MMA_EFFICIENCY and START are the model's two free constants;
-measurements on a GPU are to replace them.
+Rates are those of `configs.Device`. MMA_EFFICIENCY, START and LAUNCH are assumed; measurements on a
+GPU are to replace them.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def branches_floor(
     device: Device,
 ) -> float:
     """Seconds below `branches_seconds`, which has the arguments, at little effort."""
-    tiles, iterations = aspp_tiles.tile_counts(
+    _, iterations = aspp_tiles.tile_counts(
         batch, height, width, channels, branches, config.block_m, config.block_n, config.block_c
     )
     each = max(_iteration(config, math, device, device.multiprocessors))
@@ -172,7 +173,9 @@ def branches_seconds(
         device,
         f"aspp_branches {_name(config)}",
         dense_macs=pixels * weights,
-        live_macs=batch * channels * sum(n * b.channels for n, b in zip(live, branches, strict=True)),
+        live_macs=batch
+        * channels
+        * sum(n * b.channels for n, b in zip(live, branches, strict=True)),
         moved=itemsize * (pixels * (channels + filters) + weights),
         partial_bytes=4 * config.block_m * config.block_n * work.slots,
     )
@@ -208,8 +211,7 @@ def pointwise_seconds(
         f"pointwise {_name(config)}",
         dense_macs=macs,
         live_macs=macs,
-        moved=itemsize
-        * (groups * pixels * (channels + filters) + channels * filters + extra),
+        moved=itemsize * (groups * pixels * (channels + filters) + channels * filters + extra),
         partial_bytes=0,
     )
 
@@ -254,9 +256,7 @@ def _predict(
     )
 
 
-def _iteration(
-    config: GemmConfig, math: str, device: Device, busy: int
-) -> tuple[float, float]:
+def _iteration(config: GemmConfig, math: str, device: Device, busy: int) -> tuple[float, float]:
     """Seconds of an iteration on a multiprocessor of its own: (products, operands)."""
     tile = config.block_m * config.block_n * config.block_c
     mma = 2 * tile / (device.flops(math) * MMA_EFFICIENCY)
@@ -279,20 +279,24 @@ def predict(desc: OpDesc, device: Device | None = None, tf32: bool = False) -> P
     math = math_of(desc.dtype, tf32)
     n, channels, height, width = desc.shape
     if desc.op == "aspp_branches":
-        shape = (n, height, width, channels, branches_of(desc))
-        config = configs.aspp_branches_config(*shape, math, device)
+        branches = branches_of(desc)
+        shape = (n, height, width, channels, branches)
+        aligned = _aligned(math, channels, *(b.channels for b in branches))
+        config = configs.aspp_branches_config(*shape, math, device, aligned)
         return branches_seconds(*shape, config, math, device)
     if desc.op == "aspp_project":
-        product = (n, height * width, channels, desc.params["outputs"])
-        return pointwise_seconds(
-            *product, configs.pointwise_config(*product, math, device, False), math, device
-        )
+        filters = desc.params["outputs"]
+        product = (n, height * width, channels, filters)
+        aligned = _aligned(math, channels, desc.params["pooled"], filters)
+        config = configs.pointwise_config(*product, math, device, aligned)
+        return pointwise_seconds(*product, config, math, device)
     if desc.op == "conv_bn_act" and tuple(desc.params["weight"][2:]) == (1, 1):
         rows, cols = (-(-size // desc.params["stride"]) for size in (height, width))
         filters = desc.params["weight"][0]
         product = (1, n * rows * cols, channels, filters)
         extra = n * rows * cols * filters if desc.params["residual"] else 0
-        config = configs.pointwise_config(*product, math, device, False)
+        aligned = _aligned(math, channels, filters)
+        config = configs.pointwise_config(*product, math, device, aligned)
         return pointwise_seconds(*product, config, math, device, extra)
     raise ValueError(f"there is no time model of {desc.op} with {desc.params}")
 
@@ -319,7 +323,9 @@ def predict_reference(desc: OpDesc, device: Device | None = None, tf32: bool = F
         filters = [b.channels for b in branches]
         products = [(pixels, channels * b.taps, b.channels) for b in branches]
         # Each branch converts x by itself; the concatenation is one more pass over all of them.
-        passes = halves * len(branches) + [pixels * k for k in filters] * 3 + [pixels * sum(filters)]
+        passes = (
+            halves * len(branches) + [pixels * k for k in filters] * 3 + [pixels * sum(filters)]
+        )
     elif desc.op == "aspp_project":
         k = desc.params["outputs"]
         products = [(pixels, channels, k)]
@@ -349,6 +355,11 @@ def branches_of(desc: OpDesc) -> tuple[Branch, ...]:
     """The branches of a call of aspp_branches."""
     weights, dilations = desc.params["weights"], desc.params["dilations"]
     return tuple(Branch(w[0], w[-1], d) for w, d in zip(weights, dilations, strict=True))
+
+
+def _aligned(math: str, *counts: int) -> bool:
+    """Whether accesses of 16 bytes divide all counts of elements."""
+    return all(count * _itemsize(math) % 16 == 0 for count in counts)
 
 
 def _itemsize(math: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
+import math
 import os
 import signal
 import threading
@@ -17,7 +17,6 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
-from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
@@ -26,13 +25,11 @@ __all__ = [
     "AtomicCheckpointIO",
     "CheckpointNotWritten",
     "ExponentialAverage",
-    "JsonLines",
+    "MetricsFile",
     "Progress",
     "RunCheckpoint",
     "Stopped",
 ]
-
-logger = logging.getLogger("deeplab_fast")
 
 
 class CheckpointNotWritten(OSError):
@@ -117,10 +114,11 @@ def _why_not_written(path: Path, error: OSError) -> str:
 class RunCheckpoint(Checkpoint):
     """``last.ckpt`` and ``best.ckpt`` of a run, and its stops: signals, wall time, steps.
 
-    ``last.ckpt`` is written between two steps of the optimizer: every ``minutes``, one step before
-    a validation (so that an interrupted validation costs one step), after each epoch, and before a
-    stop. A run that goes on from it gives what it would have given without the interruption.
-    ``best.ckpt`` is written after a validation with a higher ``monitor`` than ever.
+    ``last.ckpt`` is written between two steps of the optimizer: every ``minutes``, before a stop,
+    at the end, and one step before a validation and after each epoch unless writing took more than
+    a twentieth of the time since. A run that goes on from it gives what it would have given without
+    the interruption. ``best.ckpt`` is written after a validation with a higher ``monitor`` than
+    ever.
 
     SIGTERM and SIGINT stop the run at the end of the step with :class:`Stopped`, in validation at
     once; a second SIGINT interrupts.
@@ -152,7 +150,7 @@ class RunCheckpoint(Checkpoint):
         self.best_step: int | None = None
         self.out_of_time = False
         self._signal: int | None = None
-        self._started = self._saved = 0.0
+        self._started = self._saved = self._cost = 0.0
         self._handlers: dict[int, Any] = {}
 
     @property
@@ -192,12 +190,12 @@ class RunCheckpoint(Checkpoint):
         if done % parts:
             return
         left = trainer.num_training_batches - done
-        signum, running, unsaved = self._agreed(trainer)
+        signum, running, unsaved, cheap = self._agreed(trainer)
         enough = self.max_steps is not None and trainer.global_step >= self.max_steps
         late = self.max_seconds is not None and running >= self.max_seconds
         # Within the last batch of an epoch Lightning cannot resume: on_train_epoch_end writes then.
         if left:
-            before_validation = left <= parts and self._validates(trainer)
+            before_validation = cheap and left <= parts and self._validates(trainer)
             due = unsaved >= 60 * self.minutes
             if signum is not None or late or enough or before_validation or due:
                 self._save(trainer, self.last_path)
@@ -232,10 +230,12 @@ class RunCheckpoint(Checkpoint):
         self._save(trainer, self.best_path)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        signum, _, unsaved, cheap = self._agreed(trainer)
+        last = trainer.should_stop or trainer.current_epoch + 1 >= trainer.max_epochs
+        due = signum is not None or last or cheap or unsaved >= 60 * self.minutes
         # A part of an epoch, stopped for its length, would count as a whole one.
-        if trainer.fit_loop.batch_idx + 1 >= trainer.num_training_batches:
+        if due and trainer.fit_loop.batch_idx + 1 >= trainer.num_training_batches:
             self._save(trainer, self.last_path)
-        signum, _, _ = self._agreed(trainer)
         if signum is not None:
             raise Stopped(signum)
 
@@ -246,9 +246,11 @@ class RunCheckpoint(Checkpoint):
         self._release_signals()
 
     def _save(self, trainer: Any, path: Path) -> None:
+        begin = time.monotonic()
         trainer.save_checkpoint(path)
         if path == self.last_path:
             self._saved = time.monotonic()
+            self._cost = self._saved - begin
 
     def _validate_last(self, trainer: Any, last: bool) -> None:
         """The last epoch is validated, also where ``check_val_every_n_epoch`` passes over it."""
@@ -260,18 +262,18 @@ class RunCheckpoint(Checkpoint):
         every = trainer.check_val_every_n_epoch
         return trainer.enable_validation and bool(every) and not (trainer.current_epoch + 1) % every
 
-    def _agreed(self, trainer: Any) -> tuple[int | None, float, float]:
-        """Signal, and seconds since the start and the last checkpoint, the same on all processes.
+    def _agreed(self, trainer: Any) -> tuple[int | None, float, float, bool]:
+        """Signal, seconds since the start and the last checkpoint, whether one more is cheap.
 
-        They must agree on when to save and stop: both are collective calls.
+        The same on all processes: they must agree on when to save and stop, both collective calls.
         """
         now = time.monotonic()
-        values = [float(self._signal or 0), now - self._started, now - self._saved]
+        values = [float(self._signal or 0), now - self._started, now - self._saved, self._cost]
         if trainer.world_size > 1:
             shared = torch.tensor(values, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
             values = shared.tolist()
-        return int(values[0]) or None, values[1], values[2]
+        return int(values[0]) or None, values[1], values[2], values[2] >= 20 * values[3]
 
     def _catch_signals(self, trainer: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -337,55 +339,65 @@ class ExponentialAverage(WeightAveraging):
         torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
-class JsonLines(Logger):
-    """One JSON object a line: ``{"step": ..., "epoch": ..., "train/loss": ...}``.
+class MetricsFile(Callback):
+    """A JSON object a line: ``{"step": 10, "epoch": 0, "train/loss": ..., "lr": ...}``.
 
-    A resumed run drops the lines of the steps that it repeats (:meth:`forget_from`).
+    ``step`` counts the steps of the optimizer that are done. Losses are means over the parts of the
+    one step. Validations have lines of their own. A checkpoint knows how many lines there were; a
+    run that goes on from it drops the others.
+
+    Args:
+        path: of the file.
+        every: steps between lines.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], every: int = 1) -> None:
         super().__init__()
         self.path = Path(path)
+        self.every = every
+        self._lines = 0
+        self._known = False
 
-    @property
-    def name(self) -> str:
-        return ""
+    def state_dict(self) -> dict[str, Any]:
+        return {"lines": self._lines}
 
-    @property
-    def version(self) -> str:
-        return ""
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> Any:
-        return self.path
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The run's config.yaml has them."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._lines, self._known = state_dict["lines"], True
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        row: dict[str, Any] = {"step": step}
-        for name, value in metrics.items():
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        lines = []
+        if self.path.is_file() and trainer.global_step:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            # Another trainer's checkpoint does not tell.
+            lines = lines[: self._lines] if self._known else lines
+        self._lines = len(lines)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.global_step % self.every == 0:
+            self._write(trainer, pl_module.last_step)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            metrics = trainer.callback_metrics
+            self._write(trainer, {k: v for k, v in metrics.items() if k.startswith("val/")})
+
+    def _write(self, trainer: Any, values: Mapping[str, Any]) -> None:
+        row: dict[str, Any] = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        for name, value in values.items():
             number = float(value)
-            row[name] = int(number) if name == "epoch" else number if number == number else None
+            row[name] = number if math.isfinite(number) else None
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-    @rank_zero_only
-    def forget_from(self, step: int) -> None:
-        """Drops the lines of this step and later ones, and a last line that was cut off."""
-        if not self.path.is_file():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and (row.get("step") or 0) < step:
-                    kept.append(line)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        self._lines += 1
 
 
 class Progress(Callback):
@@ -452,5 +464,5 @@ def new_trainer(**arguments: Any) -> Any:
 
     try:
         return lightning.Trainer(**arguments)
-    except (MisconfigurationException, TypeError) as error:
+    except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
         raise ValueError(f"trainer: {error}") from error

@@ -63,6 +63,7 @@ class SegmentationModule(lightning.LightningModule):
     Attributes:
         metrics: the last validation's ``Metrics``, ``confusion`` its counts, ``validated_step`` the
             number of optimizer steps before it.
+        last_step: losses and learning rate of the last step of the optimizer.
 
     Raises:
         ValueError: an option that does not fit the model.
@@ -97,6 +98,11 @@ class SegmentationModule(lightning.LightningModule):
         self.ignore_index = ignore_index
         if class_weights is None and isinstance(config.class_weights, (list, tuple)):
             class_weights = config.class_weights
+        if class_weights is not None and len(class_weights) != len(self.classes):
+            raise ValueError(
+                f"class_weights has {len(class_weights)} weights for {len(self.classes)} classes "
+                f"({', '.join(self.classes.classes[:5])}, ...); give one weight a class"
+            )
         kind: Any = config.loss
         labels: Any = config.loss_labels
         self.loss = SegmentationLoss(
@@ -120,6 +126,7 @@ class SegmentationModule(lightning.LightningModule):
         self._counter: _Counter | None = None
         self._confusion: Tensor | None = None
         # Losses and samples since the last step of the optimizer: the last is what went wrong.
+        self.last_step: dict[str, Any] = {}
         self._window: list[tuple[dict[str, Tensor], Tensor]] = []
         self._restore = ExitStack()
 
@@ -240,6 +247,11 @@ class SegmentationModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         window, self._window = self._window, []
+        self.last_step = {
+            f"train/{name}": torch.stack([losses[name] for losses, _ in window]).mean()
+            for name in window[0][0]
+        }
+        self.last_step["lr"] = self.learning_rate
         totals = torch.stack([losses["loss"] for losses, _ in window])
         # Here the host waits for the device: the backward pass is queued by now.
         finite = torch.isfinite(totals)

@@ -40,13 +40,16 @@ def training_transform(
     elif config.transform == "none":
         transform = None
     else:
-        transform = _imported(config.transform, config.transform_options)
+        try:
+            transform = adapt(_imported(config.transform, config.transform_options))
+        except TypeError as error:
+            raise ValueError(f"transform {config.transform}: {error}") from error
     if not (config.colour_jitter or config.hue_jitter):
         return transform
     strength = config.colour_jitter
     jitter = ColourJitter(strength, strength, strength, config.hue_jitter)
     # Last: a crop has fewer pixels than the photo.
-    return jitter if transform is None else Compose(adapt(transform), jitter)
+    return jitter if transform is None else Compose(transform, jitter)
 
 
 def open_training(config: TrainConfig) -> SegmentationDataset:

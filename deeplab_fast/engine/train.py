@@ -102,7 +102,7 @@ def build_model(config: Any, num_classes: int, classes: Any = None) -> nn.Module
         classes: ``ClassSet`` put on the model.
 
     Raises:
-        ValueError, TypeError, OSError: options or weights that do not fit.
+        ValueError, OSError: options or weights that do not fit.
     """
     from deeplab_fast.models import get_model
     from deeplab_fast.weights import inspect_weights, load_weights
@@ -124,7 +124,10 @@ def build_model(config: Any, num_classes: int, classes: Any = None) -> nn.Module
     if config.weights_backbone is not None:
         options["weights_backbone"] = config.weights_backbone
     torch.manual_seed(config.seed)
-    model: Any = get_model(config.model, num_classes=num_classes, **options)
+    try:
+        model: Any = get_model(config.model, num_classes=num_classes, **options)
+    except TypeError as error:
+        raise ValueError(f"model_options: {error}") from error
     if config.weights is not None:
         load_weights(model, config.weights, reset_head=config.reset_head, strict=True)
     if stride is not None and model.output_stride != stride:
@@ -173,6 +176,7 @@ def fit(
     from deeplab_fast.engine import callbacks as parts
     from deeplab_fast.engine.datamodule import SegmentationData
     from deeplab_fast.engine.module import SegmentationModule
+    from deeplab_fast.engine.sources import training_transform
 
     tell = tell or (lambda text: None)
     if not config.output:
@@ -181,6 +185,8 @@ def fit(
         raise ValueError("epochs or steps is missing: how long shall the training be?")
     folder = Path(config.output)
     checkpoint = _checkpoint_to_resume(folder, resume)
+    with use_backend(config.backend or "auto"):
+        training_transform(config)
     if data is None:
         data = SegmentationData(config)
     # The other processes end with this one.
@@ -215,7 +221,6 @@ def fit(
         max_steps=steps,
     )
     average = parts.ExponentialAverage(config.ema) if config.ema else None
-    lines = parts.JsonLines(folder / "metrics.jsonl")
     with _quiet():
         trainer = _trainer(
             config,
@@ -224,16 +229,16 @@ def fit(
             validates=data.val is not None and config.val_every > 0,
             callbacks=[
                 *([average] if average is not None else []),
+                parts.MetricsFile(folder / "metrics.jsonl", config.log_every),
                 parts.Progress(tell, steps, saver),
                 *callbacks,
                 saver,
             ],
-            loggers=[lines, *_tensorboard(config, folder, tell)],
+            loggers=_tensorboard(config, folder, tell),
             progress=progress,
         )
     if checkpoint is not None:
-        done = _check_resumable(checkpoint, config, tell)
-        lines.forget_from(done)
+        _check_resumable(checkpoint, config, tell)
     if trainer.is_global_zero:
         _write_run_files(folder, config)
     first = "resuming from" if checkpoint is not None else "training"
@@ -423,6 +428,8 @@ def _trainer(
     for name, own in lists.items():
         extra = given.pop(name, None) or []
         arguments[name] = [*own, *(extra if isinstance(extra, (list, tuple)) else [extra])]
+    # An empty list would mean Lightning's own logger.
+    arguments["logger"] = arguments["logger"] or False
     return new_trainer(**{**arguments, **given})
 
 
@@ -482,11 +489,11 @@ def _checkpoint_to_resume(folder: Path, resume: bool | str | os.PathLike[str]) -
     return None
 
 
-def _check_resumable(path: Path, config: Any, tell: Callable[[str], None]) -> int:
-    """Tells which options differ from the checkpoint's; the number of steps done."""
+def _check_resumable(path: Path, config: Any, tell: Callable[[str], None]) -> None:
+    """Tells which options differ from the checkpoint's."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        before, steps = dict(content["train_config"]), int(content["global_step"])
+        before = dict(content["train_config"])
     except Exception as error:
         raise ValueError(
             f"{path} is no checkpoint of a training run ({' '.join(str(error).split())[:200]})"
@@ -503,7 +510,6 @@ def _check_resumable(path: Path, config: Any, tell: Callable[[str], None]) -> in
             "warning: other options than the run began with, its result will differ from an "
             f"uninterrupted one: {', '.join(changed)}"
         )
-    return steps
 
 
 def _write_run_files(folder: Path, config: Any) -> None:

@@ -43,12 +43,13 @@ from .layers import (
     WideProjectLayer,
     is_channels_last,
 )
-from .staleness import has_hooks, is_foldable
+from .staleness import has_hooks, is_foldable, is_ours
 
 Named = tuple[str, nn.Module]
 
 CONVOLUTIONS = (nn.Conv2d, SamePadConv2d)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SingleValueBatchNorm2d)
+_NORM_FORWARDS = tuple(cls.forward for cls in BATCH_NORMS)
 ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
@@ -249,8 +250,9 @@ class _Folder:
         return ConvSpec(name, conv.weight.detach(), scale, shift, *geometry, act)
 
     def is_itself(self, module: nn.Module) -> bool:
-        """Whether a module does what its class says."""
-        return "forward" not in module.__dict__ and module._compiled_call_impl is None
+        """Whether a module is watched for changes and does what its class says."""
+        replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
+        return is_ours(module) and not replaced
 
     def is_identity(self, module: nn.Module) -> bool:
         idle = type(module) in DROPOUTS and (self.frozen or not module.training)
@@ -275,7 +277,8 @@ class _Folder:
 
     def is_norm(self, norm: Any, conv: Any) -> bool:
         """Whether a batch norm behind `conv` is a scale and a shift for each channel."""
-        if type(norm) not in BATCH_NORMS:
+        # Frozen batch norms have a class of their own, and the forward of the one they had before.
+        if not isinstance(norm, BATCH_NORMS) or type(norm).forward not in _NORM_FORWARDS:
             return False
         values = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         return (

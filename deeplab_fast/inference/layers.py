@@ -427,7 +427,7 @@ class Program:
         heads: (name of the result, name of the feature, step) of the main and auxiliary heads.
         layers: all layers, in the order in which they were folded.
         in_channels: of the input; None where a plain module reads it.
-        channels_last: whether the original's weights make its results channels_last.
+        channels_last: memory format of the results, that of the original's weights.
     """
 
     backbone: Callable[[Tensor, Run], dict[str, Tensor]]
@@ -437,14 +437,13 @@ class Program:
     channels_last: bool
 
     def logits(self, x: Tensor, run: Run = execute, aux: bool = True) -> dict[str, Tensor]:
-        """Low-resolution logits by name, in the memory format that the plain modules give."""
-        keep = self.channels_last or is_channels_last(x)
+        """Low-resolution logits by name."""
         features = self.backbone(x.contiguous(memory_format=CHANNELS_LAST), run)
         results = OrderedDict()
         for name, feature, head in self.heads:
             if aux or name == "out":
                 y = head(features[feature], run)
-                results[name] = y if keep else y.contiguous()
+                results[name] = y if self.channels_last else y.contiguous()
         return results
 
     @property

@@ -53,7 +53,7 @@ class Snapshot:
         self._model = model._modules
         self._parts = [(part, model._modules.get(part)) for part in _PARTS]
         inner = [m for _, root in self._parts if root is not None for m in root.modules()]
-        watched = {id(m): m for m in inner if _is_ours(m) or has_hooks(m)}.values()
+        watched = {id(m): m for m in inner if is_ours(m) or has_hooks(m)}.values()
         self._modules = [_ModuleState(m) for m in watched]
         self._tensors = [
             (holder, key, tensor, _identity(tensor))
@@ -127,7 +127,8 @@ class _ModuleState:
         )
 
 
-def _is_ours(module: nn.Module) -> bool:
+def is_ours(module: nn.Module) -> bool:
+    """A module of PyTorch's or of this package, which changes its attributes only when asked to."""
     return type(module).__module__.startswith(("torch.nn.", "deeplab_fast."))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ._aspp_triton import kernel as triton_kernel
 from ._registry import (
     FLOAT_DTYPES,
     autocast,
@@ -193,3 +194,6 @@ define(
     _fake_backward,
 )
 backends.register(OP, "reference", reference.aspp_branches)
+backends.register(
+    OP, "triton", triton_kernel("aspp", "aspp_branches"), triton_kernel("aspp", "branches_reasons")
+)

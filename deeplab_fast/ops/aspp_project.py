@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ._aspp_triton import kernel as triton_kernel
 from ._registry import (
     FLOAT_DTYPES,
     autocast,
@@ -148,3 +149,6 @@ define(
     _fake_backward,
 )
 backends.register(OP, "reference", reference.aspp_project)
+backends.register(
+    OP, "triton", triton_kernel("aspp", "aspp_project"), triton_kernel("aspp", "project_reasons")
+)

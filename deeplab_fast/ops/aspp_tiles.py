@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,7 +190,7 @@ def axis_intervals(size: int, kernel: int, dilation: int) -> tuple[Interval, ...
         ends.update(end for end in (-shift, size - shift) if 0 < end < size)
     intervals = []
     points = sorted(ends)
-    for first, end in zip(points, points[1:], strict=False):
+    for first, end in pairwise(points):
         live = [k for k, shift in enumerate(shifts) if 0 <= first + shift < size]
         intervals.append(Interval(first, end - first, live[0], len(live)))
     return tuple(intervals)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ._aspp_triton import kernel as triton_kernel
 from ._registry import (
     FLOAT_DTYPES,
     autocast,
@@ -258,3 +259,9 @@ define(
     _fake_backward,
 )
 backends.register(OP, "reference", reference.conv_bn_act)
+backends.register(
+    OP,
+    "triton",
+    triton_kernel("conv", "conv_bn_act"),
+    triton_kernel("conv", "not_supported_reasons"),
+)

@@ -64,6 +64,9 @@ struct Product {
   int64_t c_stride;
   int64_t depth;
   bool accumulate;
+  // Not null: the sums go through it to the pixels from first_pixel on, and not to c.
+  const Epilogue* epilogue;
+  int64_t first_pixel;
 };
 
 struct ConvKernels {
@@ -71,9 +74,6 @@ struct ConvKernels {
   bool (*supported)();
   FormKernels forms[kNumForms];
   void (*multiply)(const Product&);
-  // y of `count` pixels from rows of products at `from`.
-  void (*finish_rows)(const float* from, int64_t from_stride, int64_t first_pixel, int64_t count,
-                      const Epilogue&);
 };
 
 const ConvKernels& conv_baseline();

@@ -202,8 +202,10 @@ DEEPLAB_FAST_INLINE void finish(Vector v, int64_t pixel, int64_t channel,
 
 template <int kForm>
 void output_columns(const float* from, int rows, const int64_t* pixels, int64_t channel, int count,
-                    const Epilogue& epilogue) {
+                    const Epilogue& shared_epilogue) {
   constexpr int outputs = kForms[kForm].outputs, products = kForms[kForm].products;
+  // A copy: what is behind the reference would be read again after each store.
+  const Epilogue epilogue = shared_epilogue;
   for (int row = 0; row < rows; ++row, pixels += outputs) {
     const float* const line = from + row * products * kStrip;
     for (int c = 0; c < count; c += kLanes) {
@@ -216,27 +218,22 @@ void output_columns(const float* from, int rows, const int64_t* pixels, int64_t 
   }
 }
 
-void finish_rows(const float* from, int64_t from_stride, int64_t first_pixel, int64_t count,
-                 const Epilogue& epilogue) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t channel = 0; channel < epilogue.channels; channel += kLanes) {
-      finish(load(from + i * from_stride + channel), first_pixel + i, channel, epilogue);
-    }
-  }
-}
-
-// kCount rows of a times kVectors vectors of columns. The rows behind them are prefetched, because
-// they are multiplied next, and of what follows the panel `ahead_lines` cache lines for each kLine
-// of depth.
+// kCount rows from `row` times kVectors vectors of columns from `column`. The rows behind them are
+// prefetched, because they are multiplied next, and of what follows the panel `ahead_lines` cache
+// lines for each kPanel of depth.
 template <int kCount, int kVectors>
-void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t vector_stride,
-                   float* c, int64_t c_stride, int64_t depth, bool accumulate, const float* ahead,
-                   int ahead_lines) {
-  Vector sum[kCount][kVectors];
-  for (int i = 0; i < kCount; ++i) {
-    __builtin_prefetch(c + (kCount + i) * c_stride);
-    for (int j = 0; j < kVectors; ++j) {
-      sum[i][j] = accumulate ? load(c + i * c_stride + j * kLanes) : Vector{};
+void multiply_tile(const Product& product, int64_t row, int64_t column, const float* panel,
+                   int64_t vector_stride, const float* ahead, int ahead_lines) {
+  const int64_t a_stride = product.a_stride, c_stride = product.c_stride, depth = product.depth;
+  const float* const a = product.a + row * a_stride;
+  float* const c = product.c + row * c_stride + column;
+  Vector sum[kCount][kVectors] = {};
+  if (product.accumulate) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+      __builtin_prefetch(c + (kCount + i) * c_stride);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) sum[i][j] = load(c + i * c_stride + j * kLanes);
     }
   }
   const auto step = [&](int64_t k) DEEPLAB_FAST_LAMBDA {
@@ -250,7 +247,7 @@ void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t
       for (int j = 0; j < kVectors; ++j) sum[i][j] += value * b[j];
     }
   };
-  constexpr int kLine = 16;
+  constexpr int kLine = kPanel;
   const float* const next = a + kCount * a_stride;
   int64_t k = 0;
   for (; k + kLine <= depth; k += kLine) {
@@ -261,13 +258,27 @@ void multiply_tile(const float* a, int64_t a_stride, const float* panel, int64_t
     for (int q = 0; q < kLine; ++q) step(k + q);
   }
   for (; k < depth; ++k) step(k);
+  if (product.epilogue != nullptr) {
+    // A copy: what is behind the pointer would be read again after each store.
+    const Epilogue epilogue = *product.epilogue;
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) {
+        finish(sum[i][j], product.first_pixel + row + i, column + j * kLanes, epilogue);
+      }
+    }
+    return;
+  }
+#pragma GCC unroll 16
   for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) store(c + i * c_stride + j * kLanes, sum[i][j]);
   }
 }
 
-using MultiplyTile = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t,
-                              int64_t, bool, const float*, int);
+using MultiplyTile = void (*)(const Product&, int64_t, int64_t, const float*, int64_t,
+                              const float*, int);
 
 template <int kVectors>
 DEEPLAB_FAST_INLINE MultiplyTile tile_of_rows(int64_t rows) {
@@ -281,48 +292,44 @@ DEEPLAB_FAST_INLINE MultiplyTile tile_of_rows(int64_t rows) {
 // All rows times kVectors vectors of columns. The tiles of rows share in prefetching the kAhead
 // panels from `ahead`.
 template <int kVectors, int kAhead>
-void multiply_columns(const Product& product, const float* panel, int64_t vector_stride, float* c,
-                      const float* ahead) {
-  constexpr int kLine = kPanel;
+void multiply_columns(const Product& product, int64_t column, const float* panel,
+                      int64_t vector_stride, const float* ahead) {
   const int64_t tiles = (product.rows + kRows - 1) / kRows;
   const int64_t share = kAhead > 0 ? (tiles + kAhead - 1) / kAhead : 1;
-  const int ahead_lines = kAhead > 0 ? static_cast<int>((kLine + share - 1) / share) : 0;
+  const int ahead_lines = kAhead > 0 ? static_cast<int>((kPanel + share - 1) / share) : 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t row = tile * kRows, left = product.rows - row;
     const float* const next =
         ahead + tile % (kAhead > 0 ? kAhead : 1) * product.panel_stride +
-        tile / (kAhead > 0 ? kAhead : 1) * ahead_lines * (product.depth / kLine) * kPanel;
+        tile / (kAhead > 0 ? kAhead : 1) * ahead_lines * (product.depth / kPanel) * kPanel;
     const MultiplyTile multiply =
         left >= kRows ? multiply_tile<kRows, kVectors> : tile_of_rows<kVectors>(left);
-    multiply(product.a + row * product.a_stride, product.a_stride, panel, vector_stride,
-             c + row * product.c_stride, product.c_stride, product.depth, product.accumulate, next,
-             ahead_lines);
+    multiply(product, row, column, panel, vector_stride, next, ahead_lines);
   }
 }
 
 void multiply(const Product& product) {
   constexpr int kVectors = 2;
   const int64_t stride = product.panel_stride;
+  int64_t n = 0;
   if constexpr (kParts >= kVectors) {
-    for (int64_t n = 0; n < product.num_panels; ++n) {
+    for (; n < product.num_panels; ++n) {
       const float* const panel = product.panels + n * stride;
-      float* const c = product.c + n * kPanel;
-      multiply_columns<kVectors, 1>(product, panel, kLanes, c, panel + stride);
+      multiply_columns<kVectors, 1>(product, n * kPanel, panel, kLanes, panel + stride);
       for (int part = kVectors; part < kParts; part += kVectors) {
-        multiply_columns<kVectors, 0>(product, panel + part * kLanes, kLanes, c + part * kLanes,
-                                      panel);
+        multiply_columns<kVectors, 0>(product, n * kPanel + part * kLanes, panel + part * kLanes,
+                                      kLanes, panel);
       }
     }
   } else {
-    int64_t n = 0;
     for (; n + kVectors <= product.num_panels; n += kVectors) {
       const float* const panel = product.panels + n * stride;
-      multiply_columns<kVectors, kVectors>(product, panel, stride, product.c + n * kPanel,
+      multiply_columns<kVectors, kVectors>(product, n * kPanel, panel, stride,
                                            panel + kVectors * stride);
     }
     if (n < product.num_panels) {
       const float* const panel = product.panels + n * stride;
-      multiply_columns<1, 1>(product, panel, 0, product.c + n * kPanel, panel + stride);
+      multiply_columns<1, 1>(product, n * kPanel, panel, 0, panel + stride);
     }
   }
 }
@@ -338,8 +345,7 @@ constexpr ConvKernels conv_kernels(const char* name, bool (*supported)()) {
           {form_kernels<kLine1>(), form_kernels<kLine2>(), form_kernels<kLine3>(),
            form_kernels<kTile2>(), form_kernels<kTile3>(), form_kernels<kTile4>(),
            form_kernels<kTile6>()},
-          multiply,
-          finish_rows};
+          multiply};
 }
 
 #undef DEEPLAB_FAST_INLINE

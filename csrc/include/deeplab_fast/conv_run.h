@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "deeplab_fast/conv_cpu.h"
@@ -83,23 +84,41 @@ inline int64_t block_floats(int64_t products, int64_t tiles, int64_t channels, i
   return products * tiles * (chunk_channels(channels) + padded(outputs) + 2 * kRowPad);
 }
 
-// Bytes of a block's buffers to aim at: a thread's share of a third-level cache.
-constexpr int64_t kBlockBytes = int64_t{4} << 20;
-// Fewer tiles in a block than this stream the weights faster than memory delivers them.
-constexpr int64_t kLeastTiles = 48;
+// Prepared weights up to this size stay in a third-level cache, and blocks can be as small as makes
+// the products worth their calls; larger ones come from memory for each block anew.
+constexpr int64_t kCachedWeights = int64_t{12} << 20;
+constexpr int64_t kTilesCached = 24;
+constexpr int64_t kTilesStreamed = 96;
+
+// Time of multiplying a block of `tiles` rows, in rows. A few rows beyond whole register tiles of 6
+// (or 12) take as long as 4, which the latency of their additions needs.
+constexpr int64_t row_cost(int64_t tiles) {
+  return tiles / 6 * 6 + (tiles % 6 == 0 ? 0 : std::max<int64_t>(tiles % 6, 4));
+}
 
 inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channels, int64_t outputs,
                                 int64_t threads) {
-  const int64_t bytes = 4 * block_floats(products, 1, channels, outputs);
-  int64_t fit = std::max(kLeastTiles, kBlockBytes / bytes);
-  if (tiles < 2 * kLeastTiles * threads && threads > 1) {
-    // Blocks for each thread would be small: the threads share one, and each weight is read once.
-    return {std::min(tiles, std::max(fit, kLeastTiles * threads)), true};
+  const int64_t weights = 4 * products * channels * padded(outputs);
+  const bool cached = weights <= kCachedWeights;
+  const int64_t least = cached ? kTilesCached : kTilesStreamed;
+  // Threads with few tiles each share the blocks: then each weight is read by one thread only.
+  if (threads > 1 && tiles < (cached ? 1 : 2) * least * threads) {
+    const int64_t most = 2 * kTilesStreamed;
+    const int64_t blocks = (tiles + most - 1) / most;
+    return {(tiles + blocks - 1) / blocks, true};
   }
-  // As many blocks as make the threads end together.
-  const int64_t rounds = (tiles + fit * threads - 1) / (fit * threads);
-  return {(tiles + rounds * threads - 1) / (rounds * threads), false};
+  // The size by which the thread with the most blocks ends first.
+  int64_t best = std::min(least, tiles), best_cost = std::numeric_limits<int64_t>::max();
+  for (int64_t size = least; size <= std::min(2 * least, tiles); ++size) {
+    const int64_t blocks = (tiles + size - 1) / size;
+    const int64_t cost = (blocks + threads - 1) / threads * row_cost(size);
+    if (cost < best_cost) best = size, best_cost = cost;
+  }
+  return {best, false};
 }
+
+// Pixels of a 1x1 convolution in a block.
+constexpr int64_t kPixels = 96;
 
 // One block of tiles and its buffers.
 class Block {
@@ -213,7 +232,7 @@ class Block {
     const int64_t panel_size = x_.channels * kPanel;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t p = unit / parts(), first_panel = unit % parts() * kUnitPanels;
-      Product product;
+      Product product{};
       product.a = inputs_ + p * capacity_ * input_stride_;
       product.a_stride = input_stride_;
       product.rows = tiles_;
@@ -312,41 +331,41 @@ void run_pixels(const ConvKernels& kernels, const InputMap& x, const float* weig
   if (pixels == 0) return;
   const int64_t chunk = chunk_channels(x.channels);
   const int64_t stride = padded(epilogue.channels) + kRowPad;
-  const int64_t panels = padded(epilogue.channels) / kPanel;
-  // Rows whose products and inputs stay in a second-level cache.
-  const int64_t fit = 96;
-  const int64_t rounds = (pixels + fit * threads - 1) / (fit * threads);
+  // Blocks of pixels whose inputs and sums stay in a second-level cache.
+  const int64_t rounds = (pixels + kPixels * threads - 1) / (kPixels * threads);
   const int64_t size = (pixels + rounds * threads - 1) / (rounds * threads);
   const int64_t blocks = (pixels + size - 1) / size;
   parallel(blocks, [&](int64_t begin, int64_t end) {
-    auto buffer = allocate(size * (stride + chunk + kRowPad));
-    float* const products = buffer.data();
-    float* const rows = products + size * stride;
+    // Rows a multiple of 4096 bytes apart lie in few sets of a cache: they are copied.
+    const bool copy = x.channels % 1024 == 0;
+    const int64_t copy_stride = chunk + kRowPad;
+    auto sums = allocate(chunk < x.channels ? size * (stride + copy * copy_stride) : 0);
+    float* const copies = sums.data() + size * stride;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * size, count = std::min(size, pixels - first);
+      const int64_t first = i * size;
+      Product product{};
+      product.a_stride = x.channels;
+      product.rows = std::min(size, pixels - first);
+      product.panel_stride = x.channels * kPanel;
+      product.num_panels = padded(epilogue.channels) / kPanel;
+      product.c = sums.data();
+      product.c_stride = stride;
+      product.first_pixel = first;
       for (int64_t channel = 0; channel < x.channels; channel += chunk) {
-        const int64_t depth = std::min(chunk, x.channels - channel);
-        Product product;
         product.a = x.data + first * x.channels + channel;
-        product.a_stride = x.channels;
-        if (x.channels % 256 == 0 && x.channels > 256) {
-          for (int64_t r = 0; r < count; ++r) {
-            std::copy_n(product.a + r * x.channels, depth, rows + r * (chunk + kRowPad));
-          }
-          product.a = rows;
-          product.a_stride = chunk + kRowPad;
-        }
-        product.rows = count;
         product.panels = weights + channel * kPanel;
-        product.panel_stride = x.channels * kPanel;
-        product.num_panels = panels;
-        product.c = products;
-        product.c_stride = stride;
-        product.depth = depth;
+        product.depth = std::min(chunk, x.channels - channel);
+        if (copy) {
+          for (int64_t r = 0; r < product.rows; ++r) {
+            std::copy_n(product.a + r * x.channels, product.depth, copies + r * copy_stride);
+          }
+          product.a = copies;
+          product.a_stride = copy_stride;
+        }
         product.accumulate = channel > 0;
+        product.epilogue = channel + chunk < x.channels ? nullptr : &epilogue;
         kernels.multiply(product);
       }
-      kernels.finish_rows(products, stride, first, count, epilogue);
     }
   });
 }

@@ -1,0 +1,200 @@
+"""Which algorithm a convolution on the CPU runs: the forms, their counts and a cost model.
+
+A 3x3 convolution with stride 1 whose padding is its dilation d falls into d * d independent maps,
+its phases. Along each axis a phase is cut into tiles of a form: `line1`, `line2`, `line3` take a
+whole phase of that many samples, `tile2` ... `tile6` take a tile of that many outputs of a longer
+one. csrc/include/deeplab_fast/conv_forms.h has the matrices, conv_run.h the algorithm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+# Measured in November 2025 on 2 cores of an AMD EPYC of the third generation (AVX2, 512 KiB of
+# second-level cache each, 32 MiB third-level), fp32; rates are those of one thread.
+
+# Multiply-adds of the tile kernels, and of oneDNN's convolutions (which skip padded taps).
+MULTIPLY_RATE = 39e9
+ONEDNN_RATE = 37e9
+# A transform's time for each cache line of 16 channels that it reads or writes.
+LINE_SECONDS = 5e-9
+# Prepared weights beyond the third-level cache's share are read again for each block of tiles.
+CACHED_WEIGHTS = 12 << 20
+STREAMED_TILES = 96
+STREAM_RATE = 20e9
+# A copy of a result into its channel slice, bytes read and written.
+COPY_RATE = 8e9
+# Of a call, and of a form within it.
+CALL_SECONDS = 15e-6
+# The error of tile6 is 3.7e-6 (2-norm, 256 channels, against float64), that of all others at most
+# 1.1e-6: it must be this much faster.
+TILE6_HANDICAP = 1.15
+
+
+@dataclass(frozen=True)
+class Form:
+    """Facts of a form; `number` is its place in conv_forms.h."""
+
+    name: str
+    number: int
+    outputs: int
+    inputs: int
+    products: int
+    whole_line: bool
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("line1", 0, 1, 1, 1, True),
+        Form("line2", 1, 2, 2, 3, True),
+        Form("line3", 2, 3, 3, 4, True),
+        Form("tile2", 3, 2, 4, 4, False),
+        Form("tile3", 4, 3, 5, 5, False),
+        Form("tile4", 5, 4, 6, 6, False),
+        Form("tile6", 6, 6, 8, 8, False),
+    )
+}
+_PANEL = 16
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Forms along one axis and the number of tiles of each.
+
+    Attributes:
+        long: the form of the phases of ceil(length / dilation) samples.
+        short: that of the phases that are one shorter; `long` where there are none.
+        tiles: (form, tiles) of the one or two forms, `long` first.
+    """
+
+    long: Form
+    short: Form
+    tiles: tuple[tuple[Form, int], ...]
+
+    def __str__(self) -> str:
+        return self.long.name if self.long == self.short else f"{self.long.name}/{self.short.name}"
+
+
+def phases(length: int, dilation: int) -> tuple[int, int, int]:
+    """(samples, number of phases of that many, number of phases of one fewer)."""
+    short, longer = divmod(length, dilation)
+    return (short + 1, longer, dilation - longer if short else 0) if longer else (short, dilation, 0)
+
+
+@lru_cache(maxsize=4096)
+def axes(length: int, dilation: int) -> tuple[Axis, ...]:
+    """The ways of covering one axis that can be the best one."""
+    samples, long_phases, short_phases = phases(length, dilation)
+    found = []
+    for long in FORMS.values():
+        if long.whole_line and long.outputs < samples:
+            continue
+        for short in FORMS.values():
+            # Two sets of prepared weights pay where both phases are whole lines.
+            if short != long and not (long.whole_line and short.whole_line and short_phases):
+                continue
+            if short != long and short.outputs != samples - 1:
+                continue
+            long_tiles = long_phases * _tiles(long, samples)
+            short_tiles = short_phases * _tiles(short, samples - 1)
+            if short == long:
+                found.append(Axis(long, long, ((long, long_tiles + short_tiles),)))
+            else:
+                found.append(Axis(long, short, ((long, long_tiles), (short, short_tiles))))
+    return tuple(found)
+
+
+def _tiles(form: Form, samples: int) -> int:
+    return 1 if form.whole_line else math.ceil(samples / form.outputs)
+
+
+@dataclass(frozen=True)
+class TileForm:
+    """Forms along rows and columns, and what they cost.
+
+    Attributes:
+        macs: multiply-adds.
+        weight_bytes: of the prepared weights.
+        seconds: predicted.
+    """
+
+    rows: Axis
+    columns: Axis
+    macs: int
+    weight_bytes: int
+    seconds: float
+
+    @property
+    def pairs(self) -> Iterator[tuple[Form, Form]]:
+        """The pairs of forms that need prepared weights, in the order of `_conv_tiles_cpu`."""
+        return ((r, c) for r, _ in self.rows.tiles for c, _ in self.columns.tiles)
+
+    @property
+    def score(self) -> float:
+        """What the choice minimises: the seconds, tile6 with its handicap."""
+        coarse = FORMS["tile6"] in (self.rows.long, self.columns.long)
+        return self.seconds * (TILE6_HANDICAP if coarse else 1)
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.columns}"
+
+
+@lru_cache(maxsize=4096)
+def tile_forms(
+    images: int, channels: int, outputs: int, height: int, width: int, dilation: int, threads: int
+) -> tuple[TileForm, ...]:
+    """All candidates for a 3x3 convolution with stride 1 and padding = dilation, the best first."""
+    candidates = [
+        _cost(images, channels, outputs, rows, columns, threads)
+        for rows in axes(height, dilation)
+        for columns in axes(width, dilation)
+    ]
+    return tuple(sorted(candidates, key=lambda form: form.score))
+
+
+def _cost(
+    images: int, channels: int, outputs: int, rows: Axis, columns: Axis, threads: int
+) -> TileForm:
+    macs = weight_bytes = 0
+    seconds = CALL_SECONDS
+    padded_outputs = _lines(outputs) * _PANEL
+    for row, row_tiles in rows.tiles:
+        for column, column_tiles in columns.tiles:
+            products = row.products * column.products
+            tiles = images * row_tiles * column_tiles
+            size = 4 * products * channels * padded_outputs
+            done = products * tiles * channels * padded_outputs
+            lines = _lines(channels) * (row.inputs * column.inputs + products)
+            lines += _lines(outputs) * (row.outputs * column.outputs + products)
+            busy = done / MULTIPLY_RATE + tiles * lines * LINE_SECONDS
+            if size > CACHED_WEIGHTS:
+                busy += math.ceil(tiles / STREAMED_TILES) * size / STREAM_RATE
+            macs += products * tiles * channels * outputs
+            weight_bytes += size
+            seconds += CALL_SECONDS + busy / threads
+    return TileForm(rows, columns, macs, weight_bytes, seconds)
+
+
+def onednn_seconds(macs: int, threads: int) -> float:
+    """Predicted time of oneDNN's direct convolution that does this many multiply-adds."""
+    return CALL_SECONDS + macs / (ONEDNN_RATE * threads)
+
+
+def taps_inside(length: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Sum over the outputs along one axis of the taps that lie inside the map."""
+    total = 0
+    for tap in range(kernel):
+        # Output i reads i * stride + offset.
+        offset = tap * dilation - padding
+        first = max(0, math.ceil(-offset / stride))
+        last = min(out - 1, (length - 1 - offset) // stride)
+        total += max(0, last - first + 1)
+    return total
+
+
+def _lines(channels: int) -> int:
+    return -(-channels // _PANEL)

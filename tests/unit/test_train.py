@@ -1,0 +1,656 @@
+"""Training end to end on tiny data: it learns, it averages, it follows the recipe it was given."""
+
+import importlib.util
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from deeplab_fast import testing
+
+testing.import_torchvision()
+
+import lightning  # noqa: E402
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+
+from deeplab_fast.data.check import DataError  # noqa: E402
+from deeplab_fast.data.transforms import AugmentedDataset  # noqa: E402
+from deeplab_fast.engine import train as engine  # noqa: E402
+from deeplab_fast.engine.augment import ColourJitter  # noqa: E402
+from deeplab_fast.engine.config import PRESETS, TrainConfig, to_yaml, train_config  # noqa: E402
+from deeplab_fast.engine.datamodule import (  # noqa: E402
+    SegmentationData,
+    TrainBatches,
+    permutation,
+)
+from deeplab_fast.engine.evaluate import evaluate  # noqa: E402
+from deeplab_fast.engine.module import SegmentationModule  # noqa: E402
+from deeplab_fast.engine.sources import open_training, training_transform  # noqa: E402
+from deeplab_fast.engine.train import build_model, fit, fit_stages, second_stage  # noqa: E402
+from deeplab_fast.weights import from_checkpoint, read_state_dict  # noqa: E402
+
+SCRIPT = Path(__file__).with_name("tiny_training.py")
+if "tiny_training" not in sys.modules:
+    _spec = importlib.util.spec_from_file_location("tiny_training", SCRIPT)
+    sys.modules["tiny_training"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["tiny_training"])
+tiny = sys.modules["tiny_training"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny convolutions are faster without a second thread, and sum in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return tiny.write_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture
+def config(scenes, tmp_path):
+    """12 images, 3 steps an epoch."""
+    return train_config(
+        data="folder",
+        root=str(scenes),
+        split="all",
+        val_split="all",
+        classes=str(scenes / "classes.txt"),
+        model="tiny_deeplabv3",
+        crop=32,
+        scale=[1.0, 1.0],
+        batch_size=4,
+        epochs=2,
+        lr=0.1,
+        check_data=False,
+        tensorboard=False,
+        log_every=1,
+        output=str(tmp_path / "run"),
+    )
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_overfits_four_images(config):
+    config = config.replace(
+        model_options={"dropout": 0.0, "output_stride": 8},
+        crop=[40, 48],
+        flip=0.0,
+        epochs=80,
+        lr=0.2,
+        val_every=80,
+    )
+    four = open_training(config).select(range(4))
+    result = fit(config, data=SegmentationData(config, train=four, val=four))
+    losses = [row["train/loss"] for row in rows(result.folder) if "train/loss" in row]
+    assert len(losses) == 80
+    # An untrained model of 4 classes: -log(1/4).
+    assert losses[0] == pytest.approx(math.log(4), abs=0.3)
+    assert losses[-1] < 0.35 * losses[0]
+    # The boundaries between the rectangles are not those of the cells of 8 pixels.
+    assert result.miou > 0.75
+    assert result.finished and result.steps == 80
+
+
+def test_a_run_leaves_what_it_takes_to_run_it_again(config, tmp_path):
+    result = fit(config.replace(ema=0.9, check_data=True, eval_output_stride=8))
+    folder = result.folder
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "model.safetensors",
+        "versions.json",
+    ]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["torch"] == str(torch.__version__)
+    assert versions["lightning"] == lightning.__version__
+    assert socket.gethostname() not in json.dumps(versions).split('"')
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    again = fit(train_config(**{**values, "output": str(tmp_path / "again")}))
+    first, second = (read_state_dict(r.weights) for r in (result, again))
+    assert same(first, second)
+    assert rows(folder) == rows(again.folder)
+    model = from_checkpoint(result.weights)
+    assert model.classes == tiny.NAMES and model.output_stride == 8
+    assert model.atrous_rates == (2, 4)
+    # What was logged is what evaluation gives of the saved weights.
+    score = evaluate(model, open_training(config)).metrics.miou
+    # Lightning logs fp32.
+    assert score == result.miou == pytest.approx(rows(folder)[-1]["val/miou"], rel=1e-7)
+    # A checkpoint is a file of weights too.
+    assert same(first, {k: v.cpu() for k, v in read_state_dict(result.last_checkpoint).items()})
+
+
+class Rates(Callback):
+    """Learning rates and weights of the groups at each step of the optimizer."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+
+def test_poly_schedule_in_the_running_trainer(config):
+    recorder = Rates()
+    config = config.replace(
+        epochs=3,
+        accumulate=2,
+        warmup_steps=2,
+        warmup_factor=0.5,
+        power=0.9,
+        aux_weight=0.4,
+        aux_lr_factor=10.0,
+        backbone_lr_factor=0.1,
+        decay_norm_and_bias=True,
+        val_every=0,
+    )
+    result = fit(config, callbacks=[recorder])
+    assert result.miou is None and result.steps == 9
+    factors = [0.5, 0.75, *((1 - t / 7) ** 0.9 for t in range(7))]
+    assert len(recorder.seen) == 9
+    for seen, factor in zip(recorder.seen, factors, strict=True):
+        assert seen == pytest.approx(
+            {"classifier": 0.1 * factor, "backbone": 0.01 * factor, "aux_classifier": factor}
+        )
+    logged = [row["lr"] for row in rows(result.folder) if "lr" in row]
+    assert logged == pytest.approx([0.1 * factor for factor in factors])
+
+
+def test_steps_end_in_the_middle_of_an_epoch_with_a_validation(config):
+    result = fit(config.replace(epochs=None, steps=4, val_every=5))
+    assert result.steps == 4 and result.finished
+    last = rows(result.folder)[-1]
+    assert "val/miou" in last and last["step"] == 4
+    lrs = [row["lr"] for row in rows(result.folder) if "lr" in row]
+    assert lrs == pytest.approx([0.1 * (1 - t / 4) ** 0.9 for t in range(4)])
+
+
+def test_two_stages(config, tmp_path):
+    config = config.replace(
+        eval_output_stride=8,
+        output_stride=16,
+        # At output stride 16; the second stage must not take them for rates at 8.
+        model_options={"atrous_rates": [1, 3]},
+    )
+    told = []
+    one, two = fit_stages(config, stages=2, stage2={"epochs": 1}, tell=told.append)
+    assert one.folder.name == "stage1" and two.folder.name == "stage2"
+    assert (one.steps, two.steps) == (6, 3)
+    plan = yaml.safe_load((two.folder / "config.yaml").read_text())
+    assert plan["lr"] == pytest.approx(0.01)
+    assert plan["output_stride"] == 8 and plan["freeze_batch_norm"]
+    first, second = (read_state_dict(result.weights) for result in (one, two))
+    changed = {key for key in first if not torch.equal(first[key], second[key])}
+    norms = {
+        f"{name}.{leaf}"
+        for name, module in from_checkpoint(one.weights).named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for leaf in module.state_dict()
+    }
+    assert norms and not changed & norms
+    # Every weight of a convolution is trained on.
+    assert changed == set(first) - norms
+    assert from_checkpoint(two.weights).atrous_rates == (2, 6)
+    # A finished first stage is passed over.
+    before = one.weights.stat().st_mtime_ns
+    results = fit_stages(config, stages=2, stage2={"epochs": 1}, resume=True)
+    assert [r.folder.name for r in results] == ["stage2"]
+    assert one.weights.stat().st_mtime_ns == before
+
+
+def test_second_stage_of_a_preset():
+    plan = train_config("paper", data="voc", root="somewhere", output="run")
+    two = second_stage(plan, "run/stage1/model.safetensors", {"steps": 10_000})
+    assert (two.lr, two.output_stride, two.steps) == (pytest.approx(0.0007), 8, 10_000)
+    # multi_grid belongs to the model, whatever the stride.
+    assert two.model_options == {"head": "paper", "multi_grid": [1, 2, 4]}
+    assert two.weights_backbone is None
+
+
+class Frozen(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        # What the trainer, or a user, does between epochs.
+        pl_module.train()
+
+
+def test_frozen_batch_norm_and_parts_stay_as_they_are(config):
+    config = config.replace(freeze=["backbone.block0"], freeze_backbone_statistics=True)
+    start = build_model(config, 4).state_dict()
+    start = {key: value.clone() for key, value in start.items()}
+    end = read_state_dict(fit(config, callbacks=[Frozen()]).weights)
+    kept = {key for key in start if torch.equal(start[key], end[key])}
+    expected = {
+        key
+        for key in start
+        if key.startswith("backbone.block0.")
+        or (key.startswith("backbone.") and "running" in key)
+        or (key.startswith("backbone.") and "num_batches" in key)
+    }
+    assert expected <= kept
+    # Gains and biases of the other batch norms are trained on; no weight is all kept.
+    assert not any(key.endswith(".weight") for key in kept - expected)
+    with pytest.raises(ValueError, match=r"no part 'backbone\.blck'.*backbone\.block0"):
+        SegmentationModule(build_model(config, 4), config.replace(freeze=["backbone.blck"]))
+
+
+class Weights(Callback):
+    """Copies of all parameters and buffers after each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        state = pl_module.model.state_dict()
+        self.seen.append({key: value.clone() for key, value in state.items()})
+
+
+def test_averaged_weights_follow_their_formula(config):
+    recorder = Weights()
+    result = fit(config.replace(ema=0.5, epochs=3), callbacks=[recorder])
+    average = recorder.seen[0]
+    for n, state in enumerate(recorder.seen[1:], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        for key, value in state.items():
+            if value.is_floating_point():
+                average[key] = average[key] * decay + value * (1 - decay)
+            else:
+                average[key] = value
+    saved = read_state_dict(result.weights)
+    assert saved.keys() == average.keys()
+    for key, value in average.items():
+        # Eight roundings of fp32, and lerp's other order of them.
+        torch.testing.assert_close(saved[key], value, rtol=2e-6, atol=1e-6, msg=key)
+    # The weights in training are others, and the checkpoint has both.
+    content = torch.load(result.last_checkpoint, weights_only=True)
+    live = {k.removeprefix("model."): v for k, v in content["current_model_state"].items()}
+    assert same(live, recorder.seen[-1]) and not same(live, saved)
+
+
+def test_users_own_trainer(config, tmp_path):
+    data = SegmentationData(config)
+    module = SegmentationModule(build_model(config, 4), config, classes=data.train.classes)
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        accelerator="cpu",
+    )
+    trainer.fit(module, datamodule=data)
+    # config.steps is not set: the schedule's length is what the trainer estimates.
+    assert trainer.global_step == 6
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0
+    reference = fit(config)
+    assert same(module.model.state_dict(), read_state_dict(reference.weights))
+    assert module.metrics.miou == reference.miou
+    validated = trainer.validate(module, datamodule=data, verbose=False)
+    assert validated[0]["val/miou"] == pytest.approx(reference.miou)
+
+
+def step_gradients(config, model, batch):
+    module = SegmentationModule(model, config)
+    images, labels, _ = batch
+    module.losses(module.inputs(images), labels)["loss"].backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_an_unlabelled_batch_changes_nothing(config):
+    model = build_model(config, 4)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.full((2, 32, 32), 255, dtype=torch.uint8)
+    for kind in ("cross_entropy", "hard_pixels", "dice", "cross_entropy+dice"):
+        model.zero_grad()
+        grads = step_gradients(config.replace(loss=kind), model, (images, labels, None))
+        assert grads and all(not grad.any() for grad in grads.values())
+
+
+def test_batches_are_the_same_images_for_any_number_of_processes():
+    def parts_of(world, accumulate, epoch):
+        batches = [
+            TrainBatches(26, 8, accumulate=accumulate, rank=rank, world=world, seed=5)
+            for rank in range(world)
+        ]
+        for each in batches:
+            each.set_epoch(epoch)
+        assert {len(each) for each in batches} == {3 * accumulate}
+        lists = [list(each) for each in batches]
+        # Micro-batch by micro-batch, process by process.
+        flat = [i for micro in zip(*lists, strict=True) for share in micro for i in share]
+        assert all(len(share) == 8 // (world * accumulate) for own in lists for share in own)
+        return flat
+
+    whole = parts_of(1, 1, 0)
+    assert len(whole) == len(set(whole)) == 24
+    assert whole == permutation(26, 5, 0)[:24].tolist()
+    for world, accumulate in ((2, 1), (1, 4), (2, 2), (8, 1)):
+        assert parts_of(world, accumulate, 0) == whole
+    assert parts_of(1, 1, 1) != whole
+    # Both other images have their turn.
+    seen = set().union(*(parts_of(1, 1, epoch) for epoch in range(20)))
+    assert seen == set(range(26))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param((10, 6, 4, 1), "a multiple of 4", id="parts"),
+        pytest.param((10, 6, 1, 4), "a multiple of 4", id="processes"),
+        pytest.param((5, 6, 1, 1), "use at most 5", id="more than there are"),
+    ],
+)
+def test_batches_that_do_not_divide(arguments, message):
+    length, size, accumulate, world = arguments
+    with pytest.raises(ValueError, match=message):
+        TrainBatches(length, size, accumulate=accumulate, world=world)
+
+
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(config):
+    # Equal numbers of labelled pixels in each part, and batch norm out of the way: the mean of the
+    # parts' means is the mean.
+    config = config.replace(
+        freeze_batch_norm=True,
+        model_options={"dropout": 0.0},
+        transform="tiny_training.inner_crop",
+        epochs=1,
+        val_every=0,
+    )
+    one, parts_of_two, parts_of_four = (
+        read_state_dict(fit(config.replace(accumulate=n, output=f"{config.output}{n}")).weights)
+        for n in (1, 2, 4)
+    )
+    for other in (parts_of_two, parts_of_four):
+        for key, value in one.items():
+            # Sums of 4096 pixels in another order, 3 steps: 1e-5 is 80 roundings of fp32.
+            torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_two_processes_equal_one(config, tmp_path):
+    """DDP over gloo: gradients through the weights, the confusion matrix through exact scores."""
+    # The batch norms are frozen (PyTorch has no SyncBatchNorm for CPUs), labels fill the crops.
+    config = config.replace(
+        freeze_batch_norm=True,
+        model_options={"dropout": 0.0},
+        transform="tiny_training.inner_crop",
+        epochs=2,
+        batch_size=12,
+        # The first step has learning rate 0: the first validation is of equal weights.
+        warmup_steps=1,
+        warmup_factor=0.0,
+        lr=1.0,
+        val_split="odd",
+        ema=0.5,
+        trainer={"accelerator": "cpu"},
+    )
+    # 5 images over 2 processes: one of them has one more.
+    tiny.write_scenes(config.root, 5, split="odd")
+    single = fit(config)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    plan = tmp_path / "plan.yaml"
+    values = config.replace(output=str(tmp_path / "two")).as_dict()
+    values["trainer"] = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    plan.write_text(to_yaml(values))
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    common["OMP_NUM_THREADS"] = "1"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), "train", "--config", str(plan)],
+            env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r), "NODE_RANK": "0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    output = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    mine, theirs = rows(single.folder), rows(tmp_path / "two")
+    first, second = (
+        [
+            {k: v for k, v in row.items() if k.startswith("val/")}
+            for row in found
+            if "val/miou" in row
+        ]
+        for found in (mine, theirs)
+    )
+    assert len(first) == 2 and first[0] == second[0] and first[0]["val/pixel_accuracy"] > 0
+    a, b = read_state_dict(single.weights), read_state_dict(tmp_path / "two" / "model.safetensors")
+    start = build_model(config, 4).state_dict()
+    moved = [key for key in a if not torch.equal(a[key], start[key])]
+    assert len(moved) > 8
+    for key in moved:
+        # The gradient is a mean of 12 * 32 * 32 pixels in fp32, in two halves; 1e-4 of the step is
+        # 1000 roundings, an average of the wrong images would be a part in 2.
+        step = (a[key] - start[key]).abs().max()
+        torch.testing.assert_close(b[key], a[key], rtol=0, atol=float(1e-4 * step), msg=key)
+    assert "steps done" in output[0] and "steps done" not in output[1]
+
+
+def test_class_weights_and_bootstrapping_from_the_data(config):
+    config = config.replace(class_weights="median_frequency", bootstrap=["blue", "0"])
+    data = SegmentationData(config)
+    report = data.counted()
+    weights = engine._class_weights(config, data)
+    counts = np.array(report.pixels)
+    np.testing.assert_allclose(weights, np.median(counts) / counts)
+    twice = set(report.images_of[3]) | set(report.images_of[0])
+    assert data.bootstrap() == 12 + len(twice)
+    assert data.bootstrap() == 12 + len(twice)
+    # The weights are of the data as they are.
+    assert engine._class_weights(config, data) == weights
+    module = SegmentationModule(build_model(config, 4), config, class_weights=weights)
+    torch.testing.assert_close(module.loss.class_weights, torch.tensor(weights))
+    assert "loss.class_weights" not in module.state_dict()
+
+
+def test_augmentation_is_the_same_with_workers(config):
+    config = config.replace(
+        scale=[0.5, 2.0], colour_jitter=0.4, hue_jitter=0.1, epochs=1, val_every=0
+    )
+    plain = fit(config)
+    workers = fit(config.replace(workers=1, output=f"{config.output}2"))
+    assert same(read_state_dict(plain.weights), read_state_dict(workers.weights))
+
+
+def test_transform_by_import_path(config):
+    made = training_transform(
+        config.replace(
+            transform="deeplab_fast.data.transforms.Crop", transform_options={"size": [8, 16]}
+        )
+    )
+    image, label = tiny.scene(0)
+    assert AugmentedDataset([(image, label)], made)[0][0].shape == (3, 8, 16)
+    for path, message in (
+        ("Crop", "an import path"),
+        ("deeplab_fast.nowhere.Crop", "deeplab_fast.nowhere"),
+        ("deeplab_fast.data.transforms.Crup", "Crup"),
+        ("deeplab_fast.data.transforms.Crop", "size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training_transform(config.replace(transform=path))
+
+
+def test_colour_jitter():
+    image, label = tiny.scene(1)
+    generator = torch.Generator().manual_seed(0)
+    same_image, same_label = ColourJitter()(image, label, generator)
+    assert same_image is image and same_label is label
+    grey = np.full((8, 8, 3), 100, np.uint8)
+    for i in range(20):
+        # Grey has no colour to change and equals its mean: all but brightness leave it alone.
+        changed, _ = ColourJitter(0, 0.9, 0.9, 0.5)(grey, label, generator)
+        np.testing.assert_allclose(changed.astype(int), 100, atol=1, err_msg=str(i))
+    bright = [
+        int(ColourJitter(brightness=0.5)(grey, label, generator)[0][0, 0, 0]) for _ in range(200)
+    ]
+    assert 50 <= min(bright) < 60 and 140 < max(bright) <= 150
+    assert abs(np.mean(bright) - 100) < 10
+    with pytest.raises(ValueError, match=r"hue is 0\.6"):
+        ColourJitter(hue=0.6)
+
+
+def test_presets_are_the_published_numbers():
+    paper = train_config("paper", data="voc")
+    assert (paper.lr, paper.momentum, paper.power, paper.batch_size) == (0.007, 0.9, 0.9, 16)
+    assert (paper.steps, paper.epochs, paper.crop, paper.scale) == (30_000, None, 513, [0.5, 2.0])
+    assert (paper.output_stride, paper.eval_output_stride) == (16, 8)
+    assert paper.batch_norm_momentum == pytest.approx(1 - 0.9997)
+    two = train_config("paper-stage2", data="voc")
+    assert two.freeze_batch_norm and two.output_stride == 8 and two.lr == 0.001
+    city = train_config("paper", data="cityscapes")
+    assert (city.crop, city.steps) == (769, 90_000)
+    tv = train_config("torchvision")
+    assert (tv.aux_weight, tv.aux_lr_factor, tv.crop, tv.base_size) == (0.5, 10.0, 480, 520)
+    # What is given goes before; another model has none of the preset's builder options.
+    own = train_config("paper", epochs=5, lr=0.1, model="tiny_deeplabv3")
+    assert (own.epochs, own.steps, own.lr, own.model_options) == (5, None, 0.1, {})
+    for name in PRESETS:
+        assert isinstance(train_config(name), TrainConfig)
+    with pytest.raises(ValueError, match="no preset is named 'papr'"):
+        train_config("papr")
+    with pytest.raises(ValueError, match="unknown options learning_rate"):
+        train_config(learning_rate=1)
+
+
+def test_torchvision_preset_trains_its_auxiliary_head(config):
+    values = {**config.as_dict(), "steps": 2, "epochs": None}
+    for name in ("lr", "crop"):
+        values.pop(name)
+    given = {
+        **{k: v for k, v in values.items() if k not in PRESETS["torchvision"]},
+        "epochs": 1,
+        "model": "tiny_deeplabv3",
+        "batch_size": 4,
+        "base_size": 40,
+        "crop": 32,
+    }
+    given.pop("steps")
+    result = fit(train_config("torchvision", **given))
+    row = rows(result.folder)[0]
+    assert row["train/loss"] == pytest.approx(row["train/main"] + 0.5 * row["train/aux"])
+    assert any(key.startswith("aux_classifier.") for key in read_state_dict(result.weights))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("batch_size", 0, "batch_size is 0, expected 1 or more"),
+        ("accumulate", 3, "must divide into equal parts"),
+        ("lr", 0, "lr is 0, expected above 0"),
+        ("lr", float("nan"), "lr is nan"),
+        ("ema", 1.0, "ema is 1.0"),
+        ("output_stride", 4, "expected 8 or 16"),
+        ("crop", [8], None),
+        ("crop", [8, 8, 8], "crop is"),
+        ("scale", [2.0, 0.5], "scale is"),
+        ("steps", 5, "give one of them"),
+        ("optimizer", "lion", "sgd or adamw"),
+        ("max_time", "soon", "max_time is 'soon'"),
+        ("flip", 1.5, "flip is 1.5"),
+        ("clip_norm", 0.0, "clip_norm"),
+        ("batch_norm_momentum", 2.0, "batch_norm_momentum"),
+        ("export", "first", "last or best"),
+    ],
+)
+def test_options_out_of_range(config, option, value, message):
+    if message is None:
+        assert config.replace(**{option: value}) is not None
+        return
+    with pytest.raises(ValueError, match=message):
+        config.replace(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90m", 5400), ("1.5h", 5400), ("3600s", 3600), ("01:30:00", 5400), ("2:30", 150), ("7", 7)],
+)
+def test_wall_times(text, seconds):
+    assert TrainConfig(max_time=text).max_seconds == seconds
+
+
+def test_wrong_labels_stop_before_anything_is_written(config, tmp_path):
+    root = tiny.write_scenes(tmp_path / "bad", 4)
+    from PIL import Image
+
+    label = np.asarray(Image.open(root / "masks" / "s02.png")).copy()
+    label[10, 10] = 9
+    Image.fromarray(label).save(root / "masks" / "s02.png")
+    bad = config.replace(root=str(root), check_data=True)
+    with pytest.raises(DataError, match=r"s02\.png: label 9 \(1 pixel\)"):
+        fit(bad)
+    assert not Path(bad.output).exists()
+    # Without the check the batch that has it stops the run, with the same path.
+    with pytest.raises(ValueError, match=r"s02\.png: label 9"):
+        fit(bad.replace(check_data=False))
+
+
+def test_things_that_do_not_fit_together(config, tmp_path):
+    with pytest.raises(ValueError, match="output is missing"):
+        fit(config.replace(output=None))
+    with pytest.raises(ValueError, match="epochs or steps is missing"):
+        fit(config.replace(epochs=None))
+    with pytest.raises(ValueError, match="use at most 12"):
+        fit(config.replace(batch_size=16))
+    with pytest.raises(ValueError, match=r"trainer\.max_epochs: use the options"):
+        fit(config.replace(trainer={"max_epochs": 3}))
+    with pytest.raises(ValueError, match="trainer"):
+        fit(config.replace(trainer={"precison": "bf16-mixed"}))
+    with pytest.raises(ValueError, match="stages is 3"):
+        fit_stages(config, stages=3)
+    with pytest.raises(ValueError, match="stages is 1"):
+        fit_stages(config, stage2={"lr": 1.0})
+    other = tmp_path / "names.txt"
+    other.write_text("a\nb\nc\nd\n")
+    data = open_training(config.replace(classes=str(other)))
+    with pytest.raises(ValueError, match="they must be the same"):
+        SegmentationData(config, train=open_training(config), val=data)
+    fit(config.replace(epochs=1))
+    with pytest.raises(ValueError, match="holds a run already"):
+        fit(config)
+
+
+def test_best_checkpoint_and_its_export(config):
+    result = fit(config.replace(epochs=6, lr=0.3, export="best"))
+    scores = [row["val/miou"] for row in rows(result.folder) if "val/miou" in row]
+    assert len(scores) == 6
+    best = int(np.argmax(scores))
+    assert result.best_miou == pytest.approx(scores[best])
+    content = torch.load(result.best_checkpoint, weights_only=True)
+    assert content["global_step"] == 3 * (best + 1)
+    exported = from_checkpoint(result.weights)
+    assert evaluate(exported, open_training(config)).metrics.miou == pytest.approx(scores[best])
+
+
+def test_mixed_precision(config):
+    result = fit(config.replace(trainer={"precision": "bf16-mixed"}))
+    assert result.finished and math.isfinite(result.miou)
+    assert {v.dtype for v in read_state_dict(result.weights).values()} == {
+        torch.float32,
+        torch.int64,
+    }

@@ -1,0 +1,231 @@
+"""``deeplab-fast train``: flags, YAML, presets, and what is said when something is missing."""
+
+import importlib.abc
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from deeplab_fast import cli, testing
+
+testing.import_torchvision()
+
+from deeplab_fast.engine import train as engine  # noqa: E402
+from deeplab_fast.engine.config import to_yaml  # noqa: E402
+from deeplab_fast.weights import from_checkpoint  # noqa: E402
+
+SCRIPT = Path(__file__).with_name("tiny_training.py")
+if "tiny_training" not in sys.modules:
+    _spec = importlib.util.spec_from_file_location("tiny_training", SCRIPT)
+    sys.modules["tiny_training"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["tiny_training"])
+tiny = sys.modules["tiny_training"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny convolutions are faster without a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return tiny.write_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture
+def recipe(scenes, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    values = {
+        "data": "folder",
+        "root": str(scenes),
+        "split": "all",
+        "val_split": "all",
+        "classes": str(scenes / "classes.txt"),
+        "model": "tiny_deeplabv3",
+        "crop": 32,
+        "batch_size": 4,
+        "epochs": 1,
+        "tensorboard": False,
+        "check_data": False,
+    }
+    file.write_text(to_yaml(values))
+    return file
+
+
+def run(capsys, *arguments):
+    status = cli.main(["train", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_flags_go_before_the_file_and_the_file_before_the_preset(capsys, recipe, tmp_path):
+    out = tmp_path / "run"
+    status, printed, errors = run(
+        capsys,
+        *("--preset", "paper", "--config", recipe, "--output", out, "--lr", "0.02"),
+        *("--model-options.dropout", "0.2", "--model-options.atrous_rates", "[1,3]"),
+        *("--crop", "[24,32]", "--trainer.precision", "32-true", "--ema", "0.9"),
+        *("--data-options.images", "images", "--trainer.max_epochs", "1"),
+    )
+    assert status == 2 and "trainer.max_epochs" in errors and printed == ""
+    assert not out.exists()
+    status, printed, errors = run(
+        capsys,
+        *("--preset", "paper", "--config", recipe, "--output", out, "--lr", "0.02"),
+        *("--model-options.dropout", "0.2", "--model-options.atrous_rates", "[1,3]"),
+        *("--crop", "[24,32]", "--trainer.precision", "32-true", "--ema", "0.9"),
+        *("--data-options.images", "images"),
+    )
+    assert status == 0, errors
+    assert "mean IoU" in printed and f"3 steps done, the model is {out}" in printed
+    plan = yaml.safe_load((out / "config.yaml").read_text())
+    # A flag; the file; the preset; the default.
+    assert (plan["lr"], plan["epochs"], plan["eval_output_stride"], plan["ema"]) == (
+        0.02,
+        1,
+        8,
+        0.9,
+    )
+    assert (plan["power"], plan["steps"], plan["flip"], plan["seed"]) == (0.9, None, 0.5, 0)
+    assert plan["crop"] == [24, 32] and plan["trainer"] == {"precision": "32-true"}
+    assert plan["model_options"] == {"dropout": 0.2, "atrous_rates": [1, 3]}
+    assert plan["batch_norm_momentum"] == 0.0003
+    # The weights are for the other commands.
+    root = yaml.safe_load(recipe.read_text())["root"]
+    data = ("--data", "folder", "--root", root, "--classes", f"{root}/classes.txt")
+    assert cli.main(["eval", "--weights", str(out / "model.safetensors"), *data]) == 0
+    assert "mean IoU" in capsys.readouterr().out
+    assert from_checkpoint(out / "model.safetensors").atrous_rates == (2, 6)
+
+
+def test_two_stages_and_their_options(capsys, recipe, tmp_path):
+    out = tmp_path / "run"
+    stages = ("--stages", "2", "--stage2.epochs", "2", "--output", out)
+    status, printed, errors = run(capsys, "--config", recipe, *stages)
+    assert status == 0, errors
+    assert "6 steps done" in printed
+    plan = yaml.safe_load((out / "stage2" / "config.yaml").read_text())
+    assert (plan["epochs"], plan["freeze_batch_norm"]) == (2, True)
+    status, printed, errors = run(capsys, "--config", recipe, *stages)
+    assert status == 2 and "holds a run already" in errors and "--resume" in errors
+    assert run(capsys, "--config", recipe, *stages, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--preset", "papr"], "no preset is named 'papr'", id="preset"),
+        pytest.param(["--lr", "0"], "lr is 0", id="range"),
+        pytest.param(["--epochs", "2", "--steps", "2"], "give one of them", id="both lengths"),
+        pytest.param(["--model", "resnet"], "no model is named 'resnet'", id="model"),
+        pytest.param(["--model-options.width", "2"], "model_options: .*width", id="model option"),
+        pytest.param(["--root", "nowhere"], "nowhere is not a folder", id="root"),
+        pytest.param(["--split", "trian"], "trian", id="split"),
+        pytest.param(["--weights", "nowhere.pth"], r"nowhere\.pth", id="weights"),
+        pytest.param(["--transform", "a.b"], "transform a.b", id="transform"),
+        pytest.param(["--backend", "cuba"], "cuba", id="backend"),
+        pytest.param(["--batch-size", "13"], "use at most 12", id="batch"),
+        pytest.param(["--bootstrap", "[purple]"], "purple", id="class to bootstrap"),
+        pytest.param(["--class-weights", "[1,2]"], "2 weights for 4 classes", id="weights count"),
+        pytest.param(["--class-weights", "best"], "best", id="weights method"),
+        pytest.param(["--loss", "focal"], "focal", id="loss"),
+        pytest.param(["--output-stride", "32"], "8 or 16", id="stride"),
+        pytest.param(["--trainer.precision", "8-bit"], "trainer: .*8-bit", id="trainer"),
+    ],
+)
+def test_bad_arguments_write_nothing(capsys, recipe, tmp_path, arguments, message):
+    out = tmp_path / "run"
+    status, printed, errors = run(capsys, "--config", recipe, "--output", out, *arguments)
+    assert status == 2, printed
+    assert errors.startswith("deeplab-fast train: error: ") or "error:" in errors
+    assert re.search(message, errors), errors
+    assert not out.exists()
+
+
+def test_what_is_missing(capsys, recipe, tmp_path):
+    for left_out, message in (("output", "output is missing"), ("epochs", "epochs or steps")):
+        values = yaml.safe_load(recipe.read_text())
+        values["output"] = str(tmp_path / "run")
+        values.pop(left_out)
+        file = tmp_path / f"{left_out}.yaml"
+        file.write_text(to_yaml(values))
+        status, _, errors = run(capsys, "--config", file)
+        assert status == 2 and message in errors
+    status, _, errors = run(capsys, "--output", tmp_path / "run", "--epochs", "1")
+    assert status == 2 and "data is missing" in errors
+
+
+class _Raises(importlib.abc.MetaPathFinder):
+    def __init__(self, error):
+        self.error = error
+
+    def find_spec(self, name, path, target=None):
+        if name == "lightning":
+            raise self.error
+        return None
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        pytest.param(
+            ModuleNotFoundError("No module named 'lightning'"),
+            r"pip install deeplab_fast\[train\]",
+            id="missing",
+        ),
+        pytest.param(
+            RuntimeError("operator torchvision::nms does not exist"),
+            r"the installed torchvision does not fit PyTorch \d+\.\d+.*pip uninstall torchvision",
+            id="torchvision of another build",
+        ),
+    ],
+)
+def test_lightning_that_cannot_be_imported(capsys, recipe, tmp_path, monkeypatch, error, message):
+    for name in list(sys.modules):
+        if name == "lightning" or name.startswith("lightning."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Raises(error), *sys.meta_path])
+    status, _, errors = run(capsys, "--config", recipe, "--output", tmp_path / "run")
+    assert status == 2
+    assert re.search(message, errors), errors
+    assert not (tmp_path / "run").exists()
+    # Help, and scoring, do without.
+    with pytest.raises(engine.TrainingUnavailable):
+        engine.import_lightning()
+    assert cli.main(["train", "--help"]) == 0
+    assert "--batch-size N" in capsys.readouterr().out
+    status, printed, errors = run(capsys, "--config", recipe, "--validate-only")
+    assert status == 0 and "mean IoU" in printed, errors
+
+
+def test_an_untrained_model_on_camvid(capsys, shared_data):
+    root = shared_data / "camvid"
+    status, printed, errors = run(
+        capsys,
+        *("--validate-only", "--data", "camvid", "--root", root),
+        *("--model", "tiny_deeplabv3", "--eval-output-stride", "8"),
+    )
+    assert status == 0, errors
+    lines = dict(line.rsplit(None, 1) for line in printed.splitlines() if line.startswith("mean"))
+    # One of 11 classes nearly everywhere.
+    assert 0 < float(lines["mean IoU"]) < 20
+    assert "road" in printed and "bicyclist" in printed
+
+
+def test_every_option_has_help():
+    import dataclasses
+
+    from deeplab_fast.engine.config import TrainConfig
+
+    text = cli._train_parser().format_help()
+    for field in dataclasses.fields(TrainConfig):
+        assert field.metadata["help"], field.name
+        assert f"--{field.name.replace('_', '-')}" in text
