@@ -7,6 +7,7 @@ the data are bad (check-data), or training ended early (nan, memory, disk; the c
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -705,7 +706,13 @@ def _train(config: Any) -> int:
     except (ValueError, FileNotFoundError) as error:
         raise _UsageError(str(error)) from error
     except (MemoryError, OSError) as error:
-        _tell("train", str(error))
+        text = str(error)
+        if isinstance(error, OSError) and text.startswith("[Errno") and error.errno == errno.ENOSPC:
+            text = (
+                f"{text}: {config.output}; its checkpoints are whole: make room, then go on with "
+                "--resume"
+            )
+        _tell("train", text)
         return 1
     except RuntimeError as error:
         from deeplab_fast.engine.module import NonFiniteLoss

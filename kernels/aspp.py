@@ -25,10 +25,10 @@ from torch import Tensor
 
 from ..backends import OpDesc
 from ..ops.aspp_tiles import Branch, schedule
-from . import _compat, configs, time_model
+from . import _compat, configs
 from .configs import GemmConfig
 from .conv import (
-    allow_tf32,
+    arithmetic,
     channels_inside,
     device_of,
     fp32,
@@ -36,6 +36,7 @@ from .conv import (
     is_longest,
     launch_options,
     pointwise,
+    precision,
     product_reasons,
     slower_reasons,
     vector,
@@ -88,11 +89,7 @@ class PackedBranches:
         weight = _joined(matrices)
         if weight is None:
             weight = torch.cat([m.reshape(-1, channels) for m in matrices])
-        vectors = []
-        for parts in (scales, shifts):
-            vector = _joined(parts) if parts[0].dtype == torch.float32 else None
-            vectors.append(torch.cat([fp32(p) for p in parts]) if vector is None else vector)
-        return cls(weight.view(-1, channels), *vectors, branches)
+        return cls(weight.view(-1, channels), _vector(scales), _vector(shifts), branches)
 
     @property
     def weights(self) -> list[Tensor]:
@@ -117,6 +114,12 @@ class PackedBranches:
     def dilations(self) -> list[int]:
         """For each branch its dilation."""
         return [b.dilation for b in self.branches]
+
+
+def _vector(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one behind the other, in fp32."""
+    joined = _joined(parts) if parts[0].dtype == torch.float32 else None
+    return torch.cat([fp32(p) for p in parts]) if joined is None else joined
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:
@@ -215,36 +218,35 @@ def aspp_branches_packed(
     if n == 0:
         return out
     kernels = _compat.device_module("aspp_kernels")
-    tf32 = allow_tf32()
     device = device_of(x)
     x = channels_inside(x)
     x_strides = _strides(x)
     y_strides = _strides(out)
-    vec_x = vector(x, channels, *x_strides)
-    vec_y = vector(x, *y_strides, *(b.channels for b in packed.branches))
+    vec_x = min(vector(x, channels, *x_strides), vector(packed.weight))
+    vec_y = vector(out, *y_strides, *(b.channels for b in packed.branches))
     if config is None:
         config = configs.aspp_branches_config(
-            n, height, width, channels, packed.branches, time_model.math_of(x.dtype, tf32), device,
+            n, height, width, channels, packed.branches, arithmetic(x), device,
             aligned=is_longest(x, vec_x, vec_y),
         )  # fmt: skip
     tables = _device_tables(x, packed.branches, config, device.multiprocessors * config.occupancy)
-    y_strides = tuple(s // vec_y for s in y_strides)
+    y_steps = [s // vec_y for s in y_strides]
     partial = x.new_empty((tables.slots, config.block_m, config.block_n), dtype=torch.float32)
     with _compat.on_device(x):
         kernels.aspp_branches_kernel[grid(tables.starts.numel() - 1)](
             x, packed.weight, packed.scale, packed.shift, out, partial,
             tables.classes, tables.parts, tables.starts,
-            channels // vec_x, *(s // vec_x for s in x_strides), *y_strides,
+            channels // vec_x, *(s // vec_x for s in x_strides), *y_steps,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
             VEC_X=vec_x, VEC_Y=vec_y, EVEN_C=channels % config.block_c == 0,
-            SPLIT=tables.slots > 0, PRECISION="tf32" if tf32 else "ieee",
+            SPLIT=tables.slots > 0, PRECISION=precision(x),
             **launch_options(config),
         )  # fmt: skip
         if tables.slots:
             rows = min(_SUM_ROWS, config.block_m)
             blocks = config.block_m // rows
             kernels.aspp_sum_kernel[grid(tables.sums.shape[0] * blocks)](
-                partial, packed.scale, packed.shift, out, tables.classes, tables.sums, *y_strides,
+                partial, packed.scale, packed.shift, out, tables.classes, tables.sums, *y_steps,
                 BLOCK_M=config.block_m, BLOCK_N=config.block_n, ROWS=rows, VEC_Y=vec_y,
                 num_warps=4,
             )  # fmt: skip
@@ -344,7 +346,7 @@ def _device_tables(
     if packed.is_cuda:
         # The tables outlive this stream's order: any later call may come on another stream.
         torch.cuda.current_stream(x.device).synchronize()
-    views = [p.view(a.shape) for p, a in zip(parts, arrays, strict=True)]
-    tables = _Tables(*views, work.slots)
+    classes, tiles, sums, starts = (p.view(a.shape) for p, a in zip(parts, arrays, strict=True))
+    tables = _Tables(classes, tiles, sums, starts, work.slots)
     _tables[key] = tables
     return tables

@@ -259,6 +259,7 @@ def gemm_candidates(
         aligned: operands and result allow accesses of 16 bytes.
     """
     itemsize = 2 if math == MMA_16BIT else 4
+    table: _Table
     if not aligned:
         table = _UNALIGNED
     elif math == FMA_FP32:
@@ -266,8 +267,9 @@ def gemm_candidates(
     else:
         table = _MMA_SM90 if (9, 0) <= device.capability < (12, 0) else _MMA_SM80
     found = []
-    for block_m, block_n, chunk_bytes, *rest in table:
-        config = GemmConfig(block_m, block_n, chunk_bytes // itemsize, *rest)
+    for block_m, block_n, chunk_bytes, num_warps, num_stages, occupancy in table:
+        block_c = chunk_bytes // itemsize
+        config = GemmConfig(block_m, block_n, block_c, num_warps, num_stages, occupancy)
         if config.is_legal(itemsize, device):
             found.append(config)
     if filters is not None:
@@ -276,11 +278,12 @@ def gemm_candidates(
     return found
 
 
+_Table = tuple[tuple[int, int, int, int, int, int], ...]
 # block_m, block_n, bytes of a pixel's chunk of channels, num_warps, num_stages, occupancy. A chunk
 # of 128 bytes is a cache line, and the widest that shared memory swizzles. Of an accumulator a
 # thread holds block_m block_n / (32 num_warps) registers: 128 fit beside the rest on 9.0, where the
 # operands stay in shared memory, 64 before. tests/aot compiles all of them.
-_MMA_SM90 = (
+_MMA_SM90: _Table = (
     (128, 256, 128, 8, 4, 1),
     (128, 128, 128, 4, 3, 2),
     (64, 256, 128, 4, 2, 2),
@@ -289,7 +292,7 @@ _MMA_SM90 = (
     (64, 64, 128, 4, 4, 3),
     (64, 32, 128, 4, 4, 4),
 )
-_MMA_SM80 = (
+_MMA_SM80: _Table = (
     (128, 128, 128, 8, 4, 1),
     (64, 256, 128, 8, 3, 1),
     (64, 128, 128, 4, 3, 2),
@@ -297,12 +300,12 @@ _MMA_SM80 = (
     (64, 64, 128, 4, 4, 3),
     (64, 32, 128, 4, 4, 4),
 )
-_FMA = (
+_FMA: _Table = (
     (64, 64, 128, 4, 3, 2),
     (64, 32, 128, 4, 3, 3),
 )
 # Copies of less than 4 bytes do not exist: operands then pass through registers.
-_UNALIGNED = (
+_UNALIGNED: _Table = (
     (64, 64, 64, 4, 3, 2),
     (64, 32, 64, 4, 3, 2),
 )

@@ -63,7 +63,7 @@ def slower_reasons(desc: OpDesc) -> list[str]:
     if current_backend() != "auto" or _compat.interpreting() or not desc.shape[0]:
         return []
     facts = (desc.op, desc.dtype, desc.shape, tuple(desc.params.items()), desc.capability)
-    return list(_slower_reasons(*facts, allow_tf32(), torch.backends.cudnn.allow_tf32))
+    return list(_slower_reasons(*facts, allow_tf32(), convolutions_allow_tf32()))
 
 
 @lru_cache(maxsize=1024)
@@ -161,7 +161,6 @@ def pointwise(
     if n == 0:
         return
     kernels = _compat.device_module("conv_kernels")
-    tf32 = allow_tf32()
     groups = shift.shape[0]
     group_rows = n * height * width // groups
     x = channels_inside(x)
@@ -178,12 +177,12 @@ def pointwise(
     flat_y, y_strides = pixel_strides(y)
     flat_r, r_strides = pixel_strides(residual) if residual is not None else (True, (0, 0, 0))
     inner = [channels, weight.stride(0), *x_strides]
-    vec_x = vector(x, *inner, *([filters] if classes else []))
-    vec_y = vector(x, *y_strides, *([] if classes else [filters]))
-    vec_r = vector(x, *r_strides)
+    vec_x = min(vector(x, *inner, *([filters] if classes else [])), vector(weight))
+    vec_y = vector(y, *y_strides, *([] if classes else [filters]))
+    vec_r = vector(x if residual is None else residual, *r_strides)
     if config is None:
         config = configs.pointwise_config(
-            groups, group_rows, channels, filters, time_model.math_of(x.dtype, tf32), device_of(x),
+            groups, group_rows, channels, filters, arithmetic(x), device_of(x),
             aligned=is_longest(x, vec_x, vec_x if classes else min(vec_y, vec_r)),
             classes=classes > 0,
         )  # fmt: skip
@@ -201,7 +200,7 @@ def pointwise(
             CLASSES=max(16, 1 << (classes - 1).bit_length()) if classes else 0,
             VEC_X=vec_x, VEC_Y=vec_y, VEC_R=vec_r, FLAT_X=flat_x, FLAT_Y=flat_y, FLAT_R=flat_r,
             EVEN_C=channels % config.block_c == 0, HAS_RESIDUAL=residual is not None, RELU=relu,
-            PRECISION="tf32" if tf32 else "ieee",
+            PRECISION=precision(x),
             **launch_options(config),
         )  # fmt: skip
 
@@ -240,8 +239,10 @@ def pixel_strides(x: Tensor) -> tuple[bool, tuple[int, int, int]]:
 
 
 def vector(x: Tensor, *counts: int) -> int:
-    """Elements of x in the longest access, of 16 bytes at most, that divides all counts."""
+    """Elements of x in the longest access, of 16 bytes at most, that divides all counts and where x
+    starts in memory."""
     elements = _VECTOR_BYTES // x.element_size()
+    counts = (x.data_ptr() // x.element_size(), *counts)
     while any(count % elements for count in counts):
         elements //= 2
     return elements
@@ -281,6 +282,24 @@ def allow_tf32() -> bool:
     except RuntimeError:
         # Raised once the newer setting has been used.
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def convolutions_allow_tf32() -> bool:
+    """Whether PyTorch lets its own convolutions do so, which it does by default."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+def precision(x: Tensor) -> str:
+    """How products of x's dtype are made: "tf32", or "ieee" (exactly)."""
+    return "tf32" if arithmetic(x) == configs.MMA_TF32 else "ieee"
+
+
+def arithmetic(x: Tensor) -> str:
+    """`configs.MMA_16BIT`, MMA_TF32 or FMA_FP32, for products of x's dtype."""
+    return time_model.math_of(x.dtype, allow_tf32())
 
 
 def device_of(x: Tensor) -> Device:

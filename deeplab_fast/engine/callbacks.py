@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,9 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._started = self._saved = time.monotonic()
         self.out_of_time = False
-        self._signal = None
+        # A signal that came since Lightning took over, which it would act on in the middle of a step.
+        self._signal = signal.SIGTERM if trainer.received_sigterm else None
+        trainer._signal_connector.received_sigterm = False
         self._catch_signals(trainer)
         if self.max_steps is not None and trainer.global_step >= self.max_steps:
             trainer.should_stop = True
@@ -327,6 +330,27 @@ class ExponentialAverage(WeightAveraging):
         # The module is still on the CPU.
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+
+    @torch.no_grad()
+    def _swap_models(self, pl_module: Any) -> None:
+        # Not through .data, as Lightning has it: that leaves the version counters as they are, by
+        # which a model notices that weights prepared for inference are stale.
+        for average, current in self._pairs(pl_module):
+            before = average.clone()
+            average.copy_(current)
+            current.copy_(before)
+
+    @torch.no_grad()
+    def _copy_average_to_current(self, pl_module: Any) -> None:
+        for average, current in self._pairs(pl_module):
+            current.copy_(average)
+
+    def _pairs(self, pl_module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        mine, theirs = (
+            itertools.chain(module.parameters(), module.buffers())
+            for module in (self.averaged, pl_module)
+        )
+        return zip(mine, theirs, strict=True)
 
     @torch.no_grad()
     def _update(self, averaged: Any, current: Any, count: Any) -> None:

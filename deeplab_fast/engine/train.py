@@ -402,7 +402,7 @@ def _trainer(
 ) -> Any:
     from deeplab_fast.engine.callbacks import AtomicCheckpointIO, new_trainer
 
-    given = dict(config.trainer)
+    given = {**_launched(), **config.trainer}
     arguments: dict[str, Any] = {
         "default_root_dir": str(folder),
         "max_epochs": epochs,
@@ -433,19 +433,34 @@ def _trainer(
     return new_trainer(**{**arguments, **given})
 
 
+def _launched() -> dict[str, Any]:
+    """Trainer arguments for the processes that torchrun or SLURM has started."""
+    from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    each, nodes = 1, 1
+    if TorchElasticEnvironment.detect():
+        each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        nodes = int(os.environ.get("WORLD_SIZE", "1")) // each
+    elif SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", "1"))
+        each = int(os.environ.get("SLURM_NTASKS", "1")) // nodes
+    if each * nodes == 1:
+        return {}
+    return {"devices": each, "num_nodes": nodes, "strategy": "ddp"}
+
+
 def _several_gpus(given: dict[str, Any]) -> bool:
     if given.get("accelerator", "auto") not in ("auto", "gpu", "cuda"):
         return False
     if not torch.cuda.is_available():
         return False
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
-        return True
     devices = given.get("devices", "auto")
     if devices in ("auto", -1, "-1"):
-        return torch.cuda.device_count() > 1
-    if isinstance(devices, str):
-        devices = [part for part in devices.split(",") if part] if "," in devices else int(devices)
-    count = len(devices) if isinstance(devices, (list, tuple)) else int(devices)
+        count = torch.cuda.device_count()
+    elif isinstance(devices, str) and "," in devices:
+        count = len([part for part in devices.split(",") if part])
+    else:
+        count = len(devices) if isinstance(devices, (list, tuple)) else int(devices)
     return count * int(given.get("num_nodes", 1)) > 1
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-# Measured in November 2025 on 2 cores of an AMD EPYC of the third generation (AVX2, 512 KiB of
+# Measured in November 2026 on 2 cores of an AMD EPYC of the third generation (AVX2, 512 KiB of
 # second-level cache each, 32 MiB third-level), fp32; rates are those of one thread.
 
 # Multiply-adds of the tile kernels, and of oneDNN's convolutions (which skip padded taps).
@@ -31,7 +31,9 @@ COPY_RATE = 8e9
 CALL_SECONDS = 15e-6
 # The error of tile6 is 3.7e-6 (2-norm, 256 channels, against float64), that of all others at most
 # 1.1e-6: it must be this much faster.
-TILE6_HANDICAP = 1.15
+TILE6_HANDICAP = 1.3
+# Prepared weights of this size must make the call twice as fast.
+WEIGHT_HANDICAP = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ class Axis:
 def phases(length: int, dilation: int) -> tuple[int, int, int]:
     """(samples, number of phases of that many, number of phases of one fewer)."""
     short, longer = divmod(length, dilation)
-    return (short + 1, longer, dilation - longer if short else 0) if longer else (short, dilation, 0)
+    return (
+        (short + 1, longer, dilation - longer if short else 0) if longer else (short, dilation, 0)
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -135,9 +139,10 @@ class TileForm:
 
     @property
     def score(self) -> float:
-        """What the choice minimises: the seconds, tile6 with its handicap."""
+        """What the choice minimises: the seconds, tile6 and large weights with a handicap."""
         coarse = FORMS["tile6"] in (self.rows.long, self.columns.long)
-        return self.seconds * (TILE6_HANDICAP if coarse else 1)
+        seconds = self.seconds * (TILE6_HANDICAP if coarse else 1)
+        return seconds * (1 + self.weight_bytes / WEIGHT_HANDICAP)
 
     def __str__(self) -> str:
         return f"{self.rows} x {self.columns}"
@@ -184,7 +189,9 @@ def onednn_seconds(macs: int, threads: int) -> float:
     return CALL_SECONDS + macs / (ONEDNN_RATE * threads)
 
 
-def taps_inside(length: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+def taps_inside(
+    length: int, out: int, kernel: int, stride: int, padding: int, dilation: int
+) -> int:
     """Sum over the outputs along one axis of the taps that lie inside the map."""
     total = 0
     for tap in range(kernel):

@@ -5,19 +5,29 @@
     print(conv.plan(x.shape))     # what runs for this shape, and its cost
 
 The objects take a snapshot of their weights: they do not follow later changes of the tensors that
-they were made from.
+they were made from. What runs is chosen for each shape by the cost model of `_cpu_forms`:
+
+    tiles    3x3 convolutions with stride 1 and padding = dilation by few multiplications
+    pixels   1x1 convolutions as one matrix product, written straight into a channel slice
+    onednn   everything else, and those where it is predicted to be faster
+    aten     where PyTorch has no oneDNN
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .. import _ext
+from . import _cpu_forms
+from ._cpu_forms import TileForm
 
 ACTIVATIONS = ("relu", "relu6", "hardswish", None)
 
@@ -27,14 +37,15 @@ class Plan:
     """What one call runs.
 
     Attributes:
-        kernel: what computes it: "onednn" or "aten".
-        form: the algorithm, such as "direct".
+        kernel: what computes it: "tiles", "pixels", "onednn" or "aten".
+        form: the algorithm: "direct", or the forms along rows x columns, phases of the larger
+            number of samples / the others.
         shape: of the input, [N, C, H, W].
         threads: that the prediction is for.
-        macs: multiply-adds that are done.
-        bytes: moved to and from memory, at least.
+        macs: multiply-adds that are done; taps outside the map are not.
+        bytes: of input, output and weights.
         predicted_seconds: by the cost model.
-        extra_bytes: of prepared weights that the form needs beyond the original ones.
+        extra_bytes: of the prepared weights that the call needs beyond the original ones.
     """
 
     kernel: str
@@ -52,6 +63,16 @@ class Plan:
             f"{self.bytes / 1e6:.1f} MB, {self.predicted_seconds * 1e3:.2f} ms predicted on "
             f"{self.threads} threads, {self.extra_bytes / 1e6:.1f} MB of prepared weights"
         )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    kernel: str
+    form: str
+    macs: int
+    weight_bytes: int
+    seconds: float
+    tiles: TileForm | None = None
 
 
 class PreparedConv:
@@ -132,40 +153,62 @@ class PreparedConv:
             _check_map("PreparedConv", "residual", residual, shape)
         into = None if out is None else _slice("PreparedConv", out, channel_offset, shape)
         with torch.no_grad():
-            y = self._onednn(x, residual)
+            x = x.contiguous(memory_format=torch.channels_last)
+            if residual is not None:
+                residual = residual.contiguous(memory_format=torch.channels_last)
+            choice = self._choose(x.shape, torch.get_num_threads(), into is not None)
+            if choice.kernel in ("tiles", "pixels"):
+                if out is None:
+                    out, channel_offset = _empty(shape), 0
+                self._run_own(choice, x, self._shift, residual, out, channel_offset)
+                return out.narrow(1, channel_offset, self.out_channels) if into is None else into
+            y = self._onednn(x, self._shift, residual)
             if into is None:
                 return y.contiguous(memory_format=torch.channels_last)
             into.copy_(y)
         return into
 
-    def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
+    def plan(
+        self, shape: Sequence[int], threads: int | None = None, *, into_slice: bool = False
+    ) -> Plan:
         """What a call on an input of this shape runs.
 
         Args:
             shape: of the input, [N, C, H, W].
             threads: None for the number that PyTorch uses now.
+            into_slice: whether the call is given `out`.
         """
-        threads = threads or torch.get_num_threads()
         n, _, height, width = shape
         out_height, out_width = self._output_size(height, width)
-        macs = n * out_height * out_width * self._weight.numel()
-        moved = 4 * (n * self.in_channels * height * width + self._weight.numel())
-        moved += 4 * n * self.out_channels * out_height * out_width
+        threads = threads or torch.get_num_threads()
+        choice = self._choose(shape, threads, into_slice)
+        moved = n * self.in_channels * height * width
+        moved += n * self.out_channels * out_height * out_width
         return Plan(
-            "onednn" if _has_onednn() else "aten",
-            "direct",
+            choice.kernel,
+            choice.form,
             (n, self.in_channels, height, width),
             threads,
-            macs,
-            moved,
-            2 * macs / (70e9 * threads),
-            4 * self._weight.numel(),
+            choice.macs,
+            4 * moved + (choice.weight_bytes or 4 * self._weight.numel()),
+            choice.seconds,
+            choice.weight_bytes,
         )
+
+    def prepare(self, shape: Sequence[int], *, into_slice: bool = False) -> None:
+        """Prepare the weights that such a call needs; arguments as for `plan`."""
+        choice = self._choose(shape, torch.get_num_threads(), into_slice)
+        if choice.kernel == "tiles":
+            self._tile_weights(choice)
+        elif choice.kernel == "pixels":
+            self._pixel_weight()
+        elif choice.kernel == "onednn":
+            self._reordered(shape)
 
     @property
     def extra_bytes(self) -> int:
         """Bytes of prepared weights now held beyond the original ones."""
-        return sum(4 * t.numel() for t in list(self._forms.values()))
+        return sum(_bytes(t) for t in list(self._forms.values()))
 
     def __getstate__(self) -> dict[str, Any]:
         # Prepared weights come back on demand; those in oneDNN's layout cannot be copied.
@@ -205,11 +248,109 @@ class PreparedConv:
             )
         return (x.shape[0], self.out_channels, *self._output_size(x.shape[2], x.shape[3]))
 
-    def _onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+    def _choose(self, shape: Sequence[int], threads: int, into_slice: bool) -> _Choice:
+        n, _, height, width = shape
+        macs = n * self._weight.numel()
+        for axis, length in enumerate((height, width)):
+            macs *= _cpu_forms.taps_inside(
+                length,
+                self._output_size(height, width)[axis],
+                self._weight.shape[2 + axis],
+                self.stride[axis],
+                self.padding[axis],
+                self.dilation[axis],
+            )
+        macs //= self._weight.shape[2] * self._weight.shape[3]
+        size = 4 * self._weight.numel()
+        direct = _Choice(
+            "onednn" if _has_onednn() else "aten",
+            "direct",
+            macs,
+            size if _has_onednn() and self._allows("onednn", size) else 0,
+            _cpu_forms.onednn_seconds(macs, threads),
+        )
+        if self.groups != 1 or self.stride != (1, 1) or not _has_kernels():
+            return direct
+        kernel = tuple(self._weight.shape[2:])
+        if kernel == (1, 1) and self.padding == (0, 0):
+            size = 4 * -(-self.out_channels // _PANEL) * _PANEL * self.in_channels
+            faster = _pixels_are_faster(self.in_channels, self.out_channels)
+            if (faster or into_slice or not _has_onednn()) and self._allows("pixels", size):
+                return _Choice("pixels", "direct", macs, size, direct.seconds)
+        if kernel == (3, 3) and self.padding == self.dilation and len(set(self.dilation)) == 1:
+            forms = _cpu_forms.tile_forms(
+                n, self.in_channels, self.out_channels, height, width, self.dilation[0], threads
+            )
+            for form in forms:
+                if form.score < direct.seconds and self._allows_tiles(form):
+                    return _Choice(
+                        "tiles", str(form), form.macs, form.weight_bytes, form.seconds, form
+                    )
+        return direct
+
+    def _allows(self, key: Any, size: int) -> bool:
+        if self.max_extra_bytes is None or key in self._forms:
+            return True
+        return self.extra_bytes + size <= self.max_extra_bytes
+
+    def _allows_tiles(self, form: TileForm) -> bool:
+        if self.max_extra_bytes is None:
+            return True
+        missing = [pair for pair in form.pairs if _tile_key(*pair) not in self._forms]
+        lines = 4 * -(-self.out_channels // _PANEL) * _PANEL * self.in_channels
+        size = sum(row.products * column.products * lines for row, column in missing)
+        return self.extra_bytes + size <= self.max_extra_bytes
+
+    def _form(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """The prepared weights of this key, made by the first thread that needs them."""
+        form = self._forms.get(key)
+        if form is None:
+            with self._lock:
+                form = self._forms.get(key)
+                if form is None:
+                    with torch.inference_mode(False), torch.no_grad():
+                        form = self._forms[key] = make()
+        return form
+
+    def _tile_weights(self, choice: _Choice) -> list[Tensor]:
+        assert choice.tiles is not None
+        prepare = torch.ops.deeplab_fast._conv_prepare_tiles_cpu
+        return [
+            self._form(_tile_key(r, c), partial(prepare, self._weight, r.number, c.number))
+            for r, c in choice.tiles.pairs
+        ]
+
+    def _pixel_weight(self) -> Tensor:
+        return self._form("pixels", partial(_panels, self._weight))
+
+    def _run_own(
+        self,
+        choice: _Choice,
+        x: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        out: Tensor,
+        channel_offset: int,
+    ) -> None:
+        ops = torch.ops.deeplab_fast
+        target = (residual, out, channel_offset)
+        if choice.tiles is None:
+            ops._conv_pixels_cpu(x, self._pixel_weight(), shift, *target, self.act or "none")
+            return
+        ops._conv_tiles_cpu(
+            x,
+            self._tile_weights(choice),
+            shift,
+            *target,
+            self.dilation[0],
+            *([a.long.number, a.short.number] for a in (choice.tiles.rows, choice.tiles.columns)),
+            self.act or "none",
+        )
+
+    def _onednn(self, x: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
         if not _has_onednn():
             y = F.conv2d(
-                x, self._weight, self._shift, self.stride, self.padding, self.dilation, self.groups
+                x, self._weight, shift, self.stride, self.padding, self.dilation, self.groups
             )
             return _activate(y if residual is None else y + residual, self.act)
         mkldnn = torch.ops.mkldnn
@@ -217,32 +358,19 @@ class PreparedConv:
         weight = self._reordered(x.shape)
         if residual is None:
             attr, scalars = _ONEDNN_ACTIVATIONS[self.act]
-            return mkldnn._convolution_pointwise(
-                x, weight, self._shift, *geometry, attr, scalars, ""
-            )
-        residual = residual.contiguous(memory_format=torch.channels_last)
+            return mkldnn._convolution_pointwise(x, weight, shift, *geometry, attr, scalars, "")
         relu = "relu" if self.act == "relu" else None
         y = mkldnn._convolution_pointwise.binary(
-            x, residual, weight, self._shift, *geometry, "add", 1.0, relu, [], ""
+            x, residual, weight, shift, *geometry, "add", 1.0, relu, [], ""
         )
         return y if relu else _activate(y, self.act)
 
     def _reordered(self, shape: Sequence[int]) -> Tensor:
-        bound = self.max_extra_bytes
-        if bound is not None and 4 * self._weight.numel() > bound:
+        if not self._allows("onednn", 4 * self._weight.numel()):
             return self._weight
-        with self._lock:
-            if "onednn" not in self._forms:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._forms["onednn"] = torch.ops.mkldnn._reorder_convolution_weight(
-                        self._weight,
-                        self.padding,
-                        self.stride,
-                        self.dilation,
-                        self.groups,
-                        list(shape),
-                    )
-            return self._forms["onednn"]
+        reorder = torch.ops.mkldnn._reorder_convolution_weight
+        geometry = (self.padding, self.stride, self.dilation, self.groups)
+        return self._form("onednn", lambda: reorder(self._weight, *geometry, list(shape)))
 
 
 class PreparedAspp:
@@ -282,7 +410,6 @@ class PreparedAspp:
                     f"PreparedAspp: weights[{b}] has shape {list(weight.shape)}, expected "
                     f"[K, {weights[0].shape[1]}, 1, 1] or [K, {weights[0].shape[1]}, 3, 3]"
                 )
-        share = None if max_extra_bytes is None else max_extra_bytes // len(weights)
         self.branches = tuple(
             PreparedConv(
                 w,
@@ -291,29 +418,42 @@ class PreparedAspp:
                 padding=d * (w.shape[-1] // 2),
                 dilation=d,
                 act="relu",
-                max_extra_bytes=share,
             )
             for w, a, b, d in zip(weights, scales, shifts, dilations, strict=True)
         )
         self.in_channels = self.branches[0].in_channels
         self.out_channels = sum(b.out_channels for b in self.branches)
+        self.max_extra_bytes = max_extra_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, C, H, W], fp32, any strides -> [N, sum K_b, H, W] in channels_last."""
         shape = self.branches[0]._check_input(x)
-        y = torch.empty(
-            (shape[0], self.out_channels, *shape[2:]), memory_format=torch.channels_last
-        )
+        y = _empty((shape[0], self.out_channels, *shape[2:]))
         x = x.contiguous(memory_format=torch.channels_last)
         offset = 0
         for branch in self.branches:
+            self._share_bound(branch)
             branch(x, out=y, channel_offset=offset)
             offset += branch.out_channels
         return y
 
+    def _share_bound(self, branch: PreparedConv) -> None:
+        # What the other branches do not hold is left to this one.
+        if self.max_extra_bytes is not None:
+            others = self.extra_bytes - branch.extra_bytes
+            branch.max_extra_bytes = max(0, self.max_extra_bytes - others)
+
     def plan(self, shape: Sequence[int], threads: int | None = None) -> tuple[Plan, ...]:
         """What each branch runs; arguments as for `PreparedConv.plan`."""
-        return tuple(branch.plan(shape, threads) for branch in self.branches)
+        for branch in self.branches:
+            self._share_bound(branch)
+        return tuple(branch.plan(shape, threads, into_slice=True) for branch in self.branches)
+
+    def prepare(self, shape: Sequence[int]) -> None:
+        """Prepare the weights that a call on an input of this shape needs."""
+        for branch in self.branches:
+            self._share_bound(branch)
+            branch.prepare(shape, into_slice=True)
 
     @property
     def extra_bytes(self) -> int:
@@ -368,13 +508,28 @@ class PreparedProject:
                 f"PreparedProject: pooled has shape {list(pooled.shape)}, expected "
                 f"[{shape[0]}, {self.pooled_channels}]"
             )
+        _check_fp32_cpu("PreparedProject", "pooled", pooled)
+        conv = self._conv
         with torch.no_grad():
-            bias = pooled @ self._to_pooled
-            return self._conv(branches, bias[:, :, None, None].expand(shape))
+            shifts = torch.addmm(conv._shift, pooled, self._to_pooled)
+            branches = branches.contiguous(memory_format=torch.channels_last)
+            choice = conv._choose(branches.shape, torch.get_num_threads(), True)
+            y = _empty(shape)
+            if choice.kernel == "pixels":
+                conv._run_own(choice, branches, shifts, None, y, 0)
+                return y
+            for image in range(shape[0]):
+                one = slice(image, image + 1)
+                y[one] = conv._onednn(branches[one], shifts[image], None)
+            return y
 
     def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
         """What a call runs for branches of this shape; arguments as for `PreparedConv.plan`."""
-        return self._conv.plan(shape, threads)
+        return self._conv.plan(shape, threads, into_slice=True)
+
+    def prepare(self, shape: Sequence[int]) -> None:
+        """Prepare the weights that a call on branches of this shape needs."""
+        self._conv.prepare(shape, into_slice=True)
 
     @property
     def extra_bytes(self) -> int:
@@ -390,8 +545,42 @@ _ONEDNN_ACTIVATIONS: dict[str | None, tuple[str, list[float]]] = {
 }
 
 
+_PANEL = 16
+
+
 def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available()
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def _has_kernels() -> bool:
+    return _ext.CPU.loaded
+
+
+def _pixels_are_faster(channels: int, outputs: int) -> bool:
+    """Where the matrix product was measured to be faster than oneDNN's 1x1 convolution.
+
+    Elsewhere it takes up to 1.1 times as long, and up to 1.4 times with few input channels.
+    """
+    return channels >= 128 and channels >= 2 * outputs and channels % 512 != 0
+
+
+def _tile_key(row: _cpu_forms.Form, column: _cpu_forms.Form) -> tuple[str, str]:
+    return row.name, column.name
+
+
+def _panels(weight: Tensor) -> Tensor:
+    """[K, C, 1, 1] -> [K / 16, C, 16], the output channels filled up with zeros."""
+    outputs, channels = weight.shape[:2]
+    padded = F.pad(weight.flatten(1), (0, 0, 0, -outputs % _PANEL))
+    return padded.view(-1, _PANEL, channels).transpose(1, 2).contiguous()
+
+
+def _empty(shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), memory_format=torch.channels_last)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return 4 * tensor.numel()
 
 
 def _activate(y: Tensor, act: str | None) -> Tensor:

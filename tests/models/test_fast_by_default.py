@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import deeplab_fast as dlf
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
@@ -164,9 +165,11 @@ def small() -> nn.Module:
         norm.momentum = 1.0
     model.train()
     with torch.no_grad():
-        model(torch.randn(4, 3, 48, 48))
+        model(torch.randn(4, 3, 96, 96))
     for norm in norms:
         norm.momentum = 0.0003
+        # No channel is scaled up by much more than the others, and rounding with it.
+        norm.running_var.clamp_(min=0.5 * float(norm.running_var.mean()))
     return model.eval()
 
 
@@ -252,7 +255,9 @@ def through_numpy(model: nn.Module) -> None:
 
 
 def one_bit(model: nn.Module) -> None:
-    conv_of(model).weight.data.view(torch.int32)[0, 3, 0, 0] ^= 1 << 22
+    # The highest of the exponent's bits that is not set makes a large number of a small one.
+    bits = model.classifier[1].weight.data.view(torch.int32)
+    bits[0, 3, 0, 0] ^= 1 << 26
 
 
 def shared_storage(model: nn.Module) -> None:
@@ -261,14 +266,12 @@ def shared_storage(model: nn.Module) -> None:
     alias[5:9] = 1.0
 
 
-def assigned_state(model: nn.Module) -> None:
-    state = {k: v * 1.5 if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-
-
-def loaded_state(model: nn.Module) -> None:
-    state = {k: v * 1.5 if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    model.load_state_dict(state)
+def loaded_state(model: nn.Module, assign: bool = False) -> None:
+    state = {
+        k: v * 1.2 if "classifier" in k and v.is_floating_point() else v.clone()
+        for k, v in model.state_dict().items()
+    }
+    model.load_state_dict(state, assign=assign)
 
 
 def parametrized(model: nn.Module) -> None:
@@ -338,20 +341,20 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "swap_tensors": lambda m: torch.utils.swap_tensors(
         conv_of(m).weight, nn.Parameter(torch.randn(24, 72, 1, 1))
     ),
-    "half-and-back": lambda m: conv_of(m).weight.data.mul_(1.001) and m.half().float(),
-    "shared-memory": lambda m: m.share_memory() and conv_of(m).weight.data.mul_(2),
+    "half-and-back": lambda m: m.half().float(),
+    "shared-memory": lambda m: conv_of(m.share_memory()).weight.data.mul_(2),
     # Other objects.
     "parameter": lambda m: setattr(conv_of(m), "weight", nn.Parameter(torch.randn(24, 72, 1, 1))),
     "buffer": lambda m: setattr(
         block_of(m).project.bn, "running_mean", torch.full_like(block_of(m).project.bn.bias, 0.5)
     ),
-    "load-assign": assigned_state,
+    "load-assign": lambda m: loaded_state(m, assign=True),
     "no-bias": lambda m: setattr(m.classifier[1], "bias", None),
     "new-bias": lambda m: setattr(conv_of(m), "bias", nn.Parameter(torch.ones(24))),
     "parametrization": parametrized,
     "parametrization-removed": parametrized_and_back,
-    "weight_norm": lambda m: in_place(lambda w: w.mul_(2))(m) or parametrizations.weight_norm(
-        conv_of(m)
+    "weight_norm": lambda m: (
+        in_place(lambda w: w.mul_(2))(m) or parametrizations.weight_norm(conv_of(m))
     ),
     "pruning": lambda m: prune.l1_unstructured(conv_of(m), "weight", 0.5),
     # Modules.
@@ -364,23 +367,29 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "backbone": lambda m: setattr(m, "backbone", copy.deepcopy(small_other().backbone)),
     "classifier": lambda m: setattr(m, "classifier", nn.Conv2d(80, 4, 1)),
     "removed-step": lambda m: m.classifier[0].project.__delitem__(2),
-    "forward": lambda m: setattr(conv_of(m), "forward", lambda x: F.conv2d(x, conv_of(m).weight)),
+    "forward": lambda m: setattr(
+        conv_of(m), "forward", lambda x: F.conv2d(x, 2 * conv_of(m).weight)
+    ),
     # Settings.
     "output-stride": lambda m: m.set_output_stride(8),
     "dilation": dilated,
-    "stride": lambda m: setattr(block_of(m).depthwise.conv, "stride", (2, 2))
-    or setattr(block_of(m), "use_res_connect", False),
+    "stride": lambda m: (
+        setattr(block_of(m).depthwise.conv, "stride", (2, 2))
+        or setattr(block_of(m), "use_res_connect", False)
+    ),
     "eps": lambda m: setattr(block_of(m).depthwise.bn, "eps", 0.5),
     "residual": lambda m: setattr(block_of(m), "use_res_connect", False),
     "dropout": lambda m: m.classifier[0].project[3].__setattr__("p", 0.3),
     "hook": lambda m: conv_of(m).register_forward_hook(lambda module, args, y: 2 * y),
-    "pre-hook": lambda m: block_of(m).register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "pre-hook": lambda m: block_of(m).register_forward_pre_hook(
+        lambda module, args: (2 * args[0],)
+    ),
     "hook-deep-inside": lambda m: block_of(m).expand.act.register_forward_hook(
         lambda module, args, y: y + 1
     ),
 }
 # These keep the numbers, or nearly so; the others must change them.
-SAME_NUMBERS = {"dropout", "half-and-back", "parametrization-removed-again"}
+SAME_NUMBERS = {"dropout", "half-and-back"}
 
 
 def small_other() -> nn.Module:
@@ -401,9 +410,7 @@ def test_never_stale(change: str) -> None:
     assert error(y, expected) <= RELATIVE
     assert torch.equal(y, again)
     moved = error(before, expected)
-    assert moved > 1e-3 or change in SAME_NUMBERS | {"data-one-bit"}, moved
-    if change == "data-one-bit":
-        assert moved > 2e-5, moved
+    assert moved > 1e-3 or change in SAME_NUMBERS, moved
 
 
 def test_modes_of_inner_modules() -> None:
@@ -448,7 +455,10 @@ def test_hooks_run_and_leave(programs: list) -> None:
 
 def test_functional_call_has_the_weights_it_is_given() -> None:
     model = small()
-    doubled = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    doubled = {
+        name: (2 if name.startswith("classifier.0.project") else 1) * p.detach()
+        for name, p in model.named_parameters()
+    }
     with torch.no_grad():
         own = model(X)["out"]
         y = torch.func.functional_call(model, doubled, (X,))["out"]
@@ -501,7 +511,7 @@ CONTEXTS = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "deterministic": deterministic,
     "onednn-off": lambda: torch.backends.mkldnn.flags(enabled=False),
-    "flop-counter": lambda: torch.utils.flop_counter.FlopCounterMode(display=False),
+    "flop-counter": lambda: FlopCounterMode(display=False),
     "forward-mode": lambda: torch.autograd.forward_ad.dual_level(),
     "global-hook": lambda: _handle(
         nn.modules.module.register_module_forward_hook(lambda m, args, y: None)
@@ -520,7 +530,7 @@ def _handle(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
 def test_contexts_of_the_plain_modules(context: str, programs: list) -> None:
     model = small()
     with torch.no_grad(), CONTEXTS[context]():
-        assert len(model.fast_reasons(X)) == 1
+        assert model.fast_reasons(X)
         y = model(X)["out"]
         assert not programs
     with torch.no_grad():
@@ -694,7 +704,9 @@ OWN = {
     "instance": lambda: _bottleneck_with(bn2=nn.InstanceNorm2d(128)),
     "frozen": lambda: _frozen(small_resnet()),
     "average-head": lambda: _with_head(nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.Conv2d(512, 4, 1))),
-    "pairs-head": lambda: _with_head(nn.Sequential(nn.Dropout(), nn.Identity(), nn.Conv2d(512, 4, 1))),
+    "pairs-head": lambda: _with_head(
+        nn.Sequential(nn.Dropout(), nn.Identity(), nn.Conv2d(512, 4, 1))
+    ),
 }
 
 

@@ -255,6 +255,18 @@ def test_frozen_batch_norm_and_parts_stay_as_they_are(config):
         SegmentationModule(build_model(config, 4), config.replace(freeze=["backbone.blck"]))
 
 
+def test_freezing_outlives_the_trainers_sync_batch_norm(config):
+    module = SegmentationModule(build_model(config, 4), config.replace(freeze_batch_norm=True))
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    layers = [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert layers and any(layer.train().training for layer in layers)
+    module.on_fit_start()
+    module.train()
+    layers = [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert layers and not any(layer.training for layer in layers)
+    assert not any(p.requires_grad for layer in layers for p in layer.parameters())
+
+
 class Weights(Callback):
     """Copies of all parameters and buffers after each step."""
 
@@ -414,14 +426,21 @@ def test_two_processes_equal_one(config, tmp_path):
         port = free.getsockname()[1]
     plan = tmp_path / "plan.yaml"
     values = config.replace(output=str(tmp_path / "two")).as_dict()
-    values["trainer"] = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
     plan.write_text(to_yaml(values))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    common["OMP_NUM_THREADS"] = "1"
+    # What torchrun sets.
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "none",
+        "OMP_NUM_THREADS": "1",
+    }
     processes = [
         subprocess.Popen(
             [sys.executable, str(SCRIPT), "train", "--config", str(plan)],
-            env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r), "NODE_RANK": "0"},
+            env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

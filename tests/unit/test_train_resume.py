@@ -273,6 +273,21 @@ def test_a_full_disk_leaves_the_former_checkpoint(plan, tmp_path, monkeypatch, c
     assert fit(config, resume=True).finished
 
 
+class Full(Callback):
+    def on_train_batch_end(self, *arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_elsewhere(plan, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "plan.yaml"
+    file.write_text(to_yaml(plan.replace(output=str(tmp_path / "run")).as_dict()))
+    monkeypatch.setattr(parts.MetricsFile, "on_train_batch_end", Full.on_train_batch_end)
+    assert cli.main(["train", "--config", str(file)]) == 1
+    message = capsys.readouterr().err
+    assert "No space left on device" in message and "--resume" in message
+    assert str(tmp_path / "run") in message
+
+
 @pytest.mark.parametrize("moment", ["write", "sync", "rename"])
 def test_a_checkpoint_is_the_new_or_the_former_one(tmp_path, monkeypatch, moment):
     path = tmp_path / "last.ckpt"

@@ -138,10 +138,10 @@ __device__ inline void multiply_parts(const Aspp& op, Sm90Ring<kTile> ring, int 
   const int row = warpgroup % kShape.warps_m * 64;
   const int col = warpgroup / kShape.warps_m * kWarpgroupN;
   const auto release = [&](uint32_t empty) {
-    if constexpr (kShape.cluster == 1) {
+    if constexpr (kTiles[kTile].cluster == 1) {
       if (lane == 0) ptx::barrier_arrive(empty);
     } else {
-      if (lane < kShape.cluster) ptx::barrier_arrive_at(empty, lane);
+      if (lane < kTiles[kTile].cluster) ptx::barrier_arrive_at(empty, lane);
     }
   };
 
