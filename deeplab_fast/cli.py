@@ -158,9 +158,9 @@ def _train_parser() -> Any:
     parser = ArgumentParser(
         description="Trains a model into the folder --output: config.yaml (runs again with"
         " --config), versions.json, metrics.jsonl, tensorboard/, checkpoints/last.ckpt and"
-        " best.ckpt, and at the end model.safetensors for predict and eval. SIGTERM and Ctrl+C"
-        " save and stop; --resume goes on with the same result. Under torchrun or SLURM the"
-        " processes share each batch. Needs pip install deeplab_fast[train]."
+        " best.ckpt, and at the end model.safetensors (for predict and eval) and result.json."
+        " SIGTERM and Ctrl+C save and stop; --resume goes on with the same result. Under torchrun"
+        " or SLURM the processes share each batch. Needs pip install deeplab_fast[train]."
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
@@ -254,7 +254,12 @@ def _add_data_arguments(add: Any) -> None:
 
 
 def _add_model_arguments(add: Any) -> None:
-    add("--weights", type=str | None, metavar="FILE", help="trained weights (required)")
+    add(
+        "--weights",
+        type=str | None,
+        metavar="NAME|FILE",
+        help="trained weights (required): camvid, the embedded model for road scenes, or a file",
+    )
     add(
         "--model",
         type=str | None,
@@ -384,12 +389,14 @@ def _prepare(config: Any) -> _Job:
 
 
 def _need_weights(config: Any) -> None:
+    from deeplab_fast.weights import list_embedded
+
     if not config.weights:
         raise _UsageError(
-            "--weights FILE is missing: this package has no trained weights of its own yet, and "
-            "untrained ones give meaningless labels. Pass a .pth or .safetensors file of a trained "
-            "DeepLabv3 (torchvision, segmentation-models-pytorch, mmsegmentation, VainF, "
-            "jfzhang95, fregu856, TensorFlow Lite MobileNetV2)"
+            "--weights is missing, and untrained weights give meaningless labels. Pass the name of "
+            f"an embedded model ({', '.join(list_embedded())}) or a .pth or .safetensors file of a "
+            "trained DeepLabv3 (deeplab_fast, torchvision, segmentation-models-pytorch, "
+            "mmsegmentation, VainF, jfzhang95, fregu856, TensorFlow Lite MobileNetV2)"
         )
 
 
@@ -480,7 +487,12 @@ def _load_model(config: Any, command: str) -> tuple[Any, str]:
     """The model that ``--weights`` is for, at ``--output-stride``, and its name."""
     from deeplab_fast import backends
     from deeplab_fast.models import get_model, list_models
-    from deeplab_fast.weights import inspect_weights, load_weights
+    from deeplab_fast.weights import (
+        embedded_path,
+        inspect_weights,
+        list_embedded,
+        load_weights,
+    )
 
     if config.backend is not None and config.backend not in ("auto", *backends.BACKENDS):
         raise _UsageError(
@@ -495,10 +507,16 @@ def _load_model(config: Any, command: str) -> tuple[Any, str]:
             f"no model is named {config.model!r}; there are: {', '.join(list_models())}"
         )
     reset_head = bool(config.get("reset_head"))
-    if not Path(config.weights).is_file():
-        raise _UsageError(f"--weights {config.weights}: no such file")
+    weights = config.weights
+    if weights in list_embedded():
+        weights = embedded_path(weights)
+    elif not Path(weights).is_file():
+        raise _UsageError(
+            f"--weights {weights}: no such file, and no embedded model of that name; there are: "
+            f"{', '.join(list_embedded())}"
+        )
     try:
-        found = inspect_weights(config.weights)
+        found = inspect_weights(weights)
         name = config.model or found.model
         if name is None:
             raise _UsageError(
@@ -513,7 +531,7 @@ def _load_model(config: Any, command: str) -> tuple[Any, str]:
         model: Any = get_model(name, **options)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            load_weights(model, config.weights, reset_head=reset_head)
+            load_weights(model, weights, reset_head=reset_head)
         # After loading: atrous rates that the file tells belong to the stride it was trained at.
         if config.output_stride is not None:
             model.set_output_stride(config.output_stride)
@@ -729,7 +747,7 @@ def _train(config: Any) -> int:
             print(f"{result.steps} steps done, the model is {result.weights}")
         return 0
     if first:
-        print(f"{result.stopped} after {result.steps} steps; --resume goes on from {result.folder}")
+        print(f"{result.stopped}, {result.steps} steps done; --resume goes on in {result.folder}")
     return {"SIGINT": 130, "SIGTERM": 143}.get((result.stopped or "").rsplit(" ", 1)[-1], 0)
 
 

@@ -37,7 +37,7 @@ const ConvKernels& conv_avx2() {
 namespace deeplab_fast::cpu {
 
 const ConvKernels& conv_avx2() {
-  static const ConvKernels kernels = {"avx2", [] { return false; }, {}, nullptr};
+  static const ConvKernels kernels = {"avx2", [] { return false; }, {}, nullptr, nullptr};
   return kernels;
 }
 

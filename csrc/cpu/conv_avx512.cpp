@@ -38,7 +38,7 @@ const ConvKernels& conv_avx512() {
 namespace deeplab_fast::cpu {
 
 const ConvKernels& conv_avx512() {
-  static const ConvKernels kernels = {"avx512", [] { return false; }, {}, nullptr};
+  static const ConvKernels kernels = {"avx512", [] { return false; }, {}, nullptr, nullptr};
   return kernels;
 }
 

@@ -146,12 +146,12 @@ Tensor conv_prepare_tiles(const Tensor& weight_any, int64_t row_form, int64_t co
   Tensor result = at::empty({products, panels, channels, kPanel}, weight.options());
   const float* const from = weight.const_data_ptr<float>();
   float* const to = result.data_ptr<float>();
+  const int64_t panel_size = channels * kPanel;
+  const ConvKernels& kernels = current_conv_kernels();
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      for (int64_t p = 0; p < products; ++p) {
-        prepare_panel(from, outputs, channels, panel, row.b[p / column.products],
-                      column.b[p % column.products], to + (p * panels + panel) * channels * kPanel);
-      }
+      kernels.prepare(from, outputs, channels, panel, row, column, to + panel * panel_size,
+                      panels * panel_size);
     }
   });
   return result;

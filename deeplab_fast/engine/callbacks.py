@@ -173,7 +173,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._started = self._saved = time.monotonic()
         self.out_of_time = False
-        # A signal that came since Lightning took over, which it would act on in the middle of a step.
+        # One that came since Lightning took over, which would act in the middle of a step.
         self._signal = signal.SIGTERM if trainer.received_sigterm else None
         trainer._signal_connector.received_sigterm = False
         self._catch_signals(trainer)

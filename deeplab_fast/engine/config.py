@@ -101,6 +101,11 @@ class TrainConfig:
     eval_output_stride: int | None = _option(
         None, "in validation and of the saved model; default: as in training", "8|16"
     )
+    input_size: int | None = _option(
+        None,
+        "shorter side of photos in validation and for the saved model; default: their own",
+        "N",
+    )
     freeze_batch_norm: bool = _option(
         False, "keep statistics and parameters of all batch norms as they are (stage 2)"
     )
@@ -131,6 +136,11 @@ class TrainConfig:
         metadata=_help(
             "median_frequency, inverse_log, or a list of one weight a class", "NAME|LIST"
         ),
+    )
+    undo_class_weights: float = _option(
+        0.0,
+        "part T of the class weights w that the saved model takes back: T log w off its last bias",
+        "T",
     )
     label_smoothing: float = _option(0.0, "part of a label given to all classes", "F")
     top_k: float = _option(0.25, "fraction of the pixels that count (hard_pixels)", "F")
@@ -259,10 +269,39 @@ _TORCHVISION: dict[str, Any] = {
     "loss": "cross_entropy",
 }
 
+# The embedded model's: small batches on a CPU, so the backbone keeps its ImageNet statistics and
+# its first blocks. Weighted cross entropy estimates w_c p(c | x) up to a factor; taking back most
+# of w (logit adjustment, arXiv 2007.07314) gave up no rare class and stopped false ones.
+_CAMVID: dict[str, Any] = {
+    "data": "camvid",
+    "model": "deeplabv3_efficientnet_lite0",
+    "model_options": {"head": "paper", "aspp_channels": 192, "dropout": 0.1},
+    "output_stride": 16,
+    "input_size": 540,
+    "freeze": ["backbone.stem", *(f"backbone.block{i}" for i in range(4))],
+    "freeze_backbone_statistics": True,
+    "batch_norm_momentum": 0.03,
+    "crop": [256, 352],
+    "scale": [0.5, 2.0],
+    "colour_jitter": 0.4,
+    "optimizer": "adamw",
+    "lr": 0.001,
+    "backbone_lr_factor": 0.5,
+    "weight_decay": 0.02,
+    "class_weights": "inverse_log",
+    "undo_class_weights": 0.75,
+    "ema": 0.995,
+    "warmup_steps": 50,
+    "batch_size": 4,
+    "steps": 2700,
+    "val_every": 30,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": _PAPER,
     "paper-stage2": {**_PAPER, **_STAGE2},
     "torchvision": _TORCHVISION,
+    "camvid": _CAMVID,
 }
 
 # Section 4.3: Cityscapes with larger crops, for longer.
@@ -281,6 +320,8 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
                from the first one's weights
     torchvision references/segmentation: shorter side 260 to 1040, crops of 480, 30 epochs of
                batches of 32, lr 0.02, auxiliary loss 0.5 at ten times the lr
+    camvid     the embedded model (``deeplab_fast.load("camvid")``); takes a backbone's
+               weights with ``weights_backbone``
     ========== ======================================================================
 
     Args:
@@ -338,6 +379,12 @@ def _problems(config: TrainConfig) -> list[str]:
     need(0 <= config.flip <= 1, "flip", "a probability, 0 to 1")
     need(0 <= config.colour_jitter <= 1, "colour_jitter", "0 to 1")
     need(0 <= config.hue_jitter <= 0.5, "hue_jitter", "0 to 0.5")
+    need(0 <= config.undo_class_weights <= 1, "undo_class_weights", "0 to 1")
+    need(
+        config.input_size is None or (_is_int(config.input_size) and config.input_size >= 1),
+        "input_size",
+        "1 or more, or null",
+    )
     need(config.clip_norm is None or config.clip_norm > 0, "clip_norm", "above 0, or null")
     momentum = config.batch_norm_momentum
     need(momentum is None or 0 < momentum <= 1, "batch_norm_momentum", "above 0 to 1, or null")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -132,6 +133,8 @@ def build_model(config: Any, num_classes: int, classes: Any = None) -> nn.Module
         load_weights(model, config.weights, reset_head=config.reset_head, strict=True)
     if stride is not None and model.output_stride != stride:
         model.set_output_stride(stride)
+    if config.input_size is not None:
+        model.preprocess = dataclasses.replace(model.preprocess, size=config.input_size)
     if classes is not None:
         model.classes = tuple(classes.classes)
         model.palette = None if classes.palette is None else tuple(classes.palette)
@@ -152,8 +155,9 @@ def fit(
 
     ``config.output`` gets ``config.yaml`` (runs again with ``--config``), ``versions.json``,
     ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/last.ckpt`` and ``best.ckpt``, and at the end
-    ``model.safetensors`` at the output stride of the validation: the averaged weights with
-    ``config.ema``. Under torchrun or SLURM every process calls this.
+    ``model.safetensors`` at the output stride of the validation (the averaged weights with
+    ``config.ema``) and ``result.json`` with the scores. Under torchrun or SLURM every process calls
+    this.
 
     Args:
         config: ``TrainConfig`` (see ``train_config`` for the presets).
@@ -268,7 +272,7 @@ def fit(
         weights = _export(config, folder, module if averaged is None else averaged, saver)
     if saver.out_of_time:
         stopped = f"stopped after {config.max_time}"
-    return TrainResult(
+    result = TrainResult(
         folder=folder,
         weights=weights,
         last_checkpoint=saver.last_path,
@@ -280,6 +284,12 @@ def fit(
         stopped=stopped,
         metrics=module.metrics,
     )
+    if trainer.is_global_zero:
+        _write_result(result)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # A second stage reads what the first process wrote.
+        torch.distributed.barrier()
+    return result
 
 
 def fit_stages(
@@ -319,8 +329,7 @@ def fit_stages(
     two = second_stage(config, str(folder / "stage1" / "model.safetensors"), stage2 or {})
     two = two.replace(output=str(folder / "stage2"))
     results: list[TrainResult] = []
-    weights = folder / "stage1" / "model.safetensors"
-    if not (options.get("resume") and weights.exists()):
+    if not (options.get("resume") and _is_finished(folder / "stage1")):
         results.append(fit(one, **options))
         if not results[0].finished:
             return results
@@ -378,14 +387,14 @@ def validate(
     val = open_validation(config) if data is None else data.val
     if model is None:
         model = build_model(config, val.num_classes, val.classes)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_cpu = config.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
     return evaluate(
         model,
         val,
         output_stride=config.eval_output_stride,
         batch_size=config.val_batch_size,
         workers=config.workers,
-        device=device,
+        device="cpu" if on_cpu else "cuda",
         progress=progress,
     ).metrics
 
@@ -542,6 +551,32 @@ def _write_run_files(folder: Path, config: Any) -> None:
     )
 
 
+def _write_result(result: TrainResult) -> None:
+    from deeplab_fast.engine.outputs import write_atomically
+
+    values = {
+        "finished": result.finished,
+        "stopped": result.stopped,
+        "steps": result.steps,
+        "val_miou": result.miou,
+        "best_val_miou": result.best_miou,
+        "metrics": None if result.metrics is None else result.metrics.as_dict(),
+    }
+    # JSON has no nan, the mIoU of no labels.
+    known = {k: None if v != v else v for k, v in values.items()}
+    text = json.dumps(known, indent=2, allow_nan=False) + "\n"
+    path = result.folder / "result.json"
+    write_atomically([(path, lambda file: file.write(text.encode("utf-8")))])
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a run in this folder came to its end."""
+    try:
+        return bool(json.loads((folder / "result.json").read_text())["finished"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def _versions() -> dict[str, Any]:
     import lightning
     import numpy
@@ -588,7 +623,7 @@ def _export(config: Any, folder: Path, module: Any, saver: Any) -> Path:
     if config.export == "best" and saver.best_path.exists():
         load_weights(model, saver.best_path)
     stride = config.eval_output_stride
-    with _at_output_stride(model, stride):
+    with _at_output_stride(model, stride), _without_class_weights(config, module):
         try:
             return save_weights(model, folder / "model.safetensors")
         except OSError as error:
@@ -599,6 +634,29 @@ def _export(config: Any, folder: Path, module: Any, saver: Any) -> Path:
                     "make room, then write it with --resume",
                 ) from error
             raise
+
+
+@contextmanager
+def _without_class_weights(config: Any, module: Any) -> Iterator[None]:
+    """The model with `undo_class_weights` times the log of the class weights off its last bias."""
+    part, weights = config.undo_class_weights, module.loss.class_weights
+    if not part or weights is None:
+        yield
+        return
+    last = [m for m in module.model.classifier.modules() if isinstance(m, nn.Conv2d)][-1]
+    if last.bias is None:
+        raise ValueError(
+            "undo_class_weights: the model's last convolution has no bias; set it to 0"
+        )
+    before = last.bias.detach().clone()
+    with torch.no_grad():
+        # A class of weight 0 was never trained: its logit stays.
+        last.bias -= part * weights.to(before).where(weights.to(before) > 0, 1.0).log()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            last.bias.copy_(before)
 
 
 def _unsettled_share(model: nn.Module, steps: int) -> float:

@@ -92,6 +92,10 @@ class ConvLayer:
         kernel = tuple(spec.weight.shape[2:])
         self._geometry = (kernel, spec.stride, spec.dilation)
         halves = tuple(d * (k - 1) // 2 for k, d in zip(kernel, spec.dilation, strict=True))
+        # Only a stride makes SAME padding uneven, and then only for some sizes.
+        uneven = self._same and spec.stride != (1, 1)
+        if uneven and max_extra_bytes is not None:
+            max_extra_bytes //= 2
 
         def prepare(padding: Any) -> PreparedConv:
             return PreparedConv(
@@ -107,9 +111,8 @@ class ConvLayer:
             )
 
         self._conv = prepare(halves if self._same else spec.padding)
-        # Only a stride makes SAME padding uneven, and then only for some sizes.
-        self._uneven = prepare(0) if self._same and spec.stride != (1, 1) else None
-        if self._uneven is not None:
+        self._uneven = prepare(0) if uneven else None
+        if uneven:
             self.held *= 2
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -223,13 +226,20 @@ class WideProjectLayer:
     def __init__(self, spec: ConvSpec, branch_channels: int, max_extra_bytes: int | None) -> None:
         self.name = spec.name
         self.held = _bytes(spec.weight)
-        options: Any = {"padding": spec.padding, "max_extra_bytes": max_extra_bytes}
-        weight, scale = spec.weight.detach(), spec.scale
-        self._branches = PreparedConv(
-            weight[:, :branch_channels], scale, spec.shift, act=spec.act, **options
-        )
-        self._pooled = PreparedConv(weight[:, branch_channels:], scale, None, act=None, **options)
-        self._kernel = tuple(weight.shape[2:])
+        to_branches, to_pooled = spec.weight.tensor_split([branch_channels], dim=1)
+
+        def prepare(weight: Tensor, shift: Tensor | None, act: str | None) -> PreparedConv:
+            bound = max_extra_bytes
+            if bound is not None:
+                bound = bound * weight.shape[1] // spec.weight.shape[1]
+            padding: Any = spec.padding
+            return PreparedConv(
+                weight, spec.scale, shift, padding=padding, act=act, max_extra_bytes=bound
+            )
+
+        self._branches = prepare(to_branches, spec.shift, spec.act)
+        self._pooled = prepare(to_pooled, None, None)
+        self._kernel = tuple(spec.weight.shape[2:])
 
     def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
         height, width = branches.shape[2:]

@@ -68,7 +68,8 @@ class OptimizedDeepLabV3(nn.Module):
     effect. Sizes may change from call to call; several threads may call at once. It can be
     deep-copied and pickled. It has no parameters and no buffers: `state_dict()` is empty, and
     neither `load_state_dict`, `.to()` to another dtype or device nor `train()` are possible; change
-    the model it came from and optimise again.
+    the model it came from and optimise again. A model that runs as a copy has the parameters of
+    `copy`, and can be moved.
     """
 
     def __init__(self, model: DeepLabV3, keep_aux: bool, max_extra_bytes: int | None) -> None:
@@ -85,11 +86,10 @@ class OptimizedDeepLabV3(nn.Module):
         self.reasons: tuple[str, ...] = (reason,) if reason else ()
         self._keep_aux = keep_aux and model.aux_classifier is not None
         self._program: Program | None = program
-        # In a tuple, so that the copy's parameters are not this module's.
-        self._copy: tuple[DeepLabV3, ...] = ()
+        self.copy: DeepLabV3 | None = None
         if program is None:
             logger.warning("optimize: the model is copied and runs its plain modules: %s", reason)
-            self._copy = (copy.deepcopy(model).eval(),)
+            self.copy = copy.deepcopy(model).eval()
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -143,8 +143,7 @@ class OptimizedDeepLabV3(nn.Module):
         """Bytes of weights held now; forms that are prepared on first use count from then on."""
         if self._program is not None:
             return self._program.held_bytes
-        state = self._copy[0].state_dict().values()
-        return sum(t.numel() * t.element_size() for t in state)
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
 
     @property
     def extra_bytes(self) -> int:
@@ -176,7 +175,10 @@ class OptimizedDeepLabV3(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedDeepLabV3:
-        probe = self._probe()
+        if self.copy is not None:
+            super()._apply(fn, recurse)
+            return self
+        probe = torch.empty(0)
         converted = fn(probe)
         if (converted.dtype, converted.device) != (probe.dtype, probe.device):
             raise RuntimeError(
@@ -185,33 +187,27 @@ class OptimizedDeepLabV3(nn.Module):
             )
         return self
 
-    def _probe(self) -> Tensor:
-        if self._copy:
-            first = next(self._copy[0].parameters(), None)
-            if first is not None:
-                return torch.empty(0, dtype=first.dtype, device=first.device)
-        return torch.empty(0)
-
     def _logits(self, x: Tensor, aux: bool) -> dict[str, Tensor]:
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
             raise RuntimeError(
                 "an optimised model has no gradients; pass x.detach(), or use the model that it "
                 "was made from"
             )
-        if self._program is None:
-            return self._copied_logits(x, aux)
+        if self.copy is not None:
+            with torch.no_grad():
+                return _plain_logits(self.copy, x, aux)
+        assert self._program is not None
         _check_input(x)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self._program.logits(x, aux=aux)
 
-    def _copied_logits(self, x: Tensor, aux: bool) -> dict[str, Tensor]:
-        (model,) = self._copy
-        with torch.no_grad():
-            features = model.backbone(x)
-            logits = OrderedDict(out=model.classifier(features["out"]))
-            if aux and model.aux_classifier is not None:
-                logits["aux"] = model.aux_classifier(features["aux"])
-        return logits
+
+def _plain_logits(model: DeepLabV3, x: Tensor, aux: bool) -> dict[str, Tensor]:
+    features = model.backbone(x)
+    logits = OrderedDict(out=model.classifier(features["out"]))
+    if aux and model.aux_classifier is not None:
+        logits["aux"] = model.aux_classifier(features["aux"])
+    return logits
 
 
 def _check_input(x: Any) -> None:

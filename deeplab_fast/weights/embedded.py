@@ -47,4 +47,6 @@ def load(name: str) -> DeepLabV3:
     Raises:
         ValueError: no embedded model has that name.
     """
-    return from_checkpoint(embedded_path(name)).eval()
+    model = from_checkpoint(embedded_path(name)).eval()
+    assert isinstance(model, DeepLabV3)
+    return model

@@ -38,6 +38,10 @@ def _three_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aspp, "device_of", lambda x: device)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def assert_as_good(got: Tensor, torch_path: Tensor, exact: Tensor) -> None:
     """The rule above, with the shape, dtype and layout that the ops promise."""
     assert got.shape == exact.shape and got.dtype == torch_path.dtype
@@ -163,24 +167,20 @@ def test_cut_tiles_are_added_in_the_same_order_every_time() -> None:
     [
         pytest.param(lambda x: x.contiguous(), id="nchw"),
         pytest.param(
-            lambda x: x.contiguous(memory_format=torch.channels_last).repeat(1, 2, 2, 2)[
-                :, 3:11, 1:4, :3
-            ],
+            lambda x: channels_last(x.repeat(1, 2, 2, 2))[:, 3:11, 1:4, :3],
             id="slice-of-a-larger-map",
         ),
-        pytest.param(lambda x: x[:, :, :, :1].expand(2, 8, 3, 3), id="expanded-stride-0"),
         pytest.param(
-            lambda x: x.contiguous(memory_format=torch.channels_last).transpose(2, 3),
-            id="transposed",
+            lambda x: channels_last(x)[:, :, :, :1].expand(2, 8, 3, 3), id="expanded-stride-0"
         ),
+        pytest.param(lambda x: channels_last(x).transpose(2, 3), id="transposed"),
     ],
 )
 def test_branches_take_any_strides(layout) -> None:
     case = Branches.make((2, 8, 3, 3), [(8, 3, 4)])
     x = layout(case.x)
     got = aspp.aspp_branches_packed(x, case.packed, config=WHOLE)
-    dense = x.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(got, aspp.aspp_branches_packed(dense, case.packed, config=WHOLE))
+    assert torch.equal(got, aspp.aspp_branches_packed(channels_last(x), case.packed, config=WHOLE))
     case.x = x
     assert_as_good(got, case.torch_path(), case.exact())
 
@@ -188,7 +188,7 @@ def test_branches_take_any_strides(layout) -> None:
 @pytest.mark.parametrize("config", [WHOLE, CUT], ids=["whole", "cut"])
 def test_branches_fill_a_slice_and_nothing_else(config: GemmConfig) -> None:
     case = Branches.make((2, 40, 3, 3), [(8, 3, 4), (16, 1, 1)])
-    larger = torch.full((2, 40, 3, 3), 7.0).contiguous(memory_format=torch.channels_last)
+    larger = channels_last(torch.full((2, 40, 3, 3), 7.0))
     out = larger[:, 8:32]
     assert aspp.aspp_branches_packed(case.x, case.packed, out, config) is out
     assert torch.equal(out, aspp.aspp_branches_packed(case.x, case.packed, config=config))
@@ -220,7 +220,7 @@ def test_products_with_offsets_beyond_int32() -> None:
     x, residual = torch.randn(2, 8, 2, 2).half(), torch.randn(2, 8, 2, 2).half()
     weight, ones = torch.randn(8, 8).half(), torch.ones(8)
     y, expected = far_apart((2, 8, 2, 2), torch.float16), torch.empty_like(x)
-    expected = expected.contiguous(memory_format=torch.channels_last)
+    expected = channels_last(expected)
     conv.pointwise(x, weight, ones, ones[None], expected, residual=residual, config=WHOLE)
     far_x, far_residual = far_apart(x.shape, x.dtype), far_apart(x.shape, x.dtype)
     far_x.copy_(x)
@@ -368,18 +368,18 @@ def test_conv(shape, k, options, with_residual, dtype: torch.dtype, nan_poison) 
     "layout",
     [
         pytest.param(lambda x: x.contiguous(), id="nchw"),
-        pytest.param(lambda x: x.repeat(1, 1, 2, 2)[:, :, 1:4, :5], id="slice-of-a-larger-map"),
-        pytest.param(lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), id="transposed"),
+        pytest.param(
+            lambda x: channels_last(x.repeat(1, 1, 2, 2))[:, :, 1:4, :5], id="slice-of-a-larger-map"
+        ),
+        pytest.param(lambda x: channels_last(x.transpose(2, 3)).transpose(2, 3), id="transposed"),
         pytest.param(lambda x: x[:, :, :1].expand(2, 16, 3, 5), id="expanded-stride-0"),
     ],
 )
 def test_conv_takes_any_strides(layout) -> None:
-    last = torch.channels_last
-    x = layout(torch.randn(2, 16, 3, 5).contiguous(memory_format=last))
-    residual = layout(torch.randn(2, 16, 3, 5).contiguous(memory_format=last))
+    x, residual = (layout(channels_last(torch.randn(2, 16, 3, 5))) for _ in range(2))
     weight, scale, shift = torch.randn(16, 16, 1, 1), torch.rand(16), torch.randn(16)
     got = conv.conv_bn_act(x, weight, scale, shift, residual=residual, config=WHOLE)
-    dense = [t.contiguous(memory_format=last) for t in (x, residual)]
+    dense = [channels_last(t) for t in (x, residual)]
     expected = conv.conv_bn_act(dense[0], weight, scale, shift, residual=dense[1], config=WHOLE)
     assert torch.equal(got, expected)
     assert_as_good(

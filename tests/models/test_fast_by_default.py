@@ -1,4 +1,4 @@
-"""A model in eval mode takes the fast path by itself: same numbers, never stale, never in the way."""
+"""A model in eval mode takes the fast path by itself: same numbers, and never stale."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def error(y: Tensor, expected: Tensor) -> float:
 def assert_close(y: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert list(y) == list(expected)
     for key, value in expected.items():
-        assert y[key].stride() == value.stride()
+        for layout in (torch.contiguous_format, torch.channels_last):
+            same = y[key].is_contiguous(memory_format=layout)
+            assert same == value.is_contiguous(memory_format=layout)
         assert error(y[key], value) <= RELATIVE, key
 
 
@@ -111,12 +113,25 @@ FAMILIES = {
 }
 
 
+def quick(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model with random weights drawn once; a builder draws them two or three times."""
+    with torch.device("meta"):
+        model = build()
+    model.to_empty(device="cpu")
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_uniform_(m.weight)
+            if m.bias is not None:
+                nn.init.uniform_(m.bias, -0.1, 0.1)
+    return trained(model)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_numbers_of_every_family(family: str, programs: list) -> None:
-    model = trained(FAMILIES[family]())
+    model = quick(FAMILIES[family])
     # Even and odd, two images: both sides of TensorFlow's padding, a batch; then maps of 1 and 2
-    # rows, with dilations far beyond them.
-    for n, h, w in ((2, 50, 65), (1, 9, 17)):
+    # rows, with dilations far beyond them. The largest model takes the second only.
+    for n, h, w in ((2, 50, 65), (1, 9, 17))[family == "cascaded" :]:
         x = torch.randn(n, 3, h, w)
         expected = plain(model, x)
         assert not programs
@@ -127,7 +142,7 @@ def test_numbers_of_every_family(family: str, programs: list) -> None:
         assert_close(y, expected)
         with dlf.use_backend("reference"), torch.no_grad():
             expected_low = model.forward_logits(x)
-        assert low.stride() == expected_low.stride()
+        assert low.is_contiguous() == expected_low.is_contiguous()
         assert error(low, expected_low) <= RELATIVE
         same = (y["out"].argmax(1) == expected["out"].argmax(1)).float().mean()
         # Rounding decides ties only: one pixel in a thousand is generous for random weights.
@@ -141,7 +156,7 @@ PLAIN = layers.PlainLayer
 
 @pytest.mark.parametrize("family", ["resnet18", "mobilenetv3", "mobilenetv2"])
 def test_error_against_float64(family: str) -> None:
-    model = trained(FAMILIES[family]())
+    model = quick(FAMILIES[family])
     x = torch.randn(1, 3, 65, 65)
     exact = copy.deepcopy(model).double()
     with torch.inference_mode():
@@ -152,6 +167,12 @@ def test_error_against_float64(family: str) -> None:
 
 
 def small() -> nn.Module:
+    """A model of one's own; drawing random weights is most of the cost of a builder."""
+    return copy.deepcopy(_small())
+
+
+@functools.cache
+def _small() -> nn.Module:
     """A quick model with batch norm, ReLU6, residuals, SAME padding, an atrous branch, pooling."""
     torch.manual_seed(1)
     model = trained(
@@ -174,6 +195,11 @@ def small() -> nn.Module:
 
 
 def small_resnet() -> nn.Module:
+    return copy.deepcopy(_small_resnet())
+
+
+@functools.cache
+def _small_resnet() -> nn.Module:
     torch.manual_seed(2)
     return trained(dlf.deeplabv3_resnet18(num_classes=4, aspp_channels=16, aux_loss=True))
 
@@ -296,6 +322,11 @@ def in_inference_mode(model: nn.Module) -> None:
         conv_of(model).weight.mul_(2)
 
 
+def other_forward(model: nn.Module) -> None:
+    conv = conv_of(model)
+    conv.forward = lambda x: F.conv2d(x, 2 * conv.weight)
+
+
 def dilated(model: nn.Module) -> None:
     conv = model.classifier[0].convs[1][0]
     conv.dilation = conv.padding = (3, 3)
@@ -407,7 +438,8 @@ def test_never_stale(change: str) -> None:
         y = model(X)["out"]
         again = model(X)["out"]
     expected = plain(model, X)["out"]
-    assert error(y, expected) <= RELATIVE
+    # Far below any change, and above the rounding of a model that is trained at random.
+    assert error(y, expected) <= 1e-4
     assert torch.equal(y, again)
     moved = error(before, expected)
     assert moved > 1e-3 or change in SAME_NUMBERS, moved
@@ -615,9 +647,6 @@ def test_transformations_see_the_plain_modules(programs: list) -> None:
         check(torch.jit.script(model)(x))
         check(torch.jit.trace(model, x, strict=False, check_trace=False)(x))
         check(torch.fx.symbolic_trace(model)(x))
-        check(torch.export.export(model, (x,)).module()(x))
-        torch.compiler.reset()
-        check(torch.compile(model, fullgraph=True, backend="eager")(x))
         state = {k: v[None] for k, v in {**dict(model.named_parameters())}.items()}
 
         def one(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -631,6 +660,18 @@ def test_transformations_see_the_plain_modules(programs: list) -> None:
     assert not programs
     gradient = torch.func.grad(lambda x: model(x)["out"].sum())(x)
     assert gradient.isfinite().all() and not programs
+
+
+def test_export_and_compilation_see_the_plain_modules(programs: list) -> None:
+    model = OWN["backbone"]().eval()
+    expected = plain(model, X)["out"]
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert model.fast_reasons(X) == []
+        exported = torch.export.export(model, (X,)).module()(X)["out"]
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(X)["out"]
+    assert error(exported, expected) <= 1e-6 and error(compiled, expected) <= 1e-6
+    assert not programs
 
 
 def test_inner_module_that_is_compiled(programs: list) -> None:
@@ -673,7 +714,7 @@ class OwnBackbone(nn.Module):
 
 @functools.cache
 def _resnet50() -> nn.Module:
-    return trained(dlf.deeplabv3_resnet50(num_classes=4, aspp_channels=16))
+    return quick(lambda: dlf.deeplabv3_resnet50(num_classes=4, aspp_channels=16))
 
 
 def _bottleneck_with(**modules: nn.Module) -> nn.Module:
@@ -721,9 +762,9 @@ def _frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-def _with_head(head: nn.Module) -> nn.Module:
+def _with_head(*modules: nn.Module) -> nn.Module:
     model = small_resnet()
-    model.classifier = head
+    model.classifier = nn.Sequential(*modules)
     return model.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 import pickle
@@ -47,19 +48,24 @@ BUILDERS = {
 }
 
 
+@functools.cache
+def built(name: str) -> dlf.DeepLabV3:
+    return trained(BUILDERS[name]())
+
+
 @pytest.fixture(params=BUILDERS)
 def model(request: pytest.FixtureRequest) -> dlf.DeepLabV3:
-    return trained(BUILDERS[request.param]())
+    return copy.deepcopy(built(request.param))
 
 
 @pytest.fixture
 def small() -> dlf.DeepLabV3:
-    return trained(BUILDERS["mobilenetv2"]())
+    return copy.deepcopy(built("mobilenetv2"))
 
 
 @pytest.fixture
 def resnet() -> dlf.DeepLabV3:
-    return trained(BUILDERS["resnet18"]())
+    return copy.deepcopy(built("resnet18"))
 
 
 def plain(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -86,7 +92,7 @@ def test_outputs_are_the_originals(model: dlf.DeepLabV3) -> None:
         assert list(y) == list(expected)
         for key, value in expected.items():
             assert error(y[key], value) <= RELATIVE
-            assert y[key].stride() == value.stride()
+            assert y[key].is_contiguous() and value.is_contiguous()
         assert list(lean(x)) == ["out"]
         torch.testing.assert_close(lean(x)["out"], y["out"], rtol=0, atol=0)
         low = fast.forward_logits(x)
@@ -214,12 +220,10 @@ def test_predict_and_attributes(resnet: dlf.DeepLabV3) -> None:
         with dlf.use_backend("reference"):
             expected = resnet.predict(images, **options)
         labels = fast.predict(images, **options)
-        pairs = (
-            zip(labels, expected, strict=True) if isinstance(images, list) else [(labels, expected)]
-        )
-        for own, value in pairs:
+        if not isinstance(images, list):
+            labels, expected = [labels], [expected]
+        for own, value in zip(labels, expected, strict=True):
             assert own.dtype == value.dtype and own.shape == value.shape
-            assert own.size == 0 if isinstance(own, np.ndarray) else True
             assert np.mean(np.asarray(own) == np.asarray(value)) >= 0.999 or len(own) == 0
 
 
@@ -267,7 +271,7 @@ def test_a_model_that_cannot_be_folded_is_copied(
     assert torch.equal(fast(x)["out"], expected)
     assert fast.predict(x).shape == (1, 41, 56)
     assert torch.equal(copy.deepcopy(fast)(x)["out"], expected)
-    assert not list(fast.parameters()) and fast.extra_bytes == 0 and fast.held_bytes > 0
+    assert fast.extra_bytes == 0 and fast.held_bytes > 0
     with pytest.raises(ValueError, match="the model runs its plain modules"):
         fast.layers()
 
@@ -284,16 +288,20 @@ def test_modules_that_are_not_known_are_copied(resnet: dlf.DeepLabV3) -> None:
     assert (row.kernel, row.macs, row.input_shape) == ("aten", 0, (1, 128, 6, 7))
 
 
-def test_memory_is_known_and_bounded(resnet: dlf.DeepLabV3) -> None:
-    weights = sum(t.numel() * 4 for k, t in resnet.state_dict().items() if t.dim() == 4)
-    free = dlf.optimize(resnet, keep_aux=True)
-    y = free(X)["out"]
+def test_memory_is_known_and_bounded(model: dlf.DeepLabV3) -> None:
+    weights = sum(t.numel() * 4 for k, t in model.state_dict().items() if t.dim() == 4)
+    free = dlf.optimize(model, keep_aux=True)
+    # Even and odd sizes: every form of TensorFlow's padding.
+    inputs = (X, torch.randn(1, 3, 48, 33))
+    expected = [free(x)["out"] for x in inputs]
     assert free.extra_bytes > 0
-    # One copy of the convolutions' weights, and the prepared forms.
-    assert free.held_bytes == pytest.approx(weights + free.extra_bytes, rel=0.01)
-    for bound in (weights // 4, 0):
-        fast = dlf.optimize(resnet, keep_aux=True, max_extra_bytes=bound)
-        assert error(fast(X)["out"], y) <= RELATIVE
+    # One copy of the convolutions' weights, and the prepared forms. Strided convolutions with SAME
+    # padding have two, of which those of a small model are a tenth.
+    assert free.held_bytes == pytest.approx(weights + free.extra_bytes, rel=0.1)
+    for bound in (weights, weights // 4, 0):
+        fast = dlf.optimize(model, keep_aux=True, max_extra_bytes=bound)
+        for x, y in zip(inputs, expected, strict=True):
+            assert error(fast(x)["out"], y) <= RELATIVE
         assert fast.extra_bytes <= bound
 
 

@@ -194,7 +194,7 @@ def test_choice_is_the_least_of_all_predictions(shape, branches, split) -> None:
 
 def test_choice_follows_filters_and_alignment() -> None:
     few = configs.aspp_branches_config(4, 65, 65, 320, (Branch(21, 3, 2),), MMA_16BIT, H100)
-    assert few.block_n == 32
+    assert few.block_n == 64
     odd = configs.aspp_branches_config(
         4, 65, 65, 321, (Branch(256, 3, 2),), MMA_16BIT, H100, aligned=False
     )

@@ -300,7 +300,7 @@ def test_bad_arguments_write_nothing(capsys, weights, photos, tmp_path, flags, m
 def test_missing_arguments_say_what_to_pass(capsys, weights, photos, tmp_path):
     out = tmp_path / "o"
     status, _, errors = run(capsys, "predict", photos, "--output", out)
-    assert status == 2 and "no trained weights" in errors and ".safetensors" in errors
+    assert status == 2 and "--weights is missing" in errors and ".safetensors" in errors
     status, _, errors = run(capsys, "predict", photos, "--weights", weights)
     assert status == 2 and "--output DIR is missing" in errors
     status, _, errors = run(capsys, "predict", "--output", out, "--weights", weights)

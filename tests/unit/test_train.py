@@ -119,8 +119,12 @@ def test_a_run_leaves_what_it_takes_to_run_it_again(config, tmp_path):
         "config.yaml",
         "metrics.jsonl",
         "model.safetensors",
+        "result.json",
         "versions.json",
     ]
+    summary = json.loads((folder / "result.json").read_text())
+    assert summary["finished"] and summary["steps"] == 6 and summary["val_miou"] == result.miou
+    assert [row["name"] for row in summary["metrics"]["classes"]] == list(tiny.NAMES)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["torch"] == str(torch.__version__)
@@ -401,6 +405,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(config):
             torch.testing.assert_close(other[key], value, rtol=1e-5, atol=1e-6, msg=key)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(config, tmp_path):
     """DDP over gloo: gradients through the weights, the confusion matrix through exact scores."""
     # The batch norms are frozen (PyTorch has no SyncBatchNorm for CPUs), labels fill the crops.
@@ -447,7 +452,7 @@ def test_two_processes_equal_one(config, tmp_path):
         )
         for r in range(2)
     ]
-    output = [process.communicate(timeout=240)[0] for process in processes]
+    output = [process.communicate(timeout=280)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], output
     mine, theirs = rows(single.folder), rows(tmp_path / "two")
     first, second = (
@@ -486,6 +491,20 @@ def test_class_weights_and_bootstrapping_from_the_data(config):
     module = SegmentationModule(build_model(config, 4), config, class_weights=weights)
     torch.testing.assert_close(module.loss.class_weights, torch.tensor(weights))
     assert "loss.class_weights" not in module.state_dict()
+
+
+def test_class_weights_are_taken_back_and_input_size_saved(config):
+    """The exported last bias is the trained one less T log w; the checkpoint keeps the trained."""
+    weights = [1.0, 2.0, 4.0, 0.0]
+    given = {"class_weights": weights, "undo_class_weights": 0.5, "input_size": 24}
+    result = fit(config.replace(epochs=1, **given))
+    trained = read_state_dict(result.last_checkpoint)["classifier.1.bias"]
+    exported = from_checkpoint(result.weights)
+    # A class of weight 0 keeps its logit.
+    shift = 0.5 * torch.tensor([1.0, 2.0, 4.0, 1.0]).log()
+    torch.testing.assert_close(exported.classifier[1].bias, trained - shift, rtol=0, atol=1e-7)
+    assert exported.preprocess.size == 24
+    assert result.miou is not None
 
 
 def test_augmentation_is_the_same_with_workers(config):
@@ -595,6 +614,8 @@ def test_torchvision_preset_trains_its_auxiliary_head(config):
         ("clip_norm", 0.0, "clip_norm"),
         ("batch_norm_momentum", 2.0, "batch_norm_momentum"),
         ("export", "first", "last or best"),
+        ("undo_class_weights", 1.5, "0 to 1"),
+        ("input_size", 0, "1 or more"),
     ],
 )
 def test_options_out_of_range(config, option, value, message):

@@ -183,6 +183,7 @@ def test_time_is_up_and_more_workers_go_on(plan, uninterrupted, tmp_path):
     assert differences(whole, found) == []
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(plan, uninterrupted, tmp_path):
     config = plan.replace(output=str(tmp_path / "run"), checkpoint_minutes=0.0)
     file = tmp_path / "plan.yaml"
@@ -238,6 +239,9 @@ def test_second_stage_is_resumed(plan, tmp_path):
     other = config.replace(output=str(tmp_path / "other"))
     stopped = fit_stages(other, stages=2, callbacks=[SignalAt(batch=2)])
     assert len(stopped) == 1 and not stopped[0].finished
+    # Out of time it leaves weights, and is not finished.
+    stopped = fit_stages(other.replace(max_time="0.001s"), stages=2, resume=True)
+    assert len(stopped) == 1 and stopped[0].weights.exists() and not stopped[0].finished
     stopped = fit_stages(
         other, stages=2, stage2={"epochs": 2}, resume=True, callbacks=[SignalAt(batch=1, epoch=1)]
     )

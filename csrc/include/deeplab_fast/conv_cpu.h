@@ -64,6 +64,8 @@ struct Product {
   int64_t c_stride;
   int64_t depth;
   bool accumulate;
+  // Additions to one sum in a row; the sums of such runs are added up.
+  int64_t run;
   // Not null: the sums go through it to the pixels from first_pixel on, and not to c.
   const Epilogue* epilogue;
   int64_t first_pixel;
@@ -74,6 +76,10 @@ struct ConvKernels {
   bool (*supported)();
   FormKernels forms[kNumForms];
   void (*multiply)(const Product&);
+  // weights [outputs][channels][3][3] -> panel `panel` of each product of the two forms: channels
+  // [kPanel] floats at to + product * stride; output channels beyond the last are 0.
+  void (*prepare)(const float* weights, int64_t outputs, int64_t channels, int64_t panel,
+                  const Form& rows, const Form& columns, float* to, int64_t stride);
 };
 
 const ConvKernels& conv_baseline();

@@ -227,53 +227,55 @@ void multiply_tile(const Product& product, int64_t row, int64_t column, const fl
   const int64_t a_stride = product.a_stride, c_stride = product.c_stride, depth = product.depth;
   const float* const a = product.a + row * a_stride;
   float* const c = product.c + row * c_stride + column;
-  Vector sum[kCount][kVectors] = {};
-  if (product.accumulate) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-      __builtin_prefetch(c + (kCount + i) * c_stride);
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sum[i][j] = load(c + i * c_stride + j * kLanes);
-    }
-  }
-  const auto step = [&](int64_t k) DEEPLAB_FAST_LAMBDA {
-    Vector b[kVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) b[j] = load(panel + k * kPanel + j * vector_stride);
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
-      const Vector value = broadcast(a[i * a_stride + k]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sum[i][j] += value * b[j];
-    }
-  };
   constexpr int kLine = kPanel;
   const float* const next = a + kCount * a_stride;
-  int64_t k = 0;
-  for (; k + kLine <= depth; k += kLine) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) __builtin_prefetch(next + i * a_stride + k);
-    for (int i = 0; i < ahead_lines; ++i, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
+  for (int64_t begin = 0; begin < depth; begin += product.run) {
+    const int64_t end = depth - begin < product.run ? depth : begin + product.run;
+    Vector sum[kCount][kVectors] = {};
+    const auto step = [&](int64_t k) DEEPLAB_FAST_LAMBDA {
+      Vector b[kVectors];
 #pragma GCC unroll 4
-    for (int q = 0; q < kLine; ++q) step(k + q);
-  }
-  for (; k < depth; ++k) step(k);
-  if (product.epilogue != nullptr) {
-    // A copy: what is behind the pointer would be read again after each store.
-    const Epilogue epilogue = *product.epilogue;
+      for (int j = 0; j < kVectors; ++j) b[j] = load(panel + k * kPanel + j * vector_stride);
 #pragma GCC unroll 16
-    for (int i = 0; i < kCount; ++i) {
+      for (int i = 0; i < kCount; ++i) {
+        const Vector value = broadcast(a[i * a_stride + k]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        finish(sum[i][j], product.first_pixel + row + i, column + j * kLanes, epilogue);
+        for (int j = 0; j < kVectors; ++j) sum[i][j] += value * b[j];
+      }
+    };
+    int64_t k = begin;
+    for (; k + kLine <= end; k += kLine) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) __builtin_prefetch(next + i * a_stride + k);
+      for (int i = 0; i < ahead_lines; ++i, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
+#pragma GCC unroll 4
+      for (int q = 0; q < kLine; ++q) step(k + q);
+    }
+    for (; k < end; ++k) step(k);
+    if (product.accumulate || begin > 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) sum[i][j] += load(c + i * c_stride + j * kLanes);
       }
     }
-    return;
-  }
+    if (product.epilogue != nullptr && end == depth) {
+      // A copy: what is behind the pointer would be read again after each store.
+      const Epilogue epilogue = *product.epilogue;
 #pragma GCC unroll 16
-  for (int i = 0; i < kCount; ++i) {
+      for (int i = 0; i < kCount; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) store(c + i * c_stride + j * kLanes, sum[i][j]);
+        for (int j = 0; j < kVectors; ++j) {
+          finish(sum[i][j], product.first_pixel + row + i, column + j * kLanes, epilogue);
+        }
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) store(c + i * c_stride + j * kLanes, sum[i][j]);
+      }
+    }
   }
 }
 
@@ -334,6 +336,41 @@ void multiply(const Product& product) {
   }
 }
 
+// Computes in double, because a transformed weight is used often and rounded once.
+void prepare(const float* weights, int64_t outputs, int64_t channels, int64_t panel,
+             const Form& rows, const Form& columns, float* to, int64_t stride) {
+  typedef double Doubles __attribute__((vector_size(DEEPLAB_FAST_VECTOR_BYTES)));
+  typedef float Floats __attribute__((vector_size(DEEPLAB_FAST_VECTOR_BYTES / 2)));
+  constexpr int kDoubles = kLanes / 2;
+  constexpr int kTaps = 9;
+  const int64_t first = panel * kPanel;
+  const int count = static_cast<int>(outputs - first < kPanel ? outputs - first : kPanel);
+  double taps[kTaps][kPanel] = {};
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int i = 0; i < count; ++i) {
+      const float* const from = weights + ((first + i) * channels + c) * kTaps;
+      for (int t = 0; t < kTaps; ++t) taps[t][i] = from[t];
+    }
+    for (int part = 0; part < kPanel; part += kDoubles) {
+      Doubles w[kTaps];
+      for (int t = 0; t < kTaps; ++t) __builtin_memcpy(&w[t], &taps[t][part], sizeof(w[t]));
+      float* line = to + c * kPanel + part;
+      for (int p = 0; p < rows.products; ++p) {
+        Doubles row[3];
+        for (int s = 0; s < 3; ++s) {
+          row[s] = rows.b[p][0] * w[s] + rows.b[p][1] * w[3 + s] + rows.b[p][2] * w[6 + s];
+        }
+        for (int q = 0; q < columns.products; ++q, line += stride) {
+          const double* const b = columns.b[q];
+          const Doubles sum = b[0] * row[0] + b[1] * row[1] + b[2] * row[2];
+          const Floats rounded = __builtin_convertvector(sum, Floats);
+          __builtin_memcpy(line, &rounded, sizeof(rounded));
+        }
+      }
+    }
+  }
+}
+
 template <int kForm>
 constexpr FormKernels form_kernels() {
   return {input_rows<kForm>, input_columns<kForm>, output_rows<kForm>, output_columns<kForm>};
@@ -345,7 +382,8 @@ constexpr ConvKernels conv_kernels(const char* name, bool (*supported)()) {
           {form_kernels<kLine1>(), form_kernels<kLine2>(), form_kernels<kLine3>(),
            form_kernels<kTile2>(), form_kernels<kTile3>(), form_kernels<kTile4>(),
            form_kernels<kTile6>()},
-          multiply};
+          multiply,
+          prepare};
 }
 
 #undef DEEPLAB_FAST_INLINE

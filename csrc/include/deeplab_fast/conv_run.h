@@ -117,6 +117,11 @@ inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channel
   return {best, false};
 }
 
+// Additions in a row of the products of tiles. Rounding errors grow with the root of it, and tiles
+// multiply them: at 2048 channels tile6 is off by 1.9e-5 (2-norm) with all additions in a row, by
+// 5.2e-6 with these.
+constexpr int64_t kRun = 128;
+
 // Pixels of a 1x1 convolution in a block.
 constexpr int64_t kPixels = 96;
 
@@ -244,6 +249,7 @@ class Block {
       product.c_stride = output_stride_;
       product.depth = std::min(chunk_, x_.channels - channel);
       product.accumulate = channel > 0;
+      product.run = kRun;
       kernels_.multiply(product);
     }
   }
@@ -363,32 +369,12 @@ void run_pixels(const ConvKernels& kernels, const InputMap& x, const float* weig
           product.a_stride = copy_stride;
         }
         product.accumulate = channel > 0;
+        product.run = chunk;
         product.epilogue = channel + chunk < x.channels ? nullptr : &epilogue;
         kernels.multiply(product);
       }
     }
   });
-}
-
-// weights [outputs][channels][3][3] -> one product's panels [panels][channels][kPanel], the output
-// channels beyond the last being 0: sum over taps of b_row[r] * b_column[s] * w[r][s].
-inline void prepare_panel(const float* weights, int64_t outputs, int64_t channels, int64_t panel,
-                          const double* b_row, const double* b_column, float* to) {
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t i = 0; i < kPanel; ++i) {
-      const int64_t k = panel * kPanel + i;
-      double sum = 0;
-      if (k < outputs) {
-        const float* const w = weights + (k * channels + c) * 9;
-        for (int r = 0; r < 3; ++r) {
-          double row = 0;
-          for (int s = 0; s < 3; ++s) row += b_column[s] * w[r * 3 + s];
-          sum += b_row[r] * row;
-        }
-      }
-      to[c * kPanel + i] = static_cast<float>(sum);
-    }
-  }
 }
 
 }  // namespace deeplab_fast::cpu

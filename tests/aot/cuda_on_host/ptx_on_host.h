@@ -129,6 +129,7 @@ struct Block {
   std::map<uint32_t, Barrier> barriers;
   Meeting all;
   std::vector<Meeting> warps;
+  size_t running = 0;
 };
 
 // A copy by the engine.
@@ -164,6 +165,7 @@ inline Block& block() { return machine.blocks[self().block]; }
 
 // A pointer into the shared memory of a block.
 inline unsigned char* shared_at(Block& of, uint32_t address, size_t bytes) {
+  require(of.running > 0, "an access to the shared memory of a block that has ended");
   require(address >= kSharedBase && address - kSharedBase + bytes <= of.shared.size(),
           "an access outside the shared memory");
   return of.shared.data() + (address - kSharedBase);
@@ -189,6 +191,7 @@ inline const void* global_at(const void* from, size_t bytes) {
 }
 
 inline Barrier& barrier_at(Block& of, uint32_t address) {
+  require(of.running > 0, "an access to a barrier of a block that has ended");
   const auto found = of.barriers.find(address);
   require(found != of.barriers.end(), "a barrier that was not initialised");
   return found->second;
@@ -201,6 +204,7 @@ inline void enter() {
     machine.error = caught.what();
   }
   self().finished = true;
+  --block().running;
   _longjmp(machine.scheduler, 1);
 }
 
@@ -338,6 +342,7 @@ inline void run_cluster(size_t first_block, size_t blocks, size_t threads, size_
   for (Block& of : machine.blocks) {
     of.shared.assign(shared_bytes, 0xff);
     of.warps.resize((threads + 31) / 32);
+    of.running = threads;
   }
   machine.body = [&body, first_block] {
     blockIdx.x = static_cast<unsigned int>(first_block + self().block);
@@ -721,6 +726,8 @@ void wgmma_wait() {
       product.run();
     }
   }
+  // The instruction is one of a whole warp.
+  host::meet(host::warp(), 32, 3, 32, nullptr, nullptr, nullptr);
 }
 
 }  // namespace deeplab_fast::cuda::ptx
