@@ -7,6 +7,8 @@
 #include <omp.h>
 #endif
 
+#include "deeplab_fast/aspp_tile_table.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -64,6 +66,24 @@ py::dict build_info() {
   return info;
 }
 
+py::list aspp_tiles() {
+  py::list rows;
+  for (const auto& tile : deeplab_fast::cuda::kTiles) {
+    py::dict row;
+    row["architecture"] = tile.architecture;
+    row["block_m"] = tile.block_m;
+    row["block_n"] = tile.block_n;
+    row["block_c"] = tile.block_c;
+    row["threads"] = tile.threads();
+    row["stages"] = tile.stages;
+    row["cluster"] = tile.cluster;
+    row["occupancy"] = tile.occupancy;
+    row["shared_bytes"] = tile.shared_bytes();
+    rows.append(row);
+  }
+  return rows;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -77,5 +97,16 @@ Returns a dict:
   openmp (int): the value of _OPENMP (yyyymm), 0 without OpenMP.
   openmp_threads (int): threads that a parallel region starts; follows torch.set_num_threads.
   cpu_features (dict[str, bool]): instruction sets of the processor at run time.
+)");
+  m.def("aspp_tiles", &aspp_tiles, R"(The table of tiles of the CUDA matrix kernels of the ASPP.
+
+It is the same in every build, with CUDA or without. Returns for each row a dict of ints:
+  architecture: 80 for sm_80 and newer, 90 for sm_90a alone.
+  block_m, block_n, block_c: pixels, filters and channels of a tile of the list; the blocks of a
+    cluster take equal parts of the pixels.
+  threads, shared_bytes: of a block.
+  stages: chunks of channels in shared memory.
+  cluster: blocks that share a tile and its filters.
+  occupancy: blocks of a multiprocessor that the kernel is compiled for.
 )");
 }

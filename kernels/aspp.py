@@ -66,6 +66,7 @@ class PackedBranches:
     branches: tuple[Branch, ...]
 
     @classmethod
+    @torch.no_grad()
     def pack(
         cls,
         weights: Sequence[Tensor],
@@ -88,7 +89,10 @@ class PackedBranches:
         channels = weights[0].shape[1]
         weight = _joined(matrices)
         if weight is None:
-            weight = torch.cat([m.reshape(-1, channels) for m in matrices])
+            weight = weights[0].new_empty(sum(m.numel() for m in matrices))
+            # Each is read and written once; a concatenation would copy them to make them dense.
+            for part, m in zip(weight.split([m.numel() for m in matrices]), matrices, strict=True):
+                part.view(m.shape).copy_(m)
         return cls(weight.view(-1, channels), _vector(scales), _vector(shifts), branches)
 
     @property

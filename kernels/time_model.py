@@ -321,19 +321,19 @@ def predict_reference(desc: OpDesc, device: Device | None = None, tf32: bool = F
     if desc.op == "aspp_branches":
         branches = branches_of(desc)
         filters = [b.channels for b in branches]
-        products = [(pixels, channels * b.taps, b.channels) for b in branches]
+        products = [(pixels, channels, b.taps, b.channels) for b in branches]
         # Each branch converts x by itself; the concatenation is one more pass over all of them.
         passes = (
             halves * len(branches) + [pixels * k for k in filters] * 3 + [pixels * sum(filters)]
         )
     elif desc.op == "aspp_project":
         k = desc.params["outputs"]
-        products = [(pixels, channels, k)]
+        products = [(pixels, channels, 1, k)]
         passes = halves + [pixels * k] * 4
     elif desc.op == "conv_bn_act":
         k, depth, rows, cols = desc.params["weight"]
         out = pixels // desc.params["stride"] ** 2
-        products = [(out, depth * rows * cols, k)]
+        products = [(out, depth, rows * cols, k)]
         passes = halves + [out * k] * (4 if desc.params["residual"] else 3)
     else:
         raise ValueError(f"there is no time model of {desc.op}")
@@ -341,14 +341,16 @@ def predict_reference(desc: OpDesc, device: Device | None = None, tf32: bool = F
     return seconds + sum(LAUNCH + 8 * elements / device.dram for elements in passes)
 
 
-def _dense_seconds(rows: int, depth: int, filters: int, math: str, device: Device) -> float:
-    """A product in whole waves of large tiles, as a library runs it."""
+def _dense_seconds(
+    pixels: int, channels: int, taps: int, filters: int, math: str, device: Device
+) -> float:
+    """A convolution over every tap in whole waves of large tiles, as a library runs it."""
     block_m, block_n = _BASELINE_TILE
-    waves = -(-(-(-rows // block_m) * -(-filters // block_n)) // device.multiprocessors)
+    waves = -(-(-(-pixels // block_m) * -(-filters // block_n)) // device.multiprocessors)
     rate = device.flops(math) * MMA_EFFICIENCY
-    compute = waves * 2 * block_m * block_n * depth / rate
-    moved = 4 * (rows * (depth + filters) + depth * filters)
-    return LAUNCH + max(compute, moved / device.dram)
+    compute = waves * 2 * block_m * block_n * channels * taps / rate
+    elements = pixels * (channels + filters) + channels * taps * filters
+    return LAUNCH + max(compute, elements * _itemsize(math) / device.dram)
 
 
 def branches_of(desc: OpDesc) -> tuple[Branch, ...]:

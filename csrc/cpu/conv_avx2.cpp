@@ -9,9 +9,7 @@
 
 namespace deeplab_fast::cpu {
 
-static bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 }  // namespace deeplab_fast::cpu
 

@@ -183,10 +183,10 @@ void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
       const Tensor& w = weights[i++];
       const TileGroup group = {row, column, w.const_data_ptr<float>()};
       const int64_t panels = padded(epilogue.channels) / kPanel;
-      TORCH_CHECK_VALUE(w.is_contiguous() && w.scalar_type() == at::kFloat &&
-                            w.sizes() == at::IntArrayRef({group.products(), panels, map.channels,
-                                                          kPanel}),
-                        "prepared weights ", w.sizes(), " do not fit x ", x.sizes());
+      TORCH_CHECK_VALUE(
+          w.is_contiguous() && w.scalar_type() == at::kFloat &&
+              w.sizes() == at::IntArrayRef({group.products(), panels, map.channels, kPanel}),
+          "prepared weights ", w.sizes(), " do not fit x ", x.sizes());
       Blocking blocking = choose_blocking(group.products(), map.images * group.tiles(),
                                           map.channels, epilogue.channels, num_threads());
       if (block_tiles != 0) blocking = {std::abs(block_tiles), block_tiles < 0};

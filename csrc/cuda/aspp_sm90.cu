@@ -35,7 +35,9 @@ namespace deeplab_fast::cuda {
 namespace {
 
 // cuTensorMapEncodeTiled of the driver, which is not linked: the extension must load without one.
-PFN_cuTensorMapEncodeTiled_v12000 encoder() {
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode encoder() {
   static const auto found = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
@@ -48,7 +50,7 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 #endif
     STD_TORCH_CHECK(result == cudaDriverEntryPointSuccess && function != nullptr,
                     "the CUDA driver has no cuTensorMapEncodeTiled; it needs to be of CUDA 12");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+    return reinterpret_cast<Encode>(function);
   }();
   return found;
 }

@@ -277,7 +277,7 @@ _CAMVID: dict[str, Any] = {
     "model": "deeplabv3_efficientnet_lite0",
     "model_options": {"head": "paper", "aspp_channels": 192, "dropout": 0.1},
     "output_stride": 16,
-    "input_size": 540,
+    "input_size": 720,
     "freeze": ["backbone.stem", *(f"backbone.block{i}" for i in range(4))],
     "freeze_backbone_statistics": True,
     "batch_norm_momentum": 0.03,

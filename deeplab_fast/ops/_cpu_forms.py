@@ -25,8 +25,9 @@ LINE_SECONDS = 5e-9
 CACHED_WEIGHTS = 12 << 20
 STREAMED_TILES = 96
 STREAM_RATE = 20e9
-# A copy of a result into its channel slice, bytes read and written.
-COPY_RATE = 8e9
+# Preparing weights: bytes written to fresh memory, and a time for each of outputs x channels.
+PREPARE_RATE = 1e9
+PREPARE_SECONDS = 20e-9
 # Of a call, and of a form within it.
 CALL_SECONDS = 15e-6
 # The error of tile6 is 3.7e-6 (2-norm, 256 channels, against float64), that of all others at most
@@ -150,11 +151,21 @@ class TileForm:
 
 @lru_cache(maxsize=4096)
 def tile_forms(
-    images: int, channels: int, outputs: int, height: int, width: int, dilation: int, threads: int
+    images: int,
+    channels: int,
+    outputs: int,
+    height: int,
+    width: int,
+    dilation: int,
+    threads: int,
+    reuse: bool,
 ) -> tuple[TileForm, ...]:
-    """All candidates for a 3x3 convolution with stride 1 and padding = dilation, the best first."""
+    """All candidates for a 3x3 convolution with stride 1 and padding = dilation, the best first.
+
+    Without `reuse` the time of preparing the weights counts.
+    """
     candidates = [
-        _cost(images, channels, outputs, rows, columns, threads)
+        _cost(images, channels, outputs, rows, columns, threads, reuse)
         for rows in axes(height, dilation)
         for columns in axes(width, dilation)
     ]
@@ -162,7 +173,13 @@ def tile_forms(
 
 
 def _cost(
-    images: int, channels: int, outputs: int, rows: Axis, columns: Axis, threads: int
+    images: int,
+    channels: int,
+    outputs: int,
+    rows: Axis,
+    columns: Axis,
+    threads: int,
+    reuse: bool,
 ) -> TileForm:
     macs = weight_bytes = 0
     seconds = CALL_SECONDS
@@ -178,6 +195,8 @@ def _cost(
             busy = done / MULTIPLY_RATE + tiles * lines * LINE_SECONDS
             if size > CACHED_WEIGHTS:
                 busy += math.ceil(tiles / STREAMED_TILES) * size / STREAM_RATE
+            if not reuse:
+                busy += size / PREPARE_RATE + channels * outputs * PREPARE_SECONDS
             macs += products * tiles * channels * outputs
             weight_bytes += size
             seconds += CALL_SECONDS + busy / threads

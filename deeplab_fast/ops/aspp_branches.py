@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import _aspp_cuda, _cpu_conv
 from ._aspp_triton import kernel as triton_kernel
 from ._registry import (
     FLOAT_DTYPES,
@@ -194,6 +195,8 @@ define(
     _fake_backward,
 )
 backends.register(OP, "reference", reference.aspp_branches)
+backends.register(OP, "cpu", _cpu_conv.aspp_branches, _cpu_conv.reasons)
 backends.register(
     OP, "triton", triton_kernel("aspp", "aspp_branches"), triton_kernel("aspp", "branches_reasons")
 )
+backends.register(OP, "cuda", _aspp_cuda.aspp_branches, _aspp_cuda.reasons, _aspp_cuda.PRIORITY)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import _aspp_cuda, _cpu_conv
 from ._aspp_triton import kernel as triton_kernel
 from ._registry import (
     FLOAT_DTYPES,
@@ -149,6 +150,8 @@ define(
     _fake_backward,
 )
 backends.register(OP, "reference", reference.aspp_project)
+backends.register(OP, "cpu", _cpu_conv.aspp_project, _cpu_conv.reasons)
 backends.register(
     OP, "triton", triton_kernel("aspp", "aspp_project"), triton_kernel("aspp", "project_reasons")
 )
+backends.register(OP, "cuda", _aspp_cuda.aspp_project, _aspp_cuda.reasons, _aspp_cuda.PRIORITY)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from . import _cpu_conv
 from ._aspp_triton import kernel as triton_kernel
 from ._registry import (
     FLOAT_DTYPES,
@@ -259,6 +260,7 @@ define(
     _fake_backward,
 )
 backends.register(OP, "reference", reference.conv_bn_act)
+backends.register(OP, "cpu", _cpu_conv.conv_bn_act, _cpu_conv.reasons)
 backends.register(
     OP,
     "triton",

@@ -88,6 +88,8 @@ class PreparedConv:
         act: "relu", "relu6", "hardswish", or None for the identity.
         max_extra_bytes: bound on `extra_bytes`; None for no bound. Forms that need more are not
             chosen.
+        reuse: False where the object serves one call only: then the time of preparing weights
+            counts when the algorithm is chosen.
 
     Raises:
         ValueError: tensors or options that do not fit.
@@ -105,6 +107,7 @@ class PreparedConv:
         groups: int = 1,
         act: str | None = "relu",
         max_extra_bytes: int | None = None,
+        reuse: bool = True,
     ) -> None:
         _check_weight("PreparedConv", weight)
         self.out_channels = weight.shape[0]
@@ -121,6 +124,7 @@ class PreparedConv:
         self.groups = groups
         self.act = act
         self.max_extra_bytes = max_extra_bytes
+        self.reuse = reuse
         self._weight, self._shift = _fold("PreparedConv", weight, scale, shift)
         self._forms: dict[Any, Tensor] = {}
         self._lock = threading.Lock()
@@ -279,7 +283,14 @@ class PreparedConv:
                 return _Choice("pixels", "direct", macs, size, direct.seconds)
         if kernel == (3, 3) and self.padding == self.dilation and len(set(self.dilation)) == 1:
             forms = _cpu_forms.tile_forms(
-                n, self.in_channels, self.out_channels, height, width, self.dilation[0], threads
+                n,
+                self.in_channels,
+                self.out_channels,
+                height,
+                width,
+                self.dilation[0],
+                threads,
+                self.reuse,
             )
             for form in forms:
                 if form.score < direct.seconds and self._allows_tiles(form):
@@ -289,6 +300,9 @@ class PreparedConv:
         return direct
 
     def _allows(self, key: Any, size: int) -> bool:
+        if key == "onednn" and not self.reuse:
+            # oneDNN reorders the weights of a call itself.
+            return False
         if self.max_extra_bytes is None or key in self._forms:
             return True
         return self.extra_bytes + size <= self.max_extra_bytes
@@ -381,6 +395,7 @@ class PreparedAspp:
     Args:
         weights, scales, shifts, dilations: as for `ops.aspp_branches`, fp32 on the CPU.
         max_extra_bytes: as for `PreparedConv`, of all branches together.
+        reuse: as for `PreparedConv`.
 
     Raises:
         ValueError: tensors or options that do not fit.
@@ -393,6 +408,8 @@ class PreparedAspp:
         shifts: Sequence[Tensor],
         dilations: Sequence[int],
         max_extra_bytes: int | None = None,
+        *,
+        reuse: bool = True,
     ) -> None:
         counts = [len(weights), len(scales), len(shifts), len(dilations)]
         if min(counts) < 1 or len(set(counts)) > 1:
@@ -418,6 +435,7 @@ class PreparedAspp:
                 padding=d * (w.shape[-1] // 2),
                 dilation=d,
                 act="relu",
+                reuse=reuse,
             )
             for w, a, b, d in zip(weights, scales, shifts, dilations, strict=True)
         )
@@ -469,7 +487,7 @@ class PreparedProject:
         scale, shift: [K], or None for one and zero.
         branch_channels: B.
         act: as for `PreparedConv`.
-        max_extra_bytes: as for `PreparedConv`.
+        max_extra_bytes, reuse: as for `PreparedConv`.
 
     Raises:
         ValueError: tensors or options that do not fit.
@@ -484,6 +502,7 @@ class PreparedProject:
         branch_channels: int,
         act: str | None = "relu",
         max_extra_bytes: int | None = None,
+        reuse: bool = True,
     ) -> None:
         _check_weight("PreparedProject", weight)
         if tuple(weight.shape[2:]) != (1, 1) or not 0 < branch_channels <= weight.shape[1]:
@@ -497,7 +516,12 @@ class PreparedProject:
         self.out_channels = weight.shape[0]
         self._to_pooled = folded[:, branch_channels:, 0, 0].t().contiguous()
         self._conv = PreparedConv(
-            folded[:, :branch_channels], None, shift, act=act, max_extra_bytes=max_extra_bytes
+            folded[:, :branch_channels],
+            None,
+            shift,
+            act=act,
+            max_extra_bytes=max_extra_bytes,
+            reuse=reuse,
         )
 
     def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
@@ -553,7 +577,8 @@ def _has_onednn() -> bool:
 
 
 def _has_kernels() -> bool:
-    return _ext.CPU.loaded
+    # The op is missing from an extension that was compiled from older sources.
+    return _ext.CPU.loaded and hasattr(torch.ops.deeplab_fast, "_conv_tiles_cpu")
 
 
 def _pixels_are_faster(channels: int, outputs: int) -> bool:

@@ -395,6 +395,10 @@ def save_weights(
 
             header = {"format": "pt", METADATA_KEY: json.dumps(model_metadata(model))}
             save_file(state, temporary, metadata=header)
+            # safetensors leaves a file that only its owner can read.
+            mask = os.umask(0)
+            os.umask(mask)
+            temporary.chmod(0o666 & ~mask)
         else:
             torch.save(state, temporary)
         os.replace(temporary, path)

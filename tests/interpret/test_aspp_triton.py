@@ -195,38 +195,64 @@ def test_branches_fill_a_slice_and_nothing_else(config: GemmConfig) -> None:
     assert (larger[:, :8] == 7).all() and (larger[:, 32:] == 7).all()
 
 
-def far_apart(shape, dtype: torch.dtype) -> Tensor:
-    """A channels_last map whose images are more than 2^31 elements apart; pages in between are
-    never touched."""
-    n, c, h, w = shape
-    image = 2**31 + 64
+# Each fits an int32, the offset of the third image does not. Not a multiple of any access, and one
+# of all, whose product fits until it is multiplied by the elements of an access.
+IMAGE_STRIDES = pytest.mark.parametrize("stride", [2**30 + 65, 2**30 + 64], ids=["odd", "aligned"])
+
+
+def far_apart(x: Tensor, stride: int) -> Tensor:
+    """x [3, C, H, W] in channels_last, but for images that lie so many elements apart; pages in
+    between are never touched. A kernel that reads elsewhere ends the process."""
+    n, c, h, w = x.shape
     try:
-        memory = torch.empty((n - 1) * image + c * h * w, dtype=dtype)
+        memory = torch.empty((n - 1) * stride + c * h * w, dtype=x.dtype)
     except RuntimeError as error:
         pytest.skip(f"no address space for 2^31 elements: {error}")
-    return memory.as_strided(shape, (image, 1, w * c, c))
+    return memory.as_strided(x.shape, (stride, 1, w * c, c)).copy_(x)
 
 
-@pytest.mark.parametrize("config", [WHOLE, CUT], ids=["whole", "cut"])
-def test_offsets_beyond_int32(config: GemmConfig) -> None:
-    case = Branches.make((2, 40, 2, 2), [(8, 3, 1)], torch.float16)
-    x, out = far_apart((2, 40, 2, 2), torch.float16), far_apart((2, 8, 2, 2), torch.float16)
-    x.copy_(case.x)
-    aspp.aspp_branches_packed(x, case.packed, out, config)
-    assert torch.equal(out, aspp.aspp_branches_packed(case.x, case.packed, config=config))
+@IMAGE_STRIDES
+def test_offsets_beyond_int32(stride: int) -> None:
+    case = Branches.make((3, 8, 1, 2), [(8, 3, 1)], torch.float16)
+    x, out = far_apart(case.x, stride), far_apart(torch.zeros_like(case.x), stride)
+    aspp.aspp_branches_packed(x, case.packed, out, WHOLE)
+    assert torch.equal(out, aspp.aspp_branches_packed(case.x, case.packed, config=WHOLE))
 
 
-def test_products_with_offsets_beyond_int32() -> None:
-    x, residual = torch.randn(2, 8, 2, 2).half(), torch.randn(2, 8, 2, 2).half()
+@IMAGE_STRIDES
+def test_products_with_offsets_beyond_int32(stride: int) -> None:
+    x, residual = torch.randn(2, 3, 8, 2, 2).half().unbind()
     weight, ones = torch.randn(8, 8).half(), torch.ones(8)
-    y, expected = far_apart((2, 8, 2, 2), torch.float16), torch.empty_like(x)
-    expected = channels_last(expected)
+    expected = channels_last(torch.empty_like(x))
     conv.pointwise(x, weight, ones, ones[None], expected, residual=residual, config=WHOLE)
-    far_x, far_residual = far_apart(x.shape, x.dtype), far_apart(x.shape, x.dtype)
-    far_x.copy_(x)
-    far_residual.copy_(residual)
+    y = far_apart(torch.zeros_like(x), stride)
+    far_x, far_residual = far_apart(x, stride), far_apart(residual, stride)
     conv.pointwise(far_x, weight, ones, ones[None], y, residual=far_residual, config=WHOLE)
     assert torch.equal(y, expected)
+
+
+def test_slots_beyond_int32() -> None:
+    """A tile of two slots behind 2^31 sums that are never touched."""
+    case = Branches.make((1, 8, 1, 1), [(8, 1, 1)])
+    packed, block = case.packed, 32
+    work = aspp.schedule(1, 1, 1, 8, packed.branches, block, block, block, 1)
+    sums = torch.from_numpy(work.parts.copy())
+    first = 2**31 // block**2
+    sums[:, 3], sums[:, 4] = first, first + 2
+    try:
+        partial = torch.empty((first + 2, block, block))
+    except RuntimeError as error:
+        pytest.skip(f"no address space for 2^31 elements: {error}")
+    partial[first:] = torch.randn(2, block, block)
+    y = channels_last(torch.empty(1, 8, 1, 1))
+    kernels = aspp._compat.device_module("aspp_kernels")
+    classes = torch.from_numpy(work.classes.copy())
+    kernels.aspp_sum_kernel[(2,)](
+        partial, packed.scale, packed.shift, y, classes, sums, 0, 0, 0,
+        BLOCK_M=block, BLOCK_N=block, ROWS=16, VEC_Y=1,
+    )  # fmt: skip
+    total = partial[first, 0, :8] + partial[first + 1, 0, :8]
+    torch.testing.assert_close(y.flatten(), torch.relu(total * packed.scale + packed.shift))
 
 
 def test_what_is_no_number_stays_none_and_does_not_spread() -> None:

@@ -25,11 +25,11 @@ constexpr int64_t padded(int64_t channels) { return (channels + kPanel - 1) / kP
 // y = act(product + shift + residual), act clamping to [low, high] or, for hardswish,
 // v * clamp(v + 3, 0, 6) / 6.
 struct Epilogue {
-  const float* shift;          // [channels]
-  const float* residual;       // null for none
-  int64_t residual_stride;     // between pixels
-  float* out;                  // the first of the output channels
-  int64_t out_stride;          // between pixels
+  const float* shift;       // [channels]
+  const float* residual;    // null for none
+  int64_t residual_stride;  // between pixels
+  float* out;               // the first of the output channels
+  int64_t out_stride;       // between pixels
   int64_t channels;
   float low;
   float high;

@@ -103,7 +103,8 @@ DEEPLAB_FAST_INLINE void transform_output(const Load& input, const Store& output
     m[p] = first + second;
     m[p + 1] = first - second;
   });
-  unrolled<2 * form.output_pairs, form.products>([&](auto p) DEEPLAB_FAST_LAMBDA { m[p.value] = input(p.value); });
+  unrolled<2 * form.output_pairs, form.products>(
+      [&](auto p) DEEPLAB_FAST_LAMBDA { m[p.value] = input(p.value); });
   unrolled<0, form.outputs>([&](auto output_index) DEEPLAB_FAST_LAMBDA {
     constexpr int i = decltype(output_index)::value;
     Vector sum = {};
@@ -143,9 +144,9 @@ void input_columns(const float* from, int count, int rows, float* to, int64_t st
     const float* const line = from + row * inputs * kStrip;
     float* const product = to + row * products * stride;
     for (int c = 0; c < count; c += kLanes) {
-      transform_input<kForm>(
-          [&](int j) DEEPLAB_FAST_LAMBDA { return load(line + j * kStrip + c); },
-          [&](int p, Vector v) DEEPLAB_FAST_LAMBDA { store(product + p * stride + c, v); });
+      transform_input<kForm>([&](int j) DEEPLAB_FAST_LAMBDA { return load(line + j * kStrip + c); },
+                             [&](int p, Vector v)
+                                 DEEPLAB_FAST_LAMBDA { store(product + p * stride + c, v); });
     }
   }
 }
@@ -209,11 +210,11 @@ void output_columns(const float* from, int rows, const int64_t* pixels, int64_t 
   for (int row = 0; row < rows; ++row, pixels += outputs) {
     const float* const line = from + row * products * kStrip;
     for (int c = 0; c < count; c += kLanes) {
-      transform_output<kForm>(
-          [&](int p) DEEPLAB_FAST_LAMBDA { return load(line + p * kStrip + c); },
-          [&](int j, Vector v) DEEPLAB_FAST_LAMBDA {
-            if (pixels[j] >= 0) finish(v, pixels[j], channel + c, epilogue);
-          });
+      transform_output<kForm>([&](int p)
+                                  DEEPLAB_FAST_LAMBDA { return load(line + p * kStrip + c); },
+                              [&](int j, Vector v) DEEPLAB_FAST_LAMBDA {
+                                if (pixels[j] >= 0) finish(v, pixels[j], channel + c, epilogue);
+                              });
     }
   }
 }
@@ -279,8 +280,8 @@ void multiply_tile(const Product& product, int64_t row, int64_t column, const fl
   }
 }
 
-using MultiplyTile = void (*)(const Product&, int64_t, int64_t, const float*, int64_t,
-                              const float*, int);
+using MultiplyTile = void (*)(const Product&, int64_t, int64_t, const float*, int64_t, const float*,
+                              int);
 
 template <int kVectors>
 DEEPLAB_FAST_INLINE MultiplyTile tile_of_rows(int64_t rows) {
@@ -345,28 +346,38 @@ void prepare(const float* weights, int64_t outputs, int64_t channels, int64_t pa
   constexpr int kTaps = 9;
   const int64_t first = panel * kPanel;
   const int count = static_cast<int>(outputs - first < kPanel ? outputs - first : kPanel);
+  const int products = rows.products * columns.products;
+  // Channels that are collected before they are written: the products' places are powers of two
+  // apart, and lines that are written in parts would push each other out of the cache.
+  constexpr int kGroup = 8;
+  alignas(64) float lines[kMaxProducts * kMaxProducts][kGroup][kPanel];
   double taps[kTaps][kPanel] = {};
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int i = 0; i < count; ++i) {
-      const float* const from = weights + ((first + i) * channels + c) * kTaps;
-      for (int t = 0; t < kTaps; ++t) taps[t][i] = from[t];
-    }
-    for (int part = 0; part < kPanel; part += kDoubles) {
-      Doubles w[kTaps];
-      for (int t = 0; t < kTaps; ++t) __builtin_memcpy(&w[t], &taps[t][part], sizeof(w[t]));
-      float* line = to + c * kPanel + part;
-      for (int p = 0; p < rows.products; ++p) {
-        Doubles row[3];
-        for (int s = 0; s < 3; ++s) {
-          row[s] = rows.b[p][0] * w[s] + rows.b[p][1] * w[3 + s] + rows.b[p][2] * w[6 + s];
-        }
-        for (int q = 0; q < columns.products; ++q, line += stride) {
-          const double* const b = columns.b[q];
-          const Doubles sum = b[0] * row[0] + b[1] * row[1] + b[2] * row[2];
-          const Floats rounded = __builtin_convertvector(sum, Floats);
-          __builtin_memcpy(line, &rounded, sizeof(rounded));
+  for (int64_t group = 0; group < channels; group += kGroup) {
+    const int size = static_cast<int>(channels - group < kGroup ? channels - group : kGroup);
+    for (int c = 0; c < size; ++c) {
+      for (int i = 0; i < count; ++i) {
+        const float* const from = weights + ((first + i) * channels + group + c) * kTaps;
+        for (int t = 0; t < kTaps; ++t) taps[t][i] = from[t];
+      }
+      for (int part = 0; part < kPanel; part += kDoubles) {
+        Doubles w[kTaps];
+        for (int t = 0; t < kTaps; ++t) __builtin_memcpy(&w[t], &taps[t][part], sizeof(w[t]));
+        for (int p = 0; p < rows.products; ++p) {
+          Doubles row[3];
+          for (int s = 0; s < 3; ++s) {
+            row[s] = rows.b[p][0] * w[s] + rows.b[p][1] * w[3 + s] + rows.b[p][2] * w[6 + s];
+          }
+          for (int q = 0; q < columns.products; ++q) {
+            const double* const b = columns.b[q];
+            const Doubles sum = b[0] * row[0] + b[1] * row[1] + b[2] * row[2];
+            const Floats rounded = __builtin_convertvector(sum, Floats);
+            __builtin_memcpy(&lines[p * columns.products + q][c][part], &rounded, sizeof(rounded));
+          }
         }
       }
+    }
+    for (int p = 0; p < products; ++p) {
+      __builtin_memcpy(to + p * stride + group * kPanel, lines[p], size * sizeof(lines[p][0]));
     }
   }
 }

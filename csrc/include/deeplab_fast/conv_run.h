@@ -204,8 +204,8 @@ class Block {
         const int64_t start = (image * x_.height + y) * x_.width;
         for (int j = 0; j < column_.inputs; ++j) {
           const int64_t x = x0 + int64_t{j} * dilation_;
-          pixels[i * column_.inputs + j] =
-              inside && x >= 0 && x < x_.width ? x_.data + (start + x) * x_.channels + channel
+          pixels[i * column_.inputs + j] = inside && x >= 0 && x < x_.width
+                                               ? x_.data + (start + x) * x_.channels + channel
                                                : zeros;
         }
       }

@@ -1,0 +1,310 @@
+"""The CUDA C++ implementations of the ASPP's ops: which tile runs, and the reasons against them.
+
+Both ops are one kernel over the tile list of `aspp_tiles`: the projection is a branch of one tap
+with a shift for each image. There are two kernels: for sm_80 and newer (deeplab_fast._C_cuda), and
+for sm_90a (deeplab_fast._C_sm90), which goes first where it can. Their tiles are the rows of one
+table, which deeplab_fast._C hands out.
+
+Nothing was measured on a GPU yet. The row is the one of least predicted time, with the model of
+`deeplab_fast.kernels.time_model`, and the automatic choice prefers Triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _ext
+from ..backends import OpDesc, current_backend
+from ._upsample import MINIMUM_CAPABILITY, _missing, private
+from .aspp_tiles import Branch
+
+# Behind Triton's, until it measures faster.
+PRIORITY = 15
+DTYPES = (torch.float16, torch.bfloat16)
+# The only one whose code the sm_90a extension has.
+_SM90 = (9, 0)
+# Channels come in pieces of 16 bytes.
+_VECTOR = 8
+_MAX_PIXELS = 2**31 - 1
+
+_run_sm80 = private("_aspp_cuda")
+_run_sm90 = private("_aspp_sm90")
+_image_shift = private("_image_shift_cuda")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A row of the table of tiles; the fields are those of `_C.aspp_tiles`."""
+
+    architecture: int
+    block_m: int
+    block_n: int
+    block_c: int
+    threads: int
+    stages: int
+    cluster: int
+    occupancy: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs a call.
+
+    Attributes:
+        row: of the table of tiles.
+        tile: that row.
+        config: the tile as the tile list and the time model know it.
+        programs: thread blocks, or clusters of them, that run at the same time.
+        seconds: predicted time of a call.
+    """
+
+    row: int
+    tile: Tile
+    config: Any
+    programs: int
+    seconds: float
+
+
+@cache
+def tiles() -> tuple[Tile, ...]:
+    """The table of tiles, csrc/include/deeplab_fast/aspp_tile_table.h."""
+    return tuple(Tile(**row) for row in _ext.CPU.module.aspp_tiles())  # type: ignore[union-attr]
+
+
+def reasons(desc: OpDesc) -> list[str]:
+    """Why the CUDA C++ implementation cannot run a call of either op; empty where it can."""
+    found = []
+    if desc.device != "cuda":
+        found.append(f"needs CUDA tensors, the input is on {desc.device}")
+    elif desc.capability is not None and desc.capability < MINIMUM_CAPABILITY:
+        have, least = (".".join(map(str, c)) for c in (desc.capability, MINIMUM_CAPABILITY))
+        found.append(f"needs compute capability {least}, the device has {have}")
+    if desc.dtype not in DTYPES:
+        dtype = str(desc.dtype).removeprefix("torch.")
+        found.append(f"multiplies float16 and bfloat16 only, the input is {dtype}")
+    n, channels, height, width = desc.shape
+    if channels % _VECTOR:
+        found.append(
+            f"reads channels in groups of {_VECTOR}, the input has {channels}; pad them with zeros"
+        )
+    if n * height * width > _MAX_PIXELS:
+        found.append(f"counts at most {_MAX_PIXELS} pixels, {n} maps of {height}x{width} have more")
+    found += _missing(_ext.CUDA, "_aspp_cuda")
+    if not _ext.CPU.loaded:
+        found.append(f"its table of tiles is in deeplab_fast._C: {_ext.CPU.reason}")
+    elif not hasattr(_ext.CPU.module, "aspp_tiles"):
+        found.append(f"{_ext.CPU.name} was compiled from older sources; rebuild it")
+    return found or _slower_reasons(desc)
+
+
+def _slower_reasons(desc: OpDesc) -> list[str]:
+    """A reason where the automatic choice would take a kernel that PyTorch is predicted to beat."""
+    n, channels, height, width = desc.shape
+    if current_backend() != "auto" or 0 in desc.shape:
+        return []
+    kernels = _kernels("time_model")
+    if desc.op == "aspp_branches":
+        branches = kernels.branches_of(desc)
+    else:
+        branches = (Branch(desc.params["outputs"], 1, 1),)
+    device = _kernels("configs").nominal_device(desc.capability)
+    ours = choose(n, height, width, channels, branches, device).seconds
+    theirs = kernels.predict_reference(desc, tf32=_kernels("conv").convolutions_allow_tf32())
+    if ours <= theirs:
+        return []
+    return [
+        f"predicted {ours * 1e6:.0f} us, PyTorch {theirs * 1e6:.0f} us (a model, not measured); "
+        "use_backend('cuda') runs it all the same"
+    ]
+
+
+def architecture(capability: tuple[int, int]) -> int:
+    """The rows of the table that a device of this compute capability runs: 80 or 90."""
+    return 90 if capability == _SM90 and not _missing(_ext.SM90, "_aspp_sm90") else 80
+
+
+@lru_cache(maxsize=512)
+def choose(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    device: Any,
+    row: int | None = None,
+    split: bool | None = None,
+) -> Choice:
+    """The row of the table of tiles of least predicted time.
+
+    Args:
+        batch, height, width, channels: the input map.
+        branches: the branches.
+        device: the GPU, a `deeplab_fast.kernels.configs.Device`.
+        row: choose this row; None for the least.
+        split: whether tiles may be cut (aspp_tiles.schedule); None for the faster.
+
+    Raises:
+        ValueError: the row cannot run on the device.
+    """
+    shape = (batch, height, width, channels, branches)
+    model = _kernels("time_model")
+    filters = max(b.channels for b in branches)
+    candidates: list[tuple[float, int, int, Tile, Any, Any]] = []
+    for number, tile in enumerate(tiles()):
+        if row not in (None, number) or tile.architecture != architecture(device.capability):
+            continue
+        blocks = min(tile.occupancy, device.shared // (tile.shared_bytes + 1024))
+        # A tile of 256 filters has no use where 128 hold all.
+        if blocks == 0 or (row is None and tile.block_n >= 2 * max(filters, 128)):
+            continue
+        # A cluster is a multiprocessor as large as its blocks'.
+        pair = replace(
+            device,
+            multiprocessors=device.multiprocessors // tile.cluster,
+            flops_16bit=device.flops_16bit * tile.cluster,
+        )
+        for cut in (False, True) if split is None else (split,):
+            config = _kernels("configs").GemmConfig(
+                block_m=tile.block_m,
+                block_n=tile.block_n,
+                block_c=tile.block_c,
+                num_warps=tile.threads // 32,
+                num_stages=tile.stages,
+                occupancy=blocks,
+                split=cut,
+            )
+            floor = model.branches_floor(*shape, config, model.MMA_16BIT, pair)
+            candidates.append((floor, len(candidates), number, tile, config, pair))
+    best: Choice | None = None
+    # Tile lists of large batches take long to make; most candidates cannot win.
+    for floor, _, number, tile, config, pair in sorted(candidates, key=lambda c: c[:2]):
+        if best is not None and floor >= best.seconds:
+            break
+        seconds = model.branches_seconds(*shape, config, model.MMA_16BIT, pair).seconds
+        if best is None or seconds < best.seconds:
+            programs = pair.multiprocessors * config.occupancy
+            best = Choice(number, tile, config, programs, seconds)
+    if best is None:
+        have = device.shared // 1024
+        raise ValueError(
+            f"no tile for compute capability {device.capability} with {have} KB of shared memory"
+            + ("" if row is None else f" is row {row}")
+        )
+    return best
+
+
+def aspp_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    dilations: Sequence[int],
+) -> Tensor:
+    """y = concat over branches b of relu(scale_b * conv(x, weight_b, dilation_b) + shift_b).
+
+    Args:
+        x: [N, C, H, W] fp16 or bf16, C a multiple of 8; other layouts than channels_last are
+            copied.
+        weights: for each branch [K_b, C, 1, 1] or [K_b, C, 3, 3], the dtype of x. Views of a
+            `kernels.aspp.PackedBranches` are used where they lie, others are packed at every call.
+        scales, shifts: for each branch [K_b], any float dtype; used in fp32.
+        dilations: for each branch an int of at least 1.
+
+    Returns:
+        [N, sum K_b, H, W], channels_last, accumulated in fp32 and rounded once.
+
+    Raises:
+        RuntimeError: the shape is new and a CUDA graph is being captured.
+    """
+    packed = _kernels("aspp").PackedBranches.pack(weights, scales, shifts, dilations)
+    return multiply(x, packed.weight, packed.scale, packed.shift, packed.branches)
+
+
+def aspp_project(
+    branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
+    """y = relu(scale * (W_branches . branches + W_pooled . pooled) + shift).
+
+    The pooled branch becomes a shift for each image, in fp32.
+
+    Args:
+        branches: [N, B, H, W] fp16 or bf16, B a multiple of 8; a layout other than channels_last is
+            copied.
+        pooled: [N, P], the dtype of branches.
+        weight: [K, B + P, 1, 1], the dtype of branches.
+        scale, shift: [K], any float dtype; used in fp32.
+
+    Returns:
+        [N, K, H, W], channels_last.
+
+    Raises:
+        RuntimeError: the shape is new and a CUDA graph is being captured.
+    """
+    fp32 = _kernels("conv").fp32
+    channels = branches.shape[1]
+    matrix = weight.flatten(1)
+    scale = fp32(scale)
+    shifts = _image_shift(pooled, matrix[:, channels:], scale, fp32(shift))
+    geometry = (Branch(matrix.shape[0], 1, 1),)
+    return multiply(branches, matrix[:, :channels], scale, shifts, geometry)
+
+
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    branches: tuple[Branch, ...],
+    choice: Choice | None = None,
+) -> Tensor:
+    """relu(scale * (x by the filters of all branches) + shift).
+
+    Args:
+        x: [N, C, H, W].
+        weight: [sum taps K, C], rows in the order branch, tap, filter.
+        scale: [sum K] fp32, contiguous.
+        shift: [sum K], or [N, sum K] for a shift of each image, fp32, contiguous.
+        branches: the branches.
+        choice: None for the analytic one.
+    """
+    aspp, conv = _kernels("aspp"), _kernels("conv")
+    n, channels, height, width = x.shape
+    y = torch.empty(
+        (n, sum(b.channels for b in branches), height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    if y.numel() == 0:
+        return y
+    x = conv.channels_inside(x)
+    pixels = [x.stride(dim) for dim in (0, 2, 3) if x.shape[dim] > 1]
+    if x.data_ptr() % 16 or any(stride % _VECTOR for stride in pixels):
+        x = x.clone(memory_format=torch.channels_last)
+    if weight.stride(1) != 1 or weight.stride(0) % _VECTOR or weight.data_ptr() % 16:
+        weight = weight.clone(memory_format=torch.contiguous_format)
+    if choice is None:
+        choice = choose(n, height, width, channels, branches, conv.device_of(x))
+    tables = aspp._device_tables(x, branches, choice.config, choice.programs)
+    partial = x.new_empty(
+        (tables.slots, choice.tile.block_m, choice.tile.block_n), dtype=torch.float32
+    )
+    run = _run_sm90 if choice.tile.architecture == 90 else _run_sm80
+    vectors = all(b.channels % _VECTOR == 0 for b in branches)
+    run(
+        x, weight, scale, shift, tables.classes, tables.parts, tables.starts, tables.sums, partial,
+        y, choice.row, vectors,
+    )  # fmt: skip
+    return y
+
+
+def _kernels(name: str) -> Any:
+    return importlib.import_module(f"deeplab_fast.kernels.{name}")
