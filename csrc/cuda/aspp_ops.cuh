@@ -137,8 +137,8 @@ inline Aspp describe(const Tensor& x, const Tensor& weight, const Tensor& scale,
   return op;
 }
 
-#define DEEPLAB_FAST_ASPP_SCHEMA                                                                  \
-  "(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor classes, Tensor parts, "          \
+#define DEEPLAB_FAST_ASPP_SCHEMA                                                         \
+  "(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor classes, Tensor parts, " \
   "Tensor starts, Tensor sums, Tensor(a!) partial, Tensor(b!) y, int tile, bool vectors) -> ()"
 
 }  // namespace deeplab_fast::cuda

@@ -28,8 +28,9 @@ STREAM_RATE = 20e9
 # Preparing weights: bytes written to fresh memory, and a time for each of outputs x channels.
 PREPARE_RATE = 1e9
 PREPARE_SECONDS = 20e-9
-# Of a call, and of a form within it.
+# Of a call, and of a form within it; of a call to oneDNN.
 CALL_SECONDS = 15e-6
+ONEDNN_CALL_SECONDS = 80e-6
 # The error of tile6 is 3.7e-6 (2-norm, 256 channels, against float64), that of all others at most
 # 1.1e-6: it must be this much faster.
 TILE6_HANDICAP = 1.3
@@ -205,7 +206,7 @@ def _cost(
 
 def onednn_seconds(macs: int, threads: int) -> float:
     """Predicted time of oneDNN's direct convolution that does this many multiply-adds."""
-    return CALL_SECONDS + macs / (ONEDNN_RATE * threads)
+    return ONEDNN_CALL_SECONDS + macs / (ONEDNN_RATE * threads)
 
 
 def taps_inside(

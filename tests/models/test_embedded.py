@@ -28,7 +28,7 @@ def test_file_is_small_and_half_precision() -> None:
     path = embedded_path("camvid")
     assert path.stat().st_size <= MAX_BYTES
     with safetensors.safe_open(path, "pt") as file:
-        dtypes = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        dtypes = {file.get_slice(key).get_dtype() for key in file.keys()}
     # The counters of batch norms are integers.
     assert dtypes == {"F16", "I64"}
 

@@ -1,10 +1,10 @@
 // What the CUDA kernels of the ASPP share on every architecture: the tile list as they read it, the
 // addresses of its pixels and taps, and the epilogue. Without torch.
 //
-// The work is the list of deeplab_fast/ops/aspp_tiles.py, which says what a tap class, a part and an
-// iteration are. x is [images, rows, columns, channels] with neighbouring channels, filters are rows
-// of channels. Every tap of a class lies inside the map for all its pixels, so that a tap moves all
-// rows of a tile by the same distance and no row needs a mask.
+// The work is the list of deeplab_fast/ops/aspp_tiles.py, which says what a tap class, a part and
+// an iteration are. x is [images, rows, columns, channels] with neighbouring channels, filters are
+// rows of channels. Every tap of a class lies inside the map for all its pixels, so that a tap
+// moves all rows of a tile by the same distance and no row needs a mask.
 //
 // A program runs its parts one behind the other. A whole tile gets scale, shift and ReLU in float32
 // and goes to the branch's channels of y, rounded once; a part of a tile goes to its slot of
@@ -214,7 +214,8 @@ __device__ inline void store_sums(const Aspp& op, const Part& part, int row, int
       for (int half = 0; half < 2; ++half) {
         if (left > 0) load_pair(shift[half] + channel, left, op.vectors, b);
         const float* sum = sums[first + i] + 2 * half;
-        word[half][i] = ptx::pack<T>(relu(fmaf(sum[0], a[0], b[0])), relu(fmaf(sum[1], a[1], b[1])));
+        word[half][i] =
+            ptx::pack<T>(relu(fmaf(sum[0], a[0], b[0])), relu(fmaf(sum[1], a[1], b[1])));
       }
     }
 #pragma unroll
@@ -277,8 +278,8 @@ __global__ void aspp_sum_kernel(const Aspp op, const Part* sums) {
     float a[2], b[2];
     load_pair(op.scale + channel + i, left - i, op.vectors, a);
     load_pair(shift + i, left - i, op.vectors, b);
-    packed.word[i / 2] = ptx::pack<T>(relu(fmaf(sum[i], a[0], b[0])),
-                                      relu(fmaf(sum[i + 1], a[1], b[1])));
+    packed.word[i / 2] =
+        ptx::pack<T>(relu(fmaf(sum[i], a[0], b[0])), relu(fmaf(sum[i + 1], a[1], b[1])));
   }
   if (op.vectors) {
     *reinterpret_cast<Vector*>(to) = packed;

@@ -1,5 +1,5 @@
-// The launches behind the ASPP's matrix products. Without torch; `Launch` is how a kernel is started:
-// launch(kernel, grid, arguments...).
+// The launches behind the ASPP's matrix products. Without torch; `Launch` is how a kernel is
+// started: launch(kernel, grid, arguments...).
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,8 @@ struct Grid {
   int cluster = 1;  // neighbouring blocks that run together
 };
 
-// Calls run(std::integral_constant<int, tile>) for a row of kTiles of this architecture; false where
-// `tile` is no such row.
+// Calls run(std::integral_constant<int, tile>) for a row of kTiles of this architecture; false
+// where `tile` is no such row.
 template <int kArchitecture, int kTile = 0, typename Run>
 bool with_tile(int64_t tile, const Run& run) {
   if constexpr (kTile == kTileCount) {

@@ -4,8 +4,8 @@
 // A block holds `stages` chunks of 64 channels in shared memory, each the tile's pixels and filters
 // as rows of 128 bytes. The 16-byte words of row r lie at their place xor r % 8, so that the eight
 // rows that ldmatrix reads at a time lie in different banks, and so do those that cp.async writes.
-// Every thread copies its words of each chunk. Copies run `stages` - 1 chunks ahead, across the ends
-// of parts: while a tile is stored, the next one's operands arrive.
+// Every thread copies its words of each chunk. Copies run `stages` - 1 chunks ahead, across the
+// ends of parts: while a tile is stored, the next one's operands arrive.
 #pragma once
 
 #include "deeplab_fast/aspp.cuh"
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kTiles[kTile].threads(), kTiles[kTile].occupan
         for (int m = 0; m < kRowBlocks; ++m) {
 #pragma unroll
           for (int n = 0; n < kColBlocks; ++n) {
-            const uint32_t(&pair)[4] = b[step % 2][n / 2];
+            const uint32_t (&pair)[4] = b[step % 2][n / 2];
             ptx::mma<T>(sums[m][n], a[step % 2][m], pair[n % 2 * 2], pair[n % 2 * 2 + 1]);
           }
         }

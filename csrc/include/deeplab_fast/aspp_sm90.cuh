@@ -1,11 +1,11 @@
 // The ASPP's matrix product on Hopper: gathered cp.async and the copy engine into swizzled shared
 // memory, wgmma out of it. Without torch; sm_90a alone.
 //
-// A block is a warpgroup that loads and two that multiply, around a ring of stages with two barriers
-// each. `full`: the 128 loading threads' rows of x have landed (cp.async counts that by itself) and
-// so have the filters, which one thread orders from the copy engine. `empty`: the eight multiplying
-// warps are done with the stage. The loader runs ahead across the ends of parts, so that the next
-// tile's operands arrive while a tile is stored.
+// A block is a warpgroup that loads and two that multiply, around a ring of stages with two
+// barriers each. `full`: the 128 loading threads' rows of x have landed (cp.async counts that by
+// itself) and so have the filters, which one thread orders from the copy engine. `empty`: the eight
+// multiplying warps are done with the stage. The loader runs ahead across the ends of parts, so
+// that the next tile's operands arrive while a tile is stored.
 //
 // A stage holds 64 channels of the pixels and of the filters, as rows of 128 bytes, swizzled as the
 // copy engine and wgmma want it: the 16-byte word w of row r lies at w xor r % 8.
@@ -32,7 +32,8 @@ class Sm90Ring {
 
   // Addresses that are the same in all blocks of a cluster; the stages begin at a multiple of 1 KB.
   __device__ explicit Sm90Ring(uint32_t memory)
-      : stages_((memory + 1023) & ~1023u), barriers_(stages_ + kShape.stages * kShape.stage_bytes()) {}
+      : stages_((memory + 1023) & ~1023u),
+        barriers_(stages_ + kShape.stages * kShape.stage_bytes()) {}
 
   __device__ void init() const {
     for (int i = 0; i < kShape.stages; ++i) {
@@ -89,8 +90,8 @@ __device__ inline void load_parts(const Aspp& op, const ptx::TensorMap* filter_m
     for (int left = part.end - part.begin; left > 0; --left) {
       ring.wait_empty();
       if (threadIdx.x == 0) {
-        // Channels beyond the last arrive as zeros. Filters beyond the branch's last are some others,
-        // or zeros; their columns are not stored.
+        // Channels beyond the last arrive as zeros. Filters beyond the branch's last are some
+        // others, or zeros; their columns are not stored.
         ptx::barrier_arrive_expect(ring.full(), kShape.filter_bytes());
         const int filter = taps.weight_row() + part.filter;
         if constexpr (kShape.cluster == 1) {

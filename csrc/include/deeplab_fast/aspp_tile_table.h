@@ -11,13 +11,16 @@
 //     multiprocessor.
 //
 // Rejected:
-//   - sm_90, 256x128 for 128x256: the same bytes a product, but a warpgroup of 64x256 reads 10 KB of
+//   - sm_90, 256x128 for 128x256: the same bytes a product, but a warpgroup of 64x256 reads 10 KB
+//   of
 //     shared memory for 12 KB of one of 128x128, and rows are what is gathered.
-//   - sm_90, 192x256 with three consumers: 160 registers for a consumer with 128 accumulators, 56 KB
+//   - sm_90, 192x256 with three consumers: 160 registers for a consumer with 128 accumulators, 56
+//   KB
 //     a stage. A pair that shares its filters reads less and fits.
 //   - sm_90, tiles of its own for each consumer (ping-pong): 64x256 twice reads a third more from
 //     L2; it hides an epilogue that is 2 % of a branch's tile at 2048 channels.
-//   - sm_90, rows by the copy engine's im2col mode: a tensor map for each live tap of each class, 148
+//   - sm_90, rows by the copy engine's im2col mode: a tensor map for each live tap of each class,
+//   148
 //     for three branches, encoded at every call since x moves.
 //   - sm_80, 128x256 with 4 warps: 256 accumulators a thread.
 //   - sm_80, block_c = 32 with more stages: half a cache line, twice the barriers.

@@ -99,10 +99,10 @@ __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t from) {
                : "memory");
 }
 
-#define DEEPLAB_FAST_MMA(types)                                                              \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." types                                \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                              \
+#define DEEPLAB_FAST_MMA(types)                                                       \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." types                         \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
 // d [16, 8] += a [16, 16] b^T, b [8, 16].
@@ -252,28 +252,29 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-#define DEEPLAB_FAST_R0                                                                      \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                   \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "         \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "         \
+#define DEEPLAB_FAST_R0                                                              \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define DEEPLAB_FAST_R64                                                                     \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "         \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "         \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "         \
-  "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, "     \
+#define DEEPLAB_FAST_R64                                                                 \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "     \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "     \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "     \
+  "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, " \
   "%124, %125, %126, %127"
-#define DEEPLAB_FAST_WGMMA(n, types, registers, a_at, b_at, p_at, ...)                       \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " p_at ", 0;\n"                         \
-               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." types " {" registers "}, "   \
-               a_at ", " b_at ", add, 1, 1, 0, 0;\n}"                                        \
-               : __VA_ARGS__                                                                 \
+#define DEEPLAB_FAST_WGMMA(n, types, registers, a_at, b_at, p_at, ...)                          \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " p_at                                     \
+               ", 0;\n"                                                                         \
+               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." types " {" registers "}, " a_at \
+               ", " b_at ", add, 1, 1, 0, 0;\n}"                                                \
+               : __VA_ARGS__                                                                    \
                : "l"(a), "l"(b), "r"(static_cast<int>(add)))
 #define DEEPLAB_FAST_WGMMA_128(types) \
   DEEPLAB_FAST_WGMMA("128", types, DEEPLAB_FAST_R0, "%64", "%65", "%66", DEEPLAB_FAST_D64(0))
-#define DEEPLAB_FAST_WGMMA_256(types)                                                        \
-  DEEPLAB_FAST_WGMMA("256", types, DEEPLAB_FAST_R0 ", " DEEPLAB_FAST_R64, "%128", "%129",    \
-                     "%130", DEEPLAB_FAST_D64(0), DEEPLAB_FAST_D64(16))
+#define DEEPLAB_FAST_WGMMA_256(types)                                                             \
+  DEEPLAB_FAST_WGMMA("256", types, DEEPLAB_FAST_R0 ", " DEEPLAB_FAST_R64, "%128", "%129", "%130", \
+                     DEEPLAB_FAST_D64(0), DEEPLAB_FAST_D64(16))
 
 // d [64, 8 kBlocks] = a [64, 16] b^T (+ d), with b [8 kBlocks, 16], given by descriptors.
 template <typename T, int kBlocks>

@@ -4,11 +4,10 @@
 #include <cstdint>
 #include <string>
 
-#include "ptx_on_host.h"
-
 #include "deeplab_fast/aspp_launch.cuh"
 #include "deeplab_fast/aspp_sm80.cuh"
 #include "deeplab_fast/aspp_sm90.cuh"
+#include "ptx_on_host.h"
 
 using namespace deeplab_fast::cuda;
 
@@ -82,13 +81,14 @@ int aspp(bool half, int64_t tile, const uint16_t* x, const int64_t* x_pitch, int
       found = with_tile<80>(tile, [&](auto row) {
         launch_programs<T, row>(launch, aspp_sm80_kernel<T, row>, op, programs, sums, cut_tiles);
       });
-      found = found || with_tile<90>(tile, [&](auto row) {
-                constexpr Tile kShape = kTiles[row];
-                const ptx::TensorMap map{weight,        channels,       weight_rows,
-                                         weight_pitch,  Tile::block_c,  kShape.block_n / kShape.cluster};
-                launch_programs<T, row>(launch, aspp_sm90_kernel<T, row>, op, programs, sums,
-                                        cut_tiles, map);
-              });
+      found =
+          found || with_tile<90>(tile, [&](auto row) {
+            constexpr Tile kShape = kTiles[row];
+            const ptx::TensorMap map{weight,       channels,      weight_rows,
+                                     weight_pitch, Tile::block_c, kShape.block_n / kShape.cluster};
+            launch_programs<T, row>(launch, aspp_sm90_kernel<T, row>, op, programs, sums, cut_tiles,
+                                    map);
+          });
     });
     cuda_on_host::require(found, "no such tile");
   });

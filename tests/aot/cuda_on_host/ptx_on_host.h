@@ -2,16 +2,18 @@
 // functions its documented meaning. For tests: it checks what a kernel computes and how it
 // synchronises, not how fast.
 //
-// The threads of a cluster run as fibres, in an order drawn at random, and switch at everything that
-// waits. What the hardware does by itself (copies, wgmma) is done at a time drawn at random between
-// its issue and the moment that a wait for it ends, or always as late, or as early, as that allows:
-// an operand that is overwritten or read too soon shows in the result. Also errors: a wait that
-// nothing can end, lanes or warpgroups that diverge, more arrivals than a barrier has, reads of
-// global memory outside the operands, shared memory outside the block's, wgmma on what a thread
+// The threads of a cluster run as fibres, in an order drawn at random, and switch at everything
+// that waits. What the hardware does by itself (copies, wgmma) is done at a time drawn at random
+// between its issue and the moment that a wait for it ends, or always as late, or as early, as that
+// allows: an operand that is overwritten or read too soon shows in the result. Also errors: a wait
+// that nothing can end, lanes or warpgroups that diverge, more arrivals than a barrier has, reads
+// of global memory outside the operands, shared memory outside the block's, wgmma on what a thread
 // copied without a fence between. Shared memory and outputs begin as NaN.
 //
 // Not modelled: memory order finer than that, banks, registers, instruction syntax.
 #pragma once
+
+#include <ucontext.h>
 
 #include <csetjmp>
 #include <cstdint>
@@ -22,8 +24,6 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include <ucontext.h>
 
 #include "deeplab_fast/ptx.cuh"
 
@@ -253,8 +253,7 @@ inline void meet(Meeting& meeting, size_t count, int what, size_t place, const v
 inline Meeting& warp() { return block().warps[self().index / 32]; }
 
 template <typename In, typename Out>
-void warp_together(int what, const In& in, Out& out,
-                   const std::function<void(Meeting&)>& compute) {
+void warp_together(int what, const In& in, Out& out, const std::function<void(Meeting&)>& compute) {
   meet(warp(), 32, what, self().index % 32, &in, &out, compute);
 }
 
@@ -537,7 +536,8 @@ inline uint32_t shuffle_xor(uint32_t value, int lanes) {
   uint32_t result = 0;
   host::warp_together(100 + lanes, value, result, [lanes](host::Meeting& meeting) {
     for (int i = 0; i < 32; ++i) {
-      *static_cast<uint32_t*>(meeting.out[i]) = *static_cast<const uint32_t*>(meeting.in[i ^ lanes]);
+      *static_cast<uint32_t*>(meeting.out[i]) =
+          *static_cast<const uint32_t*>(meeting.in[i ^ lanes]);
     }
   });
   return result;
@@ -545,8 +545,8 @@ inline uint32_t shuffle_xor(uint32_t value, int lanes) {
 
 template <typename T>
 uint32_t pack(float low, float high) {
-  return host::Element<T>::narrow(low) |
-         static_cast<uint32_t>(host::Element<T>::narrow(high)) << 16;
+  return host::Element<T>::narrow(low) | static_cast<uint32_t>(host::Element<T>::narrow(high))
+                                             << 16;
 }
 
 template <typename T>
@@ -593,8 +593,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
       const int g = lane / 4, t = lane % 4;
       for (int i = 0; i < 6; ++i) {
         for (int j = 0; j < 2; ++j) {
-          const float value =
-              host::Element<T>::widen(static_cast<uint16_t>(word[i] >> 16 * j));
+          const float value = host::Element<T>::widen(static_cast<uint16_t>(word[i] >> 16 * j));
           if (i < 4) {
             rows[g + 8 * (i % 2)][2 * t + j + 8 * (i / 2)] = value;
           } else {
