@@ -6,24 +6,21 @@
 //
 // Every row:
 //   - block_c = 64 channels are 128 bytes: a cache line, and the widest swizzle.
-//   - Of an accumulator a thread holds block_m block_n / (cluster 32 mma warps) registers: 128 are
-//     what 255 leave room for, 64 where operands pass through registers and two blocks share a
-//     multiprocessor.
+//   - Of an accumulator a thread holds block_m block_n / (cluster 32 multiplying warps) registers:
+//     128 are what 255 leave room for, 64 where two blocks share a multiprocessor.
 //
 // Rejected:
-//   - sm_90, 256x128 for 128x256: the same bytes a product, but a warpgroup of 64x256 reads 10 KB
-//   of
-//     shared memory for 12 KB of one of 128x128, and rows are what is gathered.
-//   - sm_90, 192x256 with three consumers: 160 registers for a consumer with 128 accumulators, 56
-//   KB
-//     a stage. A pair that shares its filters reads less and fits.
-//   - sm_90, tiles of its own for each consumer (ping-pong): 64x256 twice reads a third more from
-//     L2; it hides an epilogue that is 2 % of a branch's tile at 2048 channels.
-//   - sm_90, rows by the copy engine's im2col mode: a tensor map for each live tap of each class,
-//   148
-//     for three branches, encoded at every call since x moves.
+//   - sm_90, 256x128 for 128x256: the same bytes a product from L2, but from shared memory 12 KB
+//   for
+//     16 channels of two warpgroup tiles where m64n256 reads 10, and rows are what is gathered.
+//   - sm_90, 192x256 with three consumers: 160 registers for one with 128 accumulators, 56 KB a
+//     stage. A pair that shares its filters reads less and fits.
+//   - sm_90, a tile for each consumer (ping-pong), to hide the epilogue: two tiles of 64x256 read
+//     80 KB a stage where one of 128x256 reads 48, and epilogues come once in 32 taps iterations.
+//   - sm_90, rows by the copy engine's im2col mode: a tensor map for each live tap of each class
+//     (148 for three branches of nine classes), encoded at every call, since x moves.
 //   - sm_80, 128x256 with 4 warps: 256 accumulators a thread.
-//   - sm_80, block_c = 32 with more stages: half a cache line, twice the barriers.
+//   - sm_80, block_c = 32 with more stages: half a cache line a row, twice the barriers.
 #pragma once
 
 #include <cstddef>

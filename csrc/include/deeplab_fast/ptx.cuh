@@ -235,8 +235,7 @@ __device__ inline void wgmma_commit() {
 #define DEEPLAB_FAST_D64(i) \
   DEEPLAB_FAST_D16(i), DEEPLAB_FAST_D16(i + 4), DEEPLAB_FAST_D16(i + 8), DEEPLAB_FAST_D16(i + 12)
 
-// Keeps the compiler from moving uses of the accumulators across; before the first product also
-// the order of their writes in hardware.
+// Keeps the compiler from moving uses of the accumulators across.
 template <int kBlocks>
 __device__ inline void wgmma_hold(float (&d)[kBlocks][4]) {
   static_assert(kBlocks % 16 == 0);
@@ -244,6 +243,7 @@ __device__ inline void wgmma_hold(float (&d)[kBlocks][4]) {
   for (int i = 0; i < kBlocks; i += 16) asm volatile("" : DEEPLAB_FAST_D64(i)::"memory");
 }
 
+// Before a product, what threads wrote to registers that it uses.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Until all but the last `kPending` groups are done.
