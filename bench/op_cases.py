@@ -108,6 +108,21 @@ class _FusedBranches(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(_Folded(conv, norm, dtype) for conv, norm in convs)
         self.dilations = [conv.dilation[0] for conv, _ in convs]
+        if self.convs[0].weight.is_cuda:
+            self._pack()
+
+    def _pack(self) -> None:
+        """Make the weights views of the layout that the GPU kernels read, as a model would."""
+        try:
+            from deeplab_fast.kernels.aspp import PackedBranches
+        except ImportError:
+            return
+        _, *lists, dilations = self.arguments(torch.empty(0))
+        packed = PackedBranches.pack(*lists, dilations)
+        for i, conv in enumerate(self.convs):
+            conv.weight, conv.scale, conv.shift = (
+                views[i] for views in (packed.weights, packed.scales, packed.shifts)
+            )
 
     def arguments(self, x: Tensor) -> tuple:
         weights, scales, shifts = (

@@ -91,9 +91,10 @@ class ConvLayer:
         self._same = spec.padding == "same"
         kernel = tuple(spec.weight.shape[2:])
         self._geometry = (kernel, spec.stride, spec.dilation)
-        halves = tuple(d * (k - 1) // 2 for k, d in zip(kernel, spec.dilation, strict=True))
-        # Only a stride makes SAME padding uneven, and then only for some sizes.
-        uneven = self._same and spec.stride != (1, 1)
+        reach = [d * (k - 1) for k, d in zip(kernel, spec.dilation, strict=True)]
+        halves = tuple(r // 2 for r in reach)
+        # A stride makes SAME padding uneven for some sizes, an even kernel for all.
+        uneven = self._same and (spec.stride != (1, 1) or any(r % 2 for r in reach))
         if uneven and max_extra_bytes is not None:
             max_extra_bytes //= 2
 
@@ -132,9 +133,8 @@ class ConvLayer:
             size, k, s, d = shape[2 + axis], kernel[axis], stride[axis], dilation[axis]
             needed = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
             sides += [needed // 2, needed - needed // 2]
-        left, right, top, bottom = sides
-        padding = self._conv.padding
-        return None if (left, right, top, bottom) == (*padding[::-1],) * 2 else sides
+        rows, columns = self._conv.padding
+        return None if sides == [columns, columns, rows, rows] else sides
 
     def output_shape(self, shape: Sequence[int], residual: Any = None) -> tuple[int, ...]:
         conv, shape = self._at(shape)

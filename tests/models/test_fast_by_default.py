@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import deeplab_fast as dlf
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.inference import fast_path, fold, layers
+from deeplab_fast.models.mobilenetv2 import SamePadConv2d
 from deeplab_fast.testing import deterministic
 
 # Design 6, fp32 on the CPU: relative error in the 2-norm of the multiplication-saving forms.
@@ -742,6 +743,9 @@ OWN = {
     "extra-convolution": lambda: _bottleneck_with(
         conv3=nn.Sequential(nn.Conv2d(128, 64, 1), nn.ReLU6(), nn.Conv2d(64, 512, 1))
     ),
+    # TensorFlow's padding of kernels that are even or not square, with stride and dilation.
+    "same-even": lambda: _same_padded((4, 3), stride=2),
+    "same-dilated": lambda: _same_padded((5, 2), dilation=(1, 3)),
     "instance": lambda: _bottleneck_with(bn2=nn.InstanceNorm2d(128)),
     "frozen": lambda: _frozen(small_resnet()),
     "average-head": lambda: _with_head(nn.Sequential(nn.AvgPool2d(3, 1, 1), nn.Conv2d(512, 4, 1))),
@@ -749,6 +753,11 @@ OWN = {
         nn.Sequential(nn.Dropout(), nn.Identity(), nn.Conv2d(512, 4, 1))
     ),
 }
+
+
+def _same_padded(kernel: tuple[int, int], **options: object) -> nn.Module:
+    conv = SamePadConv2d(512, 8, kernel, **options)
+    return _with_head(conv, nn.ReLU6(), nn.Conv2d(8, 4, 1))
 
 
 def _with_attention(model: nn.Module) -> nn.Module:

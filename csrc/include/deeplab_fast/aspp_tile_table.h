@@ -10,13 +10,13 @@
 //     128 are what 255 leave room for, 64 where two blocks share a multiprocessor.
 //
 // Rejected:
-//   - sm_90, 256x128 for 128x256: the same bytes a product from L2, but from shared memory 12 KB
-//   for
-//     16 channels of two warpgroup tiles where m64n256 reads 10, and rows are what is gathered.
+//   - sm_90, 256x128 for 128x256: the same bytes a product from L2, but 12 KB instead of 10 from
+//     shared memory for each 16 channels of a warpgroup, and rows are what is gathered.
 //   - sm_90, 192x256 with three consumers: 160 registers for one with 128 accumulators, 56 KB a
 //     stage. A pair that shares its filters reads less and fits.
 //   - sm_90, a tile for each consumer (ping-pong), to hide the epilogue: two tiles of 64x256 read
-//     80 KB a stage where one of 128x256 reads 48, and epilogues come once in 32 taps iterations.
+//     80 KB a stage where one of 128x256 reads 48, and a tile of 2048 channels has 32 iterations
+//     for each tap before its epilogue.
 //   - sm_90, rows by the copy engine's im2col mode: a tensor map for each live tap of each class
 //     (148 for three branches of nine classes), encoded at every call, since x moves.
 //   - sm_80, 128x256 with 4 warps: 256 accumulators a thread.

@@ -2,7 +2,7 @@
 //
 // Shared memory is addressed by 32-bit numbers, as the instructions take them; no kernel that uses
 // this header touches it by any other way. Tests replace the functions by host code of the same
-// meaning (tests/aot/cuda_on_host/ptx_on_host.h), so that nothing else may contain PTX.
+// meaning (tests/aot/cuda_on_host/cuda_ptx_on_host.h), so that nothing else may contain PTX.
 #pragma once
 
 #include <cstdint>

@@ -4,10 +4,10 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda_ptx_on_host.h"
 #include "deeplab_fast/aspp_launch.cuh"
 #include "deeplab_fast/aspp_sm80.cuh"
 #include "deeplab_fast/aspp_sm90.cuh"
-#include "ptx_on_host.h"
 
 using namespace deeplab_fast::cuda;
 
@@ -41,6 +41,19 @@ void with_element(bool half, const Function& function) {
 extern "C" {
 
 const char* last_error() { return error.c_str(); }
+
+// The table of tiles, 8 numbers a row; returns the number of rows.
+int tiles(int64_t* to) {
+  for (const Tile& tile : kTiles) {
+    for (const int64_t value :
+         {int64_t{tile.architecture}, int64_t{tile.block_m}, int64_t{tile.block_n},
+          int64_t{tile.threads()}, int64_t{tile.stages}, int64_t{tile.cluster},
+          int64_t{tile.occupancy}, static_cast<int64_t>(tile.shared_bytes())}) {
+      *to++ = value;
+    }
+  }
+  return kTileCount;
+}
 
 // x_pitch, y_pitch: distances of images, rows and columns in elements. bytes: sizes of what may be
 // read at x and at weight.
