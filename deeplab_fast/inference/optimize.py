@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -91,16 +92,14 @@ class OptimizedDeepLabV3(nn.Module):
             logger.warning("optimize: the model is copied and runs its plain modules: %s", reason)
             self.copy = copy.deepcopy(model).eval()
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Full-resolution logits {"out"[, "aux"]}, as `DeepLabV3` returns them."""
-        logits = self._logits(x, self._keep_aux)
+        logits = _uncompiled(self._logits)(x, self._keep_aux)
         return upsampled(logits, x.shape[-2:], self.align_corners)
 
-    @torch.compiler.disable
     def forward_logits(self, x: Tensor) -> Tensor:
         """The main logits before upsampling: [N, 3, H, W] -> [N, num_classes, h, w]."""
-        return self._logits(x, False)["out"]
+        return _uncompiled(self._logits)(x, False)["out"]
 
     def predict(self, images: Any, **options: Any) -> Any:
         """Label maps of photos or tensors; see `deeplab_fast.engine.predict.predict`."""
@@ -200,6 +199,13 @@ class OptimizedDeepLabV3(nn.Module):
         _check_input(x)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self._program.logits(x, aux=aux)
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` where torch.compile does not look."""
+    # Importing the compiler takes seconds; code that compiles has done it.
+    dynamo = sys.modules.get("torch._dynamo")
+    return function if dynamo is None else dynamo.disable(function)
 
 
 def _plain_logits(model: DeepLabV3, x: Tensor, aux: bool) -> dict[str, Tensor]:

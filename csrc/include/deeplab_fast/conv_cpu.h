@@ -64,6 +64,8 @@ struct Product {
   int64_t c_stride;
   int64_t depth;
   bool accumulate;
+  // Whether the rows of a that are multiplied next are prefetched.
+  bool prefetch_rows;
   // Additions to one sum in a row; the sums of such runs are added up.
   int64_t run;
   // Not null: the sums go through it to the pixels from first_pixel on, and not to c.

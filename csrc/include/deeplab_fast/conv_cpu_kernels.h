@@ -219,9 +219,8 @@ void output_columns(const float* from, int rows, const int64_t* pixels, int64_t 
   }
 }
 
-// kCount rows from `row` times kVectors vectors of columns from `column`. The rows behind them are
-// prefetched, because they are multiplied next, and of what follows the panel `ahead_lines` cache
-// lines for each kPanel of depth.
+// kCount rows from `row` times kVectors vectors of columns from `column`. Of what follows the panel
+// `ahead_lines` cache lines are prefetched for each kPanel of depth.
 template <int kCount, int kVectors>
 void multiply_tile(const Product& product, int64_t row, int64_t column, const float* panel,
                    int64_t vector_stride, const float* ahead, int ahead_lines) {
@@ -229,7 +228,7 @@ void multiply_tile(const Product& product, int64_t row, int64_t column, const fl
   const float* const a = product.a + row * a_stride;
   float* const c = product.c + row * c_stride + column;
   constexpr int kLine = kPanel;
-  const float* const next = a + kCount * a_stride;
+  const float* const next = product.prefetch_rows ? a + kCount * a_stride : a;
   for (int64_t begin = 0; begin < depth; begin += product.run) {
     const int64_t end = depth - begin < product.run ? depth : begin + product.run;
     Vector sum[kCount][kVectors] = {};

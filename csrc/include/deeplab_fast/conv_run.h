@@ -123,7 +123,7 @@ inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channel
 constexpr int64_t kRun = 128;
 
 // Pixels of a 1x1 convolution in a block.
-constexpr int64_t kPixels = 96;
+constexpr int64_t kPixels = 48;
 
 // One block of tiles and its buffers.
 class Block {
@@ -249,6 +249,7 @@ class Block {
       product.c_stride = output_stride_;
       product.depth = std::min(chunk_, x_.channels - channel);
       product.accumulate = channel > 0;
+      product.prefetch_rows = true;
       product.run = kRun;
       kernels_.multiply(product);
     }
@@ -342,15 +343,13 @@ void run_pixels(const ConvKernels& kernels, const InputMap& x, const float* weig
   const int64_t size = (pixels + rounds * threads - 1) / (rounds * threads);
   const int64_t blocks = (pixels + size - 1) / size;
   parallel(blocks, [&](int64_t begin, int64_t end) {
-    // Rows a multiple of 4096 bytes apart lie in few sets of a cache: they are copied.
-    const bool copy = x.channels % 1024 == 0;
-    const int64_t copy_stride = chunk + kRowPad;
-    auto sums = allocate(chunk < x.channels ? size * (stride + copy * copy_stride) : 0);
-    float* const copies = sums.data() + size * stride;
+    auto sums = allocate(chunk < x.channels ? size * stride : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * size;
       Product product{};
       product.a_stride = x.channels;
+      // Long rows that are a power of two apart would push each other out of the cache.
+      product.prefetch_rows = x.channels < 512;
       product.rows = std::min(size, pixels - first);
       product.panel_stride = x.channels * kPanel;
       product.num_panels = padded(epilogue.channels) / kPanel;
@@ -361,13 +360,6 @@ void run_pixels(const ConvKernels& kernels, const InputMap& x, const float* weig
         product.a = x.data + first * x.channels + channel;
         product.panels = weights + channel * kPanel;
         product.depth = std::min(chunk, x.channels - channel);
-        if (copy) {
-          for (int64_t r = 0; r < product.rows; ++r) {
-            std::copy_n(product.a + r * x.channels, product.depth, copies + r * copy_stride);
-          }
-          product.a = copies;
-          product.a_stride = copy_stride;
-        }
         product.accumulate = channel > 0;
         product.run = chunk;
         product.epilogue = channel + chunk < x.channels ? nullptr : &epilogue;

@@ -464,17 +464,20 @@ struct Element<deeplab_fast::cuda::Bfloat16> {
   static uint16_t narrow(float value) { return cuda_on_host::narrow<8, 7>(value); }
 };
 
-// Element `k` of row `r` of an operand of wgmma, by its description: rows of 128 bytes, swizzled.
-inline uint16_t operand(Block& of, uint64_t description, int r, int k) {
+// Row `r` of an operand of wgmma, by its description: rows of 128 bytes, swizzled.
+template <typename T>
+void operand_row(Block& of, uint64_t description, int r, float (&to)[16]) {
   const auto start = static_cast<uint32_t>(description & 0x3fff) << 4;
   const auto eight_rows = static_cast<uint32_t>(description >> 32 & 0x3fff) << 4;
   require(description >> 62 == 1 && (description >> 49 & 7) == 0 && start % 1024 < 128,
           "a description of an operand that the test does not know");
-  uint32_t address = start + r / 8 * eight_rows + r % 8 * 128 + 2 * k;
-  address ^= (address >> 7 & 7) << 4;
-  uint16_t element;
-  std::memcpy(&element, shared_at(of, address, 2), 2);
-  return element;
+  for (int word = 0; word < 2; ++word) {
+    uint32_t address = start + r / 8 * eight_rows + r % 8 * 128 + 16 * word;
+    address ^= (address >> 7 & 7) << 4;
+    uint16_t elements[8];
+    std::memcpy(elements, shared_at(of, address, 16), 16);
+    for (int i = 0; i < 8; ++i) to[8 * word + i] = Element<T>::widen(elements[i]);
+  }
 }
 
 // A thread's part of d [64, 8 blocks] = a b^T (+ d).
@@ -483,17 +486,14 @@ void multiply(Block& of, int thread, float* d, int blocks, uint64_t a, uint64_t 
   const int g = thread % 32 / 4, t = thread % 4;
   float rows[2][16];
   for (int half = 0; half < 2; ++half) {
-    for (int k = 0; k < 16; ++k) {
-      const int row = thread / 32 % 4 * 16 + g + 8 * half;
-      rows[half][k] = Element<T>::widen(operand(of, a, row, k));
-    }
+    operand_row<T>(of, a, thread / 32 % 4 * 16 + g + 8 * half, rows[half]);
   }
   for (int i = 0; i < blocks; ++i) {
     for (int j = 0; j < 2; ++j) {
-      float sum[2] = {};
+      float filter[16], sum[2] = {};
+      operand_row<T>(of, b, 8 * i + 2 * t + j, filter);
       for (int k = 0; k < 16; ++k) {
-        const float filter = Element<T>::widen(operand(of, b, 8 * i + 2 * t + j, k));
-        for (int half = 0; half < 2; ++half) sum[half] += rows[half][k] * filter;
+        for (int half = 0; half < 2; ++half) sum[half] += rows[half][k] * filter[k];
       }
       for (int half = 0; half < 2; ++half) {
         float& to = d[4 * i + 2 * half + j];

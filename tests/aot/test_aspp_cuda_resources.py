@@ -1,0 +1,262 @@
+"""What the CUDA kernels of the ASPP take of a GPU, compiled by nvcc without one.
+
+`aspp_cuda_resources.json` holds the registers of each kernel for each architecture and the shared
+memory of each row of the table of tiles. After a change of the kernels
+
+    DEEPLAB_FAST_RECORD_RESOURCES=1 python -m pytest tests/aot/test_aspp_cuda_resources.py
+
+writes the new numbers; look at what they do to the blocks that fit a multiprocessor. The machine
+code is looked at where there is a cuobjdump: the toolkit's, or the one that Triton brings.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.aot
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = Path(__file__).with_name("aspp_cuda_resources.json")
+RECORD = os.environ.get("DEEPLAB_FAST_RECORD_RESOURCES") == "1"
+# Which file, and the architectures it is compiled for.
+BUILDS = {
+    "sm_80": ("aspp.cu", "arch=compute_80,code=sm_80"),
+    "sm_90a": ("aspp_sm90.cu", "arch=compute_90a,code=sm_90a"),
+    # What a Blackwell GPU makes of the PTX that ships.
+    "sm_100": ("aspp.cu", "arch=compute_100,code=sm_100"),
+}
+REGISTERS = 65536
+# Shared memory of a block and of a multiprocessor, which keeps 1 KB of each block for itself.
+SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024)}
+# Of the smallest device with these kernels, sm_86.
+LEAST_SHARED = 99 * 1024
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    if home and Path(home, "bin", "nvcc").is_file():
+        return str(Path(home, "bin", "nvcc"))
+    return shutil.which("nvcc")
+
+
+def find_cuobjdump() -> str | None:
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = importlib.util.find_spec("triton")
+    if triton is None or triton.origin is None:
+        return None
+    path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(path) if path.is_file() else None
+
+
+def read_table() -> dict:
+    if TABLE.is_file():
+        return json.loads(TABLE.read_text())
+    return {"nvcc": "", "kernels": {}, "shared": {}}
+
+
+def record(nvcc: str, **entries: dict) -> None:
+    table = read_table()
+    table["nvcc"] = nvcc
+    for name, entry in entries.items():
+        table[name] = table[name] | entry
+    temporary = TABLE.with_suffix(".tmp")
+    temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, TABLE)
+
+
+def demangle(names: list[str]) -> list[str]:
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    found = []
+    for line in done.stdout.splitlines():
+        name = line.replace("deeplab_fast::cuda::", "").removeprefix("void ")
+        found.append(name.partition("(")[0])
+    return found
+
+
+class Compiled:
+    """One run of nvcc: what it said, ptxas' report of each kernel, and the machine code."""
+
+    def __init__(self, nvcc: str, release: str, architecture: str, folder: Path) -> None:
+        self.architecture, self.release = architecture, release
+        source, target = BUILDS[architecture]
+        self.cubin = folder / "aspp.cubin"
+        command = [
+            nvcc, "-cubin", f"-gencode={target}", "-std=c++20", "-O3", "--expt-relaxed-constexpr",
+            "-Xptxas", "-v", "-DDEEPLAB_FAST_WITHOUT_TORCH", "-I", str(ROOT / "csrc" / "include"),
+            "-o", str(self.cubin), str(ROOT / "csrc" / "cuda" / source),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        self.said = done.stderr
+        entry = re.compile(
+            r"Compiling entry function '(\w+)'.*?"
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+            r"Used (\d+) registers(?:.*?(\d+) bytes smem)?[^\n]*",
+            re.DOTALL,
+        )
+        found = entry.findall(done.stderr)
+        names = demangle([match[0] for match in found])
+        self.registers = {n: int(m[4]) for n, m in zip(names, found, strict=True)}
+        self.spilled = {n: m[1:4] for n, m in zip(names, found, strict=True)}
+        self.static_shared = {n: int(m[5] or 0) for n, m in zip(names, found, strict=True)}
+
+    def instructions(self) -> dict[str, Counter[str]]:
+        """For each kernel how often each instruction occurs, modifiers included."""
+        cuobjdump = find_cuobjdump()
+        if cuobjdump is None:
+            pytest.skip("no cuobjdump: neither on PATH nor with Triton")
+        done = subprocess.run(
+            [cuobjdump, "--dump-sass", str(self.cubin)], capture_output=True, text=True, check=True
+        )
+        parts = re.split(r"Function : (\w+)", done.stdout)[1:]
+        line = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)")
+        counts = [Counter(line.findall(code)) for code in parts[1::2]]
+        return dict(zip(demangle(parts[::2]), counts, strict=True))
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: CUDA_HOME is not set and nvcc is not on PATH")
+    if shutil.which("c++filt") is None:
+        pytest.skip("no c++filt")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    release = re.search(r"release (\d+\.\d+)", version.stdout).group(1)
+    if request.param == "sm_100" and float(release) < 12.8:
+        pytest.skip(f"nvcc {release} does not know sm_100")
+    return Compiled(nvcc, release, request.param, tmp_path_factory.mktemp(request.param))
+
+
+class Row:
+    """A row of the table of tiles, read off its source."""
+
+    def __init__(self, text: str) -> None:
+        numbers = [int(n) for n in text.split(",")]
+        self.architecture, self.block_m, self.block_n, warps_m, warps_n, self.stages = numbers[:6]
+        self.cluster, self.occupancy = numbers[6:]
+        loaders = 1 if self.architecture == 90 else 0
+        width = 128 if self.architecture == 90 else 32
+        self.threads = width * (warps_m * warps_n + loaders)
+        self.accumulators = (
+            self.block_m // self.cluster * self.block_n // (width * warps_m * warps_n)
+        )
+        # 64 channels of 2 bytes.
+        self.shared = self.stages * (self.block_m // self.cluster + self.block_n) * 128
+        if self.architecture == 90:
+            self.shared += 1024 + 16 * self.stages
+
+
+def rows() -> list[Row]:
+    source = (ROOT / "csrc" / "include" / "deeplab_fast" / "aspp_tile_table.h").read_text()
+    found = re.findall(r"^    \{(\d+(?:, \d+){7})\},$", source, re.MULTILINE)
+    return [Row(text) for text in found]
+
+
+def row_of(kernel: str) -> Row:
+    return rows()[int(re.search(r", (\d+)>", kernel).group(1))]
+
+
+def main_kernels(names) -> list[str]:
+    return [name for name in names if re.match(r"aspp_sm\d+_kernel", name)]
+
+
+def test_every_kernel_is_compiled_without_complaint(compiled: Compiled) -> None:
+    # ptxas says so where it runs wgmma one after the other, or ignores setmaxnreg.
+    assert not re.findall(r"warning|Performance|ignored|C75\d\d", compiled.said)
+    architecture = 90 if compiled.architecture == "sm_90a" else 80
+    expected = {i for i, row in enumerate(rows()) if row.architecture == architecture}
+    for kernel in (f"aspp_sm{architecture}_kernel", "aspp_sum_kernel"):
+        found = [name for name in compiled.registers if name.startswith(kernel)]
+        types = {name.partition("<")[2].partition(",")[0] for name in found}
+        assert types == {"Half", "Bfloat16"}
+        assert {int(n.rpartition(", ")[2].rstrip(">")) for n in found} == expected
+
+
+def test_no_register_is_spilled(compiled: Compiled) -> None:
+    assert {n: s for n, s in compiled.spilled.items() if s != ("0", "0", "0")} == {}
+    assert set(compiled.static_shared.values()) == {0}
+
+
+def test_blocks_fit_a_multiprocessor(compiled: Compiled) -> None:
+    for name in main_kernels(compiled.registers):
+        row = row_of(name)
+        # Registers are handed out to warps in units of 8 for each thread.
+        taken = -(-compiled.registers[name] // 8) * 8 * row.threads
+        assert taken * row.occupancy <= REGISTERS, name
+        block, multiprocessor = SHARED[row.architecture]
+        assert row.shared <= block, name
+        assert (row.shared + 1024) * row.occupancy <= multiprocessor, name
+
+
+def test_registers_are_as_recorded(compiled: Compiled) -> None:
+    if RECORD:
+        shared = {f"row {i}": row.shared for i, row in enumerate(rows())}
+        kernels = {compiled.architecture: compiled.registers}
+        record(compiled.release, kernels=kernels, shared=shared)
+    table = read_table()
+    assert {f"row {i}": row.shared for i, row in enumerate(rows())} == table["shared"]
+    if compiled.release != table["nvcc"]:
+        pytest.skip(f"the table is of nvcc {table['nvcc']}, this is {compiled.release}")
+    assert compiled.registers == table["kernels"][compiled.architecture]
+
+
+def test_instructions_are_those_meant(compiled: Compiled) -> None:
+    every = compiled.instructions()
+    assert set(every) == set(compiled.registers)
+    for name, found in every.items():
+        # No array lies in local memory, nothing is summed by atomics.
+        assert not [i for i in found if re.match(r"LDL|STL|RED\b|ATOM", i)], name
+    for name in main_kernels(every):
+        found, row = every[name], row_of(name)
+        dtype = "BF16" if "Bfloat16" in name else "F16"
+
+        def count(pattern: str, found: Counter[str] = found) -> int:
+            return sum(n for i, n in found.items() if re.fullmatch(pattern, i))
+
+        # Operands by 16 bytes past the first-level cache, results by 16 bytes.
+        assert count(r"LDGSTS\..*128") and count(r"LDGSTS.*") == count(r"LDGSTS.*BYPASS.*128")
+        assert count(r"STG\.E\.128")
+        if row.architecture == 90:
+            columns = row.block_n // (row.threads // 128 - 1) * row.block_m // row.cluster // 64
+            suffix = "" if dtype == "F16" else r"\.BF16"
+            assert count(r"HGMMA.*") == count(rf"HGMMA\.64x{columns}x16\.F32{suffix}") > 0
+            assert count("HMMA.*") == 0
+            multicast = count(r"UTMALDG\.2D\.MULTICAST")
+            assert count(r"UTMALDG.*") == (multicast or count(r"UTMALDG\.2D")) > 0
+            assert (multicast > 0) == (row.cluster > 1)
+            assert count(r"ARRIVES\.LDGSTSBAR.*") and count(r"SYNCS\.PHASECHK.*TRYWAIT")
+            assert count(r"USETMAXREG.*") == 2
+            assert count(r"FENCE\.VIEW\.ASYNC.*")
+            assert bool(count(r"UCGABAR.*")) == (row.cluster > 1)
+        else:
+            suffix = "" if dtype == "F16" else r"\.BF16"
+            assert count(r"HMMA.*") == count(rf"HMMA\.16816\.F32{suffix}")
+            # A chunk of 64 channels once: its products, and the operands of 16x16.
+            assert count(r"HMMA.*") == row.accumulators // 4 * 4
+            assert count(r"LDSM\.16\.M88\.4") == count(r"LDSM.*") > 0
+
+
+def test_one_row_at_least_fits_the_smallest_device() -> None:
+    assert any(row.architecture == 80 and row.shared <= LEAST_SHARED for row in rows())
+
+
+def test_rows_divide_into_fragments() -> None:
+    assert len(rows()) == 7
+    for row in rows():
+        # 16 rows or 64 of them a warp or warpgroup, four blocks of 8 columns for a 16-byte store.
+        assert row.block_m // row.cluster % 64 == 0 and row.block_n % 128 == 0
+        assert row.accumulators <= 128
+        assert 2 <= row.stages
