@@ -104,7 +104,7 @@ inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channel
   // Threads with few tiles each share the blocks: then each weight is read by one thread only.
   if (threads > 1 && tiles < (cached ? 1 : 2) * least * threads) {
     const int64_t most = 2 * kTilesStreamed;
-    const int64_t blocks = (tiles + most - 1) / most;
+    const int64_t blocks = std::max<int64_t>(1, (tiles + most - 1) / most);
     return {(tiles + blocks - 1) / blocks, true};
   }
   // The size by which the thread with the most blocks ends first.
