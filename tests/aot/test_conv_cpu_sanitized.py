@@ -30,6 +30,7 @@ def compile_program(program: Path, *flags: str) -> subprocess.CompletedProcess[s
     return subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_edges_under_sanitizers(tmp_path: Path) -> None:
     program = tmp_path / "conv"
     done = compile_program(program, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
