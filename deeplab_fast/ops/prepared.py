@@ -5,7 +5,8 @@
     print(conv.plan(x.shape))     # what runs for this shape, and its cost
 
 The objects take a snapshot of their weights: they do not follow later changes of the tensors that
-they were made from. What runs is chosen for each shape by the cost model of `_cpu_forms`:
+they were made from. An infinite or nan input spreads to all outputs of its tile where tiles are
+used. What runs is chosen for each shape by the cost model of `_cpu_forms`:
 
     tiles    3x3 convolutions with stride 1 and padding = dilation by few multiplications
     pixels   1x1 convolutions as one matrix product, written straight into a channel slice
@@ -127,6 +128,7 @@ class PreparedConv:
         self.reuse = reuse
         self._weight, self._shift = _fold("PreparedConv", weight, scale, shift)
         self._forms: dict[Any, Tensor] = {}
+        self._choices: dict[Any, _Choice] = {}
         self._lock = threading.Lock()
 
     def __call__(
@@ -216,11 +218,13 @@ class PreparedConv:
 
     def __getstate__(self) -> dict[str, Any]:
         # Prepared weights come back on demand; those in oneDNN's layout cannot be copied.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_lock", "_forms")}
+        own = ("_lock", "_forms", "_choices")
+        return {k: v for k, v in self.__dict__.items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forms = {}
+        self._choices = {}
         self._lock = threading.Lock()
 
     def _output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -253,6 +257,16 @@ class PreparedConv:
         return (x.shape[0], self.out_channels, *self._output_size(x.shape[2], x.shape[3]))
 
     def _choose(self, shape: Sequence[int], threads: int, into_slice: bool) -> _Choice:
+        # All that a choice depends on and that can change.
+        key = (*shape, threads, into_slice, _has_onednn(), self.max_extra_bytes, len(self._forms))
+        choice = self._choices.get(key)
+        if choice is None:
+            if len(self._choices) >= _KEPT_CHOICES:
+                self._choices.clear()
+            choice = self._choices[key] = self._choose_now(shape, threads, into_slice)
+        return choice
+
+    def _choose_now(self, shape: Sequence[int], threads: int, into_slice: bool) -> _Choice:
         n, _, height, width = shape
         macs = n * self._weight.numel()
         for axis, length in enumerate((height, width)):
@@ -570,6 +584,7 @@ _ONEDNN_ACTIVATIONS: dict[str | None, tuple[str, list[float]]] = {
 
 
 _PANEL = 16
+_KEPT_CHOICES = 64
 
 
 def _has_onednn() -> bool:

@@ -1,234 +1,386 @@
-"""Prepared convolutions against the specification in float64."""
+"""Convolutions with prepared weights: every kind of layer, layout, copy and bound."""
+
+from __future__ import annotations
 
 import copy
 import pickle
 import threading
+from collections.abc import Callable
 
+import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from deeplab_fast import _ext, ops, reference, use_backend
-from deeplab_fast.ops import _cpu_forms
+from deeplab_fast import _ext, reference
+from deeplab_fast.ops import _cpu_forms, prepared
 from deeplab_fast.ops.prepared import PreparedAspp, PreparedConv, PreparedProject
+from deeplab_fast.testing import threads
 
-# 2-norm against float64. A direct fp32 sum stays below 2e-6, the forms that save multiplications
-# below 1e-5 (design of the project, section 6).
-DIRECT, SAVING = 2e-6, 1e-5
-
-needs_kernels = pytest.mark.skipif(not _ext.CPU.loaded, reason=f"no C++: {_ext.CPU.reason}")
-
-
-def relative_error(y: Tensor, exact: Tensor) -> float:
-    if exact.numel() == 0:
-        return 0.0
-    return float((y.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+# design.md 6: 2-norm against float64, of forms that save multiplications and of the others.
+SAVING, DIRECT = 1e-5, 2e-6
+CHANNELS_LAST = torch.channels_last
+needs_kernels = pytest.mark.skipif(not _ext.CPU.loaded, reason=_ext.CPU.reason)
 
 
-def random_conv(k: int, c: int, kernel: int) -> tuple[Tensor, Tensor, Tensor]:
-    weight = torch.randn(k, c, kernel, kernel) / (c * kernel * kernel) ** 0.5
-    return weight, torch.rand(k) + 0.5, torch.randn(k)
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    scale = expected.norm().item() or 1.0
+    return (y.double() - expected).norm().item() / scale
 
 
-def exact_conv(x, weight, scale, shift, residual=None, act="relu", **options) -> Tensor:
-    wide = [t if t is None else t.double() for t in (x, weight, scale, shift, residual)]
-    given = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, **options}
-    return reference.conv_bn_act(*wide[:4], *given.values(), wide[4], act)
+def layer(c: int, k: int, kernel: int | tuple[int, int], groups: int = 1) -> tuple[Tensor, ...]:
+    sizes = (kernel, kernel) if isinstance(kernel, int) else kernel
+    return torch.randn(k, c // groups, *sizes), torch.rand(k) + 0.5, torch.randn(k)
 
 
-@pytest.mark.parametrize(
-    "shape,k,dilation",
-    [
-        pytest.param((1, 16, 13, 17), 16, 1, id="plain"),
-        pytest.param((2, 7, 12, 9), 5, 2, id="odd-channels-and-batch"),
-        pytest.param((1, 33, 20, 20), 40, 4, id="phases-divide-the-map"),
-        pytest.param((1, 8, 5, 7), 24, 9, id="dilation-above-the-map"),
-        pytest.param((3, 17, 1, 1), 3, 1, id="one-pixel"),
-        pytest.param((1, 16, 1, 23), 16, 3, id="one-row"),
-        pytest.param((0, 16, 6, 6), 16, 1, id="no-image"),
-        pytest.param((1, 300, 33, 33), 64, 12, id="aspp-line3"),
-        pytest.param((1, 64, 33, 33), 64, 18, id="aspp-line2"),
+def expected_of(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, **options
+) -> Tensor:
+    act = options.pop("act", "relu")
+    y = F.conv2d(x.double(), weight.double(), **options)
+    y = y * scale.double()[:, None, None] + shift.double()[:, None, None]
+    y = y if residual is None else y + residual.double()
+    functions = {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, None: lambda t: t}
+    return functions[act](y)
+
+
+# (N, C, K, H, W), kernel, options
+LAYERS = [
+    pytest.param((1, 3, 16, 17, 19), 7, {"stride": 2, "padding": 3}, id="stem"),
+    pytest.param((2, 64, 64, 33, 17), 3, {"padding": 1}, id="3x3"),
+    pytest.param((1, 48, 40, 33, 33), 3, {"padding": 4, "dilation": 4}, id="3x3 dilated"),
+    pytest.param((1, 64, 32, 5, 9), 3, {"padding": 18, "dilation": 18}, id="beyond the map"),
+    pytest.param((1, 64, 32, 1, 1), 3, {"padding": 2, "dilation": 2}, id="one pixel"),
+    pytest.param((2, 16, 24, 9, 9), 3, {"padding": 1, "stride": 2}, id="stride"),
+    pytest.param((1, 64, 64, 17, 9), 3, {"padding": (2, 1), "dilation": (2, 1)}, id="anisotropic"),
+    pytest.param((1, 32, 16, 21, 8), 3, {"padding": 0}, id="no padding"),
+    pytest.param((2, 256, 21, 9, 7), 1, {}, id="1x1"),
+    pytest.param((1, 24, 40, 9, 9), 1, {"stride": 2}, id="1x1 with stride"),
+    pytest.param((2, 24, 24, 9, 9), 5, {"padding": 2, "groups": 24}, id="depthwise"),
+    pytest.param((1, 24, 16, 9, 9), 3, {"padding": 1, "groups": 4}, id="groups"),
+    pytest.param((1, 8, 8, 6, 7), (1, 3), {"padding": (0, 1)}, id="1x3"),
+    pytest.param((0, 64, 64, 33, 33), 3, {"padding": 1}, id="no image"),
+]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=CHANNELS_LAST),
+    "strided": lambda x: x.repeat_interleave(2, 1).repeat_interleave(3, 3)[:, ::2, :, ::3],
+    "slice": lambda x: torch.cat([x, x], 1).contiguous(memory_format=CHANNELS_LAST)[
+        :, x.shape[1] :
     ],
-)
-@pytest.mark.parametrize("act,with_residual", [("relu", True), (None, False)], ids=str)
-def test_3x3_against_float64(shape, k, dilation, act, with_residual, nan_poison) -> None:
-    x, (weight, scale, shift) = torch.randn(shape), random_conv(k, shape[1], 3)
-    residual = torch.randn(shape[0], k, *shape[2:]) if with_residual else None
-    options = {"padding": dilation, "dilation": dilation}
-    conv = PreparedConv(weight, scale, shift, act=act, **options)
-    y = conv(x, residual)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    exact = exact_conv(x, weight, scale, shift, residual, act, **options)
-    assert relative_error(y, exact) <= SAVING
+}
 
 
-@needs_kernels
-@pytest.mark.parametrize("rows", list(_cpu_forms.FORMS))
-@pytest.mark.parametrize("columns", list(_cpu_forms.FORMS))
-def test_every_pair_of_forms(rows, columns, nan_poison) -> None:
-    """Chosen by hand, on a map whose phases have the length that a whole-line form takes."""
-    row, column = _cpu_forms.FORMS[rows], _cpu_forms.FORMS[columns]
-    dilation = 4
-    height, width = (dilation * f.outputs if f.whole_line else 21 for f in (row, column))
-    x, (weight, scale, shift) = torch.randn(2, 19, height, width), random_conv(21, 19, 3)
-    x = x.contiguous(memory_format=torch.channels_last)
-    kernels = torch.ops.deeplab_fast
-    folded = weight * scale[:, None, None, None]
-    prepared = kernels._conv_prepare_tiles_cpu(folded, row.number, column.number)
-    out = torch.full((2, 30, height, width), 7.0).contiguous(memory_format=torch.channels_last)
-    forms = [row.number, row.number], [column.number, column.number]
-    kernels._conv_tiles_cpu(x, [prepared], shift, None, out, 4, dilation, *forms, "relu")
-    exact = exact_conv(x, weight, scale, shift, padding=dilation, dilation=dilation)
-    assert relative_error(out[:, 4:25], exact) <= SAVING
-    # Channels beside the slice are not written.
-    assert bool((out[:, :4] == 7).all() and (out[:, 25:] == 7).all())
+class TestConv:
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    @pytest.mark.parametrize(("shape", "kernel", "options"), LAYERS)
+    def test_is_the_layer(self, nan_poison, shape, kernel, options, layout) -> None:
+        n, c, k, height, width = shape
+        weight, scale, shift = layer(c, k, kernel, options.get("groups", 1))
+        x = layout(torch.randn(n, c, height, width))
+        conv = PreparedConv(weight, scale, shift, **options)
+        expected = expected_of(x, weight, scale, shift, None, **options)
+        y = conv(x)
+        assert y.is_contiguous(memory_format=CHANNELS_LAST)
+        assert relative_error(y, expected) <= SAVING
+        residual = layout(torch.randn(expected.shape))
+        with_residual = expected_of(x, weight, scale, shift, residual, **options)
+        before = residual.clone()
+        assert relative_error(conv(x, residual), with_residual) <= SAVING
+        assert torch.equal(residual, before)
+
+        out = torch.randn(n, k + 9, *expected.shape[2:]).contiguous(memory_format=CHANNELS_LAST)
+        untouched = out.clone()
+        into = conv(x, out=out, channel_offset=4)
+        assert into.data_ptr() == out[:, 4 : 4 + k].data_ptr()
+        assert relative_error(out[:, 4 : 4 + k], expected) <= SAVING
+        assert torch.equal(out[:, :4], untouched[:, :4])
+        assert torch.equal(out[:, 4 + k :], untouched[:, 4 + k :])
+
+    @pytest.mark.parametrize("act", ["relu", "relu6", "hardswish", None], ids=str)
+    @pytest.mark.parametrize(
+        ("c", "kernel"), [(64, 3), (256, 1), (16, 1)], ids=["tiles", "pixels", "onednn"]
+    )
+    def test_activations(self, act: str | None, c: int, kernel: int) -> None:
+        weight, scale, shift = layer(c, 32, kernel)
+        x, residual = torch.randn(1, c, 33, 21), torch.randn(1, 32, 33, 21)
+        options = {"padding": kernel // 2, "act": act}
+        conv = PreparedConv(weight, scale * 0.1, shift, **options)
+        for added in (None, residual):
+            expected = expected_of(x, weight, scale * 0.1, shift, added, **options)
+            assert relative_error(conv(x, added), expected) <= SAVING
+
+    def test_scale_and_shift_can_be_left_out(self) -> None:
+        weight = layer(8, 8, 3)[0]
+        x = torch.randn(1, 8, 6, 6)
+        y = PreparedConv(weight, None, None, padding=1, act=None)(x)
+        assert relative_error(y, F.conv2d(x.double(), weight.double(), padding=1)) <= DIRECT
+
+    def test_shapes_change_from_call_to_call(self) -> None:
+        weight, scale, shift = layer(64, 32, 3)
+        conv = PreparedConv(weight, scale, shift, padding=6, dilation=6)
+        for n, height, width in [(1, 33, 33), (2, 7, 40), (1, 1, 1), (1, 65, 33), (1, 33, 33)]:
+            x = torch.randn(n, 64, height, width)
+            expected = expected_of(x, weight, scale, shift, None, padding=6, dilation=6)
+            assert relative_error(conv(x), expected) <= SAVING
+
+    def test_holds_a_snapshot(self) -> None:
+        weight, scale, shift = layer(16, 16, 3)
+        conv = PreparedConv(weight, scale, shift, padding=1)
+        x = torch.randn(1, 16, 40, 40)
+        expected = conv(x)
+        for tensor in (weight, scale, shift):
+            tensor.fill_(float("nan"))
+        assert torch.equal(conv(x), expected)
+        # Weights that are prepared only now come from the snapshot as well.
+        assert not conv(x[:, :, :9]).isnan().any()
+
+    @pytest.mark.parametrize(
+        "copied",
+        [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))],
+        ids=["deepcopy", "pickle"],
+    )
+    @pytest.mark.parametrize(("c", "kernel"), [(64, 3), (256, 1), (16, 1)], ids=str)
+    def test_copies(self, copied, c: int, kernel: int) -> None:
+        conv = PreparedConv(*layer(c, 32, kernel), padding=kernel // 2, act="relu6")
+        x = torch.randn(1, c, 33, 33)
+        expected = conv(x)
+        other = copied(conv)
+        assert other.extra_bytes == 0
+        assert torch.equal(other(x), expected)
+        assert other.extra_bytes == conv.extra_bytes > 0
+
+    def test_inference_mode_on_either_side(self) -> None:
+        weight, scale, shift = layer(64, 64, 3)
+        x = torch.randn(1, 64, 33, 33)
+        expected = PreparedConv(weight, scale, shift, padding=1)(x)
+        with torch.inference_mode():
+            inside = PreparedConv(weight.clone(), scale, shift, padding=1)
+            assert torch.equal(inside(x), expected)
+        assert torch.equal(inside(x), expected)
+        assert not inside(x).requires_grad
+        outside = PreparedConv(weight.requires_grad_(), scale, shift, padding=1)
+        with torch.inference_mode():
+            assert torch.equal(outside(x.clone()), expected)
+
+    def test_many_threads_prepare_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        conv = PreparedConv(*layer(64, 48, 3), padding=2, dilation=2)
+        xs = [torch.randn(1, 64, size, 33) for size in (33, 34, 35, 33)]
+        expected = [copy.deepcopy(conv)(x) for x in xs]
+        made: list[object] = []
+        make = PreparedConv._form
+
+        def counted(self, key, function):
+            return make(self, key, lambda: made.append(key) or function())
+
+        monkeypatch.setattr(PreparedConv, "_form", counted)
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                for _ in range(5):
+                    for x, y in zip(xs, expected, strict=True):
+                        assert torch.equal(conv(x), y)
+            except BaseException as error:
+                failures.append(error)
+
+        workers = [threading.Thread(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert not failures
+        assert len(made) == len(set(made)) > 0
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            ({"weight": torch.randn(4, 3, 3, 3).double()}, "weight is float64 on cpu; allowed is"),
+            ({"weight": torch.randn(4, 3, 3, 3, device="meta")}, "on meta; allowed is float32"),
+            ({"weight": torch.randn(4, 3)}, r"expected \[K, C, R, S\]"),
+            ({"scale": torch.randn(3)}, r"scale has shape \[3\], expected \[4\]"),
+            ({"groups": 3}, "groups=3 must divide the 4 output channels"),
+            ({"stride": 0}, "stride must be an int or a pair of ints of at least 1, got 0"),
+            ({"padding": (1, -1)}, "padding must be"),
+            ({"dilation": (1, 2, 3)}, "dilation must be"),
+            ({"act": "gelu"}, "act must be one of"),
+        ],
+        ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+    )
+    def test_bad_layers_are_named(self, arguments: dict, text: str) -> None:
+        given = {"weight": torch.randn(4, 3, 3, 3), "scale": torch.ones(4), "shift": None}
+        with pytest.raises(ValueError, match=text):
+            PreparedConv(**(given | arguments))
+
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            ({"x": torch.randn(1, 4, 6, 6)}, "has 4 channels, the weight wants 3"),
+            ({"x": torch.randn(1, 3, 6, 6).half()}, "x is float16 on cpu; allowed is float32"),
+            ({"x": torch.randn(3, 6, 6)}, r"expected \[N, C, H, W\]"),
+            ({"x": torch.randn(1, 3, 2, 6)}, "smaller than the dilated kernel"),
+            (
+                {"residual": torch.randn(1, 4, 6, 6)},
+                r"residual has shape .* expected \[1, 4, 4, 4\]",
+            ),
+            ({"out": torch.randn(1, 4, 4, 4)}, "make it with memory_format=torch.channels_last"),
+            ({"out": torch.randn(1, 4, 4, 5)}, r"expected \[1, L, 4, 4\]"),
+            ({"out": torch.randn(1, 5, 4, 4), "channel_offset": 2}, "channel_offset=2"),
+        ],
+        ids=["channels", "dtype", "rank", "size", "residual", "layout", "out", "slice"],
+    )
+    def test_bad_calls_are_named(self, arguments: dict, text: str) -> None:
+        conv = PreparedConv(torch.randn(4, 3, 3, 3), None, None)
+        with pytest.raises(ValueError, match=text):
+            conv(**({"x": torch.randn(1, 3, 6, 6)} | arguments))
 
 
-@settings(max_examples=25, deadline=None)
+class TestBounds:
+    @needs_kernels
+    @pytest.mark.parametrize(("c", "kernel"), [(64, 3), (256, 1)], ids=["tiles", "pixels"])
+    def test_memory_is_bounded(self, c: int, kernel: int) -> None:
+        weight, scale, shift = layer(c, 32, kernel)
+        free = PreparedConv(weight, scale, shift, padding=kernel // 2)
+        x = torch.randn(1, c, 33, 33)
+        expected = free(x)
+        assert free.plan(x.shape).extra_bytes == free.extra_bytes > 0
+        for bound in (0, 4 * weight.numel(), free.extra_bytes - 1, free.extra_bytes):
+            options = {"padding": kernel // 2, "max_extra_bytes": bound}
+            conv = PreparedConv(weight, scale, shift, **options)
+            assert relative_error(conv(x), expected.double()) <= SAVING
+            conv(torch.randn(1, c, 40, 17))
+            conv(torch.randn(1, c, 2, 2))
+            assert conv.extra_bytes <= bound
+        assert conv.plan(x.shape).kernel == free.plan(x.shape).kernel
+
+    @needs_kernels
+    def test_branches_share_a_bound(self) -> None:
+        weights = [torch.randn(48, 64, 1, 1), *(torch.randn(48, 64, 3, 3) for _ in range(3))]
+        ones, zeros = [torch.ones(48)] * 4, [torch.zeros(48)] * 4
+        x = torch.randn(1, 64, 49, 49)
+        free = PreparedAspp(weights, ones, zeros, [1, 6, 12, 18])
+        expected = free(x)
+        assert {plan.kernel for plan in free.plan(x.shape)[1:]} == {"tiles"}
+        bound = free.extra_bytes // 2
+        aspp = PreparedAspp(weights, ones, zeros, [1, 6, 12, 18], bound)
+        assert relative_error(aspp(x), expected.double()) <= SAVING
+        assert 0 < aspp.extra_bytes <= bound
+
+    @needs_kernels
+    def test_plan_is_what_runs(self) -> None:
+        """The prepared weights that a call leaves behind are those of its plan."""
+        conv = PreparedConv(*layer(96, 64, 3), padding=12, dilation=12)
+        for size in (33, 65, 13):
+            fresh = copy.deepcopy(conv)
+            plan = fresh.plan((1, 96, size, size))
+            assert plan.extra_bytes > 0
+            fresh(torch.randn(1, 96, size, size))
+            assert fresh.extra_bytes == plan.extra_bytes
+            ahead = copy.deepcopy(conv)
+            ahead.prepare((1, 96, size, size))
+            assert ahead.extra_bytes == plan.extra_bytes
+            assert f"{plan.kernel} {plan.form} [1, 96, {size}, {size}]" in str(plan)
+
+    @pytest.mark.parametrize(
+        ("rate", "form", "products"),
+        [
+            (12, "tile6 x tile6", 144 * 64),
+            # 17 phases of 3 and 7 of 2 samples.
+            (24, "line3/line2 x line3/line2", (17 * 4 + 7 * 3) ** 2),
+            # 29 phases of 2 samples and 7 of 1.
+            (36, "line2/line1 x line2/line1", (29 * 3 + 7) ** 2),
+        ],
+    )
+    def test_forms_of_the_aspp(self, rate: int, form: str, products: int) -> None:
+        """65x65, 2048 to 256 channels, with their counts of products."""
+        best = _cpu_forms.tile_forms(1, 2048, 256, 65, 65, rate, 2, True)[0]
+        assert str(best) == form
+        assert best.macs == products * 2048 * 256
+        # The dense count has 9 products for each pixel.
+        assert best.macs < 0.27 * 9 * 65 * 65 * 2048 * 256
+
+    def test_without_kernels_and_without_onednn(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        weight, scale, shift = layer(64, 32, 3)
+        x, residual = torch.randn(2, 64, 33, 20), torch.randn(2, 32, 33, 20)
+        expected = expected_of(x, weight, scale, shift, residual, padding=1)
+        monkeypatch.setattr(prepared, "_has_kernels", lambda: False)
+        conv = PreparedConv(weight, scale, shift, padding=1)
+        assert conv.plan(x.shape).kernel == "onednn"
+        assert relative_error(conv(x, residual), expected) <= DIRECT
+        monkeypatch.setattr(prepared, "_has_onednn", lambda: False)
+        conv = PreparedConv(weight, scale, shift, padding=1)
+        assert conv.plan(x.shape).kernel == "aten"
+        assert relative_error(conv(x, residual), expected) <= DIRECT
+        project = PreparedProject(torch.randn(8, 40, 1, 1), None, None, branch_channels=32)
+        y = project(residual, torch.randn(2, 8))
+        assert conv.extra_bytes == 0
+        assert y.shape == (2, 8, 33, 20)
+
+
+class TestHead:
+    @pytest.mark.parametrize("n", [0, 1, 3])
+    @pytest.mark.parametrize("size", [(33, 33), (1, 1), (9, 14)], ids=str)
+    def test_aspp_and_projection(self, nan_poison, n: int, size: tuple[int, int]) -> None:
+        rates = [1, 6, 12, 18]
+        weights = [torch.randn(24, 40, 1, 1), *(torch.randn(24, 40, 3, 3) for _ in rates[1:])]
+        scales, shifts = ([torch.randn(24) for _ in weights] for _ in range(2))
+        x, pooled = torch.randn(n, 40, *size), torch.randn(n, 10)
+        aspp = PreparedAspp(weights, scales, shifts, rates)
+        double = [[t.double() for t in tensors] for tensors in (weights, scales, shifts)]
+        expected = reference.aspp_branches(x.double(), *double, rates)
+        y = aspp(x)
+        assert y.is_contiguous(memory_format=CHANNELS_LAST)
+        assert relative_error(y, expected) <= SAVING
+        assert len(aspp.plan(x.shape)) == 4
+
+        weight, scale, shift = torch.randn(17, 106, 1, 1), torch.randn(17), torch.randn(17)
+        project = PreparedProject(weight, scale, shift, branch_channels=96)
+        arguments = [t.double() for t in (y, pooled, weight, scale, shift)]
+        assert relative_error(project(y, pooled), reference.aspp_project(*arguments)) <= DIRECT
+        assert torch.equal(copy.deepcopy(aspp)(x), y)
+        assert torch.equal(copy.deepcopy(project)(y, pooled), project(y, pooled))
+
+    def test_threads_do_not_matter(self) -> None:
+        weights = [torch.randn(16, 64, 1, 1), torch.randn(16, 64, 3, 3)]
+        aspp = PreparedAspp(weights, [torch.ones(16)] * 2, [torch.zeros(16)] * 2, [1, 6])
+        x = torch.randn(1, 64, 33, 33)
+        results = []
+        for count in (1, 2, 4):
+            with threads(count):
+                results.append(aspp(x))
+        assert all(relative_error(y, results[0].double()) <= SAVING for y in results)
+
+    def test_bad_input_is_named(self) -> None:
+        weights = [torch.randn(4, 3, 1, 1), torch.randn(4, 3, 5, 5)]
+        vectors = [torch.ones(4)] * 2
+        with pytest.raises(ValueError, match=r"weights\[1\] has shape"):
+            PreparedAspp(weights, vectors, vectors, [1, 2])
+        with pytest.raises(ValueError, match=r"got \[2, 2, 2, 1\]"):
+            PreparedAspp(weights, vectors, vectors, [1])
+        with pytest.raises(ValueError, match="branch_channels=9"):
+            PreparedProject(torch.randn(4, 8, 1, 1), None, None, branch_channels=9)
+        project = PreparedProject(torch.randn(4, 8, 1, 1), None, None, branch_channels=6)
+        with pytest.raises(ValueError, match=r"expected \[1, 2\]"):
+            project(torch.randn(1, 6, 2, 2), torch.randn(1, 3))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    st.integers(1, 2),
-    st.integers(1, 40),
-    st.integers(1, 40),
-    st.integers(1, 30),
-    st.integers(1, 30),
-    st.integers(1, 14),
-    st.sampled_from([1, 3]),
-    st.integers(0, 2**31),
+    n=st.integers(0, 2),
+    c=st.integers(1, 70),
+    k=st.integers(1, 40),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    dilation=st.integers(1, 20),
+    reuse=st.booleans(),
 )
-def test_random_shapes(n, c, k, height, width, dilation, kernel, seed) -> None:
-    torch.manual_seed(seed)
-    x, (weight, scale, shift) = torch.randn(n, c, height, width), random_conv(k, c, kernel)
-    options = {"padding": dilation * (kernel // 2), "dilation": dilation}
-    y = PreparedConv(weight, scale, shift, **options, act=None)(x)
-    exact = exact_conv(x, weight, scale, shift, act=None, **options)
-    assert relative_error(y, exact) <= SAVING
-
-
-@pytest.mark.parametrize(
-    "k,c,options",
-    [
-        pytest.param(70, 260, {}, id="1x1-own-product"),
-        pytest.param(512, 64, {}, id="1x1-onednn"),
-        pytest.param(20, 12, {"stride": 2}, id="1x1-stride-2"),
-    ],
-)
-@pytest.mark.parametrize("act", ["relu", "relu6", "hardswish", None], ids=str)
-def test_1x1_and_activations(k, c, options, act) -> None:
-    x, (weight, scale, shift) = torch.randn(2, c, 9, 7) * 3, random_conv(k, c, 1)
-    y = PreparedConv(weight, scale, shift, act=act, **options)(x)
-    exact = exact_conv(x, weight, scale, shift, act=None, **options)
-    wide = {
-        "relu": torch.relu,
-        "relu6": torch.nn.functional.relu6,
-        "hardswish": torch.nn.functional.hardswish,
-        None: lambda t: t,
-    }[act](exact)
-    assert relative_error(y, wide) <= DIRECT
-
-
-@pytest.mark.parametrize("layout", ["nchw", "strided"])
-def test_layout_of_the_input_does_not_matter(layout) -> None:
-    x, (weight, scale, shift) = torch.randn(2, 16, 14, 18), random_conv(8, 16, 3)
-    conv = PreparedConv(weight, scale, shift, padding=2, dilation=2)
-    expected = conv(x.contiguous(memory_format=torch.channels_last))
-    other = x if layout == "nchw" else x.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(conv(other), expected)
-
-
-@pytest.mark.parametrize("size", [(33, 33), (20, 31), (1, 1)], ids=str)
-def test_aspp_and_projection(size, nan_poison) -> None:
-    c, k, rates = 40, 24, (6, 12, 18)
-    x, pooled = torch.randn(2, c, *size), torch.randn(2, 10)
-    parts = [random_conv(k, c, 1), *(random_conv(k, c, 3) for _ in rates)]
-    weights, scales, shifts = (list(column) for column in zip(*parts, strict=True))
-    dilations = (1, *rates)
-    y = PreparedAspp(weights, scales, shifts, dilations)(x)
-    wide = [[t.double() for t in column] for column in (weights, scales, shifts)]
-    exact = reference.aspp_branches(x.double(), *wide, dilations)
-    assert relative_error(y, exact) <= SAVING
-    weight, scale, shift = random_conv(16, 4 * k + 10, 1)
-    z = PreparedProject(weight, scale, shift, branch_channels=4 * k)(y, pooled)
-    arguments = [t.double() for t in (y, pooled, weight, scale, shift)]
-    assert relative_error(z, reference.aspp_project(*arguments)) <= DIRECT
-    # The public ops, with weights prepared for one call.
-    assert relative_error(ops.aspp_branches(x, weights, scales, shifts, dilations), exact) <= SAVING
-    with use_backend("reference"):
-        plain = ops.aspp_project(y, pooled, weight, scale, shift)
-    assert relative_error(z, plain.double()) <= 2 * DIRECT
-
-
-@needs_kernels
-def test_any_number_of_threads_gives_the_same(nan_poison) -> None:
-    x, (weight, scale, shift) = torch.randn(1, 32, 30, 30), random_conv(48, 32, 3)
-    conv = PreparedConv(weight, scale, shift, padding=1)
-    before = torch.get_num_threads()
-    exact = exact_conv(x, weight, scale, shift, padding=1)
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            assert relative_error(conv(x), exact) <= SAVING
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_bound_on_extra_bytes_copies_and_threads() -> None:
-    x, (weight, scale, shift) = torch.randn(1, 64, 40, 40), random_conv(64, 64, 3)
-    free = PreparedConv(weight, scale, shift, padding=1)
-    expected = free(x)
-    assert free.extra_bytes > 0 and free.plan(x.shape).extra_bytes <= free.extra_bytes
-    bound = PreparedConv(weight, scale, shift, padding=1, max_extra_bytes=0)
-    assert relative_error(bound(x), expected.double()) <= SAVING
-    assert bound.extra_bytes == 0
-    for again in (copy.deepcopy(free), pickle.loads(pickle.dumps(free))):
-        assert again.extra_bytes == 0
-        assert torch.equal(again(x), expected)
-    fresh = PreparedConv(weight, scale, shift, padding=1)
-    results: list[Tensor] = []
-    workers = [threading.Thread(target=lambda: results.append(fresh(x))) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert len(results) == 4 and all(torch.equal(y, expected) for y in results)
-
-
-def test_it_takes_a_snapshot_of_its_weights() -> None:
-    x, (weight, scale, shift) = torch.randn(1, 8, 9, 9), random_conv(8, 8, 3)
-    conv = PreparedConv(weight, scale, shift, padding=1)
-    expected = conv(x)
-    weight.zero_(), scale.zero_(), shift.zero_()
-    assert torch.equal(conv(x), expected)
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        pytest.param({"act": "gelu"}, "act must be one of", id="activation"),
-        pytest.param({"groups": 3}, "groups=3 must divide", id="groups"),
-        pytest.param({"dilation": 0}, "dilation", id="dilation"),
-        pytest.param({"weight": torch.zeros(4, 4, 3)}, r"expected \[K, C, R, S\]", id="rank"),
-        pytest.param(
-            {"weight": torch.zeros(4, 4, 3, 3, dtype=torch.float64)}, "float32", id="dtype"
-        ),
-        pytest.param({"scale": torch.ones(5)}, "one value for each output channel", id="scale"),
-    ],
-)
-def test_bad_arguments(change, message) -> None:
-    weight, scale, shift = random_conv(4, 4, 3)
-    given = {"weight": weight, "scale": scale, "shift": shift, **change}
-    with pytest.raises(ValueError, match=message):
-        PreparedConv(given.pop("weight"), given.pop("scale"), given.pop("shift"), **given)
-
-
-def test_bad_inputs() -> None:
-    conv = PreparedConv(*random_conv(4, 4, 3), padding=1)
-    with pytest.raises(ValueError, match="3 channels, the weight wants 4"):
-        conv(torch.zeros(1, 3, 5, 5))
-    with pytest.raises(ValueError, match="float64"):
-        conv(torch.zeros(1, 4, 5, 5, dtype=torch.float64))
-    with pytest.raises(ValueError, match="residual has shape"):
-        conv(torch.zeros(1, 4, 5, 5), torch.zeros(1, 4, 5, 6))
-    with pytest.raises(ValueError, match=r"channel_offset=2"):
-        conv(torch.zeros(1, 4, 5, 5), out=torch.zeros(1, 5, 5, 5), channel_offset=2)
+def test_any_dilated_layer(n, c, k, height, width, dilation, reuse) -> None:
+    torch.manual_seed(c + k)
+    weight, scale, shift = layer(c, k, 3)
+    x, residual = torch.randn(n, c, height, width), torch.randn(n, k, height, width)
+    options = {"padding": dilation, "dilation": dilation}
+    y = PreparedConv(weight, scale, shift, **options, reuse=reuse)(x, residual)
+    expected = expected_of(x, weight, scale, shift, residual, **options)
+    assert relative_error(y, expected) <= SAVING

@@ -1,0 +1,362 @@
+"""The C++ CPU convolution kernels against the definition, in every instruction set there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+
+import deeplab_fast as dlf
+from deeplab_fast import _ext, ops, reference
+from deeplab_fast.ops import _cpu_forms
+from deeplab_fast.ops._cpu_forms import FORMS
+from deeplab_fast.testing import cpu_instruction_sets, threads
+
+OPS = torch.ops.deeplab_fast
+pytestmark = pytest.mark.skipif(not _ext.CPU.loaded, reason=_ext.CPU.reason)
+
+# design.md 6: 2-norm against float64, of forms that save multiplications and of the others.
+SAVING, DIRECT = 1e-5, 2e-6
+CHANNELS_LAST = torch.channels_last
+
+
+@pytest.fixture(params=cpu_instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = OPS._cpu_instruction_set("")
+    OPS._cpu_instruction_set(request.param)
+    yield request.param
+    OPS._cpu_instruction_set(before)
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    scale = expected.norm().item() or 1.0
+    return (y.double() - expected).norm().item() / scale
+
+
+def activate(y: Tensor, act: str) -> Tensor:
+    functions = {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "none": lambda t: t}
+    return functions[act](y)
+
+
+def nhwc(*shape: int) -> Tensor:
+    return torch.randn(shape).contiguous(memory_format=CHANNELS_LAST)
+
+
+def prepared(weight: Tensor, x: Tensor, dilation: int, rows, columns) -> list[Tensor]:
+    """Weights for the forms (long, short) that occur on each axis."""
+
+    def occurring(forms: Sequence[str], length: int) -> list[int]:
+        short = _cpu_forms.phases(length, dilation)[2]
+        names = forms if short and forms[0] != forms[1] else forms[:1]
+        return [FORMS[name].number for name in names]
+
+    pairs = [(r, c) for r in occurring(rows, x.shape[2]) for c in occurring(columns, x.shape[3])]
+    return [OPS._conv_prepare_tiles_cpu(weight, r, c) for r, c in pairs]
+
+
+def run_tiles(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    dilation: int,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    act: str = "relu",
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    offset: int = 0,
+    block: int = 0,
+) -> Tensor:
+    n, _, height, width = x.shape
+    if out is None:
+        shape = (n, weight.shape[0], height, width)
+        out = torch.full(shape, float("nan")).contiguous(memory_format=CHANNELS_LAST)
+    weights = prepared(weight, x, dilation, rows, columns)
+    numbers = [[FORMS[name].number for name in forms] for forms in (rows, columns)]
+    OPS._conv_tiles_cpu(x, weights, shift, residual, out, offset, dilation, *numbers, act, block)
+    return out
+
+
+class TestForms:
+    @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+    def test_matrices_give_the_three_tap_filter(self, form: _cpu_forms.Form) -> None:
+        name, a, b, c, halo = OPS._conv_form(form.number)
+        assert (name, tuple(a.shape)) == (form.name, (form.products, form.inputs))
+        assert c.shape[0] == form.outputs
+        assert (halo == 0) == form.whole_line
+        # Output i is the sum over taps k of w[k] * x[i + k - 1], input j being x[j - halo].
+        toeplitz = torch.zeros(form.outputs, 3, form.inputs, dtype=torch.float64)
+        for i in range(form.outputs):
+            for k in range(3):
+                if 0 <= i + k - 1 + halo < form.inputs:
+                    toeplitz[i, k, i + k - 1 + halo] = 1
+        product = torch.einsum("ip,pk,pj->ikj", c, b, a)
+        # The largest entries are below 100, sums have 8 terms.
+        assert (product - toeplitz).abs().max() < 1e-13
+
+    def test_every_form_is_known_to_python(self) -> None:
+        with pytest.raises(ValueError, match=f"number {len(FORMS)}"):
+            OPS._conv_form(len(FORMS))
+        assert [form.number for form in FORMS.values()] == list(range(len(FORMS)))
+
+    @pytest.mark.parametrize("dilation", [1, 2, 3, 5, 7, 12, 40])
+    @pytest.mark.parametrize("length", [1, 2, 6, 7, 12, 33])
+    def test_axes_cover_every_output(self, length: int, dilation: int) -> None:
+        samples, long, short = _cpu_forms.phases(length, dilation)
+        assert long * samples + short * (samples - 1) == length
+        assert long + short == min(length, dilation)
+        axes = _cpu_forms.axes(length, dilation)
+        assert len(axes) == len(set(axes)) > 0
+        for axis in axes:
+            covered = sum(form.outputs * tiles for form, tiles in axis.tiles)
+            assert covered >= length
+            assert axis.short == axis.long or short
+
+    @pytest.mark.parametrize(
+        "geometry",
+        [(7, 3, 1, 1, 1), (7, 3, 2, 1, 1), (33, 3, 1, 12, 12), (5, 3, 1, 9, 9), (9, 7, 2, 3, 1)],
+        ids=["same", "stride", "dilation", "larger than the map", "7 taps"],
+    )
+    def test_taps_inside(self, geometry: tuple[int, ...]) -> None:
+        length, kernel, stride, padding, dilation = geometry
+        out = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        expected = sum(
+            0 <= i * stride + t * dilation - padding < length
+            for i in range(out)
+            for t in range(kernel)
+        )
+        assert _cpu_forms.taps_inside(length, out, kernel, stride, padding, dilation) == expected
+
+
+# (N, C, K, H, W), dilation, row forms, column forms
+TILES = [
+    pytest.param((1, 16, 16, 1, 1), 3, ("line1",) * 2, ("line1",) * 2, id="one pixel"),
+    pytest.param((2, 1, 1, 4, 5), 9, ("line1",) * 2, ("tile2",) * 2, id="dilation beyond the map"),
+    pytest.param((1, 33, 17, 7, 8), 5, ("line2", "line1"), ("line2",) * 2, id="lines of 2 and 1"),
+    pytest.param((2, 20, 40, 8, 7), 3, ("line3", "line2"), ("line3",) * 2, id="lines of 3 and 2"),
+    pytest.param((1, 5, 130, 9, 11), 1, ("tile2",) * 2, ("tile4",) * 2, id="mixed, 130 outputs"),
+    pytest.param((1, 300, 16, 12, 14), 5, ("tile3",) * 2, ("line3",) * 2, id="two chunks"),
+    pytest.param((1, 70, 32, 13, 13), 2, ("tile4",) * 2, ("tile6",) * 2, id="strips, a part left"),
+    pytest.param((3, 16, 15, 17, 5), 4, ("tile6",) * 2, ("tile3",) * 2, id="batch, 15 outputs"),
+    pytest.param((0, 8, 8, 5, 5), 1, ("tile2",) * 2, ("tile2",) * 2, id="no image"),
+]
+every_tiling = pytest.mark.parametrize(("shape", "dilation", "rows", "columns"), TILES)
+
+
+class TestTiles:
+    @every_tiling
+    def test_is_the_convolution(self, instruction_set, shape, dilation, rows, columns) -> None:
+        n, c, k, height, width = shape
+        x, residual = nhwc(n, c, height, width), nhwc(n, k, height, width)
+        weight, shift = torch.randn(k, c, 3, 3), torch.randn(k)
+        product = F.conv2d(x.double(), weight.double(), shift.double(), 1, dilation, dilation)
+        for act, added in (("relu", None), ("none", residual), ("relu6", None)):
+            y = run_tiles(x, weight, shift, dilation, rows, columns, act=act, residual=added)
+            expected = activate(product if added is None else product + added, act)
+            assert relative_error(y, expected) <= SAVING
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("channels", [64, 2048])
+    def test_error(self, form: str, channels: int) -> None:
+        """Of all forms on both axes, the rounding of ReLU inputs up to the ASPP's channels."""
+        dilation = 4 if not FORMS[form].whole_line else -(-12 // FORMS[form].outputs)
+        x = nhwc(1, channels, 12, 12).relu()
+        weight = torch.randn(16, channels, 3, 3)
+        expected = F.conv2d(x.double(), weight.double(), None, 1, dilation, dilation)
+        y = run_tiles(x, weight, torch.zeros(16), dilation, (form,) * 2, (form,) * 2, act="none")
+        # conv_run.h has the measured errors; those of the small forms stay below a direct one's.
+        bound = {"tile6": SAVING, "tile4": DIRECT, "tile3": 3e-6}.get(form, 1e-6)
+        assert relative_error(y, expected) <= bound
+
+    def test_threads_and_blocks_do_not_matter(self) -> None:
+        x, weight, shift = nhwc(2, 40, 19, 23), torch.randn(24, 40, 3, 3), torch.randn(24)
+        expected = run_tiles(x, weight, shift, 2, ("tile4",) * 2, ("tile3",) * 2)
+        for count in (1, 2, 3, 5):
+            with threads(count):
+                for block in (0, 1, 7, 1000, -1, -13, -1000):
+                    y = run_tiles(x, weight, shift, 2, ("tile4",) * 2, ("tile3",) * 2, block=block)
+                    assert torch.equal(y, expected), (count, block)
+
+    @pytest.mark.parametrize("outputs", [1, 8, 16, 21], ids=lambda k: f"{k} outputs")
+    def test_writes_its_channels_only(self, instruction_set, outputs: int) -> None:
+        x, weight, shift = nhwc(1, 9, 7, 6), torch.randn(outputs, 9, 3, 3), torch.randn(outputs)
+        alone = run_tiles(x, weight, shift, 2, ("tile2",) * 2, ("tile3",) * 2)
+        for offset in (0, 3, 16):
+            out = nhwc(1, outputs + 19, 7, 6)
+            before = out.clone()
+            run_tiles(x, weight, shift, 2, ("tile2",) * 2, ("tile3",) * 2, out=out, offset=offset)
+            assert torch.equal(out[:, offset : offset + outputs], alone)
+            assert torch.equal(out[:, :offset], before[:, :offset])
+            assert torch.equal(out[:, offset + outputs :], before[:, offset + outputs :])
+
+    def test_nan_and_activations(self) -> None:
+        """relu and relu6 keep nan, as PyTorch's do."""
+        x = nhwc(1, 4, 6, 6)
+        x[0, 2, 3, 3] = float("nan")
+        weight = torch.randn(4, 4, 3, 3)
+        for act in ("relu", "relu6", "hardswish"):
+            y = run_tiles(x, weight, torch.zeros(4), 1, ("tile2",) * 2, ("tile2",) * 2, act=act)
+            assert y[0, :, 2:5, 2:5].isnan().all()
+
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ({"x": lambda x: x.double()}, "x must be a float32 map"),
+            ({"x": lambda x: x.contiguous()}, "in channels_last"),
+            ({"rows": ("line1",) * 2}, "form line1 does not cover phases of 3 samples"),
+            ({"act": "gelu"}, "act must be relu"),
+            ({"offset": 5}, "has no place for 8 channels from 5"),
+            ({"dilation": 0}, "dilation must be positive"),
+            ({"residual": torch.randn(1, 8, 2, 2)}, "residual"),
+        ],
+        ids=["dtype", "layout", "form", "act", "slice", "dilation", "residual"],
+    )
+    def test_bad_input_is_named(self, change: dict, text: str) -> None:
+        x = nhwc(1, 4, 6, 6)
+        out = nhwc(1, 10, 6, 6)
+        rows = change.get("rows", ("tile2",) * 2)
+        weights = prepared(torch.randn(8, 4, 3, 3), x, 2, rows, ("tile2",) * 2)
+        before = out.clone()
+        with pytest.raises(ValueError, match=text):
+            OPS._conv_tiles_cpu(
+                change.get("x", lambda t: t)(x),
+                weights,
+                torch.randn(8),
+                change.get("residual"),
+                out,
+                change.get("offset", 0),
+                change.get("dilation", 2),
+                [FORMS[name].number for name in rows],
+                [FORMS["tile2"].number] * 2,
+                change.get("act", "relu"),
+            )
+        assert torch.equal(out, before)
+
+    def test_weights_of_another_form_are_refused(self) -> None:
+        x, out = nhwc(1, 4, 6, 6), nhwc(1, 8, 6, 6)
+        weight = OPS._conv_prepare_tiles_cpu(torch.randn(8, 4, 3, 3), 3, 3)
+        with pytest.raises(ValueError, match="do not fit x"):
+            OPS._conv_tiles_cpu(
+                x, [weight], torch.zeros(8), None, out, 0, 1, [5, 5], [5, 5], "relu"
+            )
+        with pytest.raises(ValueError, match="expected 1 prepared weights, got 0"):
+            OPS._conv_tiles_cpu(x, [], torch.zeros(8), None, out, 0, 1, [3, 3], [3, 3], "relu")
+
+
+@st.composite
+def tilings(draw: st.DrawFn) -> tuple:
+    height, width, dilation = (draw(st.integers(1, 20)) for _ in range(3))
+    sizes = (draw(st.integers(1, 2)), draw(st.integers(1, 40)), draw(st.integers(1, 40)))
+    rows, columns = (draw(st.sampled_from(_cpu_forms.axes(n, dilation))) for n in (height, width))
+    return (*sizes, height, width), dilation, rows, columns, draw(st.integers(-9, 9))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(tilings())
+def test_any_shape(drawn: tuple) -> None:
+    (n, c, k, height, width), dilation, rows, columns, block = drawn
+    torch.manual_seed(c * 41 + k)
+    x, weight, shift = nhwc(n, c, height, width), torch.randn(k, c, 3, 3), torch.randn(k)
+    names = [(axis.long.name, axis.short.name) for axis in (rows, columns)]
+    y = run_tiles(x, weight, shift, dilation, *names, act="none", block=block)
+    expected = F.conv2d(x.double(), weight.double(), shift.double(), 1, dilation, dilation)
+    assert relative_error(y, expected) <= SAVING
+
+
+class TestPixels:
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            (1, 16, 16, 1, 1),
+            (2, 7, 33, 5, 9),
+            (1, 300, 40, 11, 13),
+            (2, 512, 21, 7, 9),
+            (0, 3, 4, 2, 2),
+        ],
+        ids=["one pixel", "odd channels", "two chunks", "rows not prefetched", "no image"],
+    )
+    def test_is_the_convolution(self, instruction_set, shape) -> None:
+        n, c, k, height, width = shape
+        x, residual = nhwc(n, c, height, width), nhwc(n, k, height, width)
+        weight = torch.randn(k, c, 1, 1)
+        panels = F.pad(weight.flatten(1), (0, 0, 0, -k % 16)).view(-1, 16, c).transpose(1, 2)
+        for shift in (torch.randn(k), torch.randn(n, k)):
+            out = nhwc(n, k + 5, height, width)
+            before = out.clone()
+            OPS._conv_pixels_cpu(x, panels.contiguous(), shift, residual, out, 2, "relu")
+            product = F.conv2d(x.double(), weight.double())
+            added = shift.double().expand(n, k)[:, :, None, None] + residual
+            assert relative_error(out[:, 2 : 2 + k], F.relu(product + added)) <= DIRECT
+            assert torch.equal(out[:, :2], before[:, :2])
+            assert torch.equal(out[:, 2 + k :], before[:, 2 + k :])
+
+
+class TestBackend:
+    """The public ops on backend "cpu"."""
+
+    @pytest.mark.parametrize(
+        ("shape", "kernel", "options"),
+        [
+            ((2, 16, 24, 33, 20), 3, {"padding": 2, "dilation": 2}),
+            ((1, 256, 256, 17, 17), 3, {"padding": 1}),
+            ((2, 3, 8, 15, 15), 7, {"stride": 2, "padding": 3}),
+            ((1, 130, 40, 9, 9), 1, {}),
+            ((2, 12, 12, 9, 9), 3, {"padding": 1, "groups": 12}),
+            ((1, 4, 4, 5, 5), 3, {"padding": 4, "dilation": 4}),
+        ],
+        ids=["dilated", "tiles in one call", "stem", "1x1", "depthwise", "larger than the map"],
+    )
+    @pytest.mark.parametrize("act", ["relu", None], ids=["relu", "identity"])
+    def test_conv_bn_act(self, shape, kernel, options, act) -> None:
+        n, c, k, height, width = shape
+        x = torch.randn(n, c, height, width)
+        weight = torch.randn(k, c // options.get("groups", 1), kernel, kernel)
+        scale, shift = torch.rand(k) + 0.5, torch.randn(k)
+        double = [t.double() for t in (x, weight, scale, shift)]
+        residual = torch.randn_like(reference.conv_bn_act(*double, **options).float())
+        expected = reference.conv_bn_act(*double, **options, residual=residual.double(), act=act)
+        with dlf.use_backend("cpu"):
+            y = ops.conv_bn_act(x, weight, scale, shift, **options, residual=residual, act=act)
+            again = ops.conv_bn_act(x, weight, scale, shift, **options, residual=residual, act=act)
+        assert relative_error(y, expected) <= SAVING
+        assert torch.equal(y, again)
+        assert y.is_contiguous(memory_format=CHANNELS_LAST)
+
+    def test_weights_changed_in_place_are_seen(self) -> None:
+        """Also through .data, which no version counter shows."""
+        x, weight = torch.randn(1, 64, 17, 17), torch.randn(64, 64, 3, 3)
+        one, zero = torch.ones(64), torch.zeros(64)
+        with dlf.use_backend("cpu"):
+            y = ops.conv_bn_act(x, weight, one, zero, padding=1)
+            weight.data.neg_()
+            negated = ops.conv_bn_act(x, weight, one, zero, padding=1, act=None)
+        assert torch.equal(F.relu(-negated), y)
+
+    def test_aspp(self) -> None:
+        x = torch.randn(2, 20, 13, 11)
+        weights = [torch.randn(6, 20, 1, 1), *(torch.randn(6, 20, 3, 3) for _ in range(3))]
+        scales, shifts = ([torch.randn(6) for _ in weights] for _ in range(2))
+        dilations = [1, 2, 4, 12]
+        double = [[t.double() for t in list_] for list_ in (weights, scales, shifts)]
+        expected = reference.aspp_branches(x.double(), *double, dilations)
+        pooled, projection = torch.randn(2, 5), torch.randn(7, 29, 1, 1)
+        scale, shift = torch.randn(7), torch.randn(7)
+        with dlf.use_backend("cpu"):
+            y = ops.aspp_branches(x, weights, scales, shifts, dilations)
+            z = ops.aspp_project(y, pooled, projection, scale, shift)
+        assert relative_error(y, expected) <= SAVING
+        arguments = (t.double() for t in (y, pooled, projection, scale, shift))
+        assert relative_error(z, reference.aspp_project(*arguments)) <= DIRECT
+
+    def test_it_is_the_automatic_choice_for_float32_only(self) -> None:
+        weight, one = torch.randn(4, 3, 3, 3), torch.ones(4)
+        assert dlf.why("conv_bn_act", torch.randn(1, 3, 5, 5), weight, one, one).chosen == "cpu"
+        why = dlf.why("conv_bn_act", torch.randn(1, 3, 5, 5).double(), weight.double(), one, one)
+        assert why.chosen == "reference"
+        assert "takes float32 only, the input is float64" in str(why)
