@@ -180,6 +180,26 @@ class _FusedHead(nn.Module):
         return F.conv2d(y, self.weight, self.bias)
 
 
+class _Features(nn.Module):
+    """A backbone whose features are its input."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": x}
+
+
+class _HeadOfAModel(nn.Module):
+    """A head as it runs within a model of this package, the fast path included."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        from deeplab_fast import DeepLabV3
+
+        self.model = DeepLabV3(_Features(), head).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.forward_logits(x)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _OpCase(Case):
     kind: ClassVar[str] = "op"
@@ -302,7 +322,8 @@ class AsppHead(_OpCase):
         with torch.device(device):
             head = DeepLabHead(self.channels, self.classes, self.rates)
         head.load_state_dict(args.module.state_dict())
-        return _without_dropout(head).train(self.training)
+        head = _without_dropout(head).train(self.training)
+        return head if self.training else _HeadOfAModel(head)
 
     def calls(self, args: Arguments) -> list[Call]:
         if self.training:

@@ -176,24 +176,21 @@ void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
       checked_axis(map.width, dilation, column_forms[0], column_forms[1]);
   TORCH_CHECK_VALUE(weights.size() == rows.size() * columns.size(), "expected ",
                     rows.size() * columns.size(), " prepared weights, got ", weights.size());
-  const ConvKernels& kernels = current_conv_kernels();
-  size_t i = 0;
+  const int64_t panels = padded(epilogue.channels) / kPanel;
+  std::vector<TileGroup> groups;
   for (const AxisTiles& row : rows) {
     for (const AxisTiles& column : columns) {
-      const Tensor& w = weights[i++];
-      const TileGroup group = {row, column, w.const_data_ptr<float>()};
-      const int64_t panels = padded(epilogue.channels) / kPanel;
-      TORCH_CHECK_VALUE(
-          w.is_contiguous() && w.scalar_type() == at::kFloat &&
-              w.sizes() == at::IntArrayRef({group.products(), panels, map.channels, kPanel}),
-          "prepared weights ", w.sizes(), " do not fit x ", x.sizes());
-      Blocking blocking = choose_blocking(group.products(), map.images * group.tiles(),
-                                          map.channels, epilogue.channels, num_threads());
-      if (block_tiles != 0) blocking = {std::abs(block_tiles), block_tiles < 0};
-      run_group(kernels, map, group, epilogue, static_cast<int>(dilation), blocking, parallel,
-                allocate);
+      const Tensor& w = weights[groups.size()];
+      groups.push_back({row, column, nullptr});
+      TORCH_CHECK_VALUE(w.is_contiguous() && w.scalar_type() == at::kFloat &&
+                            w.sizes() == at::IntArrayRef({groups.back().products(), panels,
+                                                          map.channels, kPanel}),
+                        "prepared weights ", w.sizes(), " do not fit x ", x.sizes());
+      groups.back().weights = w.const_data_ptr<float>();
     }
   }
+  run_tiles(current_conv_kernels(), map, groups, epilogue, static_cast<int>(dilation), block_tiles,
+            num_threads(), parallel, allocate);
 }
 
 // A 1x1 convolution. `weight` is prepared: [panels, C, kPanel]; shift [K], or [N, K] for one of

@@ -195,7 +195,9 @@ define(
     _fake_backward,
 )
 backends.register(OP, "reference", reference.aspp_branches)
-backends.register(OP, "cpu", _cpu_conv.aspp_branches, _cpu_conv.reasons)
+# Behind PyTorch: weights given to a call are prepared for that call alone, which took longer than
+# it saved (suite quick, aspp_branches/os16-33x33-b1: 0.7x PyTorch's). Models prepare theirs once.
+backends.register(OP, "cpu", _cpu_conv.aspp_branches, _cpu_conv.reasons, priority=-1)
 backends.register(
     OP, "triton", triton_kernel("aspp", "aspp_branches"), triton_kernel("aspp", "branches_reasons")
 )

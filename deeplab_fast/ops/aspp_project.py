@@ -150,7 +150,9 @@ define(
     _fake_backward,
 )
 backends.register(OP, "reference", reference.aspp_project)
-backends.register(OP, "cpu", _cpu_conv.aspp_project, _cpu_conv.reasons)
+# Behind PyTorch: weights given to a call are prepared for that call alone, which took longer than
+# it saved (suite quick, aspp_project/os16-33x33-b1: 0.9x PyTorch's). Models prepare theirs once.
+backends.register(OP, "cpu", _cpu_conv.aspp_project, _cpu_conv.reasons, priority=-1)
 backends.register(
     OP, "triton", triton_kernel("aspp", "aspp_project"), triton_kernel("aspp", "project_reasons")
 )

@@ -8,8 +8,14 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <deque>
+#include <functional>
 #include <limits>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "deeplab_fast/conv_cpu.h"
@@ -71,7 +77,7 @@ struct TileGroup {
 
 struct Blocking {
   int64_t tiles;  // in a block
-  bool shared;    // all threads work on one block, else each on blocks of its own
+  bool shared;    // all threads work on one block at a time, else each on a block of its own
 };
 
 inline int64_t chunk_channels(int64_t channels) {
@@ -85,10 +91,11 @@ inline int64_t block_floats(int64_t products, int64_t tiles, int64_t channels, i
 }
 
 // Prepared weights up to this size stay in a third-level cache, and blocks can be as small as makes
-// the products worth their calls; larger ones come from memory for each block anew.
+// the products worth their calls; larger ones come from memory for each block anew, which all
+// threads then share, so that each weight is read by one of them only.
 constexpr int64_t kCachedWeights = int64_t{12} << 20;
 constexpr int64_t kTilesCached = 24;
-constexpr int64_t kTilesStreamed = 96;
+constexpr int64_t kTilesStreamed = 192;
 
 // Time of multiplying a block of `tiles` rows, in rows. A few rows beyond whole register tiles of 6
 // (or 12) take as long as 4, which the latency of their additions needs.
@@ -98,18 +105,14 @@ constexpr int64_t row_cost(int64_t tiles) {
 
 inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channels, int64_t outputs,
                                 int64_t threads) {
-  const int64_t weights = 4 * products * channels * padded(outputs);
-  const bool cached = weights <= kCachedWeights;
-  const int64_t least = cached ? kTilesCached : kTilesStreamed;
-  // Threads with few tiles each share the blocks: then each weight is read by one thread only.
-  if (threads > 1 && tiles < (cached ? 1 : 2) * least * threads) {
-    const int64_t most = 2 * kTilesStreamed;
-    const int64_t blocks = std::max<int64_t>(1, (tiles + most - 1) / most);
-    return {(tiles + blocks - 1) / blocks, true};
+  const bool cached = 4 * products * channels * padded(outputs) <= kCachedWeights;
+  if (!cached || (threads > 1 && tiles < kTilesCached * threads)) {
+    const int64_t blocks = std::max<int64_t>(1, (tiles + kTilesStreamed - 1) / kTilesStreamed);
+    return {(tiles + blocks - 1) / blocks, threads > 1};
   }
   // The size by which the thread with the most blocks ends first.
-  int64_t best = std::min(least, tiles), best_cost = std::numeric_limits<int64_t>::max();
-  for (int64_t size = least; size <= std::min(2 * least, tiles); ++size) {
+  int64_t best = std::min(kTilesCached, tiles), best_cost = std::numeric_limits<int64_t>::max();
+  for (int64_t size = best; size <= std::min(2 * kTilesCached, tiles); ++size) {
     const int64_t blocks = (tiles + size - 1) / size;
     const int64_t cost = (blocks + threads - 1) / threads * row_cost(size);
     if (cost < best_cost) best = size, best_cost = cost;
@@ -122,68 +125,132 @@ inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channel
 // 5.2e-6 with these.
 constexpr int64_t kRun = 128;
 
-// Pixels of a 1x1 convolution in a block.
+// Pixels of a 1x1 convolution in a block: its inputs and sums stay in a second-level cache.
 constexpr int64_t kPixels = 48;
 
-// One block of tiles and its buffers.
-class Block {
+// Stages of units of work, done in one parallel region: a unit goes to the first thread that is
+// free, and a stage begins when all units of the one before are done. A region for each stage would
+// wait for every thread at its end, which takes long where another process holds a processor.
+class Team {
  public:
-  Block(const ConvKernels& kernels, const InputMap& x, const TileGroup& group,
-        const Epilogue& epilogue, int dilation, int64_t capacity, float* buffer)
+  // `work` gets the unit and the number of the thread's place in a workspace.
+  void add(int64_t units, std::function<void(int64_t unit, int64_t worker)> work) {
+    if (units == 0) return;
+    stages_.emplace_back(units, total_, std::move(work));
+    total_ += units;
+  }
+
+  // parallel(count, function(begin, end)) calls the function in up to `threads` threads.
+  template <typename Parallel>
+  void run(int64_t threads, const Parallel& parallel) {
+    parallel(std::min(threads, total_), [&](int64_t begin, int64_t) { run_units(begin); });
+  }
+
+ private:
+  struct Stage {
+    Stage(int64_t units, int64_t first, std::function<void(int64_t, int64_t)> work)
+        : units(units), first(first), work(std::move(work)) {}
+    const int64_t units;
+    const int64_t first;
+    const std::function<void(int64_t, int64_t)> work;
+    std::atomic<int64_t> done{0};
+  };
+
+  // Units are taken in order, so that whoever waits does so for units that others are at.
+  void run_units(int64_t worker) {
+    size_t stage = 0;
+    for (;;) {
+      const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
+      if (unit >= total_) return;
+      while (unit >= stages_[stage].first + stages_[stage].units) ++stage;
+      if (stage > 0) wait(stages_[stage - 1]);
+      stages_[stage].work(unit - stages_[stage].first, worker);
+      stages_[stage].done.fetch_add(1, std::memory_order_release);
+    }
+  }
+
+  static void wait(const Stage& stage) {
+    constexpr int kSpins = 256;
+    for (int i = 0; stage.done.load(std::memory_order_acquire) < stage.units; ++i) {
+      if (i >= kSpins) std::this_thread::yield();
+    }
+  }
+
+  std::deque<Stage> stages_;
+  std::atomic<int64_t> next_{0};
+  int64_t total_ = 0;
+};
+
+// Tiles [first, first + count) of a group.
+struct Span {
+  int64_t first;
+  int64_t count;
+};
+
+// The work on the blocks of one group. A block's buffers hold its transformed inputs
+// [products][capacity][chunk], then its products [products][capacity][outputs].
+class GroupWork {
+ public:
+  // What transforms and finishes a unit's tiles takes about as long as a unit of products.
+  static constexpr int64_t kUnitTiles = 8;
+
+  GroupWork(const ConvKernels& kernels, const InputMap& x, TileGroup group,
+            const Epilogue& epilogue, int dilation, int64_t capacity)
       : kernels_(kernels),
         x_(x),
-        group_(group),
+        group_(std::move(group)),
         epilogue_(epilogue),
-        row_(kForms[group.rows.form]),
-        column_(kForms[group.columns.form]),
+        row_(kForms[group_.rows.form]),
+        column_(kForms[group_.columns.form]),
         dilation_(dilation),
         chunk_(chunk_channels(x.channels)),
         input_stride_(chunk_ + kRowPad),
         output_stride_(padded(epilogue.channels) + kRowPad),
-        capacity_(capacity),
-        inputs_(buffer),
-        products_(buffer + group.products() * capacity * input_stride_) {}
+        capacity_(capacity) {}
 
-  // The whole block in this thread.
-  void run(int64_t first, int64_t tiles) {
-    start(first, tiles);
+  // A whole block in one thread.
+  void run(Span block, float* buffer) const {
     for (int64_t channel = 0; channel < x_.channels; channel += chunk_) {
-      transform(channel, 0, tiles);
-      multiply(channel, 0, units());
+      transform(block, buffer, channel, {0, block.count});
+      for (int64_t unit = 0; unit < units(); ++unit) multiply(block, buffer, channel, unit);
     }
-    finish(0, tiles);
+    finish(block, buffer, {0, block.count});
   }
 
-  // The whole block, parallel(count, function(begin, end)) calling the function in threads.
-  template <typename Parallel>
-  void run(int64_t first, int64_t tiles, const Parallel& parallel) {
-    start(first, tiles);
+  // A block whose units the threads of a team share.
+  void add_to(Team& team, Span block, float* buffer) const {
+    const int64_t parts = (block.count + kUnitTiles - 1) / kUnitTiles;
+    const auto part = [block](int64_t unit) {
+      const int64_t first = unit * kUnitTiles;
+      return Span{first, std::min(kUnitTiles, block.count - first)};
+    };
     for (int64_t channel = 0; channel < x_.channels; channel += chunk_) {
-      parallel(tiles, [&](int64_t begin, int64_t end) { transform(channel, begin, end); });
-      parallel(units(), [&](int64_t begin, int64_t end) { multiply(channel, begin, end); });
+      team.add(parts,
+               [=, this](int64_t unit, int64_t) { transform(block, buffer, channel, part(unit)); });
+      team.add(units(),
+               [=, this](int64_t unit, int64_t) { multiply(block, buffer, channel, unit); });
     }
-    parallel(tiles, [&](int64_t begin, int64_t end) { finish(begin, end); });
+    team.add(parts, [=, this](int64_t unit, int64_t) { finish(block, buffer, part(unit)); });
   }
 
  private:
   static constexpr int kMaxTile = kMaxInputs * kMaxInputs;
 
-  void start(int64_t first, int64_t tiles) {
-    first_ = first;
-    tiles_ = tiles;
-  }
-
   // Position of a tile: its image and the indices of its row and column.
   void locate(int64_t tile, int64_t& image, int64_t& row, int64_t& column) const {
     const int64_t columns = static_cast<int64_t>(group_.columns.starts.size());
     const int64_t rows = static_cast<int64_t>(group_.rows.starts.size());
-    tile += first_;
     column = tile % columns;
     row = tile / columns % rows;
     image = tile / (columns * rows);
   }
 
-  void transform(int64_t channel, int64_t begin, int64_t end) const {
+  float* products(float* buffer) const {
+    return buffer + group_.products() * capacity_ * input_stride_;
+  }
+
+  // To the transformed inputs of the block's tiles `span`, for the chunk from `channel`.
+  void transform(Span block, float* buffer, int64_t channel, Span span) const {
     alignas(64) static const float zeros[kMaxChunk + kPanel] = {};
     const FormKernels& rows = kernels_.forms[group_.rows.form];
     const FormKernels& columns = kernels_.forms[group_.columns.form];
@@ -193,9 +260,9 @@ class Block {
     const int count = row_.inputs * column_.inputs;
     alignas(64) float line[kMaxProducts * kMaxInputs * kStrip];
     const float* pixels[kMaxTile];
-    for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t tile = span.first; tile < span.first + span.count; ++tile) {
       int64_t image, row, column;
-      locate(tile, image, row, column);
+      locate(block.first + tile, image, row, column);
       const int64_t y0 = group_.rows.starts[row] - int64_t{row_.halo} * dilation_;
       const int64_t x0 = group_.columns.starts[column] - int64_t{column_.halo} * dilation_;
       for (int i = 0; i < row_.inputs; ++i) {
@@ -209,11 +276,11 @@ class Block {
                                                : zeros;
         }
       }
-      float* const to = inputs_ + tile * input_stride_;
+      float* const to = buffer + tile * input_stride_;
       for (int64_t c = 0; c < whole; c += kStrip) {
-        const int count = static_cast<int>(std::min<int64_t>(kStrip, whole - c));
-        rows.input_rows(pixels, c, count, column_.inputs, line);
-        columns.input_columns(line, count, row_.products, to + c, plane);
+        const int size = static_cast<int>(std::min<int64_t>(kStrip, whole - c));
+        rows.input_rows(pixels, c, size, column_.inputs, line);
+        columns.input_columns(line, size, row_.products, to + c, plane);
       }
       if (whole < depth) {
         alignas(64) float tail[kMaxTile][kPanel];
@@ -233,37 +300,36 @@ class Block {
   int64_t units() const { return group_.products() * parts(); }
   int64_t num_panels() const { return padded(epilogue_.channels) / kPanel; }
 
-  void multiply(int64_t channel, int64_t begin, int64_t end) const {
+  void multiply(Span block, float* buffer, int64_t channel, int64_t unit) const {
     const int64_t panel_size = x_.channels * kPanel;
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t p = unit / parts(), first_panel = unit % parts() * kUnitPanels;
-      Product product{};
-      product.a = inputs_ + p * capacity_ * input_stride_;
-      product.a_stride = input_stride_;
-      product.rows = tiles_;
-      product.panels =
-          group_.weights + (p * num_panels() + first_panel) * panel_size + channel * kPanel;
-      product.panel_stride = panel_size;
-      product.num_panels = std::min(kUnitPanels, num_panels() - first_panel);
-      product.c = products_ + p * capacity_ * output_stride_ + first_panel * kPanel;
-      product.c_stride = output_stride_;
-      product.depth = std::min(chunk_, x_.channels - channel);
-      product.accumulate = channel > 0;
-      product.prefetch_rows = true;
-      product.run = kRun;
-      kernels_.multiply(product);
-    }
+    const int64_t p = unit / parts(), first_panel = unit % parts() * kUnitPanels;
+    Product product{};
+    product.a = buffer + p * capacity_ * input_stride_;
+    product.a_stride = input_stride_;
+    product.rows = block.count;
+    product.panels =
+        group_.weights + (p * num_panels() + first_panel) * panel_size + channel * kPanel;
+    product.panel_stride = panel_size;
+    product.num_panels = std::min(kUnitPanels, num_panels() - first_panel);
+    product.c = products(buffer) + p * capacity_ * output_stride_ + first_panel * kPanel;
+    product.c_stride = output_stride_;
+    product.depth = std::min(chunk_, x_.channels - channel);
+    product.accumulate = channel > 0;
+    product.prefetch_rows = true;
+    product.run = kRun;
+    kernels_.multiply(product);
   }
 
-  void finish(int64_t begin, int64_t end) const {
+  // From the products of the block's tiles `span` to the outputs.
+  void finish(Span block, float* buffer, Span span) const {
     const FormKernels& rows = kernels_.forms[group_.rows.form];
     const FormKernels& columns = kernels_.forms[group_.columns.form];
     const int64_t plane = capacity_ * output_stride_;
     alignas(64) float line[kMaxOutputs * kMaxProducts * kStrip];
     int64_t pixels[kMaxOutputs * kMaxOutputs];
-    for (int64_t tile = begin; tile < end; ++tile) {
+    for (int64_t tile = span.first; tile < span.first + span.count; ++tile) {
       int64_t image, row, column;
-      locate(tile, image, row, column);
+      locate(block.first + tile, image, row, column);
       for (int i = 0; i < row_.outputs; ++i) {
         const int64_t y = group_.rows.starts[row] + int64_t{i} * dilation_;
         for (int j = 0; j < column_.outputs; ++j) {
@@ -275,19 +341,19 @@ class Block {
       const int64_t channels = padded(epilogue_.channels);
       for (int64_t channel = 0; channel < channels; channel += kStrip) {
         const int count = static_cast<int>(std::min<int64_t>(kStrip, channels - channel));
-        rows.output_rows(products_ + tile * output_stride_ + channel, plane, count,
+        rows.output_rows(products(buffer) + tile * output_stride_ + channel, plane, count,
                          column_.products, line);
         columns.output_columns(line, row_.outputs, pixels, channel, count, epilogue_);
       }
     }
   }
 
-  // Output channels that a unit multiplies at a time.
+  // Output channels that a unit multiplies, in panels.
   static constexpr int64_t kUnitPanels = 8;
 
   const ConvKernels& kernels_;
   const InputMap& x_;
-  const TileGroup& group_;
+  const TileGroup group_;
   const Epilogue& epilogue_;
   const Form& row_;
   const Form& column_;
@@ -296,77 +362,109 @@ class Block {
   const int64_t input_stride_;
   const int64_t output_stride_;
   const int64_t capacity_;
-  float* const inputs_;
-  float* const products_;
-  int64_t first_ = 0;
-  int64_t tiles_ = 0;
 };
 
-// The outputs of one group. `parallel` is as for Block; allocate(floats) gives memory that lives
-// until its result is destroyed, with data() to the first float, aligned to 64 bytes.
+// Multiply-adds that are worth another thread: 25 microseconds.
+constexpr int64_t kThreadWork = 1000000;
+
+inline int64_t useful_threads(int64_t work, int64_t threads) {
+  return std::clamp<int64_t>(work / kThreadWork, 1, threads);
+}
+
+// A convolution by all its groups. block_tiles 0 chooses the blocks, n blocks of n tiles for each
+// thread, -n blocks of n tiles that the threads share. parallel(count, function(begin, end)) calls
+// the function in threads; allocate(floats) gives memory that lives as long as its result, with
+// data() to the first float, aligned to 64 bytes.
 template <typename Parallel, typename Allocate>
-void run_group(const ConvKernels& kernels, const InputMap& x, const TileGroup& group,
-               const Epilogue& epilogue, int dilation, const Blocking& blocking,
+void run_tiles(const ConvKernels& kernels, const InputMap& x, const std::vector<TileGroup>& groups,
+               const Epilogue& epilogue, int dilation, int64_t block_tiles, int64_t threads,
                const Parallel& parallel, const Allocate& allocate) {
-  const int64_t tiles = x.images * group.tiles();
-  const int64_t size = std::min(blocking.tiles, tiles);
-  if (tiles == 0) return;
-  const int64_t blocks = (tiles + size - 1) / size;
-  const int64_t floats = block_floats(group.products(), size, x.channels, epilogue.channels);
-  if (blocking.shared) {
-    auto buffer = allocate(floats);
-    Block block(kernels, x, group, epilogue, dilation, size, buffer.data());
-    for (int64_t i = 0; i < blocks; ++i) {
-      block.run(i * size, std::min(size, tiles - i * size), parallel);
-    }
-    return;
+  int64_t work = 0;
+  for (const TileGroup& group : groups) {
+    work += group.products() * x.images * group.tiles() * x.channels * epilogue.channels;
   }
-  parallel(blocks, [&](int64_t begin, int64_t end) {
-    auto buffer = allocate(floats);
-    Block block(kernels, x, group, epilogue, dilation, size, buffer.data());
-    for (int64_t i = begin; i < end; ++i) block.run(i * size, std::min(size, tiles - i * size));
-  });
+  if (work == 0) return;
+  threads = useful_threads(work, threads);
+
+  struct Part {
+    GroupWork work;
+    Blocking blocking;
+    int64_t tiles;
+  };
+  std::deque<Part> parts;
+  int64_t floats = 0;
+  for (const TileGroup& group : groups) {
+    const int64_t tiles = x.images * group.tiles();
+    Blocking blocking =
+        choose_blocking(group.products(), tiles, x.channels, epilogue.channels, threads);
+    if (block_tiles != 0) blocking = {std::abs(block_tiles), block_tiles < 0};
+    blocking.tiles = std::min(blocking.tiles, tiles);
+    parts.push_back(
+        {GroupWork(kernels, x, group, epilogue, dilation, blocking.tiles), blocking, tiles});
+    floats = std::max(
+        floats, block_floats(group.products(), blocking.tiles, x.channels, epilogue.channels));
+  }
+  // One buffer serves the shared blocks, one after the other, and each thread's own ones.
+  floats = padded(floats);
+  auto buffers = allocate(floats * threads);
+  float* const buffer = buffers.data();
+  Team team;
+  for (const Part& part : parts) {
+    const GroupWork& group = part.work;
+    const int64_t size = part.blocking.tiles, tiles = part.tiles;
+    const auto block = [size, tiles](int64_t i) {
+      return Span{i * size, std::min(size, tiles - i * size)};
+    };
+    const int64_t blocks = (tiles + size - 1) / size;
+    if (part.blocking.shared) {
+      for (int64_t i = 0; i < blocks; ++i) group.add_to(team, block(i), buffer);
+    } else {
+      team.add(blocks, [=, &group](int64_t i, int64_t worker) {
+        group.run(block(i), buffer + worker * floats);
+      });
+    }
+  }
+  team.run(threads, parallel);
 }
 
 // A 1x1 convolution: y [pixels][outputs] from x [pixels][channels], weights [panels][channels]
-// [kPanel].
+// [kPanel]; the rest as for run_tiles.
 template <typename Parallel, typename Allocate>
 void run_pixels(const ConvKernels& kernels, const InputMap& x, const float* weights,
                 const Epilogue& epilogue, int64_t threads, const Parallel& parallel,
                 const Allocate& allocate) {
   const int64_t pixels = x.images * x.height * x.width;
   if (pixels == 0) return;
+  threads = useful_threads(pixels * x.channels * epilogue.channels, threads);
   const int64_t chunk = chunk_channels(x.channels);
   const int64_t stride = padded(epilogue.channels) + kRowPad;
-  // Blocks of pixels whose inputs and sums stay in a second-level cache.
   const int64_t rounds = (pixels + kPixels * threads - 1) / (kPixels * threads);
   const int64_t size = (pixels + rounds * threads - 1) / (rounds * threads);
-  const int64_t blocks = (pixels + size - 1) / size;
-  parallel(blocks, [&](int64_t begin, int64_t end) {
-    auto sums = allocate(chunk < x.channels ? size * stride : 0);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * size;
-      Product product{};
-      product.a_stride = x.channels;
-      // Long rows that are a power of two apart would push each other out of the cache.
-      product.prefetch_rows = x.channels < 512;
-      product.rows = std::min(size, pixels - first);
-      product.panel_stride = x.channels * kPanel;
-      product.num_panels = padded(epilogue.channels) / kPanel;
-      product.c = sums.data();
-      product.c_stride = stride;
-      product.first_pixel = first;
-      for (int64_t channel = 0; channel < x.channels; channel += chunk) {
-        product.a = x.data + first * x.channels + channel;
-        product.panels = weights + channel * kPanel;
-        product.depth = std::min(chunk, x.channels - channel);
-        product.accumulate = channel > 0;
-        product.run = chunk;
-        product.epilogue = channel + chunk < x.channels ? nullptr : &epilogue;
-        kernels.multiply(product);
-      }
+  const int64_t floats = chunk < x.channels ? padded(size * stride) : 0;
+  auto sums = allocate(floats * threads);
+  Team team;
+  team.add((pixels + size - 1) / size, [&](int64_t block, int64_t worker) {
+    Product product{};
+    product.first_pixel = block * size;
+    product.a_stride = x.channels;
+    product.rows = std::min(size, pixels - product.first_pixel);
+    product.panel_stride = x.channels * kPanel;
+    product.num_panels = padded(epilogue.channels) / kPanel;
+    product.c = sums.data() + worker * floats;
+    product.c_stride = stride;
+    product.run = chunk;
+    // Long rows that are a power of two apart would push each other out of the cache.
+    product.prefetch_rows = x.channels < 512;
+    for (int64_t channel = 0; channel < x.channels; channel += chunk) {
+      product.a = x.data + product.first_pixel * x.channels + channel;
+      product.panels = weights + channel * kPanel;
+      product.depth = std::min(chunk, x.channels - channel);
+      product.accumulate = channel > 0;
+      product.epilogue = channel + chunk < x.channels ? nullptr : &epilogue;
+      kernels.multiply(product);
     }
   });
+  team.run(threads, parallel);
 }
 
 }  // namespace deeplab_fast::cpu

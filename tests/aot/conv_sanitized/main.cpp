@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <random>
@@ -90,23 +91,22 @@ void run(const ConvKernels& kernels, const Shape& s, bool one_by_one) {
     }
     run_pixels(kernels, map, weights.floats, epilogue, 3, parallel, allocate);
   } else {
+    std::vector<TileGroup> groups;
+    std::deque<Memory> weights;
     for (const AxisTiles& rows : cut_axis(s.height, s.dilation, s.row_forms[0], s.row_forms[1])) {
       for (const AxisTiles& columns :
            cut_axis(s.width, s.dilation, s.column_forms[0], s.column_forms[1])) {
-        TileGroup group = {rows, columns, nullptr};
-        Memory weights(group.products() * panels * panel_size);
+        groups.push_back({rows, columns, nullptr});
+        weights.emplace_back(groups.back().products() * panels * panel_size);
         for (int64_t panel = 0; panel < panels; ++panel) {
           kernels.prepare(w.floats, s.outputs, s.channels, panel, kForms[rows.form],
-                          kForms[columns.form], weights.floats + panel * panel_size,
+                          kForms[columns.form], weights.back().floats + panel * panel_size,
                           panels * panel_size);
         }
-        group.weights = weights.floats;
-        Blocking blocking =
-            choose_blocking(group.products(), s.images * group.tiles(), s.channels, s.outputs, 3);
-        if (s.block != 0) blocking = {std::abs(s.block), s.block < 0};
-        run_group(kernels, map, group, epilogue, s.dilation, blocking, parallel, allocate);
+        groups.back().weights = weights.back().floats;
       }
     }
+    run_tiles(kernels, map, groups, epilogue, s.dilation, s.block, 3, parallel, allocate);
   }
 
   double worst = 0, largest = 1, outside = 0;
