@@ -151,6 +151,8 @@ class _Folder:
         steps: list[Step] = []
         for piece in pieces:
             step = Single(self.conv(piece)) if isinstance(piece, ConvSpec) else piece
+            if isinstance(step, ResidualBlock) and steps and isinstance(steps[-1], ResidualBlock):
+                step.own_input()
             if isinstance(step, Single) and isinstance(step.layer, SqueezeExcitationLayer):
                 # The map is a convolution's result, which nothing else reads.
                 last = steps[-1] if steps else None

@@ -83,10 +83,15 @@ class ConvSpec:
 
 
 class ConvLayer:
-    """act(scale * conv(x) + shift [+ residual])."""
+    """act(scale * conv(x) + shift [+ residual]).
+
+    Attributes:
+        overwrites_residual: nothing reads the residual afterwards, its memory may take the result.
+    """
 
     def __init__(self, spec: ConvSpec, max_extra_bytes: int | None) -> None:
         self.name = spec.name
+        self.overwrites_residual = False
         self.held = _bytes(spec.weight)
         self._same = spec.padding == "same"
         kernel = tuple(spec.weight.shape[2:])
@@ -118,10 +123,11 @@ class ConvLayer:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         sides = self._sides(x.shape)
-        if sides is None:
-            return self._conv(x, residual)
-        assert self._uneven is not None
-        return self._uneven(F.pad(x, sides), residual)
+        conv = self._conv
+        if sides is not None:
+            assert self._uneven is not None
+            conv, x = self._uneven, F.pad(x, sides)
+        return conv(x, residual, overwrite_residual=self.overwrites_residual)
 
     def _sides(self, shape: Sequence[int]) -> list[int] | None:
         """(left, right, top, bottom) of an uneven SAME padding, None where it is even."""
@@ -380,6 +386,13 @@ class ResidualBlock:
 
     def __init__(self, body: Step, tail: ConvLayer, shortcut: Step | None) -> None:
         self.body, self.tail, self.shortcut = body, tail, shortcut
+        # A convolution's result is the block's own.
+        if isinstance(shortcut, Single) and isinstance(shortcut.layer, ConvLayer):
+            tail.overwrites_residual = True
+
+    def own_input(self) -> None:
+        """Nothing but this block reads its input."""
+        self.tail.overwrites_residual = True
 
     def __call__(self, x: Tensor, run: Run) -> Tensor:
         residual = x if self.shortcut is None else self.shortcut(x, run)

@@ -138,6 +138,7 @@ class PreparedConv:
         *,
         out: Tensor | None = None,
         channel_offset: int = 0,
+        overwrite_residual: bool = False,
     ) -> Tensor:
         """Run the convolution.
 
@@ -147,6 +148,8 @@ class PreparedConv:
             out: [N, L, H', W'], fp32, contiguous in channels_last, or None for a new tensor.
             channel_offset: the result goes to channels [channel_offset, channel_offset + K) of
                 `out`.
+            overwrite_residual: the result may take residual's memory, which saves the page faults
+                of a new map. Without effect with `out`, and where x lies in the same memory.
 
         Returns:
             [N, K, H', W'] in channels_last; with `out` the view of its channels.
@@ -163,12 +166,18 @@ class PreparedConv:
             if residual is not None:
                 residual = residual.contiguous(memory_format=torch.channels_last)
             choice = self._choose(x.shape, torch.get_num_threads(), into is not None)
+            overwrite = (
+                overwrite_residual
+                and residual is not None
+                and residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+            )
             if choice.kernel in ("tiles", "pixels"):
                 if out is None:
-                    out, channel_offset = _empty(shape), 0
+                    out, channel_offset = residual if overwrite else _empty(shape), 0
+                    assert out is not None
                 self._run_own(choice, x, self._shift, residual, out, channel_offset)
                 return out.narrow(1, channel_offset, self.out_channels) if into is None else into
-            y = self._onednn(x, self._shift, residual)
+            y = self._onednn(x, self._shift, residual, overwrite and into is None)
             if into is None:
                 return y.contiguous(memory_format=torch.channels_last)
             into.copy_(y)
@@ -375,7 +384,9 @@ class PreparedConv:
             self.act or "none",
         )
 
-    def _onednn(self, x: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+    def _onednn(
+        self, x: Tensor, shift: Tensor, residual: Tensor | None, overwrite: bool = False
+    ) -> Tensor:
         if not _has_onednn():
             y = F.conv2d(
                 x, self._weight, shift, self.stride, self.padding, self.dilation, self.groups
@@ -388,9 +399,14 @@ class PreparedConv:
             attr, scalars = _ONEDNN_ACTIVATIONS[self.act]
             return mkldnn._convolution_pointwise(x, weight, shift, *geometry, attr, scalars, "")
         relu = "relu" if self.act == "relu" else None
-        y = mkldnn._convolution_pointwise.binary(
-            x, residual, weight, shift, *geometry, "add", 1.0, relu, [], ""
-        )
+        if overwrite:
+            y = mkldnn._convolution_pointwise_.binary(
+                residual, x, weight, shift, *geometry, "add", 1.0, relu, [], ""
+            )
+        else:
+            y = mkldnn._convolution_pointwise.binary(
+                x, residual, weight, shift, *geometry, "add", 1.0, relu, [], ""
+            )
         return y if relu else _activate(y, self.act)
 
     def _reordered(self, shape: Sequence[int]) -> Tensor:

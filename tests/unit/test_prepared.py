@@ -74,6 +74,23 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class TestConv:
+    # A kernel of our own and oneDNN's.
+    @pytest.mark.parametrize("kernel", [3, 1])
+    def test_overwrites_a_residual_only_beside_another_input(self, kernel) -> None:
+        torch.manual_seed(0)
+        weight, scale, shift = layer(64, 64, kernel)
+        options = {"padding": kernel // 2}
+        conv = PreparedConv(weight, scale, shift, **options)
+        x, residual = (torch.randn(1, 64, 20, 20).to(memory_format=CHANNELS_LAST) for _ in range(2))
+        expected = expected_of(x, weight, scale, shift, residual, **options)
+        y = conv(x, residual, overwrite_residual=True)
+        assert y.data_ptr() == residual.data_ptr()
+        assert relative_error(y, expected) <= SAVING
+        expected = expected_of(x, weight, scale, shift, x, **options)
+        y = conv(x, x, overwrite_residual=True)
+        assert y.data_ptr() != x.data_ptr()
+        assert relative_error(y, expected) <= SAVING
+
     @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
     @pytest.mark.parametrize(("shape", "kernel", "options"), LAYERS)
     def test_is_the_layer(self, nan_poison, shape, kernel, options, layout) -> None:
@@ -90,6 +107,7 @@ class TestConv:
         before = residual.clone()
         assert relative_error(conv(x, residual), with_residual) <= SAVING
         assert torch.equal(residual, before)
+        assert relative_error(conv(x, residual, overwrite_residual=True), with_residual) <= SAVING
 
         out = torch.randn(n, k + 9, *expected.shape[2:]).contiguous(memory_format=CHANNELS_LAST)
         untouched = out.clone()
