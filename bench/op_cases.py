@@ -180,21 +180,18 @@ class _FusedHead(nn.Module):
         return F.conv2d(y, self.weight, self.bias)
 
 
-class _Features(nn.Module):
-    """A backbone whose features are its input."""
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"out": x}
-
-
 class _HeadOfAModel(nn.Module):
     """A head as it runs within a model of this package, the fast path included."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         from deeplab_fast import DeepLabV3
+        from deeplab_fast.models._backbone import IntermediateLayerGetter
 
-        self.model = DeepLabV3(_Features(), head).eval()
+        # Features that are the input, in a form that the fast path knows to leave alone: an unknown
+        # backbone would get them in the default memory format.
+        features = IntermediateLayerGetter(nn.Sequential(nn.Identity()), {"0": "out"})
+        self.model = DeepLabV3(features, head).eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model.forward_logits(x)

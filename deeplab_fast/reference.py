@@ -92,6 +92,121 @@ def conv_bn_act_backward(
     return grad_x, grad_weight, (grad * conv).sum((0, 2, 3)), grad.sum((0, 2, 3)), grad
 
 
+def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance) of each channel of x [N, C, H, W], in `compute_dtype`; 0 without
+    values."""
+    x = x.to(compute_dtype(x.dtype))
+    if not x.numel():
+        return x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    return mean, variance
+
+
+def bn_act(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    act: str | None = "relu",
+) -> Tensor:
+    """y = act((x - mean) * (rstd * weight) + bias + residual), vectors per channel."""
+    y = _before_act(x, mean, rstd, weight, bias)
+    if residual is not None:
+        y = y + residual.to(y.dtype)
+    y = ACTIVATIONS[act](y)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def bn_act_reduce(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor | None,
+    act: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(sum of g, sum of g * xhat) over each channel, the gradients of `bn_act` to bias and weight.
+
+    g is grad times the activation's derivative: at out, the result of `bn_act`, where it is given,
+    else at what x gives again. xhat = (x - mean) * rstd.
+    """
+    g = _before_act_grad(grad, x, mean, rstd, weight, bias, out, act)
+    return g.sum((0, 2, 3)), (g * _normalised(x, mean, rstd)).sum((0, 2, 3))
+
+
+def bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor | None,
+    mean_grad: Tensor | None,
+    mean_grad_xhat: Tensor | None,
+    act: str | None,
+    to_residual: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `bn_act` to x and, if `to_residual`, to residual (else empty).
+
+    With g and xhat as in `bn_act_reduce` and its sums divided by the number of values,
+        dx = rstd * weight * (g - mean_grad - xhat * mean_grad_xhat), d residual = g,
+    where mean and rstd are those of x; where they are constants both means are None, for zero.
+    """
+    g = _before_act_grad(grad, x, mean, rstd, weight, bias, out, act)
+    dx = g
+    if mean_grad is not None and mean_grad_xhat is not None:
+        dx = dx - _per_channel(mean_grad, g.dtype)
+        dx = dx - _normalised(x, mean, rstd) * _per_channel(mean_grad_xhat, g.dtype)
+    dx = dx * _per_channel(rstd * weight, g.dtype)
+    residual = g if to_residual else g.new_empty(0)
+    return _stored(dx, x.dtype), _stored(residual, x.dtype)
+
+
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    x = x.to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    dtype = compute_dtype(x.dtype)
+    return (x.to(dtype) - _per_channel(mean, dtype)) * _per_channel(rstd, dtype)
+
+
+def _before_act(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    dtype = compute_dtype(x.dtype)
+    y = (x.to(dtype) - _per_channel(mean, dtype)) * _per_channel(rstd * weight, dtype)
+    return y + _per_channel(bias, dtype)
+
+
+def _before_act_grad(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor | None,
+    act: str | None,
+) -> Tensor:
+    grad = grad.to(compute_dtype(x.dtype))
+    if act is None:
+        return grad
+    at = _before_act(x, mean, rstd, weight, bias) if out is None else out
+    if act == "relu":
+        return torch.where(at > 0, grad, 0.0)
+    if act == "relu6":
+        return torch.where((at > 0) & (at < 6), grad, 0.0)
+    return grad * torch.where(at < -3, 0.0, torch.where(at <= 3, at / 3 + 0.5, 1.0))
+
+
+ACTIVATIONS = {"relu": torch.relu, "relu6": F.relu6, "hardswish": F.hardswish, None: lambda x: x}
+
+
 def branch_padding(weight: Tensor, dilation: int) -> int:
     """Padding that keeps the size: the dilation for a 3x3 kernel, 0 for a 1x1 kernel."""
     return dilation * (weight.shape[-1] // 2)
@@ -135,6 +250,89 @@ def aspp_branches_backward(
         per_branch.append(rest)
     grad_weights, grad_scales, grad_shifts = (list(g) for g in zip(*per_branch, strict=True))
     return grad_x, grad_weights, grad_scales, grad_shifts
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """PyTorch's convolution without bias."""
+    return F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    to_x: bool,
+    to_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `conv2d` to x and weight; empty where one is not asked for."""
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        list(stride),
+        list(padding),
+        list(dilation),
+        False,
+        [0, 0],
+        groups,
+        [to_x, to_weight, False],
+    )
+    return (
+        grad_x if to_x else grad.new_empty(0),
+        grad_weight if to_weight else grad.new_empty(0),
+    )
+
+
+def aspp_convs(
+    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, mean, variance): y = concat over branches b of conv(x, weight_b, dilation_b), and, if
+    `stats`, the `batch_stats` of y (else empty)."""
+    branches = [
+        F.conv2d(x, w, None, 1, branch_padding(w, d), d)
+        for w, d in zip(weights, dilations, strict=True)
+    ]
+    y = torch.cat(branches, 1).contiguous(memory_format=torch.channels_last)
+    empty = y.new_empty(0, dtype=compute_dtype(y.dtype))
+    return (y, *(batch_stats(y) if stats else (empty, empty.clone())))
+
+
+def aspp_convs_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    to_x: bool,
+    to_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of `aspp_convs` to x (empty if not `to_x`) and the weights (none if not asked)."""
+    grad_x = None
+    grad_weights = []
+    first = 0
+    for weight, dilation in zip(weights, dilations, strict=True):
+        branch = grad[:, first : first + weight.shape[0]]
+        first += weight.shape[0]
+        pad = branch_padding(weight, dilation)
+        one = conv2d_backward(
+            branch, x, weight, (1, 1), (pad, pad), (dilation, dilation), 1, to_x, to_weights
+        )
+        if to_x:
+            grad_x = one[0] if grad_x is None else grad_x.add_(one[0])
+        if to_weights:
+            grad_weights.append(one[1])
+    return grad.new_empty(0) if grad_x is None else grad_x, grad_weights
 
 
 def aspp_project(

@@ -8,8 +8,22 @@ from typing import Any
 from .. import backends as _backends
 from .aspp_branches import aspp_branches
 from .aspp_branches import describe as _aspp_branches
+from .aspp_convs import aspp_convs
+from .aspp_convs import describe as _aspp_convs
 from .aspp_project import aspp_project
 from .aspp_project import describe as _aspp_project
+from .batch_norm import (
+    batch_stats,
+    bn_act,
+    bn_act_backward,
+    bn_act_reduce,
+)
+from .batch_norm import describe_backward as _bn_act_backward
+from .batch_norm import describe_bn_act as _bn_act
+from .batch_norm import describe_reduce as _bn_act_reduce
+from .batch_norm import describe_stats as _batch_stats
+from .conv2d import conv2d
+from .conv2d import describe as _conv2d
 from .conv_bn_act import conv_bn_act
 from .conv_bn_act import describe as _conv_bn_act
 from .upsample_argmax import describe as _upsample_argmax
@@ -23,7 +37,13 @@ from .upsample_softmax_add import upsample_softmax_add
 
 __all__ = [
     "aspp_branches",
+    "aspp_convs",
     "aspp_project",
+    "batch_stats",
+    "bn_act",
+    "bn_act_backward",
+    "bn_act_reduce",
+    "conv2d",
     "conv_bn_act",
     "describe",
     "upsample_argmax",
@@ -34,7 +54,13 @@ __all__ = [
 
 _DESCRIBE: dict[str, Callable[..., _backends.OpDesc]] = {
     "aspp_branches": _aspp_branches,
+    "aspp_convs": _aspp_convs,
     "aspp_project": _aspp_project,
+    "batch_stats": _batch_stats,
+    "bn_act": _bn_act,
+    "bn_act_backward": _bn_act_backward,
+    "bn_act_reduce": _bn_act_reduce,
+    "conv2d": _conv2d,
     "conv_bn_act": _conv_bn_act,
     "upsample_argmax": _upsample_argmax,
     "upsample_confusion": _upsample_confusion,

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _ext
-from ..backends import OpDesc
+from .. import _ext, reference
+from ..backends import OpDesc, current_backend
+from . import _cpu_forms
+from ._cpu_forms import TileForm
 from .prepared import PreparedAspp, PreparedConv, PreparedProject
 
 
@@ -78,3 +81,179 @@ def aspp_project(
     channels = branches.shape[1]
     project = PreparedProject(weight, scale, shift, branch_channels=channels, reuse=False)
     return project(branches, pooled)
+
+
+def conv2d_reasons(desc: OpDesc) -> list[str]:
+    """Why `conv2d` should not run here; empty where it should."""
+    return reasons(desc) or _tiles_reasons(desc, desc.params["weight"], desc.shape)
+
+
+def conv2d_backward_reasons(desc: OpDesc) -> list[str]:
+    """Why `conv2d_backward` should not run here; empty where it should."""
+    found = reasons(desc)
+    if not found and not desc.params["to_x"]:
+        found.append("the gradient to the weight is PyTorch's")
+    # The gradient to x is a convolution of the output's gradient, with as many rows and columns.
+    k, c, *kernel = desc.params["weight"]
+    n, _, height, width = desc.shape
+    return found or _tiles_reasons(desc, (c, k, *kernel), (n, k, height, width))
+
+
+def _tiles_reasons(desc: OpDesc, weight: Sequence[int], shape: Sequence[int]) -> list[str]:
+    options = desc.params
+    dilation = options["dilation"]
+    if (
+        tuple(weight[2:]) != (3, 3)
+        or options["groups"] != 1
+        or options["stride"] != (1, 1)
+        or options["padding"] != dilation
+        or dilation[0] != dilation[1]
+    ):
+        return [
+            "only 3x3 convolutions with stride 1, groups 1 and a padding that equals the dilation"
+        ]
+    if current_backend() == "cpu" or _takes_tiles(shape, weight, dilation[0]):
+        return []
+    return ["predicted to take longer than PyTorch's; use_backend('cpu') runs it all the same"]
+
+
+def _direct_seconds(shape: Sequence[int], outputs: int, dilation: int, threads: int) -> float:
+    n, channels, height, width = shape
+    taps = 1
+    for length in (height, width):
+        taps *= _cpu_forms.taps_inside(length, length, 3, 1, dilation, dilation)
+    return _cpu_forms.onednn_seconds(n * channels * outputs * taps, threads)
+
+
+def _tile_form(shape: Sequence[int], outputs: int, dilation: int, threads: int) -> TileForm:
+    n, channels, height, width = shape
+    forms = _cpu_forms.tile_forms(n, channels, outputs, height, width, dilation, threads, False)
+    # Gradients are small differences of large sums: the form with the coarsest rounding stays out.
+    coarse = _cpu_forms.FORMS["tile6"]
+    return next(f for f in forms if coarse not in (f.rows.long, f.columns.long))
+
+
+def _tiles(
+    x: Tensor,
+    weight: Tensor,
+    dilation: int,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    channel_offset: int = 0,
+) -> Tensor:
+    """conv(x, weight) + residual of a 3x3 weight with padding = dilation, prepared for the call.
+
+    out may be the residual: each value of it is read before it is written.
+    """
+    ops = torch.ops.deeplab_fast
+    x = x.contiguous(memory_format=torch.channels_last)
+    if out is None:
+        shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+        out = torch.empty(shape, memory_format=torch.channels_last)
+    form = _tile_form(x.shape, weight.shape[0], dilation, torch.get_num_threads())
+    prepared = [ops._conv_prepare_tiles_cpu(weight, r.number, c.number) for r, c in form.pairs]
+    axes = ([a.long.number, a.short.number] for a in (form.rows, form.columns))
+    shift = torch.zeros(weight.shape[0])
+    ops._conv_tiles_cpu(x, prepared, shift, residual, out, channel_offset, dilation, *axes, "none")
+    return out
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """As `ops.conv2d`, by few multiplications."""
+    return _tiles(x, weight, dilation[0])
+
+
+def conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    to_x: bool,
+    to_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `ops.conv2d`: to x by few multiplications, to weight PyTorch's."""
+    options = (stride, padding, dilation, groups)
+    _, grad_weight = reference.conv2d_backward(grad, x, weight, *options, False, to_weight)
+    if not to_x:
+        return grad.new_empty(0), grad_weight
+    return _tiles(grad, _mirrored(weight), dilation[0]), grad_weight
+
+
+def aspp_convs(
+    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ops.aspp_convs`: each branch by few multiplications or by PyTorch."""
+    n, _, height, width = x.shape
+    x = x.contiguous(memory_format=torch.channels_last)
+    channels = sum(w.shape[0] for w in weights)
+    y = torch.empty((n, channels, height, width), memory_format=torch.channels_last)
+    first = 0
+    for weight, dilation in zip(weights, dilations, strict=True):
+        count = weight.shape[0]
+        if _takes_tiles(x.shape, weight.shape, dilation):
+            _tiles(x, weight, dilation, out=y, channel_offset=first)
+        else:
+            padding = reference.branch_padding(weight, dilation)
+            y[:, first : first + count] = F.conv2d(x, weight, None, 1, padding, dilation)
+        first += count
+    if stats:
+        return y, *torch.ops.deeplab_fast.batch_stats(y)
+    return y, y.new_empty(0), y.new_empty(0)
+
+
+def aspp_convs_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    to_x: bool,
+    to_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """As the gradient of `ops.aspp_convs`; branches add to the gradient to x where it lies."""
+    grad_x = grad.new_empty(0)
+    if to_x:
+        grad_x = torch.zeros_like(x, memory_format=torch.channels_last)
+    grad_weights = []
+    first = 0
+    for weight, dilation in zip(weights, dilations, strict=True):
+        k, c, *kernel = weight.shape
+        branch = grad[:, first : first + k].contiguous(memory_format=torch.channels_last)
+        first += k
+        tiles = to_x and _takes_tiles(branch.shape, (c, k, *kernel), dilation)
+        if tiles:
+            _tiles(branch, _mirrored(weight), dilation, residual=grad_x, out=grad_x)
+        pad = reference.branch_padding(weight, dilation)
+        options = ((1, 1), (pad, pad), (dilation, dilation), 1)
+        direct = reference.conv2d_backward(
+            branch, x, weight, *options, to_x and not tiles, to_weights
+        )
+        if to_x and not tiles:
+            grad_x += direct[0]
+        if to_weights:
+            grad_weights.append(direct[1])
+    return grad_x, grad_weights
+
+
+def _takes_tiles(shape: Sequence[int], weight: Sequence[int], dilation: int) -> bool:
+    if tuple(weight[2:]) != (3, 3) or not shape[0]:
+        return False
+    threads = torch.get_num_threads()
+    ours = _tile_form(shape, weight[0], dilation, threads).seconds
+    return ours <= _direct_seconds(shape, weight[0], dilation, threads)
+
+
+def _mirrored(weight: Tensor) -> Tensor:
+    """The weight of the convolution that gives the gradient to x: dx[p] = sum over taps t of
+    weight[t]^T grad[p - t]."""
+    return weight.transpose(0, 1).flip(2, 3)

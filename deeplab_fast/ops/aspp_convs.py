@@ -1,0 +1,199 @@
+"""The convolutions of all ASPP branches in training: raw outputs and their statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from . import _cpu_conv
+from ._aspp_triton import kernel as triton_kernel
+from ._registry import (
+    autocast,
+    check_device,
+    check_dtype,
+    check_map,
+    define,
+    needs_grad,
+    once_differentiable,
+)
+
+OP = "aspp_convs"
+
+
+def aspp_convs(
+    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], *, stats: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y = concat over branches b of conv(x, weight_b, dilation_b), and the statistics of y.
+
+    Every branch keeps the size of the map: a 3x3 branch is padded by its dilation, a 1x1 branch not
+    at all (its dilation is ignored).
+
+    Args:
+        x: [N, C, H, W], fp16, bf16, fp32 or fp64, any strides.
+        weights: for each branch [K_b, C, 1, 1] or [K_b, C, 3, 3], the dtype of x.
+        dilations: for each branch an int of at least 1, also larger than the map.
+        stats: whether mean and variance are asked for.
+
+    Returns:
+        y [N, sum K_b, H, W], the dtype of x, channels_last, accumulated in fp32 (fp64 for fp64) and
+        rounded once; mean and biased variance of each channel of y, [sum K_b], fp32 (fp64 for
+        fp64), not differentiable, or None. y is differentiable once. The gradient to x is the sum
+        over the branches, the gradient to a weight's tap a sum over the pixels for which the tap
+        lies inside the map. Under autocast x and the weights are cast.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or counts that do not fit.
+
+    Source: arXiv 1706.05587, section 3.3 (atrous spatial pyramid pooling).
+    """
+    x, *weights = autocast(x, *weights)
+    _validate(x, weights, dilations)
+    if needs_grad(x, *weights):
+        y, mean, variance = _AsppConvs.apply(x, tuple(dilations), stats, *weights)
+    else:
+        y, mean, variance = torch.ops.deeplab_fast.aspp_convs(
+            x, list(weights), list(dilations), stats
+        )
+    return (y, mean, variance) if stats else (y, None, None)
+
+
+def describe(
+    x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], *, stats: bool = False
+) -> backends.OpDesc:
+    """What a choice of backend rests on, for the arguments of `aspp_convs`."""
+    _validate(x, weights, dilations)
+    return _describe(OP, x, weights, dilations)
+
+
+class _AsppConvs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dilations: tuple[int, ...], stats: bool, *weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, *weights)
+        ctx.dilations = dilations
+        y, mean, variance = torch.ops.deeplab_fast.aspp_convs(
+            x, list(weights), list(dilations), stats
+        )
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        to_x, to_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
+        grad_x, grad_weights = torch.ops.deeplab_fast.aspp_convs_backward(
+            grad, x, weights, list(ctx.dilations), to_x, to_weights
+        )
+        if not to_weights:
+            grad_weights = [None] * len(weights)
+        return grad_x if to_x else None, None, None, *grad_weights
+
+
+def _validate(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> None:
+    check_map(OP, "x", x)
+    if not weights or len(weights) != len(dilations):
+        raise ValueError(
+            f"{OP}: weights and dilations must have one entry for each of at least one branch, got "
+            f"{len(weights)} and {len(dilations)}"
+        )
+    for b, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
+        check_map(OP, f"weights[{b}]", weight)
+        check_dtype(OP, f"weights[{b}]", weight, (x.dtype,))
+        if weight.shape[1] != x.shape[1] or tuple(weight.shape[2:]) not in ((1, 1), (3, 3)):
+            raise ValueError(
+                f"{OP}: weights[{b}] has shape {list(weight.shape)}, expected "
+                f"[K, {x.shape[1]}, 1, 1] or [K, {x.shape[1]}, 3, 3]"
+            )
+        check_device(OP, x, **{f"weights[{b}]": weight})
+        if dilation < 1:
+            raise ValueError(f"{OP}: dilations[{b}] must be at least 1, got {dilation}")
+
+
+def _describe(
+    op: str, x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]
+) -> backends.OpDesc:
+    kernels = tuple(tuple(w.shape) for w in weights)
+    return backends.OpDesc.of(op, x, weights=kernels, dilations=tuple(dilations))
+
+
+def _run(
+    x: Tensor, weights: list[Tensor], dilations: list[int], stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.run(_describe(OP, x, weights, dilations), x, weights, dilations, stats)
+
+
+def _fake(
+    x: Tensor, weights: list[Tensor], dilations: list[int], stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, height, width = x.shape
+    channels = sum(w.shape[0] for w in weights)
+    dtype = reference.compute_dtype(x.dtype)
+    vector = channels if stats else 0
+    return (
+        torch.empty(
+            (n, channels, height, width),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        ),
+        x.new_empty(vector, dtype=dtype),
+        x.new_empty(vector, dtype=dtype),
+    )
+
+
+def _run_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    dilations: list[int],
+    to_x: bool,
+    to_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    desc = _describe(f"{OP}_backward", x, weights, dilations)
+    grad_x, grad_weights = backends.run(desc, grad, x, weights, dilations, to_x, to_weights)
+    if to_x:
+        grad_x = grad_x.contiguous(memory_format=torch.channels_last)
+    return grad_x, [g.contiguous() for g in grad_weights]
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    dilations: list[int],
+    to_x: bool,
+    to_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last) if to_x else x.new_empty(0)
+    contiguous = torch.contiguous_format
+    grads = [torch.empty_like(w, memory_format=contiguous) for w in weights] if to_weights else []
+    return grad_x, grads
+
+
+define(
+    "aspp_convs(Tensor x, Tensor[] weights, int[] dilations, bool stats) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
+define(
+    "aspp_convs_backward(Tensor grad, Tensor x, Tensor[] weights, int[] dilations, bool to_x, "
+    "bool to_weights) -> (Tensor, Tensor[])",
+    _run_backward,
+    _fake_backward,
+)
+for _op in (OP, f"{OP}_backward"):
+    backends.register(_op, "reference", getattr(reference, _op))
+    backends.register(_op, "cpu", getattr(_cpu_conv, _op), _cpu_conv.reasons)
+    backends.register(
+        _op,
+        "triton",
+        triton_kernel("aspp_training", _op),
+        triton_kernel("aspp_training", "not_supported_reasons"),
+    )

@@ -1,0 +1,208 @@
+"""A convolution without bias, as training needs it: PyTorch's, or ours where it is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from . import _cpu_conv
+from ._registry import (
+    autocast,
+    check_device,
+    check_dtype,
+    check_map,
+    define,
+    needs_grad,
+    once_differentiable,
+)
+
+OP = "conv2d"
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """y = conv(x, weight), as torch.nn.functional.conv2d without bias.
+
+    Args:
+        x: [N, C, H, W], fp16, bf16, fp32 or fp64, any strides.
+        weight: [K, C / groups, R, S], the dtype of x.
+        stride, padding, dilation: an int, or (rows, columns).
+        groups: as in torch.nn.functional.conv2d.
+
+    Returns:
+        [N, K, H', W'], the dtype of x, channels_last. Differentiable once. Under autocast x and
+        weight are cast.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
+    """
+    x, weight = autocast(x, weight)
+    options = _pair(stride), _pair(padding), _pair(dilation), groups
+    _validate(x, weight, *options)
+    if needs_grad(x, weight):
+        return _Conv2d.apply(x, weight, *options)
+    return torch.ops.deeplab_fast.conv2d(x, weight, *options)
+
+
+def describe(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> backends.OpDesc:
+    """What a choice of backend rests on, for the arguments of `conv2d`."""
+    options = _pair(stride), _pair(padding), _pair(dilation), groups
+    _validate(x, weight, *options)
+    return _describe(OP, x, weight, *options)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = options
+        return torch.ops.deeplab_fast.conv2d(x, weight, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight = ctx.needs_input_grad[:2]
+        grad_x, grad_weight = torch.ops.deeplab_fast.conv2d_backward(
+            grad, x, weight, *ctx.options, to_x, to_weight
+        )
+        rest = [None] * len(ctx.options)
+        return grad_x if to_x else None, grad_weight if to_weight else None, *rest
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def _validate(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> None:
+    check_map(OP, "x", x)
+    check_map(OP, "weight", weight)
+    check_dtype(OP, "weight", weight, (x.dtype,))
+    check_device(OP, x, weight=weight)
+    sizes = {"stride": stride, "padding": padding, "dilation": dilation}
+    for name, pair in sizes.items():
+        if len(pair) != 2 or min(pair) < (name != "padding"):
+            raise ValueError(
+                f"{OP}: {name} must be an int or (rows, columns) of at least "
+                f"{int(name != 'padding')}, got {tuple(pair)}"
+            )
+    if groups < 1 or weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
+        raise ValueError(
+            f"{OP}: weight {list(weight.shape)} with groups={groups} does not fit x "
+            f"{list(x.shape)}; expected [K, {x.shape[1]} / groups, R, S], K a multiple of groups"
+        )
+    if min(_output_shape(x, weight, stride, padding, dilation)[2:]) < 1:
+        raise ValueError(
+            f"{OP}: x {list(x.shape)} is smaller than the dilated kernel of weight "
+            f"{list(weight.shape)} with dilation={tuple(dilation)}, padding={tuple(padding)}"
+        )
+
+
+def _output_shape(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    height, width = (
+        (size + 2 * p - d * (kernel - 1) - 1) // s + 1
+        for size, kernel, s, p, d in zip(
+            x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+        )
+    )
+    return x.shape[0], weight.shape[0], height, width
+
+
+def _describe(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    **more: Any,
+) -> backends.OpDesc:
+    return backends.OpDesc.of(
+        op,
+        x,
+        weight=tuple(weight.shape),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        groups=groups,
+        **more,
+    )
+
+
+def _run(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    y = backends.run(_describe(OP, x, weight, *options), x, weight, *options)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _fake(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    shape = _output_shape(x, weight, *options[:3])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _run_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *options, to_x, to_weight = rest
+    desc = _describe("conv2d_backward", x, weight, *options, to_x=to_x, to_weight=to_weight)
+    grad_x, grad_weight = backends.run(desc, grad, x, weight, *rest)
+    if to_x:
+        grad_x = grad_x.contiguous(memory_format=torch.channels_last)
+    return grad_x, grad_weight.contiguous()
+
+
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    to_x, to_weight = rest[-2:]
+    grad_x = torch.empty_like(x, memory_format=torch.channels_last) if to_x else x.new_empty(0)
+    grad_weight = (
+        torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if to_weight
+        else x.new_empty(0)
+    )
+    return grad_x, grad_weight
+
+
+_OPTIONS = "int[] stride, int[] padding, int[] dilation, int groups"
+define(f"conv2d(Tensor x, Tensor weight, {_OPTIONS}) -> Tensor", _run, _fake)
+define(
+    f"conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_OPTIONS}, bool to_x, bool to_weight) "
+    "-> (Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+backends.register(OP, "reference", reference.conv2d)
+backends.register(OP, "cpu", _cpu_conv.conv2d, _cpu_conv.conv2d_reasons)
+backends.register("conv2d_backward", "reference", reference.conv2d_backward)
+backends.register(
+    "conv2d_backward", "cpu", _cpu_conv.conv2d_backward, _cpu_conv.conv2d_backward_reasons
+)
