@@ -125,13 +125,13 @@ def reasons(model: Any, x: Any) -> Iterator[str]:
         yield "oneDNN is switched off (torch.backends.mkldnn)"
     if torch.jit.is_tracing():
         yield "torch.jit.trace records the plain modules"
-    if _transforms():
+    if transforms():
         yield "a torch.func transform, forward-mode gradients or a dispatch mode is active"
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         yield "global forward hooks are set"
 
 
-def _transforms() -> bool:
+def transforms() -> bool:
     """Whether something watches or changes the operations that the plain modules run."""
     if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
         return True

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..data.preprocess import Preprocess
 from ..inference.fast_path import FastPath, upsampled
+from ..nn import fused
 from ..nn.aspp import ASPPConv
 from ..nn.heads import DeepLabV2Head
 from ._backbone import set_dilation
@@ -35,6 +36,7 @@ class DeepLabV3(nn.Module):
         config: (builder name, options) that make this model again, or None.
 
         fast: False switches the fast path off.
+        fused: False makes calls that need gradients run the plain modules.
         max_extra_bytes: bound on its prepared weights beyond one copy of the weights, 0 for none;
             None for no bound. Each layer gets the part of it that its weights have of the model's.
 
@@ -46,6 +48,11 @@ class DeepLabV3(nn.Module):
     weights. `deeplab_fast.optimize` freezes a model and saves that. `fast_reasons(x)` says why a
     call does not take the fast path; hooks on inner modules, autocast, compilation, scripting,
     tracing, export, deterministic mode and `use_backend("reference")` are such reasons.
+
+    Where gradients are needed, calls take the fused training forms (`deeplab_fast.nn.fused`):
+    the same gradients and running statistics within rounding, about half of the saved activations.
+    They can be differentiated once; hooks on a module make that module run as it is, and scripting,
+    tracing, export and torch.func transforms make all of them.
 
     Input: float [N, 3, H, W], any layout, H and W of at least 1, normalised as by `preprocess`.
     Output: OrderedDict "out" [N, num_classes, H, W] and "aux" where there is an auxiliary head.
@@ -77,6 +84,7 @@ class DeepLabV3(nn.Module):
         self.palette: tuple[tuple[int, int, int], ...] | None = None
         self.config: tuple[str, dict[str, Any]] | None = None
         self.fast = True
+        self.fused = True
         self.max_extra_bytes: int | None = None
         self._fast_path = FastPath()
 
@@ -85,6 +93,8 @@ class DeepLabV3(nn.Module):
         size = x.shape[-2:]
         if not torch.jit.is_scripting():
             logits = self._fast_logits(x, True)
+            if logits is None:
+                logits = self._fused_logits(x, True)
             if logits is not None:
                 return upsampled(logits, size, self.align_corners)
         features = self.backbone(x)
@@ -104,6 +114,8 @@ class DeepLabV3(nn.Module):
         """The main logits before upsampling: [N, 3, H, W] -> [N, num_classes, h, w]."""
         if not torch.jit.is_scripting():
             logits = self._fast_logits(x, False)
+            if logits is None:
+                logits = self._fused_logits(x, False)
             if logits is not None:
                 return logits["out"]
         return self.classifier(self.backbone(x)["out"])
@@ -135,6 +147,16 @@ class DeepLabV3(nn.Module):
         if torch.compiler.is_compiling():
             return None
         return self._fast_path.logits(self, x, aux)
+
+    def _fused_logits(self, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
+        """Low-resolution logits by the training forms; None for the plain modules."""
+        if not self.fused or not fused.needs_gradients(self, x) or fused.transformed():
+            return None
+        features = fused.run(self.backbone, x.contiguous(memory_format=torch.channels_last))
+        logits = OrderedDict(out=fused.run(self.classifier, features["out"]))
+        if aux and self.aux_classifier is not None:
+            logits["aux"] = fused.run(self.aux_classifier, features["aux"])
+        return logits
 
     def predict(self, images: Any, **options: Any) -> Any:
         """Label maps of photos or tensors; see `deeplab_fast.engine.predict.predict`."""

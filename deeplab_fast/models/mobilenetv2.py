@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn import fused
 from ._backbone import IntermediateLayerGetter, set_dilation, set_stride
 from .mobilenetv3 import make_divisible
 
@@ -130,6 +131,12 @@ class InvertedResidual(nn.Module):
         set_dilation(conv, dilation)
 
 
+@fused.rule(InvertedResidual)
+def _fused_inverted_residual(block: InvertedResidual, x: Tensor) -> Tensor:
+    parts = [p for p in (block.expand, block.depthwise, block.project) if p is not None]
+    return fused.sequence(parts, x, x if block.use_res_connect else None)
+
+
 class MobileNetV2Backbone(IntermediateLayerGetter):
     """MobileNetV2 features "out", up to the last inverted residual, with SAME padding.
 
@@ -169,6 +176,9 @@ class MobileNetV2Backbone(IntermediateLayerGetter):
         """Exchange strides for dilation; a block that gives up its stride keeps the one before."""
         dilate_blocks(self.values(), output_stride)
         self.output_stride = output_stride
+
+
+fused.rule(MobileNetV2Backbone)(fused.features)
 
 
 def dilate_blocks(modules: Iterable[nn.Module], output_stride: int) -> None:

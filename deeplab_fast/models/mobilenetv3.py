@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn import fused
 from ._backbone import IntermediateLayerGetter, set_dilation, set_stride
 
 
@@ -127,6 +128,11 @@ class InvertedResidual(nn.Module):
         set_dilation(conv, dilation)
 
 
+@fused.rule(InvertedResidual)
+def _fused_inverted_residual(block: InvertedResidual, x: Tensor) -> Tensor:
+    return fused.sequence([block.block], x, x if block.use_res_connect else None)
+
+
 class MobileNetV3Backbone(IntermediateLayerGetter):
     """MobileNetV3-Large features "out" (960 channels) and, if asked, "aux" (40 channels, stride 8).
 
@@ -180,6 +186,9 @@ class MobileNetV3Backbone(IntermediateLayerGetter):
             given_up = i == c4 or (i == c3 and output_stride == 8)
             block.set_atrous(1 if given_up else block.stride, dilation)
         self.output_stride = output_stride
+
+
+fused.rule(MobileNetV3Backbone)(fused.features)
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn import fused
 from ._backbone import IntermediateLayerGetter, plan_stages, set_dilation, set_stride
 
 STEMS = ("torchvision", "deep")
@@ -85,6 +86,18 @@ class Bottleneck(nn.Module):
         """Set the stride and the dilation of the 3x3 convolution in place."""
         set_stride(self.conv2, stride)
         set_dilation(self.conv2, dilations[0])
+
+
+@fused.rule(BasicBlock)
+def _fused_basic_block(block: BasicBlock, x: Tensor) -> Tensor:
+    modules = (block.conv1, block.bn1, block.relu, block.conv2, block.bn2)
+    return fused.residual_block(modules, block.downsample, block.relu, x)
+
+
+@fused.rule(Bottleneck)
+def _fused_bottleneck(block: Bottleneck, x: Tensor) -> Tensor:
+    first = (block.conv1, block.bn1, block.relu, block.conv2, block.bn2, block.relu)
+    return fused.residual_block((*first, block.conv3, block.bn3), block.downsample, block.relu, x)
 
 
 @dataclass(frozen=True)
@@ -247,3 +260,6 @@ def _initialise(net: nn.Module) -> None:
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+
+fused.rule(ResNetBackbone)(fused.features)

@@ -20,6 +20,7 @@ from ._registry import (
     needs_grad,
     once_differentiable,
 )
+from .conv2d import weight_format
 
 OP = "aspp_convs"
 
@@ -159,7 +160,10 @@ def _run_backward(
     grad_x, grad_weights = backends.run(desc, grad, x, weights, dilations, to_x, to_weights)
     if to_x:
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
-    return grad_x, [g.contiguous() for g in grad_weights]
+    return grad_x, [
+        g.contiguous(memory_format=weight_format(w))
+        for g, w in zip(grad_weights, weights, strict=to_weights)
+    ]
 
 
 def _fake_backward(
@@ -171,9 +175,8 @@ def _fake_backward(
     to_weights: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     grad_x = torch.empty_like(x, memory_format=torch.channels_last) if to_x else x.new_empty(0)
-    contiguous = torch.contiguous_format
-    grads = [torch.empty_like(w, memory_format=contiguous) for w in weights] if to_weights else []
-    return grad_x, grads
+    grads = [torch.empty_like(w, memory_format=weight_format(w)) for w in weights]
+    return grad_x, grads if to_weights else []
 
 
 define(

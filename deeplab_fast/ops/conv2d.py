@@ -178,18 +178,25 @@ def _run_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[
     grad_x, grad_weight = backends.run(desc, grad, x, weight, *rest)
     if to_x:
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
-    return grad_x, grad_weight.contiguous()
+    if to_weight:
+        grad_weight = grad_weight.contiguous(memory_format=weight_format(weight))
+    return grad_x, grad_weight
 
 
 def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     to_x, to_weight = rest[-2:]
     grad_x = torch.empty_like(x, memory_format=torch.channels_last) if to_x else x.new_empty(0)
-    grad_weight = (
-        torch.empty_like(weight, memory_format=torch.contiguous_format)
-        if to_weight
-        else x.new_empty(0)
-    )
+    grad_weight = x.new_empty(0)
+    if to_weight:
+        grad_weight = torch.empty_like(weight, memory_format=weight_format(weight))
     return grad_x, grad_weight
+
+
+def weight_format(weight: Tensor) -> torch.memory_format:
+    """The memory format of a weight, which its gradient gets."""
+    if weight.is_contiguous() or not weight.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 _OPTIONS = "int[] stride, int[] padding, int[] dilation, int groups"
