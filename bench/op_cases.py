@@ -181,7 +181,7 @@ class _FusedHead(nn.Module):
 
 
 class _HeadOfAModel(nn.Module):
-    """A head as it runs within a model of this package, the fast path included."""
+    """A head as it runs within a model of this package, by the fast path or the training forms."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class _HeadOfAModel(nn.Module):
         # Features that are the input, in a form that the fast path knows to leave alone: an unknown
         # backbone would get them in the default memory format.
         features = IntermediateLayerGetter(nn.Sequential(nn.Identity()), {"0": "out"})
-        self.model = DeepLabV3(features, head).eval()
+        self.model = DeepLabV3(features, head).train(head.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model.forward_logits(x)
@@ -320,7 +320,7 @@ class AsppHead(_OpCase):
             head = DeepLabHead(self.channels, self.classes, self.rates)
         head.load_state_dict(args.module.state_dict())
         head = _without_dropout(head).train(self.training)
-        return head if self.training else _HeadOfAModel(head)
+        return _HeadOfAModel(head)
 
     def calls(self, args: Arguments) -> list[Call]:
         if self.training:
@@ -599,19 +599,24 @@ def _conv_cases() -> list[Case]:
         ]
         if (h, w) != (97, 97):
             found.append(AsppProject(op="aspp_project", left_out=_NO_QUICK_COMPILE, **given))
-    found.append(
-        AsppHead(
-            op="aspp_head",
-            shape="os16-33x33-b16-train",
-            suites=("gpu",),
-            modes=(FORWARD_BACKWARD, BACKWARD),
-            headline=True,
-            rates=OS16_RATES,
-            n=16,
-            h=33,
-            w=33,
+    for n, suites, modes in (
+        (16, ("gpu",), (FORWARD_BACKWARD, BACKWARD)),
+        (2, ("cpu",), (FORWARD_BACKWARD,)),
+    ):
+        found.append(
+            AsppHead(
+                op="aspp_head",
+                shape=f"os16-33x33-b{n}-train",
+                suites=suites,
+                modes=modes,
+                left_out=_NO_CPU_COMPILE,
+                headline=True,
+                rates=OS16_RATES,
+                n=n,
+                h=33,
+                w=33,
+            )
         )
-    )
     for name, c, k, size, dilation, residual, h, w, suites in (
         ("layer3-3x3d2", 256, 256, 3, 2, False, 65, 65, ("quick", "cpu", "gpu")),
         ("layer4-3x3d4", 512, 512, 3, 4, False, 65, 65, ("cpu", "gpu")),

@@ -42,6 +42,7 @@ from .models import (
     get_model,
     list_models,
 )
+from .nn.fused import fuse
 from .weights import from_checkpoint, load, load_weights, save_weights
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "fregu856_resnet101",
     "fregu856_resnet152",
     "from_checkpoint",
+    "fuse",
     "get_model",
     "list_models",
     "load",

@@ -122,6 +122,7 @@ class TrainConfig:
         None, "weight of a new batch in the running statistics; the paper's: 0.0003", "M"
     )
     channels_last: bool = _option(True, "memory format of images and weights")
+    fused: bool = _option(True, "the fused training forms: half of the activations")
     backend: str | None = _option(None, "auto, cuda, triton, cpu or reference", "NAME")
 
     # Loss.

@@ -91,6 +91,7 @@ class SegmentationModule(lightning.LightningModule):
                     layer.momentum = config.batch_norm_momentum
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        any_model.fused = config.fused
         self.model = any_model
         self.classes = classes or generic_classes(any_model.num_classes)
         if ignore_index is None:
@@ -212,9 +213,9 @@ class SegmentationModule(lightning.LightningModule):
         aux_head = getattr(self.model, "aux_classifier", None)
         if aux_head is None or not self.config.aux_weight:
             return {"loss": self._mean(self.model.forward_logits(x), labels, labelled)}
-        features = self.model.backbone(x)
-        main = self._mean(self.model.classifier(features["out"]), labels, labelled)
-        aux = self._mean(aux_head(features["aux"]), labels, labelled)
+        logits = self.model.all_logits(x)
+        main = self._mean(logits["out"], labels, labelled)
+        aux = self._mean(logits["aux"], labels, labelled)
         return {"loss": main + self.config.aux_weight * aux, "main": main, "aux": aux}
 
     def _mean(self, logits: Tensor, labels: Tensor, labelled: Tensor) -> Tensor:

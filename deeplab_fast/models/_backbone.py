@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..nn import fused
+
 
 class IntermediateLayerGetter(nn.ModuleDict):
     """Runs modules in order and returns the outputs of the named ones, as torchvision's does.
@@ -39,6 +41,9 @@ class IntermediateLayerGetter(nn.ModuleDict):
                 out_name = self.return_layers[name]
                 out[out_name] = x
         return out
+
+
+fused.rule(IntermediateLayerGetter)(fused.features)
 
 
 @dataclass(frozen=True)

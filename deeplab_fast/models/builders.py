@@ -39,6 +39,7 @@ class DeepLabOptions(TypedDict, total=False):
     stem: "torchvision" or "deep" (ResNet).
     image_pooling_norm: "batch", or "running" to train with one image a batch.
     replace_stride_with_dilation: as torchvision's ResNet has it, in place of output_stride.
+    fused: train by the fused forms (`DeepLabV3.fused`); True by default.
     """
 
     output_stride: int
@@ -52,6 +53,7 @@ class DeepLabOptions(TypedDict, total=False):
     stem: str
     image_pooling_norm: str
     replace_stride_with_dilation: Sequence[bool]
+    fused: bool
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,8 @@ def _build(
     weights_backbone: Any,
     options: dict[str, Any],
 ) -> DeepLabV3:
+    # No property of the weights: it is not kept with them.
+    fused = options.pop("fused", True)
     _check_options(name, family, options)
     published = path = None
     if weights is not None and _is_path(weights):
@@ -367,6 +371,7 @@ def _build(
 
     model = _assemble(family, num_classes, bool(aux_loss), options)
     model.preprocess = family.preprocess
+    model.fused = bool(fused)
     model.config = (name, {"num_classes": num_classes, "aux_loss": bool(aux_loss), **options})
     if backbone_weights is not None:
         _load_backbone(model, backbone_weights, progress)
@@ -417,7 +422,7 @@ def _check_options(name: str, family: _Family, options: dict[str, Any]) -> None:
     if unknown:
         raise TypeError(
             f"{name} has no option {', '.join(map(repr, unknown))}; there are: "
-            f"{', '.join((*_POSITIONAL, *sorted(allowed)))}"
+            f"{', '.join((*_POSITIONAL, *sorted((*allowed, 'fused'))))}"
         )
     if "output_stride" in options:
         check_output_stride(options["output_stride"])

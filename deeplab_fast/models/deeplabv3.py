@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.preprocess import Preprocess
-from ..inference.fast_path import FastPath, upsampled
+from ..inference.fast_path import FastPath
 from ..nn import fused
 from ..nn.aspp import ASPPConv
 from ..nn.heads import DeepLabV2Head
@@ -91,34 +91,31 @@ class DeepLabV3(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Full-resolution logits, as torchvision's DeepLabV3 returns them."""
         size = x.shape[-2:]
-        if not torch.jit.is_scripting():
-            logits = self._fast_logits(x, True)
-            if logits is None:
-                logits = self._fused_logits(x, True)
-            if logits is not None:
-                return upsampled(logits, size, self.align_corners)
-        features = self.backbone(x)
         result = OrderedDict()
-        y = self.classifier(features["out"])
-        result["out"] = F.interpolate(
-            y, size=size, mode="bilinear", align_corners=self.align_corners
-        )
-        if self.aux_classifier is not None:
-            y = self.aux_classifier(features["aux"])
-            result["aux"] = F.interpolate(
+        for name, y in self.all_logits(x).items():
+            result[name] = F.interpolate(
                 y, size=size, mode="bilinear", align_corners=self.align_corners
             )
         return result
 
     def forward_logits(self, x: Tensor) -> Tensor:
         """The main logits before upsampling: [N, 3, H, W] -> [N, num_classes, h, w]."""
+        return self.all_logits(x, aux=False)["out"]
+
+    def all_logits(self, x: Tensor, aux: bool = True) -> dict[str, Tensor]:
+        """The logits of all heads before upsampling, "out" and, where there is one, "aux"."""
         if not torch.jit.is_scripting():
-            logits = self._fast_logits(x, False)
+            logits = self._fast_logits(x, aux)
             if logits is None:
-                logits = self._fused_logits(x, False)
+                logits = self._fused_logits(x, aux)
             if logits is not None:
-                return logits["out"]
-        return self.classifier(self.backbone(x)["out"])
+                return logits
+        features = self.backbone(x)
+        result = OrderedDict()
+        result["out"] = self.classifier(features["out"])
+        if aux and self.aux_classifier is not None:
+            result["aux"] = self.aux_classifier(features["aux"])
+        return result
 
     def fast_reasons(self, x: Tensor) -> list[str]:
         """Why a call on x runs the plain modules; empty where it takes the fast path.

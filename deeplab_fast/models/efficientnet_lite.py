@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..nn import fused
 from ._backbone import IntermediateLayerGetter
 from .mobilenetv2 import InvertedResidual, conv_norm, dilate_blocks
 from .mobilenetv3 import make_divisible
@@ -112,6 +111,3 @@ class EfficientNetLiteBackbone(IntermediateLayerGetter):
             elif part in _STEM_PARTS:
                 renamed[f"{_STEM_PARTS[part]}.{leaf}"] = value
         return renamed
-
-
-fused.rule(EfficientNetLiteBackbone)(fused.features)

@@ -178,9 +178,6 @@ class MobileNetV2Backbone(IntermediateLayerGetter):
         self.output_stride = output_stride
 
 
-fused.rule(MobileNetV2Backbone)(fused.features)
-
-
 def dilate_blocks(modules: Iterable[nn.Module], output_stride: int) -> None:
     """Set strides and dilations of the inverted residuals behind a stem of stride 2, in place.
 

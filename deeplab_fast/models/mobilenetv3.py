@@ -188,9 +188,6 @@ class MobileNetV3Backbone(IntermediateLayerGetter):
         self.output_stride = output_stride
 
 
-fused.rule(MobileNetV3Backbone)(fused.features)
-
-
 def make_divisible(value: float, divisor: int = 8) -> int:
     """Nearest multiple of `divisor` that is not more than 10 % below `value`."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)

@@ -260,6 +260,3 @@ def _initialise(net: nn.Module) -> None:
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-
-
-fused.rule(ResNetBackbone)(fused.features)

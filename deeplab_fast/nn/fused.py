@@ -40,9 +40,34 @@ _ACTIVATIONS: dict[type[nn.Module], str | None] = {
     nn.Hardswish: "hardswish",
 }
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_RULES: dict[type[nn.Module], Callable[[Any, Any], Any]] = {}
+# By the forward that a rule stands for: a subclass that keeps it keeps the rule.
+_RULES: dict[Callable[..., Any], Callable[[Any, Any], Any]] = {}
 # (kernel, stride, padding, dilation, ceil_mode) of torch.ops.aten.max_pool2d_with_indices.
 Pool = tuple[list[int], list[int], list[int], list[int], bool]
+
+
+def fuse(model: Any, fused: bool = True) -> Any:
+    """Train a model by the fused forms, or no longer: sets `model.fused`.
+
+    Modules, parameters and state_dict keys stay as they are, also in the middle of a training.
+
+    Args:
+        model: a `DeepLabV3` of this package, changed in place.
+        fused: False for the plain modules.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: another model.
+    """
+    if not hasattr(model, "fused"):
+        raise TypeError(
+            f"fuse takes a model that a builder of deeplab_fast made, got {type(model).__name__}; "
+            "make one with deeplab_fast.from_checkpoint(model.state_dict()) or by its builder"
+        )
+    model.fused = fused
+    return model
 
 
 def rule(
@@ -51,7 +76,7 @@ def rule(
     """Register how modules of these types run."""
 
     def register(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        _RULES.update(dict.fromkeys(types, function))
+        _RULES.update({t.forward: function for t in types})
         return function
 
     return register
@@ -61,7 +86,7 @@ def run(module: nn.Module, x: Any) -> Any:
     """module(x), by segments where they are known."""
     if not is_plain(module):
         return module(x)
-    function = _RULES.get(type(module))
+    function = _RULES.get(type(module).forward)
     if function is not None:
         return function(module, x)
     if type(module).forward is nn.Sequential.forward or is_convolution(module) or is_norm(module):
@@ -180,13 +205,10 @@ def _pool(module: Any) -> Pool:
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:
     if type(module).forward is nn.Sequential.forward and is_plain(module):
-        if type(module) not in _RULES:
-            for child in module.children():
-                yield from _flat(child)
-            return
-    elif type(module) is nn.Identity and is_plain(module):
-        return
-    yield module
+        for child in module.children():
+            yield from _flat(child)
+    elif type(module) is not nn.Identity or not is_plain(module):
+        yield module
 
 
 class _Norm:
