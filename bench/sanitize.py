@@ -7,21 +7,110 @@ exact ones as well; exit status 1 where one is wrong. An op that a backend does 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor, nn
+
+from deeplab_fast import backends, ops
 
 from . import gate, op_cases, registry
-from .costs import UpsampleSize
+from .costs import Cost, UpsampleSize
 from .providers import expected
-from .registry import FORWARD, FORWARD_BACKWARD, Arguments, Case
+from .registry import FORWARD, FORWARD_BACKWARD, Arguments, Call, Case
 
 # Odd sizes, channels that are no multiple of a block, a ratio that is no integer, taps that all
 # fall outside (rate 12 on 9 rows).
 _SIZES = UpsampleSize(2, 5, 5, 7, 33, 41)
 _SMALLER = UpsampleSize(1, 3, 9, 8, 5, 4)
 _MAP = {"n": 2, "h": 9, "w": 11}
+
+
+class _NormPass(nn.Module):
+    """A pass of batch norm in training over maps, with its vectors.
+
+    Attributes:
+        exact: through the reference, in any dtype.
+    """
+
+    def __init__(self, op: str, channels: int, act: str | None) -> None:
+        super().__init__()
+        self.op, self.act, self.exact = op, act, True
+        for name in ("mean", "rstd", "weight", "bias", "mean_grad", "mean_grad_xhat"):
+            self.register_buffer(name, torch.rand(channels) + 0.25)
+
+    def call(self, *maps: Tensor) -> Call:
+        """The call of the op."""
+        vectors: list[Any] = list(self.buffers())
+        options: dict[str, Any] = {"act": self.act}
+        last = maps[-1]
+        if self.op == "batch_stats":
+            return self.op, maps, {}
+        if self.op == "bn_act":
+            options["residual"] = last if len(maps) > 1 else None
+            return self.op, (maps[0], *vectors[:4]), options
+        options["out"] = last if len(maps) > 2 else None
+        if self.op == "bn_act_reduce":
+            return self.op, (*maps[:2], *vectors[:4]), options
+        options["to_residual"] = True
+        return self.op, (*maps[:2], *vectors), options
+
+    def forward(self, *maps: Tensor) -> Any:
+        op, args, options = self.call(*maps)
+        if not self.exact:
+            return getattr(ops, op)(*args, **options)
+        with backends.use_backend("reference"):
+            return getattr(ops, op)(*args, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NormCase(Case):
+    """A pass of batch norm in training over `maps` maps [n, c, h, w]."""
+
+    kind: ClassVar[str] = "op"
+
+    n: int
+    h: int
+    w: int
+    maps: int
+    c: int = 40
+    act: str | None = "relu"
+
+    def make_module(self) -> nn.Module:
+        return _NormPass(self.op, self.c, self.act)
+
+    def make_inputs(self) -> tuple[Tensor, ...]:
+        return tuple(torch.randn(self.n, self.c, self.h, self.w) for _ in range(self.maps))
+
+    def fused(self, args: Arguments, dtype: torch.dtype) -> nn.Module:
+        module = copy.deepcopy(args.module).to(torch.promote_types(dtype, torch.float32))
+        module.exact = False
+        return module
+
+    def calls(self, args: Arguments) -> list[Call]:
+        return [self.fused(args, args.inputs[0][0].dtype).call(*args.inputs[0])]
+
+    def cost(self, mode: str, itemsize: int) -> Cost:
+        return Cost(0, 0, self.maps * self.n * self.c * self.h * self.w * itemsize)
+
+
+def _norm_cases() -> list[Case]:
+    """Every op in each of its forms, with channels that are a multiple of an access and that are
+    of none."""
+    found: list[Case] = []
+    for c in (40, 7):
+        given = {"suites": (), "c": c, **_MAP}
+        found.append(_NormCase(op="batch_stats", shape=f"c{c}", maps=1, **given))
+        for op, maps in (("bn_act", 1), ("bn_act_reduce", 2), ("bn_act_backward", 2)):
+            found += [
+                _NormCase(op=op, shape=f"c{c}-hardswish", maps=maps, act="hardswish", **given),
+                _NormCase(op=op, shape=f"c{c}-residual", maps=maps + 1, **given),
+            ]
+    return found
 
 
 def small_cases() -> list[Case]:
@@ -71,6 +160,7 @@ def small_cases() -> list[Case]:
             )
             for size, dilation in ((1, 1), (3, 1), (3, 2))
         ),
+        *_norm_cases(),
     ]
     return found
 

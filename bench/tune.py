@@ -2,7 +2,9 @@
 
 Every candidate of a kernel's configuration is held against the exact result and timed beside the
 others, replayed from CUDA graphs. Where one beats the analytic choice by more than the noise, it is
-written to kernels/configs/GPU/KERNEL.json with the versions it was measured with.
+written to kernels/configs/GPU/KERNEL.json with the versions it was measured with; launchers read it
+from there (kernels/tuned.py). What a file says of other calls stays, as long as it is of the same
+version and the same Triton.
 
 Without a GPU there is nothing to tune: a configuration is measured, never guessed.
 """
@@ -14,7 +16,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,117 +25,123 @@ from typing import Any
 
 import torch
 
-from . import gate, measure, registry, rows
-from .op_cases import _UpsampleCase
-from .providers import expected
-from .registry import FORWARD, FORWARD_BACKWARD, Suite
+from deeplab_fast import backends
 
-CONFIGS = Path(__file__).resolve().parent.parent / "kernels" / "configs"
+from . import gate, measure, registry, rows
+from .providers import expected
+from .registry import FORWARD, FORWARD_BACKWARD, Case, Suite
+
 # A candidate must be this much faster than the analytic choice to be written.
 LEAST_GAIN = 1.03
 
 
 @dataclass(frozen=True)
 class Tunable:
-    """A choice that a kernel's launcher asks `deeplab_fast.kernels.configs` for.
+    """A kernel whose configuration cases depend on.
 
     Attributes:
-        kernel: name of the file that is written.
-        function: name of the choice in that module.
-        op, mode: cases that depend on it.
-        candidates: () -> configurations, legal for every case.
+        kernel: name in `deeplab_fast.kernels.configs.TUNABLE`, and of the file that is written.
+        op, mode: cases in which exactly one of its configurations is chosen.
     """
 
     kernel: str
-    function: str
     op: str
-    mode: str
-    candidates: Callable[[], list[Any]]
-
-
-def _powers(first: int, last: int) -> list[int]:
-    return [1 << k for k in range(first.bit_length() - 1, last.bit_length())]
-
-
-def forward_candidates() -> list[Any]:
-    """Rows of a program and warps, for kernels without partial gradients."""
-    from deeplab_fast.kernels.configs import WARP, UpsampleConfig
-
-    return [
-        UpsampleConfig(rows, warps * WARP, 0, warps)
-        for rows in _powers(1, 16)
-        for warps in _powers(1, 8)
-    ]
-
-
-def gradient_candidates() -> list[Any]:
-    """Rows, columns of a block and warps; a block lies within a warp."""
-    from deeplab_fast.kernels.configs import WARP, UpsampleConfig
-
-    return [
-        UpsampleConfig(rows, warps * WARP, block, warps)
-        for rows in _powers(2, 8)
-        for block in _powers(2, 16)
-        for warps in _powers(1, 4)
-    ]
+    mode: str = FORWARD
 
 
 TUNABLES = (
-    Tunable("upsample_argmax", "forward_config", "upsample_argmax", FORWARD, forward_candidates),
-    Tunable(
-        "upsample_cross_entropy",
-        "gradient_config",
-        "upsample_cross_entropy",
-        FORWARD_BACKWARD,
-        gradient_candidates,
-    ),
+    Tunable("upsample_argmax", "upsample_argmax"),
+    Tunable("upsample_confusion", "upsample_confusion"),
+    Tunable("upsample_softmax_add", "upsample_softmax_add"),
+    Tunable("upsample_cross_entropy", "upsample_cross_entropy", FORWARD_BACKWARD),
+    Tunable("upsample_cross_entropy_forward", "upsample_cross_entropy"),
+    Tunable("aspp_branches", "aspp_branches"),
+    Tunable("pointwise", "aspp_project"),
+    Tunable("pointwise", "conv_bn_act"),
 )
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What was found for a case.
+
+    Attributes:
+        key: the call, as its launcher looks it up.
+        entry: the entry of the file; None where the analytic choice is as good.
+    """
+
+    key: dict[str, Any]
+    entry: dict[str, Any] | None
+
+
 @contextlib.contextmanager
-def configured(function: str, config: Any) -> Iterator[None]:
-    """Make the launchers take a configuration, whatever the call."""
+def configured(kernel: str, config: Any | None) -> Iterator[list[tuple[Any, Any]]]:
+    """Make the launcher of a kernel take a configuration, whatever the call and the files.
+
+    Args:
+        kernel: name in `configs.TUNABLE`.
+        config: None for the analytic choice.
+
+    Yields:
+        The (key, device) that launchers ask for, each once.
+    """
     from deeplab_fast.kernels import configs
 
-    before = getattr(configs, function)
-    setattr(configs, function, lambda *args, **kwargs: config)
+    before = configs.tuned_config
+    asked: list[tuple[Any, Any]] = []
+
+    def choose(name: str, key: Any, device: Any) -> Any | None:
+        if name != kernel:
+            return before(name, key, device)
+        if (key, device) not in asked:
+            asked.append((key, device))
+        return config
+
+    configs.tuned_config = choose
     try:
-        yield
+        yield asked
     finally:
-        setattr(configs, function, before)
+        configs.tuned_config = before
 
 
-def tune(tunable: Tunable, case: _UpsampleCase, suite: Suite) -> dict[str, Any] | None:
-    """The entry of a case's sizes; None where the analytic choice is as good.
+def tune(tunable: Tunable, case: Case, suite: Suite) -> Outcome:
+    """The fastest configuration for a case.
 
     Raises:
-        RuntimeError: the analytic choice does not run, or its result is wrong.
+        RuntimeError: the analytic choice does not run, its result is wrong, or the case does not
+            choose one configuration of the kernel.
     """
+    from deeplab_fast.kernels import configs
+
     args = case.setup(suite.device, suite.dtype, 0, measure.copies_for(case, suite))
     exact = expected(case, tunable.mode, args)
     triton = registry.provider("triton")
     precision = triton.precision(case, tunable.mode, suite.device, suite.dtype)
 
     def build(config: Any, anchors: dict[str, float]) -> tuple[Any, dict[str, float]]:
-        with contextlib.ExitStack() as stack:
-            if config is not None:
-                stack.enter_context(configured(tunable.function, config))
-            run = triton.build(case, tunable.mode, suite.device, suite.dtype, args)
-            found = gate.errors(case, tunable.mode, gate.outputs(run.probe()), exact)
-            for kind, error in found.items():
-                bound = gate.limit(case, tunable.mode, kind, precision, 1, anchors.get(kind))
-                if not error <= bound:
-                    raise RuntimeError(f"{kind}: error {error:.2e} above {bound:.2e}")
-            return measure.capture(run), found
+        run = triton.build(case, tunable.mode, suite.device, suite.dtype, args)
+        found = gate.errors(case, tunable.mode, gate.outputs(run.probe()), exact)
+        for kind, error in found.items():
+            bound = gate.limit(case, tunable.mode, kind, precision, 1, anchors.get(kind))
+            if not error <= bound:
+                raise RuntimeError(f"{kind}: error {error:.2e} above {bound:.2e}")
+        return measure.capture(run), found
 
+    with configured(tunable.kernel, None) as asked:
+        graph, anchors = build(None, {})
+    if len(asked) != 1:
+        raise RuntimeError(
+            f"{case.id} {tunable.mode} chooses {len(asked)} configurations of {tunable.kernel}"
+        )
+    ((key, device),) = asked
     choices: dict[str, Any] = {"analytic": None}
-    graph, anchors = build(None, {})
     graphs = {"analytic": graph}
-    for config in tunable.candidates():
+    for config in configs.TUNABLE[tunable.kernel].candidates(key, device):
         name = _label(config)
         choices[name] = config
         try:
-            graphs[name], _ = build(config, anchors)
+            with configured(tunable.kernel, config):
+                graphs[name], _ = build(config, anchors)
         except Exception as error:
             print(f"  {name}: {measure.one_line(error)}", flush=True)
     replays = {name: (lambda i, graph=graph: graph.replay()) for name, graph in graphs.items()}
@@ -154,56 +161,85 @@ def tune(tunable: Tunable, case: _UpsampleCase, suite: Suite) -> dict[str, Any] 
         f"{gain:.3f}x of {len(samples)} that ran",
         flush=True,
     )
+    fields = dataclasses.asdict(key)
     if best == "analytic" or gain < LEAST_GAIN:
-        return None
-    s = case.sizes
-    return {
-        "key": {
-            "in_size": [s.h, s.w],
-            "out_size": [s.height, s.width],
-            "align_corners": False,
-            "classes": s.classes,
-            "n": s.n,
-            "dtype": str(suite.dtype).removeprefix("torch."),
-        },
+        return Outcome(fields, None)
+    entry = {
+        "key": fields,
         "config": dataclasses.asdict(choices[best]),
+        "case": case.id,
         "ms": round(ms[best], 6),
         "analytic_ms": round(ms["analytic"], 6),
     }
+    return Outcome(fields, entry)
 
 
 def _label(config: Any) -> str:
     return ",".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items())
 
 
-def write(folder: Path, kernel: str, gpu: str, entries: list[dict[str, Any]]) -> Path:
-    """Write a kernel's tuned configurations; returns the path."""
+def write(folder: Path, kernel: str, gpu: str, outcomes: Sequence[Outcome]) -> Path | None:
+    """Bring a kernel's file up to date; returns its path, None where nothing is left to say.
+
+    Args:
+        folder: of all files.
+        kernel: name in `configs.TUNABLE`.
+        gpu: the device's name.
+        outcomes: of the calls that were measured; they replace what the file says of these.
+    """
+    from deeplab_fast.kernels import tuned
+
     env = rows.environment("cuda" if torch.cuda.is_available() else "cpu", 0)
-    path = folder / re.sub(r"[^A-Za-z0-9._-]+", "_", gpu) / f"{kernel}.json"
-    content = {
-        "kernel": kernel,
-        "gpu": gpu,
-        "triton": env.triton,
-        "torch": env.torch,
-        "commit": env.commit,
-        "date": env.date,
-        "entries": entries,
-    }
+    path = tuned.path_of(folder, gpu, kernel)
+    head = {"version": tuned.VERSION, "kernel": kernel, "gpu": gpu, "triton": env.triton}
+    # As JSON has them: tuples are lists there.
+    measured = json.loads(json.dumps([outcome.key for outcome in outcomes]))
+    entries = [entry for entry in _kept(path, head) if entry.get("key") not in measured]
+    facts = {"torch": env.torch, "commit": env.commit, "date": env.date}
+    entries += [outcome.entry | facts for outcome in outcomes if outcome.entry is not None]
+    if not entries:
+        path.unlink(missing_ok=True)
+        return None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        temporary.write_text(json.dumps(head | {"entries": entries}, indent=1) + "\n", "utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
+def _kept(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries of an earlier file; none where launchers would not read them beside new ones."""
+    from deeplab_fast.kernels import tuned
+
+    def facts(content: dict[str, Any]) -> dict[str, Any]:
+        triton = tuned.minor(content.get("triton"))
+        return {name: content.get(name) for name in head} | {"triton": triton}
+
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        found = facts(content)
+        entries = [entry for entry in content["entries"] if isinstance(entry, dict)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        print(f"{path} is replaced: {measure.one_line(error)}", file=sys.stderr)
+        return []
+    if found != facts(head):
+        print(f"{path} is replaced: it is of {found}, now {facts(head)}", file=sys.stderr)
+        return []
+    return entries
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Tune; 0, or 2 where there is no GPU or no such case."""
+    from deeplab_fast.kernels import tuned
+
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
     parser.add_argument("-k", metavar="PATTERN", help="regular expression on 'op/shape mode'")
-    parser.add_argument("--out", type=Path, default=CONFIGS, help="default: kernels/configs")
+    parser.add_argument("--out", type=Path, default=tuned.FOLDER, help="default: kernels/configs")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print(
@@ -218,27 +254,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"bench.tune: error: {error}", file=sys.stderr)
         return 2
-    gpu = torch.cuda.get_device_name()
+    tune_all(work, suite, torch.cuda.get_device_name(), options.out)
+    return 0
+
+
+def tune_all(
+    work: Sequence[tuple[Case, str]],
+    suite: Suite,
+    gpu: str,
+    folder: Path,
+    tune_one: Callable[[Tunable, Case, Suite], Outcome] = tune,
+) -> None:
+    """Tune all kernels that cases depend on, and write their files.
+
+    Args:
+        work: (case, mode).
+        suite: how long, and on what.
+        gpu: the device's name.
+        folder: of the files.
+        tune_one: tunes a case.
+    """
+    triton = registry.provider("triton")
     for tunable in TUNABLES:
-        entries = []
+        outcomes = []
         for case, mode in work:
             if (case.op, mode) != (tunable.op, tunable.mode):
                 continue
-            assert isinstance(case, _UpsampleCase)
-            reason = registry.missing_reason(registry.provider("triton"), case, mode, suite)
+            # Asked for by name, so that what is predicted to be slower than PyTorch is tuned too.
+            with backends.use_backend("triton"):
+                reason = registry.missing_reason(triton, case, mode, suite)
             if reason:
                 print(f"{case.id} {mode}: {reason}")
                 continue
             try:
-                entry = tune(tunable, case, suite)
+                outcomes.append(tune_one(tunable, case, suite))
             except Exception as error:
                 print(f"{case.id} {mode}: {measure.one_line(error)}", file=sys.stderr)
-                continue
-            if entry is not None:
-                entries.append(entry)
-        if entries:
-            print(f"wrote {write(options.out, tunable.kernel, gpu, entries)}")
-    return 0
+        if outcomes:
+            path = write(folder, tunable.kernel, gpu, outcomes)
+            print(
+                f"{tunable.kernel}: " + (f"wrote {path}" if path else "the analytic choice stays")
+            )
 
 
 if __name__ == "__main__":

@@ -46,11 +46,27 @@ void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
                  const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
                  std::string_view act);
 
+// csrc/cpu/batch_norm_ops.cpp
+std::tuple<Tensor, Tensor> batch_stats(const Tensor& x);
+Tensor bn_act(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
+              const Tensor& bias, const std::optional<Tensor>& residual, std::string_view act);
+std::tuple<Tensor, Tensor> bn_act_reduce(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                         const Tensor& rstd, const Tensor& weight,
+                                         const Tensor& bias, const std::optional<Tensor>& out,
+                                         std::string_view act);
+std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                           const Tensor& rstd, const Tensor& weight,
+                                           const Tensor& bias, const std::optional<Tensor>& out,
+                                           const std::optional<Tensor>& mean_grad,
+                                           const std::optional<Tensor>& mean_grad_xhat,
+                                           std::string_view act, bool to_residual);
+
 }  // namespace deeplab_fast::cpu
 
 #define DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS                                                  \
   "Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, " \
   "str reduction, bool align_corners"
+#define DEEPLAB_FAST_BATCH_NORM "Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, "
 
 TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
   namespace cpu = deeplab_fast::cpu;
@@ -84,6 +100,13 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
   m.def(
       "_conv_pixels_cpu(Tensor x, Tensor weight, Tensor shift, Tensor? residual, Tensor(a!) out, "
       "int channel_offset, str act) -> ()");
+  m.def("_batch_stats_cpu(Tensor x) -> (Tensor, Tensor)");
+  m.def("_bn_act_cpu(" DEEPLAB_FAST_BATCH_NORM "Tensor? residual, str act) -> Tensor");
+  m.def("_bn_act_reduce_cpu(Tensor grad, " DEEPLAB_FAST_BATCH_NORM
+        "Tensor? out, str act) -> (Tensor, Tensor)");
+  m.def("_bn_act_backward_cpu(Tensor grad, " DEEPLAB_FAST_BATCH_NORM
+        "Tensor? out, Tensor? mean_grad, Tensor? mean_grad_xhat, str act, bool to_residual) "
+        "-> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
@@ -99,4 +122,8 @@ TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
   m.impl("_conv_prepare_tiles_cpu", &cpu::conv_prepare_tiles);
   m.impl("_conv_tiles_cpu", &cpu::conv_tiles);
   m.impl("_conv_pixels_cpu", &cpu::conv_pixels);
+  m.impl("_batch_stats_cpu", &cpu::batch_stats);
+  m.impl("_bn_act_cpu", &cpu::bn_act);
+  m.impl("_bn_act_reduce_cpu", &cpu::bn_act_reduce);
+  m.impl("_bn_act_backward_cpu", &cpu::bn_act_backward);
 }

@@ -46,6 +46,11 @@ STANDARD_SHAPES = (
     StandardShape("cityscapes-1024x2048", 1, (1024, 2048), (128, 256), classes=19),
 )
 
+# Ops whose backward pass is an op that is called by autograd alone, and what it is asked for.
+_BACKWARD: dict[str, dict[str, bool]] = {
+    "aspp_convs": {},
+    "conv2d": {"to_x": True, "to_weight": True},
+}
 _PACKAGES = ("torch", "triton", "numpy", "torchvision", "lightning", "pillow", "safetensors")
 _ENVIRONMENT = (
     (backends.ENVIRONMENT_VARIABLE, "backend of every op: auto, cuda, triton, cpu, reference"),
@@ -74,6 +79,13 @@ def calls(shape: StandardShape, dtype: torch.dtype, device: str) -> Iterator[tup
     branches = k * len(kernels)
     per_channel = empty(c, of=torch.float32)
     yield "conv_bn_act", (empty(n, 512, h, w), empty(c, 512, 1, 1), per_channel, per_channel)
+    yield "conv2d", (empty(n, 512, h, w), empty(c, 512, 1, 1))
+    norm = (x, *[per_channel] * 4)
+    yield "batch_stats", (x,)
+    yield "bn_act", norm
+    yield "bn_act_reduce", (x, *norm)
+    yield "bn_act_backward", (x, *norm)
+    yield "aspp_convs", (x, kernels, [1, *shape.rates])
     yield "aspp_branches", (x, kernels, vectors, vectors, [1, *shape.rates])
     yield (
         "aspp_project",
@@ -93,6 +105,10 @@ def what_runs(shape: StandardShape, dtype: torch.dtype, device: str) -> list[bac
         desc = ops.describe(op, *args)
         desc = dataclasses.replace(desc, device=device, capability=capability)
         found.append(backends.explain(desc))
+        if op in _BACKWARD:
+            params = desc.params | _BACKWARD[op]
+            desc = dataclasses.replace(desc, op=f"{op}_backward", params=params)
+            found.append(backends.explain(desc))
     return found
 
 
@@ -147,7 +163,8 @@ def _devices() -> Iterator[str]:
 def _built() -> Iterator[str]:
     yield "Implementations"
     yield f"  {'reference':<14}yes: plain PyTorch"
-    for name, extension in (("cpu", _ext.CPU), ("cuda", _ext.CUDA)):
+    extensions = (("cpu", _ext.CPU), ("cuda", _ext.CUDA), ("cuda sm_90a", _ext.SM90))
+    for name, extension in extensions:
         if extension.loaded:
             facts = ", ".join(f"{k} {v}" for k, v in extension.build.items() if isinstance(v, str))
             yield f"  {name:<14}yes: {facts}"

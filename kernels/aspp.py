@@ -15,7 +15,7 @@ graph is captured: call once before capturing, as torch.cuda.graphs asks for any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends import OpDesc
-from ..ops.aspp_tiles import Branch, schedule
+from ..ops.aspp_tiles import Branch, Int32, Schedule, schedule
 from . import _compat, configs
 from .configs import GemmConfig
 from .conv import (
@@ -84,25 +84,12 @@ class PackedBranches:
         branches = tuple(
             Branch(w.shape[0], w.shape[-1], int(d)) for w, d in zip(weights, dilations, strict=True)
         )
-        # Tap by tap a matrix [K, C] in which channels are contiguous.
-        matrices = [w.permute(2, 3, 0, 1) for w in weights]
-        channels = weights[0].shape[1]
-        weight = _joined(matrices)
-        if weight is None:
-            weight = weights[0].new_empty(sum(m.numel() for m in matrices))
-            # Each is read and written once; a concatenation would copy them to make them dense.
-            for part, m in zip(weight.split([m.numel() for m in matrices]), matrices, strict=True):
-                part.view(m.shape).copy_(m)
-        return cls(weight.view(-1, channels), _vector(scales), _vector(shifts), branches)
+        return cls(pack_weights(weights), _vector(scales), _vector(shifts), branches)
 
     @property
     def weights(self) -> list[Tensor]:
         """For each branch its filters [K, C, kernel, kernel], a view."""
-        rows = [b.taps * b.channels for b in self.branches]
-        return [
-            part.view(b.kernel, b.kernel, b.channels, -1).permute(2, 3, 0, 1)
-            for part, b in zip(self.weight.split(rows), self.branches, strict=True)
-        ]
+        return unpack_weights(self.weight, self.branches)
 
     @property
     def scales(self) -> list[Tensor]:
@@ -118,6 +105,36 @@ class PackedBranches:
     def dilations(self) -> list[int]:
         """For each branch its dilation."""
         return [b.dilation for b in self.branches]
+
+
+def pack_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Filters of all branches as one matrix; views of an earlier one are not copied.
+
+    Args:
+        weights: for each branch [K_b, C, kernel, kernel], one dtype and device.
+
+    Returns:
+        [sum taps K, C], contiguous; rows in the order branch, tap, filter.
+    """
+    # Tap by tap a matrix [K, C] in which channels are contiguous.
+    matrices = [w.permute(2, 3, 0, 1) for w in weights]
+    weight = _joined(matrices)
+    if weight is None:
+        weight = weights[0].new_empty(sum(m.numel() for m in matrices))
+        # Each is read and written once; a concatenation would copy them to make them dense.
+        for part, m in zip(weight.split([m.numel() for m in matrices]), matrices, strict=True):
+            part.view(m.shape).copy_(m)
+    return weight.view(-1, weights[0].shape[1])
+
+
+def unpack_weights(matrix: Tensor, branches: Sequence[Branch]) -> list[Tensor]:
+    """For each branch its filters [K, C, kernel, kernel], a view of `pack_weights`'s matrix."""
+    return [
+        part.view(b.kernel, b.kernel, b.channels, -1).permute(2, 3, 0, 1)
+        for part, b in zip(
+            matrix.split([b.taps * b.channels for b in branches]), branches, strict=True
+        )
+    ]
 
 
 def _vector(parts: Sequence[Tensor]) -> Tensor:
@@ -140,19 +157,20 @@ def _joined(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class _Tables:
-    """`aspp_tiles.Schedule` on a device."""
+class Tables:
+    """`aspp_tiles.Schedule` on a device, and in `more` what belongs to it."""
 
     classes: Tensor
     parts: Tensor
     sums: Tensor
     starts: Tensor
     slots: int
+    more: tuple[Tensor, ...] = ()
 
 
 # Never emptied: a captured CUDA graph reads the tables through raw pointers for as long as it
 # lives. An entry holds 32 bytes a tile.
-_tables: dict[tuple[Any, ...], _Tables] = {}
+_tables: dict[tuple[Any, ...], Tables] = {}
 
 
 def branches_reasons(desc: OpDesc) -> list[str]:
@@ -224,8 +242,8 @@ def aspp_branches_packed(
     kernels = _compat.device_module("aspp_kernels")
     device = device_of(x)
     x = channels_inside(x)
-    x_strides = _strides(x)
-    y_strides = _strides(out)
+    x_strides = map_strides(x)
+    y_strides = map_strides(out)
     vec_x = min(vector(x, channels, *x_strides), vector(packed.weight))
     vec_y = vector(out, *y_strides, *(b.channels for b in packed.branches))
     if config is None:
@@ -233,7 +251,7 @@ def aspp_branches_packed(
             n, height, width, channels, packed.branches, arithmetic(x), device,
             aligned=is_longest(x, vec_x, vec_y),
         )  # fmt: skip
-    tables = _device_tables(x, packed.branches, config, device.multiprocessors * config.occupancy)
+    tables = device_tables(x, packed.branches, config, device.multiprocessors * config.occupancy)
     y_steps = [s // vec_y for s in y_strides]
     partial = x.new_empty((tables.slots, config.block_m, config.block_n), dtype=torch.float32)
     with _compat.on_device(x):
@@ -319,21 +337,38 @@ def aspp_project(
     return y
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
+def map_strides(x: Tensor) -> tuple[int, int, int]:
     """Strides of image, row and column; 0 for a dimension of one entry."""
     image, _, row, col = x.stride()
     n, _, height, width = x.shape
     return image * (n > 1), row * (height > 1), col * (width > 1)
 
 
-def _device_tables(
-    x: Tensor, branches: tuple[Branch, ...], config: GemmConfig, programs: int
-) -> _Tables:
-    """The tile list of a call on the device of x, copied there at the first call."""
+def device_tables(
+    x: Tensor,
+    branches: tuple[Branch, ...],
+    config: GemmConfig,
+    programs: int,
+    make: Callable[..., Schedule] = schedule,
+    more: Callable[[Any, int], Sequence[Int32]] | None = None,
+) -> Tables:
+    """The tile list of a call on the device of x, copied there at the first call.
+
+    Args:
+        x: [N, C, H, W], the branches' input.
+        branches: the branches.
+        config: tiles, and whether they are cut.
+        programs: thread blocks that run at the same time.
+        make: a function of `aspp_tiles` with the arguments of `schedule`.
+        more: int32 tables that follow from the list and the pixels of a tile, or None.
+
+    Raises:
+        RuntimeError: the shape is new and a CUDA graph is being captured.
+    """
     n, channels, height, width = x.shape
     shape = (n, height, width, channels, branches)
     block = (config.block_m, config.block_n, config.block_c)
-    key = (*shape, *block, programs, config.split, x.device)
+    key = (*shape, *block, programs, config.split, make, more, x.device)
     tables = _tables.get(key)
     if tables is not None:
         return tables
@@ -342,15 +377,21 @@ def _device_tables(
             f"the tile list for {list(x.shape)} is not on {x.device} yet and cannot be copied "
             "there while a CUDA graph is captured; run the op once at this size before"
         )
-    work = schedule(*shape, *block, programs, config.split)
-    # One copy for all of them; the rows of all but the last are multiples of 16 bytes.
-    arrays = (work.classes, work.parts, work.sums, work.starts)
-    packed = torch.from_numpy(np.concatenate([a.ravel() for a in arrays])).to(x.device)
-    parts = packed.split([a.size for a in arrays])
+    work = make(*shape, *block, programs, config.split)
+    others = more(work, config.block_m) if more else ()
+    arrays = [work.classes, work.parts, work.sums, work.starts, *others]
+    # One copy for all of them, each from a multiple of 16 bytes on.
+    sizes = [-(-a.size // 4) * 4 for a in arrays]
+    joined = np.zeros(sum(sizes), np.int32)
+    for part, a in zip(np.split(joined, np.cumsum(sizes)), arrays, strict=False):
+        part[: a.size] = a.ravel()
+    packed = torch.from_numpy(joined).to(x.device)
     if packed.is_cuda:
         # The tables outlive this stream's order: any later call may come on another stream.
         torch.cuda.current_stream(x.device).synchronize()
-    classes, tiles, sums, starts = (p.view(a.shape) for p, a in zip(parts, arrays, strict=True))
-    tables = _Tables(classes, tiles, sums, starts, work.slots)
+    classes, tiles, sums, starts, *rest = (
+        part[: a.size].view(a.shape) for part, a in zip(packed.split(sizes), arrays, strict=True)
+    )
+    tables = Tables(classes, tiles, sums, starts, work.slots, tuple(rest))
     _tables[key] = tables
     return tables

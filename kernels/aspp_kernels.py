@@ -63,7 +63,7 @@ _PART_FIELDS = tl.constexpr(PART_FIELDS)
 
 
 @triton.jit
-def _pixel_offsets(class_ptr, pixel, stride_n, stride_h, stride_w):
+def pixel_offsets(class_ptr, pixel, stride_n, stride_h, stride_w):
     """Offsets (int64) of a class's pixels, given by their numbers."""
     cols = tl.load(class_ptr + _COLS)
     rows = tl.load(class_ptr + _ROWS)
@@ -95,17 +95,86 @@ def _store(
     y = sums * scale[None, :] + shift[None, :]
     # Not a maximum, which would turn NaN into 0.
     y = tl.where(y < 0.0, 0.0, y)
-    offset = _pixel_offsets(class_ptr, pixel, stride_yn, stride_yh, stride_yw) * VEC
+    offset = pixel_offsets(class_ptr, pixel, stride_yn, stride_yh, stride_yw) * VEC
     inside = pixel < tl.load(class_ptr + _PIXELS)
     at = y_ptr + offset[:, None] + (first_channel + channel)[None, :]
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside[:, None] & exists[None, :])
 
 
 @triton.jit
-def _halves(sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def halves(sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The left and right columns of a tile; stored one after the other they need half the
     registers and shared memory."""
     return tl.split(tl.permute(tl.reshape(sums, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def tile_sums(
+    part_ptr, class_ptr, x_ptr, weight_ptr, channels, stride_xn, stride_xh, stride_xw,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, VEC_X: tl.constexpr,
+    EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums [BLOCK_M, BLOCK_N] of a part; arguments as for aspp_branches_kernel."""
+    depth = channels.to(tl.int64)
+    x_row = stride_xh.to(tl.int64)
+    x_col = stride_xw.to(tl.int64)
+    begin = tl.load(part_ptr + _BEGIN)
+    end = tl.load(part_ptr + _END)
+    row_taps = tl.load(class_ptr + _ROW_TAPS)
+    col_taps = tl.load(class_ptr + _COL_TAPS)
+
+    # Rows and filters beyond the end repeat the last one; they are not stored.
+    pixel = tl.load(part_ptr + _FIRST) + tl.arange(0, BLOCK_M)
+    pixel = tl.minimum(pixel, tl.load(class_ptr + _PIXELS) - 1)
+    c = tl.arange(0, BLOCK_C)
+    x_base = pixel_offsets(class_ptr, pixel, stride_xn, x_row, x_col) * VEC_X
+    x_at = x_ptr + x_base[:, None] + c[None, :]
+    row = tl.load(part_ptr + _FILTER) + tl.arange(0, BLOCK_N)
+    row = tl.minimum(row, tl.load(class_ptr + _CHANNELS) - 1)
+    weight_at = weight_ptr + (row.to(tl.int64) * depth * VEC_X)[:, None] + c[None, :]
+
+    # Iteration `begin` is tap (tap_row, tap_col) of a chunk.
+    taps = row_taps * col_taps
+    chunk = begin // taps
+    tap_row = (begin - chunk * taps) // col_taps
+    tap_col = begin - chunk * taps - tap_row * col_taps
+    first_c = chunk * BLOCK_C
+    dilation = tl.load(class_ptr + _DILATION)
+    row_shift = tl.load(class_ptr + _ROW_SHIFT)
+    col_shift = tl.load(class_ptr + _COL_SHIFT)
+    shift_row = row_shift + tap_row * dilation
+    shift_col = col_shift + tap_col * dilation
+    first_row = tl.load(class_ptr + _WEIGHT_ROW)
+    row_step = tl.load(class_ptr + _WEIGHT_ROW_STEP)
+    col_step = tl.load(class_ptr + _WEIGHT_COL_STEP)
+    weight_row = first_row + tap_row * row_step + tap_col * col_step
+    # From the last tap of a row of taps to the first of the next.
+    wrap_step = row_step - (col_taps - 1) * col_step
+
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for _ in range(begin, end):
+        x_off = (shift_row.to(tl.int64) * x_row + shift_col.to(tl.int64) * x_col) * VEC_X
+        weight_off = weight_row.to(tl.int64) * depth * VEC_X
+        if EVEN_C:
+            x = tl.load(x_at + (x_off + first_c))
+            weight = tl.load(weight_at + (weight_off + first_c))
+        else:
+            live = (c < channels * VEC_X - first_c)[None, :]
+            x = tl.load(x_at + (x_off + first_c), mask=live, other=0.0)
+            weight = tl.load(weight_at + (weight_off + first_c), mask=live, other=0.0)
+        sums = tl.dot(x, tl.trans(weight), sums, input_precision=PRECISION)
+        tap_col += 1
+        wraps = tap_col == col_taps
+        tap_col = tl.where(wraps, 0, tap_col)
+        tap_row = tl.where(wraps, tap_row + 1, tap_row)
+        ends = tap_row == row_taps
+        tap_row = tl.where(ends, 0, tap_row)
+        shift_col = tl.where(wraps, col_shift, shift_col + dilation)
+        shift_row = tl.where(ends, row_shift, tl.where(wraps, shift_row + dilation, shift_row))
+        weight_row += tl.where(wraps, wrap_step, col_step)
+        weight_row = tl.where(ends, first_row, weight_row)
+        first_c = tl.where(ends, first_c + BLOCK_C, first_c)
+    return sums
 
 
 @triton.jit(
@@ -135,70 +204,15 @@ def aspp_branches_kernel(
         EVEN_C: C is a multiple of BLOCK_C.
     """
     pid = tl.program_id(0)
-    depth = channels.to(tl.int64)
-    x_row = stride_xh.to(tl.int64)
-    x_col = stride_xw.to(tl.int64)
     for part in range(tl.load(starts_ptr + pid), tl.load(starts_ptr + pid + 1)):
         part_ptr = parts_ptr + part * _PART_FIELDS
         class_ptr = classes_ptr + tl.load(part_ptr + _CLASS) * _CLASS_FIELDS
-        begin = tl.load(part_ptr + _BEGIN)
-        end = tl.load(part_ptr + _END)
-        row_taps = tl.load(class_ptr + _ROW_TAPS)
-        col_taps = tl.load(class_ptr + _COL_TAPS)
+        sums = tile_sums(
+            part_ptr, class_ptr, x_ptr, weight_ptr, channels, stride_xn, stride_xh, stride_xw,
+            BLOCK_M, BLOCK_N, BLOCK_C, VEC_X, EVEN_C, PRECISION,
+        )  # fmt: skip
 
-        # Rows and filters beyond the end repeat the last one; they are not stored.
-        pixel = tl.load(part_ptr + _FIRST) + tl.arange(0, BLOCK_M)
-        pixel = tl.minimum(pixel, tl.load(class_ptr + _PIXELS) - 1)
-        c = tl.arange(0, BLOCK_C)
-        x_base = _pixel_offsets(class_ptr, pixel, stride_xn, x_row, x_col) * VEC_X
-        x_at = x_ptr + x_base[:, None] + c[None, :]
-        row = tl.load(part_ptr + _FILTER) + tl.arange(0, BLOCK_N)
-        row = tl.minimum(row, tl.load(class_ptr + _CHANNELS) - 1)
-        weight_at = weight_ptr + (row.to(tl.int64) * depth * VEC_X)[:, None] + c[None, :]
-
-        # Iteration `begin` is tap (tap_row, tap_col) of a chunk.
-        taps = row_taps * col_taps
-        chunk = begin // taps
-        tap_row = (begin - chunk * taps) // col_taps
-        tap_col = begin - chunk * taps - tap_row * col_taps
-        first_c = chunk * BLOCK_C
-        dilation = tl.load(class_ptr + _DILATION)
-        row_shift = tl.load(class_ptr + _ROW_SHIFT)
-        col_shift = tl.load(class_ptr + _COL_SHIFT)
-        shift_row = row_shift + tap_row * dilation
-        shift_col = col_shift + tap_col * dilation
-        first_row = tl.load(class_ptr + _WEIGHT_ROW)
-        row_step = tl.load(class_ptr + _WEIGHT_ROW_STEP)
-        col_step = tl.load(class_ptr + _WEIGHT_COL_STEP)
-        weight_row = first_row + tap_row * row_step + tap_col * col_step
-        # From the last tap of a row of taps to the first of the next.
-        wrap_step = row_step - (col_taps - 1) * col_step
-
-        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for _ in range(begin, end):
-            x_off = (shift_row.to(tl.int64) * x_row + shift_col.to(tl.int64) * x_col) * VEC_X
-            weight_off = weight_row.to(tl.int64) * depth * VEC_X
-            if EVEN_C:
-                x = tl.load(x_at + (x_off + first_c))
-                weight = tl.load(weight_at + (weight_off + first_c))
-            else:
-                live = (c < channels * VEC_X - first_c)[None, :]
-                x = tl.load(x_at + (x_off + first_c), mask=live, other=0.0)
-                weight = tl.load(weight_at + (weight_off + first_c), mask=live, other=0.0)
-            sums = tl.dot(x, tl.trans(weight), sums, input_precision=PRECISION)
-            tap_col += 1
-            wraps = tap_col == col_taps
-            tap_col = tl.where(wraps, 0, tap_col)
-            tap_row = tl.where(wraps, tap_row + 1, tap_row)
-            ends = tap_row == row_taps
-            tap_row = tl.where(ends, 0, tap_row)
-            shift_col = tl.where(wraps, col_shift, shift_col + dilation)
-            shift_row = tl.where(ends, row_shift, tl.where(wraps, shift_row + dilation, shift_row))
-            weight_row += tl.where(wraps, wrap_step, col_step)
-            weight_row = tl.where(ends, first_row, weight_row)
-            first_c = tl.where(ends, first_c + BLOCK_C, first_c)
-
-        left, right = _halves(sums, BLOCK_M, BLOCK_N)
+        left, right = halves(sums, BLOCK_M, BLOCK_N)
         half: tl.constexpr = BLOCK_N // 2
         slot = tl.load(part_ptr + _SLOT)
         if SPLIT and slot >= 0:

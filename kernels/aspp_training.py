@@ -1,11 +1,310 @@
-"""The convolutions of the ASPP in training, in Triton: the launchers."""
+"""The convolutions of the ASPP in training, in Triton: the launchers.
+
+`aspp_convs` and `aspp_convs_backward` take what the references of the same names in
+`deeplab_fast.reference` take, already validated. The kernels, how they share out the work and what
+they cost are in `aspp_training_kernels.py`; importing this module does not import Triton.
+
+The kernels read filters from one matrix and write their gradients to one, `aspp.pack_weights`.
+Weights change at every step of training, so the matrix is made at every call, but from views of
+such a matrix. Tile lists are copied to the device as `aspp.py` says.
+"""
 
 from __future__ import annotations
 
-from ..backends import OpDesc
-from . import _compat
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..backends import OpDesc, current_backend
+from ..ops import aspp_tiles
+from ..ops.aspp_tiles import Branch, DgradSchedule, Int32, Schedule
+from . import _compat, configs
+from .aspp import Tables, device_tables, map_strides, pack_weights, unpack_weights
+from .configs import GemmConfig
+from .conv import (
+    arithmetic,
+    channels_inside,
+    device_of,
+    grid,
+    is_longest,
+    launch_options,
+    precision,
+    product_reasons,
+    slower_reasons,
+    vector,
+)
+
+# Rows of a cut tile that one program adds up; columns where it takes all rows.
+_SUM_ROWS = 16
+_SUM_COLS = 32
+# Blocks of pixels whose statistics a program reads side by side, and its channels.
+_STATS_ENTRIES = 64
+_STATS_COLS = 16
 
 
 def not_supported_reasons(desc: OpDesc) -> list[str]:
-    """Why the Triton kernel cannot run the call; empty where it can."""
-    return [*_compat.not_supported_reasons(desc), "not built yet"]
+    """Why the Triton kernels cannot run the call; empty where they can.
+
+    Args:
+        desc: a call of aspp_convs or of aspp_convs_backward.
+    """
+    reasons = product_reasons(desc)
+    if reasons:
+        return reasons
+    if desc.op == "aspp_convs":
+        return slower_reasons(desc)
+    if current_backend() == "auto" and not _compat.interpreting():
+        return ["no GPU has measured it; use_backend('triton') runs it"]
+    return []
+
+
+def aspp_convs(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    stats: bool,
+    config: GemmConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = concat over branches b of conv(x, weight_b, dilation_b), and the statistics of y.
+
+    Args:
+        x: [N, C, H, W] fp16, bf16 or fp32; a layout other than channels_last is copied.
+        weights: for each branch [K_b, C, 1, 1] or [K_b, C, 3, 3], the dtype of x.
+        dilations: for each branch an int of at least 1.
+        stats: whether mean and variance are asked for.
+        config: None for the analytic choice.
+
+    Returns:
+        y [N, sum K_b, H, W], channels_last, accumulated in fp32 and rounded once; mean and biased
+        variance of the rounded values of each channel, [sum K_b] fp32, 0 without values, or empty.
+
+    Raises:
+        RuntimeError: the shape is new and a CUDA graph is being captured.
+    """
+    n, channels, height, width = x.shape
+    branches = _branches(weights, dilations)
+    filters = sum(b.channels for b in branches)
+    shape = (n, filters, height, width)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    make = x.new_zeros if n == 0 else x.new_empty
+    mean, variance = (make(filters if stats else 0, dtype=torch.float32) for _ in range(2))
+    if n == 0:
+        return y, mean, variance
+    kernels = _compat.device_module("aspp_training_kernels")
+    device = device_of(x)
+    matrix = pack_weights(weights)
+    x = channels_inside(x)
+    x_strides, y_strides = map_strides(x), map_strides(y)
+    vec_x = min(vector(x, channels, *x_strides), vector(matrix))
+    vec_y = vector(y, *y_strides, *(b.channels for b in branches))
+    if config is None:
+        config = configs.aspp_branches_config(
+            n, height, width, channels, branches, arithmetic(x), device,
+            aligned=is_longest(x, vec_x, vec_y),
+        )  # fmt: skip
+    programs = device.multiprocessors * config.occupancy
+    tables = device_tables(x, branches, config, programs, more=_stats_tables)
+    first, counts, ranges, first_channels = tables.more
+    widest = max(b.channels for b in branches)
+    y_steps = [s // vec_y for s in y_strides]
+    partial = _workspace(x, tables, config)
+    tiles = x.new_empty((counts.numel() if stats else 0, 2, widest), dtype=torch.float32)
+    with _compat.on_device(x):
+        kernels.aspp_convs_kernel[grid(tables.starts.numel() - 1)](
+            x, matrix, y, partial, tiles, tables.classes, tables.parts, tables.starts,
+            first, widest,
+            channels // vec_x, *(s // vec_x for s in x_strides), *y_steps,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
+            VEC_X=vec_x, VEC_Y=vec_y, EVEN_C=channels % config.block_c == 0,
+            SPLIT=tables.slots > 0, STATS=stats, PRECISION=precision(x),
+            **launch_options(config),
+        )  # fmt: skip
+        if tables.slots:
+            cols = min(_SUM_COLS, config.block_n)
+            kernels.aspp_convs_sum_kernel[grid(tables.sums.shape[0] * (config.block_n // cols))](
+                partial, y, tiles, tables.classes, tables.sums, first, widest, *y_steps,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, COLS=cols, VEC_Y=vec_y,
+                STATS=stats, num_warps=4,
+            )  # fmt: skip
+        if stats:
+            blocks = -(-widest // _STATS_COLS)
+            kernels.aspp_stats_kernel[grid(len(branches) * blocks)](
+                tiles, counts, ranges, first_channels, mean, variance,
+                widest, blocks, n * height * width,
+                ENTRIES=_STATS_ENTRIES, COLS=_STATS_COLS, num_warps=4,
+            )  # fmt: skip
+    return y, mean, variance
+
+
+def aspp_convs_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    to_x: bool,
+    to_weights: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of `aspp_convs` to x (empty if not `to_x`) and the weights (none if not asked).
+
+    Args:
+        grad: [N, sum K_b, H, W], the gradient to y, in the dtype of x.
+        x, weights, dilations: as for `aspp_convs`.
+
+    Returns:
+        dx [N, C, H, W], channels_last, and for each branch [K_b, C, kernel, kernel], of any
+        strides; the dtype of x, accumulated in fp32 and rounded once.
+
+    Raises:
+        RuntimeError: the shape is new and a CUDA graph is being captured.
+    """
+    branches = _branches(weights, dilations)
+    grad = channels_inside(grad)
+    dx = dgrad(grad, pack_weights(weights), branches) if to_x else x.new_empty(0)
+    dw = unpack_weights(wgrad(grad, x, branches), branches) if to_weights else []
+    return dx, dw
+
+
+def dgrad(
+    grad: Tensor, matrix: Tensor, branches: tuple[Branch, ...], config: GemmConfig | None = None
+) -> Tensor:
+    """dx[p] = sum over branches b and live taps t of W_b[t]^T grad_b[p - t d_b].
+
+    Args:
+        grad: [N, sum K_b, H, W] fp16, bf16 or fp32; other layouts than channels_last are copied.
+        matrix: [sum taps K, C], `aspp.pack_weights` of the filters, the dtype of grad.
+        branches: the branches.
+        config: None for the analytic choice.
+
+    Returns:
+        [N, C, H, W], channels_last.
+    """
+    n, _, height, width = grad.shape
+    channels = matrix.shape[1]
+    dx = torch.empty(
+        (n, channels, height, width),
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=torch.channels_last,
+    )
+    if n == 0:
+        return dx
+    kernels = _compat.device_module("aspp_training_kernels")
+    device = device_of(grad)
+    grad = channels_inside(grad)
+    g_strides, x_strides = map_strides(grad), map_strides(dx)
+    vec_g = vector(grad, *g_strides, *(b.channels for b in branches))
+    vec_x = min(vector(dx, channels, *x_strides), vector(matrix))
+    if config is None:
+        config = configs.aspp_dgrad_config(
+            n, height, width, channels, branches, arithmetic(grad), device,
+            aligned=is_longest(grad, vec_g, vec_x),
+        )  # fmt: skip
+    programs = device.multiprocessors * config.occupancy
+    tables = device_tables(dx, branches, config, programs, aspp_tiles.dgrad_schedule, _dgrad_tables)
+    steps, pixels = tables.more
+    sizes = n * height * width, height, width
+    x_steps = [s // vec_x for s in x_strides]
+    partial = _workspace(grad, tables, config)
+    with _compat.on_device(grad):
+        kernels.aspp_dgrad_kernel[grid(tables.starts.numel() - 1)](
+            grad, matrix, dx, partial, tables.classes, steps, pixels, tables.parts, tables.starts,
+            *sizes, channels // vec_x, *(s // vec_g for s in g_strides), *x_steps,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
+            VEC_G=vec_g, VEC_X=vec_x,
+            EVEN_K=all(b.channels % config.block_c == 0 for b in branches),
+            EVEN_C=channels % config.block_n == 0,
+            SPLIT=tables.slots > 0, PRECISION=precision(grad),
+            **launch_options(config),
+        )  # fmt: skip
+        if tables.slots:
+            rows = min(_SUM_ROWS, config.block_m)
+            kernels.aspp_dgrad_sum_kernel[grid(tables.sums.shape[0] * (config.block_m // rows))](
+                partial, dx, pixels, tables.sums, *sizes, channels // vec_x, *x_steps,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, ROWS=rows, VEC_X=vec_x,
+                num_warps=4,
+            )  # fmt: skip
+    return dx
+
+
+def wgrad(
+    grad: Tensor, x: Tensor, branches: tuple[Branch, ...], config: GemmConfig | None = None
+) -> Tensor:
+    """dW_b[t] = sum of grad_b[p]^T x[p + t d_b] over the pixels p for which p + t d_b is inside.
+
+    Args:
+        grad: [N, sum K_b, H, W] fp16, bf16 or fp32; other layouts than channels_last are copied.
+        x: [N, C, H, W], the dtype of grad, likewise.
+        branches: the branches.
+        config: None for the analytic choice.
+
+    Returns:
+        [sum taps K, C], contiguous; `aspp.unpack_weights` makes the filters' gradients of it. Taps
+        that never touch the map are 0.
+    """
+    n, channels, height, width = x.shape
+    size = (sum(b.taps * b.channels for b in branches), channels)
+    live = len(aspp_tiles.tap_rectangles(height, width, branches))
+    if n == 0 or live < sum(b.taps for b in branches):
+        dw = grad.new_zeros(size)
+    else:
+        dw = grad.new_empty(size)
+    if n == 0:
+        return dw
+    kernels = _compat.device_module("aspp_training_kernels")
+    device = device_of(x)
+    grad, x = channels_inside(grad), channels_inside(x)
+    g_strides, x_strides = map_strides(grad), map_strides(x)
+    vec_g = vector(grad, *g_strides, *(b.channels for b in branches))
+    vec_x = min(vector(x, channels, *x_strides), vector(dw))
+    if config is None:
+        config = configs.aspp_wgrad_config(
+            n, height, width, channels, branches, arithmetic(x), device,
+            aligned=is_longest(x, vec_g, vec_x),
+        )  # fmt: skip
+    programs = device.multiprocessors * config.occupancy
+    tables = device_tables(x, branches, config, programs, aspp_tiles.wgrad_schedule)
+    partial = _workspace(x, tables, config)
+    with _compat.on_device(x):
+        kernels.aspp_wgrad_kernel[grid(tables.starts.numel() - 1)](
+            grad, x, dw, partial, tables.classes, tables.parts, tables.starts,
+            channels // vec_x, *(s // vec_g for s in g_strides), *(s // vec_x for s in x_strides),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
+            VEC_G=vec_g, VEC_X=vec_x, WIDE=_is_wide(grad, vec_g) or _is_wide(x, vec_x),
+            SPLIT=tables.slots > 0, PRECISION=precision(x),
+            **launch_options(config),
+        )  # fmt: skip
+        if tables.slots:
+            rows = min(_SUM_ROWS, config.block_m)
+            kernels.aspp_wgrad_sum_kernel[grid(tables.sums.shape[0] * (config.block_m // rows))](
+                partial, dw, tables.classes, tables.sums, channels // vec_x,
+                BLOCK_M=config.block_m, BLOCK_N=config.block_n, ROWS=rows, VEC_X=vec_x,
+                num_warps=4,
+            )  # fmt: skip
+    return dw
+
+
+def _branches(weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Branch, ...]:
+    return tuple(
+        Branch(w.shape[0], w.shape[-1], int(d)) for w, d in zip(weights, dilations, strict=True)
+    )
+
+
+def _is_wide(x: Tensor, vec: int) -> bool:
+    """Whether a pixel is so far from the first that its distance in units takes 64 bits."""
+    sizes = zip((x.shape[0], *x.shape[2:]), map_strides(x), strict=True)
+    return sum((size - 1) * stride for size, stride in sizes) // vec >= 2**31
+
+
+def _workspace(x: Tensor, tables: Tables, config: GemmConfig) -> Tensor:
+    """For the sums of the parts of cut tiles."""
+    return x.new_empty((tables.slots, config.block_m, config.block_n), dtype=torch.float32)
+
+
+def _stats_tables(work: Schedule, block_m: int) -> Sequence[Int32]:
+    table = aspp_tiles.stats_table(work, block_m)
+    return table.first, table.counts, table.ranges, table.channels
+
+
+def _dgrad_tables(work: DgradSchedule, block_m: int) -> Sequence[Int32]:
+    return work.steps, work.pixels

@@ -1,15 +1,19 @@
 """Launch configurations of the Triton kernels, chosen by analytic models, without Triton.
 
-Nothing is tuned at run time: a choice depends on the sizes of the call alone, so that results are
-the same from run to run.
+Where `python -m bench.tune` has measured a better one for a call on this GPU, that is taken
+(`tuned.py`). Nothing is tuned at run time: a choice depends on the sizes of the call and on files
+that do not change, so that results are the same from run to run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 from ..ops.aspp_tiles import Branch
+from . import tuned
 from .bilinear_index import cell_counts, source_index
 
 WARP = 32
@@ -120,6 +124,25 @@ def _num_warps(slots: int) -> int:
         if -(-slots // width) * width <= MAX_WIDTH_WASTE * least:
             return warps
     return 1
+
+
+def forward_candidates() -> list[UpsampleConfig]:
+    """Configurations to measure of kernels without partial gradients: rows and warps."""
+    return [
+        UpsampleConfig(rows, warps * WARP, 0, warps)
+        for rows in (1, 2, 4, 8, 16)
+        for warps in (1, 2, 4, 8)
+    ]
+
+
+def gradient_candidates() -> list[UpsampleConfig]:
+    """Configurations to measure of the kernel that sums gradients: a block lies within a warp."""
+    return [
+        UpsampleConfig(rows, warps * WARP, block, warps)
+        for rows in (2, 4, 8)
+        for block in (2, 4, 8, 16)
+        for warps in (1, 2, 4)
+    ]
 
 
 # Matrix products: the ASPP branches, the projection, 1x1 convolutions.
@@ -301,7 +324,6 @@ _FMA: _Table = ((64, 64, 128, 4, 3, 2),)
 _UNALIGNED: _Table = ((64, 64, 64, 4, 3, 2),)
 
 
-@lru_cache(maxsize=512)
 def aspp_branches_config(
     batch: int,
     height: int,
@@ -312,7 +334,8 @@ def aspp_branches_config(
     device: Device,
     aligned: bool = True,
 ) -> GemmConfig:
-    """The configuration of least predicted time (`time_model.branches_seconds`).
+    """The measured configuration, else that of least predicted time
+    (`time_model.branches_seconds`).
 
     Args:
         batch, height, width, channels: the input map.
@@ -321,22 +344,99 @@ def aspp_branches_config(
         device: the GPU.
         aligned: operands and result allow accesses of 16 bytes.
     """
+    shape = (batch, height, width, channels, branches, math)
+    config = tuned_config("aspp_branches", BranchesKey(*shape, aligned), device)
+    return config or _analytic_branches_config(*shape, device, aligned)
+
+
+@lru_cache(maxsize=512)
+def _analytic_branches_config(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    math: str,
+    device: Device,
+    aligned: bool,
+) -> GemmConfig:
     from . import time_model
 
     shape = (batch, height, width, channels, branches)
-    filters = max(b.channels for b in branches)
-    candidates = [
-        (time_model.branches_floor(*shape, config, math, device), order, config)
-        for order, config in enumerate(aspp_branches_candidates(math, device, filters, aligned))
+    candidates = aspp_branches_candidates(math, device, max(b.channels for b in branches), aligned)
+    floor, seconds = time_model.branches_floor, time_model.branches_seconds
+    return _fastest(shape, candidates, math, device, floor, seconds)
+
+
+@lru_cache(maxsize=512)
+def aspp_dgrad_config(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    math: str,
+    device: Device,
+    aligned: bool = True,
+) -> GemmConfig:
+    """The configuration of least predicted time of the gradient to the branches' input.
+
+    Tiles are pixels by input channels, `block_c` filters are summed at a time. Arguments as for
+    `aspp_branches_config`; the prediction is `time_model.dgrad_seconds`.
+    """
+    from . import time_model
+
+    shape = (batch, height, width, channels, branches)
+    candidates = aspp_dgrad_candidates(math, device, channels, aligned)
+    floor, seconds = time_model.dgrad_floor, time_model.dgrad_seconds
+    return _fastest(shape, candidates, math, device, floor, seconds)
+
+
+@lru_cache(maxsize=512)
+def aspp_wgrad_config(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    math: str,
+    device: Device,
+    aligned: bool = True,
+) -> GemmConfig:
+    """The configuration of least predicted time of the gradients to the branches' filters.
+
+    Tiles are filters by input channels, `block_c` pixels are summed at a time. Arguments as for
+    `aspp_branches_config`; the prediction is `time_model.wgrad_seconds`.
+    """
+    from . import time_model
+
+    shape = (batch, height, width, channels, branches)
+    candidates = aspp_branches_candidates(math, device, channels, aligned)
+    floor, seconds = time_model.wgrad_floor, time_model.wgrad_seconds
+    return _fastest(shape, candidates, math, device, floor, seconds)
+
+
+def _fastest(
+    shape: tuple[Any, ...],
+    candidates: Sequence[GemmConfig],
+    math: str,
+    device: Device,
+    floor: Callable[..., float],
+    seconds: Callable[..., Any],
+) -> GemmConfig:
+    """The candidate of least predicted `seconds`, of which `floor` is below, at little effort."""
+    floors = [
+        (floor(*shape, config, math, device), order, config)
+        for order, config in enumerate(candidates)
     ]
     best, least = None, float("inf")
     # Tile lists of large batches take long to make; most candidates cannot win.
-    for floor, _, config in sorted(candidates, key=lambda c: c[:2]):
-        if floor >= least:
+    for below, _, config in sorted(floors, key=lambda c: c[:2]):
+        if below >= least:
             break
-        seconds = time_model.branches_seconds(*shape, config, math, device).seconds
-        if seconds < least:
-            best, least = config, seconds
+        predicted = seconds(*shape, config, math, device).seconds
+        if predicted < least:
+            best, least = config, predicted
     assert best is not None
     return best
 
@@ -349,7 +449,24 @@ def aspp_branches_candidates(
     return whole + [replace(config, split=True) for config in whole]
 
 
-@lru_cache(maxsize=1024)
+def aspp_dgrad_candidates(
+    math: str, device: Device, filters: int | None = None, aligned: bool = True
+) -> list[GemmConfig]:
+    """Legal configurations of the gradient to the branches' input, whole tiles first.
+
+    Its threads keep the places of their pixels through the main loop: 4 warps whose accumulators
+    take 128 registers have none left. Where the tile has 64 rows for each of two groups of 4 warps
+    they run it, else it is left out. Arguments as gemm_candidates.
+    """
+    whole = []
+    for config in gemm_candidates(math, device, filters, aligned):
+        if config.block_m * config.block_n < 128 * 32 * config.num_warps or config.num_warps > 4:
+            whole.append(config)
+        elif config.block_m >= 128:
+            whole.append(replace(config, num_warps=8))
+    return whole + [replace(config, split=True) for config in whole]
+
+
 def pointwise_config(
     groups: int,
     pixels: int,
@@ -359,8 +476,10 @@ def pointwise_config(
     device: Device,
     aligned: bool = True,
     classes: bool = False,
+    residual: bool = False,
 ) -> GemmConfig:
-    """The configuration of least predicted time (`time_model.pointwise_seconds`).
+    """The measured configuration, else that of least predicted time
+    (`time_model.pointwise_seconds`).
 
     Args:
         groups, pixels: rows of the product, `pixels` in each of `groups` that share no tile.
@@ -369,21 +488,322 @@ def pointwise_config(
         device: the GPU.
         aligned: operands and result allow accesses of 16 bytes.
         classes: a second product follows, for which a tile must hold all filters.
+        residual: one is added; the predicted choice does not depend on it.
 
     Raises:
         ValueError: no tile holds them.
     """
+    shape = (groups, pixels, channels, filters, math)
+    key = PointwiseKey(*shape, aligned, classes, residual)
+    config = tuned_config("pointwise", key, device)
+    return config or _analytic_pointwise_config(*shape, device, aligned, classes)
+
+
+@lru_cache(maxsize=1024)
+def _analytic_pointwise_config(
+    groups: int,
+    pixels: int,
+    channels: int,
+    filters: int,
+    math: str,
+    device: Device,
+    aligned: bool,
+    classes: bool,
+) -> GemmConfig:
     from . import time_model
 
-    found = gemm_candidates(math, device, filters, aligned)
-    if classes:
-        # Beside the second product there are no registers for 128 rows of 256 filters.
-        found = [c for c in found if c.block_n >= filters and c.block_m * c.block_n <= 16384]
-        if not found:
-            raise ValueError(
-                f"no tile holds {filters} filters and their classes; project first, then classify"
-            )
+    found = pointwise_candidates(math, device, filters, aligned, classes)
+    if not found:
+        raise ValueError(
+            f"no tile holds {filters} filters and their classes; project first, then classify"
+        )
     shape = (groups, pixels, channels, filters)
     return min(
         found, key=lambda config: time_model.pointwise_seconds(*shape, config, math, device).seconds
     )
+
+
+def pointwise_candidates(
+    math: str, device: Device, filters: int, aligned: bool = True, classes: bool = False
+) -> list[GemmConfig]:
+    """Legal configurations of pointwise_config, whose arguments these are; may be none."""
+    found = gemm_candidates(math, device, filters, aligned)
+    if not classes:
+        return found
+    # Beside the second product there are no registers for 128 rows of 256 filters.
+    return [c for c in found if c.block_n >= filters and c.block_m * c.block_n <= 16384]
+
+
+# Batch norm in training: passes over maps [pixels, channels] that memory bounds.
+
+# What a thread asks for before it waits, and thread blocks that share a multiprocessor: together
+# 64 KiB on the way, where 3e12 bytes a second at a delay of 0.8 us need 18 KiB of each of 132.
+BYTES_IN_FLIGHT = 128
+RESIDENT_BLOCKS = 4
+# float32 values of maps that a thread holds, of the 128 registers that RESIDENT_BLOCKS leave it.
+MAX_VALUES = 64
+MAX_TILE_ROWS = 8
+# A row of a tile that is not a whole number of sectors moves bytes that nobody asked for.
+TILE_ROW_BYTES = (64, 128, 256)
+# Tiles of a program: its threads add that many times MAX_TILE_ROWS values one after another.
+MAX_TILES = 64
+# What a program costs beside its tiles, in tiles; a guess.
+PROGRAM_COST = 0.5
+
+
+@dataclass(frozen=True)
+class BatchNormConfig:
+    """Tile of a pass over a map [pixels, channels].
+
+    Attributes:
+        rows: pixels that a thread takes of a tile, a power of two.
+        lanes: pixels that the threads of a block have side by side, a power of two.
+        block_c: channels of a tile, a power of two.
+        num_warps: warps of a thread block.
+        tiles: most tiles of a program, one behind another; 1 in kernels that do not reduce.
+    """
+
+    rows: int
+    lanes: int
+    block_c: int
+    num_warps: int
+    tiles: int = 1
+
+    @property
+    def block_p(self) -> int:
+        """Pixels of a tile."""
+        return self.rows * self.lanes
+
+    @property
+    def max_registers(self) -> int:
+        """Registers of a thread with which RESIDENT_BLOCKS fit."""
+        return min(REGISTERS // (self.num_warps * WARP * RESIDENT_BLOCKS), MAX_REGISTERS)
+
+    def grid(self, pixels: int, channels: int) -> tuple[int, int, int]:
+        """(tiles of pixels, chunks of up to `tiles` of them, tiles of channels)."""
+        tiles = -(-pixels // self.block_p)
+        return tiles, -(-tiles // self.tiles), -(-channels // self.block_c)
+
+    def is_legal(self, vector: int, maps: int) -> bool:
+        """Whether threads share out a row of a tile evenly, and their values fit into registers.
+
+        Args:
+            vector: channels that a thread reads at a time.
+            maps: maps that are read.
+        """
+        sizes = (self.rows, self.lanes, self.block_c, self.num_warps)
+        return (
+            all(size > 0 and size & (size - 1) == 0 for size in sizes)
+            and self.lanes * self.block_c == self.num_warps * WARP * vector
+            and self.rows * vector * maps <= MAX_VALUES
+            and 1 <= self.tiles <= MAX_TILES
+        )
+
+
+@lru_cache(maxsize=1024)
+def batch_norm_config(
+    pixels: int,
+    channels: int,
+    maps: int,
+    vector: int,
+    itemsize: int,
+    device: Device,
+    reduces: bool,
+) -> BatchNormConfig:
+    """The configuration of a pass over maps [pixels, channels].
+
+    Args:
+        pixels, channels: of each map, at least 1.
+        maps: maps that are read.
+        vector: channels that a thread reads at a time.
+        itemsize: bytes of an element.
+        device: the GPU.
+        reduces: the pass sums over pixels.
+    """
+    num_warps = 4
+    block_c = _channel_block(channels, vector, itemsize)
+    lanes = num_warps * WARP * vector // block_c
+    rows = min(BYTES_IN_FLIGHT // (itemsize * vector * maps), MAX_VALUES // (vector * maps))
+    rows = min(max(rows, 1), MAX_TILE_ROWS, -(-pixels // lanes))
+    # The next power of two for few pixels, the one before for registers.
+    rows = 1 << (rows - 1).bit_length() if rows * lanes >= pixels else 1 << rows.bit_length() - 1
+    config = BatchNormConfig(rows, lanes, block_c, num_warps)
+    return _with_tiles(config, pixels, channels, device) if reduces else config
+
+
+def batch_norm_candidates(
+    pixels: int,
+    channels: int,
+    maps: int,
+    vector: int,
+    itemsize: int,
+    device: Device,
+    reduces: bool,
+) -> list[BatchNormConfig]:
+    """Legal configurations to measure; arguments as batch_norm_config."""
+    found = []
+    widest = 1 << (channels - 1).bit_length()
+    blocks = {max(min(size // itemsize, widest), vector) for size in TILE_ROW_BYTES}
+    for block_c in sorted(blocks):
+        for num_warps in (2, 4, 8):
+            lanes = num_warps * WARP * vector // block_c
+            for rows in (1, 2, 4, 8):
+                config = BatchNormConfig(rows, lanes, block_c, num_warps)
+                if not config.is_legal(vector, maps):
+                    continue
+                best = _with_tiles(config, pixels, channels, device) if reduces else config
+                others = {best.tiles // 2, best.tiles, best.tiles * 2} if reduces else {1}
+                found += [replace(config, tiles=t) for t in sorted(others) if 1 <= t <= MAX_TILES]
+    return found
+
+
+def _channel_block(channels: int, vector: int, itemsize: int) -> int:
+    """Channels of a tile: of rows of 128 and of 64 bytes those that leave fewer channels idle."""
+    widest = 1 << (channels - 1).bit_length()
+    longest, half = (max(min(size // itemsize, widest), vector) for size in (128, 64))
+    idle = {block: -(-channels // block) * block for block in (longest, half)}
+    return longest if idle[longest] <= idle[half] else half
+
+
+def _with_tiles(
+    config: BatchNormConfig, pixels: int, channels: int, device: Device
+) -> BatchNormConfig:
+    """The number of tiles of a program for which all programs are done first."""
+    slots = device.multiprocessors * RESIDENT_BLOCKS
+    tiles, _, tiles_c = config.grid(pixels, channels)
+    most = min(MAX_TILES, -(-tiles * tiles_c // slots) + 1)
+
+    def seconds(each: int) -> float:
+        waves = -(-(-(-tiles // each) * tiles_c) // slots)
+        return waves * (each + PROGRAM_COST)
+
+    return replace(config, tiles=min(range(1, most + 1), key=seconds))
+
+
+# Measured configurations: what a call is looked up by, and what may be found.
+
+
+@dataclass(frozen=True)
+class UpsampleKey:
+    """A call of an upsampling kernel.
+
+    Attributes:
+        n, classes: of the logits.
+        in_size, out_size: (rows, columns) of the logits and of the result.
+        align_corners: as in torch.nn.functional.interpolate.
+        dtype: of the logits.
+    """
+
+    n: int
+    classes: int
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+    align_corners: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class BranchesKey:
+    """A call of aspp_branches; attributes as the arguments of `aspp_branches_config`. float16 and
+    bfloat16 are one arithmetic."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    branches: tuple[Branch, ...]
+    math: str
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class PointwiseKey:
+    """A product of aspp_project or of a 1x1 convolution; attributes as the arguments of
+    `pointwise_config`."""
+
+    groups: int
+    pixels: int
+    channels: int
+    filters: int
+    math: str
+    aligned: bool
+    classes: bool
+    residual: bool
+
+
+def _shared_memory_problem(key: Any, config: GemmConfig, device: Device) -> str:
+    itemsize = 2 if key.math == MMA_16BIT else 4
+    if config.is_legal(itemsize, device):
+        return ""
+    block = config.shared_bytes(itemsize, device.capability) + SHARED_RESERVE
+    return (
+        f"{config.occupancy} blocks of {block} bytes of shared memory are more than the "
+        f"{device.shared} bytes of a multiprocessor"
+    )
+
+
+_FORWARD = tuned.Tunable(UpsampleKey, UpsampleConfig, lambda key, device: forward_candidates())
+_GRADIENT = tuned.Tunable(UpsampleKey, UpsampleConfig, lambda key, device: gradient_candidates())
+# By the names of the files. Upsampling kernels are named after their op; its loss alone, without a
+# gradient, is a kernel of its own. A product is the same kernel whatever op asks for it.
+TUNABLE: dict[str, tuned.Tunable] = {
+    "upsample_argmax": _FORWARD,
+    "upsample_confusion": _FORWARD,
+    "upsample_softmax_add": _FORWARD,
+    "upsample_cross_entropy": _GRADIENT,
+    "upsample_cross_entropy_forward": _FORWARD,
+    "aspp_branches": tuned.Tunable(
+        BranchesKey,
+        GemmConfig,
+        lambda key, device: aspp_branches_candidates(
+            key.math, device, max((b.channels for b in key.branches), default=1), key.aligned
+        ),
+        _shared_memory_problem,
+    ),
+    "pointwise": tuned.Tunable(
+        PointwiseKey,
+        GemmConfig,
+        lambda key, device: pointwise_candidates(
+            key.math, device, key.filters, key.aligned, key.classes
+        ),
+        _shared_memory_problem,
+    ),
+}
+
+
+def tuned_config(kernel: str, key: Any, device: Device) -> Any | None:
+    """The measured configuration of a call on a device; None where the analytic one is to run.
+
+    Args:
+        kernel: a name of `TUNABLE`.
+        key: the call, of that entry's `key`.
+        device: the GPU.
+    """
+    return tuned.find(kernel, TUNABLE[kernel], key, device)
+
+
+def upsample_config(
+    kernel: str,
+    shape: Sequence[int],
+    out_size: tuple[int, int],
+    align_corners: bool,
+    dtype: str,
+    device: Device,
+) -> UpsampleConfig:
+    """The measured configuration, else `forward_config`, or `gradient_config` for the kernel that
+    also sums gradients.
+
+    Args:
+        kernel: a name of `TUNABLE`.
+        shape: of the logits, [N, C, h, w].
+        out_size: (H, W).
+        align_corners: as in torch.nn.functional.interpolate.
+        dtype: of the logits, as "bfloat16".
+        device: the GPU.
+    """
+    n, classes, *in_size = shape
+    sizes = ((in_size[0], in_size[1]), out_size, bool(align_corners))
+    config = tuned_config(kernel, UpsampleKey(n, classes, *sizes, dtype), device)
+    if config is not None:
+        return config
+    return (gradient_config if TUNABLE[kernel] is _GRADIENT else forward_config)(*sizes)

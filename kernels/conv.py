@@ -3,8 +3,8 @@
 
 `conv_bn_act` takes what the reference of the same name in `deeplab_fast.reference` takes, already
 validated. The kernel and its costs are in `conv_kernels.py`; importing this module does not import
-Triton. Convolutions of other sizes are refused: cuDNN has fused kernels for them, and only the
-dilated branches of the ASPP have padding worth skipping (`aspp.py`).
+Triton. Convolutions of other sizes are refused: cuDNN has fused kernels for them
+(`ops._cudnn`), and only the dilated branches of the ASPP have padding worth skipping (`aspp.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends import OpDesc, current_backend
+from ..ops import _cudnn
 from . import _compat, configs, time_model
 from .configs import Device, GemmConfig
 
@@ -63,7 +64,8 @@ def slower_reasons(desc: OpDesc) -> list[str]:
     if current_backend() != "auto" or _compat.interpreting() or not desc.shape[0]:
         return []
     facts = (desc.op, desc.dtype, desc.shape, tuple(desc.params.items()), desc.capability)
-    return list(_slower_reasons(*facts, allow_tf32(), convolutions_allow_tf32()))
+    cudnn = desc.op == "conv_bn_act" and not _cudnn.reasons(desc)
+    return list(_slower_reasons(*facts, allow_tf32(), convolutions_allow_tf32(), cudnn))
 
 
 @lru_cache(maxsize=1024)
@@ -75,16 +77,48 @@ def _slower_reasons(
     capability: tuple[int, int] | None,
     tf32: bool,
     torch_tf32: bool,
+    cudnn: bool,
 ) -> tuple[str, ...]:
     desc = OpDesc(op, "cuda", dtype, shape, dict(params), capability)
     ours = time_model.predict(desc, tf32=tf32).seconds
-    theirs = time_model.predict_reference(desc, tf32=torch_tf32)
+    predict_theirs = cudnn_seconds if cudnn else time_model.predict_reference
+    theirs, who = predict_theirs(desc, tf32=torch_tf32), "cuDNN" if cudnn else "PyTorch"
     if ours <= theirs:
         return ()
     return (
-        f"predicted {ours * 1e6:.0f} us, PyTorch {theirs * 1e6:.0f} us (a model, not measured); "
+        f"predicted {ours * 1e6:.0f} us, {who} {theirs * 1e6:.0f} us (a model, not measured); "
         "use_backend('triton') runs it all the same",
     )
+
+
+def cudnn_seconds(desc: OpDesc, tf32: bool = False) -> float:
+    """Predicted time of a 1x1 conv_bn_act by cuDNN (`ops._cudnn`), unmeasured.
+
+    The convolution of `time_model.predict_reference` in the dtype of the call, with the residual
+    among its bytes; a launch that folds the scale into the weight; and without a ReLU, for which
+    there is no fused kernel, a pass over the result for the shift and one for the residual.
+
+    Args:
+        desc: the call.
+        tf32: whether PyTorch's convolutions may round fp32 operands to TF32.
+    """
+    device = configs.nominal_device(desc.capability)
+    filters, channels = desc.params["weight"][:2]
+    stride, residual = desc.params["stride"], desc.params["residual"]
+    n, _, height, width = desc.shape
+    pixels = n * -(-height // stride) * -(-width // stride)
+    math = time_model.math_of(desc.dtype, tf32)
+    product = time_model._dense_seconds(pixels, channels, 1, filters, math, device)
+
+    def moving(elements: int) -> float:
+        return time_model.LAUNCH + elements * desc.dtype.itemsize / device.dram
+
+    fold = moving(2 * channels * filters)
+    if desc.params["act"] == "relu":
+        moved = pixels * (channels + filters * (1 + residual)) + channels * filters
+        return fold + max(product, moving(moved))
+    passes = moving(2 * pixels * filters) + residual * moving(3 * pixels * filters)
+    return fold + product + passes
 
 
 def conv_bn_act(
@@ -110,7 +144,7 @@ def conv_bn_act(
         padding, groups: 0 and 1; dilation has no effect.
         residual: [N, K, H', W'], the dtype of x, or None.
         act: "relu" or None.
-        config: None for the analytic choice.
+        config: None for the measured choice, else the analytic one (`configs.pointwise_config`).
 
     Returns:
         [N, K, H', W'], channels_last, accumulated in fp32 and rounded once.
@@ -154,7 +188,7 @@ def pointwise(
         residual: [N, K, H, W], the dtype of x.
         relu: the activation.
         classifier: ([classes, K] in the dtype of x, [classes] fp32) of a second product.
-        config: None for the analytic choice.
+        config: None for the measured choice, else the analytic one (`configs.pointwise_config`).
     """
     n, channels, height, width = x.shape
     filters = weight.shape[0]
@@ -184,7 +218,7 @@ def pointwise(
         config = configs.pointwise_config(
             groups, group_rows, channels, filters, arithmetic(x), device_of(x),
             aligned=is_longest(x, vec_x, vec_x if classes else min(vec_y, vec_r)),
-            classes=classes > 0,
+            classes=classes > 0, residual=residual is not None,
         )  # fmt: skip
     tiles_n = -(-filters // config.block_n)
     tiles_m = -(-group_rows // config.block_m)

@@ -27,7 +27,7 @@ GPU are to replace them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -131,9 +131,7 @@ def branches_floor(
     _, iterations = aspp_tiles.tile_counts(
         batch, height, width, channels, branches, config.block_m, config.block_n, config.block_c
     )
-    each = max(_iteration(config, math, device, device.multiprocessors))
-    launches = 2 if config.split else 1
-    return launches * LAUNCH + START + iterations * each / device.multiprocessors
+    return _floor(iterations, config, math, device)
 
 
 @lru_cache(maxsize=2048)
@@ -179,6 +177,142 @@ def branches_seconds(
         moved=itemsize * (pixels * (channels + filters) + weights),
         partial_bytes=4 * config.block_m * config.block_n * work.slots,
     )
+
+
+def convs_seconds(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    config: GemmConfig,
+    math: str,
+    device: Device,
+) -> Prediction:
+    """The branches in training: `branches_seconds`, which has the arguments, and the statistics.
+
+    The statistics are one launch more, which reads those of all tiles twice.
+    """
+    shape = (batch, height, width, channels, branches)
+    found = branches_seconds(*shape, config, math, device)
+    blocks = sum(
+        -(-batch * c.pixels // config.block_m) * branches[c.branch].channels
+        for c in aspp_tiles.tap_classes(height, width, branches)
+    )
+    more = LAUNCH + 3 * 8 * blocks / device.l2 if batch else 0.0
+    what = f"aspp_convs {_name(config)}"
+    return replace(found, seconds=found.seconds + more, what=what)
+
+
+def dgrad_floor(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    config: GemmConfig,
+    math: str,
+    device: Device,
+) -> float:
+    """Seconds below `dgrad_seconds`, which has the arguments, at little effort."""
+    _, iterations = aspp_tiles.dgrad_tile_counts(
+        batch, height, width, channels, branches, config.block_m, config.block_n, config.block_c
+    )
+    return _floor(iterations, config, math, device)
+
+
+@lru_cache(maxsize=2048)
+def dgrad_seconds(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    config: GemmConfig,
+    math: str,
+    device: Device,
+) -> Prediction:
+    """The gradient to the branches' input in one launch; arguments as for branches_seconds."""
+    work = aspp_tiles.dgrad_schedule(
+        batch, height, width, channels, branches,
+        config.block_m, config.block_n, config.block_c,
+        device.multiprocessors * config.occupancy, config.split,
+    )  # fmt: skip
+    shape = (batch, height, width, channels, branches)
+    return _gradient(work, "aspp_dgrad", shape, config, math, device)
+
+
+def wgrad_floor(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    config: GemmConfig,
+    math: str,
+    device: Device,
+) -> float:
+    """Seconds below `wgrad_seconds`, which has the arguments, at little effort."""
+    _, iterations = aspp_tiles.wgrad_tile_counts(
+        batch, height, width, channels, branches, config.block_m, config.block_n, config.block_c
+    )
+    return _floor(iterations, config, math, device)
+
+
+@lru_cache(maxsize=2048)
+def wgrad_seconds(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    config: GemmConfig,
+    math: str,
+    device: Device,
+) -> Prediction:
+    """The gradients to the branches' filters in one launch; arguments as for branches_seconds."""
+    work = aspp_tiles.wgrad_schedule(
+        batch, height, width, channels, branches,
+        config.block_m, config.block_n, config.block_c,
+        device.multiprocessors * config.occupancy, config.split,
+    )  # fmt: skip
+    shape = (batch, height, width, channels, branches)
+    return _gradient(work, "aspp_wgrad", shape, config, math, device)
+
+
+def _gradient(
+    work: aspp_tiles.Schedule,
+    op: str,
+    shape: tuple[int, int, int, int, tuple[Branch, ...]],
+    config: GemmConfig,
+    math: str,
+    device: Device,
+) -> Prediction:
+    """Either gradient: the same three tensors move as in the forward product."""
+    batch, height, width, channels, branches = shape
+    filters = sum(b.channels for b in branches)
+    pixels = batch * height * width
+    weights = sum(b.taps * b.channels for b in branches) * channels
+    live = aspp_tiles.live_taps(height, width, branches)
+    return _predict(
+        _Tiles(work.tiles, work.programs, work.iterations, work.longest, work.most_parts),
+        config,
+        math,
+        device,
+        f"{op} {_name(config)}",
+        dense_macs=pixels * weights,
+        live_macs=batch
+        * channels
+        * sum(n * b.channels for n, b in zip(live, branches, strict=True)),
+        moved=_itemsize(math) * (pixels * (channels + filters) + weights),
+        partial_bytes=4 * config.block_m * config.block_n * work.slots,
+    )
+
+
+def _floor(iterations: int, config: GemmConfig, math: str, device: Device) -> float:
+    each = max(_iteration(config, math, device, device.multiprocessors))
+    launches = 2 if config.split else 1
+    return launches * LAUNCH + START + iterations * each / device.multiprocessors
 
 
 @lru_cache(maxsize=2048)
@@ -268,7 +402,7 @@ def predict(desc: OpDesc, device: Device | None = None, tf32: bool = False) -> P
     """What the Triton kernel of a call should take, with the configuration that it would choose.
 
     Args:
-        desc: a call of aspp_branches, aspp_project or conv_bn_act (1x1).
+        desc: a call of aspp_branches, aspp_convs, aspp_project or conv_bn_act (1x1).
         device: the GPU; None for the one that stands for the call's compute capability.
         tf32: whether fp32 operands may be rounded to TF32.
 
@@ -278,12 +412,13 @@ def predict(desc: OpDesc, device: Device | None = None, tf32: bool = False) -> P
     device = device or configs.nominal_device(desc.capability)
     math = math_of(desc.dtype, tf32)
     n, channels, height, width = desc.shape
-    if desc.op == "aspp_branches":
+    if desc.op in ("aspp_branches", "aspp_convs"):
         branches = branches_of(desc)
         shape = (n, height, width, channels, branches)
         aligned = _aligned(math, channels, *(b.channels for b in branches))
         config = configs.aspp_branches_config(*shape, math, device, aligned)
-        return branches_seconds(*shape, config, math, device)
+        seconds = branches_seconds if desc.op == "aspp_branches" else convs_seconds
+        return seconds(*shape, config, math, device)
     if desc.op == "aspp_project":
         filters = desc.params["outputs"]
         product = (n, height * width, channels, filters)
@@ -305,7 +440,8 @@ def predict_reference(desc: OpDesc, device: Device | None = None, tf32: bool = F
     """Seconds of `deeplab_fast.reference`, which computes half precision in fp32.
 
     Convolutions of fp32 operands over every tap, one behind the other, and a pass over memory for
-    each conversion, scale and shift, ReLU, sum and concatenation.
+    each conversion, scale and shift, ReLU, sum and concatenation. aspp_convs runs PyTorch's
+    convolutions in the dtype of the call and then its statistics, in fp32.
 
     Args:
         desc: as for `predict`.
@@ -326,6 +462,15 @@ def predict_reference(desc: OpDesc, device: Device | None = None, tf32: bool = F
         passes = (
             halves * len(branches) + [pixels * k for k in filters] * 3 + [pixels * sum(filters)]
         )
+    elif desc.op == "aspp_convs":
+        branches = branches_of(desc)
+        filters = [b.channels for b in branches]
+        products = [(pixels, channels, b.taps, b.channels) for b in branches]
+        math = math_of(desc.dtype, tf32)
+        # The concatenation, the conversion of half precision, and the statistics, which read.
+        size = desc.dtype.itemsize
+        moved = 2 * size + (4 if size == 4 else size + 8)
+        passes = [pixels * sum(filters) * moved // 8]
     elif desc.op == "aspp_project":
         k = desc.params["outputs"]
         products = [(pixels, channels, 1, k)]
@@ -354,7 +499,7 @@ def _dense_seconds(
 
 
 def branches_of(desc: OpDesc) -> tuple[Branch, ...]:
-    """The branches of a call of aspp_branches."""
+    """The branches of a call of aspp_branches or aspp_convs."""
     weights, dilations = desc.params["weights"], desc.params["dilations"]
     return tuple(Branch(w[0], w[-1], d) for w, d in zip(weights, dilations, strict=True))
 

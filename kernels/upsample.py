@@ -25,6 +25,7 @@ from .. import reference
 from ..backends import OpDesc
 from . import _compat, configs
 from .bilinear_index import axis_tables
+from .conv import device_of
 
 STRICT_LABELS = "DEEPLAB_FAST_STRICT_LABELS"
 # Grids are one-dimensional; CUDA's limit on the first dimension.
@@ -107,7 +108,7 @@ def upsample_argmax(
     prob = logits.new_empty((n, rows, cols) if return_prob else (0,), dtype=torch.float32)
     if n == 0:
         return labels, prob
-    config = configs.forward_config((in_rows, in_cols), (rows, cols), align_corners)
+    config = _config("upsample_argmax", logits, (rows, cols), align_corners)
     y = _axis(in_rows, rows, align_corners, config.rows, logits)
     x = _axis(in_cols, cols, align_corners, 1, logits)
     col_tiles = -(-cols // config.cols)
@@ -150,7 +151,7 @@ def upsample_confusion(
     rows, cols = target.shape[-2:]
     if n == 0:
         return logits.new_zeros((classes, classes), dtype=torch.int64)
-    config = configs.forward_config((in_rows, in_cols), (rows, cols), align_corners)
+    config = _config("upsample_confusion", logits, (rows, cols), align_corners)
     y = _axis(in_rows, rows, align_corners, config.rows, logits)
     x = _axis(in_cols, cols, align_corners, 1, logits)
     col_tiles = -(-cols // config.cols)
@@ -199,7 +200,7 @@ def upsample_softmax_add(
     rows, cols = accumulator.shape[-2:]
     if n == 0:
         return
-    config = configs.forward_config((in_rows, in_cols), (rows, cols), align_corners)
+    config = _config("upsample_softmax_add", logits, (rows, cols), align_corners)
     y = _axis(in_rows, rows, align_corners, config.rows, logits)
     x = _axis(in_cols, cols, align_corners, 1, logits)
     col_tiles = -(-cols // config.cols)
@@ -351,8 +352,8 @@ class _CrossEntropy:
         n, classes, in_rows, in_cols = logits.shape
         rows, cols = target.shape[-2:]
         with_grad = grad_logits is not None
-        choose = configs.gradient_config if with_grad else configs.forward_config
-        config = choose((in_rows, in_cols), (rows, cols), self.align_corners)
+        kernel = "upsample_cross_entropy" if with_grad else "upsample_cross_entropy_forward"
+        config = _config(kernel, logits, (rows, cols), self.align_corners)
         y = _axis(in_rows, rows, self.align_corners, config.rows, logits)
         x = _axis(in_cols, cols, self.align_corners, config.block_cols or 1, logits)
         if with_grad:
@@ -430,6 +431,14 @@ def _report(bad: Tensor, target: Tensor, num_classes: int, ignore_index: int) ->
     strict = os.environ.get(STRICT_LABELS) == "1" and not _compat.capturing(bad)
     if strict and bad.item():
         reference.check_labels(target, num_classes, ignore_index)
+
+
+def _config(
+    kernel: str, logits: Tensor, out_size: tuple[int, int], align_corners: bool
+) -> configs.UpsampleConfig:
+    dtype = str(logits.dtype).removeprefix("torch.")
+    device = device_of(logits)
+    return configs.upsample_config(kernel, logits.shape, out_size, align_corners, dtype, device)
 
 
 def _grid(programs: int) -> tuple[int]:

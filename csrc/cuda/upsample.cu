@@ -40,15 +40,6 @@ DEEPLAB_FAST_INSTANTIATE(double);
 
 #else
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <limits>
 #include <optional>
 #include <string>
@@ -57,53 +48,11 @@ DEEPLAB_FAST_INSTANTIATE(double);
 #include <utility>
 #include <vector>
 
+#include "launch_ops.cuh"
+
 namespace deeplab_fast::cuda {
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Starts kernels on the current stream of a device, which is current while this lives.
-class Launch {
- public:
-  explicit Launch(const Tensor& on) : device_(on.get_device_index()), guard_(device_) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  template <typename... Parameters, typename... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
-                  const Arguments&... arguments) const {
-    STD_TORCH_CHECK(blocks <= kMaxBlocks, blocks, " blocks are more than a CUDA grid holds (",
-                    kMaxBlocks, "); split the batch");
-    if (shared_bytes > kDefaultSharedBytes) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          static_cast<int>(shared_bytes)));
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned int>(blocks));
-    config.blockDim = dim3(static_cast<unsigned int>(threads));
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream_;
-    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
-  }
-
-  int64_t attribute(cudaDeviceAttr name) const {
-    int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device_));
-    return value;
-  }
-
- private:
-  // What a block may have without asking for more.
-  static constexpr size_t kDefaultSharedBytes = 48 * 1024;
-
-  int32_t device_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-};
 
 // Calls function(T{}) with the type that logits are computed in.
 template <typename Function>
@@ -158,16 +107,6 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType t
   return torch::stable::new_empty(like, sizes, type);
 }
 
-template <typename V>
-V* pointer(Tensor& tensor) {
-  return static_cast<V*>(tensor.mutable_data_ptr());
-}
-
-template <typename V>
-const V* const_pointer(const Tensor& tensor) {
-  return static_cast<const V*>(tensor.const_data_ptr());
-}
-
 std::tuple<Tensor, Tensor> upsample_argmax(const Tensor& logits, int64_t height, int64_t width,
                                            bool align_corners, bool return_prob) {
   const Launch launch(logits);
@@ -178,9 +117,9 @@ std::tuple<Tensor, Tensor> upsample_argmax(const Tensor& logits, int64_t height,
     using T = decltype(type);
     Tensor prob = empty(logits, return_prob ? shape : std::vector<int64_t>{0}, scalar_type<T>());
     const Logits<T> map = describe<T>(logits, height, width, align_corners);
-    launch_argmax(launch, map, tiles_of(map), narrow ? pointer<uint8_t>(labels) : nullptr,
-                  narrow ? nullptr : pointer<int64_t>(labels),
-                  return_prob ? pointer<T>(prob) : nullptr);
+    launch_argmax(launch, map, tiles_of(map), narrow ? write<uint8_t>(labels) : nullptr,
+                  narrow ? nullptr : write<int64_t>(labels),
+                  return_prob ? write<T>(prob) : nullptr);
     return std::make_tuple(labels, prob);
   });
 }
@@ -200,14 +139,14 @@ std::tuple<Tensor, Tensor> upsample_confusion(const Tensor& logits, const Tensor
     const int64_t resident = launch.attribute(cudaDevAttrMultiProcessorCount) * 8;
     launch_confusion(launch, map, tiles_of(map), describe_labels(target, ignore_index),
                      launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), resident,
-                     pointer<unsigned long long>(matrix), pointer<unsigned long long>(bad));
+                     write<unsigned long long>(matrix), write<unsigned long long>(bad));
   });
   return {matrix, bad};
 }
 
 template <typename A>
 Accumulator<A> describe_accumulator(Tensor& to) {
-  return {pointer<A>(to), to.stride(0), to.stride(1), to.stride(2), to.stride(3)};
+  return {write<A>(to), to.stride(0), to.stride(1), to.stride(2), to.stride(3)};
 }
 
 void upsample_softmax_add(Tensor accumulator, const Tensor& logits, bool flip, bool align_corners) {
@@ -263,8 +202,8 @@ CrossEntropyResult cross_entropy(const Tensor& logits, const Tensor& target_any,
     if (options.weight.has_value()) {
       weight = torch::stable::contiguous(torch::stable::to(*options.weight, kType));
       weight_sum = torch::stable::sum(weight);
-      op.class_weights = const_pointer<T>(weight);
-      op.weight_sum = const_pointer<T>(weight_sum);
+      op.class_weights = read<T>(weight);
+      op.weight_sum = read<T>(weight_sum);
     }
     if (upstream_any != nullptr) {
       upstream = torch::stable::contiguous(torch::stable::to(*upstream_any, kType));
@@ -274,28 +213,28 @@ CrossEntropyResult cross_entropy(const Tensor& logits, const Tensor& target_any,
     result.loss = per_pixel ? empty(logits, {target.size(0), target.size(1), target.size(2)}, kType)
                             : empty(logits, {}, kType);
     result.bad = empty(logits, {1}, ScalarType::Long);
-    if (per_pixel) op.pixel_loss = pointer<T>(result.loss);
-    if (none && upstream_any != nullptr) op.pixel_grad = const_pointer<T>(upstream);
+    if (per_pixel) op.pixel_loss = write<T>(result.loss);
+    if (none && upstream_any != nullptr) op.pixel_grad = read<T>(upstream);
     const int64_t sum_values = static_cast<int64_t>(sizeof(BlockSums) / sizeof(double));
     Tensor sums = empty(logits, {plan.blocks * sum_values}, ScalarType::Double);
-    op.sums = pointer<BlockSums>(sums);
+    op.sums = write<BlockSums>(sums);
     if (grad_type.has_value()) {
       partial = empty(logits, {partial_size(plan, map.images, map.classes, map.rows, map.columns)},
                       kType);
-      op.partial = pointer<T>(partial);
+      op.partial = write<T>(partial);
     }
     launch_cross_entropy(launch, map, plan, op);
 
     Tensor scale = empty(logits, {1}, kType);
     launch_finish(launch, op.sums, plan, options.reduction == "mean",
-                  !none && upstream_any != nullptr ? const_pointer<T>(upstream) : nullptr,
-                  per_pixel ? nullptr : pointer<T>(result.loss), pointer<T>(scale),
-                  pointer<int64_t>(result.bad));
+                  !none && upstream_any != nullptr ? read<T>(upstream) : nullptr,
+                  per_pixel ? nullptr : write<T>(result.loss), write<T>(scale),
+                  write<int64_t>(result.bad));
     if (grad_type.has_value()) {
       result.grad = empty(logits, {logits.size(0), logits.size(1), logits.size(2), logits.size(3)},
                           *grad_type);
-      launch_gather(launch, map, plan, const_pointer<T>(partial), const_pointer<T>(scale),
-                    storage_of(result.grad), result.grad.mutable_data_ptr());
+      launch_gather(launch, map, plan, read<T>(partial), read<T>(scale), storage_of(result.grad),
+                    result.grad.mutable_data_ptr());
     }
     return result;
   });

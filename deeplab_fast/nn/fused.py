@@ -585,9 +585,7 @@ def _aspp(module: Any, x: Tensor) -> Tensor:
     )
     joint = _JointNorm(norms, y, mean, variance)
     # The map of the pooled vector is constant: its part of the projection is one bias an image.
-    pooled = x
-    for step in pooling.children():
-        pooled = step(pooled)
+    pooled = sequence(list(pooling.children()), x)
     project, norm, relu, *dropout = module.project.children()
     to_branches, to_pooled = project.weight.tensor_split([y.shape[1]], dim=1)
     z = _raw(y, joint, to_branches)

@@ -293,7 +293,7 @@ def multiply(
         weight = weight.clone(memory_format=torch.contiguous_format)
     if choice is None:
         choice = choose(n, height, width, channels, branches, conv.device_of(x))
-    tables = aspp._device_tables(x, branches, choice.config, choice.programs)
+    tables = aspp.device_tables(x, branches, choice.config, choice.programs)
     partial = x.new_empty(
         (tables.slots, choice.tile.block_m, choice.tile.block_n), dtype=torch.float32
     )

@@ -1,7 +1,10 @@
-"""The ASPP's projection: 1x1 convolution of the branches and the pooled vector, BN, ReLU."""
+"""The ASPP's projection: 1x1 convolution of the branches and the pooled vector, BN, ReLU, and the
+classifier behind it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,12 +24,20 @@ from ._registry import (
     needs_grad,
     once_differentiable,
 )
+from .conv_bn_act import OP as CONV
+from .conv_bn_act import conv_bn_act
 
 OP = "aspp_project"
 
 
 def aspp_project(
-    branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor, shift: Tensor
+    branches: Tensor,
+    pooled: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    classifier: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """y = relu(scale * (W . concat(branches, upsample(pooled))) + shift), without the concat.
 
@@ -35,16 +46,23 @@ def aspp_project(
 
         y[n, :, p] = relu(scale * (W_branches . branches[n, :, p] + W_pooled . pooled[n]) + shift)
 
+    With a classifier (V, b), a 1x1 convolution behind the projection, only V . y[n, :, p] + b
+    leaves.
+
     Args:
         branches: [N, B, H, W], fp16, bf16, fp32 or fp64, any strides.
         pooled: [N, P], the image-pooling branch after its own convolution, BN and ReLU.
         weight: [K, B + P, 1, 1], the dtype of branches, input channels in the order of the concat.
         scale, shift: [K], fp32 (fp64 for fp64 branches): the folded batch norm.
+        classifier: None, or ([classes, K] or [classes, K, 1, 1] in the dtype of branches, [classes]
+            in fp32 (fp64 for fp64 branches)).
 
     Returns:
-        [N, K, H, W], the dtype of branches, channels_last; accumulated in fp32 (fp64 for fp64) and
-        rounded once. Differentiable once, to every tensor. Under autocast branches, pooled and
-        weight are cast, scale and shift are not.
+        [N, K, H, W], or logits [N, classes, H, W], the dtype of branches, channels_last;
+        accumulated in fp32 (fp64 for fp64) and rounded once. y is rounded to its dtype before it is
+        classified, as if it were stored. Differentiable once, to every tensor; with a gradient y is
+        stored. Under autocast branches, pooled, weight and the classifier's weight are cast, scale,
+        shift and the classifier's bias are not.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
@@ -52,19 +70,34 @@ def aspp_project(
     Source: arXiv 1706.05587, section 3.3 (image-level features; 1x1 convolution of the concat).
     """
     branches, pooled, weight = autocast(branches, pooled, weight)
-    _validate(branches, pooled, weight, scale, shift)
+    class_weight = class_bias = None
+    if classifier is not None:
+        class_weight, class_bias = _split(classifier)
+        (class_weight,) = autocast(class_weight)
+    _validate(branches, pooled, weight, scale, shift, class_weight, class_bias)
     args = (branches, pooled, weight, scale, shift)
-    if needs_grad(*args):
-        return _AsppProject.apply(*args)
-    return torch.ops.deeplab_fast.aspp_project(*args)
+    if needs_grad(*args, class_weight, class_bias):
+        y = _AsppProject.apply(*args)
+        if class_weight is None or class_bias is None:
+            return y
+        ones = torch.ones_like(class_bias)
+        return conv_bn_act(y, class_weight, ones, class_bias, act=None)
+    return torch.ops.deeplab_fast.aspp_project(*args, class_weight, class_bias)
 
 
 def describe(
-    branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor, shift: Tensor
+    branches: Tensor,
+    pooled: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    classifier: tuple[Tensor, Tensor] | None = None,
 ) -> backends.OpDesc:
     """What a choice of backend rests on, for the arguments of `aspp_project`."""
-    _validate(branches, pooled, weight, scale, shift)
-    return _describe(branches, pooled, weight)
+    class_weight, class_bias = (None, None) if classifier is None else _split(classifier)
+    _validate(branches, pooled, weight, scale, shift, class_weight, class_bias)
+    return _describe(branches, pooled, weight, class_weight)
 
 
 class _AsppProject(torch.autograd.Function):
@@ -84,8 +117,26 @@ class _AsppProject(torch.autograd.Function):
         return tuple(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
 
 
+def _split(classifier: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(weight [classes, K, 1, 1], bias); shapes are checked later."""
+    if (
+        not isinstance(classifier, (tuple, list))
+        or len(classifier) != 2
+        or not all(isinstance(t, Tensor) for t in classifier)
+    ):
+        raise ValueError(f"{OP}: classifier must be (weight, bias), two tensors, or None")
+    weight, bias = classifier
+    return (weight[:, :, None, None] if weight.dim() == 2 else weight), bias
+
+
 def _validate(
-    branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor, shift: Tensor
+    branches: Tensor,
+    pooled: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    class_weight: Tensor | None,
+    class_bias: Tensor | None,
 ) -> None:
     check_map(OP, "branches", branches)
     n, channels = branches.shape[:2]
@@ -104,25 +155,112 @@ def _validate(
         check_shape(OP, name, vector, (outputs,), "one value for each output channel")
         check_dtype(OP, name, vector, FLOAT_DTYPES)
     check_device(OP, branches, pooled=pooled, weight=weight, scale=scale, shift=shift)
+    if class_weight is None or class_bias is None:
+        return
+    classes = class_weight.shape[0] if class_weight.dim() else 0
+    if classes < 1:
+        raise ValueError(
+            f"{OP}: the classifier's weight has shape {list(class_weight.shape)}, expected "
+            f"[classes, {outputs}] or [classes, {outputs}, 1, 1] with at least one class"
+        )
+    name = "classifier's weight"
+    check_shape(OP, name, class_weight, (classes, outputs, 1, 1), "classes by channels of weight")
+    check_dtype(OP, name, class_weight, (branches.dtype,))
+    name = "classifier's bias"
+    check_shape(OP, name, class_bias, (classes,), "one value for each class")
+    check_dtype(OP, name, class_bias, FLOAT_DTYPES)
+    check_device(
+        OP,
+        branches,
+        **{"classifier's weight": class_weight, "classifier's bias": class_bias},
+    )
 
 
-def _describe(branches: Tensor, pooled: Tensor, weight: Tensor) -> backends.OpDesc:
-    return backends.OpDesc.of(OP, branches, pooled=pooled.shape[1], outputs=weight.shape[0])
+def _describe(
+    branches: Tensor, pooled: Tensor, weight: Tensor, class_weight: Tensor | None
+) -> backends.OpDesc:
+    classes = {} if class_weight is None else {"classes": class_weight.shape[0]}
+    return backends.OpDesc.of(
+        OP, branches, pooled=pooled.shape[1], outputs=weight.shape[0], **classes
+    )
 
 
-def _run(branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    desc = _describe(branches, pooled, weight)
-    return backends.run(desc, branches, pooled, weight, scale, shift)
+def _run(
+    branches: Tensor,
+    pooled: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    class_weight: Tensor | None = None,
+    class_bias: Tensor | None = None,
+) -> Tensor:
+    desc = _describe(branches, pooled, weight, class_weight)
+    return backends.run(desc, branches, pooled, weight, scale, shift, class_weight, class_bias)
 
 
-def _fake(branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _fake(
+    branches: Tensor,
+    pooled: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    class_weight: Tensor | None = None,
+    class_bias: Tensor | None = None,
+) -> Tensor:
     n, _, height, width = branches.shape
+    channels = (weight if class_weight is None else class_weight).shape[0]
     return torch.empty(
-        (n, weight.shape[0], height, width),
+        (n, channels, height, width),
         dtype=branches.dtype,
         device=branches.device,
         memory_format=torch.channels_last,
     )
+
+
+def _then_classify(backend: str, project: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An implementation out of one without a classifier and the same backend's 1x1 convolution."""
+
+    def run(
+        branches: Tensor,
+        pooled: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        class_weight: Tensor | None = None,
+        class_bias: Tensor | None = None,
+    ) -> Tensor:
+        y = project(branches, pooled, weight, scale, shift)
+        if class_weight is None or class_bias is None:
+            return y
+        classify = backends.implementations(CONV)[backend].run
+        ones = torch.ones_like(class_bias)
+        return classify(y, class_weight, ones, class_bias, 1, 0, 1, 1, None, None)
+
+    return run
+
+
+_triton_project = triton_kernel("aspp", "aspp_project")
+_triton_in_two = _then_classify("triton", _triton_project)
+
+
+def _triton(
+    branches: Tensor,
+    pooled: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    class_weight: Tensor | None = None,
+    class_bias: Tensor | None = None,
+) -> Tensor:
+    args = (branches, pooled, weight, scale, shift)
+    if class_weight is None or class_bias is None:
+        return _triton_project(*args)
+    try:
+        return _triton_project(*args, (class_weight, class_bias))
+    except ValueError:
+        # More filters or classes than a tile holds, which depends on dtype and alignment as well;
+        # y is not written by then.
+        return _triton_in_two(*args, class_weight, class_bias)
 
 
 def _run_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -138,8 +276,8 @@ def _fake_backward(
 
 
 define(
-    "aspp_project(Tensor branches, Tensor pooled, Tensor weight, Tensor scale, Tensor shift) "
-    "-> Tensor",
+    "aspp_project(Tensor branches, Tensor pooled, Tensor weight, Tensor scale, Tensor shift, "
+    "Tensor? class_weight=None, Tensor? class_bias=None) -> Tensor",
     _run,
     _fake,
 )
@@ -149,11 +287,17 @@ define(
     _run_backward,
     _fake_backward,
 )
-backends.register(OP, "reference", reference.aspp_project)
+backends.register(OP, "reference", _then_classify("reference", reference.aspp_project))
 # Behind PyTorch: weights given to a call are prepared for that call alone, which took longer than
 # it saved (suite quick, aspp_project/os16-33x33-b1: 0.9x PyTorch's). Models prepare theirs once.
-backends.register(OP, "cpu", _cpu_conv.aspp_project, _cpu_conv.reasons, priority=-1)
 backends.register(
-    OP, "triton", triton_kernel("aspp", "aspp_project"), triton_kernel("aspp", "project_reasons")
+    OP, "cpu", _then_classify("cpu", _cpu_conv.aspp_project), _cpu_conv.reasons, priority=-1
 )
-backends.register(OP, "cuda", _aspp_cuda.aspp_project, _aspp_cuda.reasons, _aspp_cuda.PRIORITY)
+backends.register(OP, "triton", _triton, triton_kernel("aspp", "project_reasons"))
+backends.register(
+    OP,
+    "cuda",
+    _then_classify("cuda", _aspp_cuda.aspp_project),
+    _aspp_cuda.reasons,
+    _aspp_cuda.PRIORITY,
+)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from . import _cpu_batch_norm
+from . import _cpu_batch_norm, _cuda_batch_norm
 from ._aspp_triton import kernel as triton_kernel
 from ._registry import (
     FLOAT_DTYPES,
@@ -263,4 +263,11 @@ for _op in ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward"):
         "triton",
         triton_kernel("batch_norm", _op),
         triton_kernel("batch_norm", "not_supported_reasons"),
+    )
+    backends.register(
+        _op,
+        "cuda",
+        getattr(_cuda_batch_norm, _op),
+        _cuda_batch_norm.reasons,
+        _cuda_batch_norm.PRIORITY,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from . import _cpu_conv
+from . import _cpu_conv, _cudnn
 from ._aspp_triton import kernel as triton_kernel
 from ._registry import (
     FLOAT_DTYPES,
@@ -53,7 +53,8 @@ def conv_bn_act(
 
     Returns:
         [N, K, H', W'], the dtype of x, channels_last; accumulated in fp32 (fp64 for fp64) and
-        rounded once. Differentiable once, to every tensor. Under autocast x, weight and residual
+        rounded once, except by backend "cuda", cuDNN, which also rounds scale * weight and shift to
+        the dtype of x. Differentiable once, to every tensor. Under autocast x, weight and residual
         are cast, scale and shift are not.
 
     Raises:
@@ -267,3 +268,4 @@ backends.register(
     triton_kernel("conv", "conv_bn_act"),
     triton_kernel("conv", "not_supported_reasons"),
 )
+backends.register(OP, "cuda", _cudnn.conv_bn_act, _cudnn.reasons, _cudnn.PRIORITY)

@@ -1,4 +1,4 @@
-"""What the CUDA kernels of the upsampling ops take of a GPU, compiled by nvcc without one.
+"""What the CUDA kernels of the upsampling and batch norm ops take of a GPU, compiled without one.
 
 `cuda_resources.json` holds what was measured: the registers of each kernel for each architecture,
 and (checked by test_cuda_on_host.py) the dynamic shared memory of common shapes. After a change of
@@ -26,6 +26,15 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("cuda_resources.json")
 RECORD = os.environ.get("DEEPLAB_FAST_RECORD_RESOURCES") == "1"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+# Of csrc/cuda, whose kernels are in the header of the same name, and how many kernels that makes.
+SOURCES = {
+    # float and double: 2 label kernels, 2 accumulators, 4 cross entropies, finish and gather.
+    "upsample": 2 * (2 + 2 + 4 + 2),
+    # 4 of statistics, 6 times 3 with an activation, 2 that finish.
+    "batch_norm": 4 + 6 * 3 + 2,
+}
+# In the order of the enum.
+ACTS = ("none", "relu", "relu6", "hardswish")
 # Of a multiprocessor, for every architecture from sm_80 on.
 REGISTERS = 65536
 
@@ -41,10 +50,10 @@ def read_table() -> dict:
     return json.loads(TABLE.read_text()) if TABLE.is_file() else {"nvcc": "", "kernels": {}}
 
 
-def record(architecture: str, registers: dict[str, int], nvcc: str) -> None:
+def record(source: str, architecture: str, registers: dict[str, int], nvcc: str) -> None:
     table = read_table()
     table["nvcc"] = nvcc
-    table["kernels"][architecture] = registers
+    table["kernels"].setdefault(source, {})[architecture] = registers
     temporary = TABLE.with_suffix(".tmp")
     temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     os.replace(temporary, TABLE)
@@ -57,6 +66,8 @@ def demangle(names: list[str]) -> list[str]:
     found = []
     for line in done.stdout.splitlines():
         name = line.replace("deeplab_fast::cuda::", "").removeprefix("void ")
+        # Enumerators are written as numbers in brackets.
+        name = re.sub(r"\(Act\)(\d)", lambda m: ACTS[int(m[1])], name)
         found.append(name.partition("(")[0])
     return found
 
@@ -64,13 +75,15 @@ def demangle(names: list[str]) -> list[str]:
 class Compiled:
     """One run of nvcc: ptxas' report of each kernel, and the PTX."""
 
-    def __init__(self, nvcc: str, architecture: str, folder: Path) -> None:
-        source = ROOT / "csrc" / "cuda" / "upsample.cu"
+    def __init__(
+        self, nvcc: str, release: str, source: str, architecture: str, folder: Path
+    ) -> None:
+        self.release, self.source, self.architecture = release, source, architecture
         command = [
             nvcc, "-cubin", f"-arch={architecture}", "-std=c++20", "-O3",
             "--expt-relaxed-constexpr", "-Xptxas", "-v", "--keep", "--keep-dir", str(folder),
             "-DDEEPLAB_FAST_WITHOUT_TORCH", "-I", str(ROOT / "csrc" / "include"),
-            "-o", str(folder / "upsample.cubin"), str(source),
+            "-o", str(folder / "kernels.cubin"), str(ROOT / "csrc" / "cuda" / f"{source}.cu"),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -89,11 +102,13 @@ class Compiled:
         self.static_shared = {n: int(m[5] or 0) for n, m in zip(names, found, strict=True)}
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def compiled(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, str, Compiled]:
-    """(architecture, release of nvcc, what it compiled)."""
+@pytest.fixture(
+    scope="module",
+    params=[(source, name) for source in SOURCES for name in ARCHITECTURES],
+    ids="-".join,
+)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    source, architecture = request.param
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc: CUDA_HOME is not set and nvcc is not on PATH")
@@ -101,53 +116,77 @@ def compiled(
         pytest.skip("no c++filt")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
     release = re.search(r"release (\d+\.\d+)", version.stdout).group(1)
-    if request.param == "sm_100" and float(release) < 12.8:
+    if architecture == "sm_100" and float(release) < 12.8:
         pytest.skip(f"nvcc {release} does not know sm_100")
-    folder = tmp_path_factory.mktemp(request.param)
-    return request.param, release, Compiled(nvcc, request.param, folder)
+    folder = tmp_path_factory.mktemp(f"{source}-{architecture}")
+    return Compiled(nvcc, release, source, architecture, folder)
 
 
-def test_every_kernel_is_compiled_without_a_warning(compiled) -> None:
-    _, _, result = compiled
-    assert result.warnings == []
-    kernels = {name.partition("<")[0] for name in result.registers}
-    source = (ROOT / "csrc" / "include" / "deeplab_fast" / "upsample.cuh").read_text()
-    assert kernels == set(re.findall(r"(\w+_kernel)\(const", source))
-    # float and double: 2 label kernels, 2 accumulators, 4 cross entropies, finish and gather.
-    assert len(result.registers) == 2 * (2 + 2 + 4 + 2)
+def test_every_kernel_is_compiled_without_a_warning(compiled: Compiled) -> None:
+    assert compiled.warnings == []
+    kernels = {name.partition("<")[0] for name in compiled.registers}
+    header = ROOT / "csrc" / "include" / "deeplab_fast" / f"{compiled.source}.cuh"
+    assert kernels == set(re.findall(r"(\w+_kernel)\(const", header.read_text()))
+    assert len(compiled.registers) == SOURCES[compiled.source]
 
 
-def test_no_register_is_spilled(compiled) -> None:
-    _, _, result = compiled
-    assert {n: s for n, s in result.spilled.items() if s != ("0", "0", "0")} == {}
-    assert set(result.static_shared.values()) == {0}
+def test_no_register_is_spilled(compiled: Compiled) -> None:
+    spilled = {n: s for n, s in compiled.spilled.items() if s != ("0", "0", "0")}
+    assert spilled == {}
+    assert set(compiled.static_shared.values()) == {0}
 
 
-def test_registers_leave_room_for_blocks(compiled) -> None:
-    """fp32 label kernels: 8 blocks of 128 threads; cross entropy: 2 of 256."""
-    _, _, result = compiled
-    for name, registers in result.registers.items():
+def blocks_of(kernel: str) -> tuple[int, int]:
+    """(threads of a block, blocks that a multiprocessor must have room for)."""
+    if "cross_entropy_kernel" in kernel:
+        return 256, 2
+    if kernel.startswith("upsample_") or kernel.startswith("gather_"):
+        return 128, 8
+    if kernel in ("finish_stats_kernel", "finish_sums_kernel"):
+        return 1024, 1
+    # kNormThreads and kNormResident.
+    return 256, 2
+
+
+def test_registers_leave_room_for_blocks(compiled: Compiled) -> None:
+    for name, registers in compiled.registers.items():
         if "<double" in name:
             continue
-        threads, blocks = (256, 2) if "cross_entropy_kernel" in name else (128, 8)
+        threads, blocks = blocks_of(name)
         # Registers are handed out to warps in units of 8 for each thread.
         taken = -(-registers // 8) * 8 * threads
         assert taken * blocks <= REGISTERS, f"{name}: {registers} registers"
 
 
-def test_registers_are_as_recorded(compiled) -> None:
-    architecture, release, result = compiled
+def test_registers_are_as_recorded(compiled: Compiled) -> None:
     if RECORD:
-        record(architecture, result.registers, release)
+        record(compiled.source, compiled.architecture, compiled.registers, compiled.release)
     table = read_table()
-    if release != table["nvcc"]:
-        pytest.skip(f"the table is of nvcc {table['nvcc']}, this is {release}")
-    assert result.registers == table["kernels"][architecture]
+    if compiled.release != table["nvcc"]:
+        pytest.skip(f"the table is of nvcc {table['nvcc']}, this is {compiled.release}")
+    assert compiled.registers == table["kernels"][compiled.source][compiled.architecture]
 
 
-def test_nothing_is_summed_by_atomics(compiled) -> None:
+def test_nothing_is_summed_by_atomics(compiled: Compiled) -> None:
     """Floating-point atomics would make the results depend on the order of blocks."""
-    _, _, result = compiled
-    atomics = set(re.findall(r"\b(?:atom|red)\.[\w.]+", result.ptx))
-    assert atomics
+    atomics = set(re.findall(r"\b(?:atom|red)\.[\w.]+", compiled.ptx))
+    # Those of upsampling count pixels.
+    assert bool(atomics) == (compiled.source == "upsample")
     assert all(re.search(r"\.(u32|u64|s32)$", name) for name in atomics), atomics
+
+
+def test_maps_move_16_bytes_at_a_time(compiled: Compiled) -> None:
+    """Every access to a map, and to what belongs to channels, where channels divide so."""
+    if compiled.source != "batch_norm":
+        pytest.skip("logits have any strides")
+    parts = re.split(r"\.entry (\w+)\(", compiled.ptx)[1:]
+    bodies = dict(zip(demangle(parts[::2]), parts[1::2], strict=True))
+    assert set(bodies) == set(compiled.registers)
+    for name, body in bodies.items():
+        loads = set(re.findall(r"\bld\.global[\w.]*", body))
+        stores = set(re.findall(r"\bst\.global[\w.]*", body))
+        if re.match(r"finish|\w+<Bfloat16, 1", name):
+            assert not any("v4" in access for access in loads | stores), name
+        else:
+            assert loads and all(re.search(r"\.nc\.v4\.\w32$", load) for load in loads), name
+            assert stores and all(re.search(r"\.v4\.\w32$", store) for store in stores), name

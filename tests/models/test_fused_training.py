@@ -207,13 +207,14 @@ def test_settings_of_batch_norm(setting, backend) -> None:
 
 
 def test_rounding_is_that_of_the_plain_model() -> None:
-    """Design 6: at most twice the error of PyTorch's own path, against float64, plus a rounding."""
+    """Design 6: at most twice the error of PyTorch's own path against float64, plus 1e-5, which the
+    forms that save multiplications may be off by."""
     torch.manual_seed(0)
     plain, model = plain_and_fused(tiny().train())
     x = torch.randn(2, 3, 65, 65)
     exact = step(copy.deepcopy(plain).double(), x.double())
     error = largest_difference(step(model, x), exact)
-    assert error <= 2 * largest_difference(step(plain, x), exact) + 2**-23
+    assert error <= 2 * largest_difference(step(plain, x), exact) + 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -264,7 +265,7 @@ def test_grad_scaler_steps() -> None:
     pytest.param(lambda: dlf.deeplabv3_resnet18(output_stride=16), 0.75, id="resnet18"),
 ])  # fmt: skip
 def test_saved_bytes(build, bound) -> None:
-    def saved(model: nn.Module) -> int:
+    def saved(model: nn.Module, x: Tensor) -> int:
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         sizes: dict[int, int] = {}
         kept: list[Tensor] = []
@@ -277,15 +278,15 @@ def test_saved_bytes(build, bound) -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = model(torch.randn(16, 3, 513, 513))["out"]
+            y = model(x)["out"]
         assert y.shape == (16, 21, 513, 513)
         return sum(sizes.values())
 
     # Shapes only: nothing is computed.
     with FakeTensorMode():
-        model = build().train()
-        bytes_fused = saved(dlf.fuse(model))
-        bytes_plain = saved(dlf.fuse(model, False))
+        model, x = build().train(), torch.randn(16, 3, 513, 513)
+    bytes_fused = saved(dlf.fuse(model), x)
+    bytes_plain = saved(dlf.fuse(model, False), x)
     assert bytes_fused <= bound * bytes_plain
 
 
@@ -455,20 +456,49 @@ class TestSegments:
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def _parallel(rank: int, folder: str) -> None:
+    """Half of a batch in each of two processes, batch norms frozen."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model, x = torch.load(f"{folder}/start.pt", weights_only=False)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    y = parallel(x[2 * rank : 2 * rank + 2])["out"]
+    # DDP averages over the processes.
+    (2 * (y * torch.linspace(-1, 1, y[0].numel()).view_as(y[0])).sum()).backward()
+    if rank == 0:
+        torch.save({k: p.grad for k, p in model.named_parameters()}, f"{folder}/end.pt")
+    dist.destroy_process_group()
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    model, _ = plain_and_fused(tiny().double())
+    model.aux_classifier = None
+    freeze_batch_norm(dlf.fuse(model).train(), parameters=False)
+    x = torch.randn(4, 3, SIZE, SIZE, dtype=torch.float64)
+    torch.save((model, x), tmp_path / "start.pt")
+    mp.spawn(_parallel, (str(tmp_path),), nprocs=2)
+    grads = torch.load(tmp_path / "end.pt")
+    dlf.fuse(model, False)
+    y = model(x)["out"]
+    (y * torch.linspace(-1, 1, y[0].numel()).view_as(y[0])).sum().backward()
+    expected = {f"grad {k}": p.grad for k, p in model.named_parameters()}
+    found = {f"grad {k}": g for k, g in grads.items()}
+    assert largest_difference(found, expected) < EXACT
+
+
 def _joint_batch(rank: int, folder: str) -> None:
     """Half of a batch in each of two processes, batch norms synchronised."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, x = torch.load(f"{folder}/start.pt", weights_only=False)
-    # gloo synchronises what torch's own SyncBatchNorm wants on a GPU only.
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    parallel = nn.parallel.DistributedDataParallel(model)
     # Parts of unlike size: 3 images and 1.
     part = x[:3] if rank == 0 else x[3:]
-    y = parallel(part)["out"]
-    # DDP averages over the two processes.
-    (2 * (y * torch.linspace(-1, 1, y[0].numel()).view_as(y[0])).sum()).backward()
+    y = model(part)["out"]
+    (y * torch.linspace(-1, 1, y[0].numel()).view_as(y[0])).sum().backward()
+    grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+    # What DistributedDataParallel does; it refuses SyncBatchNorm on a CPU.
+    for grad in grads.values():
+        dist.all_reduce(grad)
     if rank == 0:
-        grads = {k: p.grad for k, p in model.named_parameters()}
         torch.save((grads, dict(model.named_buffers())), f"{folder}/end.pt")
     dist.destroy_process_group()
 
@@ -485,7 +515,7 @@ def test_synchronised_batch_norm_is_that_of_the_joint_batch(tmp_path: Path) -> N
     dlf.fuse(model, False)
     y = model(x)["out"]
     (y * torch.linspace(-1, 1, y[0].numel()).view_as(y[0])).sum().backward()
-    expected = {f"grad {k}": p.grad for k, p in model.named_parameters()}
+    expected = {f"grad {k}": p.grad for k, p in model.named_parameters() if p.grad is not None}
     expected |= {f"buffer {k}": b for k, b in model.named_buffers()}
     found = {f"grad {k}": g for k, g in grads.items()}
     found |= {f"buffer {k}": b for k, b in buffers.items()}
@@ -498,24 +528,23 @@ def test_fifty_steps_stay_within_the_noise_of_fp32(shared_data: Path) -> None:
     from deeplab_fast.testing import threads
 
     folder = shared_data / "camvid"
-    photos = sorted((folder / "train").glob("*.png"))[:4]
+    photos = sorted((folder / "train").glob("*.webp"))[:4]
     if not photos:
         pytest.skip(f"no photos in {folder}")
     pixels = torch.stack([torch.from_numpy(read_image(p)[:64, :64].copy()) for p in photos])
     x = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-    target = pixels.long().sum(3) * 5 // 766
+    target = pixels.long().sum(3) * 3 // 766
 
     def losses(plain: bool, count: int) -> Tensor:
         torch.manual_seed(0)
-        model = dlf.deeplabv3_resnet18(num_classes=5, output_stride=16).train()
-        dlf.fuse(model, not plain)
+        # Without dropout: PyTorch draws a mask in the order of memory, which the layouts differ in.
+        model = plain_and_fused(tiny().train())[not plain]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         values = []
         with threads(count):
-            for i in range(50):
-                half = slice(i % 2 * 2, i % 2 * 2 + 2)
+            for _ in range(50):
                 optimizer.zero_grad()
-                loss = F.cross_entropy(model(x[half])["out"], target[half])
+                loss = F.cross_entropy(model(x)["out"], target)
                 loss.backward()
                 optimizer.step()
                 values.append(loss.detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import deeplab_fast as dlf
-from deeplab_fast import backends, info, ops
+from deeplab_fast import _ext, backends, info, ops
 
 
 @pytest.fixture
@@ -98,6 +99,8 @@ def test_registering_twice_or_elsewhere_is_an_error(toy) -> None:
 
 def test_every_op_has_a_reference() -> None:
     names = [name for name in ops.__all__ if name != "describe"]
+    # Autograd alone calls these two; the other backward passes are no ops, or public.
+    names += ["aspp_convs_backward", "conv2d_backward"]
     assert sorted(backends.registered_ops()) == sorted(names)
     for name in names:
         assert "reference" in backends.implementations(name)
@@ -145,6 +148,18 @@ def test_info_runs_as_a_program() -> None:
     )
     for expected in ("deeplab_fast 0.", "Implementations", "r50-os8-520-b1", "aspp_branches"):
         assert expected in done.stdout
+
+
+def test_info_lists_every_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"CPU": "cpu", "CUDA": "cuda", "SM90": "cuda sm_90a"}
+    for name in rows:
+        missing = dataclasses.replace(getattr(_ext, name), loaded=False, reason=f"no {name} here")
+        monkeypatch.setattr(_ext, name, missing)
+    report = info.report()
+    for name, row in rows.items():
+        assert f"\n  {row:<14}no: no {name} here\n" in report
+    monkeypatch.setattr(_ext, "SM90", dataclasses.replace(_ext.SM90, loaded=True, reason=""))
+    assert "\n  cuda sm_90a   yes: " in info.report()
 
 
 def test_import_touches_no_gpu_and_nothing_heavy() -> None:

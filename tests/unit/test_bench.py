@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from torch import nn
 
 # `pytest` alone, unlike `python -m pytest`, does not look for bench/ in the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from deeplab_fast.kernels import tuned
 
 from bench import (
     compare,
@@ -35,6 +39,7 @@ from bench import (
 )
 from bench.costs import UpsampleSize
 from bench.registry import FORWARD, FORWARD_BACKWARD, Provider, Suite
+from deeplab_fast import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = Suite("quick", "cpu", torch.float32, seconds=0.0, rounds=(2, 2), copies=2)
@@ -43,7 +48,7 @@ SMALL = UpsampleSize(2, 3, 5, 4, 9, 13)
 
 def small_project(**options) -> op_cases.AsppProject:
     sizes = {"n": 1, "h": 5, "w": 4, "channels": 8, "pooled": 4, "out_channels": 6}
-    return op_cases.AsppProject(op="aspp_project", shape="t", suites=(), **sizes, **options)
+    return op_cases.AsppProject(op="aspp_project", shape="t", suites=(), **sizes | options)
 
 
 # Costs
@@ -629,26 +634,308 @@ def test_tune_has_nothing_to_do_without_a_gpu(capsys, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("tunable", tune.TUNABLES, ids=lambda t: t.kernel)
-def test_candidates_are_legal_and_put_back(tunable) -> None:
+class _Launches:
+    """Stands for modules of kernels: keeps the options of the launches, runs nothing."""
+
+    def __init__(self) -> None:
+        self.options: list[dict] = []
+
+    def __getattr__(self, name: str) -> _Launches:
+        return self
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.options.append(options)
+
+    @property
+    def product(self) -> dict:
+        """Options of the last matrix product."""
+        return [o for o in self.options if "BLOCK_C" in o][-1]
+
+
+class _Tuned:
+    """A GPU that does not exist: launchers run up to their launches, results are PyTorch's.
+
+    Attributes:
+        seconds: time of a call by the options of its launch.
+        wrong: whether a launch gives a wrong result.
+    """
+
+    def __init__(self, case: registry.Case) -> None:
+        self.case = case
+        self.seconds = lambda options: 1.0
+        self.wrong = lambda options: False
+        self.launches = _Launches()
+        self.repeats = 1
+
+    def build(self, case, mode, device, dtype, args):
+        fused = case.fused(args, torch.float32)
+        inputs = args.inputs
+
+        class Run:
+            def __init__(run) -> None:
+                run.inputs = inputs
+
+            def __call__(run, i: int) -> torch.Tensor:
+                for n in range(self.repeats):
+                    self.launch(fused, [t[n:] for t in inputs[i]])
+                with torch.no_grad(), backends.use_backend("reference"):
+                    y = fused(*inputs[i])
+                return y * (2 if self.wrong(self.launches.product) else 1)
+
+            def probe(run) -> torch.Tensor:
+                return run(0)
+
+        return Run()
+
+    def launch(self, fused, inputs) -> None:
+        from deeplab_fast.kernels import aspp, conv
+
+        if self.case.op == "aspp_branches":
+            aspp.aspp_branches(*fused.arguments(*inputs))
+        elif self.case.op == "aspp_project":
+            aspp.aspp_project(*fused.arguments(*inputs))
+        else:
+            x, *residual = inputs
+            conv.conv_bn_act(*fused.arguments(x), residual=residual[0] if residual else None)
+
+    def capture(self, run):
+        run(0)
+        time = self.seconds(self.launches.product)
+        return SimpleNamespace(replay=lambda: time)
+
+
+def _tunable(op: str) -> tune.Tunable:
+    (found,) = (t for t in tune.TUNABLES if t.op == op)
+    return found
+
+
+def _tunable_case(op: str) -> registry.Case:
+    given = {"op": op, "shape": "t", "suites": ()}
+    if op == "aspp_branches":
+        sizes = {"n": 2, "h": 5, "w": 4, "channels": 64, "out_channels": 256}
+        return op_cases.AsppBranches(rates=(2,), **given, **sizes)
+    if op == "aspp_project":
+        return small_project(n=2, channels=64, pooled=16, out_channels=256)
+    return op_cases.ConvBnActCase(n=2, h=5, w=4, c=64, k=256, size=1, residual=True, **given)
+
+
+@pytest.fixture
+def gpu(request, monkeypatch, tmp_path) -> _Tuned:
+    """A GPU for the case of an op, without files. TF32 is on: with it there is a choice of tiles
+    for the fp32 tensors that a CPU multiplies exactly."""
+    from deeplab_fast.kernels import _compat, conv
+
+    made = _Tuned(_tunable_case(request.param))
+    monkeypatch.setattr(_compat, "device_module", lambda name: made.launches)
+    monkeypatch.setattr(conv, "allow_tf32", lambda: True)
+    triton = dataclasses.replace(registry.provider("triton"), build=made.build)
+    monkeypatch.setattr(registry, "provider", lambda name: triton)
+    monkeypatch.setattr(measure, "capture", made.capture)
+    monkeypatch.setattr(measure, "cuda_clock", lambda call, first, calls: call(first))
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned, "installed_triton", lambda: rows.environment("cpu", 0).triton)
+    tuned._entries.cache_clear()
+    yield made
+    tuned._entries.cache_clear()
+
+
+_every_product = pytest.mark.parametrize(
+    "gpu", ["aspp_branches", "aspp_project", "conv_bn_act"], indirect=True
+)
+_one_product = pytest.mark.parametrize("gpu", ["conv_bn_act"], indirect=True)
+
+
+def _launch_of(gpu: _Tuned) -> dict:
+    """Options of the product that the launcher of a case launches now."""
+    args = gpu.case.setup("cpu", torch.float32)
+    gpu.launch(gpu.case.fused(args, torch.float32), args.inputs[0])
+    return gpu.launches.product
+
+
+@_every_product
+def test_what_tuning_finds_is_what_runs(gpu: _Tuned, tmp_path) -> None:
+    before = _launch_of(gpu)
+    tiles: set[tuple[int, ...]] = set()
+    gpu.seconds = lambda options: tiles.add(_shape(options)) or 2.0
+    tunable = _tunable(gpu.case.op)
+    outcome = tune.tune(tunable, gpu.case, SUITE)
+    assert outcome.entry is None and len(tiles) > 1
+    best = max(tiles - {_shape(before)})
+    gpu.seconds = lambda options: 1.0 if _shape(options) == best else 2.0
+    outcome = tune.tune(tunable, gpu.case, SUITE)
+    assert outcome.entry["analytic_ms"] == 2 * outcome.entry["ms"]
+    path = tune.write(tmp_path, tunable.kernel, "H100", [outcome])
+    assert path == tmp_path / "H100" / f"{tunable.kernel}.json"
+    # In the next process the launcher, which knows nothing of this, reads the file.
+    tuned._entries.cache_clear()
+    assert _shape(_launch_of(gpu)) == best != _shape(before)
+
+
+def _shape(options: dict) -> tuple[int, ...]:
+    """What tells the launch of one configuration from that of another."""
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    return (*(options[name] for name in names), options.get("SPLIT", False))
+
+
+@_one_product
+def test_candidates_that_fail_or_are_wrong_are_not_chosen(gpu: _Tuned, capsys) -> None:
+    tiles = []
+    gpu.seconds = lambda options: tiles.append(_shape(options)) or 2.0
+    tune.tune(_tunable(gpu.case.op), gpu.case, SUITE)
+    analytic, *others = dict.fromkeys(tiles)
+    wrong, failing = others[:2]
+
+    def seconds(options: dict) -> float:
+        if _shape(options) == failing:
+            raise RuntimeError("out of resource: shared memory")
+        return 1.0 if _shape(options) == wrong else 2.0
+
+    gpu.seconds = seconds
+    gpu.wrong = lambda options: _shape(options) == wrong
+    assert tune.tune(_tunable(gpu.case.op), gpu.case, SUITE).entry is None
+    shown = capsys.readouterr().out
+    assert "out of resource" in shown and "values: error" in shown
+    # A wrong result of the analytic choice ends it.
+    gpu.wrong = lambda options: _shape(options) == analytic
+    with pytest.raises(RuntimeError, match="values: error"):
+        tune.tune(_tunable(gpu.case.op), gpu.case, SUITE)
+
+
+@_one_product
+def test_small_gains_are_noise(gpu: _Tuned) -> None:
+    before = _shape(_launch_of(gpu))
+    gpu.seconds = lambda options: 1.0 if _shape(options) == before else 1 / 1.02
+    assert tune.tune(_tunable(gpu.case.op), gpu.case, SUITE).entry is None
+
+
+@_one_product
+def test_a_case_must_choose_one_configuration(gpu: _Tuned) -> None:
+    gpu.repeats = 2
+    with pytest.raises(RuntimeError, match="chooses 2 configurations of pointwise"):
+        tune.tune(_tunable(gpu.case.op), gpu.case, SUITE)
+    (other,) = (t for t in tune.TUNABLES if t.kernel == "aspp_branches")
+    with pytest.raises(RuntimeError, match="chooses 0 configurations of aspp_branches"):
+        tune.tune(dataclasses.replace(other, op="conv_bn_act"), gpu.case, SUITE)
+
+
+def test_choices_are_put_back() -> None:
     from deeplab_fast.kernels import configs
 
-    candidates = tunable.candidates()
-    assert len({tune._label(c) for c in candidates}) == len(candidates) > 1
-    for c in candidates:
-        assert c.cols == c.num_warps * configs.WARP
-        assert c.block_cols == 0 or c.cols % c.block_cols == 0
-    before = getattr(configs, tunable.function)
-    with tune.configured(tunable.function, candidates[0]):
-        assert getattr(configs, tunable.function)((5, 5), (9, 9), False) is candidates[0]
-    assert getattr(configs, tunable.function) is before
+    before = configs.tuned_config
+    config = configs.UpsampleConfig(2, 128, 0, 4)
+    logits, device = (1, 21, 5, 5), configs.H100
+    args = (logits, (9, 9), False, "bfloat16", device)
+    with tune.configured("upsample_argmax", config) as asked:
+        assert configs.upsample_config("upsample_argmax", *args) is config
+        assert configs.upsample_config("upsample_argmax", *args) is config
+        # Another kernel's choice is its own.
+        assert configs.upsample_config("upsample_confusion", *args) != config
+    key = configs.UpsampleKey(1, 21, (5, 5), (9, 9), False, "bfloat16")
+    assert asked == [(key, device)]
+    assert configs.tuned_config is before
+
+
+def test_candidates_of_the_upsampling_kernels_are_legal() -> None:
+    from deeplab_fast.kernels import configs
+
+    for candidates in (configs.forward_candidates(), configs.gradient_candidates()):
+        assert len(set(candidates)) == len(candidates) > 1
+        for c in candidates:
+            assert c.cols == c.num_warps * configs.WARP
+            assert c.block_cols == 0 or c.cols % c.block_cols == 0
+
+
+def test_every_kernel_that_can_be_tuned_is() -> None:
+    from deeplab_fast.kernels import configs
+
+    assert {t.kernel for t in tune.TUNABLES} == set(configs.TUNABLE)
+    work = {(case.op, mode) for case, mode in registry.select("gpu")}
+    assert {(t.op, t.mode) for t in tune.TUNABLES} <= work
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kernel"),
+    [
+        ("aspp_branches", "aspp_branches"),
+        ("aspp_project", "pointwise"),
+        ("conv_bn_act", "pointwise"),
+    ],
+)
+def test_one_command_tunes_an_op(pattern, kernel, tmp_path, capsys, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    tuned_cases = []
+
+    def tune_one(tunable, case, suite) -> tune.Outcome:
+        tuned_cases.append(case)
+        if case.n == 16 and case.h == 65:
+            raise RuntimeError("out of memory")
+        key = {"case": case.id}
+        return tune.Outcome(key, {"key": key, "config": {}})
+
+    work = registry.select("gpu", pattern)
+    tune.tune_all(work, registry.SUITES["gpu"], "GPU", tmp_path, tune_one)
+    # On a GPU Triton has no reason against any but the larger convolutions.
+    expected = [case for case, _ in work if case.op == pattern and getattr(case, "size", 1) == 1]
+    assert tuned_cases == expected
+    (path,) = tmp_path.rglob("*.json")
+    assert path == tmp_path / "GPU" / f"{kernel}.json"
+    entries = json.loads(path.read_text("utf-8"))["entries"]
+    done = [c.id for c in expected if (c.n, c.h) != (16, 65)]
+    assert [entry["key"]["case"] for entry in entries] == done
+    shown = capsys.readouterr()
+    assert "out of memory" in shown.err and f"wrote {path}" in shown.out
+    assert ("only 1x1 convolutions" in shown.out) == (pattern == "conv_bn_act")
+
+
+def _outcome(key: int, block_m: int | None) -> tune.Outcome:
+    fields = {"groups": key, "sizes": (key, key)}
+    entry = {"key": fields, "config": {"block_m": block_m}, "ms": 1.0}
+    return tune.Outcome(fields, None if block_m is None else entry)
+
+
+def _written(path: Path) -> dict[int, int]:
+    entries = json.loads(path.read_text("utf-8"))["entries"]
+    return {entry["key"]["groups"]: entry["config"]["block_m"] for entry in entries}
 
 
 def test_tuned_configurations_name_gpu_and_versions(tmp_path) -> None:
-    path = tune.write(tmp_path, "upsample_argmax", "NVIDIA H100 80GB HBM3", [{"ms": 1.0}])
-    assert path == tmp_path / "NVIDIA_H100_80GB_HBM3" / "upsample_argmax.json"
-    text = path.read_text("utf-8")
-    assert '"triton"' in text and '"entries"' in text
+    path = tune.write(tmp_path, "pointwise", "NVIDIA H100 80GB HBM3", [_outcome(1, 64)])
+    assert path == tmp_path / "NVIDIA_H100_80GB_HBM3" / "pointwise.json"
+    content = json.loads(path.read_text("utf-8"))
+    env = rows.environment("cpu", 0)
+    assert (content["version"], content["kernel"], content["triton"]) == (
+        tuned.VERSION,
+        "pointwise",
+        env.triton,
+    )
+    (entry,) = content["entries"]
+    assert (entry["torch"], entry["commit"]) == (env.torch, env.commit)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_was_not_measured_again_stays(tmp_path, capsys) -> None:
+    path = tune.write(tmp_path, "pointwise", "GPU", [_outcome(1, 64), _outcome(2, 64)])
+    assert path is not None
+    # Measured again: another choice, the analytic choice, a new call.
+    tune.write(tmp_path, "pointwise", "GPU", [_outcome(1, 128), _outcome(3, 32)])
+    assert _written(path) == {1: 128, 2: 64, 3: 32}
+    tune.write(tmp_path, "pointwise", "GPU", [_outcome(2, None)])
+    assert _written(path) == {1: 128, 3: 32}
+    assert capsys.readouterr().err == ""
+    assert tune.write(tmp_path, "pointwise", "GPU", [_outcome(1, None), _outcome(3, None)]) is None
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["version", "gpu", "kernel", "triton", "text"])
+def test_a_file_of_another_kind_is_replaced(name, tmp_path, capsys) -> None:
+    path = tune.write(tmp_path, "pointwise", "GPU", [_outcome(1, 64)])
+    content = json.loads(path.read_text("utf-8"))
+    text = "[]" if name == "text" else json.dumps(content | {name: "0"})
+    path.write_text(text, "utf-8")
+    tune.write(tmp_path, "pointwise", "GPU", [_outcome(2, 32)])
+    assert _written(path) == {2: 32}
+    assert f"{path} is replaced" in capsys.readouterr().err
 
 
 def test_gpu_script_leaves_a_summary(tmp_path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -12,9 +14,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
-from deeplab_fast import ops, reference
+import deeplab_fast as dlf
+from deeplab_fast import backends, ops, reference
+from deeplab_fast.ops import _cudnn
 
 OPS = torch.ops.deeplab_fast
+HALF_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 @dataclass
@@ -69,6 +74,11 @@ def project_args(n=2, b=6, p=3, k=4, h=5, w=7, dtype=torch.float64) -> tuple[Ten
         torch.randn(k).to(vectors),
         torch.randn(k).to(vectors),
     )
+
+
+def class_args(classes=5, k=4, dtype=torch.float64) -> tuple[Tensor, Tensor]:
+    vectors = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.randn(classes, k, 1, 1).to(dtype), torch.randn(classes).to(vectors)
 
 
 def conv_args(n=2, c=4, k=6, h=6, w=5, groups=1, kernel=3, dtype=torch.float64) -> tuple:
@@ -140,6 +150,99 @@ def test_aspp_project_is_the_projection_of_the_concat(size: tuple[int, int]) -> 
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rank", [2, 4], ids=["matrix", "1x1 kernel"])
+def test_aspp_project_and_classify_equals_its_definition(rank: int) -> None:
+    args = project_args()
+    weight, bias = class_args()
+    given = weight if rank == 4 else weight[:, :, 0, 0]
+    logits = ops.aspp_project(*args, classifier=(given, bias))
+    assert logits.is_contiguous(memory_format=torch.channels_last)
+    expected = F.conv2d(ops.aspp_project(*args), weight, bias)
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+    nothing = (args[0][:0], args[1][:0], *args[2:])
+    assert ops.aspp_project(*nothing, classifier=(given, bias)).shape == (0, 5, 5, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_classified_features_are_rounded_as_if_stored(dtype: torch.dtype) -> None:
+    args, classifier = project_args(dtype=dtype), class_args(dtype=dtype)
+    with dlf.use_backend("reference"):
+        y, logits = ops.aspp_project(*args), ops.aspp_project(*args, classifier=classifier)
+    assert y.dtype == logits.dtype == dtype
+    exact = F.conv2d(y.double(), *(t.double() for t in classifier))
+    # One rounding where the logits are stored, and four products summed in fp32, whose magnitudes
+    # add up to less than 200 here.
+    bound = HALF_STEP[dtype] * exact.abs() + 5 * 2**-24 * 200
+    assert ((logits.double() - exact).abs() <= bound).all()
+
+
+def test_cpu_implementation_of_the_classifier(compiled: None) -> None:
+    args, classifier = project_args(dtype=torch.float32), class_args(dtype=torch.float32)
+    logits = ops.aspp_project(*args, classifier=classifier)
+    with dlf.use_backend("reference"):
+        doubles = [t.double() for t in (*args, *classifier)]
+        expected = ops.aspp_project(*doubles[:5], classifier=tuple(doubles[5:]))
+    error = (logits.double() - expected).norm() / expected.norm()
+    assert error <= 2e-6
+
+
+class _Kernels:
+    """Stands for deeplab_fast.kernels: what the Triton backend of aspp_project calls."""
+
+    def __init__(self, holds: bool) -> None:
+        self.holds, self.calls = holds, []
+
+    def __call__(self, module: str, name: str) -> Callable[..., Tensor]:
+        def run(*args) -> Tensor:
+            self.calls.append(name)
+            if name == "conv_bn_act":
+                return reference.conv_bn_act(*args)
+            y = reference.aspp_project(*args[:5])
+            if len(args) == 5:
+                return y
+            if not self.holds:
+                raise ValueError("no tile holds so many filters and their classes")
+            weight, bias = args[5]
+            return reference.conv_bn_act(y, weight, torch.ones_like(bias), bias, act=None)
+
+        return run
+
+
+@pytest.mark.parametrize(
+    ("classified", "holds", "calls"),
+    [
+        pytest.param(False, True, ["aspp_project"], id="features"),
+        pytest.param(True, True, ["aspp_project"], id="logits from one kernel"),
+        pytest.param(
+            True, False, ["aspp_project", "aspp_project", "conv_bn_act"], id="no tile holds them"
+        ),
+    ],
+)
+def test_triton_classifies_in_one_kernel_where_a_tile_holds_it(
+    classified, holds, calls, monkeypatch
+) -> None:
+    # The package has a function of the module's name.
+    module = sys.modules["deeplab_fast.ops.aspp_project"]
+    kernels = _Kernels(holds)
+    project, classify = kernels("aspp", "aspp_project"), kernels("conv", "conv_bn_act")
+    table = backends.implementations("conv_bn_act")
+    monkeypatch.setitem(table, "triton", replace(table["triton"], run=classify))
+    monkeypatch.setattr(module, "_triton_project", project)
+    monkeypatch.setattr(module, "_triton_in_two", module._then_classify("triton", project))
+    args = (*project_args(), *(class_args() if classified else (None, None)))
+    got = backends.implementations("aspp_project")["triton"].run(*args)
+    assert kernels.calls == calls
+    expected = backends.implementations("aspp_project")["reference"].run(*args)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_classes_are_a_fact_of_the_call() -> None:
+    args, classifier = project_args(), class_args()
+    assert "classes" not in ops.describe("aspp_project", *args).params
+    found = ops.describe("aspp_project", *args, classifier=classifier)
+    assert found.params["classes"] == 5 and found.params["outputs"] == 4
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -198,6 +301,22 @@ class TestGradients:
         leaves = self.leaves(project_args(h=2, w=3))
         assert torch.autograd.gradcheck(ops.aspp_project, leaves)
 
+    def test_aspp_project_and_classify(self) -> None:
+        leaves = self.leaves([*project_args(h=2, w=3), *class_args()])
+
+        def call(*t):
+            return ops.aspp_project(*t[:5], classifier=(t[5][:, :, 0, 0], t[6]))
+
+        assert torch.autograd.gradcheck(call, leaves)
+        with torch.no_grad():
+            without = call(*leaves)
+        torch.testing.assert_close(call(*leaves), without, rtol=1e-12, atol=1e-12)
+
+    def test_the_classifier_alone_gets_a_gradient(self) -> None:
+        weight, bias = self.leaves(class_args())
+        ops.aspp_project(*project_args(), classifier=(weight, bias)).sum().backward()
+        assert bias.grad.tolist() == [2 * 5 * 7] * 5 and weight.grad.shape == weight.shape
+
     @pytest.mark.parametrize("act", ["relu", None])
     def test_conv_bn_act(self, act: str | None) -> None:
         args = conv_args(n=1, groups=2)
@@ -221,21 +340,28 @@ class TestGradients:
             grad.sum().backward()
 
 
+def _project_and_classify(*args: Tensor) -> Tensor:
+    return ops.aspp_project(*args[:5], classifier=args[5:])
+
+
 def _calls() -> dict[str, tuple[Callable, tuple]]:
     b = Branches.make(dtype=torch.float32)
+    project = project_args(dtype=torch.float32)
     return {
         "aspp_branches": (ops.aspp_branches, b.args()),
-        "aspp_project": (ops.aspp_project, project_args(dtype=torch.float32)),
+        "aspp_project": (ops.aspp_project, project),
+        "classify": (_project_and_classify, (*project, *class_args(dtype=torch.float32))),
         "conv_bn_act": (ops.conv_bn_act, conv_args(dtype=torch.float32)),
     }
 
 
-@pytest.mark.parametrize("name", ["aspp_branches", "aspp_project", "conv_bn_act"])
+@pytest.mark.parametrize("name", ["aspp_branches", "aspp_project", "classify", "conv_bn_act"])
 class TestTransformations:
     def test_opcheck(self, name: str) -> None:
         _, args = _calls()[name]
         if name == "conv_bn_act":
             args = (*args, None, 1, 1, 1, 1, "relu")
+        name = "aspp_project" if name == "classify" else name
         torch.library.opcheck(getattr(OPS, name).default, args)
 
     def test_compile_fullgraph_forward_and_backward(self, name: str) -> None:
@@ -263,6 +389,7 @@ class TestTransformations:
 
         program = torch.export.export(Call(), args)
         torch.testing.assert_close(program.module()(*args), op(*args))
+        name = "aspp_project" if name == "classify" else name
         assert any(f"deeplab_fast.{name}" in str(node.target) for node in program.graph.nodes)
 
     def test_autocast_casts_the_data_and_not_the_norm(self, name: str) -> None:
@@ -316,6 +443,14 @@ def _pooled_of_another_width() -> Tensor:
     return ops.aspp_project(branches, torch.randn(2, 4).double(), *rest)
 
 
+def _classified_by(weight=None, bias=None, given=None) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        made = [b if a is None else a for a, b in zip((weight, bias), class_args(), strict=True)]
+        return ops.aspp_project(*project_args(), classifier=given or tuple(made))
+
+    return call
+
+
 def _conv_with(**options) -> Callable[[], Tensor]:
     return lambda: ops.conv_bn_act(*conv_args(), **options)
 
@@ -335,6 +470,16 @@ def _conv_with(**options) -> Callable[[], Tensor]:
         (_no_branches, ValueError, r"at least one branch, got \[0, 0, 0, 0\]"),
         (_pooled_of_another_batch, ValueError, r"expected \[2, P\], a vector for each image"),
         (_pooled_of_another_width, ValueError, r"expected \[4, 10, 1, 1\]"),
+        (_classified_by(given=[torch.ones(1)]), ValueError, r"must be \(weight, bias\), two tens"),
+        (_classified_by(given=(None, None)), ValueError, r"must be \(weight, bias\), two tensors"),
+        (_classified_by(torch.ones(5)), ValueError, r"weight has shape \[5\], expected \[5, 4, 1"),
+        (_classified_by(torch.ones(5, 3)), ValueError, r"expected \[5, 4, 1, 1\] \(classes by"),
+        (_classified_by(torch.ones(0, 4)), ValueError, "with at least one class"),
+        (_classified_by(torch.tensor(1.0)), ValueError, "with at least one class"),
+        (_classified_by(torch.ones(5, 4)), TypeError, "weight has dtype float32; allowed: float64"),
+        (_classified_by(bias=torch.ones(4)), ValueError, r"bias has shape \[4\], expected \[5\]"),
+        (_classified_by(bias=torch.ones(5).int()), TypeError, "bias has dtype int32"),
+        (_classified_by(bias=torch.ones(5, device="meta")), ValueError, "bias is on meta"),
         (_conv_with(stride=0), ValueError, "stride=0"),
         (_conv_with(groups=3), ValueError, "groups=3 does not fit"),
         (_conv_with(act="gelu"), ValueError, "act must be 'relu' or None, got 'gelu'"),
@@ -354,3 +499,215 @@ def test_reference_is_its_own_oracle_in_float64() -> None:
     y = reference.aspp_branches(*b.args())
     assert y.dtype == torch.float64
     assert not torch.equal(y, y.float().double())
+
+
+# conv_bn_act by cuDNN: everything but cuDNN itself
+
+
+def conv_desc(**changes) -> backends.OpDesc:
+    args = conv_args(n=1, c=64, k=64, h=65, w=65, dtype=torch.bfloat16)
+    desc = ops.describe("conv_bn_act", *(t.to("meta") for t in args), padding=1)
+    return replace(desc, **{"device": "cuda", "capability": (9, 0)} | changes)
+
+
+@pytest.fixture
+def has_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        pytest.param({}, [], id="runs"),
+        pytest.param({"dtype": torch.float32}, [], id="float32"),
+        pytest.param({"dtype": torch.float16, "capability": (7, 5)}, [], id="float16 before 8.0"),
+        pytest.param({"device": "meta", "capability": None}, ["is on meta"], id="meta"),
+        pytest.param({"device": "cpu", "capability": None}, ["is on cpu"], id="cpu"),
+        pytest.param({"dtype": torch.float64}, ["the input is float64"], id="float64"),
+        pytest.param({"capability": (7, 5)}, ["bfloat16 needs compute capability 8.0"], id="7.5"),
+    ],
+)
+def test_reasons_against_cudnn(changes, expected, has_cudnn) -> None:
+    reasons = backends.implementations("conv_bn_act")["cuda"].not_supported_reasons
+    found = reasons(conv_desc(**changes))
+    assert len(found) == len(expected)
+    assert all(part in reason for part, reason in zip(expected, found, strict=True))
+
+
+def test_without_cudnn_the_reason_says_so(monkeypatch, has_cudnn) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert _cudnn.reasons(conv_desc()) == [f"PyTorch {torch.__version__} has no cuDNN"]
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    with torch.backends.cudnn.flags(enabled=False):
+        assert "torch.backends.cudnn.enabled" in _cudnn.reasons(conv_desc())[0]
+    # As ROCm has it, whose MIOpen answers to cuDNN's name.
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "has no cuDNN" in _cudnn.reasons(conv_desc())[0]
+
+
+def test_cudnn_is_chosen_on_a_gpu_and_the_reference_stays_the_oracle(has_cudnn) -> None:
+    assert backends.select(conv_desc()).backend == "cuda"
+    assert backends.select(conv_desc(dtype=torch.float64)).backend == "reference"
+    with dlf.use_backend("reference"):
+        chosen = backends.select(conv_desc())
+    assert chosen.run is reference.conv_bn_act
+    with dlf.use_backend("cuda"), pytest.raises(backends.BackendUnavailable, match="is on cpu"):
+        ops.conv_bn_act(*conv_args(dtype=torch.float32))
+
+
+def test_a_1x1_is_left_to_cudnn_where_it_is_predicted_to_be_faster(has_cudnn, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    params = conv_desc().params | {"padding": 0}
+    # 68 pixels a multiprocessor: the launch that folds the scale into the weight counts.
+    small = params | {"weight": (256, 64, 1, 1), "residual": True}
+    assert backends.select(conv_desc(shape=(1, 64, 65, 65), params=small)).backend == "triton"
+    large = params | {"weight": (2048, 512, 1, 1), "residual": True}
+    desc = conv_desc(shape=(16, 512, 65, 65), params=large)
+    assert backends.select(desc).backend == "cuda"
+    (reason,) = backends.implementations("conv_bn_act")["triton"].not_supported_reasons(desc)
+    assert "cuDNN" in reason and "not measured" in reason
+    with dlf.use_backend("triton"):
+        assert backends.select(desc).backend == "triton"
+
+
+class _CuDnn:
+    """Stands for cuDNN's fused kernels: checks what they are given, sums in fp32, rounds once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+        self.calls: list[str] = []
+        self.error = error
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", self.relu)
+        monkeypatch.setattr(torch, "cudnn_convolution_add_relu", self.add_relu)
+        monkeypatch.setattr(_cudnn, "_without_kernel", set())
+
+    def relu(self, x, weight, bias, stride, padding, dilation, groups) -> Tensor:
+        return self._run("relu", x, weight, None, bias, stride, padding, dilation, groups)
+
+    def add_relu(self, x, weight, z, alpha, bias, stride, padding, dilation, groups) -> Tensor:
+        assert alpha == 1.0
+        return self._run("add_relu", x, weight, z, bias, stride, padding, dilation, groups)
+
+    def _run(self, name, x, weight, z, bias, *geometry) -> Tensor:
+        self.calls.append(name)
+        if self.error is not None:
+            raise self.error
+        given = [t for t in (x, weight, z) if t is not None]
+        assert {t.dtype for t in (*given, bias)} == {x.dtype}
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in given)
+        assert all(len(size) == 2 for size in geometry[:3]) and geometry[3] == 1
+        y = F.conv2d(x.float(), weight.float(), bias.float(), *geometry)
+        return torch.relu(y if z is None else y + z.float()).to(x.dtype)
+
+
+def by_cudnn(args: tuple, residual: Tensor | None = None, act: str | None = "relu", **options):
+    """Its implementation of the op on CPU tensors."""
+    geometry = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1} | options
+    return _cudnn.conv_bn_act(*args, *geometry.values(), residual, act)
+
+
+def torch_path(x, weight, scale, shift, residual=None, act="relu", **options) -> Tensor:
+    """Convolution, batch norm's scale and shift, sum and ReLU as PyTorch has them, one by one."""
+    y = F.conv2d(x, weight, **options)
+    y = y * scale.to(y.dtype)[:, None, None] + shift.to(y.dtype)[:, None, None]
+    y = y if residual is None else y + residual
+    return torch.relu(y) if act else y
+
+
+@pytest.mark.parametrize("dtype", list(HALF_STEP), ids=str)
+@pytest.mark.parametrize(
+    ("options", "residual", "act", "calls"),
+    [
+        pytest.param({"padding": 1}, False, "relu", ["relu"], id="3x3"),
+        pytest.param({"padding": 1}, True, "relu", ["add_relu"], id="3x3 and residual"),
+        pytest.param({"padding": 4, "dilation": 4}, False, "relu", ["relu"], id="dilated"),
+        pytest.param({"stride": 2, "padding": 1}, True, "relu", ["add_relu"], id="strided"),
+        pytest.param({"padding": 1, "groups": 4}, True, "relu", [], id="groups"),
+        pytest.param({"padding": 1}, False, None, [], id="no activation"),
+        pytest.param({"padding": 1}, True, None, [], id="no activation, residual"),
+    ],
+)
+def test_error_of_the_cudnn_path(options, residual, act, calls, dtype, monkeypatch) -> None:
+    """At most twice the error of PyTorch's own layers in the dtype, and one rounding."""
+    cudnn = _CuDnn(monkeypatch)
+    groups = options.get("groups", 1)
+    args = conv_args(n=2, c=64, k=48, h=17, w=13, groups=groups, dtype=dtype)
+    # As behind a ReLU and as weights are initialised: results of the size of their inputs.
+    x, weight, scale, shift = args[0].relu(), args[1] * (64 * 9 / groups) ** -0.5, *args[2:]
+    args = (x, weight, scale, shift)
+    z = torch.randn_like(F.conv2d(x, weight, **options)) if residual else None
+    got = by_cudnn(args, z, act, **options)
+    assert cudnn.calls == calls
+    assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+    doubles = [None if t is None else t.double() for t in (*args, z)]
+    exact = torch_path(*doubles, act=act, **options)
+    allowed = 2 * (torch_path(*args, z, act, **options).double() - exact).abs().max()
+    allowed += exact.abs().max() * HALF_STEP[dtype]
+    assert (got.double() - exact).abs().max() <= allowed
+
+
+def test_folded_weights_are_rounded_once() -> None:
+    weight, scale = torch.randn(6, 4, 3, 3).bfloat16(), torch.randn(6)
+    folded = _cudnn.fold(weight, scale)
+    assert torch.equal(folded, (weight.float() * scale[:, None, None, None]).bfloat16())
+    assert folded.is_contiguous(memory_format=torch.channels_last)
+    # Nothing of the caller's is written.
+    assert not torch.equal(folded, weight)
+
+
+def test_what_cudnn_has_no_kernel_for_is_composed_and_not_tried_again(monkeypatch, caplog) -> None:
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    cudnn = _CuDnn(monkeypatch, error)
+    args = conv_args(dtype=torch.float32)
+    with caplog.at_level(logging.INFO, "deeplab_fast"):
+        first, again = by_cudnn(args, padding=1), by_cudnn(args, padding=1)
+    assert cudnn.calls == ["relu"] and len(caplog.records) == 1
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, reference.conv_bn_act(*args, padding=1))
+    # Another geometry is another kernel.
+    by_cudnn(args, padding=2)
+    assert cudnn.calls == ["relu"] * 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("misaligned address"), torch.OutOfMemoryError("unable to find an engine")],
+)
+def test_other_errors_of_cudnn_are_not_hidden(error: Exception, monkeypatch) -> None:
+    _CuDnn(monkeypatch, error)
+    with pytest.raises(type(error)):
+        by_cudnn(conv_args(dtype=torch.float32))
+
+
+def test_deterministic_calls_do_not_use_the_fused_kernels(monkeypatch) -> None:
+    cudnn = _CuDnn(monkeypatch)
+    args = conv_args(dtype=torch.float32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        by_cudnn(args)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        by_cudnn(args)
+    assert cudnn.calls == []
+    by_cudnn(args)
+    assert cudnn.calls == ["relu"]
+
+
+def test_the_cudnn_path_of_an_empty_batch_and_of_nchw(monkeypatch, nan_poison: None) -> None:
+    _CuDnn(monkeypatch)
+    x, *rest = conv_args(dtype=torch.float32)
+    assert by_cudnn((x[:0], *rest)).shape == (0, 6, 4, 3)
+    nhwc = by_cudnn((x.contiguous(memory_format=torch.channels_last), *rest))
+    assert torch.equal(by_cudnn((x, *rest)), nhwc) and nhwc.isfinite().all()
+
+
+def test_calls_of_cudnn_fit_pytorchs_schemas() -> None:
+    """What the stand-in above takes is what PyTorch's functions take."""
+    for name in ("relu", "add_relu"):
+        schema = getattr(torch.ops.aten, f"cudnn_convolution_{name}").default._schema
+        stand_in = getattr(_CuDnn, name).__code__
+        names = stand_in.co_varnames[1 : stand_in.co_argcount]
+        expected = ["x" if a.name == "self" else a.name for a in schema.arguments]
+        assert list(names) == expected

@@ -1,21 +1,13 @@
-// The launches behind the ASPP's matrix products. Without torch; `Launch` is how a kernel is
-// started: launch(kernel, grid, arguments...).
+// The launches behind the ASPP's matrix products. Without torch; launch.cuh has what Launch is.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
 #include "deeplab_fast/aspp.cuh"
+#include "deeplab_fast/launch.cuh"
 
 namespace deeplab_fast::cuda {
-
-struct Grid {
-  int64_t blocks;
-  int threads;
-  size_t shared_bytes = 0;
-  int cluster = 1;  // neighbouring blocks that run together
-};
 
 // Calls run(std::integral_constant<int, tile>) for a row of kTiles of this architecture; false
 // where `tile` is no such row.

@@ -30,6 +30,7 @@
 #endif
 
 #include "deeplab_fast/bilinear.h"
+#include "deeplab_fast/launch.cuh"
 #include "deeplab_fast/upsample_plan.h"
 
 namespace deeplab_fast::cuda {
@@ -97,13 +98,6 @@ __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
 __device__ inline float natural_log(float x) { return logf(x); }
 __device__ inline double natural_log(double x) { return log(x); }
-
-#if defined(__CUDACC__)
-__device__ inline unsigned char* shared_memory() {
-  extern __shared__ __align__(32) unsigned char deeplab_fast_shared[];
-  return deeplab_fast_shared;
-}
-#endif
 
 template <typename T>
 __device__ inline T minus_infinity() {

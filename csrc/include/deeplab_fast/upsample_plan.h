@@ -27,7 +27,6 @@ constexpr int kMaxThreads = 256;
 // One block sums up what the blocks of the gradient kernel found.
 constexpr int kFinishThreads = 256;
 constexpr int kGatherThreads = 256;
-constexpr int64_t kMaxBlocks = 2147483647;
 
 // The most output indices that one source index has.
 template <typename T>

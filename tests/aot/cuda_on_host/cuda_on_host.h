@@ -16,6 +16,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "deeplab_fast/launch.cuh"
+
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
@@ -96,14 +98,14 @@ inline void run_block(unsigned int threads, size_t shared_bytes) {
 
 struct Launch {
   template <typename... Parameters, typename... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
+  void operator()(void (*kernel)(Parameters...), const deeplab_fast::cuda::Grid& grid,
                   const Arguments&... arguments) const {
     body = [&] { kernel(arguments...); };
-    blockDim.x = static_cast<unsigned int>(threads);
-    gridDim.x = static_cast<unsigned int>(blocks);
-    for (int64_t block = 0; block < blocks; ++block) {
+    blockDim.x = static_cast<unsigned int>(grid.threads);
+    gridDim.x = static_cast<unsigned int>(grid.blocks);
+    for (int64_t block = 0; block < grid.blocks; ++block) {
       blockIdx.x = static_cast<unsigned int>(block);
-      run_block(blockDim.x, shared_bytes);
+      run_block(blockDim.x, grid.shared_bytes);
     }
   }
 };

@@ -1,0 +1,42 @@
+// The batch norm kernels for processors with AVX2 and FMA.
+#include <cstdint>
+
+#include "deeplab_fast/batch_norm_cpu.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+
+namespace deeplab_fast::cpu {
+
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+}  // namespace deeplab_fast::cpu
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define DEEPLAB_FAST_SET batch_norm_avx2_set
+#define DEEPLAB_FAST_VECTOR_BYTES 32
+#include "deeplab_fast/batch_norm_cpu_kernels.h"
+#pragma GCC pop_options
+
+namespace deeplab_fast::cpu {
+
+const BatchNormKernels& batch_norm_avx2() {
+  static constexpr BatchNormKernels kernels =
+      batch_norm_avx2_set::batch_norm_kernels("avx2", has_avx2);
+  return kernels;
+}
+
+}  // namespace deeplab_fast::cpu
+
+#else
+
+namespace deeplab_fast::cpu {
+
+const BatchNormKernels& batch_norm_avx2() {
+  static const BatchNormKernels kernels = {"avx2", [] { return false; }, {}, {}};
+  return kernels;
+}
+
+}  // namespace deeplab_fast::cpu
+
+#endif

@@ -1,0 +1,45 @@
+// The batch norm kernels for processors with AVX-512.
+#include <cstdint>
+
+#include "deeplab_fast/batch_norm_cpu.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+
+namespace deeplab_fast::cpu {
+
+static bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+}  // namespace deeplab_fast::cpu
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#define DEEPLAB_FAST_SET batch_norm_avx512_set
+#define DEEPLAB_FAST_VECTOR_BYTES 64
+#include "deeplab_fast/batch_norm_cpu_kernels.h"
+#pragma GCC pop_options
+
+namespace deeplab_fast::cpu {
+
+const BatchNormKernels& batch_norm_avx512() {
+  static constexpr BatchNormKernels kernels =
+      batch_norm_avx512_set::batch_norm_kernels("avx512", has_avx512);
+  return kernels;
+}
+
+}  // namespace deeplab_fast::cpu
+
+#else
+
+namespace deeplab_fast::cpu {
+
+const BatchNormKernels& batch_norm_avx512() {
+  static const BatchNormKernels kernels = {"avx512", [] { return false; }, {}, {}};
+  return kernels;
+}
+
+}  // namespace deeplab_fast::cpu
+
+#endif

@@ -1,0 +1,140 @@
+"""conv_bn_act by cuDNN, in the dtype of its input: one fused kernel where cuDNN has one.
+
+The scale is folded into the weight, in fp32, and rounded once with it:
+
+    conv_bn_act = act(conv(x, round(scale * weight)) + shift + residual)
+
+With a ReLU that is one launch, accumulated in fp32 and rounded once at the end
+(`cudnn_convolution_relu`, `cudnn_convolution_add_relu`). Other calls are a convolution, whose
+result is stored, and a pass over it for shift, residual and activation each. Either way errors stay
+below those of PyTorch's own layers in that dtype, which round more results than these round weights
+(fused, emulated on a CPU: 0.65 to 0.92 of their root mean square). A product scale * weight outside
+float16's range (65504, and 6e-5 for its full precision) is lost in float16; bfloat16 has the range
+of float32.
+
+Weights are folded anew at every call, so that nothing can be out of date; that is a pass over the
+weight. fp32 follows torch.backends.cudnn.allow_tf32.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import OpDesc
+
+logger = logging.getLogger("deeplab_fast")
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Behind Triton's 1x1 kernel, which says itself where it is predicted to be slower.
+PRIORITY = 15
+_BFLOAT16_CAPABILITY = (8, 0)
+
+# Calls that cuDNN has no fused kernel for; a search that fails takes long.
+_without_kernel: set[tuple[object, ...]] = set()
+
+
+def reasons(desc: OpDesc) -> list[str]:
+    """Why cuDNN cannot run a call of conv_bn_act; empty where it can."""
+    found = []
+    if desc.device != "cuda":
+        found.append(f"needs CUDA tensors, the input is on {desc.device}")
+    if desc.dtype not in DTYPES:
+        dtype = str(desc.dtype).removeprefix("torch.")
+        found.append(f"takes float16, bfloat16 and float32, the input is {dtype}")
+    if (
+        desc.dtype == torch.bfloat16
+        and desc.capability is not None
+        and desc.capability < _BFLOAT16_CAPABILITY
+    ):
+        have, least = (".".join(map(str, c)) for c in (desc.capability, _BFLOAT16_CAPABILITY))
+        found.append(f"bfloat16 needs compute capability {least}, the device has {have}")
+    if torch.version.hip is not None or not torch.backends.cudnn.is_available():
+        found.append(f"PyTorch {torch.__version__} has no cuDNN")
+    elif not torch.backends.cudnn.enabled:
+        found.append("cuDNN is switched off (torch.backends.cudnn.enabled)")
+    return found
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+    residual: Tensor | None,
+    act: str | None,
+) -> Tensor:
+    """As `ops.conv_bn_act`; x in fp16, bf16 or fp32."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    folded = fold(weight, scale)
+    geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
+    y = None
+    if act == "relu" and groups == 1 and x.numel() and not _deterministic():
+        y = _fused(x, folded, shift.to(x.dtype), residual, geometry)
+    if y is None:
+        y = F.conv2d(x, folded, None, *geometry)
+        # In place each pass computes in fp32 and rounds to y's dtype.
+        y += shift[:, None, None]
+        if residual is not None:
+            y += residual
+        if act == "relu":
+            y.relu_()
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def fold(weight: Tensor, scale: Tensor) -> Tensor:
+    """scale * weight, rounded once to the weight's dtype, channels_last.
+
+    Args:
+        weight: [K, C / groups, R, S].
+        scale: [K], any float dtype.
+    """
+    folded = torch.empty_like(weight, memory_format=torch.channels_last)
+    # The product is made in the wider of both dtypes and rounded where it is stored.
+    return torch.mul(weight, scale[:, None, None, None], out=folded)
+
+
+def _deterministic() -> bool:
+    # The fused kernels are chosen without regard to either setting.
+    return torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+
+
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    geometry: tuple[list[int], list[int], list[int], int],
+) -> Tensor | None:
+    """relu(conv(x, weight) + bias + residual) in one kernel; None where cuDNN has none."""
+    stride, padding, dilation, _ = geometry
+    shape = (tuple(x.shape), tuple(weight.shape), stride[0], padding[0], dilation[0])
+    key = (*shape, residual is not None, x.dtype, x.device)
+    if key in _without_kernel:
+        return None
+    try:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        residual = residual.contiguous(memory_format=torch.channels_last)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if "unable to find an engine" not in text and "NOT_SUPPORTED" not in text:
+            raise
+        _without_kernel.add(key)
+        logger.info(
+            "conv_bn_act: cuDNN has no fused kernel for %s by %s in %s; convolution, then sums",
+            list(x.shape),
+            list(weight.shape),
+            x.dtype,
+        )
+        return None

@@ -1,0 +1,305 @@
+"""Ahead-of-time compilation of the Triton batch norm kernels for sm_80 and sm_90, without a GPU.
+
+No kernel may spill, or need more registers than its configuration's share of a multiprocessor.
+Maps must be read and written 16 bytes at a time, and loops over tiles must not pass anything
+between threads: both depend on the layouts that Triton chooses. Registers, shared memory and the
+instructions of the loops are held against a recorded table, by Triton version, because each brings
+its own compiler. After a change that means to alter them:
+
+    DEEPLAB_FAST_RECORD_RESOURCES=1 pytest tests/aot/test_batch_norm_triton_aot.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from deeplab_fast.kernels import batch_norm, configs
+from deeplab_fast.kernels.configs import A100, H100, BatchNormConfig
+
+pytestmark = pytest.mark.aot
+
+TABLE = Path(__file__).with_name("batch_norm_triton_resources.json")
+RECORD = os.environ.get("DEEPLAB_FAST_RECORD_RESOURCES") == "1"
+DEVICES = {80: A100, 90: H100}
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Output of the first stage of ResNet-50 at 513x513, batch 16; and a map that nothing divides.
+LARGE = (16 * 129 * 129, 256)
+ODD = (2 * 21 * 13, 321)
+REDUCING = ("batch_stats_kernel", "bn_act_reduce_kernel")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel, as a launch makes it.
+
+    Attributes:
+        dtype: of maps.
+        maps: maps that are read, 0 for kernels that combine partials.
+        written: maps that are written.
+        shape: (pixels, channels).
+        vector: channels that a thread reads at a time.
+        constants: constexpr arguments beside those of the configuration, and pointers to nothing.
+    """
+
+    id: str
+    kernel: str
+    dtype: str
+    maps: int
+    written: int
+    shape: tuple[int, int]
+    vector: int
+    constants: dict
+
+    @property
+    def reduces(self) -> bool:
+        return self.kernel in REDUCING
+
+    def config(self, capability: int) -> BatchNormConfig:
+        return configs.batch_norm_config(
+            *self.shape, self.maps, self.vector, ITEMSIZE[self.dtype], DEVICES[capability],
+            self.reduces,
+        )  # fmt: skip
+
+    def options(self, capability: int) -> dict:
+        """Constants and launch options that come from the configuration."""
+        if not self.maps:
+            return batch_norm._combining_options(self.shape[0])
+        config = self.config(capability)
+        rows = {"ROWS": config.rows, "LANES": config.lanes}
+        return {
+            **(rows if self.reduces else {"BLOCK_P": config.block_p}),
+            "BLOCK_C": config.block_c,
+            "VEC": self.vector,
+            "num_warps": config.num_warps,
+            "num_stages": 1,
+        }
+
+
+def stats(id: str, dtype: str, vector: int, shape=LARGE) -> Variant:
+    return Variant(f"stats-{id}", "batch_stats_kernel", dtype, 1, 0, shape, vector, {})
+
+
+def combine(id: str, kernel: str, chunks: int) -> Variant:
+    return Variant(id, kernel, "fp32", 0, 0, (chunks, 256), 1, {})
+
+
+def forward(id: str, dtype: str, vector: int, act: str, residual=False, shape=LARGE) -> Variant:
+    constants = {"HAS_RESIDUAL": residual, "ACT": act}
+    if not residual:
+        constants["residual_ptr"] = None
+    maps = 1 + residual
+    return Variant(f"act-{id}", "bn_act_kernel", dtype, maps, 1, shape, vector, constants)
+
+
+def reduce(id: str, dtype: str, vector: int, act: str, out=False, shape=LARGE) -> Variant:
+    constants = {"HAS_OUT": out, "ACT": act, **({} if out else {"out_ptr": None})}
+    maps = 2 + out
+    return Variant(f"reduce-{id}", "bn_act_reduce_kernel", dtype, maps, 0, shape, vector, constants)
+
+
+def backward(
+    id: str, dtype: str, vector: int, act: str, out=False, means=True, to_residual=False,
+    shape=LARGE,
+) -> Variant:  # fmt: skip
+    constants = {"HAS_OUT": out, "HAS_MEANS": means, "TO_RESIDUAL": to_residual, "ACT": act}
+    reads_x = means or (act != "none" and not out)
+    absent = {
+        "x_ptr": reads_x,
+        "out_ptr": out,
+        "mean_grad_ptr": means,
+        "mean_grad_xhat_ptr": means,
+        "residual_grad_ptr": to_residual,
+    }
+    constants |= {name: None for name, given in absent.items() if not given}
+    return Variant(
+        f"backward-{id}", "bn_act_backward_kernel", dtype, 1 + reads_x + out, 1 + to_residual,
+        shape, vector, constants,
+    )  # fmt: skip
+
+
+VARIANTS = [
+    stats("bf16", "bf16", 8),
+    stats("fp32", "fp32", 4),
+    stats("fp16-unaligned", "fp16", 1, ODD),
+    combine("stats-combine", "stats_combine_kernel", 700),
+    forward("bf16-residual-relu", "bf16", 8, "relu", residual=True),
+    forward("fp32-hardswish", "fp32", 4, "hardswish"),
+    forward("fp16-residual-relu6-unaligned", "fp16", 1, "relu6", True, ODD),
+    reduce("bf16-relu", "bf16", 8, "relu"),
+    reduce("bf16-relu-out", "bf16", 8, "relu", out=True),
+    reduce("fp32-hardswish", "fp32", 4, "hardswish"),
+    reduce("fp16-relu6-out-unaligned", "fp16", 1, "relu6", True, ODD),
+    combine("sums-combine", "sums_combine_kernel", 700),
+    backward("bf16-relu", "bf16", 8, "relu"),
+    backward("bf16-relu-out-residual", "bf16", 8, "relu", out=True, to_residual=True),
+    backward("bf16-constants-relu-out", "bf16", 8, "relu", out=True, means=False),
+    backward("fp32-hardswish", "fp32", 4, "hardswish"),
+    backward("fp16-none-unaligned", "fp16", 1, "none", shape=ODD),
+]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    # A missing Triton fails here: the test extra brings it.
+    from deeplab_fast.kernels import batch_norm_kernels
+
+    return batch_norm_kernels
+
+
+def element_type(name: str, variant: Variant) -> str:
+    """Triton's type of a runtime argument."""
+    maps = ("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "out_ptr", "dx_ptr", "residual_grad_ptr")
+    if name in maps:
+        return "*" + variant.dtype
+    return "*fp32" if name.endswith("_ptr") else "i32"
+
+
+def compile_variant(kernels, variant: Variant, capability: int):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(kernels, variant.kernel)
+    names = kernel.arg_names
+    options = variant.options(capability)
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    values = {**variant.constants, **options}
+    assert set(values) <= set(names)
+    signature = {
+        name: "constexpr" if name in values else element_type(name, variant) for name in names
+    }
+    constants = {(names.index(name),): value for name, value in values.items()}
+    # Tensors from torch's allocators are aligned to 16 bytes.
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name.endswith("_ptr") and name not in values
+    }
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options=launch,
+    )
+
+
+def nvidia_tool(name: str, *args: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: Path) -> dict[str, int]:
+    """REG, STACK and LOCAL of the one kernel in the file."""
+    usage = nvidia_tool("cuobjdump", "--dump-resource-usage", str(cubin))
+    return {
+        name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    }
+
+
+def tile_loop(cubin: Path) -> list[str]:
+    """Instructions of the longest loop: what lies between a backward branch and its target."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in nvidia_tool("nvdisasm", "-c", str(cubin)).splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    loops = []
+    for i, instruction in enumerate(instructions):
+        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
+        # The last branch, to itself, only fills the code.
+        if branch and labels.get(branch[1], i) < i:
+            loops.append(instructions[labels[branch[1]] : i + 1])
+    return max(loops, key=len)
+
+
+def whole_accesses(ptx: str, kind: str) -> int:
+    """Loads ("ld") or stores ("st") of 16 bytes; of four words, however they are written."""
+    return len(re.findall(rf"{kind}\.global(?:\.\w+)*?\.v4\.\w?32", ptx))
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.id)
+def test_resources(kernels, variant: Variant, capability: int, tmp_path: Path) -> None:
+    import triton
+
+    compiled = compile_variant(kernels, variant, capability)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    used = resources(cubin)
+    assert used["STACK"] == 0 and used["LOCAL"] == 0, f"{variant.id} spills: {used}"
+    got = {"registers": used["REG"], "shared": compiled.metadata.shared}
+    ptx = compiled.asm["ptx"]
+    if variant.maps:
+        config = variant.config(capability)
+        assert got["registers"] <= config.max_registers, got
+        if variant.vector > 1:
+            # One for each pixel and map of a thread; vectors of factors come on top.
+            assert whole_accesses(ptx, "ld") >= config.rows * variant.maps
+            assert whole_accesses(ptx, "st") >= config.rows * variant.written
+    if variant.reduces:
+        loop = tile_loop(cubin)
+        assert not [i for i in loop if re.search(r"\b(BAR|SHFL|STS|LDS|LDSM|STSM)\b", i)]
+        got["loop"] = len(loop)
+
+    version = ".".join(triton.__version__.split(".")[:2])
+    key = f"{variant.id} sm_{capability}"
+    table = json.loads(TABLE.read_text("utf-8")) if TABLE.is_file() else {}
+    if RECORD:
+        table.setdefault(version, {})[key] = got
+        write_table(table)
+    elif version in table:
+        expected = table[version].get(key)
+        assert got == expected, (
+            f"{key} with Triton {version}: {got}, recorded {expected}. If that is meant, record it "
+            "with DEEPLAB_FAST_RECORD_RESOURCES=1"
+        )
+
+
+def write_table(table: dict) -> None:
+    lines = []
+    for version, rows in sorted(table.items()):
+        body = ",\n".join(f"    {json.dumps(k)}: {json.dumps(rows[k])}" for k in sorted(rows))
+        lines.append(f'  "{version}": {{\n{body}\n  }}')
+    temporary = TABLE.with_suffix(".tmp")
+    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+    os.replace(temporary, TABLE)
+
+
+def test_the_table_holds_what_is_compiled() -> None:
+    table = json.loads(TABLE.read_text("utf-8"))
+    keys = {f"{v.id} sm_{c}" for v in VARIANTS for c in (80, 90)}
+    # The versions beside torch 2.11 and the one that the tests run with.
+    assert {"3.6", "3.7"} <= set(table)
+    for rows in table.values():
+        assert set(rows) == keys
+
+
+def test_every_kernel_is_compiled_here(kernels) -> None:
+    launched = {name for name in vars(kernels) if name.endswith("_kernel")}
+    assert launched == {variant.kernel for variant in VARIANTS}
+
+
+def test_arguments_that_are_not_specialised_exist(kernels) -> None:
+    """A misspelt name would be specialised without a word."""
+    for name in {variant.kernel for variant in VARIANTS}:
+        kernel = getattr(kernels, name)
+        excluded = kernel.do_not_specialize
+        integers = {n for n in kernel.arg_names if n.islower() and not n.endswith("_ptr")}
+        assert excluded and set(excluded) == integers
+
+
+def test_no_removed_api(kernels) -> None:
+    source = inspect.getsource(kernels)
+    # Spelt in parts: a pre-commit hook forbids the name itself.
+    assert "make_" + "block_ptr" not in source
+    assert "libdevice" not in source
