@@ -113,6 +113,78 @@ def _norm_cases() -> list[Case]:
     return found
 
 
+class _Convs(nn.Module):
+    """The ASPP's convolutions in training: the result, its statistics, and both gradients.
+
+    Attributes:
+        exact: through the reference, in any dtype.
+    """
+
+    def __init__(self, channels: int, filters: int, rates: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dilations, self.exact = [1, *rates], True
+        for index in range(len(self.dilations)):
+            size = 3 if index else 1
+            weight = torch.randn(filters, channels, size, size) / (channels * size**2) ** 0.5
+            self.register_buffer(f"weight{index}", weight)
+
+    def call(self, x: Tensor) -> Call:
+        """The call of the op."""
+        return "aspp_convs", (x, list(self.buffers()), self.dilations), {"stats": True}
+
+    def forward(self, x: Tensor, grad: Tensor) -> list[Tensor]:
+        op, args, options = self.call(x)
+        with backends.use_backend("reference" if self.exact else backends.current_backend()):
+            results = getattr(ops, op)(*args, **options)
+            dx, dw = torch.ops.deeplab_fast.aspp_convs_backward(grad, *args, True, True)
+        return [*results, dx, *dw]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ConvsCase(Case):
+    """Forward and backward pass over a map [n, c, h, w], `filters` for each branch."""
+
+    kind: ClassVar[str] = "op"
+
+    n: int
+    h: int
+    w: int
+    c: int
+    filters: int
+    rates: tuple[int, ...]
+
+    def make_module(self) -> nn.Module:
+        return _Convs(self.c, self.filters, self.rates)
+
+    def make_inputs(self) -> tuple[Tensor, ...]:
+        filters = self.filters * (1 + len(self.rates))
+        return tuple(torch.randn(self.n, c, self.h, self.w) for c in (self.c, filters))
+
+    def fused(self, args: Arguments, dtype: torch.dtype) -> nn.Module:
+        module = copy.deepcopy(args.module).to(dtype)
+        module.exact = False
+        return module
+
+    def calls(self, args: Arguments) -> list[Call]:
+        return [self.fused(args, args.inputs[0][0].dtype).call(args.inputs[0][0])]
+
+    def cost(self, mode: str, itemsize: int) -> Cost:
+        return Cost(0, 0, 0, convolutions=1)
+
+    def tolerance(self, kind: str) -> float:
+        return registry.CONVOLUTION
+
+
+def _convs_cases() -> list[Case]:
+    """With accesses of 16 bytes and of one element; a rate beyond the map has taps without one."""
+    return [
+        _ConvsCase(
+            op="aspp_convs", shape=f"c{c}", c=c, filters=k, rates=(2, 4, 12), suites=(), **_MAP
+        )
+        for c, k in ((40, 24), (7, 5))
+    ]
+
+
 def small_cases() -> list[Case]:
     """The cases, none of which belongs to a suite."""
     given = {"suites": ()}
@@ -161,6 +233,7 @@ def small_cases() -> list[Case]:
             for size, dilation in ((1, 1), (3, 1), (3, 2))
         ),
         *_norm_cases(),
+        *_convs_cases(),
     ]
     return found
 

@@ -2,8 +2,9 @@
 
 As in test_aspp_triton_aot.py: every configuration that a choice can fall on (before 9.0 the two
 with most accumulators) must compile without spills, within the registers and the shared memory that
-its occupancy assumes, to tensor-core instructions on operands copied asynchronously. Registers, shared memory and instructions of the main loop are held against a recorded
-table, by Triton version. After a change that means to alter them:
+its occupancy assumes, to tensor-core instructions on operands copied asynchronously. Registers,
+shared memory and instructions of the main loop are held against a recorded table, by Triton
+version. After a change that means to alter them:
 
     DEEPLAB_FAST_RECORD_RESOURCES=1 pytest tests/aot/test_aspp_training_triton_aot.py
 """
