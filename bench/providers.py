@@ -538,7 +538,7 @@ PROVIDERS: tuple[Provider, ...] = (
     _backend("reference", "deeplab_fast's ops on the reference backend (plain PyTorch)"),
     _backend("cpu", "deeplab_fast's ops in C++ for the CPU"),
     _backend("triton", "deeplab_fast's ops in Triton"),
-    _backend("cuda", "deeplab_fast's ops in CUDA C++"),
+    _backend("cuda", "deeplab_fast's ops in CUDA C++ and cuDNN"),
     Provider(
         "ours",
         "deeplab_fast's module or model as built",

@@ -1,9 +1,9 @@
 """Triton device code of the ASPP's convolutions in training; `aspp_training.py` launches it.
 
 Work and layout
-    Three matrix products over tile lists of deeplab_fast/ops/aspp_tiles.py; no tap outside the map
-    is multiplied in any of them. Maps are channels_last, filters the rows of one matrix
-    [sum taps K, C] in the order branch, tap, filter, and so are their gradients.
+    Three matrix products over tile lists of deeplab_fast/ops/aspp_tiles.py, which leave out the
+    taps that no pixel of a tile has inside the map. Maps are channels_last, filters the rows of one
+    matrix [sum taps K, C] in the order branch, tap, filter, and so are their gradients.
 
     aspp_convs: the product of aspp_kernels.py, whose sums are stored as they are. For batch norm a
     tile also leaves mean and sum of squared deviations of each of its columns, of the values as
@@ -29,7 +29,10 @@ Numerics
     first, then squares about them, within a tile and again over the tiles, in a fixed order.
 
 Cost, predicted by time_model.py and not measured, on an H100 in bf16 with 2048 channels and 256
-filters a branch, batch 16: forward and both gradients PREDICTED.
+filters a branch, for forward, dgrad and wgrad: 2.03, 2.08 and 2.01 ms at 65x65 with rates 12/24/36
+and batch 16; 0.55, 0.56 and 0.55 ms at 33x33 with 6/12/18. On tensor cores of 9.0 in TF32 operands
+that are contiguous across the sum (the filters of dgrad, both of wgrad) are copied 4 bytes at a
+time, which the model does not know.
 """
 
 import triton
