@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from . import _cpu_batch_norm, _cuda_batch_norm
+from . import _compiled_batch_norm
 from ._aspp_triton import kernel as triton_kernel
 from ._registry import (
     FLOAT_DTYPES,
@@ -257,17 +257,17 @@ define(
 )
 for _op in ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward"):
     backends.register(_op, "reference", getattr(reference, _op))
-    backends.register(_op, "cpu", getattr(_cpu_batch_norm, _op), _cpu_batch_norm.reasons)
     backends.register(
         _op,
         "triton",
         triton_kernel("batch_norm", _op),
         triton_kernel("batch_norm", "not_supported_reasons"),
     )
-    backends.register(
-        _op,
-        "cuda",
-        getattr(_cuda_batch_norm, _op),
-        _cuda_batch_norm.reasons,
-        _cuda_batch_norm.PRIORITY,
-    )
+    for _compiled in (_compiled_batch_norm.CPU, _compiled_batch_norm.CUDA):
+        backends.register(
+            _op,
+            _compiled.device,
+            getattr(_compiled, _op),
+            _compiled.reasons,
+            _compiled.priority,
+        )

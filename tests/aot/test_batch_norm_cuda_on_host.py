@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deeplab_fast import _ext, backends, reference
-from deeplab_fast.ops import _cuda_batch_norm
+from deeplab_fast.ops._compiled_batch_norm import CUDA
 
 pytestmark = pytest.mark.aot
 
@@ -578,21 +578,21 @@ def test_arguments_of_the_private_ops(as_ops, layout) -> None:
 
     x, grad, residual = (laid_out(torch.randn(2, 12, 5, 3)) for _ in range(3))
     norm = [v.double() for v in make_norm(12)]
-    mean, variance = _cuda_batch_norm.batch_stats(x)
+    mean, variance = CUDA.batch_stats(x)
     torch.testing.assert_close((mean, variance), reference.batch_stats(x))
     for added, act in ((None, "hardswish"), (residual, "relu"), (residual, None)):
-        y = _cuda_batch_norm.bn_act(x, *norm, added, act)
+        y = CUDA.bn_act(x, *norm, added, act)
         expected = reference.bn_act(x, *norm, added, act)
         torch.testing.assert_close(y, expected)
         assert y.stride() == expected.stride()
         out = None if added is None else y
-        sums = _cuda_batch_norm.bn_act_reduce(grad, x, *norm, out, act)
+        sums = CUDA.bn_act_reduce(grad, x, *norm, out, act)
         torch.testing.assert_close(
             tuple(sums), reference.bn_act_reduce(grad, x, *norm, out, act), rtol=1e-5, atol=1e-4
         )
         for means in ((None, None), (norm[0], norm[1])):
             rest = (grad, x, *norm, out, *means, act, added is not None)
-            found = _cuda_batch_norm.bn_act_backward(*rest)
+            found = CUDA.bn_act_backward(*rest)
             torch.testing.assert_close(
                 found, reference.bn_act_backward(*rest), rtol=1e-5, atol=1e-5
             )
@@ -602,7 +602,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     def why(**facts) -> str:
         given = {"device": "cuda", "dtype": torch.bfloat16, "capability": (9, 0)} | facts
         desc = backends.OpDesc("bn_act", shape=(2, 3, 4, 5), **given)
-        return "; ".join(_cuda_batch_norm.reasons(desc))
+        return "; ".join(CUDA.reasons(desc))
 
     built = "was compiled from older sources" if _ext.CUDA.loaded else _ext.CUDA.reason
     if not hasattr(torch.ops.deeplab_fast, "_batch_stats_cuda"):
@@ -620,4 +620,4 @@ def test_triton_goes_first() -> None:
     for op in ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward"):
         table = backends.implementations(op)
         assert table["cuda"].priority < table["triton"].priority
-        assert table["cuda"].run is getattr(_cuda_batch_norm, op)
+        assert table["cuda"].run == getattr(CUDA, op)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import _ext, ops, reference
-from deeplab_fast.ops import _cuda_batch_norm
+from deeplab_fast.ops._compiled_batch_norm import CUDA
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,7 +68,7 @@ class Case:
         self.act = act
 
     def ours(self) -> dict[str, Tensor]:
-        k, x = _cuda_batch_norm, self.x
+        k, x = CUDA, self.x
         mean, variance = k.batch_stats(x)
         norm = (mean, torch.rsqrt(variance + EPS), self.weight, self.bias)
         y = k.bn_act(x, *norm, self.residual, self.act)
@@ -176,7 +176,7 @@ def test_frozen_statistics(dtype) -> None:
     c = case.x.shape[1]
     norm = (torch.zeros(c, device=DEVICE), torch.ones(c, device=DEVICE), case.weight, case.bias)
     rest = (None, None, None, "relu", True)
-    found = _cuda_batch_norm.bn_act_backward(case.grad, case.x, *norm, *rest)
+    found = CUDA.bn_act_backward(case.grad, case.x, *norm, *rest)
     expected = reference.bn_act_backward(case.grad, case.x, *norm, *rest)
     # One rounding of fp32 values that are equal but for two.
     step = HALF_STEP[dtype]
@@ -224,11 +224,11 @@ def test_odd_addresses() -> None:
 
 def test_no_pixel() -> None:
     case = Case((0, 24, 5, 7), torch.bfloat16)
-    mean, variance = _cuda_batch_norm.batch_stats(case.x)
+    mean, variance = CUDA.batch_stats(case.x)
     assert not mean.any() and not variance.any()
     norm = (mean, torch.ones_like(mean), case.weight, case.bias)
-    assert _cuda_batch_norm.bn_act(case.x, *norm, None, "relu").shape == case.x.shape
-    for total in _cuda_batch_norm.bn_act_reduce(case.grad, case.x, *norm, None, "relu"):
+    assert CUDA.bn_act(case.x, *norm, None, "relu").shape == case.x.shape
+    for total in CUDA.bn_act_reduce(case.grad, case.x, *norm, None, "relu"):
         assert not total.any()
 
 
@@ -303,7 +303,7 @@ def test_maps_beyond_two_to_the_31_elements() -> None:
     assert x.numel() > 2**31
     last = torch.randn(64, 721, 721, device=DEVICE).bfloat16()
     x[-1] = last
-    mean, variance = _cuda_batch_norm.batch_stats(x)
+    mean, variance = CUDA.batch_stats(x)
     exact = torch.var_mean(last.double(), (1, 2), correction=0)
     # 64 images of zeros and the last.
     expected_mean = exact[1] / 65
@@ -311,15 +311,15 @@ def test_maps_beyond_two_to_the_31_elements() -> None:
     torch.testing.assert_close(mean.double(), expected_mean, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(variance.double(), expected, rtol=1e-4, atol=0)
     norm = (mean, torch.rsqrt(variance + EPS), torch.ones_like(mean), torch.ones_like(mean))
-    y = _cuda_batch_norm.bn_act(x, *norm, None, "relu")
-    alone = _cuda_batch_norm.bn_act(last[None], *norm, None, "relu")
+    y = CUDA.bn_act(x, *norm, None, "relu")
+    alone = CUDA.bn_act(last[None], *norm, None, "relu")
     assert torch.equal(y[-1], alone[0])
     del y
-    sums = _cuda_batch_norm.bn_act_reduce(x, x, *norm, None, None)
+    sums = CUDA.bn_act_reduce(x, x, *norm, None, None)
     torch.testing.assert_close(
         sums[0].double(), last.double().sum((1, 2)), rtol=1e-4, atol=1e-5 * last.numel() / 64
     )
-    dx, _ = _cuda_batch_norm.bn_act_backward(
+    dx, _ = CUDA.bn_act_backward(
         x, x, *norm, None, *(s / (65 * 721**2) for s in sums), "relu", False
     )
     assert bool((dx[0, :, 0, 0] == dx[1, :, 5, 5]).all()) and bool(dx[-1].any())
