@@ -31,6 +31,9 @@ FOLDERS_aot := tests/aot
 FOLDERS_gpu := tests/gpu
 # Triton reads it when it is imported; the other groups need it unset.
 ENV_interpret := TRITON_INTERPRET=1
+# These compile and interpret in one thread each; files share what they compile.
+ARGS_interpret := -n 2 --dist loadfile
+ARGS_aot := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test $(GROUPS:%=test-%) bench bench-report ext wheel lint format clean
@@ -58,7 +61,7 @@ $(GROUPS:%=test-%): test-%: $(INSTALLED)
 	echo "== $*: $$folders"; \
 	mkdir -p $(RESULTS); touch $(RESULTS)/$*.started; \
 	env -u TRITON_INTERPRET $(ENV_$*) $(VENV_PYTHON) -m pytest $$folders \
-		--junitxml=$(RESULTS)/$*.xml $(PYTEST_ARGS) || [ $$? -eq 5 ]
+		--junitxml=$(RESULTS)/$*.xml $(ARGS_$*) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # A group without a result file crashed, and counts as one failure.
 define SUMMARY

@@ -132,8 +132,9 @@ def sequence(
             pool = _pool(flat[i])
             i += 1
         following = i < len(flat) and is_convolution(flat[i])
-        if following and pool is None and conv is not None:
-            x = _convolve(x, pending, conv)
+        if following and pool is None:
+            if conv is not None:
+                x = _convolve(x, pending, conv)
             pending = _Norm(norm_module, norm_act, x)
             continue
         last = i == len(flat) and residual is not None and norm_act is None and pool is None
@@ -284,7 +285,7 @@ def running(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_count(module: Any, x: Tensor) -> None:
     """torch's error where one value is all that a channel has."""
-    if x.numel() == x.shape[1] and module.training and _group(module) is None:
+    if x.numel() == x.shape[1] and _group(module) is None:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}"
         )
@@ -303,7 +304,7 @@ def update_running(module: Any, mean: Tensor, variance: Tensor, count: Any) -> N
             momentum = 1.0 / float(module.num_batches_tracked)
     if momentum is None:
         momentum = 0.0
-    unbiased = variance * (count / (count - 1))
+    unbiased = variance * (count / max(count - 1, 1))
     for kept, now in ((module.running_mean, mean), (module.running_var, unbiased)):
         kept.mul_(1 - momentum).add_(now.to(kept.dtype), alpha=momentum)
 
