@@ -236,9 +236,12 @@ def _cases() -> list[Case]:
         ("r101", 8, (520, 520), 1, 21, (), ("gpu",)),
         ("r101", 16, (513, 513), 16, 21, (), ("gpu",)),
         ("r50", 8, (1024, 2048), 1, 19, (), ("gpu",)),
+        ("mbv3", 16, (1024, 2048), 1, 19, (), ("cpu",)),
         ("mbv3", 16, (520, 520), 16, 21, (), ("gpu",)),
     ):
-        named = "cityscapes" if size == (1024, 2048) else f"{backbone}-os{output_stride}"
+        named = f"{backbone}-os{output_stride}"
+        if (backbone, size) == ("r50", (1024, 2048)):
+            named = "cityscapes"
         side = size[0] if size[0] == size[1] else size
         shape = shape_name(named, side, f"b{n}")
         given = {
@@ -252,7 +255,10 @@ def _cases() -> list[Case]:
         }
         if labels:
             # Of the models of a suite on a CPU one ResNet and one MobileNet are compiled.
-            compiled = backbone == "mbv3" or (backbone, output_stride) == ("r50", 8)
+            compiled = (backbone == "mbv3" and size == (520, 520)) or (backbone, output_stride) == (
+                "r50",
+                8,
+            )
             left_out = {"quick": _CPU_COMPILE} if compiled else {"cpu": _CPU_COMPILE}
             found.append(
                 ModelLabels(
@@ -270,6 +276,7 @@ def _cases() -> list[Case]:
         ("r50", 16, 513, 16, ("gpu",)),
         ("mbv3", 16, 513, 16, ("gpu",)),
         ("r101", 16, 513, 16, ("gpu",)),
+        ("r50", 16, 513, 2, ("cpu",)),
         ("r50", 16, 257, 2, ("cpu",)),
         ("mbv3", 16, 257, 4, ("cpu",)),
         ("mbv3", 16, 129, 2, ("quick",)),

@@ -137,7 +137,8 @@ def _direct_seconds(shape: Sequence[int], outputs: int, dilation: int, threads: 
     taps = 1
     for length in (height, width):
         taps *= _cpu_forms.taps_inside(length, length, 3, 1, dilation, dilation)
-    return _cpu_forms.onednn_seconds(n * channels * outputs * taps, threads)
+    size = 4 * 9 * channels * outputs
+    return _cpu_forms.onednn_seconds(n * channels * outputs * taps, threads, size)
 
 
 def _tile_form(shape: Sequence[int], outputs: int, dilation: int, threads: int) -> TileForm:
