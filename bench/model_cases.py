@@ -255,11 +255,11 @@ def _cases() -> list[Case]:
         }
         if labels:
             # Of the models of a suite on a CPU one ResNet and one MobileNet are compiled.
-            compiled = (backbone == "mbv3" and size == (520, 520)) or (backbone, output_stride) == (
-                "r50",
-                8,
+            compiled = (backbone, output_stride, size) in (
+                ("mbv3", 16, (520, 520)),
+                ("r50", 8, (520, 520)),
             )
-            left_out = {"quick": _CPU_COMPILE} if compiled else {"cpu": _CPU_COMPILE}
+            left_out = {"quick": _CPU_COMPILE} | ({} if compiled else {"cpu": _CPU_COMPILE})
             found.append(
                 ModelLabels(
                     op="model_labels", suites=labels, left_out=left_out, headline=True, **given
