@@ -137,8 +137,7 @@ def _direct_seconds(shape: Sequence[int], outputs: int, dilation: int, threads: 
     taps = 1
     for length in (height, width):
         taps *= _cpu_forms.taps_inside(length, length, 3, 1, dilation, dilation)
-    size = 4 * 9 * channels * outputs
-    return _cpu_forms.onednn_seconds(n * channels * outputs * taps, threads, size)
+    return _cpu_forms.onednn_seconds(n * channels * outputs * taps, threads)
 
 
 def _tile_form(shape: Sequence[int], outputs: int, dilation: int, threads: int) -> TileForm:

@@ -25,13 +25,9 @@ LINE_SECONDS = 5e-9
 CACHED_WEIGHTS = 12 << 20
 STREAMED_TILES = 192
 STREAM_RATE = 20e9
-# Preparing weights for one call: bytes written, and that much more slowly to memory which malloc
-# maps anew for every call.
-PREPARE_RATE = 2.5e9
-MAPPED_BYTES = 32 << 20
-MAPPED_RATE = 0.8e9
-# oneDNN brings the weights of a call into its own layout.
-REORDER_RATE = 1.2e9
+# Preparing weights: bytes written to fresh memory, and a time for each of outputs x channels.
+PREPARE_RATE = 1e9
+PREPARE_SECONDS = 20e-9
 # Of a call, and of a form within it; of a call to oneDNN.
 CALL_SECONDS = 15e-6
 ONEDNN_CALL_SECONDS = 80e-6
@@ -201,22 +197,16 @@ def _cost(
             if size > CACHED_WEIGHTS:
                 busy += math.ceil(tiles / STREAMED_TILES) * size / STREAM_RATE
             if not reuse:
-                busy += size / (PREPARE_RATE if size < MAPPED_BYTES else MAPPED_RATE)
+                busy += size / PREPARE_RATE + channels * outputs * PREPARE_SECONDS
             macs += products * tiles * channels * outputs
             weight_bytes += size
             seconds += CALL_SECONDS + busy / threads
     return TileForm(rows, columns, macs, weight_bytes, seconds)
 
 
-def onednn_seconds(macs: int, threads: int, reordered_bytes: int = 0) -> float:
-    """Predicted time of oneDNN's direct convolution that does this many multiply-adds.
-
-    Args:
-        macs: of the taps inside the map.
-        threads: that share them.
-        reordered_bytes: of weights that the call has to reorder itself.
-    """
-    return ONEDNN_CALL_SECONDS + macs / (ONEDNN_RATE * threads) + reordered_bytes / REORDER_RATE
+def onednn_seconds(macs: int, threads: int) -> float:
+    """Predicted time of oneDNN's direct convolution that does this many multiply-adds."""
+    return ONEDNN_CALL_SECONDS + macs / (ONEDNN_RATE * threads)
 
 
 def taps_inside(

@@ -294,7 +294,7 @@ class PreparedConv:
             "direct",
             macs,
             size if _has_onednn() and self._allows("onednn", size) else 0,
-            _cpu_forms.onednn_seconds(macs, threads, 0 if self.reuse else size),
+            _cpu_forms.onednn_seconds(macs, threads),
         )
         if self.groups != 1 or self.stride != (1, 1) or not _has_kernels():
             return direct
