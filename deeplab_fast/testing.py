@@ -106,6 +106,21 @@ def threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Matrix products and convolutions of fp32 operands with or without rounding these to TF32.
+
+    pytest's monkeypatch cannot: the setting is no attribute, and undoing would delete it.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@contextmanager
 def deterministic() -> Iterator[None]:
     """Deterministic mode, in which PyTorch also fills every new tensor of C++ with NaN."""
     torch.use_deterministic_algorithms(True)

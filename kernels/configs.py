@@ -223,7 +223,25 @@ A100 = Device(
 
 def nominal_device(capability: tuple[int, int] | None) -> Device:
     """The device that stands for a compute capability; H100 where there is none (interpreter)."""
-    return H100 if capability is None or (9, 0) <= capability < (12, 0) else A100
+    if capability is None:
+        return H100
+    return replace(H100 if asynchronous(capability) else A100, capability=capability)
+
+
+def asynchronous(capability: tuple[int, int]) -> bool:
+    """Whether tensor cores read operands from shared memory while the next ones arrive there, as
+    from 9.0 on; those of 12.0 take them from registers, as before."""
+    return (9, 0) <= capability < (12, 0)
+
+
+def device_like(properties: Any) -> Device:
+    """The device that `torch.cuda.get_device_properties` describes; rates are nominal."""
+    return replace(
+        nominal_device((properties.major, properties.minor)),
+        name=properties.name,
+        multiprocessors=properties.multi_processor_count,
+        shared=properties.shared_memory_per_multiprocessor,
+    )
 
 
 @dataclass(frozen=True)
@@ -258,10 +276,9 @@ class GemmConfig:
         return self.max_registers if self.max_registers < MAX_REGISTERS else None
 
     def shared_bytes(self, itemsize: int, capability: tuple[int, int]) -> int:
-        """Shared memory of a block: the stages. Asynchronous tensor cores read a stage while the
-        next ones arrive; before capability 9.0 operands are in registers by then, which leaves one
-        stage fewer."""
-        stages = self.num_stages if capability >= (9, 0) else self.num_stages - 1
+        """Shared memory of a block: the stages. Asynchronous tensor cores read one while the next
+        ones arrive; elsewhere operands are in registers by then, which leaves one stage fewer."""
+        stages = self.num_stages if asynchronous(capability) else self.num_stages - 1
         return stages * (self.block_m + self.block_n) * self.block_c * itemsize
 
     def is_legal(self, itemsize: int, device: Device) -> bool:
@@ -287,8 +304,10 @@ def gemm_candidates(
         table = _UNALIGNED
     elif math == FMA_FP32:
         table = _FMA
+    elif not asynchronous(device.capability):
+        table = _MMA_SM80
     else:
-        table = _MMA_SM90 if (9, 0) <= device.capability < (12, 0) else _MMA_SM80
+        table = _MMA_SM90 if device.capability < (10, 0) else _MMA_SM100
     found = []
     for block_m, block_n, chunk_bytes, num_warps, num_stages, occupancy in table:
         block_c = chunk_bytes // itemsize
@@ -310,6 +329,14 @@ _MMA_SM90: _Table = (
     (128, 256, 128, 8, 4, 1),
     (128, 128, 128, 4, 3, 2),
     (64, 256, 128, 4, 2, 2),
+    (64, 128, 128, 4, 4, 2),
+    (64, 64, 128, 4, 4, 3),
+)
+# Tensor cores of 10.0 keep the accumulator in a memory of its own; to store it a thread loads its
+# part whole, and 128 registers of it spilled.
+_MMA_SM100: _Table = (
+    (128, 128, 128, 8, 4, 1),
+    (64, 256, 128, 8, 3, 1),
     (64, 128, 128, 4, 4, 2),
     (64, 64, 128, 4, 4, 3),
 )
@@ -456,14 +483,18 @@ def aspp_dgrad_candidates(
 
     Its threads keep the places of their pixels through the main loop: 4 warps whose accumulators
     take 128 registers have none left. Where the tile has 64 rows for each of two groups of 4 warps
-    they run it, else it is left out. Arguments as gemm_candidates.
+    they run it, else it is left out. Those two groups have no registers to spare for columns beyond
+    the last where a multiprocessor holds two blocks; it then gets one. Arguments as
+    gemm_candidates.
     """
     whole = []
     for config in gemm_candidates(math, device, filters, aligned):
         if config.block_m * config.block_n < 128 * 32 * config.num_warps or config.num_warps > 4:
             whole.append(config)
         elif config.block_m >= 128:
-            whole.append(replace(config, num_warps=8))
+            even = filters is None or filters % config.block_n == 0
+            occupancy = config.occupancy if even else 1
+            whole.append(replace(config, num_warps=8, occupancy=occupancy))
     return whole + [replace(config, split=True) for config in whole]
 
 
@@ -530,8 +561,10 @@ def pointwise_candidates(
     found = gemm_candidates(math, device, filters, aligned)
     if not classes:
         return found
-    # Beside the second product there are no registers for 128 rows of 256 filters.
-    return [c for c in found if c.block_n >= filters and c.block_m * c.block_n <= 16384]
+    # Beside the second product there are no registers for 128 rows of 256 filters, nor for 64 of
+    # operands of 4 bytes.
+    most = 16384 if math == MMA_16BIT else 8192
+    return [c for c in found if c.block_n >= filters and c.block_m * c.block_n <= most]
 
 
 # Batch norm in training: passes over maps [pixels, channels] that memory bounds.

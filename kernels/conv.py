@@ -9,7 +9,6 @@ Triton. Convolutions of other sizes are refused: cuDNN has fused kernels for the
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -25,6 +24,8 @@ from .configs import Device, GemmConfig
 _MAX_PROGRAMS = 2**31 - 1
 _MAX_PIXELS = 2**31 - 1
 _VECTOR_BYTES = 16
+_LEAST_CLASSES = 16
+_MOST_CLASSES = 32
 
 
 def not_supported_reasons(desc: OpDesc) -> list[str]:
@@ -231,12 +232,18 @@ def pointwise(
             shift.stride(0) if groups > 1 else 0,
             *(s // vec_r for s in r_strides), *(s // vec_y for s in y_strides),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_C=config.block_c,
-            CLASSES=max(16, 1 << (classes - 1).bit_length()) if classes else 0,
+            CLASSES=class_block(classes) if classes else 0,
             VEC_X=vec_x, VEC_Y=vec_y, VEC_R=vec_r, FLAT_X=flat_x, FLAT_Y=flat_y, FLAT_R=flat_r,
             EVEN_C=channels % config.block_c == 0, HAS_RESIDUAL=residual is not None, RELU=relu,
             PRECISION=precision(x),
             **launch_options(config),
         )  # fmt: skip
+
+
+def class_block(classes: int) -> int:
+    """Classes that a program scores at a time: what a matrix product takes, and registers hold
+    beside a tile of 256 filters (with 256 at a time they spilled 624 bytes a thread)."""
+    return min(max(_LEAST_CLASSES, 1 << (classes - 1).bit_length()), _MOST_CLASSES)
 
 
 def fp32(x: Tensor) -> Tensor:
@@ -343,10 +350,4 @@ def device_of(x: Tensor) -> Device:
 
 @cache
 def _device(device: torch.device) -> Device:
-    properties = torch.cuda.get_device_properties(device)
-    return replace(
-        configs.nominal_device((properties.major, properties.minor)),
-        name=properties.name,
-        multiprocessors=properties.multi_processor_count,
-        shared=properties.shared_memory_per_multiprocessor,
-    )
+    return configs.device_like(torch.cuda.get_device_properties(device))

@@ -96,7 +96,7 @@ def pointwise_kernel(
             stride_y* of VEC_Y (with CLASSES filters of VEC_X).
 
     Grid: tiles of filters, fastest, x tiles of a group x groups. Where CLASSES > 0 one tile holds
-    all filters, and CLASSES all classes.
+    all filters, and its classes are scored CLASSES at a time.
     """
     pid = tl.program_id(0)
     tile_n = pid % tiles_n
@@ -144,18 +144,22 @@ def pointwise_kernel(
             stride_sg, stride_rn, stride_rh, stride_rw,
             BLOCK_N, half, VEC_R, FLAT_R, HAS_RESIDUAL, RELU,
         )  # fmt: skip
-        n = tl.arange(0, CLASSES)
-        counted = n < classes
-        at = class_weight_ptr + tl.minimum(n, classes - 1)[:, None] * num_filters
-        w0 = tl.load(at + col0[None, :], mask=exists0[None, :], other=0.0)
-        w1 = tl.load(at + col1[None, :], mask=exists1[None, :], other=0.0)
         dtype = class_weight_ptr.dtype.element_ty
-        scores = tl.dot(y0.to(dtype), tl.trans(w0), input_precision=PRECISION)
-        scores = tl.dot(y1.to(dtype), tl.trans(w1), scores, input_precision=PRECISION)
-        scores += tl.load(class_bias_ptr + n, mask=counted, other=0.0)[None, :]
-        at = y_ptr + offset[:, None] + n[None, :]
-        mask = inside[:, None] & counted[None, :]
-        tl.store(at, scores.to(y_ptr.dtype.element_ty), mask=mask)
+        y0 = y0.to(dtype)
+        y1 = y1.to(dtype)
+        # One stage: in flight beside those of the first product, weights would need more memory.
+        for first in tl.range(0, classes, CLASSES, num_stages=1):
+            n = first + tl.arange(0, CLASSES)
+            counted = n < classes
+            at = class_weight_ptr + tl.minimum(n, classes - 1)[:, None] * num_filters
+            w0 = tl.load(at + col0[None, :], mask=exists0[None, :], other=0.0)
+            w1 = tl.load(at + col1[None, :], mask=exists1[None, :], other=0.0)
+            scores = tl.dot(y0, tl.trans(w0), input_precision=PRECISION)
+            scores = tl.dot(y1, tl.trans(w1), scores, input_precision=PRECISION)
+            scores += tl.load(class_bias_ptr + n, mask=counted, other=0.0)[None, :]
+            at = y_ptr + offset[:, None] + n[None, :]
+            mask = inside[:, None] & counted[None, :]
+            tl.store(at, scores.to(y_ptr.dtype.element_ty), mask=mask)
     else:
         mask = inside[:, None] & exists0[None, :]
         at = y_ptr + offset[:, None]

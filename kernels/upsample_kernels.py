@@ -39,7 +39,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 # exp(x) is written exp2(x LOG2_E): Triton's exp keeps denormals, at three more instructions.
 LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
+# NaN has no name here: a launch compares the globals of a kernel with those that it was compiled
+# with, and NaN differs from itself. The second launch would raise.
 
 
 # Rows and columns beyond the end are not clamped, only masked: the compiler must see that columns
@@ -150,7 +151,7 @@ def _softmax_state(
     for c in range(num_classes):
         v = _interpolate(p00, p01, p10, p11, c * stride_c, lam_x, lam_y)
         highest, total = _online_softmax(v, highest, total)
-    return highest, tl.where(highest == INFINITY, NAN, total)
+    return highest, tl.where(highest == INFINITY, float("nan"), total)
 
 
 @triton.jit
@@ -176,7 +177,7 @@ def _argmax_state(
             highest, total = _online_softmax(v, highest, total)
     if WITH_SUM:
         # Classes that are all -inf leave the sum 0.
-        total = tl.where((highest == INFINITY) | (total == 0.0), NAN, total)
+        total = tl.where((highest == INFINITY) | (total == 0.0), float("nan"), total)
     return index, total
 
 
@@ -414,7 +415,7 @@ def upsample_cross_entropy_kernel(
                 weight_sum += w
             else:
                 weighted += v
-    total = tl.where(highest == INFINITY, NAN, total)
+    total = tl.where(highest == INFINITY, float("nan"), total)
     if SMOOTH and not HAS_WEIGHT:
         weight_sum = num_classes.to(tl.float32)
 
@@ -522,8 +523,8 @@ def cross_entropy_finish_kernel(
         factor = tl.load(grad_ptr).to(tl.float32)
     if MEAN:
         # The loss of nothing is NaN, also where numpy would warn about 0 / 0.
-        loss = tl.where(weight == 0.0, NAN, loss / tl.where(weight == 0.0, 1.0, weight))
-        factor = tl.where(weight == 0.0, NAN, factor / tl.where(weight == 0.0, 1.0, weight))
+        mean_of = tl.where(weight == 0.0, float("nan"), weight)
+        loss, factor = loss / mean_of, factor / mean_of
     factor = tl.where(tl.sum(classes) == 0, 0.0, factor)
     tl.store(result_ptr, loss)
     tl.store(result_ptr + 1, factor)

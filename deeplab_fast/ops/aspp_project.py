@@ -258,8 +258,8 @@ def _triton(
     try:
         return _triton_project(*args, (class_weight, class_bias))
     except ValueError:
-        # More filters or classes than a tile holds, which depends on dtype and alignment as well;
-        # y is not written by then.
+        # More filters than a tile holds, which depends on dtype and alignment as well; y is not
+        # written by then.
         return _triton_in_two(*args, class_weight, class_bias)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from deeplab_fast.testing import tf32
 
 _FOLDER = Path(__file__).parent
 
@@ -29,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _exact_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def _exact_fp32() -> Iterator[None]:
     """References in fp32 are fp32: cuDNN otherwise rounds their operands to TF32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    with tf32(False):
+        yield

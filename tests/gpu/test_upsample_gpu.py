@@ -43,14 +43,6 @@ SIZES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _no_tf32():
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
 class Case:
     """Inputs of one size on the GPU; the target has ignored pixels."""
 

@@ -451,16 +451,24 @@ def test_out_that_does_not_fit(out: Tensor, recorder: Recorder) -> None:
     assert not recorder.launches
 
 
-def test_too_many_classes_behind_the_projection(recorder: Recorder) -> None:
+@pytest.mark.parametrize(
+    ("classes", "block"),
+    [
+        pytest.param(1, 16, id="what a matrix product takes"),
+        pytest.param(21, 32, id="one block"),
+        pytest.param(150, 32, id="several blocks, the last one short"),
+    ],
+)
+def test_classes_behind_the_projection(classes: int, block: int, recorder: Recorder) -> None:
     args = (
         torch.empty(1, 4, 2, 2),
         torch.empty(1, 4),
         torch.empty(4, 8, 1, 1),
         *[torch.empty(4)] * 2,
     )
-    with pytest.raises(ValueError, match="at most 256 classes, got 300"):
-        aspp.aspp_project(*args, classifier=(torch.empty(300, 4, 1, 1), torch.empty(300)))
-    assert not recorder.launches
+    y = aspp.aspp_project(*args, classifier=(torch.empty(classes, 4, 1, 1), torch.empty(classes)))
+    assert y.shape == (1, classes, 2, 2)
+    assert recorder.launches[-1].options["CLASSES"] == block
 
 
 def test_without_triton_the_reason_and_the_error_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ constexpr int kRows = 4;
 // Rows whose terms are added to one sum in T: a sum of n > 3 has at most n / kRows + 4 roundings.
 constexpr int64_t kSumRows = 128;
 // Bytes between a row and the one that is prefetched. Several rows at once are several streams that
-// end soon, which the processor does not foresee: without it the statistics of 256 channels took 1.6
-// times as long.
+// end soon, which the processor does not foresee: without it the statistics of 256 channels took
+// 1.6 times as long.
 constexpr int64_t kAhead = 4096;
 // Rows whose mean is the first shift of squared differences.
 constexpr int64_t kFirstRows = 8;

@@ -3,19 +3,17 @@
 // All outputs between two source rows share their interpolation along columns, so that blocks are
 // bands of outputs with the same first source row, whatever the ratio; 513 / 65 is not an integer.
 //
-//   argmax, confusion, softmax_add   a block takes 128 output columns of a band, a thread one
-//   column
+//   argmax, confusion, softmax_add   a block takes 128 output columns of a band, a thread one of them
 //                                    and 8 rows at a time. Classes run in the innermost loop over
 //                                    logits in shared memory; full-resolution logits are never
 //                                    stored.
 //   cross entropy                    a block takes a few source columns of a band. Phase 1: a
-//   thread
-//                                    has one column and 4 rows and finds the softmax statistics of
-//                                    its pixels. Phase 2: a thread has one (source column, class)
-//                                    pair, walks the pixels between its four source pixels and sums
-//                                    their gradients in registers, in a fixed order. The sums go to
-//                                    a place of their own; `gather_gradient` adds up the at most
-//                                    nine that a source pixel gets.
+//                                    thread has one column and 4 rows and finds the softmax
+//                                    statistics of its pixels. Phase 2: a thread has one (source
+//                                    column, class) pair, walks the pixels between its four source
+//                                    pixels and sums their gradients in registers, in a fixed
+//                                    order. The sums go to a place of their own; `gather_gradient`
+//                                    adds up the at most nine that a source pixel gets.
 //
 // Sums have a fixed order: results do not change from run to run. The only atomics count pixels.
 // fp16, bf16 and fp32 logits are computed in fp32, double in double.

@@ -1,0 +1,433 @@
+"""Every Triton kernel is launched by every launcher, for what the launchers tell apart.
+
+Dtypes, modes and layouts in full for compute capability 9.0, at shapes of the models; one call of
+each kernel for the other capabilities. Each call is made twice, the second time among other
+neighbours. `conftest.py` says what a launch passes through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from deeplab_fast import kernels, ops
+from deeplab_fast.testing import tf32
+
+pytestmark = pytest.mark.launch
+
+OPS = torch.ops.deeplab_fast
+LABELS = (torch.uint8, torch.int32, torch.int64)
+
+
+def channels_last(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    """A map whose memory nobody touches before it is written."""
+    return torch.zeros(n, h, w, c, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def layouts(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """One map in the layouts that launchers tell apart."""
+    return {
+        "channels_last": channels_last(n, c, h, w, dtype),
+        "nchw": torch.zeros(n, c, h, w, dtype=dtype),
+        # Neighbouring channels, pixels further apart than that: a branch in the ASPP's buffer.
+        "slice of channels": channels_last(n, 2 * c, h, w, dtype)[:, c:],
+        "rows apart": channels_last(n, c, h, 2 * w, dtype)[..., :w],
+        "every other channel": channels_last(n, 2 * c, h, w, dtype)[:, ::2],
+        "4 bytes off": _off(n, c, h, w, dtype),
+    }
+
+
+def _off(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
+    """A map that does not start at a multiple of 16 bytes."""
+    elements = 4 // dtype.itemsize
+    flat = torch.zeros(n * h * w * c + elements, dtype=dtype)[elements:]
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+# Upsampling: N, C, h, w, H, W, align_corners.
+UPSAMPLED = {
+    "os8-513": (2, 21, 65, 65, 513, 513, False),
+    "os8-520-align-corners": (1, 21, 65, 65, 520, 520, True),
+    "os16-512-150-classes": (1, 150, 32, 32, 512, 512, False),
+    "cityscapes": (1, 19, 128, 256, 1024, 2048, False),
+    "300-classes-odd": (1, 300, 17, 19, 129, 150, False),
+    "down": (1, 21, 129, 100, 65, 33, False),
+}
+OS8 = UPSAMPLED["os8-513"]
+
+
+def label_maps(n: int, h: int, w: int) -> Iterator[tuple[torch.dtype, tuple[str, Tensor]]]:
+    """Labels of every dtype in the layouts that specialise a kernel."""
+    for dtype in LABELS:
+        yield dtype, ("dense", torch.zeros(n, h, w, dtype=dtype))
+        yield dtype, ("cropped", torch.zeros(n, h, w + 7, dtype=dtype)[..., :w])
+        yield dtype, ("transposed", torch.zeros(n, w, h, dtype=dtype).transpose(1, 2))
+
+
+class Call(NamedTuple):
+    """A call that launches kernels, by what is special about it."""
+
+    name: str
+    run: Callable[[], Any]
+
+
+def upsample_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """All modes and layouts at one size, then the plain call at every size."""
+    for size, (n, c, h, w, *out, corners) in UPSAMPLED.items():
+        first = size == "os8-513"
+        xs = layouts(n, c, h, w, dtype)
+        totals = layouts(n, c, *out, torch.float32)
+        x = xs["channels_last"]
+        for (layout, x), prob in product(xs.items(), (False, True)):
+            yield Call(
+                f"argmax {size} {layout} prob={prob}",
+                partial(ops.upsample_argmax, x, out, align_corners=corners, return_prob=prob),
+            )
+        x = xs["channels_last"]
+        for labels, (layout, target) in label_maps(n, *out):
+            if first or (labels, layout) == (torch.int64, "dense"):
+                yield Call(
+                    f"confusion {size} {labels} {layout}",
+                    partial(ops.upsample_confusion, x, target, align_corners=corners),
+                )
+        for (layout, total), flip in product(totals.items(), (False, True)):
+            if first or (layout, flip) == ("nchw", False):
+                yield Call(
+                    f"softmax_add {size} {layout} flip={flip}",
+                    partial(ops.upsample_softmax_add, total, x, flip=flip, align_corners=corners),
+                )
+
+
+def loss_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """The loss: all its modes at one size, then one mode at all sizes and layouts."""
+    n, c, h, w, *out, corners = OS8
+    x = channels_last(n, c, h, w, dtype)
+    weights = (None, torch.ones(c))
+    for (labels, (layout, target)), weight, smoothing in product(
+        label_maps(n, *out), weights, (0.0, 0.1)
+    ):
+        if layout != "dense":
+            continue
+        name = f"{labels} weighted={weight is not None} smoothing={smoothing}"
+        args = (x, target, weight, 255, smoothing)
+        for reduction in ("mean", "sum"):
+            yield Call(
+                f"loss {reduction} {name}",
+                partial(OPS.upsample_cross_entropy, *args, reduction, corners),
+            )
+            yield Call(
+                f"loss with gradient {reduction} {name}",
+                partial(OPS.upsample_cross_entropy_with_grad, *args, reduction, corners),
+            )
+            yield Call(
+                f"gradient {reduction} {name}",
+                partial(OPS.upsample_cross_entropy_backward, torch.ones(()), *args, reduction,
+                        corners),
+            )  # fmt: skip
+        yield Call(f"loss map {name}", partial(OPS.upsample_cross_entropy, *args, "none", corners))
+        for kind, grad in pixel_gradients(n, *out).items():
+            if kind != "dense" and (weight is not None or smoothing or labels != torch.int64):
+                continue
+            yield Call(
+                f"gradient of the loss map, {kind}, {name}",
+                partial(OPS.upsample_cross_entropy_backward, grad, *args, "none", corners),
+            )
+    for size, (n, c, h, w, *out, corners) in UPSAMPLED.items():
+        for (layout, x), (labels, (kind, target)) in product(
+            layouts(n, c, h, w, dtype).items(), label_maps(n, *out)
+        ):
+            plain = (layout, kind) == ("channels_last", "dense")
+            if labels != torch.int64 or not (plain or size == "os8-513"):
+                continue
+            leaf = x.detach().requires_grad_()
+            yield Call(
+                f"training {size} {layout} {kind}",
+                partial(_train, leaf, target, corners),
+            )
+
+
+def pixel_gradients(n: int, h: int, w: int) -> dict[str, Tensor]:
+    dense = torch.ones(n, h, w)
+    # The gradient of a sum.
+    return {"dense": dense, "expanded": torch.ones(()).expand(n, h, w)}
+
+
+def _train(logits: Tensor, target: Tensor, align_corners: bool) -> None:
+    ops.upsample_cross_entropy(logits, target, align_corners=align_corners).backward()
+
+
+# Batch norm: maps of ResNet-50 and MobileNetV3 at 513x513, and channels that no vector divides.
+NORMED = {
+    "stem": (2, 64, 257, 257),
+    "r50-layer4": (2, 2048, 33, 33),
+    "mbv3-16": (2, 16, 257, 257),
+    "pooled": (4, 256, 1, 1),
+    "odd": (2, 21, 33, 33),
+}
+
+
+def norm_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """All modes at one size, then the modes of ResNet at all sizes and layouts."""
+    acts = ("relu", "relu6", "hardswish", None)
+    for size, shape in NORMED.items():
+        for layout, x in layouts(*shape, dtype).items():
+            whole = size == "r50-layer4" and layout == "channels_last"
+            name = f"{size} {layout}"
+            vectors = [torch.ones(shape[1]) for _ in range(4)]
+            yield Call(f"batch_stats {name}", partial(ops.batch_stats, x))
+            for act, other in product(acts if whole else ("relu",), (None, x)):
+                if act == "hardswish" and other is not None:
+                    continue
+                mode = f"{name} act={act} other={other is not None}"
+                yield Call(
+                    f"bn_act {mode}", partial(ops.bn_act, x, *vectors, residual=other, act=act)
+                )
+                yield Call(
+                    f"bn_act_reduce {mode}",
+                    partial(ops.bn_act_reduce, x, x, *vectors, out=other, act=act),
+                )
+                for means, to_residual in product(((), vectors[:2]), (False, True)):
+                    if not whole and (not means or to_residual != (other is not None)):
+                        continue
+                    yield Call(
+                        f"bn_act_backward {mode} means={bool(means)} to_residual={to_residual}",
+                        partial(ops.bn_act_backward, x, x, *vectors, *means, out=other, act=act,
+                                to_residual=to_residual),
+                    )  # fmt: skip
+
+
+# 1x1 convolutions: input, filters, stride.
+POINTWISE = {
+    "r50-layer2-down": ((2, 256, 129, 129), 512, 2),
+    "r50-layer4": ((2, 512, 65, 65), 2048, 1),
+    "mbv3-head": ((2, 960, 33, 33), 256, 1),
+    "few-filters": ((2, 64, 65, 65), 21, 1),
+    "odd-channels": ((2, 21, 33, 33), 30, 1),
+}
+
+
+def pointwise_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """All layouts of x and of the residual at one size, then both modes at every size."""
+    for size, ((n, c, h, w), k, stride) in POINTWISE.items():
+        weight, vector = torch.zeros(k, c, 1, 1, dtype=dtype), torch.ones(k)
+        xs = layouts(n, c, h, w, dtype)
+        residuals = layouts(n, k, -(-h // stride), -(-w // stride), dtype)
+        whole = size == "r50-layer4"
+        modes = [("channels_last", None, "relu"), ("channels_last", "channels_last", "relu")]
+        if whole:
+            modes += [(layout, None, "relu") for layout in xs if layout != "channels_last"]
+            modes += [("channels_last", layout, None) for layout in residuals]
+            modes.append(("channels_last", None, None))
+        for layout, residual, act in modes:
+            yield Call(
+                f"conv_bn_act {size} {layout} residual={residual} act={act}",
+                partial(ops.conv_bn_act, xs[layout], weight, vector, vector, stride=stride,
+                        residual=residual and residuals[residual], act=act),
+            )  # fmt: skip
+
+
+# The ASPP: N, C, h, w, rates, filters of a branch, and whether its tiles are cut.
+ASPP = {
+    "os8-b1": (1, 2048, 65, 65, (12, 24, 36), 256),
+    "os16-b16": (16, 2048, 33, 33, (6, 12, 18), 256),
+    "os8-b8": (8, 2048, 65, 65, (12, 24, 36), 256),
+    "mbv3": (1, 960, 33, 33, (12, 24, 36), 256),
+    "embedded": (1, 320, 23, 30, (6, 12, 18), 128),
+    "odd": (1, 327, 33, 33, (6, 12, 18), 21),
+}
+
+
+def aspp_maps(size: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Features in every layout at one size, in that of the backbone at the others."""
+    n, c, h, w, *_ = ASPP[size]
+    if size == "os8-b1":
+        yield from layouts(n, c, h, w, dtype).items()
+    else:
+        yield "channels_last", channels_last(n, c, h, w, dtype)
+
+
+def aspp_filters(size: str, dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
+    _, c, _, _, rates, k = ASPP[size]
+    return [torch.zeros(k, c, s, s, dtype=dtype) for s in (1, *[3] * len(rates))], [1, *rates]
+
+
+def aspp_calls(dtype: torch.dtype) -> Iterator[Call]:
+    for size, (n, _, h, w, _, k) in ASPP.items():
+        filters, dilations = aspp_filters(size, dtype)
+        vectors = [torch.ones(k) for _ in filters]
+        for layout, x in aspp_maps(size, dtype):
+            yield Call(
+                f"branches {size} {layout}",
+                partial(ops.aspp_branches, x, filters, vectors, vectors, dilations),
+            )
+        channels = k * len(filters)
+        weight = torch.zeros(k, channels + k, 1, 1, dtype=dtype)
+        pooled, vector = torch.zeros(n, k, dtype=dtype), torch.ones(k)
+        for classes in (None, 21, 150):
+            classifier = None
+            if classes is not None:
+                classifier = torch.zeros(classes, k, dtype=dtype), torch.ones(classes)
+            yield Call(
+                f"project {size} classes={classes}",
+                partial(ops.aspp_project, channels_last(n, channels, h, w, dtype), pooled, weight,
+                        vector, vector, classifier=classifier),
+            )  # fmt: skip
+
+
+def aspp_training_calls(dtype: torch.dtype) -> Iterator[Call]:
+    for size, (n, _, h, w, _, k) in ASPP.items():
+        filters, dilations = aspp_filters(size, dtype)
+        grad = channels_last(n, k * len(filters), h, w, dtype)
+        for layout, x in aspp_maps(size, dtype):
+            for stats in (False, True):
+                yield Call(
+                    f"convs {size} {layout} stats={stats}",
+                    partial(ops.aspp_convs, x, filters, dilations, stats=stats),
+                )
+            backward = partial(OPS.aspp_convs_backward, grad, x, filters, dilations)
+            yield Call(f"dgrad {size} {layout}", partial(backward, True, False))
+            yield Call(f"wgrad {size} {layout}", partial(backward, False, True))
+
+
+# For each family its calls and the kernels that they launch.
+FAMILIES: dict[str, tuple[Callable[[torch.dtype], Iterator[Call]], set[str]]] = {
+    "upsampling": (
+        upsample_calls,
+        {"upsample_argmax_kernel", "upsample_confusion_kernel", "upsample_softmax_add_kernel"},
+    ),
+    "loss": (
+        loss_calls,
+        {"upsample_cross_entropy_kernel", "cross_entropy_finish_kernel", "gradient_gather_kernel"},
+    ),
+    "batch norm": (
+        norm_calls,
+        {
+            "batch_stats_kernel", "stats_combine_kernel", "bn_act_kernel", "bn_act_reduce_kernel",
+            "sums_combine_kernel", "bn_act_backward_kernel",
+        },
+    ),
+    "1x1": (pointwise_calls, {"pointwise_kernel"}),
+    "aspp": (
+        aspp_calls,
+        {"aspp_branches_kernel", "aspp_sum_kernel", "image_shift_kernel", "pointwise_kernel"},
+    ),
+    "aspp in training": (
+        aspp_training_calls,
+        {
+            "aspp_convs_kernel", "aspp_convs_sum_kernel", "aspp_stats_kernel", "aspp_dgrad_kernel",
+            "aspp_dgrad_sum_kernel", "aspp_wgrad_kernel", "aspp_wgrad_sum_kernel",
+        },
+    ),
+}  # fmt: skip
+# Whose products of fp32 PyTorch may round to TF32.
+PRODUCTS = ("1x1", "aspp", "aspp in training")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODES = [
+    pytest.param(family, dtype, id=f"{family}-{dtype}")
+    for family, dtype in product(FAMILIES, (*DTYPES, "tf32"))
+    if dtype != "tf32" or family in PRODUCTS
+]
+OTHER_GPUS = ("A100", "RTX 3090", "RTX 4090", "B200", "RTX 5090")
+# Calls that together launch every kernel, whatever the GPU.
+EXAMPLES = {
+    "upsampling": (
+        "argmax os8-513 channels_last prob=True",
+        f"confusion os8-513 {torch.int64} dense",
+        "softmax_add os8-513 nchw flip=False",
+    ),
+    "loss": ("training os8-513 channels_last dense",),
+    "batch norm": (
+        "batch_stats r50-layer4 channels_last",
+        "bn_act r50-layer4 channels_last act=relu other=True",
+        "bn_act_reduce r50-layer4 channels_last act=relu other=True",
+        "bn_act_backward r50-layer4 channels_last act=relu other=True means=True to_residual=True",
+    ),
+    "1x1": ("conv_bn_act r50-layer4 channels_last residual=channels_last act=relu",),
+    # Which tiles are cut depends on the number of multiprocessors.
+    "aspp": (
+        "branches os8-b1 channels_last",
+        "branches mbv3 channels_last",
+        "project os8-b1 classes=21",
+    ),
+    "aspp in training": (
+        "convs os8-b1 channels_last stats=True",
+        "convs mbv3 channels_last stats=True",
+        "dgrad os8-b1 channels_last",
+        "dgrad os16-b16 channels_last",
+        "wgrad os8-b8 channels_last",
+        "wgrad odd channels_last",
+    ),
+}
+
+
+def examples(dtype: torch.dtype) -> list[Call]:
+    found = []
+    for family, (calls, _) in FAMILIES.items():
+        found += [call for call in calls(dtype) if call.name in EXAMPLES[family]]
+    assert len(found) == sum(map(len, EXAMPLES.values()))
+    return found
+
+
+@pytest.mark.parametrize(("family", "dtype"), MODES)
+def test_every_mode_twice(family: str, dtype: str, launches) -> None:
+    """Every call, then every call again among other neighbours, which compiles nothing new."""
+    make, names = FAMILIES[family]
+    calls = list(make(DTYPES.get(dtype, torch.float32)))
+    with tf32(dtype == "tf32"):
+        first = {call.name: launches.of(*call) for call in calls}
+        assert len(first) == len(calls), "two calls have one name"
+        assert all(first.values()), "a call launches nothing"
+        assert {kernel for made in first.values() for kernel, _ in made} == names
+        for call in [*calls[1::2][::-1], *calls[::2]]:
+            assert launches.of(*call) == first[call.name], call.name
+
+
+@pytest.mark.parametrize("gpu", OTHER_GPUS, indirect=True)
+def test_every_kernel_on_another_gpu(launches) -> None:
+    made = [launch for call in examples(torch.bfloat16) for launch in launches.of(*call)]
+    assert {kernel for kernel, _ in made} == every_kernel()
+
+
+def test_one_after_any_other(launches) -> None:
+    """Kernels share globals, caches and tables: none must change what another finds."""
+    calls = examples(torch.bfloat16)
+    first = {call.name: launches.of(*call) for call in calls}
+    for one, other in permutations(calls, 2):
+        for call in (one, other):
+            assert launches.of(*call) == first[call.name], f"{other.name} after {one.name}"
+
+
+def every_kernel() -> set[str]:
+    """Names of the package's kernels, from the modules that define them."""
+    folder = Path(kernels.__file__).parent
+    modules = (import_module(f"{kernels.__name__}.{p.stem}") for p in folder.glob("*_kernels.py"))
+    return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+
+
+def test_every_kernel_is_launched_here() -> None:
+    launched = [names for _, names in FAMILIES.values()]
+    assert set().union(*launched) == every_kernel()
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("loss", "training os8-513 channels_last dense"),
+        ("upsampling", f"confusion os8-513 {torch.int64} dense"),
+    ],
+)
+def test_second_launch_finds_the_globals_of_the_first(family: str, name: str, launches) -> None:
+    """A launch compares a kernel's globals with those it was compiled with, and NaN is not NaN.
+
+    With a global NaN each call but the first of a program raised (Triton 3.6 and 3.7).
+    """
+    (call,) = (call for call in FAMILIES[family][0](torch.float32) if call.name == name)
+    assert launches.of(*call) == launches.of(*call)
