@@ -43,6 +43,8 @@ EXTENSIONS = ("_C", "_C_cuda", "_C_sm90")
 # The oldest torch whose stable ABI the CUDA extensions use: 2.11.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 DEFAULT_ARCHS = "8.0;9.0+PTX"
+# csrc needs it, and without one torch passes its own standard: C++17 up to torch 2.11.
+CXX_STANDARD = "-std=c++20"
 HOW_TO_BUILD = "pip install --no-build-isolation --no-deps ."
 
 
@@ -192,7 +194,7 @@ def gencode(archs: list[str]) -> list[str]:
 
 
 def cxx_flags(settings: Settings, compiler: str) -> list[str]:
-    flags = ["-O0", "-g"] if settings.debug else ["-O3", "-g0"]
+    flags = [CXX_STANDARD, *(["-O0", "-g"] if settings.debug else ["-O3", "-g0"])]
     # torch is compiled with the last two as well. No -march: the kernels choose at run time.
     flags += ["-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     # For compiling only. The GOMP_* symbols stay undefined and bind to the libgomp that libtorch
@@ -211,7 +213,7 @@ def link_flags() -> list[str]:
 
 def nvcc_flags(settings: Settings) -> list[str]:
     flags = ["-O0", "-g"] if settings.debug else ["-O3", "-lineinfo"]
-    flags += ["-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
+    flags += [CXX_STANDARD, "--expt-relaxed-constexpr", "-DUSE_CUDA"]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
     if settings.nvcc_threads:

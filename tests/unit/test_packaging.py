@@ -7,6 +7,7 @@ checkout cannot stand in for the one under test.
 """
 
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -271,6 +273,29 @@ def build(source: Path, *, check: bool = True, **env: object):
     done = run(*command, cwd=source, env=environment(**env), check=check)
     path = out / "deeplab_fast" / "build.json"
     return done, json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """setup.py as a module, without the build."""
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.chdir(ROOT)
+    for name in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(name)
+    spec = importlib.util.spec_from_file_location("deeplab_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("debug", ["0", "1"], ids=["release", "debug"])
+def test_every_compiler_gets_the_standard_of_csrc(debug, script, monkeypatch):
+    monkeypatch.setenv("DEBUG", debug)
+    settings = script.Settings.from_environment()
+    for flags in (script.cxx_flags(settings, "c++ (GCC) 12"), script.nvcc_flags(settings)):
+        assert [flag for flag in flags if "std=" in flag] == ["-std=c++20"]
 
 
 @pytest.fixture
