@@ -5,8 +5,9 @@
     deeplab_fast._C_sm90   csrc/cuda/*_sm90.cu              libtorch's stable ABI, sm_90a code only
 
 An extension without source files is left out. CUDA is compiled when torch has CUDA and nvcc is
-found; no GPU needs to be visible. build.json, written into the package, records what was built,
-with which flags, and why the rest was not; deeplab_fast/_ext.py reads it.
+found; no GPU needs to be visible. build.json, written into the package, records for each
+interpreter (its cache_tag) what was built, with which flags, and why the rest was not;
+deeplab_fast/_ext.py reads it.
 
 Environment variables:
 
@@ -266,8 +267,8 @@ def plan_cuda(plan: Plan, torch) -> None:
 def make_plan() -> Plan:
     settings = Settings.from_environment()
     plan = Plan(settings)
-    plan.facts = {"python": sys.implementation.cache_tag, "torch": None, "cuda": None, "archs": []}
-    plan.facts |= {"compiler": None, "flags": {}, "debug": settings.debug}
+    plan.facts = {"torch": None, "cuda": None, "archs": [], "compiler": None, "flags": {}}
+    plan.facts |= {"debug": settings.debug}
 
     def cannot(reason: str) -> Plan:
         if settings.build_ext == "1" or settings.force_cuda:
@@ -415,19 +416,34 @@ def escape_path(path: Path) -> str:
 
 
 def write_facts(folder: Path) -> None:
-    """Writes build.json into `folder` and removes extensions of earlier builds beside it."""
+    """Writes build.json into `folder` and removes extensions of earlier builds beside it.
+
+    In the checkout, where several interpreters build, the facts of the others are kept.
+    """
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     for name in PLAN.skipped:
         (folder / f"{name}{suffix}").unlink(missing_ok=True)
-    facts = PLAN.facts | {
+    tag = sys.implementation.cache_tag
+    facts = read_facts(folder) if folder == ROOT / PACKAGE else {}
+    facts[tag] = PLAN.facts | {
         "extensions": {
             name: {"built": name not in PLAN.skipped, "reason": PLAN.skipped.get(name, "")}
             for name in EXTENSIONS
         }
     }
-    temporary = folder / "build.json.tmp"
+    temporary = folder / f"build.json.{tag}.tmp"
     temporary.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     os.replace(temporary, folder / "build.json")
+
+
+def read_facts(folder: Path) -> dict[str, object]:
+    """build.json by interpreter; without what an older setup.py wrote, which had one for all."""
+    try:
+        facts = json.loads((folder / "build.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = facts.items() if isinstance(facts, dict) else ()
+    return {tag: own for tag, own in entries if isinstance(own, dict) and "extensions" in own}
 
 
 class BuildFacts(Command):

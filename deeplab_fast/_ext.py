@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 _FOLDER = Path(__file__).parent
+_PYTHON = sys.implementation.cache_tag
 _REBUILD = "rebuild with `pip install --no-build-isolation --no-deps .` in its source folder"
 
 
@@ -33,8 +34,8 @@ class Extension:
         name: its module name, such as "deeplab_fast._C".
         loaded: whether its ops are registered.
         reason: why it is not loaded, with what to do; empty when it is.
-        build: the facts of build.json (python, torch, cuda, archs, compiler, flags, debug,
-            extensions); empty when there is none.
+        build: the facts of build.json for this Python (torch, cuda, archs, compiler, flags,
+            debug, extensions); empty when there are none.
         module: the Python module; None when not loaded, and for the CUDA extensions, which have
             no Python part.
     """
@@ -46,12 +47,15 @@ class Extension:
     module: ModuleType | None = None
 
 
-def _read_build() -> dict[str, Any]:
+def _read_builds() -> dict[str, dict[str, Any]]:
+    """build.json: the facts of each Python that was built for, by its cache_tag."""
     try:
-        facts = json.loads((_FOLDER / "build.json").read_text("utf-8"))
+        builds = json.loads((_FOLDER / "build.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    entries = builds.items() if isinstance(builds, dict) else ()
+    # Older versions of the package wrote the facts of one Python, without its tag.
+    return {tag: own for tag, own in entries if isinstance(own, dict) and "extensions" in own}
 
 
 def _minor(version: str) -> str:
@@ -60,17 +64,15 @@ def _minor(version: str) -> str:
 
 
 def _not_built(name: str, build: dict[str, Any]) -> str:
-    others = [path.name for path in _FOLDER.glob(f"{name}.*") if path.suffix in (".so", ".pyd")]
-    if others:
-        return (
-            f"built for another Python: {', '.join(sorted(others))} does not fit "
-            f"{sys.implementation.cache_tag}; {_REBUILD}"
-        )
     reason = build.get("extensions", {}).get(name, {}).get("reason")
     if reason:
         return f"not built: {reason}"
     if build:
         return f"not built: its file is missing; {_REBUILD}"
+    files = (path.name for path in _FOLDER.glob(f"{name}.*") if path.suffix in (".so", ".pyd"))
+    others = sorted(_builds) or sorted(files)
+    if others:
+        return f"built for another Python only ({', '.join(others)}), not for {_PYTHON}; {_REBUILD}"
     return f"not built: this copy of the package was never installed; {_REBUILD}"
 
 
@@ -88,8 +90,8 @@ def _load(name: str, build: dict[str, Any], *, stable_abi: bool) -> Extension:
         return missing(_not_built(name, build))
     if stable_abi and torch.version.cuda is None:
         return missing(f"built, but torch {torch.__version__} has no CUDA")
-    # Only the stable ABI outlives a torch release. build.json may be of another Python's build.
-    built_for = build.get("torch") if build.get("python") == sys.implementation.cache_tag else None
+    built_for = build.get("torch")
+    # Only the stable ABI outlives a torch release.
     if built_for and not stable_abi and _minor(built_for) != _minor(torch.__version__):
         return missing(f"built for torch {built_for}, not for {torch.__version__}; {_REBUILD}")
     try:
@@ -104,7 +106,8 @@ def _load(name: str, build: dict[str, Any], *, stable_abi: bool) -> Extension:
         return missing(f"cannot be loaded ({type(error).__name__}: {error}); {_REBUILD}")
 
 
-_build = _read_build()
+_builds = _read_builds()
+_build = _builds.get(_PYTHON, {})
 CPU = _load("_C", _build, stable_abi=False)
 CUDA = _load("_C_cuda", _build, stable_abi=True)
 SM90 = _load("_C_sm90", _build, stable_abi=True)

@@ -28,6 +28,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+THIS = sys.implementation.cache_tag
+MINOR = int(torch.__version__.split(".")[1])
 SHIPPED = ("deeplab_fast", "kernels", "csrc", "tests", "bench", "requirements")
 TUNED = Path("kernels", "configs", "Some_GPU", "pointwise.json")
 GENERATED = ("*.so", "build.json", "__pycache__", "*.egg-info", ".benchmarks", ".hypothesis")
@@ -141,7 +143,7 @@ def wheel(tmp_path_factory) -> Path:
     source = copy_checkout(tmp_path_factory.mktemp("wheel") / "source")
     # Leftovers of an in-place build must not travel.
     (source / "deeplab_fast" / f"_C{SUFFIX}").write_bytes(b"old")
-    (source / "deeplab_fast" / "build.json").write_text('{"torch": "0.1"}')
+    (source / "deeplab_fast" / "build.json").write_text('{"cpython-37": {"extensions": {}}}')
     # As `python -m bench.tune` leaves it, beside a module of the folder's name.
     tuned = source / TUNED
     tuned.parent.mkdir(parents=True)
@@ -157,12 +159,14 @@ def test_wheel_holds_one_package(wheel):
     assert wheel.name == f"deeplab_fast-{version()}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        facts = json.loads(archive.read("deeplab_fast/build.json"))
+        builds = json.loads(archive.read("deeplab_fast/build.json"))
     top = {name.split("/")[0] for name in names}
     assert top == {"deeplab_fast", f"deeplab_fast-{version()}.dist-info"}
     assert {"deeplab_fast/kernels/__init__.py", f"deeplab_fast/{TUNED}"} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cpp", ".cu"))]
-    assert facts["extensions"]["_C"] == {"built": False, "reason": "DEEPLAB_FAST_BUILD_EXT=0"}
+    assert list(builds) == [THIS]
+    entry = {"built": False, "reason": "DEEPLAB_FAST_BUILD_EXT=0"}
+    assert builds[THIS]["extensions"]["_C"] == entry
 
 
 def test_wheel_runs_elsewhere_and_in_a_checkout(wheel, clean_python, tmp_path):
@@ -267,12 +271,12 @@ def test_tools_have_one_version():
 
 
 def build(source: Path, *, check: bool = True, **env: object):
-    """Runs setup.py's whole build and returns (finished process, build.json or None)."""
+    """Runs setup.py's whole build and returns (finished process, its facts or None)."""
     out = source.parent / "lib"
     command = (sys.executable, "setup.py", "build", "--build-lib", out)
     done = run(*command, cwd=source, env=environment(**env), check=check)
     path = out / "deeplab_fast" / "build.json"
-    return done, json.loads(path.read_text("utf-8")) if path.is_file() else None
+    return done, json.loads(path.read_text("utf-8"))[THIS] if path.is_file() else None
 
 
 @pytest.fixture
@@ -417,6 +421,42 @@ def test_cuda_sources_are_compiled_for_their_targets(source, tmp_path):
     }
 
 
+OTHER = {"extensions": {"_C": {"built": True, "reason": ""}}}
+
+
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [
+        pytest.param("", {}, id="no file yet"),
+        pytest.param(json.dumps({"cpython-37": OTHER}), {"cpython-37": OTHER}, id="another Python"),
+        pytest.param(json.dumps({THIS: OTHER}), {}, id="an earlier build for this Python"),
+        pytest.param(
+            json.dumps({"python": THIS, "flags": {"_C": []}} | OTHER), {}, id="an older format"
+        ),
+        pytest.param('{"cpython-37": ', {}, id="half a file"),
+        pytest.param("[]", {}, id="no facts at all"),
+    ],
+)
+def test_builds_in_place_keep_the_facts_of_other_pythons(
+    before, kept, script, tmp_path, monkeypatch
+):
+    package = tmp_path / "deeplab_fast"
+    package.mkdir()
+    if before:
+        (package / "build.json").write_text(before)
+    others = package / "_C.cpython-37m-x86_64-linux-gnu.so"
+    for path in (others, package / f"_C{SUFFIX}"):
+        path.write_bytes(b"")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "PLAN", script.Plan(script.PLAN.settings).skip_all("for a test"))
+    script.write_facts(package)
+    builds = json.loads((package / "build.json").read_text("utf-8"))
+    own = builds.pop(THIS)
+    assert builds == kept
+    assert own["extensions"]["_C"]["reason"] == "for a test"
+    assert sorted(package.iterdir()) == sorted([others, package / "build.json"])
+
+
 _names = (f"packaging_probe_{number}" for number in itertools.count())
 
 
@@ -441,35 +481,50 @@ def load(tmp_path, monkeypatch):
     return load
 
 
-MINOR = int(torch.__version__.split(".")[1])
-THIS = sys.implementation.cache_tag
-
-
 @pytest.mark.parametrize(
     ("files", "build", "reason"),
     [
         pytest.param({}, None, "never installed", id="no build at all"),
         pytest.param(
             {},
-            {"extensions": {"_C": {"built": False, "reason": "no compiler"}}},
+            {THIS: {"extensions": {"_C": {"built": False, "reason": "no compiler"}}}},
             "not built: no compiler",
             id="the build's own reason",
         ),
+        pytest.param({}, {THIS: OTHER}, "file is missing", id="file deleted"),
         pytest.param(
-            {}, {"extensions": {"_C": {"built": True}}}, "file is missing", id="file deleted"
+            {"_C.cpython-37m-x86_64-linux-gnu.so": b""},
+            None,
+            f"built for another Python only (_C.cpython-37m-x86_64-linux-gnu.so), not for {THIS}",
+            id="a file of Python 3.7",
         ),
         pytest.param(
-            {"_C.cpython-37m-x86_64-linux-gnu.so": b""}, None, "another Python", id="Python 3.7"
+            {"_C.cpython-37m-x86_64-linux-gnu.so": b""},
+            {"cpython-37": OTHER},
+            f"built for another Python only (cpython-37), not for {THIS}; rebuild",
+            id="the facts of Python 3.7",
+        ),
+        pytest.param(
+            {"_C.cpython-37m-x86_64-linux-gnu.so": b""},
+            {
+                "cpython-37": OTHER,
+                THIS: {"extensions": {"_C": {"built": False, "reason": "no compiler"}}},
+            },
+            "not built: no compiler",
+            id="the own reason beside a build of Python 3.7",
+        ),
+        pytest.param(
+            {}, {"python": THIS, "flags": {}} | OTHER, "never installed", id="an older format"
         ),
         pytest.param(
             {f"_C{SUFFIX}": b""},
-            {"torch": f"2.{MINOR - 1}.0", "python": THIS},
+            {THIS: {"torch": f"2.{MINOR - 1}.0", "extensions": {}}},
             f"built for torch 2.{MINOR - 1}.0, not for {torch.__version__}",
             id="the previous torch",
         ),
         pytest.param(
             {f"_C{SUFFIX}": b"text"},
-            {"torch": f"2.{MINOR}.99+other", "python": THIS},
+            {THIS: {"torch": f"2.{MINOR}.99+other", "extensions": {}}},
             "cannot be loaded",
             id="a patch release is no mismatch, a damaged file is one",
         ),
@@ -480,7 +535,7 @@ def test_extension_says_why_it_is_missing(files, build, reason, load):
     assert not ext.CPU.loaded
     assert ext.CPU.module is None
     assert reason in ext.CPU.reason
-    assert ext.CPU.build == (build or {})
+    assert ext.CPU.build == (build or {}).get(THIS, {})
 
 
 def test_extension_of_another_torch_is_recognised_by_its_symbols(load, tmp_path):
@@ -516,7 +571,9 @@ def test_built_extension_loads_and_shares_torchs_openmp():
     facts = ROOT / "deeplab_fast" / "build.json"
     if not facts.is_file():
         pytest.skip("the extension is not built in this checkout")
-    build = json.loads(facts.read_text("utf-8"))
+    build = json.loads(facts.read_text("utf-8")).get(THIS)
+    if build is None:
+        pytest.skip(f"the extension is not built for {THIS}")
     if not build["extensions"]["_C"]["built"]:
         pytest.skip(f"the extension is not built: {build['extensions']['_C']['reason']}")
     code = """
