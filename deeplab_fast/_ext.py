@@ -5,7 +5,8 @@
     SM90   deeplab_fast._C_sm90   CUDA C++ ops for sm_90a only
 
 Loading registers an extension's ops with torch's dispatcher. It never raises and does not
-initialise CUDA. DEEPLAB_FAST_DISABLE_EXT=1 leaves all three out.
+initialise CUDA. It warns of an extension that failed to compile, because pip hides the output of
+such a build. DEEPLAB_FAST_DISABLE_EXT=1 leaves all three out.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass, field
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 
 _FOLDER = Path(__file__).parent
 _PYTHON = sys.implementation.cache_tag
+_DISABLED = os.environ.get("DEEPLAB_FAST_DISABLE_EXT") == "1"
 _REBUILD = "rebuild with `pip install --no-build-isolation --no-deps .` in its source folder"
 
 
@@ -63,7 +66,18 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def _failure(name: str, build: dict[str, Any]) -> str:
+    """What the compiler failed with, and which compiler; empty where none failed."""
+    entry = build.get("extensions", {}).get(name, {})
+    if not entry.get("error"):
+        return ""
+    compiler = build.get("compiler") if name == "_C" else f"nvcc {build.get('cuda')}"
+    return f"{entry['reason']} ({compiler}, torch {build.get('torch')})"
+
+
 def _not_built(name: str, build: dict[str, Any]) -> str:
+    if failure := _failure(name, build):
+        return f"not built: {failure}; put that right and {_REBUILD}"
     reason = build.get("extensions", {}).get(name, {}).get("reason")
     if reason:
         return f"not built: {reason}"
@@ -82,7 +96,7 @@ def _load(name: str, build: dict[str, Any], *, stable_abi: bool) -> Extension:
     def missing(reason: str) -> Extension:
         return Extension(full_name, False, reason, build)
 
-    if os.environ.get("DEEPLAB_FAST_DISABLE_EXT") == "1":
+    if _DISABLED:
         return missing("switched off by DEEPLAB_FAST_DISABLE_EXT=1")
     files = (_FOLDER / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
     path = next((file for file in files if file.is_file()), None)
@@ -111,3 +125,18 @@ _build = _builds.get(_PYTHON, {})
 CPU = _load("_C", _build, stable_abi=False)
 CUDA = _load("_C_cuda", _build, stable_abi=True)
 SM90 = _load("_C_sm90", _build, stable_abi=True)
+
+_failures = [
+    f"{extension.name} {failure}"
+    for extension in (CPU, CUDA, SM90)
+    if not (extension.loaded or _DISABLED)
+    and (failure := _failure(extension.name.rpartition(".")[2], _build))
+]
+if _failures:
+    warnings.warn(
+        f"{'; '.join(_failures)}. Without it deeplab_fast is slower. To end this warning, put "
+        f"that right and {_REBUILD}, or build with DEEPLAB_FAST_BUILD_EXT=0 for pure Python, or "
+        "run with DEEPLAB_FAST_DISABLE_EXT=1.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
