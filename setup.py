@@ -5,16 +5,17 @@
     deeplab_fast._C_sm90   csrc/cuda/*_sm90.cu              libtorch's stable ABI, sm_90a code only
 
 An extension without source files is left out. CUDA is compiled when torch has CUDA and nvcc is
-found; no GPU needs to be visible. build.json, written into the package, records what was built,
-with which flags, and why the rest was not; deeplab_fast/_ext.py reads it.
+found; no GPU needs to be visible. build.json, written into the package, records for each
+interpreter (its cache_tag) what was built, with which flags, and why the rest was not;
+deeplab_fast/_ext.py reads it.
 
 Environment variables:
 
-    DEEPLAB_FAST_BUILD_EXT   auto (default): a failing extension is left out with one line;
-                             0: pure Python; 1: whatever prevents the C++ extension, or fails to
-                             compile, is an error
+    DEEPLAB_FAST_BUILD_EXT   auto (default): an extension that fails to compile is left out, and
+                             the build ends with its first error; 0: pure Python; 1: whatever
+                             prevents the C++ extension, or fails to compile, is an error
     FORCE_CUDA               1: compile the CUDA extensions also for a torch without CUDA; a
-                             missing toolkit is an error
+                             missing toolkit, or one that fails, is an error
     TORCH_CUDA_ARCH_LIST     compute capabilities from 8.0 up (default "8.0;9.0+PTX")
     MAX_JOBS                 compiler processes at a time
     NVCC_THREADS             threads in each nvcc
@@ -24,11 +25,16 @@ Environment variables:
 import json
 import os
 import re
+import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
@@ -40,9 +46,12 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "deeplab_fast"
 EXTENSIONS = ("_C", "_C_cuda", "_C_sm90")
+KINDS = {"_C": "C++", "_C_cuda": "CUDA", "_C_sm90": "sm_90a CUDA"}
 # The oldest torch whose stable ABI the CUDA extensions use: 2.11.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 DEFAULT_ARCHS = "8.0;9.0+PTX"
+# csrc needs it, and without one torch passes its own standard: C++17 up to torch 2.11.
+CXX_STANDARD = "-std=c++20"
 HOW_TO_BUILD = "pip install --no-build-isolation --no-deps ."
 
 
@@ -106,6 +115,7 @@ class Plan:
     settings: Settings
     extensions: list[Extension] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
     facts: dict[str, object] = field(default_factory=dict)
     nvcc: str | None = None
     announced: bool = False
@@ -126,6 +136,32 @@ class Plan:
         for name in EXTENSIONS:
             reason = self.skipped.get(name)
             say(f"{PACKAGE}.{name}: " + (f"not built: {reason}" if reason else "building"))
+
+    def failures(self, required: str = "") -> str:
+        """What failed to compile, the first errors, and the tools; `required` made it fatal."""
+        names = list(self.errors)
+        several = len(names) > 1
+        what = " and ".join(f"the {KINDS[name]} extension {PACKAGE}.{name}" for name in names)
+        if required:
+            lines = [f"error: {what} failed to compile"]
+            advice = (
+                f"{required} makes this an error; without it what fails is left out, and "
+                "DEEPLAB_FAST_BUILD_EXT=0 asks for pure Python"
+            )
+        else:
+            left_out = "are left out; everything they" if several else "is left out; everything it"
+            lines = [f"WARNING: {what} failed to compile and {left_out} would run is slower"]
+            advice = (
+                "DEEPLAB_FAST_BUILD_EXT=1 makes this an error, =0 asks for pure Python; "
+                f"`python -m {PACKAGE}.info` shows this again"
+            )
+        for error in dict.fromkeys(self.errors.values()):
+            of = " and ".join(name for name in names if self.errors[name] == error)
+            lines.append(f"first error{f' of {of}' * several}: {error}")
+        tools = [str(self.facts["compiler"])] * ("_C" in names)
+        tools += [f"nvcc {self.facts['cuda']}"] * (names != ["_C"])
+        lines.append(f"{', '.join(tools)}, torch {self.facts['torch']}: {advice}")
+        return "\n".join(f"{PACKAGE}: {line}" for line in lines)
 
 
 class CudaExtension(Extension):
@@ -164,9 +200,13 @@ def find_nvcc() -> tuple[str | None, str]:
 
 
 def nvcc_release(nvcc: str) -> str:
-    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    """Such as "13.0"; empty where nvcc does not tell: compiling then shows what is wrong."""
+    try:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    except OSError:
+        return ""
     found = re.search(r"release (\d+\.\d+)", done.stdout)
-    return found.group(1) if found else "0.0"
+    return found.group(1) if found else ""
 
 
 def parse_archs(text: str) -> list[str]:
@@ -192,7 +232,7 @@ def gencode(archs: list[str]) -> list[str]:
 
 
 def cxx_flags(settings: Settings, compiler: str) -> list[str]:
-    flags = ["-O0", "-g"] if settings.debug else ["-O3", "-g0"]
+    flags = [CXX_STANDARD, *(["-O0", "-g"] if settings.debug else ["-O3", "-g0"])]
     # torch is compiled with the last two as well. No -march: the kernels choose at run time.
     flags += ["-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     # For compiling only. The GOMP_* symbols stay undefined and bind to the libgomp that libtorch
@@ -211,7 +251,7 @@ def link_flags() -> list[str]:
 
 def nvcc_flags(settings: Settings) -> list[str]:
     flags = ["-O0", "-g"] if settings.debug else ["-O3", "-lineinfo"]
-    flags += ["-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
+    flags += [CXX_STANDARD, "--expt-relaxed-constexpr", "-DUSE_CUDA"]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     flags += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
     if settings.nvcc_threads:
@@ -231,7 +271,7 @@ def plan_cuda(plan: Plan, torch) -> None:
         return
     nvcc, reason = find_nvcc()
     release = nvcc_release(nvcc) if nvcc else ""
-    if nvcc and int(release.partition(".")[0]) < 12:
+    if release and int(release.partition(".")[0]) < 12:
         nvcc, reason = None, f"{nvcc} is of CUDA {release}; 12.0 or newer is needed"
     if nvcc is None:
         if settings.force_cuda:
@@ -256,7 +296,7 @@ def plan_cuda(plan: Plan, torch) -> None:
             optional = settings.build_ext != "1" and not settings.force_cuda
             plan.extensions.append(CudaExtension(f"{PACKAGE}.{name}", sources, flags, optional))
             plan.nvcc = nvcc
-            plan.facts["cuda"] = release
+            plan.facts["cuda"] = release or "of an unknown release"
             plan.facts["archs"] += targets
             plan.facts["flags"][name] = flags
 
@@ -264,8 +304,8 @@ def plan_cuda(plan: Plan, torch) -> None:
 def make_plan() -> Plan:
     settings = Settings.from_environment()
     plan = Plan(settings)
-    plan.facts = {"python": sys.implementation.cache_tag, "torch": None, "cuda": None, "archs": []}
-    plan.facts |= {"compiler": None, "flags": {}, "debug": settings.debug}
+    plan.facts = {"torch": None, "cuda": None, "archs": [], "compiler": None, "flags": {}}
+    plan.facts |= {"debug": settings.debug}
 
     def cannot(reason: str) -> Plan:
         if settings.build_ext == "1" or settings.force_cuda:
@@ -289,7 +329,7 @@ def make_plan() -> Plan:
         return cannot(f"there is no C++ compiler ({compiler[0]} is not on PATH; CXX names another)")
 
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-    version = first_line([*compiler, "--version"])
+    version = first_line([*compiler, "--version"]) or compiler[0]
     flags = cxx_flags(settings, version)
     plan.facts |= {"compiler": version, "flags": {"_C": flags}}
     if sources:
@@ -324,6 +364,85 @@ else:
     BuildExtension = build_ext
 
 
+@contextmanager
+def copied_output() -> Iterator[list[bytearray]]:
+    """Gives what is written to file descriptors 1 and 2, which also goes where it went before.
+
+    A replaced sys.stdout would not see the compilers: they are processes of their own.
+    """
+
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+
+    def copy() -> None:
+        # `stop` ends this, not the end of the pipes: a compiler's server may keep them open.
+        while ready := [fd for fd in select.select([*routes, stop], [], [])[0] if fd != stop]:
+            for fd in ready:
+                data = os.read(fd, 1 << 16)
+                target, copied = routes[fd] if data else routes.pop(fd)
+                copied += data
+                # A reader that went away must not leave the compilers with a full pipe.
+                with suppress(OSError):
+                    while data:
+                        data = data[os.write(target, data) :]
+
+    flush()
+    copies = [bytearray(), bytearray()]
+    originals = [os.dup(1), os.dup(2)]
+    pipes = [os.pipe(), os.pipe()]
+    stop, stopper = os.pipe()
+    reads = [read for read, _ in pipes]
+    routes = dict(zip(reads, zip(originals, copies, strict=True), strict=True))
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    try:
+        for number, (_, write) in enumerate(pipes, 1):
+            os.dup2(write, number)
+            os.close(write)
+        yield copies
+    finally:
+        flush()
+        for number, original in enumerate(originals, 1):
+            os.dup2(original, number)
+        os.close(stopper)
+        thread.join()
+        for fd in (*originals, *reads, stop):
+            os.close(fd)
+
+
+SEVERITY = re.compile(r"\b(error|fatal|warning|note|remark)\s*(#\S+)?\s*:", re.IGNORECASE)
+# What linkers and shells say without naming a severity.
+UNNAMED_ERROR = re.compile(
+    r"undefined reference to |multiple definition of |^Killed\b|^Segmentation fault\b"
+    r"|^\S*\b(ld(\.\w+)?|sh):(?!.*: in function |.* skipping incompatible )"
+)
+
+
+def is_error(line: str) -> bool:
+    if line[:1].isspace():  # compilers indent the lines of the source that they show
+        return False
+    severity = SEVERITY.search(line)
+    if severity:
+        return severity[1].lower() in ("error", "fatal")
+    return UNNAMED_ERROR.search(line) is not None
+
+
+def first_error(output: str) -> str:
+    """The first line of a failed build that is an error, of whichever tool; "" if none is known."""
+    lines = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", output).splitlines()
+    error = next((line for line in lines if is_error(line)), "")
+    failed = next((n for n, line in enumerate(lines) if line.startswith("FAILED: ")), None)
+    if not error and failed is not None:
+        # ninja goes on with the command, and with what that printed in whatever form.
+        error = "".join(lines[failed + 2 : failed + 3])
+        if not error or re.match(r"ninja: |\[\d+/\d+\] ", error):
+            error = f"{lines[failed].strip()} (its command printed nothing)"
+    error = error.strip().replace(f"{ROOT}{os.sep}", "")
+    return error if len(error) <= 300 else f"{error[:297]}..."
+
+
 class BuildExt(BuildExtension):
     """Builds each extension by itself, so that one that fails can be left out."""
 
@@ -333,19 +452,21 @@ class BuildExt(BuildExtension):
         # installs as well, whose own folder is temporary.
         kind = f"{sys.implementation.cache_tag}-torch{PLAN.facts.get('torch')}"
         self.build_temp = str(ROOT / "build" / f"ext-{kind}{'-debug' * PLAN.settings.debug}")
+        # One extension at a time, so that an error in the output is known to be its; ninja
+        # compiles files in parallel.
+        self.parallel = None
 
     def run(self) -> None:
         PLAN.announce()
+        inplace = self.inplace
         try:
             super().run()
         except Exception as error:
-            # A required extension, or torch's check of the compiler before the first one.
-            if not all(ext.optional for ext in self.extensions):
-                raise
+            # torch's check of the compiler, before the first extension.
             for ext in self.extensions:
-                self.leave_out(ext, error)
+                self.leave_out(ext, "", error)
             self.extensions = []
-        if self.inplace and not self.editable_mode:
+        if inplace and not self.editable_mode:
             write_facts(ROOT / PACKAGE)
 
     def build_extensions(self) -> None:
@@ -353,20 +474,26 @@ class BuildExt(BuildExtension):
         self.extensions = [ext for ext in self.extensions if name_of(ext) not in PLAN.skipped]
 
     def build_extension(self, ext: Extension) -> None:
+        output: list[bytearray] = []
         try:
-            if isinstance(ext, CudaExtension):
-                self.build_cuda(ext)
-            else:
-                super().build_extension(ext)
+            with copied_output() as output:
+                if isinstance(ext, CudaExtension):
+                    self.build_cuda(ext)
+                else:
+                    super().build_extension(ext)
         except Exception as error:
-            if not ext.optional:
-                raise
-            self.leave_out(ext, error)
+            self.leave_out(ext, b"\n".join(output).decode("utf-8", "replace"), error)
 
-    def leave_out(self, ext: Extension, error: Exception) -> None:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        PLAN.skipped[name_of(ext)] = f"it failed to compile ({reason})"
-        say(f"{ext.name} is left out: {reason}; DEEPLAB_FAST_BUILD_EXT=1 makes this an error")
+    def leave_out(self, ext: Extension, output: str, exception: Exception) -> None:
+        error = first_error(output) or str(exception).partition("\n")[0]
+        PLAN.errors[name_of(ext)] = error or type(exception).__name__
+        PLAN.skipped[name_of(ext)] = f"failed to compile: {PLAN.errors[name_of(ext)]}"
+        if not ext.optional:
+            demanded = PLAN.settings.build_ext == "1"
+            sys.stdout.flush()
+            raise SystemExit(
+                PLAN.failures("DEEPLAB_FAST_BUILD_EXT=1" if demanded else "FORCE_CUDA=1")
+            )
 
     def build_cuda(self, ext: CudaExtension) -> None:
         """Compiles and links through ninja, as torch does for C++."""
@@ -413,19 +540,38 @@ def escape_path(path: Path) -> str:
 
 
 def write_facts(folder: Path) -> None:
-    """Writes build.json into `folder` and removes extensions of earlier builds beside it."""
+    """Writes build.json into `folder` and removes extensions of earlier builds beside it.
+
+    In the checkout, where several interpreters build, the facts of the others are kept.
+    """
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     for name in PLAN.skipped:
         (folder / f"{name}{suffix}").unlink(missing_ok=True)
-    facts = PLAN.facts | {
+    tag = sys.implementation.cache_tag
+    facts = read_facts(folder) if folder == ROOT / PACKAGE else {}
+    facts[tag] = PLAN.facts | {
         "extensions": {
-            name: {"built": name not in PLAN.skipped, "reason": PLAN.skipped.get(name, "")}
+            name: {
+                "built": name not in PLAN.skipped,
+                "reason": PLAN.skipped.get(name, ""),
+                "error": PLAN.errors.get(name, ""),
+            }
             for name in EXTENSIONS
         }
     }
-    temporary = folder / "build.json.tmp"
+    temporary = folder / f"build.json.{tag}.tmp"
     temporary.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     os.replace(temporary, folder / "build.json")
+
+
+def read_facts(folder: Path) -> dict[str, object]:
+    """build.json by interpreter; without what an older setup.py wrote, which had one for all."""
+    try:
+        facts = json.loads((folder / "build.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = facts.items() if isinstance(facts, dict) else ()
+    return {tag: own for tag, own in entries if isinstance(own, dict) and "extensions" in own}
 
 
 class BuildFacts(Command):
@@ -463,7 +609,26 @@ class Build(build):
     sub_commands = [*build.sub_commands, ("build_facts", None)]  # noqa: RUF012
 
 
+def warn(text: str) -> None:
+    """Prints text, also on the terminal: pip hides what a build prints that succeeds."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    if sys.stdout.isatty():
+        return
+    # In the background of a terminal that stops its writers, a blocked SIGTTOU lets them write.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+    with suppress(OSError):
+        terminal = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        with suppress(OSError):
+            # pip's line about its progress is open.
+            os.write(terminal, f"\n{text}\n".encode())
+        os.close(terminal)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 setup(
     ext_modules=PLAN.extensions,
     cmdclass={"build": Build, "build_ext": BuildExt, "build_facts": BuildFacts},
 )
+if PLAN.errors:
+    warn(PLAN.failures())

@@ -5,7 +5,8 @@
     SM90   deeplab_fast._C_sm90   CUDA C++ ops for sm_90a only
 
 Loading registers an extension's ops with torch's dispatcher. It never raises and does not
-initialise CUDA. DEEPLAB_FAST_DISABLE_EXT=1 leaves all three out.
+initialise CUDA. It warns of an extension that failed to compile, because pip hides the output of
+such a build. DEEPLAB_FAST_DISABLE_EXT=1 leaves all three out.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from dataclasses import dataclass, field
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -22,6 +24,8 @@ from typing import Any
 import torch
 
 _FOLDER = Path(__file__).parent
+_PYTHON = sys.implementation.cache_tag
+_DISABLED = os.environ.get("DEEPLAB_FAST_DISABLE_EXT") == "1"
 _REBUILD = "rebuild with `pip install --no-build-isolation --no-deps .` in its source folder"
 
 
@@ -33,8 +37,8 @@ class Extension:
         name: its module name, such as "deeplab_fast._C".
         loaded: whether its ops are registered.
         reason: why it is not loaded, with what to do; empty when it is.
-        build: the facts of build.json (python, torch, cuda, archs, compiler, flags, debug,
-            extensions); empty when there is none.
+        build: the facts of build.json for this Python (torch, cuda, archs, compiler, flags,
+            debug, extensions); empty when there are none.
         module: the Python module; None when not loaded, and for the CUDA extensions, which have
             no Python part.
     """
@@ -46,12 +50,15 @@ class Extension:
     module: ModuleType | None = None
 
 
-def _read_build() -> dict[str, Any]:
+def _read_builds() -> dict[str, dict[str, Any]]:
+    """build.json: the facts of each Python that was built for, by its cache_tag."""
     try:
-        facts = json.loads((_FOLDER / "build.json").read_text("utf-8"))
+        builds = json.loads((_FOLDER / "build.json").read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    entries = builds.items() if isinstance(builds, dict) else ()
+    # Older versions of the package wrote the facts of one Python, without its tag.
+    return {tag: own for tag, own in entries if isinstance(own, dict) and "extensions" in own}
 
 
 def _minor(version: str) -> str:
@@ -59,18 +66,27 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def _failure(name: str, build: dict[str, Any]) -> str:
+    """What the compiler failed with, and which compiler; empty where none failed."""
+    entry = build.get("extensions", {}).get(name, {})
+    if not entry.get("error"):
+        return ""
+    compiler = build.get("compiler") if name == "_C" else f"nvcc {build.get('cuda')}"
+    return f"{entry['reason']} ({compiler}, torch {build.get('torch')})"
+
+
 def _not_built(name: str, build: dict[str, Any]) -> str:
-    others = [path.name for path in _FOLDER.glob(f"{name}.*") if path.suffix in (".so", ".pyd")]
-    if others:
-        return (
-            f"built for another Python: {', '.join(sorted(others))} does not fit "
-            f"{sys.implementation.cache_tag}; {_REBUILD}"
-        )
+    if failure := _failure(name, build):
+        return f"not built: {failure}; put that right and {_REBUILD}"
     reason = build.get("extensions", {}).get(name, {}).get("reason")
     if reason:
         return f"not built: {reason}"
     if build:
         return f"not built: its file is missing; {_REBUILD}"
+    files = (path.name for path in _FOLDER.glob(f"{name}.*") if path.suffix in (".so", ".pyd"))
+    others = sorted(_builds) or sorted(files)
+    if others:
+        return f"built for another Python only ({', '.join(others)}), not for {_PYTHON}; {_REBUILD}"
     return f"not built: this copy of the package was never installed; {_REBUILD}"
 
 
@@ -80,7 +96,7 @@ def _load(name: str, build: dict[str, Any], *, stable_abi: bool) -> Extension:
     def missing(reason: str) -> Extension:
         return Extension(full_name, False, reason, build)
 
-    if os.environ.get("DEEPLAB_FAST_DISABLE_EXT") == "1":
+    if _DISABLED:
         return missing("switched off by DEEPLAB_FAST_DISABLE_EXT=1")
     files = (_FOLDER / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
     path = next((file for file in files if file.is_file()), None)
@@ -88,8 +104,8 @@ def _load(name: str, build: dict[str, Any], *, stable_abi: bool) -> Extension:
         return missing(_not_built(name, build))
     if stable_abi and torch.version.cuda is None:
         return missing(f"built, but torch {torch.__version__} has no CUDA")
-    # Only the stable ABI outlives a torch release. build.json may be of another Python's build.
-    built_for = build.get("torch") if build.get("python") == sys.implementation.cache_tag else None
+    built_for = build.get("torch")
+    # Only the stable ABI outlives a torch release.
     if built_for and not stable_abi and _minor(built_for) != _minor(torch.__version__):
         return missing(f"built for torch {built_for}, not for {torch.__version__}; {_REBUILD}")
     try:
@@ -104,7 +120,23 @@ def _load(name: str, build: dict[str, Any], *, stable_abi: bool) -> Extension:
         return missing(f"cannot be loaded ({type(error).__name__}: {error}); {_REBUILD}")
 
 
-_build = _read_build()
+_builds = _read_builds()
+_build = _builds.get(_PYTHON, {})
 CPU = _load("_C", _build, stable_abi=False)
 CUDA = _load("_C_cuda", _build, stable_abi=True)
 SM90 = _load("_C_sm90", _build, stable_abi=True)
+
+_failures = [
+    f"{extension.name} {failure}"
+    for extension in (CPU, CUDA, SM90)
+    if not (extension.loaded or _DISABLED)
+    and (failure := _failure(extension.name.rpartition(".")[2], _build))
+]
+if _failures:
+    warnings.warn(
+        f"{'; '.join(_failures)}. Without it deeplab_fast is slower. To end this warning, put "
+        f"that right and {_REBUILD}, or build with DEEPLAB_FAST_BUILD_EXT=0 for pure Python, or "
+        "run with DEEPLAB_FAST_DISABLE_EXT=1.",
+        RuntimeWarning,
+        stacklevel=3,
+    )

@@ -6,26 +6,35 @@ this one through a .pth file; .pth files inside those are not run, so an editabl
 checkout cannot stand in for the one under test.
 """
 
+import contextlib
+import fcntl
 import importlib
+import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import site
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import termios
 import tomllib
+import warnings
 import zipfile
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+THIS = sys.implementation.cache_tag
+MINOR = int(torch.__version__.split(".")[1])
 SHIPPED = ("deeplab_fast", "kernels", "csrc", "tests", "bench", "requirements")
 TUNED = Path("kernels", "configs", "Some_GPU", "pointwise.json")
 GENERATED = ("*.so", "build.json", "__pycache__", "*.egg-info", ".benchmarks", ".hypothesis")
@@ -90,6 +99,8 @@ def run(*command: object, check: bool = True, **options) -> subprocess.Completed
         stderr=subprocess.STDOUT,
         text=True,
         timeout=240,
+        # Without a terminal, to which a build writes what failed.
+        start_new_session=True,
         **options,
     )
     if check:
@@ -139,7 +150,7 @@ def wheel(tmp_path_factory) -> Path:
     source = copy_checkout(tmp_path_factory.mktemp("wheel") / "source")
     # Leftovers of an in-place build must not travel.
     (source / "deeplab_fast" / f"_C{SUFFIX}").write_bytes(b"old")
-    (source / "deeplab_fast" / "build.json").write_text('{"torch": "0.1"}')
+    (source / "deeplab_fast" / "build.json").write_text('{"cpython-37": {"extensions": {}}}')
     # As `python -m bench.tune` leaves it, beside a module of the folder's name.
     tuned = source / TUNED
     tuned.parent.mkdir(parents=True)
@@ -155,12 +166,14 @@ def test_wheel_holds_one_package(wheel):
     assert wheel.name == f"deeplab_fast-{version()}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        facts = json.loads(archive.read("deeplab_fast/build.json"))
+        builds = json.loads(archive.read("deeplab_fast/build.json"))
     top = {name.split("/")[0] for name in names}
     assert top == {"deeplab_fast", f"deeplab_fast-{version()}.dist-info"}
     assert {"deeplab_fast/kernels/__init__.py", f"deeplab_fast/{TUNED}"} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cpp", ".cu"))]
-    assert facts["extensions"]["_C"] == {"built": False, "reason": "DEEPLAB_FAST_BUILD_EXT=0"}
+    assert list(builds) == [THIS]
+    entry = {"built": False, "reason": "DEEPLAB_FAST_BUILD_EXT=0", "error": ""}
+    assert builds[THIS]["extensions"]["_C"] == entry
 
 
 def test_wheel_runs_elsewhere_and_in_a_checkout(wheel, clean_python, tmp_path):
@@ -264,13 +277,43 @@ def test_tools_have_one_version():
         assert hooks.count(f"[{tool}==") == hooks.count(f"[{pins[tool]}]") > 0
 
 
-def build(source: Path, *, check: bool = True, **env: object):
-    """Runs setup.py's whole build and returns (finished process, build.json or None)."""
+def build(source: Path, *, check: bool = True, cuda: bool = False, **env: object):
+    """Runs setup.py's whole build and returns (finished process, its facts or None).
+
+    With `cuda` for a torch that says it has CUDA.
+    """
     out = source.parent / "lib"
-    command = (sys.executable, "setup.py", "build", "--build-lib", out)
+    command: tuple[object, ...] = ("setup.py",)
+    if cuda:
+        code = "import runpy, torch; torch.version.cuda = '13.0'; runpy.run_path('setup.py')"
+        command = ("-c", code)
+    command = (sys.executable, *command, "build", "--build-lib", out)
     done = run(*command, cwd=source, env=environment(**env), check=check)
     path = out / "deeplab_fast" / "build.json"
-    return done, json.loads(path.read_text("utf-8")) if path.is_file() else None
+    return done, json.loads(path.read_text("utf-8"))[THIS] if path.is_file() else None
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """setup.py as a module, without the build."""
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.chdir(ROOT)
+    for name in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(name)
+    spec = importlib.util.spec_from_file_location("deeplab_fast_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("debug", ["0", "1"], ids=["release", "debug"])
+def test_every_compiler_gets_the_standard_of_csrc(debug, script, monkeypatch):
+    monkeypatch.setenv("DEBUG", debug)
+    settings = script.Settings.from_environment()
+    for flags in (script.cxx_flags(settings, "c++ (GCC) 12"), script.nvcc_flags(settings)):
+        assert [flag for flag in flags if "std=" in flag] == ["-std=c++20"]
 
 
 @pytest.fixture
@@ -325,29 +368,329 @@ def test_force_cuda_without_a_toolkit_is_an_error(source, tmp_path):
     assert "has no bin/nvcc" in line
 
 
-@pytest.mark.parametrize("required", [False, True], ids=["auto leaves it out", "1 is fatal"])
-def test_extension_that_does_not_compile(required, source):
-    for path in (source / "csrc").rglob("*.cpp"):
-        path.unlink()
-    (source / "csrc" / "bad.cpp").write_text("#error broken on purpose\n")
-    setting = "1" if required else "auto"
-    done, facts = build(source, check=False, DEEPLAB_FAST_BUILD_EXT=setting, CUDA_HOME="/none")
-    assert "broken on purpose" in done.stdout
-    assert (done.returncode != 0) == required
-    if not required:
-        lines = [line for line in done.stdout.splitlines() if "_C is left out" in line]
-        assert len(lines) == 1
-        assert "DEEPLAB_FAST_BUILD_EXT=1" in lines[0]
-        assert "failed to compile" in facts["extensions"]["_C"]["reason"]
-
-
-def test_cuda_sources_are_compiled_for_their_targets(source, tmp_path):
-    """With an nvcc that only writes down its arguments, on whatever torch there is."""
+@pytest.fixture
+def sources(source) -> Path:
+    """csrc of the copy, without a source file."""
     shutil.rmtree(source / "csrc")
-    cuda = source / "csrc" / "cuda"
-    cuda.mkdir(parents=True)
+    (source / "csrc" / "cuda").mkdir(parents=True)
+    return source / "csrc"
+
+
+# Compiles as C++20 only and, without torch's headers, at once.
+CONCEPT = "template <class T> concept any = true;\n"
+
+
+def failing_nvcc(folder: Path, release: str) -> Path:
+    """A toolkit whose nvcc fails; it says a release if there is one."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    version = f'[ "$1" = --version ] && echo "release {release}, V1" && exit 0\n' * bool(release)
+    failure = 'echo "warning: old" >&2; echo "nvcc fatal   : broken on purpose" >&2; exit 1\n'
+    nvcc.write_text(f"#!/bin/sh\n{version}{failure}")
+    nvcc.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("code", "env", "error"),
+    [
+        pytest.param(
+            "#error broken on purpose\n",
+            {},
+            "csrc/bad.cpp:1:2: error: #error broken on purpose",
+            id="one error, of the preprocessor",
+        ),
+        pytest.param(
+            f'{CONCEPT}#warning "error: none"\nint f() {{ return one; }}\nint g = two;\n',
+            {},
+            "csrc/bad.cpp:3:18: error: ",
+            id="two errors after a warning",
+        ),
+        pytest.param(
+            CONCEPT, {"LDFLAGS": "-lno_such_library"}, "cannot find -lno_such_library", id="linker"
+        ),
+    ],
+)
+def test_extension_that_fails_is_left_out_loudly(code, env, error, sources, load):
+    (sources / "bad.cpp").write_text(code)
+    done, facts = build(sources.parent, CUDA_HOME="/none", **env)
+    what, first, tools = done.stdout.splitlines()[-3:]
+    assert what.startswith("deeplab_fast: WARNING: the C++ extension deeplab_fast._C failed to ")
+    assert first.startswith("deeplab_fast: first error: ")
+    assert error in first
+    assert tools.startswith(f"deeplab_fast: {facts['compiler']}, torch {torch.__version__}: ")
+    assert "DEEPLAB_FAST_BUILD_EXT=1" in tools
+    assert done.stdout.count("WARNING: the") == 1
+    commands = [line for line in done.stdout.splitlines() if " -c " in line]
+    assert {tuple(re.findall(r"-std=\S+", line)) for line in commands} == {("-std=c++20",)}
+
+    entry = facts["extensions"]["_C"]
+    assert entry["error"] == first.removeprefix("deeplab_fast: first error: ")
+    assert entry == {
+        "built": False,
+        "reason": f"failed to compile: {entry['error']}",
+        "error": entry["error"],
+    }
+    with pytest.warns(RuntimeWarning) as caught:
+        ext = load({}, {THIS: facts})
+    assert len(caught) == 1
+    for text in (ext.CPU.reason, str(caught[0].message)):
+        assert f"failed to compile: {entry['error']} ({facts['compiler']}, torch " in text
+        assert "rebuild with `pip install" in text
+    assert "_C_cuda" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("release", "env"),
+    [
+        pytest.param("13.0", {}, id="nvcc that compiles nothing"),
+        pytest.param("", {}, id="nvcc that does not even tell its release"),
+        pytest.param("13.0", {"FORCE_CUDA": "1"}, id="required by FORCE_CUDA"),
+        pytest.param("13.0", {"DEEPLAB_FAST_BUILD_EXT": "1"}, id="required by BUILD_EXT"),
+    ],
+)
+def test_cuda_extension_that_fails(release, env, sources, tmp_path, load):
+    (sources / "good.cpp").write_text(CONCEPT)
     for name in ("one.cu", "two_sm90.cu"):
-        (cuda / name).write_text("")
+        (sources / "cuda" / name).write_text("")
+    toolkit = failing_nvcc(tmp_path / "toolkit", release)
+    done, facts = build(sources.parent, check=False, cuda=True, CUDA_HOME=toolkit, **env)
+    assert "Traceback" not in done.stdout
+    assert (done.returncode != 0) == bool(env), done.stdout
+    what, first, tools = done.stdout.splitlines()[-3:]
+    one = "the CUDA extension deeplab_fast._C_cuda"
+    if env:
+        # The first failure of a required extension ends the build.
+        assert what == f"deeplab_fast: error: {one} failed to compile"
+        assert first == "deeplab_fast: first error: nvcc fatal   : broken on purpose"
+        assert f"{next(iter(env))}=1 makes this an error" in tools
+        assert facts is None
+        return
+    both = f"{one} and the sm_90a CUDA extension deeplab_fast._C_sm90"
+    assert what.startswith(f"deeplab_fast: WARNING: {both} failed to compile and are left out")
+    error = "nvcc fatal   : broken on purpose"
+    assert first == f"deeplab_fast: first error of _C_cuda and _C_sm90: {error}"
+    assert tools.startswith(f"deeplab_fast: nvcc {release or 'of an unknown release'}, torch ")
+    assert [entry["built"] for entry in facts["extensions"].values()] == [True, False, False]
+    assert [entry["error"] for entry in facts["extensions"].values()] == ["", error, error]
+    with pytest.warns(RuntimeWarning) as caught:
+        load({}, {THIS: facts})
+    assert str(caught[0].message).startswith("packaging_probe_")
+    assert "._C failed" not in str(caught[0].message)
+
+
+def test_required_extension_that_fails_ends_the_build(sources):
+    (sources / "bad.cpp").write_text("#error broken on purpose\n")
+    done, facts = build(sources.parent, check=False, DEEPLAB_FAST_BUILD_EXT=1, CUDA_HOME="/none")
+    assert done.returncode != 0
+    assert facts is None
+    assert "Traceback" not in done.stdout
+    what, first, tools = done.stdout.splitlines()[-3:]
+    assert what == "deeplab_fast: error: the C++ extension deeplab_fast._C failed to compile"
+    assert first == "deeplab_fast: first error: csrc/bad.cpp:1:2: error: #error broken on purpose"
+    assert f"torch {torch.__version__}: DEEPLAB_FAST_BUILD_EXT=1 makes this an error" in tools
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [
+        pytest.param("a.cpp:1:2: error: g\nb.cpp:1:2: error: h", "a.cpp:1:2: error: g", id="two"),
+        pytest.param(
+            "a.cpp:1:9: fatal error: no.h: None",
+            "a.cpp:1:9: fatal error: no.h: None",
+            id="a header",
+        ),
+        pytest.param(
+            "a.cpp:1:2: warning: error: g\nb.cpp:3:4: error: warning: h",
+            "b.cpp:3:4: error: warning: h",
+            id="errors and warnings that speak of each other",
+        ),
+        pytest.param(
+            '    1 | f("error: ");\n  f("error: ");\na.cpp:1: error: f',
+            "a.cpp:1: error: f",
+            id="lines of the source",
+        ),
+        pytest.param(
+            "\x1b[01m\x1b[Ka.cpp:1:2:\x1b[m\x1b[K \x1b[01;31m\x1b[Kerror: \x1b[m\x1b[Kg",
+            "a.cpp:1:2: error: g",
+            id="colours",
+        ),
+        pytest.param(
+            "a.cu(3): warning #177-D: x\na.cu(4): error #20: y",
+            "a.cu(4): error #20: y",
+            id="nvcc, with numbers",
+        ),
+        pytest.param(
+            "nvcc fatal   : Unsupported gpu architecture 'sm_35'",
+            "nvcc fatal   : Unsupported gpu architecture 'sm_35'",
+            id="nvcc itself",
+        ),
+        pytest.param(
+            "ptxas info    : 0 bytes\nptxas a.ptx, line 21; error   : Not a name",
+            "ptxas a.ptx, line 21; error   : Not a name",
+            id="ptxas",
+        ),
+        pytest.param(
+            "nvlink error   : Undefined reference to 'q'",
+            "nvlink error   : Undefined reference to 'q'",
+            id="nvlink",
+        ),
+        pytest.param(
+            "a.s: Assembler messages:\na.s:4: Error: no such instruction: `b'",
+            "a.s:4: Error: no such instruction: `b'",
+            id="assembler",
+        ),
+        pytest.param(
+            "c++: error: unrecognized command-line option '-std=c++20'",
+            "c++: error: unrecognized command-line option '-std=c++20'",
+            id="an old compiler",
+        ),
+        pytest.param(
+            "/bin/ld: e.o: in function `main':\ne.cpp:(.text+0x5): undefined reference to "
+            "`f()'\ncollect2: error: ld returned 1",
+            "e.cpp:(.text+0x5): undefined reference to `f()'",
+            id="a symbol",
+        ),
+        pytest.param(
+            "/bin/ld: skipping incompatible libx.so when searching for -lx\n"
+            "/bin/ld: cannot find -lx: No such file or directory\ncollect2: error: ld returned 1",
+            "/bin/ld: cannot find -lx: No such file or directory",
+            id="a library",
+        ),
+        pytest.param(
+            "ninja: error: 'z', needed by 'y', missing and no known rule to make it",
+            "ninja: error: 'z', needed by 'y', missing and no known rule to make it",
+            id="ninja",
+        ),
+        pytest.param(
+            "FAILED: a.o\nc++ a.cpp\nKilled\nninja: build stopped: subcommand failed.",
+            "Killed",
+            id="out of memory",
+        ),
+        pytest.param(
+            "FAILED: a.o\nc++ a.cpp\n/bin/sh: 1: c++: not found",
+            "/bin/sh: 1: c++: not found",
+            id="no such command",
+        ),
+        pytest.param(
+            "FAILED: a.o\nc++ a.cpp\nlicense expired\nninja: build stopped: subcommand failed.",
+            "license expired",
+            id="a form nobody knows",
+        ),
+        pytest.param(
+            "FAILED: a.o \nc++ a.cpp\nninja: build stopped: subcommand failed.",
+            "FAILED: a.o (its command printed nothing)",
+            id="a silent command",
+        ),
+        pytest.param(
+            f"{ROOT}/csrc/a.cpp:1:2: error: {'x' * 400}",
+            f"csrc/a.cpp:1:2: error: {'x' * 274}...",
+            id="a long line, with the path of the checkout",
+        ),
+        pytest.param("[1/1] c++ -Werror=all -c a.cpp\na.cpp:1: warning: w", "", id="no error"),
+    ],
+)
+def test_first_error_of_an_output(output, error, script):
+    assert script.first_error(output) == error
+
+
+# Runs setup.py without the build, and offers what it defines.
+OF_SCRIPT = """
+import json, os, runpy, setuptools, signal, subprocess, sys
+sys.argv = ["setup.py"]
+setuptools.setup = lambda **options: None
+script = runpy.run_path("setup.py")
+"""
+COPYING = f"""{OF_SCRIPT}
+def state():
+    files = [os.fstat(number) for number in (1, 2)]
+    return [(file.st_dev, file.st_ino) for file in files], sorted(os.listdir("/proc/self/fd"))
+
+before = state()
+print("before")
+try:
+    with script["copied_output"]() as copies:
+        print("first", flush=True)
+        command = "sleep 100 & echo $!; echo second >&2; yes | head -c 200000"
+        subprocess.run(["sh", "-c", command])
+        print("last")
+        raise KeyError
+except KeyError:
+    print("after")
+assert state() == before
+first, server, more = bytes(copies[0]).decode().split("\\n", 2)
+os.kill(int(server), signal.SIGKILL)
+assert (first, copies[1]) == ("first", b"second\\n"), copies
+assert more == "y\\n" * 100000 + "last\\n", copies
+"""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file", "terminal"])
+def test_output_of_compilers_is_copied(kind, tmp_path):
+    """The old descriptors are back after an exception, while a process keeps the new ones open."""
+    near, far = os.openpty() if kind == "terminal" else os.pipe()
+    if kind == "file":
+        os.close(far)
+        far = os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)
+    child = subprocess.Popen(
+        [sys.executable, "-c", COPYING],
+        stdout=far,
+        stderr=far,
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+    )
+    os.close(far)
+    output = b""
+    # A terminal without a writer is an error to Linux.
+    with contextlib.suppress(OSError):
+        while data := os.read(near, 1 << 16):
+            output += data
+    os.close(near)
+    assert child.wait(timeout=60) == 0, output[-2000:]
+    if kind == "file":
+        output = (tmp_path / "out").read_bytes()
+    lines = output.decode().split()
+    assert lines.count("y") == 100000
+    assert {"before", "first", "second"} < set(lines)
+    assert lines[-2:] == ["last", "after"]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "captured"),
+    [
+        pytest.param(True, True, id="pip captures the output"),
+        pytest.param(True, False, id="the output is the terminal"),
+        pytest.param(False, True, id="no terminal"),
+    ],
+)
+def test_warning_reaches_the_terminal_once(terminal, captured):
+    near, far = os.openpty()
+    code = f"{OF_SCRIPT}script['warn']('one\\ntwo \\u2018')"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE if captured else far,
+        cwd=ROOT,
+        env=environment(PYTHONIOENCODING="ascii"),
+        start_new_session=True,
+        preexec_fn=(lambda: fcntl.ioctl(far, termios.TIOCSCTTY, 0)) if terminal else None,
+    )
+    printed = child.communicate(timeout=60)[0]
+    assert child.returncode == 0
+    os.close(far)
+    shown = b""
+    with contextlib.suppress(OSError):
+        shown = os.read(near, 1000)
+    os.close(near)
+    assert (printed or b"").count(b"one\ntwo ?\n") == captured
+    assert shown.count(b"one\r\ntwo ") == terminal
+
+
+def test_cuda_sources_are_compiled_for_their_targets(sources, tmp_path):
+    """With an nvcc that only writes down its arguments, on whatever torch there is."""
+    source = sources.parent
+    for name in ("one.cu", "two_sm90.cu"):
+        (sources / "cuda" / name).write_text("")
     toolkit = tmp_path / "toolkit"
     (toolkit / "bin").mkdir(parents=True)
     nvcc = toolkit / "bin" / "nvcc"
@@ -382,6 +725,7 @@ def test_cuda_sources_are_compiled_for_their_targets(source, tmp_path):
             targets[compiled] = [flag for flag in arguments if flag.startswith("-gencode")]
             assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in arguments
             assert "-DUSE_CUDA" in arguments
+            assert [flag for flag in arguments if "std=" in flag] == ["-std=c++20"]
     assert targets == {
         "one.cu": [
             "-gencode=arch=compute_80,code=sm_80",
@@ -390,6 +734,42 @@ def test_cuda_sources_are_compiled_for_their_targets(source, tmp_path):
         ],
         "two_sm90.cu": ["-gencode=arch=compute_90a,code=sm_90a"],
     }
+
+
+OTHER = {"extensions": {"_C": {"built": True, "reason": ""}}}
+
+
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [
+        pytest.param("", {}, id="no file yet"),
+        pytest.param(json.dumps({"cpython-37": OTHER}), {"cpython-37": OTHER}, id="another Python"),
+        pytest.param(json.dumps({THIS: OTHER}), {}, id="an earlier build for this Python"),
+        pytest.param(
+            json.dumps({"python": THIS, "flags": {"_C": []}} | OTHER), {}, id="an older format"
+        ),
+        pytest.param('{"cpython-37": ', {}, id="half a file"),
+        pytest.param("[]", {}, id="no facts at all"),
+    ],
+)
+def test_builds_in_place_keep_the_facts_of_other_pythons(
+    before, kept, script, tmp_path, monkeypatch
+):
+    package = tmp_path / "deeplab_fast"
+    package.mkdir()
+    if before:
+        (package / "build.json").write_text(before)
+    others = package / "_C.cpython-37m-x86_64-linux-gnu.so"
+    for path in (others, package / f"_C{SUFFIX}"):
+        path.write_bytes(b"")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "PLAN", script.Plan(script.PLAN.settings).skip_all("for a test"))
+    script.write_facts(package)
+    builds = json.loads((package / "build.json").read_text("utf-8"))
+    own = builds.pop(THIS)
+    assert builds == kept
+    assert own["extensions"]["_C"]["reason"] == "for a test"
+    assert sorted(package.iterdir()) == sorted([others, package / "build.json"])
 
 
 _names = (f"packaging_probe_{number}" for number in itertools.count())
@@ -416,35 +796,50 @@ def load(tmp_path, monkeypatch):
     return load
 
 
-MINOR = int(torch.__version__.split(".")[1])
-THIS = sys.implementation.cache_tag
-
-
 @pytest.mark.parametrize(
     ("files", "build", "reason"),
     [
         pytest.param({}, None, "never installed", id="no build at all"),
         pytest.param(
             {},
-            {"extensions": {"_C": {"built": False, "reason": "no compiler"}}},
+            {THIS: {"extensions": {"_C": {"built": False, "reason": "no compiler"}}}},
             "not built: no compiler",
             id="the build's own reason",
         ),
+        pytest.param({}, {THIS: OTHER}, "file is missing", id="file deleted"),
         pytest.param(
-            {}, {"extensions": {"_C": {"built": True}}}, "file is missing", id="file deleted"
+            {"_C.cpython-37m-x86_64-linux-gnu.so": b""},
+            None,
+            f"built for another Python only (_C.cpython-37m-x86_64-linux-gnu.so), not for {THIS}",
+            id="a file of Python 3.7",
         ),
         pytest.param(
-            {"_C.cpython-37m-x86_64-linux-gnu.so": b""}, None, "another Python", id="Python 3.7"
+            {"_C.cpython-37m-x86_64-linux-gnu.so": b""},
+            {"cpython-37": OTHER},
+            f"built for another Python only (cpython-37), not for {THIS}; rebuild",
+            id="the facts of Python 3.7",
+        ),
+        pytest.param(
+            {"_C.cpython-37m-x86_64-linux-gnu.so": b""},
+            {
+                "cpython-37": OTHER,
+                THIS: {"extensions": {"_C": {"built": False, "reason": "no compiler"}}},
+            },
+            "not built: no compiler",
+            id="the own reason beside a build of Python 3.7",
+        ),
+        pytest.param(
+            {}, {"python": THIS, "flags": {}} | OTHER, "never installed", id="an older format"
         ),
         pytest.param(
             {f"_C{SUFFIX}": b""},
-            {"torch": f"2.{MINOR - 1}.0", "python": THIS},
+            {THIS: {"torch": f"2.{MINOR - 1}.0", "extensions": {}}},
             f"built for torch 2.{MINOR - 1}.0, not for {torch.__version__}",
             id="the previous torch",
         ),
         pytest.param(
             {f"_C{SUFFIX}": b"text"},
-            {"torch": f"2.{MINOR}.99+other", "python": THIS},
+            {THIS: {"torch": f"2.{MINOR}.99+other", "extensions": {}}},
             "cannot be loaded",
             id="a patch release is no mismatch, a damaged file is one",
         ),
@@ -455,7 +850,42 @@ def test_extension_says_why_it_is_missing(files, build, reason, load):
     assert not ext.CPU.loaded
     assert ext.CPU.module is None
     assert reason in ext.CPU.reason
-    assert ext.CPU.build == (build or {})
+    assert ext.CPU.build == (build or {}).get(THIS, {})
+
+
+BROKEN = {"built": False, "reason": "failed to compile: x.cpp:1: error: y", "error": "error: y"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "disable", "warns"),
+    [
+        pytest.param(BROKEN, "0", True, id="a compiler failed"),
+        pytest.param(BROKEN, "1", False, id="switched off when running"),
+        pytest.param({"built": True, "reason": "", "error": ""}, "0", False, id="built"),
+        pytest.param(
+            {"built": False, "reason": "DEEPLAB_FAST_BUILD_EXT=0", "error": ""},
+            "0",
+            False,
+            id="pure Python",
+        ),
+        pytest.param(
+            {"built": False, "reason": "there is no C++ compiler", "error": ""},
+            "0",
+            False,
+            id="no compiler",
+        ),
+    ],
+)
+def test_import_warns_of_a_compiler_that_failed(entry, disable, warns, load, monkeypatch):
+    monkeypatch.setenv("DEEPLAB_FAST_DISABLE_EXT", disable)
+    facts = {"torch": "2.0", "compiler": "c++ 1", "extensions": {"_C": entry}}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load({}, {THIS: facts, "cpython-37": {"extensions": {"_C": BROKEN}}})
+    assert len(caught) == warns
+    for warning in caught:
+        assert warning.category is RuntimeWarning
+        assert "x.cpp:1: error: y (c++ 1, torch 2.0)" in str(warning.message)
 
 
 def test_extension_of_another_torch_is_recognised_by_its_symbols(load, tmp_path):
@@ -491,7 +921,9 @@ def test_built_extension_loads_and_shares_torchs_openmp():
     facts = ROOT / "deeplab_fast" / "build.json"
     if not facts.is_file():
         pytest.skip("the extension is not built in this checkout")
-    build = json.loads(facts.read_text("utf-8"))
+    build = json.loads(facts.read_text("utf-8")).get(THIS)
+    if build is None:
+        pytest.skip(f"the extension is not built for {THIS}")
     if not build["extensions"]["_C"]["built"]:
         pytest.skip(f"the extension is not built: {build['extensions']['_C']['reason']}")
     code = """
