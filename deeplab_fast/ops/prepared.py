@@ -395,6 +395,10 @@ class PreparedConv:
         mkldnn = torch.ops.mkldnn
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         weight = self._reordered(x.shape)
+        if residual is not None and _in_any_format(residual):
+            # PyTorch 2.11 cannot add it: "could not create a memory".
+            y = mkldnn._convolution_pointwise(x, weight, shift, *geometry, "none", [], "")
+            return _activate(y + residual, self.act)
         if residual is None:
             attr, scalars = _ONEDNN_ACTIVATIONS[self.act]
             return mkldnn._convolution_pointwise(x, weight, shift, *geometry, attr, scalars, "")
@@ -601,6 +605,11 @@ _ONEDNN_ACTIVATIONS: dict[str | None, tuple[str, list[float]]] = {
 
 _PANEL = 16
 _KEPT_CHOICES = 64
+
+
+def _in_any_format(x: Tensor) -> bool:
+    """Whether x is both contiguous and channels_last: maps of one pixel or one channel are."""
+    return x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _has_onednn() -> bool:

@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(not _ext.CUDA.loaded, reason=f"CUDA C++ kernels: {_ext.CUDA.reason}"),
+    pytest.mark.skipif(not _ext.CPU.loaded, reason=f"their table of tiles: {_ext.CPU.reason}"),
 ]
 
 DEVICE = "cuda"
@@ -47,7 +48,7 @@ every_size = pytest.mark.parametrize(("shape", "branches"), SIZES)
 
 def kernels() -> list:
     """(architecture, row) of everything that this machine's extensions can run."""
-    if not (torch.cuda.is_available() and _ext.CUDA.loaded):
+    if not (torch.cuda.is_available() and _ext.CUDA.loaded and _ext.CPU.loaded):
         return [pytest.param(0, 0, id="none")]
     sm90 = _aspp_cuda.architecture(torch.cuda.get_device_capability()) == 90
     return [
