@@ -35,14 +35,28 @@ FOLDERS_launch := tests/launch
 # Triton reads it when it is imported; the other groups need it unset.
 ENV_interpret := TRITON_INTERPRET=1
 # Two processes of one thread each; files share what they compile and build.
-ARGS_launch := -n 2
+ARGS_launch := -n 2 --dist worksteal
 ARGS_interpret := -n 2 --dist loadfile
 ARGS_aot := -n 2 --dist loadfile
 ARGS_unit := -n 2 --dist loadfile
-ENV_unit := OMP_NUM_THREADS=1
+# Threads that a test asks for sleep while they wait: on a busy machine they spun for minutes.
+ENV_unit := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+
+# The oldest PyTorch and Triton that are supported, beside Python 3.12: what a GPU machine has.
+PYTHON312 ?= $(shell for python in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12.*/bin/python; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && \
+	echo "$$python" && break; done)
+OLDEST := .venv-oldest/bin/python
+OLDEST_DEPS := .venv-oldest/.deps
+OLDEST_INSTALLED := .venv-oldest/.installed
+# Of ops, backends and models.
+OLDEST_UNIT = $(wildcard $(patsubst %,tests/unit/test_%*.py,\
+	aspp backends batch_norm bilinear conv gpu prepared tuned upsample)) tests/models
+BUILD_LOG := build/oldest-build.log
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test $(GROUPS:%=test-%) bench bench-report ext wheel lint format clean
+.PHONY: help demo test $(GROUPS:%=test-%) test-oldest python312 bench bench-report ext wheel lint \
+	format clean
 
 help: ## show this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -89,6 +103,22 @@ sys.exit(failed > 0)
 endef
 export SUMMARY
 
+test-oldest: $(OLDEST_INSTALLED) ## test beside the oldest PyTorch and Triton, with its CUDA extensions
+	@! grep -E '(^|[^_])warning:' $(BUILD_LOG) || \
+		{ echo "test-oldest: the extensions compile with the warnings above"; exit 1; }
+	$(OLDEST) -c 'from deeplab_fast import _ext; \
+		missing = [e.reason for e in (_ext.CPU, _ext.CUDA, _ext.SM90) if not e.loaded]; \
+		raise SystemExit("\n".join(missing) or 0)'
+	$(OLDEST) -m pytest tests/gpu -q
+	$(OLDEST) -m pytest tests/launch $(ARGS_launch) $(PYTEST_ARGS)
+	env $(ENV_unit) $(OLDEST) -m pytest $(OLDEST_UNIT) $(ARGS_unit) $(PYTEST_ARGS)
+
+python312: ## print the Python 3.12 that test-oldest takes
+	@"$(PYTHON312)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && \
+		echo "$(PYTHON312)" || \
+		{ echo "there is no Python 3.12: install one, or name it, make PYTHON312=/path/to/python3.12"; \
+		exit 1; }
+
 # For instance make bench SUITE=cpu BENCH_ARGS="-k upsample".
 SUITE ?= quick
 BENCH_ARGS ?=
@@ -123,10 +153,10 @@ format: $(LINT_DEPS) ## format Python and C++ and apply safe fixes
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-clean: ## remove everything built, but not .venv
+clean: ## remove everything built, but not .venv and .venv-oldest
 	rm -rf build dist demo_output *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
-	rm -f deeplab_fast/*.so deeplab_fast/build.json $(INSTALLED)
-	find . -path ./.venv -prune -o -name __pycache__ -exec rm -rf {} +
+	rm -f deeplab_fast/*.so deeplab_fast/build.json $(INSTALLED) $(OLDEST_INSTALLED)
+	find . -path './.venv*' -prune -o -name __pycache__ -exec rm -rf {} +
 
 $(VENV_PYTHON):
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -136,6 +166,18 @@ $(VENV_PYTHON):
 $(DEPS): requirements/dev.txt requirements/no-deps.txt | $(VENV_PYTHON)
 	$(PIP) -r requirements/dev.txt
 	$(PIP) --no-deps -r requirements/no-deps.txt
+	@touch $@
+
+$(OLDEST_DEPS): requirements/oldest.txt
+	@$(MAKE) --no-print-directory python312
+	test -x $(OLDEST) || "$(PYTHON312)" -m venv .venv-oldest
+	$(OLDEST) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements/oldest.txt
+	@touch $@
+
+$(OLDEST_INSTALLED): $(OLDEST_DEPS) $(SOURCES)
+	@mkdir -p build
+	DEEPLAB_FAST_BUILD_EXT=1 $(OLDEST) -m pip install --disable-pip-version-check --verbose \
+		--no-build-isolation --no-deps -e . >$(BUILD_LOG) 2>&1 || { tail -n 60 $(BUILD_LOG); exit 1; }
 	@touch $@
 
 $(LINT_DEPS): requirements/lint.txt $(DEPS)

@@ -342,6 +342,7 @@ def test_project(sizes: dict, dtype: torch.dtype, nan_poison) -> None:
         pytest.param(1, 17, id="one-class"),
         pytest.param(16, 32, id="blocks-are-full"),
         pytest.param(21, 32, id="21-classes"),
+        pytest.param(70, 24, id="three-blocks-of-classes-the-last-short"),
     ],
 )
 def test_project_and_classify(classes: int, k: int, dtype: torch.dtype, nan_poison) -> None:

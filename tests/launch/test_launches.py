@@ -1,13 +1,15 @@
 """Every Triton kernel is launched by every launcher, for what the launchers tell apart.
 
-Dtypes, modes and layouts in full for compute capability 9.0, at shapes of the models; one call of
-each kernel for the other capabilities. Each call is made twice, the second time among other
-neighbours. `conftest.py` says what a launch passes through here.
+Dtypes, modes and layouts for compute capability 9.0, at shapes of the models; one call of each
+kernel for the other capabilities. Modes are combined at one size, layouts are taken one by one, and
+fp16 and TF32, whose code differs from that of bf16 and fp32 in types alone, take the first and the
+last size of a family. Each call is made twice, the second time among other neighbours.
+`conftest.py` says what a launch passes through here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from itertools import permutations, product
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from deeplab_fast.kernels.conv import allow_tf32
 from torch import Tensor
 
 from deeplab_fast import kernels, ops
@@ -52,16 +55,25 @@ def _off(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     return flat.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
-# Upsampling: N, C, h, w, H, W, align_corners.
+def sizes(table: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Any, bool]]:
+    """(name, size, whether it is the one for all modes and layouts) of the sizes for a dtype."""
+    names = list(table)
+    if dtype == torch.float16 or (dtype == torch.float32 and allow_tf32()):
+        names = [names[0], names[-1]]
+    for name in names:
+        yield name, table[name], name == names[0]
+
+
+# Upsampling: N, C, h, w, H, W, align_corners. In each table the first size is that for all modes,
+# the last one has numbers that nothing divides.
 UPSAMPLED = {
     "os8-513": (2, 21, 65, 65, 513, 513, False),
     "os8-520-align-corners": (1, 21, 65, 65, 520, 520, True),
     "os16-512-150-classes": (1, 150, 32, 32, 512, 512, False),
     "cityscapes": (1, 19, 128, 256, 1024, 2048, False),
-    "300-classes-odd": (1, 300, 17, 19, 129, 150, False),
     "down": (1, 21, 129, 100, 65, 33, False),
+    "300-classes-odd": (1, 300, 17, 19, 129, 150, False),
 }
-OS8 = UPSAMPLED["os8-513"]
 
 
 def label_maps(n: int, h: int, w: int) -> Iterator[tuple[torch.dtype, tuple[str, Tensor]]]:
@@ -81,17 +93,14 @@ class Call(NamedTuple):
 
 def upsample_calls(dtype: torch.dtype) -> Iterator[Call]:
     """All modes and layouts at one size, then the plain call at every size."""
-    for size, (n, c, h, w, *out, corners) in UPSAMPLED.items():
-        first = size == "os8-513"
-        xs = layouts(n, c, h, w, dtype)
+    for size, (n, c, h, w, *out, corners), first in sizes(UPSAMPLED, dtype):
         totals = layouts(n, c, *out, torch.float32)
-        x = xs["channels_last"]
-        for (layout, x), prob in product(xs.items(), (False, True)):
+        for (layout, x), prob in product(layouts(n, c, h, w, dtype).items(), (False, True)):
             yield Call(
                 f"argmax {size} {layout} prob={prob}",
                 partial(ops.upsample_argmax, x, out, align_corners=corners, return_prob=prob),
             )
-        x = xs["channels_last"]
+        x = channels_last(n, c, h, w, dtype)
         for labels, (layout, target) in label_maps(n, *out):
             if first or (labels, layout) == (torch.int64, "dense"):
                 yield Call(
@@ -108,66 +117,67 @@ def upsample_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 def loss_calls(dtype: torch.dtype) -> Iterator[Call]:
     """The loss: all its modes at one size, then one mode at all sizes and layouts."""
-    n, c, h, w, *out, corners = OS8
-    x = channels_last(n, c, h, w, dtype)
-    weights = (None, torch.ones(c))
-    for (labels, (layout, target)), weight, smoothing in product(
-        label_maps(n, *out), weights, (0.0, 0.1)
-    ):
-        if layout != "dense":
-            continue
-        name = f"{labels} weighted={weight is not None} smoothing={smoothing}"
+    for size, (n, c, h, w, *out, corners), first in sizes(UPSAMPLED, dtype):
+        x = channels_last(n, c, h, w, dtype)
+        for labels, (kind, target) in label_maps(n, *out):
+            whole = labels == torch.int64
+            if first and kind == "dense":
+                yield from loss_modes(x, target, corners, (None, torch.ones(c))[: 1 + whole])
+            if whole and (first or kind == "dense"):
+                yield training_call(f"{size} channels_last {kind}", x, target, corners)
+        if first:
+            for layout, x in layouts(n, c, h, w, dtype).items():
+                if layout != "channels_last":
+                    target = torch.zeros(n, *out, dtype=torch.int64)
+                    yield training_call(f"{size} {layout} dense", x, target, corners)
+
+
+def loss_modes(
+    x: Tensor, target: Tensor, align_corners: bool, weights: Sequence[Tensor | None]
+) -> Iterator[Call]:
+    """Everything that takes a loss, or its gradient, of these labels."""
+    shape = target.shape
+    for weight, smoothing in product(weights, (0.0, 0.1)):
+        name = f"{target.dtype} weighted={weight is not None} smoothing={smoothing}"
         args = (x, target, weight, 255, smoothing)
         for reduction in ("mean", "sum"):
-            yield Call(
-                f"loss {reduction} {name}",
-                partial(OPS.upsample_cross_entropy, *args, reduction, corners),
-            )
+            options = (*args, reduction, align_corners)
+            one = torch.ones(())
+            yield Call(f"loss {reduction} {name}", partial(OPS.upsample_cross_entropy, *options))
             yield Call(
                 f"loss with gradient {reduction} {name}",
-                partial(OPS.upsample_cross_entropy_with_grad, *args, reduction, corners),
+                partial(OPS.upsample_cross_entropy_with_grad, *options),
             )
             yield Call(
                 f"gradient {reduction} {name}",
-                partial(OPS.upsample_cross_entropy_backward, torch.ones(()), *args, reduction,
-                        corners),
-            )  # fmt: skip
-        yield Call(f"loss map {name}", partial(OPS.upsample_cross_entropy, *args, "none", corners))
-        for kind, grad in pixel_gradients(n, *out).items():
-            if kind != "dense" and (weight is not None or smoothing or labels != torch.int64):
-                continue
+                partial(OPS.upsample_cross_entropy_backward, one, *options),
+            )
+        options = (*args, "none", align_corners)
+        yield Call(f"loss map {name}", partial(OPS.upsample_cross_entropy, *options))
+        grads = {"dense": torch.ones(shape)}
+        if target.dtype == torch.int64 and weight is None and not smoothing:
+            # The gradient of a sum.
+            grads["expanded"] = torch.ones(()).expand(shape)
+        for kind, grad in grads.items():
             yield Call(
                 f"gradient of the loss map, {kind}, {name}",
-                partial(OPS.upsample_cross_entropy_backward, grad, *args, "none", corners),
-            )
-    for size, (n, c, h, w, *out, corners) in UPSAMPLED.items():
-        for (layout, x), (labels, (kind, target)) in product(
-            layouts(n, c, h, w, dtype).items(), label_maps(n, *out)
-        ):
-            plain = (layout, kind) == ("channels_last", "dense")
-            if labels != torch.int64 or not (plain or size == "os8-513"):
-                continue
-            leaf = x.detach().requires_grad_()
-            yield Call(
-                f"training {size} {layout} {kind}",
-                partial(_train, leaf, target, corners),
+                partial(OPS.upsample_cross_entropy_backward, grad, *options),
             )
 
 
-def pixel_gradients(n: int, h: int, w: int) -> dict[str, Tensor]:
-    dense = torch.ones(n, h, w)
-    # The gradient of a sum.
-    return {"dense": dense, "expanded": torch.ones(()).expand(n, h, w)}
+def training_call(name: str, logits: Tensor, target: Tensor, align_corners: bool) -> Call:
+    leaf = logits.detach().requires_grad_()
 
+    def run() -> None:
+        ops.upsample_cross_entropy(leaf, target, align_corners=align_corners).backward()
 
-def _train(logits: Tensor, target: Tensor, align_corners: bool) -> None:
-    ops.upsample_cross_entropy(logits, target, align_corners=align_corners).backward()
+    return Call(f"training {name}", run)
 
 
 # Batch norm: maps of ResNet-50 and MobileNetV3 at 513x513, and channels that no vector divides.
 NORMED = {
-    "stem": (2, 64, 257, 257),
     "r50-layer4": (2, 2048, 33, 33),
+    "stem": (2, 64, 257, 257),
     "mbv3-16": (2, 16, 257, 257),
     "pooled": (4, 256, 1, 1),
     "odd": (2, 21, 33, 33),
@@ -175,11 +185,13 @@ NORMED = {
 
 
 def norm_calls(dtype: torch.dtype) -> Iterator[Call]:
-    """All modes at one size, then the modes of ResNet at all sizes and layouts."""
+    """All modes and layouts at one size, then the modes of ResNet at every size."""
     acts = ("relu", "relu6", "hardswish", None)
-    for size, shape in NORMED.items():
+    for size, shape, first in sizes(NORMED, dtype):
         for layout, x in layouts(*shape, dtype).items():
-            whole = size == "r50-layer4" and layout == "channels_last"
+            whole = first and layout == "channels_last"
+            if not first and layout != "channels_last":
+                continue
             name = f"{size} {layout}"
             vectors = [torch.ones(shape[1]) for _ in range(4)]
             yield Call(f"batch_stats {name}", partial(ops.batch_stats, x))
@@ -206,8 +218,8 @@ def norm_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 # 1x1 convolutions: input, filters, stride.
 POINTWISE = {
-    "r50-layer2-down": ((2, 256, 129, 129), 512, 2),
     "r50-layer4": ((2, 512, 65, 65), 2048, 1),
+    "r50-layer2-down": ((2, 256, 129, 129), 512, 2),
     "mbv3-head": ((2, 960, 33, 33), 256, 1),
     "few-filters": ((2, 64, 65, 65), 21, 1),
     "odd-channels": ((2, 21, 33, 33), 30, 1),
@@ -216,13 +228,12 @@ POINTWISE = {
 
 def pointwise_calls(dtype: torch.dtype) -> Iterator[Call]:
     """All layouts of x and of the residual at one size, then both modes at every size."""
-    for size, ((n, c, h, w), k, stride) in POINTWISE.items():
+    for size, ((n, c, h, w), k, stride), first in sizes(POINTWISE, dtype):
         weight, vector = torch.zeros(k, c, 1, 1, dtype=dtype), torch.ones(k)
         xs = layouts(n, c, h, w, dtype)
         residuals = layouts(n, k, -(-h // stride), -(-w // stride), dtype)
-        whole = size == "r50-layer4"
         modes = [("channels_last", None, "relu"), ("channels_last", "channels_last", "relu")]
-        if whole:
+        if first:
             modes += [(layout, None, "relu") for layout in xs if layout != "channels_last"]
             modes += [("channels_last", layout, None) for layout in residuals]
             modes.append(("channels_last", None, None))
@@ -234,7 +245,7 @@ def pointwise_calls(dtype: torch.dtype) -> Iterator[Call]:
             )  # fmt: skip
 
 
-# The ASPP: N, C, h, w, rates, filters of a branch, and whether its tiles are cut.
+# The ASPP: N, C, h, w, rates, filters of a branch.
 ASPP = {
     "os8-b1": (1, 2048, 65, 65, (12, 24, 36), 256),
     "os16-b16": (16, 2048, 33, 33, (6, 12, 18), 256),
@@ -245,25 +256,18 @@ ASPP = {
 }
 
 
-def aspp_maps(size: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Features in every layout at one size, in that of the backbone at the others."""
-    n, c, h, w, *_ = ASPP[size]
-    if size == "os8-b1":
-        yield from layouts(n, c, h, w, dtype).items()
-    else:
-        yield "channels_last", channels_last(n, c, h, w, dtype)
-
-
 def aspp_filters(size: str, dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
     _, c, _, _, rates, k = ASPP[size]
     return [torch.zeros(k, c, s, s, dtype=dtype) for s in (1, *[3] * len(rates))], [1, *rates]
 
 
 def aspp_calls(dtype: torch.dtype) -> Iterator[Call]:
-    for size, (n, _, h, w, _, k) in ASPP.items():
+    for size, (n, c, h, w, _, k), first in sizes(ASPP, dtype):
         filters, dilations = aspp_filters(size, dtype)
         vectors = [torch.ones(k) for _ in filters]
-        for layout, x in aspp_maps(size, dtype):
+        for layout, x in layouts(n, c, h, w, dtype).items():
+            if not first and layout != "channels_last":
+                continue
             yield Call(
                 f"branches {size} {layout}",
                 partial(ops.aspp_branches, x, filters, vectors, vectors, dilations),
@@ -283,11 +287,13 @@ def aspp_calls(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def aspp_training_calls(dtype: torch.dtype) -> Iterator[Call]:
-    for size, (n, _, h, w, _, k) in ASPP.items():
+    for size, (n, c, h, w, _, k), first in sizes(ASPP, dtype):
         filters, dilations = aspp_filters(size, dtype)
         grad = channels_last(n, k * len(filters), h, w, dtype)
-        for layout, x in aspp_maps(size, dtype):
-            for stats in (False, True):
+        for layout, x in layouts(n, c, h, w, dtype).items():
+            if not first and layout != "channels_last":
+                continue
+            for stats in (False, True) if first else (True,):
                 yield Call(
                     f"convs {size} {layout} stats={stats}",
                     partial(ops.aspp_convs, x, filters, dilations, stats=stats),
@@ -358,7 +364,6 @@ EXAMPLES = {
         "project os8-b1 classes=21",
     ),
     "aspp in training": (
-        "convs os8-b1 channels_last stats=True",
         "convs mbv3 channels_last stats=True",
         "dgrad os8-b1 channels_last",
         "dgrad os16-b16 channels_last",
@@ -380,8 +385,8 @@ def examples(dtype: torch.dtype) -> list[Call]:
 def test_every_mode_twice(family: str, dtype: str, launches) -> None:
     """Every call, then every call again among other neighbours, which compiles nothing new."""
     make, names = FAMILIES[family]
-    calls = list(make(DTYPES.get(dtype, torch.float32)))
     with tf32(dtype == "tf32"):
+        calls = list(make(DTYPES.get(dtype, torch.float32)))
         first = {call.name: launches.of(*call) for call in calls}
         assert len(first) == len(calls), "two calls have one name"
         assert all(first.values()), "a call launches nothing"

@@ -49,13 +49,16 @@ def pair(request):
     return model, theirs
 
 
-def test_logits_equal_torchvision(pair) -> None:
+def test_logits_equal_torchvision(pair, request) -> None:
     model, theirs = pair
     shapes = [
         (1, 321, 321),  # the paper's small crop: maps of odd size
         (1, 257, 513),  # not square
         (2, 97, 161),  # a batch
     ]
+    if request.node.callspec.params["pair"] in ("resnet101", "resnet152"):
+        # More of the blocks that ResNet-50 runs at the larger sizes.
+        shapes = shapes[-1:]
     for n, h, w in shapes:
         x = torch.randn(n, 3, h, w)
         with torch.inference_mode():

@@ -941,6 +941,6 @@ def test_a_file_of_another_kind_is_replaced(name, tmp_path, capsys) -> None:
 def test_gpu_script_leaves_a_summary(tmp_path) -> None:
     env = {**os.environ, "STEPS": "none", "PYTHON": sys.executable}
     command = ["bash", str(ROOT / "bench" / "gpu.sh"), str(tmp_path / "out")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "total:" in (tmp_path / "out" / "summary.txt").read_text("utf-8")

@@ -98,7 +98,7 @@ def run(*command: object, check: bool = True, **options) -> subprocess.Completed
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
+        timeout=600,
         # Without a terminal, to which a build writes what failed.
         start_new_session=True,
         **options,
@@ -647,7 +647,7 @@ def test_output_of_compilers_is_copied(kind, tmp_path):
         while data := os.read(near, 1 << 16):
             output += data
     os.close(near)
-    assert child.wait(timeout=60) == 0, output[-2000:]
+    assert child.wait(timeout=600) == 0, output[-2000:]
     if kind == "file":
         output = (tmp_path / "out").read_bytes()
     lines = output.decode().split()
@@ -675,7 +675,7 @@ def test_warning_reaches_the_terminal_once(terminal, captured):
         start_new_session=True,
         preexec_fn=(lambda: fcntl.ioctl(far, termios.TIOCSCTTY, 0)) if terminal else None,
     )
-    printed = child.communicate(timeout=60)[0]
+    printed = child.communicate(timeout=600)[0]
     assert child.returncode == 0
     os.close(far)
     shown = b""

@@ -452,7 +452,7 @@ def test_two_processes_equal_one(config, tmp_path):
         )
         for r in range(2)
     ]
-    output = [process.communicate(timeout=280)[0] for process in processes]
+    output = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], output
     mine, theirs = rows(single.folder), rows(tmp_path / "two")
     first, second = (
