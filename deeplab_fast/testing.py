@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -92,6 +96,24 @@ def cpu_instruction_sets() -> list[str]:
             continue
     torch.ops.deeplab_fast._cpu_instruction_set(before)
     return found
+
+
+def nvidia_tool(name: str, *args: str) -> str:
+    """What a program of the CUDA tools that Triton brings prints: cuobjdump, nvdisasm, ptxas."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+def cubin_resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK and LOCAL of the one kernel in a cubin: registers and bytes of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = nvidia_tool("cuobjdump", "--dump-resource-usage", file.name)
+    found = {name: re.search(rf"\b{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL")}
+    return {name: int(match[1]) for name, match in found.items() if match}
 
 
 @contextmanager

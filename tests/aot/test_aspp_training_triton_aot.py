@@ -25,6 +25,7 @@ from deeplab_fast.kernels import configs
 from deeplab_fast.kernels.configs import A100, FMA_FP32, H100, MMA_16BIT, MMA_TF32, GemmConfig
 
 from deeplab_fast.ops.aspp_tiles import Branch
+from deeplab_fast.testing import cubin_resources
 
 pytestmark = pytest.mark.aot
 
@@ -215,7 +216,7 @@ def test_resources(kernels, variant: Variant, tmp_path: Path) -> None:
     compiled = compile_variant(kernels[variant.kernel], variant)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    used = inference.resources(cubin)
+    used = cubin_resources(cubin.read_bytes())
     assert used["STACK"] == 0 and used["LOCAL"] == 0, f"{variant.key} spills: {used}"
     got = {"registers": used["REG"], "shared": compiled.metadata.shared}
     config, device = variant.config, DEVICES[variant.capability]

@@ -15,7 +15,6 @@ import inspect
 import json
 import os
 import re
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from deeplab_fast.kernels import configs
 from deeplab_fast.kernels.configs import A100, FMA_FP32, H100, MMA_16BIT, MMA_TF32, GemmConfig
 
 from deeplab_fast.ops.aspp_tiles import Branch
+from deeplab_fast.testing import cubin_resources, nvidia_tool
 
 pytestmark = pytest.mark.aot
 
@@ -212,21 +212,6 @@ def compile_variant(kernel, variant: Variant):
     )
 
 
-def nvidia_tool(name: str, *args: str) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
-
-
-def resources(cubin: Path) -> dict[str, int]:
-    """REG, STACK and LOCAL of the one kernel in the file."""
-    usage = nvidia_tool("cuobjdump", "--dump-resource-usage", str(cubin))
-    return {
-        name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
-    }
-
-
 def main_loop(cubin: Path) -> int:
     """Instructions of the innermost loop around a tensor-core instruction."""
     labels: dict[str, int] = {}
@@ -252,7 +237,7 @@ def test_resources(kernels, variant: Variant, tmp_path: Path) -> None:
     compiled = compile_variant(kernels[variant.kernel], variant)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    used = resources(cubin)
+    used = cubin_resources(cubin.read_bytes())
     assert used["STACK"] == 0 and used["LOCAL"] == 0, f"{variant.key} spills: {used}"
     got = {"registers": used["REG"], "shared": compiled.metadata.shared}
     config, device = variant.config, DEVICES[variant.capability]

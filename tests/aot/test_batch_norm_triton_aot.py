@@ -15,13 +15,14 @@ import inspect
 import json
 import os
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from deeplab_fast.kernels import batch_norm, configs
 from deeplab_fast.kernels.configs import A100, H100, BatchNormConfig
+
+from deeplab_fast.testing import cubin_resources, nvidia_tool
 
 pytestmark = pytest.mark.aot
 
@@ -189,21 +190,6 @@ def compile_variant(kernels, variant: Variant, capability: int):
     )
 
 
-def nvidia_tool(name: str, *args: str) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
-
-
-def resources(cubin: Path) -> dict[str, int]:
-    """REG, STACK and LOCAL of the one kernel in the file."""
-    usage = nvidia_tool("cuobjdump", "--dump-resource-usage", str(cubin))
-    return {
-        name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
-    }
-
-
 def tile_loop(cubin: Path) -> list[str]:
     """Instructions of the longest loop: what lies between a backward branch and its target."""
     labels: dict[str, int] = {}
@@ -235,7 +221,7 @@ def test_resources(kernels, variant: Variant, capability: int, tmp_path: Path) -
     compiled = compile_variant(kernels, variant, capability)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    used = resources(cubin)
+    used = cubin_resources(cubin.read_bytes())
     assert used["STACK"] == 0 and used["LOCAL"] == 0, f"{variant.id} spills: {used}"
     got = {"registers": used["REG"], "shared": compiled.metadata.shared}
     ptx = compiled.asm["ptx"]

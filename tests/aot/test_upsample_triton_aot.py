@@ -13,11 +13,12 @@ import inspect
 import json
 import os
 import re
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from deeplab_fast.testing import cubin_resources, nvidia_tool
 
 pytestmark = pytest.mark.aot
 
@@ -163,21 +164,6 @@ def compile_variant(kernels, variant: Variant, capability: int):
     )
 
 
-def nvidia_tool(name: str, *args: str) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
-
-
-def resources(cubin: Path) -> dict[str, int]:
-    """REG, STACK and LOCAL of the one kernel in the file."""
-    usage = nvidia_tool("cuobjdump", "--dump-resource-usage", str(cubin))
-    return {
-        name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
-    }
-
-
 def loop_lengths(cubin: Path) -> list[int]:
     """Instructions of each loop, in the order of the code: what lies between a backward branch and
     its target."""
@@ -205,7 +191,7 @@ def test_resources(kernels, variant: Variant, capability: int, tmp_path: Path) -
     compiled = compile_variant(kernels, variant, capability)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    used = resources(cubin)
+    used = cubin_resources(cubin.read_bytes())
     assert used["STACK"] == 0 and used["LOCAL"] == 0, f"{variant.id} spills: {used}"
     got = {"registers": used["REG"], "shared": compiled.metadata.shared}
     if variant.loops:

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 
 import deeplab_fast as dlf
 from deeplab_fast import backends
+from deeplab_fast.testing import cubin_resources
 
 HERE = Path(__file__).parent
 # From compute capability 8.0 on: of a multiprocessor; of a thread, which takes them 8 at a time.
@@ -167,7 +166,7 @@ class Driver:
         self, name: str, cubin: bytes, shared: int, device: int
     ) -> tuple[object, Loaded, int, int, int]:
         """(module, function, registers, bytes spilled, most threads of a block) of a kernel."""
-        used = resources(cubin)
+        used = cubin_resources(cubin)
         loaded = Loaded(name, used["REG"], used["STACK"] + used["LOCAL"])
         unit = -(-loaded.registers // REGISTER_UNIT) * REGISTER_UNIT
         threads = min(REGISTERS // unit // WARP * WARP, MAX_THREADS)
@@ -208,21 +207,6 @@ def check_argument(kind: str, value: Any) -> None:
         assert isinstance(value, float), f"{value!r} for a {kind}"
     else:
         assert kind == "constexpr", kind
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK and LOCAL of a kernel."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {
-        name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
-    }
 
 
 @pytest.fixture

@@ -1,15 +1,15 @@
 """Every Triton kernel is launched by every launcher, for what the launchers tell apart.
 
 Dtypes, modes and layouts for compute capability 9.0, at shapes of the models; one call of each
-kernel for the other capabilities. Modes are combined at one size, layouts are taken one by one, and
-fp16 and TF32, whose code differs from that of bf16 and fp32 in types alone, take the first and the
-last size of a family. Each call is made twice, the second time among other neighbours.
-`conftest.py` says what a launch passes through here.
+kernel for the other capabilities. Modes are combined at one size, layouts are taken one by one.
+fp16 and TF32, whose code differs from that of bf16 and fp32 in types alone, take fewer modes, and
+the first and the last size of a family. Each call is made twice, the second time among other
+neighbours. `conftest.py` says what a launch passes through here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from itertools import permutations, product
@@ -55,10 +55,14 @@ def _off(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
     return flat.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
+def is_like_another(dtype: torch.dtype) -> bool:
+    return dtype == torch.float16 or (dtype == torch.float32 and allow_tf32())
+
+
 def sizes(table: dict[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Any, bool]]:
     """(name, size, whether it is the one for all modes and layouts) of the sizes for a dtype."""
     names = list(table)
-    if dtype == torch.float16 or (dtype == torch.float32 and allow_tf32()):
+    if is_like_another(dtype):
         names = [names[0], names[-1]]
     for name in names:
         yield name, table[name], name == names[0]
@@ -96,6 +100,8 @@ def upsample_calls(dtype: torch.dtype) -> Iterator[Call]:
     for size, (n, c, h, w, *out, corners), first in sizes(UPSAMPLED, dtype):
         totals = layouts(n, c, *out, torch.float32)
         for (layout, x), prob in product(layouts(n, c, h, w, dtype).items(), (False, True)):
+            if prob and not first:
+                continue
             yield Call(
                 f"argmax {size} {layout} prob={prob}",
                 partial(ops.upsample_argmax, x, out, align_corners=corners, return_prob=prob),
@@ -108,7 +114,7 @@ def upsample_calls(dtype: torch.dtype) -> Iterator[Call]:
                     partial(ops.upsample_confusion, x, target, align_corners=corners),
                 )
         for (layout, total), flip in product(totals.items(), (False, True)):
-            if first or (layout, flip) == ("nchw", False):
+            if layout == "nchw" or (first and not flip):
                 yield Call(
                     f"softmax_add {size} {layout} flip={flip}",
                     partial(ops.upsample_softmax_add, total, x, flip=flip, align_corners=corners),
@@ -121,8 +127,8 @@ def loss_calls(dtype: torch.dtype) -> Iterator[Call]:
         x = channels_last(n, c, h, w, dtype)
         for labels, (kind, target) in label_maps(n, *out):
             whole = labels == torch.int64
-            if first and kind == "dense":
-                yield from loss_modes(x, target, corners, (None, torch.ones(c))[: 1 + whole])
+            if first and kind == "dense" and (whole or not is_like_another(dtype)):
+                yield from loss_modes(x, target, corners)
             if whole and (first or kind == "dense"):
                 yield training_call(f"{size} channels_last {kind}", x, target, corners)
         if first:
@@ -132,11 +138,10 @@ def loss_calls(dtype: torch.dtype) -> Iterator[Call]:
                     yield training_call(f"{size} {layout} dense", x, target, corners)
 
 
-def loss_modes(
-    x: Tensor, target: Tensor, align_corners: bool, weights: Sequence[Tensor | None]
-) -> Iterator[Call]:
-    """Everything that takes a loss, or its gradient, of these labels."""
-    shape = target.shape
+def loss_modes(x: Tensor, target: Tensor, align_corners: bool) -> Iterator[Call]:
+    """What takes a loss, or its gradient, of these labels; everything for those of 64 bits."""
+    whole = target.dtype == torch.int64
+    weights = (None, torch.ones(x.shape[1])) if whole else (None,)
     for weight, smoothing in product(weights, (0.0, 0.1)):
         name = f"{target.dtype} weighted={weight is not None} smoothing={smoothing}"
         args = (x, target, weight, 255, smoothing)
@@ -152,17 +157,18 @@ def loss_modes(
                 f"gradient {reduction} {name}",
                 partial(OPS.upsample_cross_entropy_backward, one, *options),
             )
+        if not whole:
+            continue
         options = (*args, "none", align_corners)
         yield Call(f"loss map {name}", partial(OPS.upsample_cross_entropy, *options))
-        grads = {"dense": torch.ones(shape)}
-        if target.dtype == torch.int64 and weight is None and not smoothing:
-            # The gradient of a sum.
-            grads["expanded"] = torch.ones(()).expand(shape)
-        for kind, grad in grads.items():
-            yield Call(
-                f"gradient of the loss map, {kind}, {name}",
-                partial(OPS.upsample_cross_entropy_backward, grad, *options),
-            )
+        # The gradient of a weighted sum, and of a sum.
+        for kind, grad in (("dense", torch.ones(target.shape)), ("expanded", torch.ones(()))):
+            if kind == "dense" or (weight is None and not smoothing):
+                yield Call(
+                    f"gradient of the loss map, {kind}, {name}",
+                    partial(OPS.upsample_cross_entropy_backward, grad.expand(target.shape),
+                            *options),
+                )  # fmt: skip
 
 
 def training_call(name: str, logits: Tensor, target: Tensor, align_corners: bool) -> Call:
@@ -195,7 +201,8 @@ def norm_calls(dtype: torch.dtype) -> Iterator[Call]:
             name = f"{size} {layout}"
             vectors = [torch.ones(shape[1]) for _ in range(4)]
             yield Call(f"batch_stats {name}", partial(ops.batch_stats, x))
-            for act, other in product(acts if whole else ("relu",), (None, x)):
+            all_acts = whole and not is_like_another(dtype)
+            for act, other in product(acts if all_acts else ("relu",), (None, x)):
                 if act == "hardswish" and other is not None:
                     continue
                 mode = f"{name} act={act} other={other is not None}"
@@ -207,7 +214,8 @@ def norm_calls(dtype: torch.dtype) -> Iterator[Call]:
                     partial(ops.bn_act_reduce, x, x, *vectors, out=other, act=act),
                 )
                 for means, to_residual in product(((), vectors[:2]), (False, True)):
-                    if not whole and (not means or to_residual != (other is not None)):
+                    usual = means and to_residual == (other is not None)
+                    if not (usual or (whole and (means or act == "relu"))):
                         continue
                     yield Call(
                         f"bn_act_backward {mode} means={bool(means)} to_residual={to_residual}",
@@ -293,7 +301,7 @@ def aspp_training_calls(dtype: torch.dtype) -> Iterator[Call]:
         for layout, x in layouts(n, c, h, w, dtype).items():
             if not first and layout != "channels_last":
                 continue
-            for stats in (False, True) if first else (True,):
+            for stats in (True, False)[: 1 + (first and layout == "channels_last")]:
                 yield Call(
                     f"convs {size} {layout} stats={stats}",
                     partial(ops.aspp_convs, x, filters, dilations, stats=stats),
@@ -356,7 +364,7 @@ EXAMPLES = {
         "bn_act_reduce r50-layer4 channels_last act=relu other=True",
         "bn_act_backward r50-layer4 channels_last act=relu other=True means=True to_residual=True",
     ),
-    "1x1": ("conv_bn_act r50-layer4 channels_last residual=channels_last act=relu",),
+    "1x1": (),
     # Which tiles are cut depends on the number of multiprocessors.
     "aspp": (
         "branches os8-b1 channels_last",

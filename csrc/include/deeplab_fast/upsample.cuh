@@ -3,9 +3,9 @@
 // All outputs between two source rows share their interpolation along columns, so that blocks are
 // bands of outputs with the same first source row, whatever the ratio; 513 / 65 is not an integer.
 //
-//   argmax, confusion, softmax_add   a block takes 128 output columns of a band, a thread one of them
-//                                    and 8 rows at a time. Classes run in the innermost loop over
-//                                    logits in shared memory; full-resolution logits are never
+//   argmax, confusion, softmax_add   a block takes 128 output columns of a band, a thread one
+//                                    column and 8 rows at a time. Classes run in the innermost loop
+//                                    over logits in shared memory; full-resolution logits are never
 //                                    stored.
 //   cross entropy                    a block takes a few source columns of a band. Phase 1: a
 //                                    thread has one column and 4 rows and finds the softmax
