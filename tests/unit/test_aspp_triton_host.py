@@ -393,6 +393,32 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
+@pytest.mark.parametrize(
+    ("capability", "like", "asynchronous"),
+    [
+        pytest.param((8, 9), A100, False, id="Ada"),
+        pytest.param((9, 0), H100, True, id="Hopper"),
+        pytest.param((10, 0), H100, True, id="Blackwell of data centres"),
+        pytest.param((12, 0), A100, False, id="Blackwell of graphics cards: products as on 8.0"),
+    ],
+)
+def test_a_device_keeps_its_capability(capability, like, asynchronous) -> None:
+    """An H100 stood for a B200 whole, which would have been given code for 9.0a alone."""
+    properties = SimpleNamespace(
+        name="card",
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=7,
+        shared_memory_per_multiprocessor=100 * 1024,
+    )
+    device = configs.device_like(properties)
+    assert device == replace(
+        like, name="card", capability=capability, multiprocessors=7, shared=100 * 1024
+    )
+    assert configs.nominal_device(capability) == replace(like, capability=capability)
+    assert configs.asynchronous(capability) is asynchronous
+
+
 def test_launches_of_the_branches(recorder: Recorder) -> None:
     x = torch.empty(1, 2048, 33, 33, dtype=torch.bfloat16)
     weights = [torch.empty(256, 2048, 3, 3, dtype=torch.bfloat16)]

@@ -384,6 +384,25 @@ class TestHead:
             project(torch.randn(1, 6, 2, 2), torch.randn(1, 3))
 
 
+@pytest.mark.parametrize(
+    ("c", "k", "size"),
+    [
+        pytest.param(9, 1, 15, id="one filter"),
+        pytest.param(36, 6, 1, id="one pixel"),
+    ],
+)
+@pytest.mark.parametrize("reuse", [False, True], ids=["once", "prepared"])
+@pytest.mark.parametrize("act", ["relu", None])
+def test_residual_that_is_dense_in_both_formats(c, k, size, reuse, act) -> None:
+    """PyTorch 2.11 raised "could not create a memory" where it was to add it."""
+    weight, scale, shift = layer(c, k, 3)
+    x, residual = torch.randn(2, c, size, size), torch.randn(2, k, size, size)
+    options = {"padding": 3, "dilation": 3, "act": act}
+    y = PreparedConv(weight, scale, shift, **options, reuse=reuse)(x, residual)
+    expected = expected_of(x, weight, scale, shift, residual, **options)
+    assert relative_error(y, expected) <= SAVING
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     n=st.integers(0, 2),
