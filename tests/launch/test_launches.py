@@ -436,7 +436,7 @@ def test_every_kernel_is_launched_here() -> None:
     ("family", "name"),
     [
         ("loss", "training os8-513 channels_last dense"),
-        ("upsampling", f"confusion os8-513 {torch.int64} dense"),
+        ("upsampling", "argmax os8-513 channels_last prob=True"),
     ],
 )
 def test_second_launch_finds_the_globals_of_the_first(family: str, name: str, launches) -> None:
