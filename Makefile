@@ -109,9 +109,11 @@ test-oldest: $(OLDEST_INSTALLED) ## test beside the oldest PyTorch and Triton, w
 	$(OLDEST) -c 'from deeplab_fast import _ext; \
 		missing = [e.reason for e in (_ext.CPU, _ext.CUDA, _ext.SM90) if not e.loaded]; \
 		raise SystemExit("\n".join(missing) or 0)'
-	$(OLDEST) -m pytest tests/gpu -q
-	$(OLDEST) -m pytest tests/launch $(ARGS_launch) $(PYTEST_ARGS)
-	env $(ENV_unit) $(OLDEST) -m pytest $(OLDEST_UNIT) $(ARGS_unit) $(PYTEST_ARGS)
+	@status=0; unset TRITON_INTERPRET; \
+	$(OLDEST) -m pytest tests/gpu -q || status=1; \
+	$(OLDEST) -m pytest tests/launch $(ARGS_launch) $(PYTEST_ARGS) || status=1; \
+	env $(ENV_unit) $(OLDEST) -m pytest $(OLDEST_UNIT) $(ARGS_unit) $(PYTEST_ARGS) || status=1; \
+	exit $$status
 
 python312: ## print the Python 3.12 that test-oldest takes
 	@"$(PYTHON312)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && \
