@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from deeplab_fast.tuning import timing
+
 from . import gate, measure, registry
 from .registry import Case, Provider, Suite
 from .worker import ROOT, Worker, WorkerError
@@ -170,8 +172,8 @@ def _both(
         return worker.ask(do="time", first=first, calls=calls)["seconds"]
 
     runs = {side: worker for side, (worker, _) in sides.items()}
-    seconds = measure.SAMPLE_SECONDS[suite.device]
-    samples = measure.interleaved(runs, time_of, suite.seconds, suite.rounds, seconds)
+    seconds = timing.SAMPLE_SECONDS[suite.device]
+    samples = timing.interleaved(runs, time_of, suite.seconds, suite.rounds, seconds)
     for worker in runs.values():
         worker.ask(do="release")
     return samples

@@ -1,16 +1,6 @@
 """Whether a result is right: no speed-up is told of one that is not.
 
-The error of a result is the relative 2-norm of its difference from the exact one. Labels and counts
-have no such norm; theirs is brought to the same scale:
-
-    labels   a wrong label costs the distance between the largest logit and that of the label. Two
-             logits that are each off by at most six standard deviations of an error e (one in 5e8
-             is further off) can be mistaken for each other up to a distance of 12 e; the error is
-             the largest distance over 12 root mean squares of the logits.
-    counts   logits of the same error move the pixels whose two best logits are closer than 12 e,
-             about that fraction of all, since the density of the distance at 0 is about one over
-             the standard deviation of the logits. The error is the fraction of moved pixels over
-             12.
+`deeplab_fast.tuning.errors` says what the error of a result is.
 """
 
 from __future__ import annotations
@@ -21,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deeplab_fast.tuning.errors import count_error, label_error, norm_error, norms_error
+
 from .registry import COUNTS, GRADIENT, LABELS, VALUES, Case
 
 # Unit roundoff of the formats that a product's operands are rounded to.
 ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11, "tf32": 2.0**-11}
-# Six deviations of each of two logits.
-DEVIATIONS = 12.0
 # Errors of a network of rounded operands may be this many times their expected size.
 SAFETY = 4.0
 
@@ -49,10 +39,10 @@ def errors(
             # All parameters together: the error of one whose gradient is nearly 0 says nothing.
             gradients.append((out, ref))
         else:
-            error = {VALUES: _norm_error, LABELS: _label_error, COUNTS: _count_error}[kind]
+            error = {VALUES: norm_error, LABELS: label_error, COUNTS: count_error}[kind]
             found[kind] = max(found.get(kind, 0.0), error(out, ref))
     if gradients and GRADIENT not in found:
-        found[GRADIENT] = _norms_error(gradients)
+        found[GRADIENT] = norms_error(gradients)
     return found
 
 
@@ -82,47 +72,6 @@ def limit(
     if kind == GRADIENT:
         bound = min(1.0, math.sqrt(layers * bound))
     return bound if anchor is None else min(bound, 2 * anchor + roundoff)
-
-
-def _norm_error(out: Tensor, ref: Tensor) -> float:
-    return _norms_error([(out, ref)])
-
-
-def _norms_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    difference = size = 0.0
-    for out, ref in pairs:
-        # One image at a time: a float64 copy of a batch of full-size logits takes gigabytes.
-        for o, r in zip(_parts(out), _parts(ref), strict=True):
-            r = r.double()
-            difference += float((o.double() - r).square().sum())
-            size += float(r.square().sum())
-    error = math.sqrt(difference / size) if size else math.sqrt(difference)
-    return error if math.isfinite(error) else math.inf
-
-
-def _label_error(labels: Tensor, logits: Tensor) -> float:
-    worst = 0.0
-    square = count = 0.0
-    for label, full in zip(labels.long(), logits, strict=True):
-        full = full.double()
-        if bool(((label < 0) | (label >= full.shape[0])).any()):
-            return math.inf
-        worst = max(worst, float((full.amax(0) - full.gather(0, label[None])[0]).max()))
-        square += float(full.square().sum())
-        count += full.numel()
-    error = worst / (DEVIATIONS * math.sqrt(square / count)) if worst else 0.0
-    return error if math.isfinite(error) else math.inf
-
-
-def _count_error(counts: Tensor, ref: Tensor) -> float:
-    if int(counts.sum()) != int(ref.sum()):
-        return math.inf
-    moved = float((counts.double() - ref.double()).abs().sum()) / 2
-    return moved / max(1.0, float(ref.sum())) / DEVIATIONS
-
-
-def _parts(t: Tensor) -> Sequence[Tensor]:
-    return t.unbind(0) if t.dim() == 4 else [t]
 
 
 def outputs(result: Tensor | Sequence[Tensor]) -> list[Tensor]:

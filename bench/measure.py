@@ -12,12 +12,20 @@ import gc
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+
+from deeplab_fast.tuning.timing import (
+    SAMPLE_SECONDS,
+    captured,
+    clock,
+    cuda_clock,
+    interleaved,
+)
 
 from . import gate
 from .costs import Cost
@@ -37,18 +45,9 @@ FAILED = "failed"
 DISAGREES = "disagrees"
 OUT_OF_TIME = "the run's time budget is spent"
 
-# Shortest sample: on a CPU the clock and the scheduler, on a GPU the events show below it.
-SAMPLE_SECONDS = {"cpu": 10e-3, "cuda": 1e-3}
-# Warm-up, after the call whose result was compared, ends when this many calls in a row differ by
-# less than this fraction, or after these seconds.
-STABLE_CALLS = 3
-STABLE_SPREAD = 0.1
-WARM_UP_SECONDS = 2.0
 # Sets of inputs together should exceed what caches hold between calls.
 CACHE_BYTES = {"cpu": 64 << 20, "cuda": 128 << 20}
 MOST_INPUT_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
-
-Clock = Callable[[Callable[[int], Any], int, int], float]
 
 
 @dataclass
@@ -88,79 +87,6 @@ class Ceilings:
     def floor(self, cost: Cost) -> float:
         """Seconds that a job takes at least."""
         return max(cost.live_macs / self.macs, cost.bytes / self.bytes)
-
-
-def cpu_clock(call: Callable[[int], Any], first: int, calls: int) -> float:
-    """Mean seconds of `calls` calls, the first with inputs number `first`."""
-    start = time.perf_counter()
-    for i in range(first, first + calls):
-        call(i)
-    return (time.perf_counter() - start) / calls
-
-
-def cuda_clock(call: Callable[[int], Any], first: int, calls: int) -> float:
-    """As `cpu_clock`, between two events on the current stream."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for i in range(first, first + calls):
-        call(i)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
-
-
-def clock(device: str) -> Clock:
-    """The clock of a device."""
-    return cuda_clock if device == "cuda" else cpu_clock
-
-
-def warm_up(call: Callable[[int], Any], time_of: Clock, most: float = WARM_UP_SECONDS) -> float:
-    """Call until times are stable or `most` seconds are over; returns the last in seconds."""
-    times: list[float] = []
-    while True:
-        times.append(time_of(call, len(times), 1))
-        last = times[-STABLE_CALLS:]
-        stable = len(last) == STABLE_CALLS and max(last) <= (1 + STABLE_SPREAD) * min(last)
-        if stable or sum(times) > most:
-            return times[-1]
-
-
-def interleaved(
-    runs: Mapping[str, Callable[[int], Any]],
-    time_of: Clock,
-    seconds: float,
-    rounds: tuple[int, int],
-    sample_seconds: float,
-) -> dict[str, list[float]]:
-    """One sample of each run in each round, in an order that turns by one every round.
-
-    Args:
-        runs: by name; called with a running number.
-        time_of: the clock.
-        seconds: of all rounds together, as far as `rounds` allows.
-        rounds: (fewest, most).
-        sample_seconds: a sample is the mean of as many calls as take this long.
-
-    Returns:
-        name -> seconds of a call, one for each round.
-    """
-    if not runs:
-        return {}
-    once = {name: warm_up(call, time_of) for name, call in runs.items()}
-    calls = {name: max(1, math.ceil(sample_seconds / t)) for name, t in once.items()}
-    round_seconds = sum(calls[name] * t for name, t in once.items())
-    count = min(max(rounds[0], int(seconds / round_seconds)), rounds[1])
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for i in range(count):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            samples[name].append(time_of(runs[name], i * calls[name], calls[name]))
-    return samples
-
-
-def ratio(baseline: Sequence[float], samples: Sequence[float]) -> float:
-    """How many times faster: the median over rounds of baseline / sample."""
-    return statistics.median(b / s for b, s in zip(baseline, samples, strict=True))
 
 
 def best_baseline(results: Sequence[Result]) -> Result | None:
@@ -321,7 +247,7 @@ def _time_replays(results: Sequence[Result], runs: Mapping[str, Runnable], suite
         if run is None or r.provider.graphs or r.status not in (OK, DISAGREES):
             continue
         try:
-            graph = capture(run)
+            graph = captured([partial(run, i) for i in range(len(run.inputs))])
         except Exception as error:
             r.note = "; ".join(n for n in (r.note, f"not capturable: {one_line(error)}") if n)
             torch.cuda.synchronize()
@@ -332,21 +258,6 @@ def _time_replays(results: Sequence[Result], runs: Mapping[str, Runnable], suite
     for r in results:
         if r.provider.name in found:
             r.device_samples = [s / sets[r.provider.name] for s in found[r.provider.name]]
-
-
-def capture(run: Runnable) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one call for each set of inputs."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(len(run.inputs)):
-            run(i)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(len(run.inputs)):
-            run(i)
-    return graph
 
 
 def _cuda_peak(run: Runnable) -> int:

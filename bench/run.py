@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from deeplab_fast.tuning import timing
+
 from . import measure, registry, rows
 from .costs import Cost
 from .measure import DISAGREES, OK, Ceilings, Result
@@ -280,7 +282,7 @@ def table(
         ms, low, high = (s * 1e3 for s in _spread(r.samples))
         cells = [f"{ms:.4g}", f"{low:.4g}..{high:.4g}"]
         if r.status == OK:
-            cells.append(f"{measure.ratio(best.samples, r.samples):.2f}" if best else "")
+            cells.append(f"{timing.ratio(best.samples, r.samples):.2f}" if best else "")
             rates = throughput(r, cost, ceilings) if cost is not None else {}
             for metric, form in (
                 (rows.LIVE, ".4g"),

@@ -4,6 +4,9 @@ Implementations are data: an op's file registers one `Implementation` per backen
 takes the first, in order of priority, that names no reason against the call at hand. An explicit
 choice (`use_backend`, the environment variable `DEEPLAB_FAST_BACKEND`) that cannot run raises with
 its reasons; an automatic choice falls through to the next and says so once in the log.
+
+On a GPU the automatic choice takes a kernel of this package only where a record says that it is
+right and faster than PyTorch's (`dispatch.trust`), of several the fastest.
 """
 
 from __future__ import annotations
@@ -11,11 +14,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
+
+from .dispatch import trust
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -39,6 +45,7 @@ class OpDesc:
         params: the op's own parameters that matter for the choice, by name.
         capability: CUDA compute capability of the device, None elsewhere.
         deterministic: `torch.are_deterministic_algorithms_enabled()`.
+        gpu: name of the CUDA device, "" elsewhere.
     """
 
     op: str
@@ -48,11 +55,12 @@ class OpDesc:
     params: dict[str, Any] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
     deterministic: bool = False
+    gpu: str = ""
 
     @classmethod
     def of(cls, op: str, x: torch.Tensor, **params: Any) -> OpDesc:
         """Describe a call of `op` whose main input is `x`."""
-        capability = torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else None
+        capability, gpu = _gpu(x.device) if x.device.type == "cuda" else (None, "")
         return cls(
             op,
             x.device.type,
@@ -61,7 +69,14 @@ class OpDesc:
             params,
             capability,
             torch.are_deterministic_algorithms_enabled(),
+            gpu,
         )
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[tuple[int, int], str]:
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.name
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class Implementation:
         run: called with the positional arguments of the op's registered schema.
         not_supported_reasons: facts of a call -> reasons against it; empty means it runs.
         priority: the highest that has no reason against it is chosen automatically.
+        is_pytorch: made of PyTorch's own kernels, which need no record on a GPU.
     """
 
     op: str
@@ -81,6 +97,11 @@ class Implementation:
     run: Callable[..., Any]
     not_supported_reasons: Callable[[OpDesc], list[str]]
     priority: int
+    is_pytorch: bool = False
+
+    def needs_record(self, desc: OpDesc) -> bool:
+        """Whether the automatic choice asks records about a call."""
+        return desc.device == "cuda" and not self.is_pytorch
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -98,15 +119,23 @@ def register(
     run: Callable[..., Any],
     not_supported_reasons: Callable[[OpDesc], list[str]] = lambda desc: [],
     priority: int | None = None,
+    is_pytorch: bool = False,
 ) -> None:
-    """Add the implementation of `op` on `backend`; called once, from the op's file."""
+    """Add the implementation of `op` on `backend`; called once, from the op's file.
+
+    Args:
+        op, backend, run, not_supported_reasons, priority: as in `Implementation`; the usual
+            priority of a backend where None is given.
+        is_pytorch: as there; the reference is in any case.
+    """
     _check_backend(backend, BACKENDS)
     table = _implementations.setdefault(op, {})
     if backend in table:
         raise ValueError(f"{op} already has an implementation for backend {backend!r}")
     if priority is None:
         priority = _DEFAULT_PRIORITY[backend]
-    table[backend] = Implementation(op, backend, run, not_supported_reasons, priority)
+    is_pytorch |= backend == "reference"
+    table[backend] = Implementation(op, backend, run, not_supported_reasons, priority, is_pytorch)
 
 
 def implementations(op: str) -> dict[str, Implementation]:
@@ -165,9 +194,14 @@ def select(desc: OpDesc) -> Implementation:
                 f"These can: {', '.join(others) or 'none'}; or choose 'auto'."
             )
         return table[chosen]
+    return _automatic(desc, first_use=True)
+
+
+def _automatic(desc: OpDesc, first_use: bool) -> Implementation:
+    """The automatic choice; `first_use` as for `_automatic_reasons`."""
     rejected: list[tuple[Implementation, list[str]]] = []
-    for implementation in sorted(table.values(), key=lambda i: -i.priority):
-        reasons = implementation.not_supported_reasons(desc)
+    for implementation in _ranked(implementations(desc.op), desc):
+        reasons = _automatic_reasons(implementation, desc, first_use)
         if not reasons:
             _log_fallthrough(rejected, implementation)
             return implementation
@@ -181,20 +215,65 @@ def run(desc: OpDesc, *args: Any) -> Any:
     return select(desc).run(*args)
 
 
+def _ranked(table: dict[str, Implementation], desc: OpDesc) -> list[Implementation]:
+    """The implementations in the order in which the automatic choice asks them: what records say
+    is faster than PyTorch's, the fastest first, then the others by priority."""
+
+    ordered = sorted(table.values(), key=lambda i: -i.priority)
+    if desc.device != "cuda":
+        return ordered
+
+    def gain(implementation: Implementation) -> float:
+        if not implementation.needs_record(desc):
+            return 0.0
+        judgement = trust.judge(desc, implementation.backend)
+        return judgement.gain if judgement.runs else 0.0
+
+    return sorted(ordered, key=gain, reverse=True)
+
+
+def _automatic_reasons(implementation: Implementation, desc: OpDesc, first_use: bool) -> list[str]:
+    """Why the automatic choice leaves an implementation out; empty where it takes it.
+
+    Args:
+        first_use: run the check at first use where records ask for one.
+    """
+    reasons = implementation.not_supported_reasons(desc)
+    if reasons or not implementation.needs_record(desc):
+        return reasons
+    judgement = trust.judge(desc, implementation.backend)
+    if not judgement.runs:
+        return [f"{judgement.text}; use_backend({implementation.backend!r}) runs it all the same"]
+    if judgement.at_first_use and first_use:
+        problem = trust.first_use_problem(desc, implementation.backend)
+        return [problem] if problem else []
+    return []
+
+
 @dataclass(frozen=True)
 class Why:
-    """The answer of `why`: one row per backend."""
+    """The answer of `why`.
+
+    Attributes:
+        desc: the call.
+        choice: the choice in force, "auto" or a backend.
+        chosen: the backend that runs; None where none can.
+        rows: each backend with the reasons against it.
+        records: of backends that need one, what their record says.
+    """
 
     desc: OpDesc
     choice: str
     chosen: str | None
     rows: tuple[tuple[str, tuple[str, ...]], ...]
+    records: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.desc.op} ({_describe(self.desc)}), backend choice: {self.choice}"]
         for backend, reasons in self.rows:
             mark = "->" if backend == self.chosen else "  "
-            lines.append(f"{mark} {backend:<10}{'; '.join(reasons) or 'can run'}")
+            text = "; ".join(reasons) or self.records.get(backend, "can run")
+            lines.append(f"{mark} {backend:<10}{text}")
         return "\n".join(lines)
 
 
@@ -218,12 +297,20 @@ def why(op: str, *args: Any, **kwargs: Any) -> Why:
 def explain(desc: OpDesc) -> Why:
     """As `why`, for a call that is already described."""
     table = implementations(desc.op)
-    rows = [(backend, tuple(_reasons(table, backend, desc))) for backend in BACKENDS]
-    try:
-        chosen = select(desc).backend
-    except BackendUnavailable:
-        chosen = None
-    return Why(desc, current_backend(), chosen, tuple(rows))
+    choice = current_backend()
+    rows, recorded = [], {}
+    for backend in BACKENDS:
+        reasons = _reasons(table, backend, desc)
+        if not reasons and table[backend].needs_record(desc):
+            recorded[backend] = trust.judge(desc, backend).text
+            if choice == "auto":
+                reasons = _automatic_reasons(table[backend], desc, first_use=False)
+        rows.append((backend, tuple(reasons)))
+    chosen = choice if choice != "auto" and not dict(rows)[choice] else None
+    if choice == "auto":
+        with suppress(BackendUnavailable):
+            chosen = _automatic(desc, first_use=False).backend
+    return Why(desc, choice, chosen, tuple(rows), recorded)
 
 
 def _reasons(table: dict[str, Implementation], backend: str, desc: OpDesc) -> list[str]:

@@ -40,6 +40,7 @@ from bench import (
 from bench.costs import UpsampleSize
 from bench.registry import FORWARD, FORWARD_BACKWARD, Provider, Suite
 from deeplab_fast import backends
+from deeplab_fast.tuning import timing
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = Suite("quick", "cpu", torch.float32, seconds=0.0, rounds=(2, 2), copies=2)
@@ -393,7 +394,7 @@ def test_rounds_are_interleaved_and_turn() -> None:
         return {"a": 0.01, "b": 0.002}[call]
 
     runs = {"a": "a", "b": "b"}
-    samples = measure.interleaved(runs, time_of, 0.0, (4, 9), sample_seconds=0.01)
+    samples = timing.interleaved(runs, time_of, 0.0, (4, 9), sample_seconds=0.01)
     assert {name: len(s) for name, s in samples.items()} == {"a": 4, "b": 4}
     timed = asked[-8:]
     assert [name for name, _ in timed] == ["a", "b", "b", "a", "a", "b", "b", "a"]
@@ -403,7 +404,7 @@ def test_rounds_are_interleaved_and_turn() -> None:
 
 def test_ratios_are_taken_within_rounds() -> None:
     # The machine slows down by ten from the second round on, for both.
-    assert measure.ratio([2.0, 20.0, 20.0], [1.0, 10.0, 10.0]) == 2.0
+    assert timing.ratio([2.0, 20.0, 20.0], [1.0, 10.0, 10.0]) == 2.0
 
 
 def test_mutated_inputs_are_not_shared() -> None:

@@ -1,0 +1,166 @@
+"""Fingerprints of the kernels' sources: a record holds for as long as its kernel is the same.
+
+A fingerprint does not change with comments, docstrings, blank lines or, in C++, layout. Triton's
+kernels are read where they lie. What was compiled is known by what build.json says of it, which
+setup.py writes; so this module needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import re
+import tokenize
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+_LENGTH = 12
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+# Strings are matched so that what looks like a comment in one stays.
+_CPP_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
+_INCLUDED = ("csrc/include", "csrc/cuda")
+
+# The launchers and plans beside the device code: a wrong stride there is a wrong result as well.
+# What chooses among configurations (configs.py) is not: each choice is one that tests compile.
+_ASPP = ("deeplab_fast/ops/aspp_tiles.py",)
+_TRITON = {
+    "upsample": ("kernels/upsample_kernels.py", "kernels/upsample.py", "kernels/bilinear_index.py"),
+    "batch_norm": ("kernels/batch_norm_kernels.py", "kernels/batch_norm.py", "kernels/conv.py"),
+    "pointwise": ("kernels/conv_kernels.py", "kernels/conv.py"),
+    "branches": ("kernels/aspp_kernels.py", "kernels/aspp.py", "kernels/conv.py", *_ASPP),
+    "project": ("kernels/conv_kernels.py", "kernels/conv.py", "kernels/aspp.py"),
+    "training": (
+        "kernels/aspp_training_kernels.py", "kernels/aspp_training.py", "kernels/aspp.py",
+        "kernels/conv.py", *_ASPP,
+    ),
+}  # fmt: skip
+# Compiled sources by the names that build.json has them under.
+COMPILED = {
+    "upsample": "csrc/cuda/upsample.cu",
+    "batch_norm": "csrc/cuda/batch_norm.cu",
+    "aspp": "csrc/cuda/aspp.cu",
+    "aspp_sm90": "csrc/cuda/aspp_sm90.cu",
+}
+_CUDA_HOST = {
+    "upsample": ("deeplab_fast/ops/_upsample.py",),
+    "batch_norm": ("deeplab_fast/ops/_compiled_batch_norm.py",),
+    "aspp": ("deeplab_fast/ops/_aspp_cuda.py", *_ASPP),
+    "aspp_sm90": ("deeplab_fast/ops/_aspp_cuda.py", *_ASPP),
+}
+_FAMILY = {
+    "upsample_argmax": "upsample",
+    "upsample_cross_entropy": "upsample",
+    "upsample_confusion": "upsample",
+    "upsample_softmax_add": "upsample",
+    "batch_stats": "batch_norm",
+    "bn_act": "batch_norm",
+    "bn_act_reduce": "batch_norm",
+    "bn_act_backward": "batch_norm",
+    "conv_bn_act": "pointwise",
+    "aspp_branches": "branches",
+    "aspp_project": "project",
+    "aspp_convs": "training",
+    "aspp_convs_backward": "training",
+}
+_CUDA_FAMILY = {"branches": "aspp", "project": "aspp"}
+
+
+def family(op: str, backend: str) -> str:
+    """Name of the sources that an op runs on a backend, "triton" or "cuda"; "" for none."""
+    name = _FAMILY.get(op, "")
+    if backend == "triton":
+        return name
+    name = _CUDA_FAMILY.get(name, name)
+    return name if backend == "cuda" and name in COMPILED else ""
+
+
+@cache
+def of_triton(name: str) -> str:
+    """Fingerprint of a Triton family; "" where its sources cannot be read."""
+    return _of_package(_TRITON[name])
+
+
+def of_cuda(name: str, compiled: str) -> str:
+    """Fingerprint of a CUDA family from that of what was compiled; "" where either is unknown."""
+    host = _of_package(_CUDA_HOST[name])
+    return _short(f"{compiled} {host}") if compiled and host else ""
+
+
+def compiled(root: Path) -> dict[str, str]:
+    """Fingerprints of the CUDA sources below the root of the repository, by name."""
+    return {name: of_files(_with_includes(root, root / path)) for name, path in COMPILED.items()}
+
+
+def of_files(files: Iterable[Path]) -> str:
+    """Fingerprint of source files, in order; "" where one cannot be read."""
+    try:
+        return _short("\n".join(_code(path) for path in files))
+    except (OSError, SyntaxError, tokenize.TokenError, UnicodeDecodeError):
+        return ""
+
+
+@cache
+def _of_package(files: tuple[str, ...]) -> str:
+    package = Path(__file__).resolve().parent.parent
+    found = []
+    for name in files:
+        folder, _, rest = name.partition("/")
+        # kernels/ lies in the package once that is installed, beside it in a checkout.
+        inside = package / rest if folder == package.name else package / name
+        found.append(inside if inside.is_file() else package.parent / name)
+    return of_files(found)
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
+
+
+def _code(path: Path) -> str:
+    text = path.read_text("utf-8")
+    return _python_code(text) if path.suffix == ".py" else _cpp_code(text)
+
+
+def _python_code(text: str) -> str:
+    """The text without comments, docstrings and blank lines; the same for every Python."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            doc = node.body[0]
+            if doc.lineno == getattr(node, "lineno", 0):
+                continue
+            lines[doc.lineno - 1 : doc.end_lineno] = [""] * (doc.end_lineno - doc.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def _cpp_code(text: str) -> str:
+    """The text without comments, and with one blank for any number of them."""
+    bare = _CPP_COMMENT.sub(lambda match: match[0] if match[0][0] == '"' else " ", text)
+    return " ".join(bare.split())
+
+
+def _with_includes(root: Path, path: Path) -> list[Path]:
+    """A file and what it includes by "", each once."""
+    found: list[Path] = []
+
+    def add(file: Path) -> None:
+        if file in found:
+            return
+        found.append(file)
+        for name in _INCLUDE.findall(file.read_text("utf-8")):
+            places = [file.parent / name, *(root / folder / name for folder in _INCLUDED)]
+            if existing := next((p for p in places if p.is_file()), None):
+                add(existing.resolve())
+
+    try:
+        add(path.resolve())
+    except OSError:
+        return [path]
+    return found

@@ -1,0 +1,401 @@
+"""Units of work in processes of their own, within a budget: what one loses, no other does.
+
+A kernel that hangs is not interrupted, and one that writes where it must not breaks the CUDA
+context of its process for good. So each unit is a child with a hard time limit: a program, or a
+function in a fork of this process, which has imported what the units need and has made no CUDA
+context (a fork cannot use its parent's). A child leads a session of its own and is killed with
+whatever it started. One that the kernel does not let go (a driver that waits) is left behind, not
+waited for.
+
+Outcomes are appended to a file as they come, one JSON object a line, so that whatever ends this
+process leaves what was found.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PASSED = "passed"
+FAILED = "failed"
+CRASHED = "crashed"
+TIMED_OUT = "timed out"
+NOT_RUN = "not run"
+# What says something of the unit; what was not run says nothing.
+ANSWERS = (PASSED, FAILED, CRASHED, TIMED_OUT)
+
+# How often children are looked at, and how long one that was killed is waited for.
+_POLL_SECONDS = 0.02
+_REAP_SECONDS = 2.0
+# The last of what a child printed that an outcome keeps.
+_TAIL = 2000
+_EXIT_FAILED = 1
+
+
+class Wrong(Exception):
+    """Raised by a unit whose check failed; the message names the check.
+
+    Attributes:
+        facts: what is known beside it, for the outcome.
+    """
+
+    def __init__(self, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing to find out.
+
+    Attributes:
+        name: of its own among all units, and the same from run to run.
+        limit: seconds after which it is killed.
+        run: a function, in a fork; returns a dict of what JSON can hold, raises `Wrong` where the
+            answer is no.
+        command: or a program with its arguments; it passes with exit status 0.
+        environment: of the program, beside this process's.
+        least: seconds that must be left for it to begin.
+        alone: nothing runs beside it, because it measures time.
+        needs: names of units without which it is not run: those must have passed.
+        phase: name of its `Phase`.
+        source: fingerprint of what it depends on; an answer holds for as long as it stays.
+        facts: what its outcome repeats, for whoever reads it.
+    """
+
+    name: str
+    limit: float
+    run: Callable[[], dict[str, Any]] | None = field(default=None, compare=False)
+    command: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    least: float = 2.0
+    alone: bool = False
+    needs: tuple[str, ...] = ()
+    phase: str = ""
+    source: str = ""
+    facts: dict[str, Any] = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Units that share a part of the budget; what a phase leaves, the next ones have.
+
+    Attributes:
+        name: of the phase.
+        seconds: its part.
+        jobs: children side by side.
+    """
+
+    name: str
+    seconds: float
+    jobs: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a unit.
+
+    Attributes:
+        unit: its name.
+        verdict: PASSED, FAILED, CRASHED, TIMED_OUT or NOT_RUN.
+        reason: why it did not pass; "" where it did.
+        seconds: it took.
+        phase, source, facts: the unit's.
+        result: what it returned.
+        output: the last of what it printed, where it did not pass.
+    """
+
+    unit: str
+    verdict: str
+    reason: str = ""
+    seconds: float = 0.0
+    phase: str = ""
+    source: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    output: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The outcome as JSON has it, without what is empty."""
+        fields = {
+            "unit": self.unit, "verdict": self.verdict, "reason": self.reason,
+            "seconds": round(self.seconds, 3), "phase": self.phase, "source": self.source,
+            "facts": self.facts, "result": self.result, "output": self.output,
+        }  # fmt: skip
+        return {k: _finite(v) for k, v in fields.items() if v or k in ("unit", "verdict")}
+
+
+def _finite(value: Any) -> Any:
+    """A value as JSON can hold it: nan and inf, which it cannot, as text."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run(
+    units: Sequence[Unit],
+    phases: Sequence[Phase],
+    *,
+    budget: float,
+    out: Path | None = None,
+    known: Sequence[Outcome] = (),
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Run units, phase by phase, in the order given.
+
+    Args:
+        units: their names differ.
+        phases: every unit's is one of them.
+        budget: seconds of everything; nothing runs longer by more than a few seconds.
+        out: file that outcomes are appended to, a line each.
+        known: outcomes of an earlier run, for `needs`.
+        on_outcome: called with each as it comes.
+
+    Returns:
+        The outcomes of all units, in the order in which they came.
+
+    Raises:
+        ValueError: two units of one name, or a phase that is not among `phases`.
+        KeyboardInterrupt: after all children are gone.
+    """
+    names = [unit.name for unit in units]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"units of the same name: {', '.join(twice)}")
+    if unknown := sorted({unit.phase for unit in units} - {phase.name for phase in phases}):
+        raise ValueError(f"units of no phase: {', '.join(map(repr, unknown))}")
+    started = time.monotonic()
+    passed = {o.unit for o in known if o.verdict == PASSED}
+    outcomes: list[Outcome] = []
+
+    def keep(outcome: Outcome) -> None:
+        if outcome.verdict == PASSED:
+            passed.add(outcome.unit)
+        else:
+            passed.discard(outcome.unit)
+        outcomes.append(outcome)
+        if out is not None:
+            append(out, outcome)
+        on_outcome(outcome)
+
+    end = started
+    for phase in phases:
+        end = min(end + phase.seconds, started + budget)
+        mine = [unit for unit in units if unit.phase == phase.name]
+        for outcome in _run_phase(mine, phase.jobs, end, passed):
+            keep(outcome)
+    return outcomes
+
+
+def append(path: Path, outcome: Outcome) -> None:
+    """Add an outcome to a file as one line, whole or not at all, on the disk."""
+    line = json.dumps(outcome.as_dict(), allow_nan=False, default=str) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> list[Outcome]:
+    """The outcomes in a file, in order; a line that was cut off is left out."""
+    found = []
+    for line in path.read_text("utf-8", "replace").splitlines():
+        with suppress(ValueError, TypeError):
+            found.append(Outcome(**json.loads(line)))
+    return found
+
+
+class _Child:
+    """A unit that runs."""
+
+    def __init__(self, unit: Unit, limit: float) -> None:
+        self.unit = unit
+        self.started = time.monotonic()
+        self.deadline = self.started + limit
+        self.limit = limit
+        self.killed = False
+        self.answer = b""
+        self.printed = b""
+        answer_in, answer_out = os.pipe()
+        printed_in, printed_out = os.pipe()
+        # What was not written yet would be written by the child as well.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(answer_in)
+            os.close(printed_in)
+            _in_child(unit, answer_out, printed_out)
+        os.close(answer_out)
+        os.close(printed_out)
+        self.pipes = {answer_in: "answer", printed_in: "printed"}
+        for descriptor in self.pipes:
+            os.set_blocking(descriptor, False)
+
+    def poll(self) -> Outcome | None:
+        """The outcome, once there is one."""
+        self._read()
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid:
+            self._kill()
+            self._read()
+            self._close()
+            return self._ended(os.waitstatus_to_exitcode(status))
+        now = time.monotonic()
+        if now < self.deadline:
+            return None
+        self._kill()
+        if now < self.deadline + _REAP_SECONDS:
+            return None
+        self._close()
+        return self._cut("; the system still holds the process")
+
+    def end(self) -> None:
+        """Kill the child and wait for it as long as for any."""
+        self.deadline = time.monotonic()
+        while self.poll() is None:
+            time.sleep(_POLL_SECONDS)
+
+    def _kill(self) -> None:
+        self.killed = self.killed or time.monotonic() >= self.deadline
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _read(self) -> None:
+        for descriptor in list(self.pipes):
+            with suppress(BlockingIOError):
+                while data := os.read(descriptor, 1 << 16):
+                    if self.pipes[descriptor] == "answer":
+                        self.answer += data
+                    else:
+                        self.printed = (self.printed + data)[-2 * _TAIL :]
+
+    def _close(self) -> None:
+        for descriptor in self.pipes:
+            os.close(descriptor)
+        self.pipes = {}
+
+    def _ended(self, code: int) -> Outcome:
+        answer: dict[str, Any] = {}
+        with suppress(ValueError):
+            answer = json.loads(self.answer)
+        result = answer.get("result", {})
+        if code == 0 and (self.unit.command or answer):
+            return self._outcome(PASSED, "", result)
+        if code == _EXIT_FAILED and answer:
+            return self._outcome(FAILED, answer["reason"], result)
+        if self.killed:
+            return self._cut()
+        if code < 0:
+            name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
+            return self._outcome(CRASHED, f"ended by signal {name}")
+        verdict = FAILED if self.unit.command else CRASHED
+        return self._outcome(verdict, f"ended with exit status {code}")
+
+    def _cut(self, more: str = "") -> Outcome:
+        # Only its own limit is an answer about a unit; the end of the budget is none.
+        if self.limit < self.unit.limit:
+            reason = f"cut off after {self.limit:.0f} s, no time was left{more}"
+            return self._outcome(NOT_RUN, reason)
+        return self._outcome(TIMED_OUT, f"killed after {self.limit:.0f} s{more}")
+
+    def _outcome(self, verdict: str, reason: str, result: dict[str, Any] | None = None) -> Outcome:
+        unit = self.unit
+        printed = self.printed.decode("utf-8", "replace")[-_TAIL:]
+        return Outcome(
+            unit.name, verdict, reason, time.monotonic() - self.started, unit.phase, unit.source,
+            unit.facts, result or {}, "" if verdict == PASSED else printed,
+        )  # fmt: skip
+
+
+def _in_child(unit: Unit, answer: int, printed: int) -> None:
+    """What a fork does; never returns."""
+    code = _EXIT_FAILED
+    try:
+        os.setsid()
+        # The standard handlers: this process's ask for a clean end, which children have no part in.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(printed, 1)
+        os.dup2(printed, 2)
+        if unit.command:
+            os.execvpe(unit.command[0], unit.command, {**os.environ, **dict(unit.environment)})
+        assert unit.run is not None, f"unit {unit.name!r} has neither a function nor a program"
+        content: dict[str, Any]
+        try:
+            content, code = {"result": unit.run()}, 0
+        except Wrong as wrong:
+            content = {"reason": str(wrong), "result": wrong.facts}
+        except Exception as error:
+            traceback.print_exc()
+            text = " ".join(str(error).split())
+            content = {"reason": f"{type(error).__name__}: {text[:500]}"}
+        sys.stdout.flush()
+        with open(answer, "w", encoding="utf-8") as file:
+            json.dump(content, file, default=str)
+    except BaseException:
+        traceback.print_exc()
+        code = _EXIT_FAILED + 1
+    finally:
+        # No handlers of this process's exit: they are its own. Not a CUDA context's either, whose
+        # end may wait for a kernel for ever.
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run_phase(units: Sequence[Unit], jobs: int, end: float, passed: set[str]) -> Iterator[Outcome]:
+    waiting = list(units)
+    running: list[_Child] = []
+    try:
+        while waiting or running:
+            while waiting and _may_begin(waiting[0], running, jobs):
+                unit = waiting.pop(0)
+                left = end - time.monotonic()
+                missing = [name for name in unit.needs if name not in passed]
+                if missing:
+                    yield _not_run(unit, f"{missing[0]!r} did not pass")
+                elif left < unit.least:
+                    yield _not_run(unit, "no time was left")
+                else:
+                    running.append(_Child(unit, min(unit.limit, left)))
+            for child in list(running):
+                outcome = child.poll()
+                if outcome is not None:
+                    running.remove(child)
+                    yield outcome
+            if running:
+                pipes = [descriptor for child in running for descriptor in child.pipes]
+                # A pipe that its writers closed is always ready; the time between looks bounds it.
+                select.select(pipes, [], [], _POLL_SECONDS)
+                time.sleep(_POLL_SECONDS / 4)
+    finally:
+        for child in running:
+            child.end()
+
+
+def _may_begin(unit: Unit, running: Sequence[_Child], jobs: int) -> bool:
+    if not running:
+        return True
+    if unit.alone or any(child.unit.alone for child in running):
+        return False
+    return len(running) < jobs
+
+
+def _not_run(unit: Unit, reason: str) -> Outcome:
+    return Outcome(unit.name, NOT_RUN, reason, 0.0, unit.phase, unit.source, unit.facts)
