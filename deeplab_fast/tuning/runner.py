@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +69,7 @@ class Unit:
         least: seconds that must be left for it to begin.
         alone: nothing runs beside it, because it measures time.
         needs: names of units without which it is not run: those must have passed.
-        phase: name of its `Phase`.
+        phase: what it belongs to, for whoever reads its outcome.
         source: fingerprint of what it depends on; an answer holds for as long as it stays.
         facts: what its outcome repeats, for whoever reads it.
     """
@@ -87,19 +87,26 @@ class Unit:
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """Units that share a part of the budget; what a phase leaves, the next ones have.
+class Budget:
+    """Seconds that a run has, and the parts of them that its phases take.
 
     Attributes:
-        name: of the phase.
-        seconds: its part.
-        jobs: children side by side.
+        seconds: in all.
     """
 
-    name: str
-    seconds: float
-    jobs: int = 1
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._started = self._part_ends = time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left of all."""
+        return max(0.0, self._started + self.seconds - time.monotonic())
+
+    def part(self, seconds: float) -> float:
+        """Seconds for the next phase: its part, and what those before it left of theirs."""
+        self._part_ends += seconds
+        return min(self.left, max(0.0, self._part_ends - time.monotonic()))
 
 
 @dataclass(frozen=True)
@@ -147,55 +154,43 @@ def _finite(value: Any) -> Any:
 
 def run(
     units: Sequence[Unit],
-    phases: Sequence[Phase],
     *,
-    budget: float,
+    seconds: float,
+    jobs: int = 1,
     out: Path | None = None,
-    known: Sequence[Outcome] = (),
+    passed: Iterable[str] = (),
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Run units, phase by phase, in the order given.
+    """Run units in the order given.
 
     Args:
         units: their names differ.
-        phases: every unit's is one of them.
-        budget: seconds of everything; nothing runs longer by more than a few seconds.
+        seconds: for all of them; nothing runs longer by more than a few seconds.
+        jobs: children side by side, but for units that are to run alone.
         out: file that outcomes are appended to, a line each.
-        known: outcomes of an earlier run, for `needs`.
+        passed: names of units that passed before, for `Unit.needs`.
         on_outcome: called with each as it comes.
 
     Returns:
         The outcomes of all units, in the order in which they came.
 
     Raises:
-        ValueError: two units of one name, or a phase that is not among `phases`.
+        ValueError: two units of one name.
         KeyboardInterrupt: after all children are gone.
     """
     names = [unit.name for unit in units]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"units of the same name: {', '.join(twice)}")
-    if unknown := sorted({unit.phase for unit in units} - {phase.name for phase in phases}):
-        raise ValueError(f"units of no phase: {', '.join(map(repr, unknown))}")
-    started = time.monotonic()
-    passed = {o.unit for o in known if o.verdict == PASSED}
+    end = time.monotonic() + seconds
+    known = set(passed)
     outcomes: list[Outcome] = []
-
-    def keep(outcome: Outcome) -> None:
+    for outcome in _outcomes(units, jobs, end, known):
         if outcome.verdict == PASSED:
-            passed.add(outcome.unit)
-        else:
-            passed.discard(outcome.unit)
+            known.add(outcome.unit)
         outcomes.append(outcome)
         if out is not None:
             append(out, outcome)
         on_outcome(outcome)
-
-    end = started
-    for phase in phases:
-        end = min(end + phase.seconds, started + budget)
-        mine = [unit for unit in units if unit.phase == phase.name]
-        for outcome in _run_phase(mine, phase.jobs, end, passed):
-            keep(outcome)
     return outcomes
 
 
@@ -359,7 +354,7 @@ def _in_child(unit: Unit, answer: int, printed: int) -> None:
         os._exit(code)
 
 
-def _run_phase(units: Sequence[Unit], jobs: int, end: float, passed: set[str]) -> Iterator[Outcome]:
+def _outcomes(units: Sequence[Unit], jobs: int, end: float, passed: set[str]) -> Iterator[Outcome]:
     waiting = list(units)
     running: list[_Child] = []
     try:

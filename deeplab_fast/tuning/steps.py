@@ -94,6 +94,11 @@ class Step:
     method: str = ""
     changed: int = -1
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors."""
+        return _tensors(self.args)
+
     def run(self, implementation: Callable[..., Any]) -> list[Tensor]:
         """Call an implementation's `run`; the results, an argument that it changes is copied."""
         return flat(self._results(implementation, copies=True))
@@ -117,6 +122,10 @@ class Step:
     def converted(self, convert: Callable[[Tensor], Tensor]) -> Step:
         """The step with every floating-point tensor replaced."""
         return replace(self, args=_mapped(self.args, convert))
+
+    def moved(self, device: str) -> Step:
+        """The step with its tensors on a device."""
+        return replace(self, args=_mapped(self.args, *[lambda t: t.to(device)] * 2))
 
     def exact(self) -> list[Tensor]:
         """Its results in float64, on the CPU; of labels the logits that they are the best of."""
@@ -145,7 +154,7 @@ def pytorch_forms(step: Step) -> dict[str, Callable[[], Any]]:
 
     Results are those of the step, up to dtypes of labels.
     """
-    device = next(t.device for t in _tensors(step.args))
+    device = step.tensors[0].device
     return _PYTORCH[step.op](step, device.type == "cuda")
 
 

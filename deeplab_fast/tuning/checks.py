@@ -1,0 +1,330 @@
+"""Whether a kernel is right: the check that a record of it rests on.
+
+Every result is held against float64 at sizes that each cover an edge, with outputs poisoned by NaN,
+in channels_last and in NCHW, and must come out the same to the bit when the call is repeated.
+
+The error of a result (`errors`) may be twice that of PyTorch's own path in the same dtype, plus one
+rounding of what is stored, but not more than independent roundings of both operands of a product
+explain. Kernels that compute in fp32 whatever their input's dtype are held against PyTorch's fp32
+path. A single value may be off by twelve times what that allows on average, and by a rounding of
+its own: a wrong tile shows even where the norm over all hides it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, testing
+from ..dispatch import trust
+from .errors import DEVIATIONS, count_error, label_error, norm_error
+from .runner import Wrong
+from .steps import COUNTS, LABELS, Size, Step, flat, pytorch_forms, steps
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
+# Distance between neighbouring numbers, relative to them, at most.
+_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-23}
+_OPERANDS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11}
+# Errors of sums in fp32 whose order is not PyTorch's.
+_FP32 = 2e-6
+# Independent roundings of both operands, and how far above their expected size errors may be.
+_PRODUCT = 4 * math.sqrt(2)
+# Upsampling computes in fp32 whatever the dtype of the logits.
+_IN_FP32 = "upsample_"
+
+_UPSAMPLED = (
+    # A ratio that is no integer, odd numbers of everything.
+    Size(2, 5, 5, 7, 33, 41),
+    # Fewer pixels than logits.
+    Size(1, 3, 9, 8, 5, 4),
+    # A map of one pixel; labels next to what 16 bytes hold.
+    Size(3, 19, 1, 1, 8, 17),
+    # Several blocks of rows and columns, as at output stride 8.
+    Size(1, 21, 17, 33, 129, 257),
+    # More classes than a block of them.
+    Size(1, 150, 5, 6, 33, 40),
+)
+_NORMED = (
+    # Accesses of 16 bytes, and of one element.
+    Size(2, 40, 9, 11),
+    Size(2, 7, 9, 11),
+    # One pixel of each image.
+    Size(3, 256, 1, 1),
+    # Several tiles of pixels and of channels.
+    Size(2, 320, 33, 65),
+)
+_BRANCHES = (
+    # Rate 12 on 9 rows has no tap but the centre; filters that fill no tile.
+    Size(2, 40, 9, 11, filters=24, rates=(2, 4, 12)),
+    # Accesses of one element.
+    Size(2, 7, 9, 11, filters=5, rates=(2, 4, 12)),
+    # Every class of taps, tiles of 256 filters, rows of several images in a tile.
+    Size(2, 64, 21, 20, filters=256, rates=(6, 12, 18)),
+    # Channels that end within a chunk, filters that end within a tile.
+    Size(1, 136, 33, 17, filters=144, rates=(6, 12, 18)),
+)
+_PROJECTED = (
+    Size(2, 40, 9, 11, filters=24, pooled=24, classes=5),
+    Size(2, 7, 9, 11, filters=5, pooled=3, classes=150),
+    Size(2, 320, 33, 17, filters=256, pooled=256, classes=21),
+)
+_POINTWISE = (
+    Size(2, 40, 9, 11, filters=24),
+    Size(2, 7, 9, 11, filters=5),
+    # Pixels that are not next to each other.
+    Size(1, 64, 33, 17, filters=256, stride=2),
+    Size(2, 136, 33, 17, filters=144),
+)
+# By the beginning of the op's name.
+_SIZES: dict[str, tuple[Size, ...]] = {
+    "upsample": _UPSAMPLED,
+    "batch_stats": _NORMED,
+    "bn_act": _NORMED,
+    "aspp_branches": _BRANCHES,
+    "aspp_convs": _BRANCHES,
+    "aspp_project": _PROJECTED,
+    "conv_bn_act": _POINTWISE,
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a check measured: the error that comes nearest to its bound, and that bound."""
+
+    error: float = 0.0
+    bound: float = 0.0
+
+    def worst(self, other: Found) -> Found:
+        """The one of both that uses more of its bound."""
+        share = [f.error / f.bound if f.bound else 0.0 for f in (self, other)]
+        return self if share[0] > share[1] else other
+
+
+def sizes(op: str) -> tuple[Size, ...]:
+    """The sizes that an op is checked at."""
+    return next(found for name, found in _SIZES.items() if op.startswith(name))
+
+
+@contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """PyTorch's products of fp32 operands exact, or for "tf32" rounded to that."""
+    with testing.tf32(dtype == "tf32"):
+        yield
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """New tensors are full of NaN until they are written; PyTorch does that in this mode."""
+    with testing.deterministic():
+        yield
+
+
+def check(
+    op: str,
+    implementation: Callable[..., Any],
+    dtype: str,
+    form: str,
+    device: str,
+    *,
+    at: Sequence[Size] | None = None,
+    reasons: Callable[[Step], Sequence[str]] = lambda step: (),
+) -> Found:
+    """Check a form of an op.
+
+    Args:
+        op, form: what it is.
+        implementation: `Implementation.run`.
+        dtype: of `DTYPES`.
+        device: "cuda", or "cpu" to rehearse.
+        at: sizes; those of the op where None is given.
+        reasons: why the implementation cannot run a step, which is then left out.
+
+    Raises:
+        Wrong: the first result that is wrong; says where.
+        ValueError: no size is one that the implementation can run.
+    """
+    found, ran = Found(), False
+    for size in sizes(op) if at is None else at:
+        for step in steps(op, form, size, DTYPES[dtype]):
+            if reasons(step):
+                continue
+            ran = True
+            found = found.worst(check_step(step, implementation, dtype, device))
+    if not ran:
+        raise ValueError(f"{op} ({form}, {dtype}) was not checked: no size can run")
+    return found
+
+
+def check_step(
+    step: Step, implementation: Callable[..., Any], dtype: str, device: str, repeats: int = 1
+) -> Found:
+    """Check one call, in channels_last and in NCHW.
+
+    Args:
+        step: with its arguments on the CPU.
+        implementation, dtype, device: as for `check`.
+        repeats: further calls, each of which must give the same bits.
+
+    Raises:
+        Wrong: a result is not what it should be.
+    """
+    exact = step.exact()
+    moved = step.moved(device)
+    with precision(dtype):
+        anchors = _anchors(step, exact, device)
+    found = Found()
+    layouts = {"channels_last": moved, "NCHW": moved.converted(_nchw)}
+    for layout, given in layouts.items():
+        where = f"{step.size}{f' {step.method}' * bool(step.method)} in {layout}"
+        with ExitStack() as stack:
+            stack.enter_context(precision(dtype))
+            stack.enter_context(poisoned())
+            results = given.run(implementation)
+            for number in range(repeats):
+                again = given.run(implementation)
+                _check_same(results, again, f"call {number + 2} differs at {where}")
+        results = [t.cpu() for t in results]
+        found = found.worst(_compare(step, results, exact, anchors, dtype, where))
+    return found
+
+
+def first_use_problem(op: str, backend: str, dtype: str, form: str) -> str:
+    """What the check of a kernel on the current CUDA device says; "" where it passed.
+
+    For a kernel that passed on another compute capability: the first of its sizes.
+    """
+    implementation = backends.implementations(op)[backend]
+    try:
+        check(op, implementation.run, dtype, form, "cuda", at=sizes(op)[:1])
+    except Wrong as wrong:
+        return str(wrong)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return ""
+
+
+def allowed(step: Step, kind: str, out: Tensor, dtype: str, anchor: float) -> float:
+    """The largest error that a result may have.
+
+    Args:
+        step: the call.
+        kind: of the result.
+        out: the result.
+        dtype: of `DTYPES`.
+        anchor: error of PyTorch's own path.
+    """
+    if kind == COUNTS:
+        # A pixel whose two best logits are equal but for a rounding, and one in 10,000.
+        pixels = max(1, int(out.sum()))
+        return 2 * anchor + (1 + 1e-4 * pixels) / pixels / DEVIATIONS
+    if kind == LABELS:
+        return max(2 * anchor, _FP32)
+    bound = max(2 * anchor, _FP32)
+    if step.op in trust.PRODUCTS and dtype in _OPERANDS:
+        bound = min(bound, _PRODUCT * _OPERANDS[dtype])
+    return bound + _ROUNDOFF.get(out.dtype, 0.0)
+
+
+def _anchors(step: Step, exact: Sequence[Tensor], device: str) -> list[float]:
+    """Errors of PyTorch's own path, one for each result."""
+    given = step.moved(device)
+    if step.op.startswith(_IN_FP32):
+        given = given.converted(lambda t: t.float())
+    if step.changed >= 0:
+        # What is timed adds in place; the argument must stay what it was.
+        given = given.converted(lambda t: t.clone())
+    run = next(iter(pytorch_forms(given).values()))
+    results = [t.cpu() for t in flat(run())]
+    return [
+        _error(kind, out, ref) for kind, out, ref in zip(step.kinds, results, exact, strict=False)
+    ]
+
+
+def _error(kind: str, out: Tensor, ref: Tensor) -> float:
+    if kind == LABELS:
+        return label_error(out, ref)
+    if kind == COUNTS:
+        return count_error(out, ref)
+    return norm_error(out, ref) if ref.numel() else 0.0
+
+
+def _compare(
+    step: Step,
+    results: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    anchors: Sequence[float],
+    dtype: str,
+    where: str,
+) -> Found:
+    found = Found()
+    results = [t for t in results if t.numel()]
+    exact = [t for t in exact if t.numel()]
+    if len(results) != len(exact):
+        raise Wrong(f"{len(results)} results in place of {len(exact)} at {where}")
+    for number, (out, ref) in enumerate(zip(results, exact, strict=True)):
+        kind, anchor = step.kinds[number], anchors[number]
+        which = f"result {number} of {where}"
+        shape = (ref.shape[0], *ref.shape[2:]) if kind == LABELS else ref.shape
+        if out.shape != shape:
+            raise Wrong(f"{which} has shape {list(out.shape)} in place of {list(shape)}")
+        error = _error(kind, out, ref)
+        bound = allowed(step, kind, out, dtype, anchor)
+        if not error <= bound:
+            hint = "" if kind in (LABELS, COUNTS) else f"; {_first_wrong(out, ref, bound)}"
+            raise Wrong(
+                f"{which} is off by {error:.2e}, allowed are {bound:.2e}{hint}",
+                error=error,
+                bound=bound,
+            )
+        if kind not in (LABELS, COUNTS) and (text := _first_wrong(out, ref, bound)):
+            raise Wrong(f"{which}: {text}", error=error, bound=bound)
+        found = found.worst(Found(error, bound))
+    return found
+
+
+def _first_wrong(out: Tensor, ref: Tensor, bound: float) -> str:
+    """The first single value that is off by more than it may be; "" where none is."""
+    out, ref = out.double(), ref.double()
+    size = float(ref.square().mean().sqrt())
+    wrong = ~((out - ref).abs() <= DEVIATIONS * bound * size + bound * ref.abs())
+    count = int(wrong.sum())
+    if not count:
+        return ""
+    # Channels inside: the order in which kernels write.
+    inside = wrong.permute(0, 2, 3, 1) if wrong.dim() == 4 else wrong
+    index = tuple(inside.nonzero()[0].tolist())
+    place = f"[{', '.join(map(str, index))}]"
+    if wrong.dim() == 4:
+        n, y, x, c = index
+        index = (n, c, y, x)
+        pixel = (n * wrong.shape[2] + y) * wrong.shape[3] + x
+        place = (
+            f"image {n}, row {y}, column {x}, channel {c} (pixel mod 8 = {pixel % 8}, "
+            f"channel mod 8 = {c % 8})"
+        )
+    return (
+        f"{count} of {wrong.numel()} values are wrong, first at {place}: "
+        f"{float(out[index]):.6g} in place of {float(ref[index]):.6g}"
+    )
+
+
+def _check_same(results: Sequence[Tensor], again: Sequence[Tensor], message: str) -> None:
+    for number, (one, other) in enumerate(zip(results, again, strict=True)):
+        if not torch.equal(one, other):
+            moved = int((one != other).sum())
+            raise Wrong(f"{message}: {moved} of {one.numel()} values of result {number}")
+
+
+def _nchw(t: Tensor) -> Tensor:
+    return t.contiguous() if t.dim() == 4 else t
