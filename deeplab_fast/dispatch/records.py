@@ -20,6 +20,7 @@ once in a process. A record that does not fit is left out, with one line in the 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -229,6 +230,21 @@ def write(path: Path, records: Iterable[Record], note: str = "") -> None:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def update(path: Path, new: Iterable[Record]) -> None:
+    """Merge records into a file, which other processes may do at the same time.
+
+    A file that cannot be read is replaced, as its reader says.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.lock"), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        old: list[Record] = []
+        if path.is_file():
+            with suppress(ValueError):
+                old = read(path)
+        write(path, merged(old, new))
 
 
 def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:

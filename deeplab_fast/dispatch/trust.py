@@ -129,6 +129,7 @@ def forget() -> None:
     """Judge anew: records have changed."""
     records.forget()
     _judge.cache_clear()
+    configs.cache_clear()
 
 
 @lru_cache(maxsize=4096)
@@ -242,8 +243,10 @@ def first_use_problem(desc: OpDesc, backend: str) -> str:
     return _first_uses[key]
 
 
-def configs(kernel: str, backend: str, capability: tuple[int, int]) -> list[records.Config]:
-    """The launch configurations of a kernel that were measured on a compute capability.
+@lru_cache(maxsize=256)
+def configs(kernel: str, backend: str, capability: tuple[int, int]) -> tuple[records.Config, ...]:
+    """The launch configurations of a kernel that were measured on a compute capability, the same
+    tuple for as long as the records are the same.
 
     Args:
         kernel: name in `deeplab_fast.kernels.configs.TUNABLE`.
@@ -258,7 +261,7 @@ def configs(kernel: str, backend: str, capability: tuple[int, int]) -> list[reco
             continue
         if record.source == source(record.op, backend, capability) and _counts_here(record):
             found += [config for config in record.configs if config.kernel == kernel]
-    return found
+    return tuple(found)
 
 
 def _numbers(value: Any) -> list[int]:

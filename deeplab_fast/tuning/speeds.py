@@ -97,7 +97,7 @@ def compare(
         Wrong: a backend is far from PyTorch's result.
     """
     with checks.precision(dtype), _searching(), torch.no_grad():
-        sets = _sets(op, form, size, dtype, device)
+        sets = input_sets(op, form, size, dtype, device)
         calls: dict[str, list[Callable[[], Any]]] = {
             name: [] for name in (*pytorch_forms(sets[0]), *implementations)
         }
@@ -108,13 +108,13 @@ def compare(
                 calls[name].append(partial(step.launch, run))
         plain = next(iter(calls))
         for name, run in implementations.items():
-            _check_near(sets[0], run, calls[plain][0], dtype, name)
+            check_near(sets[0], run, calls[plain][0], dtype, name)
         found: dict[str, Contestant] = {}
         timed: dict[str, Callable[[int], Any]] = {}
         for name, own in calls.items():
             try:
                 peak = _peak_mb(own[0], device)
-                timed[name], graphed = _repeatable(own, device)
+                timed[name], graphed = repeatable(own, device)
             except Exception as error:
                 found[name] = Contestant(problem=_one_line(error))
                 _recover(device)
@@ -135,11 +135,45 @@ def compare(
     return Speeds(sizes, best, found, gains)
 
 
-def _sets(op: str, form: str, size: Size, dtype: str, device: str) -> list[Step]:
-    """As many sets of inputs as overflow the caches."""
+def check_at(
+    op: str,
+    form: str,
+    size: Size,
+    dtype: str,
+    device: str,
+    run: Callable[..., Any],
+    name: str,
+) -> None:
+    """One call at a size, held against PyTorch's; arguments as for `compare`.
+
+    Raises:
+        Wrong: they are far apart.
+    """
+    with checks.precision(dtype), torch.no_grad():
+        step = steps(op, form, size, checks.DTYPES[dtype], device)[0]
+        plain = next(iter(pytorch_forms(step).values()))
+        try:
+            check_near(step, run, plain, dtype, name)
+        except torch.OutOfMemoryError:
+            # Beside other checks; alone it may have room.
+            return
+        finally:
+            _recover(device)
+
+
+def input_sets(
+    op: str, form: str, size: Size, dtype: str, device: str, method: str = ""
+) -> list[Step]:
+    """As many sets of inputs as overflow the caches.
+
+    Args:
+        op, form, size, dtype, device: as for `compare`.
+        method: of an op with several functions; "" for the first.
+    """
 
     def one(seed: int) -> Step:
-        return steps(op, form, size, checks.DTYPES[dtype], device, seed)[0]
+        found = steps(op, form, size, checks.DTYPES[dtype], device, seed)
+        return next(step for step in found if method in ("", step.method))
 
     first = one(0)
     bytes_each = sum(t.numel() * t.element_size() for t in first.tensors)
@@ -147,10 +181,14 @@ def _sets(op: str, form: str, size: Size, dtype: str, device: str) -> list[Step]
     return [first, *(one(seed) for seed in range(1, count))]
 
 
-def _check_near(
+def check_near(
     step: Step, run: Callable[..., Any], plain: Callable[[], Any], dtype: str, name: str
 ) -> None:
-    """At a size at which float64 takes too long, PyTorch's result is what there is."""
+    """Hold a backend's result against PyTorch's: float64 takes too long at the sizes of models.
+
+    Raises:
+        Wrong: they are far apart.
+    """
     if step.changed >= 0:
         return
     ours, theirs = step.run(run), flat(plain())
@@ -176,10 +214,8 @@ def _check_near(
             )
 
 
-def _repeatable(
-    own: Sequence[Callable[[], Any]], device: str
-) -> tuple[Callable[[int], Any], bool]:
-    """One call for each set, and whether from a CUDA graph."""
+def repeatable(own: Sequence[Callable[[], Any]], device: str) -> tuple[Callable[[int], Any], bool]:
+    """What makes one call for each set, and whether it replays a CUDA graph of them."""
 
     def each(i: int) -> None:
         for call in own:

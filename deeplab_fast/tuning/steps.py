@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,14 @@ class Size:
     pooled: int = 0
     classes: int = 0
     stride: int = 1
+
+    def __str__(self) -> str:
+        more = [
+            f"{f.name}={value}"
+            for f in fields(self)[4:]
+            if (value := getattr(self, f.name)) != f.default
+        ]
+        return " ".join([f"{self.n}x{self.c}x{self.h}x{self.w}", *more])
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,8 @@ class _Maker:
 
     def __init__(self, dtype: torch.dtype, device: str, seed: int) -> None:
         self.dtype, self.device = dtype, device
-        self.random = torch.Generator(device).manual_seed(seed)
+        # On the meta device nothing is drawn.
+        self.random = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def of(self, dtype: torch.dtype) -> _Maker:
         """A maker of another dtype that goes on with the same random numbers."""

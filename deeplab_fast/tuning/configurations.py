@@ -1,0 +1,171 @@
+"""The fastest launch configuration of a Triton kernel for a call, among its candidates.
+
+Each candidate's result is held against that of the rule's choice, and all are timed side by side.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..dispatch import records
+from . import checks, speeds
+from .errors import norm_error
+from .runner import Wrong
+from .steps import COUNTS, LABELS, Step, flat
+from .timing import SAMPLE_SECONDS, clock, interleaved, ratio
+from .workloads import Work
+
+# A candidate must be this much faster than the rule's choice to be recorded.
+LEAST_GAIN = 1.03
+RULE = "rule"
+_ROUNDS = (5, 15)
+# Another tile sums in another order: of what one result may be off, twice.
+_APART = 2.0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A kernel whose configuration calls of an op depend on.
+
+    Attributes:
+        kernel: name in `deeplab_fast.kernels.configs.TUNABLE`.
+        op: in whose calls exactly one of its configurations is chosen.
+        method: of an op with several functions.
+    """
+
+    kernel: str
+    op: str
+    method: str = ""
+
+
+TUNED = (
+    Tuned("aspp_branches", "aspp_branches"),
+    Tuned("pointwise", "aspp_project"),
+    Tuned("pointwise", "conv_bn_act"),
+    Tuned("upsample_argmax", "upsample_argmax"),
+    Tuned("upsample_confusion", "upsample_confusion"),
+    Tuned("upsample_softmax_add", "upsample_softmax_add"),
+    Tuned("upsample_cross_entropy", "upsample_cross_entropy", "with_grad"),
+    Tuned("upsample_cross_entropy_forward", "upsample_cross_entropy", "forward"),
+)
+
+
+def candidates(tuned: Tuned, work: Work, dtype: str, device: str, run: Callable[..., Any]) -> Any:
+    """(key, device, configurations) of a call; launches it once.
+
+    Raises:
+        RuntimeError: the call does not choose one configuration of the kernel.
+    """
+    from ..kernels import configs
+    from ..kernels.tuned import forced
+
+    step = _sets(tuned, work, dtype, device)[0]
+    with checks.precision(dtype), forced(tuned.kernel, None) as asked:
+        step.run(run)
+    if len(asked) != 1:
+        raise RuntimeError(
+            f"{work.op} {work.form} at {work.size} chooses {len(asked)} configurations of "
+            f"{tuned.kernel}"
+        )
+    ((key, gpu),) = asked
+    return key, gpu, configs.TUNABLE[tuned.kernel].candidates(key, gpu)
+
+
+def compiled(
+    tuned: Tuned, work: Work, dtype: str, device: str, run: Callable[..., Any], part: range
+) -> dict[str, Any]:
+    """Run some of the candidates once, so that Triton keeps what it compiled for them."""
+    from ..kernels.tuned import forced
+
+    _, _, found = candidates(tuned, work, dtype, device, run)
+    step = _sets(tuned, work, dtype, device)[0]
+    failed = {}
+    for number in part:
+        if number >= len(found):
+            break
+        try:
+            with checks.precision(dtype), forced(tuned.kernel, found[number]):
+                step.run(run)
+        except Exception as error:
+            failed[str(found[number])] = " ".join(str(error).split())[:200]
+    return {"failed": failed} if failed else {}
+
+
+def fastest(
+    tuned: Tuned,
+    work: Work,
+    dtype: str,
+    device: str,
+    run: Callable[..., Any],
+    *,
+    seconds: float = 2.0,
+) -> tuple[records.Config | None, dict[str, float]]:
+    """The configuration to record for a call, None where the rule's choice is as good, and
+    milliseconds by configuration."""
+    from ..kernels.tuned import entry, forced
+
+    key, _, found = candidates(tuned, work, dtype, device, run)
+    sets = _sets(tuned, work, dtype, device)
+    choices: dict[str, Any] = {RULE: None, **{str(config): config for config in found}}
+    timed: dict[str, Callable[[int], Any]] = {}
+    with checks.precision(dtype), torch.no_grad():
+        expected = sets[0].run(run)
+        for name, config in choices.items():
+            try:
+                with forced(tuned.kernel, config):
+                    _check_near(sets[0], sets[0].run(run), expected, dtype, name)
+                    timed[name] = speeds.repeatable(
+                        [lambda step=step: step.launch(run) for step in sets], device
+                    )[0]
+            except Wrong:
+                raise
+            except Exception:
+                if name == RULE:
+                    raise
+                # One that does not fit this GPU after all.
+                continue
+        # What is called and not replayed must ask for its configuration at every call.
+        for name, call in timed.items():
+            timed[name] = _under(tuned.kernel, choices[name], call)
+        samples = interleaved(timed, clock(device), seconds, _ROUNDS, SAMPLE_SECONDS[device])
+    ms = {name: statistics.median(s) * 1e3 / len(sets) for name, s in samples.items()}
+    best = min(ms, key=lambda name: ms[name])
+    gain = ratio(samples[RULE], samples[best])
+    if best == RULE or gain < LEAST_GAIN:
+        return None, ms
+    return entry(key, choices[best], tuned.kernel, gain), ms
+
+
+def _under(kernel: str, config: Any, call: Callable[[int], Any]) -> Callable[[int], Any]:
+    from ..kernels.tuned import forced
+
+    def run(i: int) -> Any:
+        with forced(kernel, config):
+            return call(i)
+
+    return run
+
+
+def _sets(tuned: Tuned, work: Work, dtype: str, device: str) -> list[Step]:
+    return speeds.input_sets(work.op, work.form, work.size, dtype, device, tuned.method)
+
+
+def _check_near(step: Step, results: Any, expected: Any, dtype: str, name: str) -> None:
+    for number, (out, ref) in enumerate(zip(flat(results), flat(expected), strict=True)):
+        kind = step.kinds[number]
+        if kind in (LABELS, COUNTS):
+            # Upsampling computes a pixel in one order, whatever the configuration.
+            if not torch.equal(out, ref):
+                raise Wrong(f"{name} gives other labels than the rule's configuration")
+        elif out.numel():
+            bound = _APART * checks.allowed(step, kind, out, dtype, 2.0**-8)
+            apart = norm_error(out, ref)
+            if not apart <= bound:
+                raise Wrong(
+                    f"{name} is {apart:.2e} from the rule's configuration, allowed are {bound:.2e}"
+                )
