@@ -116,8 +116,8 @@ class Outcome:
 
     Attributes:
         unit: its name.
-        verdict: PASSED, FAILED, CRASHED, TIMED_OUT, ERROR (it raised another exception than `Wrong`)
-            or NOT_RUN.
+        verdict: PASSED, FAILED, CRASHED, TIMED_OUT, ERROR (an exception other than `Wrong`) or
+            NOT_RUN.
         reason: why it did not pass; "" where it did.
         seconds: it took.
         phase, source, facts: the unit's.
