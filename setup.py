@@ -26,6 +26,7 @@ Environment variables:
     DEBUG                    1: no optimisation, debug information
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -587,11 +588,23 @@ def write_facts(folder: Path) -> None:
                 "error": PLAN.errors.get(name, ""),
             }
             for name in PLAN.names
-        }
+        },
+        "sources": source_fingerprints(),
     }
     temporary = folder / f"build.json.{tag}.tmp"
     temporary.write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     os.replace(temporary, folder / "build.json")
+
+
+def source_fingerprints() -> dict[str, str]:
+    """Fingerprints of the CUDA sources, by which records of their kernels are found."""
+    path = ROOT / PACKAGE / "dispatch" / "sources.py"
+    if not path.is_file():
+        return {}
+    spec = importlib.util.spec_from_file_location("sources", path)
+    sources = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sources)
+    return sources.compiled(ROOT)
 
 
 def read_facts(folder: Path) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import os
@@ -354,21 +353,6 @@ def descriptions(case: Case, device: str, dtype: torch.dtype) -> list[backends.O
         replace(ops.describe(op, *args, **kwargs), device=device, capability=capability)
         for op, args, kwargs in _meta_calls(case, dtype)
     ]
-
-
-def predictions(case: Case, device: str, dtype: torch.dtype) -> list[str]:
-    """What the time model of the Triton kernels says of each op that a case calls, as text."""
-    if device != "cuda":
-        return []
-    from deeplab_fast.kernels import time_model
-
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    found = []
-    for desc in descriptions(case, device, dtype):
-        # There is no model of the upsampling ops.
-        with contextlib.suppress(ValueError):
-            found.append(str(time_model.predict(desc, tf32=tf32)))
-    return found
 
 
 def chosen(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:

@@ -22,8 +22,7 @@ from deeplab_fast.tuning import timing
 from . import measure, registry, rows
 from .costs import Cost
 from .measure import DISAGREES, OK, Ceilings, Result
-from .providers import predictions
-from .registry import FORWARD, Case, Suite
+from .registry import Case, Suite
 from .rows import Environment, Row, RowFile
 
 _MIB = 2**20
@@ -93,9 +92,6 @@ def run(
             cost = _cost(case, mode, suite)
             file.replace(list(result_rows(env, suite, case, mode, results, cost, ceilings)))
             print(table(case, mode, results, cost, ceilings))
-            if mode == FORWARD:
-                for line in predictions(case, suite.device, suite.dtype):
-                    print(f"  {line}")
             print(f"measured in {time.monotonic() - began:.0f} s", flush=True)
     if whole and not finished():
         file.keep_only(env.date)

@@ -280,7 +280,7 @@ def tune_all(
         for case, mode in work:
             if (case.op, mode) != (tunable.op, tunable.mode):
                 continue
-            # Asked for by name, so that what is predicted to be slower than PyTorch is tuned too.
+            # Asked for by name, so that what is not chosen by itself is tuned too.
             with backends.use_backend("triton"):
                 reason = registry.missing_reason(triton, case, mode, suite)
             if reason:

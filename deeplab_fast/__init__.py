@@ -43,6 +43,7 @@ from .models import (
     list_models,
 )
 from .nn.fused import fuse
+from .tuning.api import tune
 from .weights import from_checkpoint, load, load_weights, save_weights
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "optimize",
     "reference",
     "save_weights",
+    "tune",
     "use_backend",
     "why",
 ]

@@ -1,8 +1,9 @@
-"""The command line: ``deeplab-fast`` predict, eval, train, check-data, info, models.
+"""The command line: ``deeplab-fast`` predict, eval, train, check-data, tune, info, models.
 
 Exit status: 0 done; 1 some images failed (predict: the others are done; eval: nothing is written),
-the data are bad (check-data), or training ended early (nan, memory, disk; the checkpoint is whole);
-2 bad arguments, nothing written; 130 and 143 stopped by Ctrl+C and SIGTERM.
+the data are bad (check-data), training ended early (nan, memory, disk; the checkpoint is whole), or
+a kernel failed its check (tune); 2 bad arguments or no GPU (tune), nothing written; 130 and 143
+stopped by Ctrl+C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def _parser() -> Any:
     )
     commands.add_subcommand(
         "check-data", _check_data_parser(), help="find unreadable photos and wrong labels"
+    )
+    commands.add_subcommand(
+        "tune", _tune_parser(), help="check and measure the GPU kernels on the GPU at hand"
     )
     commands.add_subcommand(
         "info", ArgumentParser(), help="versions, devices, and which implementations run"
@@ -228,6 +232,38 @@ def _check_data_parser() -> Any:
     return parser
 
 
+def _tune_parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    from deeplab_fast.tuning import api
+
+    parser = ArgumentParser(
+        description="Checks every GPU kernel of the package on the GPU at hand and measures it"
+        " beside PyTorch's, each in a process of its own, and keeps the verdicts: from then on"
+        " those that are right and faster run by themselves. Prints a table. The exit status is 1"
+        " where a kernel failed, 2 where there is no GPU."
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add("--model", type=str | None, metavar="NAME", help="take the sizes of this model; default: "
+        + ", ".join(name for name, _ in api.USUAL_MODELS))  # fmt: skip
+    add("--size", type=list[int] | None, metavar="[H,W]", help="size of its images; default: "
+        "520x520")  # fmt: skip
+    add("--batches", type=list[int], default=list(api.BATCHES), metavar="[N,...]",
+        help="images of a call")  # fmt: skip
+    add("--dtypes", type=list[str], default=["bfloat16"], metavar="[NAME,...]",
+        help=", ".join(api.DTYPES))  # fmt: skip
+    add("--ops", type=list[str] | None, metavar="[NAME,...]", help="these ops alone")
+    add("--backends", type=list[str], default=list(api.BACKENDS), metavar="[NAME,...]",
+        help=", ".join(api.BACKENDS))  # fmt: skip
+    add("--quick", action="store_true", help="one form and size of each op")
+    add("--budget", type=float | None, metavar="SECONDS", help="of everything; default: "
+        f"{api.SECONDS:.0f} for a model, {api.QUICK_SECONDS:.0f} with --quick, "
+        f"{api.ALL_SECONDS:.0f} for the usual models")  # fmt: skip
+    add("--configurations", action="store_true", help="measure launch configurations as well")
+    return parser
+
+
 def _add_data_arguments(add: Any) -> None:
     add(
         "--data",
@@ -319,6 +355,30 @@ def _info(config: Any) -> int:
     from deeplab_fast import info
 
     return info.main()
+
+
+def _tune(config: Any) -> int:
+    from deeplab_fast.tuning import api
+
+    if config.size is not None and len(config.size) != 2:
+        raise _UsageError(f"--size is {config.size}; expected [height,width]")
+    options = {
+        name: config[name]
+        for name in (
+            "batches", "dtypes", "ops", "backends", "quick", "budget", "configurations",
+        )
+    }  # fmt: skip
+    try:
+        tuning = api.tune(
+            config.model,
+            config.size and tuple(config.size),
+            progress=sys.stderr.isatty(),
+            **options,
+        )
+    except (ValueError, api.NoDevice) as error:
+        raise _UsageError(str(error)) from error
+    print(tuning)
+    return 1 if any(record.verdict == "failed" for record in tuning.records) else 0
 
 
 def _models(config: Any) -> int:
@@ -868,6 +928,7 @@ _COMMANDS = {
     "eval": _eval,
     "train": _train,
     "check-data": _check_data,
+    "tune": _tune,
     "info": _info,
     "models": _models,
 }

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, _ext, backends, ops
+from .dispatch import records
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ _ENVIRONMENT = (
     ("DEEPLAB_FAST_DISABLE_EXT", "1: do not load the compiled extension"),
     ("DEEPLAB_FAST_CPU_SET", "instruction set of the C++ code: baseline, avx2 or avx512"),
     ("DEEPLAB_FAST_STRICT_LABELS", "1: a label outside the classes is an error on a GPU too"),
+    (records.ENVIRONMENT_VARIABLE, "file of your records of GPU kernels; 0: read none"),
     ("TRITON_INTERPRET", "1: Triton kernels run in its interpreter, on a CPU"),
 )
 
@@ -99,11 +101,13 @@ def calls(shape: StandardShape, dtype: torch.dtype, device: str) -> Iterator[tup
 
 def what_runs(shape: StandardShape, dtype: torch.dtype, device: str) -> list[backends.Why]:
     """For each op, the backend that would run a standard shape on a device type."""
-    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    capability, gpu = None, ""
+    if device == "cuda":
+        capability, gpu = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
     found = []
     for op, args in calls(shape, dtype, device):
         desc = ops.describe(op, *args)
-        desc = dataclasses.replace(desc, device=device, capability=capability)
+        desc = dataclasses.replace(desc, device=device, capability=capability, gpu=gpu)
         found.append(backends.explain(desc))
         if op in _BACKWARD:
             params = desc.params | _BACKWARD[op]
@@ -121,6 +125,8 @@ def report() -> str:
             *_devices(),
             "",
             *_built(),
+            "",
+            *_records(),
             "",
             *_choices(),
             "",
@@ -179,6 +185,34 @@ def _built() -> Iterator[str]:
         yield f"  {'triton':<14}yes: triton {version}, compiles at first use on a GPU{lacking}"
 
 
+def _records() -> Iterator[str]:
+    yield "Records of GPU kernels, by which they are chosen"
+    own = records.own_path()
+    if own is None:
+        yield f"  left unread by {records.ENVIRONMENT_VARIABLE}=0: no kernel of ours runs by itself"
+        return
+    found = records.all_records()
+    for origin, path in ((records.SHIPPED_ORIGIN, records.SHIPPED), (records.OWN_ORIGIN, own)):
+        mine = [r for r in found if r.origin == origin]
+        if not mine:
+            text = "none; `deeplab-fast tune` makes them" if origin == records.OWN_ORIGIN else ""
+            yield f"  {origin:<14}{text or records.note(path)}"
+        for gpu in sorted({(r.gpu, r.capability) for r in mine}):
+            of_gpu = [r for r in mine if (r.gpu, r.capability) == gpu]
+            passed = [r for r in of_gpu if r.verdict == records.PASSED]
+            faster = [r for r in passed if any(t.gain >= 1 for t in r.times)]
+            yield (
+                f"  {origin:<14}{gpu[0]} ({'.'.join(map(str, gpu[1]))}): {len(of_gpu)} kernels, "
+                f"{len(passed)} passed, {len(faster)} faster than PyTorch at some size, "
+                f"{max(r.date for r in of_gpu)}"
+            )
+            for r in of_gpu:
+                if r.verdict == records.FAILED:
+                    yield f"  {'':<14}failed: {r.op} {r.backend} {r.dtype} {r.form}: {r.reason}"
+        if mine and origin == records.OWN_ORIGIN:
+            yield f"  {'':<14}{path}"
+
+
 def _choices() -> Iterator[str]:
     devices = [("cpu", torch.float32)]
     if torch.cuda.is_available():
@@ -191,6 +225,11 @@ def _choices() -> Iterator[str]:
         for row in zip(*columns, strict=True):
             chosen = "".join(f"{why.chosen or 'nothing':<22}" for why in row)
             yield f"  {row[0].desc.op:<26}{chosen}"
+        if any(why.chosen in why.records for why in columns[0]):
+            yield f"  By records, for {STANDARD_SHAPES[0].name}:"
+        for why in columns[0]:
+            if why.chosen in why.records:
+                yield f"    {why.desc.op:<24}{why.chosen:<10}{why.records[why.chosen]}"
         yield "  Why not another:"
         against: dict[tuple[str, str], list[str]] = {}
         for why in columns[0]:

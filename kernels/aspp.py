@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import OpDesc
 from ..ops.aspp_tiles import Branch, Int32, Schedule, schedule
 from . import _compat, configs
 from .configs import GemmConfig
@@ -37,8 +36,6 @@ from .conv import (
     launch_options,
     pointwise,
     precision,
-    product_reasons,
-    slower_reasons,
     vector,
 )
 
@@ -171,17 +168,6 @@ class Tables:
 _tables: dict[tuple[Any, ...], Tables] = {}
 
 
-def branches_reasons(desc: OpDesc) -> list[str]:
-    """Why the Triton kernel cannot run a call of aspp_branches; empty where it can."""
-    reasons = product_reasons(desc)
-    return reasons + ([] if reasons else slower_reasons(desc))
-
-
-def project_reasons(desc: OpDesc) -> list[str]:
-    """Why the Triton kernel cannot run a call of aspp_project; empty where it can."""
-    return branches_reasons(desc)
-
-
 def aspp_branches(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -216,7 +202,7 @@ def aspp_branches_packed(
         packed: the branches.
         out: [N, sum K_b, H, W], the dtype of x, or None for a new tensor; may be a slice of the
             channels of a larger one, channels_last but for that.
-        config: None for the analytic choice.
+        config: None for the choice of `configs.aspp_branches_config`.
 
     Returns:
         out, or the new tensor in channels_last.
@@ -295,7 +281,7 @@ def aspp_project(
         weight: [K, B + P, 1, 1], the dtype of branches.
         scale, shift: [K], any float dtype; used in fp32.
         classifier: ([classes, K, 1, 1] in the dtype of branches, [classes] any float dtype).
-        config: None for the analytic choice.
+        config: None for the choice of `configs.pointwise_config`.
 
     Returns:
         [N, K, H, W], or [N, classes, H, W], channels_last.

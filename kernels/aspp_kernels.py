@@ -23,9 +23,9 @@ Numerics
     Products of 16-bit operands are exact in float32, where they are added; float32 operands are
     multiplied as they are ("ieee") or rounded to TF32, as the launcher says.
 
-Cost, predicted by time_model.py and not measured, on an H100 in bf16 with 2048 channels and 256
-filters a branch: 2.0 ms at 65x65 with rates 12/24/36 and batch 16, 0.17 ms at batch 1; 0.55 ms and
-63 us at 33x33 with 6/12/18. The model has tiles of 128x256 wait for the second-level cache.
+Cost, estimated and not measured, on an H100 in bf16 with 2048 channels and 256 filters a branch:
+2.0 ms at 65x65 with rates 12/24/36 and batch 16, 0.17 ms at batch 1; 0.55 ms and 63 us at 33x33
+with 6/12/18.
 """
 
 import triton

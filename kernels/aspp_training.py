@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backends import OpDesc, current_backend
 from ..ops import aspp_tiles
 from ..ops.aspp_tiles import Branch, DgradSchedule, Int32, Schedule
 from . import _compat, configs
@@ -30,8 +29,6 @@ from .conv import (
     is_longest,
     launch_options,
     precision,
-    product_reasons,
-    slower_reasons,
     vector,
 )
 
@@ -41,22 +38,6 @@ _SUM_COLS = 32
 # Blocks of pixels whose statistics a program reads side by side, and its channels.
 _STATS_ENTRIES = 64
 _STATS_COLS = 16
-
-
-def not_supported_reasons(desc: OpDesc) -> list[str]:
-    """Why the Triton kernels cannot run the call; empty where they can.
-
-    Args:
-        desc: a call of aspp_convs or of aspp_convs_backward.
-    """
-    reasons = product_reasons(desc)
-    if reasons:
-        return reasons
-    if desc.op == "aspp_convs":
-        return slower_reasons(desc)
-    if current_backend() == "auto" and not _compat.interpreting():
-        return ["no GPU has measured it; use_backend('triton') runs it"]
-    return []
 
 
 def aspp_convs(
@@ -73,7 +54,7 @@ def aspp_convs(
         weights: for each branch [K_b, C, 1, 1] or [K_b, C, 3, 3], the dtype of x.
         dilations: for each branch an int of at least 1.
         stats: whether mean and variance are asked for.
-        config: None for the analytic choice.
+        config: None for the choice of `configs.aspp_branches_config`.
 
     Returns:
         y [N, sum K_b, H, W], channels_last, accumulated in fp32 and rounded once; mean and biased
@@ -174,7 +155,7 @@ def dgrad(
         grad: [N, sum K_b, H, W] fp16, bf16 or fp32; other layouts than channels_last are copied.
         matrix: [sum taps K, C], `aspp.pack_weights` of the filters, the dtype of grad.
         branches: the branches.
-        config: None for the analytic choice.
+        config: None for the choice of `configs.aspp_dgrad_config`.
 
     Returns:
         [N, C, H, W], channels_last.
@@ -236,7 +217,7 @@ def wgrad(
         grad: [N, sum K_b, H, W] fp16, bf16 or fp32; other layouts than channels_last are copied.
         x: [N, C, H, W], the dtype of grad, likewise.
         branches: the branches.
-        config: None for the analytic choice.
+        config: None for the choice of `configs.aspp_wgrad_config`.
 
     Returns:
         [sum taps K, C], contiguous; `aspp.unpack_weights` makes the filters' gradients of it. Taps

@@ -28,11 +28,10 @@ Numerics
     Accumulation in float32, one rounding where a tensor is stored. Statistics are float32: means
     first, then squares about them, within a tile and again over the tiles, in a fixed order.
 
-Cost, predicted by time_model.py and not measured, on an H100 in bf16 with 2048 channels and 256
-filters a branch, for forward, dgrad and wgrad: 2.03, 2.08 and 2.01 ms at 65x65 with rates 12/24/36
-and batch 16; 0.55, 0.56 and 0.55 ms at 33x33 with 6/12/18. On tensor cores of 9.0 in TF32 operands
-that are contiguous across the sum (the filters of dgrad, both of wgrad) are copied 4 bytes at a
-time, which the model does not know.
+Cost, estimated and not measured, on an H100 in bf16 with 2048 channels and 256 filters a branch,
+for forward, dgrad and wgrad: 2.03, 2.08 and 2.01 ms at 65x65 with rates 12/24/36 and batch 16;
+0.55, 0.56 and 0.55 ms at 33x33 with 6/12/18. On tensor cores of 9.0 in TF32 operands that are
+contiguous across the sum (the filters of dgrad, both of wgrad) are copied 4 bytes at a time.
 """
 
 import triton

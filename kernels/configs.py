@@ -1,4 +1,4 @@
-"""Launch configurations of the Triton kernels, chosen by analytic models, without Triton.
+"""Launch configurations of the Triton kernels, chosen by short rules, without Triton.
 
 Where `python -m bench.tune` has measured a better one for a call on this GPU, that is taken
 (`tuned.py`). Nothing is tuned at run time: a choice depends on the sizes of the call and on files
@@ -7,11 +7,12 @@ that do not change, so that results are the same from run to run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from ..ops import aspp_tiles
 from ..ops.aspp_tiles import Branch
 from . import tuned
 from .bilinear_index import cell_counts, source_index
@@ -158,74 +159,23 @@ SHARED_RESERVE = 1024
 
 @dataclass(frozen=True)
 class Device:
-    """What a choice of configuration and the time model know of a GPU.
+    """What a choice of configuration knows of a GPU.
 
     Attributes:
         name: for messages.
         capability: compute capability.
         multiprocessors: streaming multiprocessors.
-        clock: boost clock, Hz.
-        flops_16bit, flops_tf32, flops_fp32: FLOP per multiprocessor and clock of dense products, of
-            the tensor cores and, for fp32, of the ordinary ones.
-        dram, l2: bytes per second that the memory and the second-level cache deliver.
         shared: bytes of shared memory that the blocks of a multiprocessor have together.
     """
 
     name: str
     capability: tuple[int, int]
     multiprocessors: int
-    clock: float
-    flops_16bit: int
-    flops_tf32: int
-    flops_fp32: int
-    dram: float
-    l2: float
     shared: int
 
-    def flops(self, math: str) -> float:
-        """FLOP per second of a multiprocessor, for MMA_16BIT, MMA_TF32 or FMA_FP32."""
-        each = {
-            MMA_16BIT: self.flops_16bit,
-            MMA_TF32: self.flops_tf32,
-            FMA_FP32: self.flops_fp32,
-        }
-        return each[math] * self.clock
 
-
-# Peaks of the makers' data sheets, from which clock and FLOP are derived; the rates of L2 are what
-# matrix products in print reach divided by the bytes that their tiles read: 600 TFLOP/s with tiles
-# of 128x256 on an H100, 240 TFLOP/s with 128x128 on an A100.
-H100 = Device(
-    name="H100",
-    capability=(9, 0),
-    multiprocessors=132,
-    clock=1.83e9,
-    flops_16bit=4096,
-    flops_tf32=2048,
-    flops_fp32=256,
-    dram=3.0e12,
-    l2=7.0e12,
-    shared=228 * 1024,
-)
-A100 = Device(
-    name="A100",
-    capability=(8, 0),
-    multiprocessors=108,
-    clock=1.41e9,
-    flops_16bit=2048,
-    flops_tf32=1024,
-    flops_fp32=128,
-    dram=1.9e12,
-    l2=3.8e12,
-    shared=164 * 1024,
-)
-
-
-def nominal_device(capability: tuple[int, int] | None) -> Device:
-    """The device that stands for a compute capability; H100 where there is none (interpreter)."""
-    if capability is None:
-        return H100
-    return replace(H100 if asynchronous(capability) else A100, capability=capability)
+H100 = Device("H100", (9, 0), 132, 228 * 1024)
+A100 = Device("A100", (8, 0), 108, 164 * 1024)
 
 
 def asynchronous(capability: tuple[int, int]) -> bool:
@@ -235,12 +185,12 @@ def asynchronous(capability: tuple[int, int]) -> bool:
 
 
 def device_like(properties: Any) -> Device:
-    """The device that `torch.cuda.get_device_properties` describes; rates are nominal."""
-    return replace(
-        nominal_device((properties.major, properties.minor)),
-        name=properties.name,
-        multiprocessors=properties.multi_processor_count,
-        shared=properties.shared_memory_per_multiprocessor,
+    """The device that `torch.cuda.get_device_properties` describes."""
+    return Device(
+        properties.name,
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.shared_memory_per_multiprocessor,
     )
 
 
@@ -350,6 +300,12 @@ _FMA: _Table = ((64, 64, 128, 4, 3, 2),)
 # Copies of less than 4 bytes do not exist: operands then pass through registers.
 _UNALIGNED: _Table = ((64, 64, 64, 4, 3, 2),)
 
+# The rules below were compared with a model of times (bench/NOTES.md, 2026-11-27), not on a GPU.
+# Tiles of a program: with fewer, programs wait for the longest, and tiles are cut.
+FEW_TILES = 3
+# Iterations of a tile of the gradient to filters: with fewer, adding up its parts takes too long.
+LONG_TILE = 24
+
 
 def aspp_branches_config(
     batch: int,
@@ -361,8 +317,7 @@ def aspp_branches_config(
     device: Device,
     aligned: bool = True,
 ) -> GemmConfig:
-    """The measured configuration, else that of least predicted time
-    (`time_model.branches_seconds`).
+    """The measured configuration, else the first candidate, cut where programs have few tiles.
 
     Args:
         batch, height, width, channels: the input map.
@@ -387,12 +342,11 @@ def _analytic_branches_config(
     device: Device,
     aligned: bool,
 ) -> GemmConfig:
-    from . import time_model
-
+    filters = max(b.channels for b in branches)
+    config = gemm_candidates(math, device, filters, aligned)[0]
     shape = (batch, height, width, channels, branches)
-    candidates = aspp_branches_candidates(math, device, max(b.channels for b in branches), aligned)
-    floor, seconds = time_model.branches_floor, time_model.branches_seconds
-    return _fastest(shape, candidates, math, device, floor, seconds)
+    tiles, _ = aspp_tiles.tile_counts(*shape, config.block_m, config.block_n, config.block_c)
+    return replace(config, split=_are_few(tiles, config, device))
 
 
 @lru_cache(maxsize=512)
@@ -406,17 +360,20 @@ def aspp_dgrad_config(
     device: Device,
     aligned: bool = True,
 ) -> GemmConfig:
-    """The configuration of least predicted time of the gradient to the branches' input.
+    """The configuration of the gradient to the branches' input: the first candidate, cut where
+    programs have few tiles.
 
     Tiles are pixels by input channels, `block_c` filters are summed at a time. Arguments as for
-    `aspp_branches_config`; the prediction is `time_model.dgrad_seconds`.
+    `aspp_branches_config`.
     """
-    from . import time_model
-
     shape = (batch, height, width, channels, branches)
-    candidates = aspp_dgrad_candidates(math, device, channels, aligned)
-    floor, seconds = time_model.dgrad_floor, time_model.dgrad_seconds
-    return _fastest(shape, candidates, math, device, floor, seconds)
+    config = aspp_dgrad_candidates(math, device, channels, aligned)[0]
+    tiles, _ = aspp_tiles.dgrad_tile_counts(*shape, config.block_m, config.block_n, config.block_c)
+    return replace(config, split=_are_few(tiles, config, device))
+
+
+def _are_few(tiles: int, config: GemmConfig, device: Device) -> bool:
+    return tiles < FEW_TILES * device.multiprocessors * config.occupancy
 
 
 @lru_cache(maxsize=512)
@@ -430,42 +387,20 @@ def aspp_wgrad_config(
     device: Device,
     aligned: bool = True,
 ) -> GemmConfig:
-    """The configuration of least predicted time of the gradients to the branches' filters.
+    """The configuration of the gradients to the branches' filters: the first candidate that is no
+    taller than the filters need, cut where its tiles are long.
 
-    Tiles are filters by input channels, `block_c` pixels are summed at a time. Arguments as for
-    `aspp_branches_config`; the prediction is `time_model.wgrad_seconds`.
+    Tiles are filters by input channels, `block_c` pixels are summed at a time. They are alike: cut,
+    all programs end together, however many tiles there are. Arguments as for
+    `aspp_branches_config`.
     """
-    from . import time_model
-
     shape = (batch, height, width, channels, branches)
-    candidates = aspp_branches_candidates(math, device, channels, aligned)
-    floor, seconds = time_model.wgrad_floor, time_model.wgrad_seconds
-    return _fastest(shape, candidates, math, device, floor, seconds)
-
-
-def _fastest(
-    shape: tuple[Any, ...],
-    candidates: Sequence[GemmConfig],
-    math: str,
-    device: Device,
-    floor: Callable[..., float],
-    seconds: Callable[..., Any],
-) -> GemmConfig:
-    """The candidate of least predicted `seconds`, of which `floor` is below, at little effort."""
-    floors = [
-        (floor(*shape, config, math, device), order, config)
-        for order, config in enumerate(candidates)
-    ]
-    best, least = None, float("inf")
-    # Tile lists of large batches take long to make; most candidates cannot win.
-    for below, _, config in sorted(floors, key=lambda c: c[:2]):
-        if below >= least:
-            break
-        predicted = seconds(*shape, config, math, device).seconds
-        if predicted < least:
-            best, least = config, predicted
-    assert best is not None
-    return best
+    tallest = max(64, *(b.channels for b in branches))
+    found = gemm_candidates(math, device, channels, aligned)
+    config = next(c for c in found if c.block_m < 2 * tallest)
+    blocks = (config.block_m, config.block_n, config.block_c)
+    tiles, iterations = aspp_tiles.wgrad_tile_counts(*shape, *blocks)
+    return replace(config, split=iterations >= LONG_TILE * tiles)
 
 
 def aspp_branches_candidates(
@@ -509,8 +444,8 @@ def pointwise_config(
     classes: bool = False,
     residual: bool = False,
 ) -> GemmConfig:
-    """The measured configuration, else that of least predicted time
-    (`time_model.pointwise_seconds`).
+    """The measured configuration, else the first candidate with a tile for every other
+    multiprocessor, or the last.
 
     Args:
         groups, pixels: rows of the product, `pixels` in each of `groups` that share no tile.
@@ -519,7 +454,7 @@ def pointwise_config(
         device: the GPU.
         aligned: operands and result allow accesses of 16 bytes.
         classes: a second product follows, for which a tile must hold all filters.
-        residual: one is added; the predicted choice does not depend on it.
+        residual: one is added; measured configurations depend on it.
 
     Raises:
         ValueError: no tile holds them.
@@ -541,17 +476,16 @@ def _analytic_pointwise_config(
     aligned: bool,
     classes: bool,
 ) -> GemmConfig:
-    from . import time_model
-
     found = pointwise_candidates(math, device, filters, aligned, classes)
     if not found:
         raise ValueError(
             f"no tile holds {filters} filters and their classes; project first, then classify"
         )
-    shape = (groups, pixels, channels, filters)
-    return min(
-        found, key=lambda config: time_model.pointwise_seconds(*shape, config, math, device).seconds
-    )
+    for config in found:
+        tiles = groups * -(-pixels // config.block_m) * -(-filters // config.block_n)
+        if 2 * tiles >= device.multiprocessors:
+            return config
+    return found[-1]
 
 
 def pointwise_candidates(

@@ -9,15 +9,13 @@ Triton. Convolutions of other sizes are refused: cuDNN has fused kernels for the
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ..backends import OpDesc, current_backend
-from ..ops import _cudnn
-from . import _compat, configs, time_model
+from ..backends import OpDesc
+from . import _compat, configs
 from .configs import Device, GemmConfig
 
 # Grids are one-dimensional; CUDA's limit on the first dimension.
@@ -43,11 +41,11 @@ def not_supported_reasons(desc: OpDesc) -> list[str]:
             f"needs padding=0 and groups=1, got padding={desc.params['padding']}, "
             f"groups={desc.params['groups']}"
         )
-    return reasons + ([] if reasons else slower_reasons(desc))
+    return reasons
 
 
 def product_reasons(desc: OpDesc) -> list[str]:
-    """Reasons that hold for every matrix product here, against the call `desc`."""
+    """Why no matrix product of Triton can run a call of any op; empty where they can."""
     reasons = _compat.not_supported_reasons(desc)
     n, _, height, width = desc.shape
     if n * height * width > _MAX_PIXELS:
@@ -55,71 +53,6 @@ def product_reasons(desc: OpDesc) -> list[str]:
             f"counts at most {_MAX_PIXELS} pixels, {n} maps of {height}x{width} have more"
         )
     return reasons
-
-
-def slower_reasons(desc: OpDesc) -> list[str]:
-    """A reason where the automatic choice would take a kernel that PyTorch is predicted to beat.
-
-    No GPU has measured these kernels yet: both times are those of `time_model`.
-    """
-    if current_backend() != "auto" or _compat.interpreting() or not desc.shape[0]:
-        return []
-    facts = (desc.op, desc.dtype, desc.shape, tuple(desc.params.items()), desc.capability)
-    cudnn = desc.op == "conv_bn_act" and not _cudnn.reasons(desc)
-    return list(_slower_reasons(*facts, allow_tf32(), convolutions_allow_tf32(), cudnn))
-
-
-@lru_cache(maxsize=1024)
-def _slower_reasons(
-    op: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    params: tuple[tuple[str, Any], ...],
-    capability: tuple[int, int] | None,
-    tf32: bool,
-    torch_tf32: bool,
-    cudnn: bool,
-) -> tuple[str, ...]:
-    desc = OpDesc(op, "cuda", dtype, shape, dict(params), capability)
-    ours = time_model.predict(desc, tf32=tf32).seconds
-    predict_theirs = cudnn_seconds if cudnn else time_model.predict_reference
-    theirs, who = predict_theirs(desc, tf32=torch_tf32), "cuDNN" if cudnn else "PyTorch"
-    if ours <= theirs:
-        return ()
-    return (
-        f"predicted {ours * 1e6:.0f} us, {who} {theirs * 1e6:.0f} us (a model, not measured); "
-        "use_backend('triton') runs it all the same",
-    )
-
-
-def cudnn_seconds(desc: OpDesc, tf32: bool = False) -> float:
-    """Predicted time of a 1x1 conv_bn_act by cuDNN (`ops._cudnn`), unmeasured.
-
-    The convolution of `time_model.predict_reference` in the dtype of the call, with the residual
-    among its bytes; a launch that folds the scale into the weight; and without a ReLU, for which
-    there is no fused kernel, a pass over the result for the shift and one for the residual.
-
-    Args:
-        desc: the call.
-        tf32: whether PyTorch's convolutions may round fp32 operands to TF32.
-    """
-    device = configs.nominal_device(desc.capability)
-    filters, channels = desc.params["weight"][:2]
-    stride, residual = desc.params["stride"], desc.params["residual"]
-    n, _, height, width = desc.shape
-    pixels = n * -(-height // stride) * -(-width // stride)
-    math = time_model.math_of(desc.dtype, tf32)
-    product = time_model._dense_seconds(pixels, channels, 1, filters, math, device)
-
-    def moving(elements: int) -> float:
-        return time_model.LAUNCH + elements * desc.dtype.itemsize / device.dram
-
-    fold = moving(2 * channels * filters)
-    if desc.params["act"] == "relu":
-        moved = pixels * (channels + filters * (1 + residual)) + channels * filters
-        return fold + max(product, moving(moved))
-    passes = moving(2 * pixels * filters) + residual * moving(3 * pixels * filters)
-    return fold + product + passes
 
 
 def conv_bn_act(
@@ -145,7 +78,7 @@ def conv_bn_act(
         padding, groups: 0 and 1; dilation has no effect.
         residual: [N, K, H', W'], the dtype of x, or None.
         act: "relu" or None.
-        config: None for the measured choice, else the analytic one (`configs.pointwise_config`).
+        config: None for the choice of `configs.pointwise_config`.
 
     Returns:
         [N, K, H', W'], channels_last, accumulated in fp32 and rounded once.
@@ -189,7 +122,7 @@ def pointwise(
         residual: [N, K, H, W], the dtype of x.
         relu: the activation.
         classifier: ([classes, K] in the dtype of x, [classes] fp32) of a second product.
-        config: None for the measured choice, else the analytic one (`configs.pointwise_config`).
+        config: None for the choice of `configs.pointwise_config`.
     """
     n, channels, height, width = x.shape
     filters = weight.shape[0]
@@ -325,14 +258,6 @@ def allow_tf32() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def convolutions_allow_tf32() -> bool:
-    """Whether PyTorch lets its own convolutions do so, which it does by default."""
-    try:
-        return torch.backends.cudnn.allow_tf32
-    except RuntimeError:
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-
-
 def precision(x: Tensor) -> str:
     """How products of x's dtype are made: "tf32", or "ieee" (exactly)."""
     return "tf32" if arithmetic(x) == configs.MMA_TF32 else "ieee"
@@ -340,7 +265,9 @@ def precision(x: Tensor) -> str:
 
 def arithmetic(x: Tensor) -> str:
     """`configs.MMA_16BIT`, MMA_TF32 or FMA_FP32, for products of x's dtype."""
-    return time_model.math_of(x.dtype, allow_tf32())
+    if x.dtype != torch.float32:
+        return configs.MMA_16BIT
+    return configs.MMA_TF32 if allow_tf32() else configs.FMA_FP32
 
 
 def device_of(x: Tensor) -> Device:

@@ -212,6 +212,13 @@ def read(path: Path, origin: str = OWN_ORIGIN) -> list[Record]:
     return found
 
 
+def note(path: Path) -> str:
+    """What a file says of itself, "" where it says nothing."""
+    with suppress(OSError, ValueError):
+        return str(json.loads(path.read_text("utf-8")).get("note", ""))
+    return ""
+
+
 def write(path: Path, records: Iterable[Record], note: str = "") -> None:
     """Put records in place of a file, under a temporary name first."""
     ordered = sorted(records, key=lambda r: (r.op, r.backend, r.dtype, r.form, r.capability, r.gpu))

@@ -52,7 +52,8 @@ class DeepLabV3(nn.Module):
     Where gradients are needed, calls take the fused training forms (`deeplab_fast.nn.fused`):
     the same gradients and running statistics within rounding, about half of the saved activations.
     They can be differentiated once; hooks on a module make that module run as it is, and scripting,
-    tracing, export and torch.func transforms make all of them.
+    tracing, export and torch.func transforms make all of them. So does a GPU on which no kernel of
+    batch norm has earned its place (`deeplab_fast.tune`).
 
     Input: float [N, 3, H, W], any layout, H and W of at least 1, normalised as by `preprocess`.
     Output: OrderedDict "out" [N, num_classes, H, W] and "aux" where there is an auxiliary head.
@@ -148,6 +149,8 @@ class DeepLabV3(nn.Module):
     def _fused_logits(self, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
         """Low-resolution logits by the training forms; None for the plain modules."""
         if not self.fused or not fused.needs_gradients(self, x) or fused.transformed():
+            return None
+        if not fused.has_kernels(x):
             return None
         features = fused.run(self.backbone, x.contiguous(memory_format=torch.channels_last))
         logits = OrderedDict(out=fused.run(self.classifier, features["out"]))

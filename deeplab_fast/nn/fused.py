@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import reference
+from .. import backends, reference
 from ..inference.fast_path import transforms
 from ..ops._registry import autocast, once_differentiable
 from ..ops.aspp_convs import aspp_convs
@@ -571,6 +571,31 @@ def needs_gradients(module: nn.Module, x: Tensor) -> bool:
     return torch.is_grad_enabled() and (
         x.requires_grad or any(p.requires_grad for p in module.parameters())
     )
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the passes of batch norm have kernels of their own for x, which decides whether the
+    training forms pay: PyTorch's modules are faster than what the forms run without them.
+
+    On a CPU they have, and where a backend is asked for by name that decides.
+    """
+    if not x.is_cuda:
+        return True
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    return _has_cuda_kernels(x.device.index, dtype, tuple(x.shape))
+
+
+# Records do not change while a program runs but by `tune`, after which a model is compiled anew.
+@torch.compiler.assume_constant_result
+def _has_cuda_kernels(index: int, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    if backends.current_backend() != "auto":
+        return True
+    # Of the middle of a network, as records are asked by the nearest size.
+    n, _, height, width = shape
+    on_gpu = torch.empty(0, 256, 1, 1, dtype=dtype, device=torch.device("cuda", index))
+    desc = backends.OpDesc.of("bn_act", on_gpu, act="relu", residual=False)
+    desc = replace(desc, shape=(n, 256, -(-height // 8), -(-width // 8)))
+    return not backends.select(desc).is_pytorch
 
 
 @rule(ASPP)

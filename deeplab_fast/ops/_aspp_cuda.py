@@ -5,15 +5,14 @@ with a shift for each image. There are two kernels: for sm_80 and newer (deeplab
 for sm_90a (deeplab_fast._C_sm90), which goes first where it can. Their tiles are the rows of one
 table, which deeplab_fast._C hands out.
 
-Nothing was measured on a GPU yet. The row is the one of least predicted time, with the model of
-`deeplab_fast.kernels.time_model`, and the automatic choice prefers Triton.
+A short rule takes a row for each call (`choose`); no GPU has measured any.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
 
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor
 
 from .. import _ext
-from ..backends import OpDesc, current_backend
+from ..backends import OpDesc
 from ._upsample import MINIMUM_CAPABILITY, _missing, private
-from .aspp_tiles import Branch
+from .aspp_tiles import Branch, tile_counts
 
 # Behind Triton's, until it measures faster.
 PRIORITY = 15
@@ -33,6 +32,8 @@ _SM90 = (9, 0)
 # Channels come in pieces of 16 bytes.
 _VECTOR = 8
 _MAX_PIXELS = 2**31 - 1
+# Tiles of a program: with fewer, programs wait for the longest, and tiles are cut.
+_FEW_TILES = 2
 
 _run_sm80 = private("_aspp_cuda")
 _run_sm90 = private("_aspp_sm90")
@@ -61,16 +62,14 @@ class Choice:
     Attributes:
         row: of the table of tiles.
         tile: that row.
-        config: the tile as the tile list and the time model know it.
+        config: the tile as the tile list knows it.
         programs: thread blocks, or clusters of them, that run at the same time.
-        seconds: predicted time of a call.
     """
 
     row: int
     tile: Tile
     config: Any
     programs: int
-    seconds: float
 
 
 @cache
@@ -102,28 +101,7 @@ def reasons(desc: OpDesc) -> list[str]:
         found.append(f"its table of tiles is in deeplab_fast._C: {_ext.CPU.reason}")
     elif not hasattr(_ext.CPU.module, "aspp_tiles"):
         found.append(f"{_ext.CPU.name} was compiled from older sources; rebuild it")
-    return found or _slower_reasons(desc)
-
-
-def _slower_reasons(desc: OpDesc) -> list[str]:
-    """A reason where the automatic choice would take a kernel that PyTorch is predicted to beat."""
-    n, channels, height, width = desc.shape
-    if current_backend() != "auto" or 0 in desc.shape:
-        return []
-    kernels = _kernels("time_model")
-    if desc.op == "aspp_branches":
-        branches = kernels.branches_of(desc)
-    else:
-        branches = (Branch(desc.params["outputs"], 1, 1),)
-    device = _kernels("configs").nominal_device(desc.capability)
-    ours = choose(n, height, width, channels, branches, device).seconds
-    theirs = kernels.predict_reference(desc, tf32=_kernels("conv").convolutions_allow_tf32())
-    if ours <= theirs:
-        return []
-    return [
-        f"predicted {ours * 1e6:.0f} us, PyTorch {theirs * 1e6:.0f} us (a model, not measured); "
-        "use_backend('cuda') runs it all the same"
-    ]
+    return found
 
 
 def architecture(capability: tuple[int, int]) -> int:
@@ -142,63 +120,49 @@ def choose(
     row: int | None = None,
     split: bool | None = None,
 ) -> Choice:
-    """The row of the table of tiles of least predicted time.
+    """The first row of the table of tiles with a tile for every other multiprocessor, or the last.
+
+    Of the device's architecture, without rows whose tiles the filters fill at most by half. Tiles
+    are cut where programs have few of them, but those of one tap, which are short.
 
     Args:
         batch, height, width, channels: the input map.
         branches: the branches.
         device: the GPU, a `deeplab_fast.kernels.configs.Device`.
-        row: choose this row; None for the least.
-        split: whether tiles may be cut (aspp_tiles.schedule); None for the faster.
+        row: choose this row; None for the rule.
+        split: whether tiles may be cut (aspp_tiles.schedule); None for the rule.
 
     Raises:
         ValueError: the row cannot run on the device.
     """
-    shape = (batch, height, width, channels, branches)
-    model = _kernels("time_model")
+    configs = _kernels("configs")
     filters = max(b.channels for b in branches)
-    candidates: list[tuple[float, int, int, Tile, Any, Any]] = []
+    several_taps = any(b.taps > 1 for b in branches)
+    choice: Choice | None = None
     for number, tile in enumerate(tiles()):
         if row not in (None, number) or tile.architecture != architecture(device.capability):
             continue
-        blocks = min(tile.occupancy, device.shared // (tile.shared_bytes + 1024))
+        blocks = min(tile.occupancy, device.shared // (tile.shared_bytes + configs.SHARED_RESERVE))
         # A tile of 256 filters has no use where 128 hold all.
         if blocks == 0 or (row is None and tile.block_n >= 2 * max(filters, 128)):
             continue
-        # A cluster is a multiprocessor as large as its blocks'.
-        pair = replace(
-            device,
-            multiprocessors=device.multiprocessors // tile.cluster,
-            flops_16bit=device.flops_16bit * tile.cluster,
-        )
-        for cut in (False, True) if split is None else (split,):
-            config = _kernels("configs").GemmConfig(
-                block_m=tile.block_m,
-                block_n=tile.block_n,
-                block_c=tile.block_c,
-                num_warps=tile.threads // 32,
-                num_stages=tile.stages,
-                occupancy=blocks,
-                split=cut,
-            )
-            floor = model.branches_floor(*shape, config, model.MMA_16BIT, pair)
-            candidates.append((floor, len(candidates), number, tile, config, pair))
-    best: Choice | None = None
-    # Tile lists of large batches take long to make; most candidates cannot win.
-    for floor, _, number, tile, config, pair in sorted(candidates, key=lambda c: c[:2]):
-        if best is not None and floor >= best.seconds:
+        block = (tile.block_m, tile.block_n, tile.block_c)
+        count, _ = tile_counts(batch, height, width, channels, branches, *block)
+        programs = device.multiprocessors // tile.cluster * blocks
+        cut = split
+        if cut is None:
+            cut = several_taps and count < _FEW_TILES * programs
+        config = configs.GemmConfig(*block, tile.threads // 32, tile.stages, blocks, cut)
+        choice = Choice(number, tile, config, programs)
+        if 2 * count >= device.multiprocessors:
             break
-        seconds = model.branches_seconds(*shape, config, model.MMA_16BIT, pair).seconds
-        if best is None or seconds < best.seconds:
-            programs = pair.multiprocessors * config.occupancy
-            best = Choice(number, tile, config, programs, seconds)
-    if best is None:
+    if choice is None:
         have = device.shared // 1024
         raise ValueError(
             f"no tile for compute capability {device.capability} with {have} KB of shared memory"
             + ("" if row is None else f" is row {row}")
         )
-    return best
+    return choice
 
 
 def aspp_branches(
@@ -273,7 +237,7 @@ def multiply(
         scale: [sum K] fp32, contiguous.
         shift: [sum K], or [N, sum K] for a shift of each image, fp32, contiguous.
         branches: the branches.
-        choice: None for the analytic one.
+        choice: None for that of `choose`.
     """
     aspp, conv = _kernels("aspp"), _kernels("conv")
     n, channels, height, width = x.shape

@@ -29,7 +29,7 @@ from ..backends import OpDesc
 logger = logging.getLogger("deeplab_fast")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Behind Triton's 1x1 kernel, which says itself where it is predicted to be slower.
+# Behind Triton's 1x1 kernel.
 PRIORITY = 15
 _BFLOAT16_CAPABILITY = (8, 0)
 

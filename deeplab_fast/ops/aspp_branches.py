@@ -199,6 +199,6 @@ backends.register(OP, "reference", reference.aspp_branches)
 # it saved (suite quick, aspp_branches/os16-33x33-b1: 0.7x PyTorch's). Models prepare theirs once.
 backends.register(OP, "cpu", _cpu_conv.aspp_branches, _cpu_conv.reasons, priority=-1)
 backends.register(
-    OP, "triton", triton_kernel("aspp", "aspp_branches"), triton_kernel("aspp", "branches_reasons")
+    OP, "triton", triton_kernel("aspp", "aspp_branches"), triton_kernel("conv", "product_reasons")
 )
 backends.register(OP, "cuda", _aspp_cuda.aspp_branches, _aspp_cuda.reasons, _aspp_cuda.PRIORITY)

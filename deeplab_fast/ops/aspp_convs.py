@@ -198,5 +198,5 @@ for _op in (OP, f"{OP}_backward"):
         _op,
         "triton",
         triton_kernel("aspp_training", _op),
-        triton_kernel("aspp_training", "not_supported_reasons"),
+        triton_kernel("conv", "product_reasons"),
     )

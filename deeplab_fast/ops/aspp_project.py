@@ -293,7 +293,7 @@ backends.register(OP, "reference", _then_classify("reference", reference.aspp_pr
 backends.register(
     OP, "cpu", _then_classify("cpu", _cpu_conv.aspp_project), _cpu_conv.reasons, priority=-1
 )
-backends.register(OP, "triton", _triton, triton_kernel("aspp", "project_reasons"))
+backends.register(OP, "triton", _triton, triton_kernel("conv", "product_reasons"))
 backends.register(
     OP,
     "cuda",

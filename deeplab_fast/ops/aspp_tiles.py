@@ -212,7 +212,6 @@ class Schedule:
         tiles: tiles.
         iterations: iterations of all tiles.
         longest: iterations of the program that has most.
-        most_parts: parts of the program that has most.
     """
 
     classes: Int32
@@ -223,7 +222,6 @@ class Schedule:
     tiles: int
     iterations: int
     longest: int
-    most_parts: int
 
     @property
     def programs(self) -> int:
@@ -414,14 +412,6 @@ def tile_counts(
         tiles += count
         iterations += count * c.taps * -(-channels // block_c)
     return tiles, iterations
-
-
-def live_taps(height: int, width: int, branches: Sequence[Branch]) -> list[int]:
-    """For each branch the pairs of (pixel of an image, live tap)."""
-    counts = [0] * len(branches)
-    for tap_class in tap_classes(height, width, branches):
-        counts[tap_class.branch] += tap_class.pixels * tap_class.taps
-    return counts
 
 
 @lru_cache(maxsize=256)
@@ -621,7 +611,6 @@ def _shared(tiles: Int32, programs: int, split: bool) -> dict[str, Any]:
         "tiles": len(tiles),
         "iterations": iterations,
         "longest": int(loads.max(initial=0)),
-        "most_parts": int(np.diff(starts).max(initial=0)),
     }
 
 

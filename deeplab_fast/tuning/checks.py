@@ -190,13 +190,32 @@ def check_step(
         with ExitStack() as stack:
             stack.enter_context(precision(dtype))
             stack.enter_context(poisoned())
-            results = given.run(implementation)
+            results = run_guarded(given, implementation, where)
             for number in range(repeats):
-                again = given.run(implementation)
+                again = run_guarded(given, implementation, where)
                 _check_same(results, again, f"call {number + 2} differs at {where}")
         results = [t.cpu() for t in results]
         found = found.worst(_compare(step, results, exact, anchors, dtype, where))
     return found
+
+
+def run_guarded(step: Step, implementation: Callable[..., Any], where: str) -> list[Tensor]:
+    """The results of a call that is waited for.
+
+    Raises:
+        Wrong: the implementation raises, or the device reports an error of its kernels.
+        torch.OutOfMemoryError: there is no room here, which says nothing of the implementation.
+    """
+    try:
+        results = step.run(implementation)
+        if any(t.is_cuda for t in results):
+            torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        raise Wrong(f"raises {type(error).__name__} at {where}: {text}") from error
+    return results
 
 
 def first_use_problem(op: str, backend: str, dtype: str, form: str) -> str:

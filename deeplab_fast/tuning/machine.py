@@ -141,7 +141,7 @@ def fault_of(unit: str) -> str:
 
 
 def suffer(fault: str) -> None:
-    """Do in a child what a GPU kernel might; "wrong" is `spoiled`'s part."""
+    """Do in a child what a GPU kernel might; the rest is `spoiled`'s part."""
     if fault == "hang":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while True:
@@ -149,16 +149,16 @@ def suffer(fault: str) -> None:
     if fault == "crash":
         signal.signal(signal.SIGSEGV, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGSEGV)
-    if fault == "error":
-        raise RuntimeError("CUDA error: an illegal memory access was encountered (rehearsed)")
 
 
 def spoiled(run: Callable[..., Any], fault: str) -> Callable[..., Any]:
-    """An implementation whose results are wrong, or late."""
-    if fault not in ("wrong", "slow"):
+    """An implementation whose results are wrong or late, or that raises."""
+    if fault not in ("wrong", "slow", "error"):
         return run
 
     def wrong(*args: Any) -> Any:
+        if fault == "error":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered (rehearsed)")
         if fault == "slow":
             time.sleep(0.05)
             return run(*args)

@@ -31,8 +31,9 @@ PASSED = "passed"
 FAILED = "failed"
 CRASHED = "crashed"
 TIMED_OUT = "timed out"
+ERROR = "error"
 NOT_RUN = "not run"
-# What says something of the unit; what was not run says nothing.
+# What says something of the unit; what was not run, or could not be found out, says nothing.
 ANSWERS = (PASSED, FAILED, CRASHED, TIMED_OUT)
 
 # How often children are looked at, and how long one that was killed is waited for.
@@ -115,7 +116,8 @@ class Outcome:
 
     Attributes:
         unit: its name.
-        verdict: PASSED, FAILED, CRASHED, TIMED_OUT or NOT_RUN.
+        verdict: PASSED, FAILED, CRASHED, TIMED_OUT, ERROR (an exception other than `Wrong`) or
+            NOT_RUN.
         reason: why it did not pass; "" where it did.
         seconds: it took.
         phase, source, facts: the unit's.
@@ -293,7 +295,7 @@ class _Child:
         if code == 0 and (self.unit.command or answer):
             return self._outcome(PASSED, "", result)
         if code == _EXIT_FAILED and answer:
-            return self._outcome(FAILED, answer["reason"], result)
+            return self._outcome(answer["verdict"], answer["reason"], result)
         if self.killed:
             return self._cut()
         if code < 0:
@@ -336,11 +338,11 @@ def _in_child(unit: Unit, answer: int, printed: int) -> None:
         try:
             content, code = {"result": unit.run()}, 0
         except Wrong as wrong:
-            content = {"reason": str(wrong), "result": wrong.facts}
+            content = {"verdict": FAILED, "reason": str(wrong), "result": wrong.facts}
         except Exception as error:
             traceback.print_exc()
             text = " ".join(str(error).split())
-            content = {"reason": f"{type(error).__name__}: {text[:500]}"}
+            content = {"verdict": ERROR, "reason": f"{type(error).__name__}: {text[:500]}"}
         sys.stdout.flush()
         with open(answer, "w", encoding="utf-8") as file:
             json.dump(content, file, default=str)

@@ -353,7 +353,9 @@ _BUILDERS: dict[str, Callable[[_Maker, str, Size], list[Step]]] = {
 }
 
 
-# What PyTorch alone runs. Layouts are channels_last throughout, its fastest.
+# What PyTorch alone runs, in channels_last, its fastest layout. Its batch norm takes no eps of 0
+# (2.11); this one is lost beside any variance here.
+_EPS = 1e-12
 Forms = dict[str, Callable[[], Any]]
 
 
@@ -435,7 +437,7 @@ def _pytorch_norm(step: Step, cuda: bool) -> Forms:
         (x,) = step.args
         found: Forms = {"var_mean": lambda: torch.var_mean(x, (0, 2, 3), correction=0)[::-1]}
         if cuda:
-            found["batch_norm_stats"] = lambda: torch.batch_norm_stats(x, 0.0)
+            found["batch_norm_stats"] = lambda: torch.batch_norm_stats(x, _EPS)
         return found
     if step.op == "bn_act":
         x, mean, rstd, weight, bias, residual, act = step.args
@@ -450,12 +452,12 @@ def _pytorch_norm(step: Step, cuda: bool) -> Forms:
 
         found = {
             "batch_norm": applied(
-                lambda: F.batch_norm(x, mean, variance, weight, bias, False, 0.0, 0.0)
+                lambda: F.batch_norm(x, mean, variance, weight, bias, False, 0.0, _EPS)
             )
         }
         if cuda:
             found["batch_norm_elemt"] = applied(
-                lambda: torch.batch_norm_elemt(x, weight, bias, mean, rstd, 0.0)
+                lambda: torch.batch_norm_elemt(x, weight, bias, mean, rstd, _EPS)
             )
         return found
     # The split passes of synchronised batch norm are the same steps. They take the gradient behind
@@ -489,7 +491,7 @@ def _pytorch_norm(step: Step, cuda: bool) -> Forms:
 
 def _norm_of(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     zero = torch.zeros_like(scale)
-    return F.batch_norm(y, zero, torch.ones_like(scale), scale, shift, False, 0.0, 0.0)
+    return F.batch_norm(y, zero, torch.ones_like(scale), scale, shift, False, 0.0, _EPS)
 
 
 def _fused_layer(
@@ -583,7 +585,8 @@ def _pytorch_convs(step: Step, cuda: bool) -> Forms:
         if not stats:
             return y, y.new_empty(0), y.new_empty(0)
         if cuda:
-            return (y, *torch.batch_norm_stats(y, 0.0))
+            mean, rstd = torch.batch_norm_stats(y, _EPS)
+            return y, mean, rstd**-2
         return (y, *torch.var_mean(y, (0, 2, 3), correction=0)[::-1])
 
     return {"convolutions, cat": composed}

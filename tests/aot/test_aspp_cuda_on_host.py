@@ -417,26 +417,72 @@ def test_maps_without_images(on_host: Emulated) -> None:
     assert _aspp_cuda.aspp_branches(*problem.args).shape == (0, 8, 3, 3)
 
 
-def shape_of(desc_or_device, n: int, size: int, filters: int = 256):
+def shape_of(device, n: int, size: int, filters: int = 256, **forced) -> _aspp_cuda.Choice:
     rates = (12, 24, 36) if size > 40 else (6, 12, 18)
     branches = (Branch(filters, 1, 1), *(Branch(filters, 3, d) for d in rates))
-    return _aspp_cuda.choose(n, size, size, 2048, branches, desc_or_device)
+    return _aspp_cuda.choose(n, size, size, 2048, branches, device, **forced)
+
+
+def one_tap(height: int, width: int, filters: int = 256) -> _aspp_cuda.Choice:
+    return _aspp_cuda.choose(1, height, width, 64, (Branch(filters, 1, 1),), configs.H100)
+
+
+@pytest.fixture
+def on_hopper(on_host: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_aspp_cuda, "architecture", lambda capability: 90)
 
 
 @pytest.mark.parametrize(
     ("n", "size", "filters", "block", "split"),
     [
         pytest.param(16, 65, 256, (256, 256, 2), False, id="large: pairs, whole tiles"),
-        pytest.param(1, 33, 256, (128, 256, 1), True, id="few pixels: no pair, cut tiles"),
-        pytest.param(4, 65, 96, (128, 128, 1), None, id="few filters: narrow tiles"),
+        pytest.param(1, 65, 256, (256, 256, 2), True, id="one image: few tiles, cut"),
+        pytest.param(1, 33, 256, (128, 128, 1), True, id="few pixels: small tiles, cut"),
+        pytest.param(4, 65, 129, (256, 256, 2), False, id="more filters than a narrow tile"),
+        pytest.param(4, 65, 128, (128, 128, 1), False, id="few filters: narrow tiles"),
     ],
 )
-def test_tiles_chosen_for_hopper(on_host, monkeypatch, n, size, filters, block, split) -> None:
-    monkeypatch.setattr(_aspp_cuda, "architecture", lambda capability: 90)
+def test_tiles_chosen_for_hopper(on_hopper: None, n, size, filters, block, split) -> None:
     choice = shape_of(configs.H100, n, size, filters)
     assert (choice.tile.block_m, choice.tile.block_n, choice.tile.cluster) == block
-    assert split is None or choice.config.split == split
+    assert choice.config.split == split
     assert choice.programs * choice.tile.cluster == 132
+    assert choice.tile == _aspp_cuda.tiles()[choice.row]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "filters", "block"),
+    [
+        pytest.param(66, 256, 256, (256, 256), id="66 tiles: every other multiprocessor"),
+        pytest.param(65, 256, 256, (128, 256), id="65 tiles: no pairs"),
+        pytest.param(65, 128, 256, (128, 128), id="65 tiles of half the pixels: fewer filters"),
+        pytest.param(1, 1, 256, (64, 256), id="never enough: the last"),
+        pytest.param(1, 1, 128, (128, 128), id="never enough, few filters: the last of those"),
+    ],
+)
+def test_tiles_of_one_tap_are_never_cut(on_hopper: None, height, width, filters, block) -> None:
+    choice = one_tap(height, width, filters)
+    assert (choice.tile.block_m, choice.tile.block_n) == block and not choice.config.split
+
+
+def test_forced_rows_and_cuts(on_host: Emulated) -> None:
+    for row, tile in enumerate(_aspp_cuda.tiles()):
+        for split in (True, False):
+            if tile.architecture == 80:
+                choice = shape_of(configs.A100, 1, 33, row=row, split=split)
+                assert (choice.row, choice.tile, choice.config.split) == (row, tile, split)
+                continue
+            with pytest.raises(ValueError, match=rf"capability \(8, 0\) .* is row {row}"):
+                shape_of(configs.A100, 1, 33, row=row, split=split)
+
+
+def test_a_forced_row_may_be_wider_than_the_filters(on_hopper: None) -> None:
+    (pair,) = (i for i, t in enumerate(_aspp_cuda.tiles()) if t.cluster == 2)
+    assert shape_of(configs.H100, 16, 65, 48).tile.block_n == 128
+    assert shape_of(configs.H100, 16, 65, 48, row=pair).tile.block_n == 256
+    # Without a row of its own architecture a device has none.
+    with pytest.raises(ValueError, match="is row 0"):
+        shape_of(configs.H100, 16, 65, row=0)
 
 
 def test_tiles_fit_the_device(on_host: Emulated) -> None:
@@ -451,6 +497,8 @@ def test_tiles_fit_the_device(on_host: Emulated) -> None:
     tiny = configs.Device(**{**vars(configs.A100), "shared": 32 * 1024})
     with pytest.raises(ValueError, match=r"no tile for compute capability .* 32 KB"):
         shape_of(tiny, 1, 33)
+    with pytest.raises(ValueError, match=r"100 KB of shared memory is row 0"):
+        shape_of(small, 1, 33, row=0)
 
 
 def test_reasons_name_what_is_wrong(on_host: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:

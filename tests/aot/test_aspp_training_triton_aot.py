@@ -130,11 +130,9 @@ def variants() -> list[Variant]:
     for op in ("convs", "dgrad", "wgrad"):
         # The code for whole tiles alone is a part of that for cut ones.
         found += [
-            product(op, 90, replace(config, split=True)) for config in candidates(op, MMA_16BIT, 90)
-        ]
-        found += [
-            product(op, 80, replace(config, split=True))
-            for config in candidates(op, MMA_16BIT, 80)[:2]
+            product(op, capability, replace(config, split=True))
+            for capability in DEVICES
+            for config in candidates(op, MMA_16BIT, capability)
         ]
         tf32 = replace(candidates(op, MMA_TF32, 90)[0], split=True)
         found.append(product(op, 90, tf32, MMA_TF32))
@@ -285,9 +283,10 @@ def test_what_is_chosen_for_the_models_is_compiled_here(capability: int) -> None
         "aspp_dgrad_kernel": configs.aspp_dgrad_config,
         "aspp_wgrad_kernel": configs.aspp_wgrad_config,
     }
-    for side, rates in ((65, OS8), (33, OS16)):
-        for batch in (1, 8):
-            shape = (batch, side, side, 2048, rates)
+    few = tuple(replace(b, channels=48) for b in OS16)
+    for side, rates in ((65, OS8), (33, OS16), (33, few)):
+        for batch, channels in ((1, 2048), (8, 2048), (8, 64)):
+            shape = (batch, side, side, channels, rates)
             for kernel, choose in choices.items():
                 chosen = choose(*shape, MMA_16BIT, device)
                 assert (kernel, replace(chosen, split=False)) in compiled

@@ -1,10 +1,10 @@
 """Ahead-of-time compilation of the Triton ASPP and 1x1 kernels, without a GPU.
 
 Every configuration that a choice can fall on must compile without spills, within the registers and
-the shared memory that let its thread blocks share a multiprocessor as `configs.py` and the time
-model assume, to tensor-core instructions on operands copied 16 bytes at a time. Registers, shared
-memory and instructions of the main loop are held against a recorded table, by Triton version,
-because each brings its own compiler. After a change that means to alter them:
+the shared memory that let its thread blocks share a multiprocessor as `configs.py` says, to
+tensor-core instructions on operands copied 16 bytes at a time. Registers, shared memory and
+instructions of the main loop are held against a recorded table, by Triton version, because each
+brings its own compiler. After a change that means to alter them:
 
     DEEPLAB_FAST_RECORD_RESOURCES=1 pytest tests/aot/test_aspp_triton_aot.py
 """

@@ -376,7 +376,7 @@ EXAMPLES = {
     ),
     "aspp in training": (
         "convs mbv3 channels_last stats=True",
-        "dgrad os8-b1 channels_last",
+        "dgrad mbv3 channels_last",
         "dgrad os16-b16 channels_last",
         "wgrad os8-b8 channels_last",
         "wgrad odd channels_last",

@@ -1,5 +1,5 @@
 """The tile lists of the ASPP's gradients against brute force, and the host side of its training
-kernels: reasons, choices, predictions.
+kernels: reasons, candidates, launches.
 
 A live pair is a pixel of the output and a tap that reads inside the map. The gradient to the input
 takes each once, seen from the pixel that is read; the gradient to a filter's tap takes each once.
@@ -13,12 +13,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from deeplab_fast.kernels import _compat, aspp_training, configs, conv, time_model
+from deeplab_fast.kernels import _compat, aspp_training, configs, conv
 from deeplab_fast.kernels.configs import A100, FMA_FP32, H100, MMA_16BIT, MMA_TF32
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import deeplab_fast as dlf
 from deeplab_fast import backends
 from deeplab_fast.backends import OpDesc
 from deeplab_fast.ops import aspp_tiles
@@ -38,7 +37,6 @@ OS16 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (6, 12, 18)))
 def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whatever this process was started with."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.delenv("DEEPLAB_FAST_BACKEND", raising=False)
 
 
 def offsets(branch: Branch, tap: int) -> tuple[int, int]:
@@ -292,7 +290,7 @@ def convs_desc(op="aspp_convs", shape=(16, 2048, 65, 65), branches=OS8, **change
         pytest.param(convs_desc(dtype=torch.float64), ["accumulates in float32"], id="float64"),
         pytest.param(convs_desc(device="cpu", capability=None), ["is on cpu"], id="cpu"),
         pytest.param(convs_desc(shape=(2**20, 8, 64, 64)), ["at most 2147483647"], id="pixels"),
-        pytest.param(convs_desc("aspp_convs_backward"), ["no GPU has measured it"], id="backward"),
+        pytest.param(convs_desc("aspp_convs_backward"), [], id="backward-runs"),
         pytest.param(
             convs_desc("aspp_convs_backward", capability=(7, 5)), ["has 7.5"], id="backward-old-gpu"
         ),
@@ -304,58 +302,6 @@ def test_reasons(desc: OpDesc, expected: list[str]) -> None:
     assert len(reasons) == len(expected)
     for reason, part in zip(reasons, expected, strict=True):
         assert part in reason
-
-
-def test_backward_runs_where_it_is_asked_for() -> None:
-    desc = convs_desc("aspp_convs_backward")
-    with dlf.use_backend("triton"):
-        assert backends.select(desc).backend == "triton"
-
-
-def test_forward_is_left_to_pytorch_where_it_is_predicted_to_be_faster(monkeypatch) -> None:
-    """fp32 without TF32 runs on ordinary cores, while PyTorch's convolutions may use TF32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(aspp_training._compat, "interpreting", lambda: False)
-    desc = convs_desc(dtype=torch.float32)
-    (reason,) = aspp_training.not_supported_reasons(desc)
-    assert "not measured" in reason and "use_backend('triton')" in reason
-
-
-@pytest.mark.parametrize("device", [H100, A100], ids=lambda d: d.name)
-@pytest.mark.parametrize("op", ["dgrad", "wgrad"])
-@pytest.mark.parametrize(
-    "shape,branches",
-    [
-        pytest.param((1, 65, 65), OS8, id="65x65-batch-1"),
-        pytest.param((16, 33, 33), OS16, id="33x33-batch-16"),
-    ],
-)
-def test_choice_is_the_least_of_all_predictions(op, device, shape, branches) -> None:
-    args = (*shape, 2048, branches)
-    chosen = getattr(configs, f"aspp_{op}_config")(*args, MMA_16BIT, device)
-    candidates = {
-        "dgrad": configs.aspp_dgrad_candidates,
-        "wgrad": configs.aspp_branches_candidates,
-    }
-    seconds = {}
-    for c in candidates[op](MMA_16BIT, device, 2048):
-        floor = getattr(time_model, f"{op}_floor")(*args, c, MMA_16BIT, device)
-        prediction = getattr(time_model, f"{op}_seconds")(*args, c, MMA_16BIT, device)
-        seconds[c] = prediction.seconds
-        assert floor <= prediction.seconds * (1 + 1e-12)
-        assert prediction.live_macs <= prediction.macs
-    assert seconds[chosen] == min(seconds.values())
-
-
-def test_statistics_cost_little_of_the_forward_time() -> None:
-    desc = convs_desc()
-    alone = time_model.predict(replace(desc, op="aspp_branches"))
-    with_statistics = time_model.predict(desc)
-    assert 1 < with_statistics.seconds / alone.seconds < 1.02
-    assert with_statistics.macs == alone.macs
-    # PyTorch's convolutions run in bf16 here, and multiply the padding.
-    assert 1.3 < time_model.predict_reference(desc) / with_statistics.seconds < 3
-    assert time_model.predict(convs_desc(shape=(0, 2048, 65, 65))).seconds == 0
 
 
 @pytest.mark.parametrize("device", [H100, A100], ids=lambda d: d.name)

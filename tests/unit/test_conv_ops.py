@@ -556,22 +556,6 @@ def test_cudnn_is_chosen_on_a_gpu_and_the_reference_stays_the_oracle(has_cudnn) 
         ops.conv_bn_act(*conv_args(dtype=torch.float32))
 
 
-def test_a_1x1_is_left_to_cudnn_where_it_is_predicted_to_be_faster(has_cudnn, monkeypatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    params = conv_desc().params | {"padding": 0}
-    # 68 pixels a multiprocessor: the launch that folds the scale into the weight counts.
-    small = params | {"weight": (256, 64, 1, 1), "residual": True}
-    assert backends.select(conv_desc(shape=(1, 64, 65, 65), params=small)).backend == "triton"
-    large = params | {"weight": (2048, 512, 1, 1), "residual": True}
-    desc = conv_desc(shape=(16, 512, 65, 65), params=large)
-    assert backends.select(desc).backend == "cuda"
-    (reason,) = backends.implementations("conv_bn_act")["triton"].not_supported_reasons(desc)
-    assert "cuDNN" in reason and "not measured" in reason
-    with dlf.use_backend("triton"):
-        assert backends.select(desc).backend == "triton"
-
-
 class _CuDnn:
     """Stands for cuDNN's fused kernels: checks what they are given, sums in fp32, rounds once."""
 
