@@ -141,7 +141,7 @@ def environment(device: str, seed: int) -> Environment:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         triton = ""
-    commit, dirty = _checkout()
+    commit, dirty = checkout()
     now = datetime.datetime.now(datetime.UTC)
     return Environment(
         device=torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
@@ -170,7 +170,7 @@ def _cpu_name() -> str:
     return f"{name}, {os.cpu_count()} cores, {capability}"
 
 
-def _checkout() -> tuple[str, str]:
+def checkout() -> tuple[str, str]:
     """(commit, dirty); DEEPLAB_FAST_BENCH_COMMIT names it where the tree came without git."""
     named = os.environ.get("DEEPLAB_FAST_BENCH_COMMIT")
     if named:

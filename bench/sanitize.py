@@ -317,14 +317,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run; 0, 1 where a result is wrong, 2 where there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__)
     parser.add_argument("--backends", nargs="+", default=["triton", "cuda"], metavar="NAME")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: rehearse")
     options = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("bench.sanitize: needs a CUDA device, and none is visible", file=sys.stderr)
         return 2
     wrong = 0
     for dtype in (torch.float32, torch.bfloat16):
-        wrong += check(options.backends, "cuda", dtype)
-    torch.cuda.synchronize()
+        wrong += check(options.backends, options.device, dtype)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
     print(f"{wrong} wrong")
     return 1 if wrong else 0
 

@@ -1,0 +1,163 @@
+"""Whole models of this package on a GPU, beside torchvision's: units of `bench.gpu`.
+
+What runs in them is what users get: the kernels that records allow. `DEEPLAB_FAST_RECORDS` of the
+unit is the file with what was found so far.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deeplab_fast import backends, optimize
+from deeplab_fast.dispatch import records, trust
+from deeplab_fast.tuning.machine import Machine
+from deeplab_fast.tuning.runner import Wrong
+
+from .gpu_measure import Row, graphed, kernels, one_line, rows_of, times, tiny, wall_ms
+from .gpu_pytorch import DTYPE, TINY_MODEL, prepared, step, step_case, step_row
+from .model_cases import ModelLabels, Predict
+from .providers import NHWC
+
+# Of two bf16 networks with random weights; logits near each other are drawn the other way.
+_LABELS_APART = 0.05
+
+
+def _with_records(path: Path | None) -> None:
+    """Choose by the records in a file from here on."""
+    if path is not None:
+        os.environ[records.ENVIRONMENT_VARIABLE] = str(path)
+    trust.forget()
+
+
+def model(
+    machine: Machine,
+    recorded: Path | None,
+    backbone: str,
+    output_stride: int,
+    batch: int,
+    side: int,
+) -> dict[str, Any]:
+    """Labels of a batch in bf16: torchvision's model and argmax beside `predict`.
+
+    Args:
+        machine: the GPU.
+        recorded: file of records.
+        backbone, output_stride, batch, side: the model and its images.
+
+    Raises:
+        Wrong: the labels are others.
+    """
+    _with_records(recorded)
+    prepared(machine)
+    group = f"labels {backbone} os{output_stride} b{batch} {side}"
+    if tiny(machine):
+        backbone, output_stride, batch, side = TINY_MODEL
+    case = ModelLabels(
+        op="model_labels",
+        shape=group,
+        suites=(),
+        backbone=backbone,
+        output_stride=output_stride,
+        n=batch,
+        height=side,
+        width=side,
+    )
+    device = machine.device
+    args = case.setup(device, DTYPE)
+    (images,) = args.converted(DTYPE, NHWC)[0]
+    own = case.own_model(args).to(DTYPE).to(memory_format=NHWC).eval()
+    plain = args.module.to(DTYPE).to(memory_format=NHWC).eval()
+
+    def theirs() -> Any:
+        with torch.inference_mode():
+            return plain(images)
+
+    def captured() -> Any:
+        with torch.no_grad():
+            return plain(images)
+
+    def ours() -> Any:
+        with torch.inference_mode():
+            return own.predict(images)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "PyTorch channels_last bf16": theirs,
+        "deeplab_fast predict": ours,
+    }
+    problems: dict[str, Row] = {}
+    more: dict[str, Callable[[], Callable[[], Any]]] = {
+        "PyTorch channels_last bf16, CUDA graph": lambda: graphed(captured, device),
+        "deeplab_fast optimize, predict": lambda: _optimized(own, images),
+    }
+    for name, make in more.items():
+        try:
+            calls[name] = make()
+        except Exception as error:
+            problems[name] = {"problem": one_line(error)}
+    apart = float((theirs() != _labels(ours())).float().mean())
+    found = times(calls, device) | problems
+    for name in ("deeplab_fast predict", "PyTorch channels_last bf16"):
+        if "ms" in found[name]:
+            found[name]["wall_ms"] = wall_ms(calls[name], device, 1 if tiny(machine) else 10)
+            found[name] |= kernels(calls[name], device)
+    result = {"rows": rows_of(group, found, labels_apart=apart), "chosen": chosen_ops(machine)}
+    if apart > _LABELS_APART:
+        raise Wrong(f"{group}: {apart:.1%} of the labels are not PyTorch's", **result)
+    return result
+
+
+def _optimized(own: torch.nn.Module, images: torch.Tensor) -> Callable[[], Any]:
+    module = Predict(optimize(own))
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return module(images)
+
+    return run
+
+
+def _labels(found: Any) -> torch.Tensor:
+    """The label maps of whatever `predict` returns for a tensor."""
+    return found if isinstance(found, torch.Tensor) else torch.stack(list(found))
+
+
+def training(
+    machine: Machine,
+    recorded: Path | None,
+    backbone: str,
+    output_stride: int,
+    batch: int,
+    side: int,
+) -> dict[str, Any]:
+    """A training step of this package's model: fused forms and loss, and with every kernel of ours
+    left out; arguments as for `model`."""
+    _with_records(recorded)
+    prepared(machine)
+    group = f"training step {backbone} os{output_stride} b{batch} {side}"
+    case = step_case(machine, backbone, output_stride, batch, side)
+    args = case.setup(machine.device, torch.float32)
+    own = case.own(args)
+    found = {"deeplab_fast": step_row(step(case, machine, args, own), machine)}
+    plain = case.own(args)
+    plain.model.fused = False
+    found["deeplab_fast, plain modules"] = step_row(step(case, machine, args, plain), machine)
+    for row in found.values():
+        # At 1 the device is never idle.
+        row["wall_over_device"] = row["ms"] / max(row["device_ms"], 1e-9)
+    return {"rows": rows_of(group, found), "chosen": chosen_ops(machine)}
+
+
+def chosen_ops(machine: Machine) -> dict[str, list[str]]:
+    """The kernels that records allow, by op: "triton bfloat16 relu"."""
+    found: dict[str, list[str]] = {}
+    for record in records.all_records():
+        if record.verdict == records.PASSED and any(t.gain >= 1 for t in record.times):
+            if record.capability == machine.capability and record.op in backends.registered_ops():
+                name = f"{record.backend} {record.dtype} {record.form}"
+                found.setdefault(record.op, []).append(name)
+    return found

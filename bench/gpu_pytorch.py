@@ -1,0 +1,344 @@
+"""What PyTorch alone reaches on a GPU: units of `bench.gpu` that every kernel of ours must beat.
+
+Times are medians in milliseconds on random data; convolutions are cuDNN's, whose algorithms are
+searched for. On a CPU sizes are tiny, so that the code is tried where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deeplab_fast.testing import import_torchvision
+from deeplab_fast.tuning.machine import Machine
+
+from .gpu_measure import (
+    Row,
+    graphed,
+    kernels,
+    one_line,
+    peak_mb,
+    rows_of,
+    synchronize,
+    times,
+    tiny,
+    wall_ms,
+)
+from .model_cases import FullLogits, ModelTrain, torchvision_model
+from .op_cases import OS8_RATES, OS16_RATES
+from .providers import NHWC, Runnable, runnable
+from .registry import STEP, spread_batch_norm
+
+DTYPE = torch.bfloat16
+# (backbone, output stride, batch, side) of models in a rehearsal.
+TINY_MODEL = ("mbv3", 16, 2, 33)
+_IGNORED = 255
+
+
+def rates_of(output_stride: int) -> tuple[int, ...]:
+    """Dilations of the head at an output stride."""
+    return OS8_RATES if output_stride == 8 else OS16_RATES
+
+
+def prepared(machine: Machine) -> None:
+    """Set PyTorch as all units measure: searched algorithms, TF32 for fp32."""
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    if tiny(machine):
+        torch.set_num_threads(1)
+
+
+def _map(machine: Machine, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(shape, device=machine.device, dtype=dtype).contiguous(memory_format=NHWC)
+
+
+def ceilings(machine: Machine) -> dict[str, Any]:
+    """A matrix product and a copy: the rates that the machine itself reaches."""
+    prepared(machine)
+    n, size = (64, 2**16) if tiny(machine) else (8192, 2**31)
+    a, b = (torch.randn(n, n, device=machine.device, dtype=DTYPE) for _ in range(2))
+    x, y = (torch.zeros(size, device=machine.device, dtype=torch.uint8) for _ in range(2))
+    found = times({"matmul bf16": lambda: a @ b, "copy": lambda: y.copy_(x)}, machine.device)
+    found["matmul bf16"]["tflops"] = 2 * n**3 / found["matmul bf16"]["ms"] / 1e9
+    found["copy"]["gb_per_s"] = 2 * size / found["copy"]["ms"] / 1e6
+    return {"rows": rows_of("ceiling", found)}
+
+
+def convolutions(machine: Machine, batch: int, side: int, rates: tuple[int, ...]) -> dict[str, Any]:
+    """cuDNN's convolutions of the ASPP: forward and both gradients, at each rate and 1x1."""
+    prepared(machine)
+    channels, filters = (16, 8) if tiny(machine) else (2048, 256)
+    group = f"convolution b{batch} {side}x{side}"
+    if tiny(machine):
+        batch, side = 1, 9
+    found: list[Row] = []
+    x, grad = _map(machine, batch, channels, side, side), _map(machine, batch, filters, side, side)
+    bias = torch.zeros(filters, device=machine.device, dtype=DTYPE)
+    for rate in (0, *rates):
+        size, d = (3, rate) if rate else (1, 1)
+        weight = _map(machine, filters, channels, size, size) * 0.02
+        flops = 2 * batch * side * side * channels * filters * size**2
+        geometry = ([1, 1], [rate, rate], [d, d])
+
+        def backward(
+            which: int, weight: Tensor = weight, geometry: Any = geometry
+        ) -> Callable[[], Any]:
+            mask = [which == 0, which == 1, False]
+            return lambda: torch.ops.aten.convolution_backward(
+                grad, x, weight, None, *geometry, False, [0, 0], 1, mask
+            )
+
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": lambda w=weight, r=rate, d=d: F.conv2d(x, w, None, 1, r, d),
+            "dgrad": backward(0),
+            "wgrad": backward(1),
+            "forward + bias + relu, fused": lambda w=weight, g=geometry: (
+                torch.ops.aten.cudnn_convolution_relu(x, w, bias, *g, 1)
+            ),
+        }
+        timed = times(calls, machine.device)
+        # As a user has it who does not ask for the search.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+            timed |= times({"forward, not searched": calls["forward"]}, machine.device, seconds=0.1)
+        for row in timed.values():
+            if "ms" in row:
+                row["tflops"] = flops / row["ms"] / 1e9
+        found += rows_of(f"{group} {f'rate {rate}' if rate else '1x1'}", timed, rate=rate)
+    return {"rows": found}
+
+
+def head(machine: Machine, batch: int, side: int, output_stride: int) -> dict[str, Any]:
+    """torchvision's head."""
+    prepared(machine)
+    group = f"head b{batch} {side}x{side}"
+    module = _head(machine, output_stride)
+    x = _head_input(machine, batch, side)
+    return {"rows": rows_of(group, times(_inference(machine, module, x), machine.device))}
+
+
+def _head(machine: Machine, output_stride: int) -> nn.Module:
+    deeplabv3 = import_torchvision().models.segmentation.deeplabv3
+    channels = 32 if tiny(machine) else 2048
+    module = deeplabv3.DeepLabHead(channels, 21, rates_of(output_stride)).eval()
+    spread_batch_norm(module)
+    return module.to(machine.device)
+
+
+def _head_input(machine: Machine, batch: int, side: int) -> Tensor:
+    batch, channels, side = (1, 32, 5) if tiny(machine) else (batch, 2048, side)
+    return _map(machine, batch, channels, side, side, dtype=torch.float32).relu_()
+
+
+def model(
+    machine: Machine, backbone: str, output_stride: int, batch: int, side: int
+) -> dict[str, Any]:
+    """torchvision's model up to full-resolution logits."""
+    prepared(machine)
+    group = f"model {backbone} os{output_stride} b{batch} {side}"
+    if tiny(machine):
+        backbone, output_stride, batch, side = TINY_MODEL
+    module = FullLogits(torchvision_model(backbone, output_stride, 21)).eval()
+    spread_batch_norm(module)
+    x = _map(machine, batch, 3, side, side, dtype=torch.float32)
+    return {
+        "rows": rows_of(
+            group, times(_inference(machine, module.to(machine.device), x), machine.device)
+        )
+    }
+
+
+def _inference(machine: Machine, module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """PyTorch's ways to run a module: as it is shipped, and what those do who want speed."""
+    device = machine.device
+    half = copy.deepcopy(module).to(DTYPE).to(memory_format=NHWC)
+    wide = copy.deepcopy(module).to(memory_format=NHWC)
+    given, nchw = x.to(DTYPE), x.contiguous()
+
+    def plain() -> Any:
+        # Nobody is told to search.
+        with (
+            torch.inference_mode(),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True),
+        ):
+            return module(nchw)
+
+    def autocast() -> Any:
+        with torch.inference_mode(), torch.autocast(device, DTYPE):
+            return wide(x)
+
+    def last() -> Any:
+        with torch.inference_mode():
+            return half(given)
+
+    def captured() -> Any:
+        with torch.no_grad():
+            return half(given)
+
+    found: dict[str, Callable[[], Any]] = {
+        "channels_last bf16": last,
+        "autocast bf16 channels_last": autocast,
+        "eager NCHW fp32 (tf32)": plain,
+    }
+    last()
+    synchronize(device)
+    try:
+        found["channels_last bf16, CUDA graph"] = graphed(captured, device)
+    except RuntimeError as error:
+        found["channels_last bf16, CUDA graph"] = _failing(one_line(error))
+    return found
+
+
+def _failing(text: str) -> Callable[[], Any]:
+    def fail() -> None:
+        raise RuntimeError(text)
+
+    return fail
+
+
+def step_case(
+    machine: Machine, backbone: str, output_stride: int, batch: int, side: int
+) -> ModelTrain:
+    """A training step, small in a rehearsal."""
+    if tiny(machine):
+        backbone, output_stride, batch, side = TINY_MODEL
+    return ModelTrain(
+        op="model_train",
+        shape=f"{backbone}-os{output_stride}-{side}-b{batch}",
+        suites=(),
+        modes=(STEP,),
+        backbone=backbone,
+        output_stride=output_stride,
+        n=batch,
+        height=side,
+        width=side,
+    )
+
+
+def step(case: ModelTrain, machine: Machine, args: Any, module: nn.Module) -> Runnable:
+    """A step of a module: fp32 weights in channels_last, autocast, SGD."""
+
+    def context() -> Any:
+        return nullcontext() if tiny(machine) else torch.autocast(machine.device, DTYPE)
+
+    return runnable(case, STEP, args, module, torch.float32, NHWC, context)
+
+
+def step_row(run: Callable[[int], Any], machine: Machine) -> Row:
+    """Time of a step by the host's clock and of its kernels, and its memory."""
+
+    def once() -> Any:
+        return run(0)
+
+    row: Row = {}
+    for _ in range(1 if tiny(machine) else 3):
+        once()
+    if machine.device == "cuda":
+        row["peak_mb"] = peak_mb(once)
+    row["ms"] = wall_ms(once, machine.device, 1 if tiny(machine) else 8)
+    return row | kernels(once, machine.device)
+
+
+def training(
+    machine: Machine, backbone: str, output_stride: int, batch: int, side: int
+) -> dict[str, Any]:
+    """torchvision's model in a training step: eager, channels_last, autocast."""
+    prepared(machine)
+    group = f"training step {backbone} os{output_stride} b{batch} {side}"
+    case = step_case(machine, backbone, output_stride, batch, side)
+    args = case.setup(machine.device, torch.float32)
+    row = step_row(step(case, machine, args, args.module), machine)
+    return {"rows": rows_of(group, {"eager channels_last autocast": row})}
+
+
+def upsampling(
+    machine: Machine, batch: int, classes: int, small: int, large: int
+) -> dict[str, Any]:
+    """Compositions of interpolation with argmax and with the loss, forward and backward."""
+    prepared(machine)
+    group = f"upsampling b{batch} {classes} classes {small} to {large}"
+    if tiny(machine):
+        batch, classes, small, large = 1, 5, 5, 33
+    size = (large, large)
+    logits = _map(machine, batch, classes, small, small)
+    target = torch.randint(0, classes, (batch, *size), device=machine.device)
+    leaf = logits.float().requires_grad_()
+
+    def labels() -> Tensor:
+        return F.interpolate(logits, size, mode="bilinear").argmax(1)
+
+    def loss() -> None:
+        leaf.grad = None
+        full = F.interpolate(leaf, size, mode="bilinear")
+        F.cross_entropy(full, target, ignore_index=_IGNORED).backward()
+
+    calls = {"interpolate, argmax": labels, "interpolate, cross_entropy, backward": loss}
+    return {"rows": rows_of(group, times(calls, machine.device))}
+
+
+def batch_norm(machine: Machine, n: int, c: int, h: int, w: int) -> dict[str, Any]:
+    """Batch norm in training, addition and ReLU: forward, and forward with backward."""
+    prepared(machine)
+    group = f"batch norm {n}x{c}x{h}x{w}"
+    if tiny(machine):
+        n, c, h, w = 1, 8, 9, 9
+    x, residual, grad = (_map(machine, n, c, h, w) for _ in range(3))
+    x.requires_grad_()
+    norm = nn.BatchNorm2d(c).to(machine.device)
+
+    def forward() -> Tensor:
+        return F.relu(norm(x).add_(residual), inplace=True)
+
+    def both() -> None:
+        x.grad = None
+        forward().backward(grad)
+
+    found = times({"forward": forward, "forward, backward": both}, machine.device)
+    for row in found.values():
+        row["map_mb"] = x.numel() * x.element_size() / 2**20
+    return {"rows": rows_of(group, found)}
+
+
+def autotuned_head(
+    machine: Machine, batch: int, side: int, output_stride: int, warm: bool
+) -> dict[str, Any]:
+    """The head by torch.compile with max-autotune and frozen weights.
+
+    Args:
+        machine, batch, side, output_stride: which.
+        warm: only make what it compiles, and keep nothing that it measures meanwhile: other units
+            run beside it.
+    """
+    import torch._inductor.config as inductor
+
+    prepared(machine)
+    module = _head(machine, output_stride).to(DTYPE).to(memory_format=NHWC)
+    x = _head_input(machine, batch, side).to(DTYPE)
+    mode = "default" if tiny(machine) else "max-autotune"
+    kept = {"freezing": True}
+    if warm:
+        kept |= {"fx_graph_cache": False, "autotune_local_cache": False}
+    start = time.monotonic()
+    with inductor.patch(kept), torch.no_grad():
+        compiled = torch.compile(module, mode=mode)
+        for _ in range(3):
+            compiled(x)
+        synchronize(machine.device)
+        seconds = time.monotonic() - start
+        if warm:
+            return {"compile_seconds": seconds}
+
+        def run() -> Any:
+            with torch.no_grad():
+                return compiled(x)
+
+        found = times({"torch.compile max-autotune": run}, machine.device)
+    group = f"head b{batch} {side}x{side}"
+    return {"rows": rows_of(group, found, compile_seconds=round(seconds, 1))}
