@@ -126,11 +126,13 @@ def open_doubts(outcomes: Iterable[Outcome]) -> Iterator[Doubt]:
 
 def _fence(known: Known) -> Said:
     right = known.passed("variant nofence")
-    if right is None or (right and not known.rows("variant nofence time")):
+    if right is None:
         return None
     if not right:
         return "needed", _reason(known, "variant nofence")
     gain = _variant_gain(known, "nofence")
+    if gain is None:
+        return None
     return ("slower", f"{gain:.3f}x") if gain >= _SAME else ("free", f"{gain:.3f}x")
 
 
@@ -146,10 +148,10 @@ def _acquire(known: Known) -> Said:
     return ("cured" if other else "not cured"), _reason(known, "repeat row 3")
 
 
-def _variant_gain(known: Known, variant: str) -> float:
-    plain, other = known.rows("variant default time"), known.rows(f"variant {variant} time")
+def _variant_gain(known: Known, variant: str) -> float | None:
+    plain, other = known.rows("variant default time$"), known.rows(f"variant {variant} time$")
     ratios = [plain[name]["ms"] / row["ms"] for name, row in other.items() if name in plain]
-    return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else 1.0
+    return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
 
 
 def _few_filters(known: Known) -> Said:

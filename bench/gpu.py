@@ -371,10 +371,16 @@ def _variant_unit(loan: Loan, variant: str, what: str) -> Unit:
     def run() -> dict[str, Any]:
         return gpu_measure.answered(command, loan.deadline(MEASURE_SECONDS), environment)
 
+    facts: dict[str, Any] = {"row": -1}
+    package = ROOT / "deeplab_fast"
+    built = variant == "default" or any(package.glob(f"_C_sm90_{variant}.*.so"))
+    if not built and not tiny(loan.machine):
+        facts["missing"] = f"variant {variant} was not built"
     return replace(
         _row_unit(loan, name, partial(carried_out, name, run), -1),
         limit=MEASURE_SECONDS,
         alone=what == "time",
+        facts=facts,
     )
 
 

@@ -1,108 +1,88 @@
 #!/usr/bin/env bash
-# One command for a bare GPU machine: build in place, GPU tests, compute-sanitizer over small shapes,
-# benchmarks. Needs torch, triton, torchvision, nvcc, pytest and pytest-benchmark; no network.
+# What a borrowed GPU is used for, in one command of at most 9 minutes: takes over what
+# bench/prepare_gpu.sh made (.gpu/), or builds it, and runs python -m bench.gpu.
 #
-#   bench/gpu.sh [OUTPUT]          default: $OUT, else build/gpu
+#   bench/gpu.sh [--second] [OUTPUT] [ARGUMENTS OF bench.gpu]     OUTPUT: $OUT, else build/gpu
 #
-# Everything lands in OUTPUT as it comes, at most 8 files; what is there when it is cut off is kept.
-# Each step has its own time limit, all together stay under 9 minutes.
+# OUTPUT gets results.jsonl as results come, and gpu.log. --second takes 3 minutes, for what the
+# first left open and what follows from it.
 #
-#   STEPS="build tests sanitize bench"   which steps
-#   BENCH_ARGS="-k 'aspp_head|model'"    further arguments of bench.run
-#   PYTHON=python3                       the interpreter that has torch
-#   SECONDS_BUILD, SECONDS_TESTS, SECONDS_SANITIZE, SECONDS_BENCH
-#   DEEPLAB_FAST_BENCH_COMMIT            which commit it is, where the tree came without git
+#   PYTHON=python3   the interpreter that has torch and triton
+#   TOTAL=525        seconds of everything (the second: 175)
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-out=$(realpath -m "${1:-${OUT:-$root/build/gpu}}")
 cd "$root"
 
 python=${PYTHON:-python3}
-steps=${STEPS:-build tests sanitize bench}
-# The sum is 8.5 minutes; benchmarks get what the steps before them leave.
-total=510
-build=${SECONDS_BUILD:-100}
-tests=${SECONDS_TESTS:-90}
-sanitize=${SECONDS_SANITIZE:-120}
-begin=$SECONDS
-export PYTHONUNBUFFERED=1
+arguments=()
+total=${TOTAL:-525}
+if [[ ${1:-} == --second ]]; then
+  arguments+=(--second)
+  total=${TOTAL:-175}
+  shift
+fi
+out=${OUT:-$root/build/gpu}
+if [[ -n ${1:-} && $1 != -* ]]; then
+  out=$1
+  shift
+fi
+out=$(realpath -m "$out")
+arguments+=("$@")
+# Where a second run on the same machine finds the first.
+kept=$root/build/gpu-first.jsonl
+mkdir -p "$out" "$root/build"
+export PYTHONUNBUFFERED=1 PYTHONPATH=$root
 
-mkdir -p "$out"
-summary=$out/summary.txt
-: >"$summary"
+left() { echo $((total - SECONDS)); }
 
-wants() { [[ " $steps " == *" $1 "* ]]; }
-left() { echo $((total - (SECONDS - begin))); }
-
-# step NAME LIMIT COMMAND...: runs it with its output in NAME.log, and notes how it ended.
-step() {
-  local name=$1 limit=$2 status start=$SECONDS
-  shift 2
-  if ((limit < 5)); then
-    echo "$name: not run, no time left" | tee -a "$summary"
-    return 1
-  fi
-  echo "== $name (at most $limit s): $*"
-  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$out/$name.log"
-  status=${PIPESTATUS[0]}
-  case $status in
-    0) result=ok ;;
-    124 | 137) result="cut off after $limit s" ;;
-    *) result="failed with status $status" ;;
-  esac
-  echo "$name: $result, $((SECONDS - start)) s" | tee -a "$summary"
+# take_over: extensions and Triton's cache of .gpu/; fails where extensions have to be built.
+take_over() {
+  local cache status
+  [[ -f .gpu/manifest.json ]] || return 1
+  cache=$(timeout 60 "$python" -m bench.prepare_gpu unpack .gpu)
+  status=$?
+  [[ -z $cache ]] || export TRITON_CACHE_DIR=$cache
   return "$status"
 }
 
-smaller() { (($1 < $2)) && echo "$1" || echo "$2"; }
+build() {
+  local capability
+  command -v nvcc >/dev/null || {
+    echo "build: there is no nvcc; CUDA kernels that were not built before are missing"
+    return 1
+  }
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
+  # Compiling takes a minute or more; its time is that of the last phases.
+  timeout --kill-after=5 120 env MAX_JOBS="${MAX_JOBS:-$(nproc)}" \
+    TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-${capability:-9.0}}" \
+    "$python" setup.py build_ext --inplace >"$root/build/gpu-build.log" 2>&1 ||
+    tail -n 30 "$root/build/gpu-build.log"
+}
 
-failed=0
-{
-  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-  nvcc --version | tail -n 2
-} >>"$summary" 2>&1 || true
-
-if wants build; then
-  step build "$(smaller "$build" "$(left)")" \
-    env MAX_JOBS="${MAX_JOBS:-$(nproc)}" "$python" setup.py build_ext --inplace || failed=1
-  "$python" -m deeplab_fast.info >>"$summary" 2>&1 || failed=1
-fi
-
-if wants tests; then
-  step tests "$(smaller "$tests" "$(left)")" \
-    "$python" -m pytest tests/gpu -q -p no:cacheprovider || { [[ $? -eq 5 ]] || failed=1; }
-fi
-
-if wants sanitize; then
-  if command -v compute-sanitizer >/dev/null; then
-    # Without the caching allocator every tensor has its own bounds. A tool that is cut off leaves
-    # time for the next.
-    step sanitize "$(smaller "$sanitize" "$(left)")" \
-      env PYTORCH_NO_CUDA_MEMORY_CACHING=1 EACH=$((sanitize / 3)) bash -c '
-        status=0
-        for tool in memcheck racecheck synccheck; do
-          echo "-- $tool"
-          timeout "$EACH" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            "$0" -m bench.sanitize || status=$?
-        done
-        exit $status' "$python" || failed=1
+everything() {
+  local status
+  if take_over; then
+    echo "prepared: .gpu, $SECONDS s"
   else
-    echo "sanitize: not run, compute-sanitizer is not on PATH" | tee -a "$summary"
+    build
+    echo "built: $SECONDS s"
   fi
-fi
-
-if wants bench; then
-  limit=${SECONDS_BENCH:-$(left)}
-  # Nothing new is begun in the last fifth: a case that compiles takes a minute.
-  eval "extra=(${BENCH_ARGS:-})"
-  step bench "$limit" "$python" -m bench.run --suite gpu --out "$out" \
-    --time-budget $((limit * 4 / 5)) "${extra[@]}" || failed=1
-  if [[ -f $out/gpu.csv ]]; then
-    "$python" -m bench.report "$out/gpu.csv" >"$out/report.md" || failed=1
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$root/build/triton-cache}
+  if [[ -z ${DEEPLAB_FAST_BENCH_COMMIT:-} ]] && ! git rev-parse HEAD >/dev/null 2>&1; then
+    # The tree came without git.
+    DEEPLAB_FAST_BENCH_COMMIT=$(sed -n 's/.*"commit": "\([^"]*\)".*/\1/p' .gpu/manifest.json \
+      2>/dev/null)
+    export DEEPLAB_FAST_BENCH_COMMIT
   fi
-fi
+  [[ ! -f $kept ]] || arguments+=(--first "$kept")
+  # It ends by itself; what does not is killed.
+  timeout --kill-after=5 $(($(left) + 8)) \
+    "$python" -m bench.gpu --out "$out" --budget "$(left)" "${arguments[@]}"
+  status=$?
+  [[ ! -f $out/results.jsonl ]] || cp "$out/results.jsonl" "$kept"
+  echo "$SECONDS s, exit status $status"
+  return "$status"
+}
 
-echo "total: $((SECONDS - begin)) s, $( ((failed)) && echo "something failed" || echo ok)" |
-  tee -a "$summary"
-ls -l "$out"
-exit "$failed"
+everything 2>&1 | tee "$out/gpu.log"
+exit "${PIPESTATUS[0]}"

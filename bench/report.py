@@ -290,19 +290,24 @@ def spread(found: Sequence[Row], others: Sequence[Row]) -> Iterator[str]:
     yield f"median of {len(apart)}: {statistics.median(apart.values()):.1%} apart"
 
 
-def between_markers(text: str, table: str) -> str:
+def between_markers(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """A text with what stands between its markers replaced.
+
+    Args:
+        text: has one line of each marker.
+        table: what comes between them.
+        begin, end: the markers.
 
     Raises:
         ReportError: not exactly one of each marker, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ReportError(
-            f"the file needs one line {BEGIN} and after it one line {END}; between them goes the "
+            f"the file needs one line {begin} and after it one line {end}; between them goes the "
             "table"
         )
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{table}{END}{rest.partition(END)[2]}"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{table}{end}{rest.partition(end)[2]}"
 
 
 def plots(found: Sequence[Row], folder: Path) -> list[Path]:
