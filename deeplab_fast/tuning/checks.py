@@ -33,6 +33,8 @@ DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
 }
+# Where a kernel is checked that passed on another compute capability.
+FIRST_USE_DEVICE = "cuda"
 # Distance between neighbouring numbers, relative to them, at most.
 _ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-23}
 _OPERANDS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11}
@@ -225,7 +227,7 @@ def first_use_problem(op: str, backend: str, dtype: str, form: str) -> str:
     """
     implementation = backends.implementations(op)[backend]
     try:
-        check(op, implementation.run, dtype, form, "cuda", at=sizes(op)[:1])
+        check(op, implementation.run, dtype, form, FIRST_USE_DEVICE, at=sizes(op)[:1])
     except Wrong as wrong:
         return str(wrong)
     except Exception as error:
