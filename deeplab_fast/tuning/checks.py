@@ -268,11 +268,12 @@ def _anchors(step: Step, exact: Sequence[Tensor], device: str) -> list[float]:
     run = next(iter(pytorch_forms(given).values()))
     results = [t.cpu() for t in flat(run())]
     return [
-        _error(kind, out, ref) for kind, out, ref in zip(step.kinds, results, exact, strict=False)
+        error_of(kind, out, ref) for kind, out, ref in zip(step.kinds, results, exact, strict=False)
     ]
 
 
-def _error(kind: str, out: Tensor, ref: Tensor) -> float:
+def error_of(kind: str, out: Tensor, ref: Tensor) -> float:
+    """The error of a result of a kind, as `errors` measures it."""
     if kind == LABELS:
         return label_error(out, ref)
     if kind == COUNTS:
@@ -299,7 +300,7 @@ def _compare(
         shape = (ref.shape[0], *ref.shape[2:]) if kind == LABELS else ref.shape
         if out.shape != shape:
             raise Wrong(f"{which} has shape {list(out.shape)} in place of {list(shape)}")
-        error = _error(kind, out, ref)
+        error = error_of(kind, out, ref)
         bound = allowed(step, kind, out, dtype, anchor)
         if not error <= bound:
             hint = "" if kind in (LABELS, COUNTS) else f"; {_first_wrong(out, ref, bound)}"
