@@ -156,7 +156,7 @@ format: $(LINT_DEPS) ## format Python and C++ and apply safe fixes
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean: ## remove everything built, but not .venv and .venv-oldest
-	rm -rf build dist demo_output *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build .gpu dist demo_output *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
 	rm -f deeplab_fast/*.so deeplab_fast/build.json $(INSTALLED) $(OLDEST_INSTALLED)
 	find . -path './.venv*' -prune -o -name __pycache__ -exec rm -rf {} +
 

@@ -19,6 +19,10 @@ Environment variables:
     TORCH_CUDA_ARCH_LIST     compute capabilities from 8.0 up (default "8.0;9.0+PTX")
     MAX_JOBS                 compiler processes at a time
     NVCC_THREADS             threads in each nvcc
+    DEEPLAB_FAST_SM90_VARIANTS
+                             for tests on a GPU: of nofence and acquire_cluster (aspp_sm90.cuh says
+                             what they are) which to compile as well, as deeplab_fast._C_sm90_NAME,
+                             which loads where DEEPLAB_FAST_SM90_VARIANT=NAME
     DEBUG                    1: no optimisation, debug information
 """
 
@@ -47,7 +51,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "deeplab_fast"
 EXTENSIONS = ("_C", "_C_cuda", "_C_sm90")
+SM90_VARIANTS = ("nofence", "acquire_cluster")
 KINDS = {"_C": "C++", "_C_cuda": "CUDA", "_C_sm90": "sm_90a CUDA"}
+KINDS |= {f"_C_sm90_{name}": f"sm_90a CUDA ({name})" for name in SM90_VARIANTS}
 # The oldest torch whose stable ABI the CUDA extensions use: 2.11.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 DEFAULT_ARCHS = "8.0;9.0+PTX"
@@ -74,6 +80,7 @@ class Settings:
     max_jobs: int | None
     nvcc_threads: int | None
     debug: bool
+    sm90_variants: tuple[str, ...] = ()
 
     @classmethod
     def from_environment(cls) -> "Settings":
@@ -96,7 +103,15 @@ class Settings:
             max_jobs=count("MAX_JOBS"),
             nvcc_threads=count("NVCC_THREADS"),
             debug=choice("DEBUG", "0", ("0", "1")) == "1",
+            sm90_variants=tuple(
+                dict.fromkeys(
+                    re.findall(r"[^,;\s]+", os.environ.get("DEEPLAB_FAST_SM90_VARIANTS", ""))
+                )
+            ),
         )
+        for name in settings.sm90_variants:
+            if name not in SM90_VARIANTS:
+                fail(f"DEEPLAB_FAST_SM90_VARIANTS names {name}: use {' or '.join(SM90_VARIANTS)}")
         if settings.force_cuda and settings.build_ext == "0":
             fail("FORCE_CUDA=1 and DEEPLAB_FAST_BUILD_EXT=0 contradict each other: unset one")
         return settings
@@ -122,8 +137,13 @@ class Plan:
     announced: bool = False
 
     def skip_all(self, reason: str) -> "Plan":
-        self.skipped = dict.fromkeys(EXTENSIONS, reason)
+        self.skipped = dict.fromkeys(self.names, reason)
         return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The extensions that this build decides about."""
+        return (*EXTENSIONS, *(f"_C_sm90_{name}" for name in self.settings.sm90_variants))
 
     def announce(self) -> None:
         if self.announced:
@@ -134,7 +154,7 @@ class Plan:
         if not self.extensions and len(reasons) == 1:
             say(f"pure Python install: {reasons.pop()}")
             return
-        for name in EXTENSIONS:
+        for name in self.names:
             reason = self.skipped.get(name)
             say(f"{PACKAGE}.{name}: " + (f"not built: {reason}" if reason else "building"))
 
@@ -262,7 +282,7 @@ def nvcc_flags(settings: Settings) -> list[str]:
 
 def plan_cuda(plan: Plan, torch) -> None:
     """Adds the CUDA extensions, or the reasons against them."""
-    settings, names = plan.settings, EXTENSIONS[1:]
+    settings, names = plan.settings, plan.names[1:]
 
     def skip(reason: str) -> None:
         plan.skipped |= dict.fromkeys(names, reason)
@@ -284,21 +304,30 @@ def plan_cuda(plan: Plan, torch) -> None:
     sm90_archs = ["9.0a"] if any(arch.startswith("9.0") for arch in archs) else []
     files = sorted(glob("csrc/cuda/*.cu"))
     sm90_files = [file for file in files if file.endswith("_sm90.cu")]
-    for name, sources, targets in (
-        ("_C_cuda", [file for file in files if file not in sm90_files], archs),
-        ("_C_sm90", sm90_files, sm90_archs),
+    for name, sources, targets, defined in (
+        ("_C_cuda", [file for file in files if file not in sm90_files], archs, []),
+        ("_C_sm90", sm90_files, sm90_archs, []),
+        *(
+            (
+                f"_C_sm90_{variant}",
+                sm90_files,
+                sm90_archs,
+                [f"-DDEEPLAB_FAST_SM90_{variant.upper()}"],
+            )
+            for variant in settings.sm90_variants
+        ),
     ):
         if not sources:
             plan.skipped[name] = "it has no source files"
         elif not targets:
             plan.skipped[name] = f"TORCH_CUDA_ARCH_LIST={settings.archs} names no target of it"
         else:
-            flags = [*gencode(targets), *nvcc_flags(settings)]
+            flags = [*gencode(targets), *nvcc_flags(settings), *defined]
             optional = settings.build_ext != "1" and not settings.force_cuda
             plan.extensions.append(CudaExtension(f"{PACKAGE}.{name}", sources, flags, optional))
             plan.nvcc = nvcc
             plan.facts["cuda"] = release or "of an unknown release"
-            plan.facts["archs"] += targets
+            plan.facts["archs"] += [arch for arch in targets if arch not in plan.facts["archs"]]
             plan.facts["flags"][name] = flags
 
 
@@ -546,8 +575,9 @@ def write_facts(folder: Path) -> None:
     In the checkout, where several interpreters build, the facts of the others are kept.
     """
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    for name in PLAN.skipped:
-        (folder / f"{name}{suffix}").unlink(missing_ok=True)
+    for name in KINDS:
+        if name not in PLAN.names or name in PLAN.skipped:
+            (folder / f"{name}{suffix}").unlink(missing_ok=True)
     tag = sys.implementation.cache_tag
     facts = read_facts(folder) if folder == ROOT / PACKAGE else {}
     facts[tag] = PLAN.facts | {
@@ -557,7 +587,7 @@ def write_facts(folder: Path) -> None:
                 "reason": PLAN.skipped.get(name, ""),
                 "error": PLAN.errors.get(name, ""),
             }
-            for name in EXTENSIONS
+            for name in PLAN.names
         },
         "sources": source_fingerprints(),
     }

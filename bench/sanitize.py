@@ -238,6 +238,41 @@ def small_cases() -> list[Case]:
     return found
 
 
+def model_cases() -> list[Case]:
+    """Batch norm passes and the ASPP's convolutions as training steps of ResNet-50 have them, for
+    what is prepared for a GPU; none belongs to a suite."""
+    found: list[Case] = []
+    for c, size in ((256, 65), (2048, 33)):
+        given = {"suites": (), "c": c, "n": 16, "h": size, "w": size}
+        name = registry.shape_name((size, size, c), "b16")
+        found.append(_NormCase(op="batch_stats", shape=name, maps=1, **given))
+        for op, maps in (("bn_act", 1), ("bn_act_reduce", 2), ("bn_act_backward", 2)):
+            found += [
+                _NormCase(op=op, shape=name, maps=maps, **given),
+                _NormCase(op=op, shape=f"{name}-none", maps=maps, act=None, **given),
+                _NormCase(op=op, shape=f"{name}-residual", maps=maps + 1, **given),
+            ]
+    for n, size, rates in (
+        (16, 33, op_cases.OS16_RATES),
+        (16, 65, op_cases.OS8_RATES),
+        (2, 65, op_cases.OS8_RATES),
+    ):
+        found.append(
+            _ConvsCase(
+                op="aspp_convs",
+                shape=registry.shape_name((size, size), f"b{n}"),
+                c=2048,
+                filters=256,
+                rates=rates,
+                suites=(),
+                n=n,
+                h=size,
+                w=size,
+            )
+        )
+    return found
+
+
 def check(names: Sequence[str], device: str, dtype: torch.dtype) -> int:
     """Run every op on the named backends; returns how many results were wrong."""
     wrong = 0

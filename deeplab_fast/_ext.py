@@ -6,7 +6,10 @@
 
 Loading registers an extension's ops with torch's dispatcher. It never raises and does not
 initialise CUDA. It warns of an extension that failed to compile, because pip hides the output of
-such a build. DEEPLAB_FAST_DISABLE_EXT=1 leaves all three out.
+such a build. DEEPLAB_FAST_DISABLE_EXT=1 leaves all three out. For tests on a GPU,
+DEEPLAB_FAST_SM90_VARIANT=nofence or acquire_cluster loads _C_sm90_nofence or
+_C_sm90_acquire_cluster in place of _C_sm90: the same ops, compiled with one choice of
+aspp_sm90.cuh the other way.
 """
 
 import importlib
@@ -15,7 +18,7 @@ import os
 import re
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +29,7 @@ import torch
 _FOLDER = Path(__file__).parent
 _PYTHON = sys.implementation.cache_tag
 _DISABLED = os.environ.get("DEEPLAB_FAST_DISABLE_EXT") == "1"
+_VARIANTS = ("nofence", "acquire_cluster")
 _REBUILD = "rebuild with `pip install --no-build-isolation --no-deps .` in its source folder"
 
 
@@ -120,11 +124,24 @@ def _load(name: str, build: dict[str, Any], *, stable_abi: bool) -> Extension:
         return missing(f"cannot be loaded ({type(error).__name__}: {error}); {_REBUILD}")
 
 
+def _load_sm90(build: dict[str, Any], variant: str) -> Extension:
+    if not variant:
+        return _load("_C_sm90", build, stable_abi=True)
+    if variant not in _VARIANTS:
+        reason = f"DEEPLAB_FAST_SM90_VARIANT={variant} is not allowed: use {' or '.join(_VARIANTS)}"
+        return Extension(f"{__package__}._C_sm90", False, reason, build)
+    found = _load(f"_C_sm90_{variant}", build, stable_abi=True)
+    if found.loaded or f"_C_sm90_{variant}" in build.get("extensions", {}):
+        return found
+    how = f"only DEEPLAB_FAST_SM90_VARIANTS={variant} at build time makes this variant"
+    return replace(found, reason=f"{found.reason}; {how}")
+
+
 _builds = _read_builds()
 _build = _builds.get(_PYTHON, {})
 CPU = _load("_C", _build, stable_abi=False)
 CUDA = _load("_C_cuda", _build, stable_abi=True)
-SM90 = _load("_C_sm90", _build, stable_abi=True)
+SM90 = _load_sm90(_build, os.environ.get("DEEPLAB_FAST_SM90_VARIANT", ""))
 
 _failures = [
     f"{extension.name} {failure}"

@@ -91,14 +91,50 @@ void aspp(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tens
   });
 }
 
+// Programs of a row (blocks, or clusters of them) that the current device runs at the same time:
+// lists of tiles assume as many as it has multiprocessors for.
+int64_t residency(int64_t tile, bool half) {
+  int64_t programs = 0;
+  const auto count = [&](auto type, auto row) {
+    constexpr Tile kShape = kTiles[row];
+    const auto kernel = aspp_sm90_kernel<decltype(type), row>;
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(kShape.shared_bytes())));
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned int>(kShape.cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(kShape.cluster);
+    config.blockDim = dim3(kShape.threads());
+    config.dynamicSmemBytes = kShape.shared_bytes();
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int clusters = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    programs = clusters;
+  };
+  const bool found =
+      with_tile<90>(tile, [&](auto row) { half ? count(Half{}, row) : count(Bfloat16{}, row); });
+  STD_TORCH_CHECK(found, "row ", tile, " of the table of tiles is not one of sm_90a");
+  return programs;
+}
+
 }  // namespace
 
 }  // namespace deeplab_fast::cuda
 
-STABLE_TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) { m.def("_aspp_sm90" DEEPLAB_FAST_ASPP_SCHEMA); }
+STABLE_TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
+  m.def("_aspp_sm90" DEEPLAB_FAST_ASPP_SCHEMA);
+  m.def("_aspp_sm90_residency(int tile, bool half) -> int");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(deeplab_fast, CUDA, m) {
   m.impl("_aspp_sm90", TORCH_BOX(&deeplab_fast::cuda::aspp));
+}
+
+// It takes no tensor that says which device.
+STABLE_TORCH_LIBRARY_IMPL(deeplab_fast, CompositeExplicitAutograd, m) {
+  m.impl("_aspp_sm90_residency", TORCH_BOX(&deeplab_fast::cuda::residency));
 }
 
 #endif  // DEEPLAB_FAST_WITHOUT_TORCH

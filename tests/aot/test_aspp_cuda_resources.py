@@ -88,14 +88,16 @@ def demangle(names: list[str]) -> list[str]:
 class Compiled:
     """One run of nvcc: what it said, ptxas' report of each kernel, and the machine code."""
 
-    def __init__(self, nvcc: str, release: str, architecture: str, folder: Path) -> None:
+    def __init__(
+        self, nvcc: str, release: str, architecture: str, folder: Path, *flags: str
+    ) -> None:
         self.architecture, self.release = architecture, release
         source, target = BUILDS[architecture]
         self.cubin = folder / "aspp.cubin"
         command = [
             nvcc, "-cubin", f"-gencode={target}", "-std=c++20", "-O3", "--expt-relaxed-constexpr",
             "-Xptxas", "-v", "-DDEEPLAB_FAST_WITHOUT_TORCH", "-I", str(ROOT / "csrc" / "include"),
-            "-o", str(self.cubin), str(ROOT / "csrc" / "cuda" / source),
+            *flags, "-o", str(self.cubin), str(ROOT / "csrc" / "cuda" / source),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -126,15 +128,20 @@ class Compiled:
         return dict(zip(demangle(parts[::2]), counts, strict=True))
 
 
-@pytest.fixture(scope="module", params=BUILDS)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def toolkit() -> tuple[str, str]:
+    """nvcc and its release."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc: CUDA_HOME is not set and nvcc is not on PATH")
     if shutil.which("c++filt") is None:
         pytest.skip("no c++filt")
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
-    release = re.search(r"release (\d+\.\d+)", version.stdout).group(1)
+    return nvcc, re.search(r"release (\d+\.\d+)", version.stdout).group(1)
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    nvcc, release = toolkit()
     if request.param == "sm_100" and float(release) < 12.8:
         pytest.skip(f"nvcc {release} does not know sm_100")
     return Compiled(nvcc, release, request.param, tmp_path_factory.mktemp(request.param))
@@ -247,6 +254,23 @@ def test_instructions_are_those_meant(compiled: Compiled) -> None:
             # A chunk of 64 channels once: its products, and the operands of 16x16.
             assert count(r"HMMA.*") == row.accumulators // 4 * 4
             assert count(r"LDSM\.16\.M88\.4") == count(r"LDSM.*") > 0
+
+
+@pytest.mark.parametrize("variant", ["nofence", "acquire_cluster"])
+def test_a_variant_has_one_thing_otherwise(variant: str, tmp_path: Path) -> None:
+    flag = f"-DDEEPLAB_FAST_SM90_{variant.upper()}"
+    compiled = Compiled(*toolkit(), "sm_90a", tmp_path, flag)
+    assert not re.findall(r"warning|Performance|ignored|C75\d\d", compiled.said)
+    assert set(compiled.spilled.values()) == {("0", "0", "0")}
+    every = compiled.instructions()
+    for name in main_kernels(every):
+        found, pair = every[name], row_of(name).cluster > 1
+        fences = sum(n for i, n in found.items() if i.startswith("FENCE.VIEW.ASYNC"))
+        # One follows the initialisation of barriers; the others come before products.
+        assert (fences == 1) == (variant == "nofence"), name
+        # The two are those of cluster_sync.
+        acquires = found["CCTL.IVALL"] - 2 * pair
+        assert (acquires > 0) == (pair and variant == "acquire_cluster"), name
 
 
 def test_one_row_at_least_fits_the_smallest_device() -> None:

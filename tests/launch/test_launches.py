@@ -4,7 +4,7 @@ Dtypes, modes and layouts for compute capability 9.0, at shapes of the models; o
 kernel for the other capabilities. Modes are combined at one size, layouts are taken one by one.
 fp16 and TF32, whose code differs from that of bf16 and fp32 in types alone, take fewer modes and
 layouts, and the first and the last size of a family. Each call is made twice, the second time among
-other neighbours. `conftest.py` says what a launch passes through here.
+other neighbours. `bench.launch_stub` says what a launch passes through here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 from deeplab_fast.kernels.conv import allow_tf32
 from torch import Tensor
 
-from deeplab_fast import kernels, ops
+from bench.launch_stub import GPUS, pretend
+from deeplab_fast import backends, kernels, ops
 from deeplab_fast.testing import tf32
 
 pytestmark = pytest.mark.launch
@@ -446,3 +447,18 @@ def test_second_launch_finds_the_globals_of_the_first(family: str, name: str, la
     """
     (call,) = (call for call in FAMILIES[family][0](torch.float32) if call.name == name)
     assert launches.of(*call) == launches.of(*call)
+
+
+def test_pretending_ends_with_the_block() -> None:
+    def patched() -> list[Any]:
+        from deeplab_fast.kernels import aspp
+        from triton.runtime import driver
+
+        return [vars(backends.OpDesc)["of"], aspp.device_of, driver._active]
+
+    before = patched()
+    with pretend(GPUS["H100"]) as launches:
+        launches.of("argmax", partial(ops.upsample_argmax, torch.zeros(1, 21, 9, 9), (65, 65)))
+        assert all(now is not then for now, then in zip(patched(), before, strict=True))
+    assert all(now is then for now, then in zip(patched(), before, strict=True))
+    assert [kernel for kernel, _ in launches.made] == ["upsample_argmax_kernel"]

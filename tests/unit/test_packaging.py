@@ -340,6 +340,9 @@ def test_missing_torch_is_one_line(source, without_torch):
         pytest.param({"DEEPLAB_FAST_BUILD_EXT": "yes"}, "use auto or 0 or 1", id="unknown choice"),
         pytest.param({"MAX_JOBS": "0"}, "positive number", id="no jobs"),
         pytest.param(
+            {"DEEPLAB_FAST_SM90_VARIANTS": "nofence,fast"}, "names fast: use", id="unknown variant"
+        ),
+        pytest.param(
             {"FORCE_CUDA": "1", "DEEPLAB_FAST_BUILD_EXT": "0"}, "contradict", id="contradiction"
         ),
     ],
@@ -678,11 +681,9 @@ def test_warning_reaches_the_terminal_once(terminal, captured):
     assert shown.count(b"one\r\ntwo ") == terminal
 
 
-def test_cuda_sources_are_compiled_for_their_targets(sources, tmp_path):
-    """With an nvcc that only writes down its arguments, on whatever torch there is."""
-    source = sources.parent
-    for name in ("one.cu", "two_sm90.cu"):
-        (sources / "cuda" / name).write_text("")
+@pytest.fixture
+def recorded(tmp_path) -> tuple[Path, Path]:
+    """(toolkit, file): an nvcc that only writes down its arguments, a line of the file a call."""
     toolkit = tmp_path / "toolkit"
     (toolkit / "bin").mkdir(parents=True)
     nvcc = toolkit / "bin" / "nvcc"
@@ -700,6 +701,14 @@ def test_cuda_sources_are_compiled_for_their_targets(sources, tmp_path):
         "        print(*sys.argv[1:], file=calls)\n"
     )
     nvcc.chmod(0o755)
+    return toolkit, tmp_path / "calls"
+
+
+def test_cuda_sources_are_compiled_for_their_targets(sources, recorded):
+    """On whatever torch there is."""
+    source, (toolkit, calls) = sources.parent, recorded
+    for name in ("one.cu", "two_sm90.cu"):
+        (sources / "cuda" / name).write_text("")
     done, facts = build(
         source, FORCE_CUDA=1, CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST="7.5 8.0;9.0+PTX"
     )
@@ -708,9 +717,8 @@ def test_cuda_sources_are_compiled_for_their_targets(sources, tmp_path):
     assert [entry["built"] for entry in facts["extensions"].values()] == [False, True, True]
     for name in ("_C_cuda", "_C_sm90"):
         assert (source.parent / "lib" / "deeplab_fast" / f"{name}{SUFFIX}").is_file(), done.stdout
-    calls = (tmp_path / "calls").read_text().splitlines()
     targets = {}
-    for call in calls:
+    for call in calls.read_text().splitlines():
         arguments = call.split()
         if "-c" in arguments:
             compiled = Path(arguments[arguments.index("-c") + 1]).name
@@ -718,6 +726,7 @@ def test_cuda_sources_are_compiled_for_their_targets(sources, tmp_path):
             assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in arguments
             assert "-DUSE_CUDA" in arguments
             assert [flag for flag in arguments if "std=" in flag] == ["-std=c++20"]
+            assert not [flag for flag in arguments if flag.startswith("-DDEEPLAB_FAST_SM90")]
     assert targets == {
         "one.cu": [
             "-gencode=arch=compute_80,code=sm_80",
@@ -726,6 +735,32 @@ def test_cuda_sources_are_compiled_for_their_targets(sources, tmp_path):
         ],
         "two_sm90.cu": ["-gencode=arch=compute_90a,code=sm_90a"],
     }
+
+
+def test_variants_are_compiled_when_asked_for(sources, recorded):
+    source, (toolkit, calls) = sources.parent, recorded
+    (sources / "cuda" / "two_sm90.cu").write_text("")
+    settings = {"FORCE_CUDA": 1, "CUDA_HOME": toolkit, "TORCH_CUDA_ARCH_LIST": "9.0"}
+    variants = ("nofence", "acquire_cluster")
+    _, facts = build(source, DEEPLAB_FAST_SM90_VARIANTS=",".join(variants), **settings)
+    built = [name for name, entry in facts["extensions"].items() if entry["built"]]
+    assert built == ["_C_sm90", *(f"_C_sm90_{name}" for name in variants)]
+    package = source.parent / "lib" / "deeplab_fast"
+    assert all((package / f"{name}{SUFFIX}").is_file() for name in built)
+    found = [
+        flag.removeprefix("-DDEEPLAB_FAST_SM90_").lower()
+        for call in calls.read_text().splitlines()
+        for flag in call.split()
+        if flag.startswith("-DDEEPLAB_FAST_SM90_")
+    ]
+    assert found == list(variants)
+    header = (ROOT / "csrc" / "include" / "deeplab_fast" / "aspp_sm90.cuh").read_text("utf-8")
+    for name in variants:
+        assert f"#ifdef DEEPLAB_FAST_SM90_{name.upper()}\n" in header
+    # Variants of earlier sources must not stay.
+    _, facts = build(source, **settings)
+    assert set(facts["extensions"]) == {"_C", "_C_cuda", "_C_sm90"}
+    assert [path.name for path in package.glob("_C_sm90*")] == [f"_C_sm90{SUFFIX}"]
 
 
 OTHER = {"extensions": {"_C": {"built": True, "reason": ""}}}
@@ -783,7 +818,8 @@ def load(tmp_path, monkeypatch):
         importlib.invalidate_caches()
         return importlib.import_module(f"{package.name}._ext")
 
-    monkeypatch.delenv("DEEPLAB_FAST_DISABLE_EXT", raising=False)
+    for name in ("DEEPLAB_FAST_DISABLE_EXT", "DEEPLAB_FAST_SM90_VARIANT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     return load
 
@@ -906,6 +942,36 @@ def test_cuda_extension_is_not_loaded_into_a_torch_without_cuda(load, monkeypatc
     ext = load({f"_C_cuda{SUFFIX}": b""})
     assert not ext.CUDA.loaded
     assert "has no CUDA" in ext.CUDA.reason
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "reason"),
+    [
+        pytest.param("", "_C_sm90", "_C_sm90.", id="none asked for"),
+        pytest.param("nofence", "_C_sm90_nofence", "_C_sm90_nofence.", id="there"),
+        pytest.param(
+            "acquire_cluster",
+            "_C_sm90_acquire_cluster",
+            "only DEEPLAB_FAST_SM90_VARIANTS=acquire_cluster at build time makes this variant",
+            id="not built",
+        ),
+        pytest.param(
+            "fast",
+            "_C_sm90",
+            "DEEPLAB_FAST_SM90_VARIANT=fast is not allowed: use nofence or acquire_cluster",
+            id="unknown",
+        ),
+    ],
+)
+def test_a_variant_takes_the_place_of_the_sm90_extension(variant, name, reason, load, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("DEEPLAB_FAST_SM90_VARIANT", variant)
+    # What cannot be loaded is named with its path.
+    files = {f"_C_sm90{SUFFIX}": b"text", f"_C_sm90_nofence{SUFFIX}": b"text"}
+    ext = load(files, {THIS: {"extensions": {"_C_sm90": {"built": True, "reason": ""}}}})
+    assert ext.SM90.name.endswith(f".{name}")
+    assert not ext.SM90.loaded
+    assert reason in ext.SM90.reason
 
 
 def test_built_extension_loads_and_shares_torchs_openmp():

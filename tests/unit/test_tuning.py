@@ -596,9 +596,9 @@ def test_the_parent_makes_no_cuda_context() -> None:
     code = (
         "import torch\n"
         "def refuse(*a, **k): raise SystemExit('asked CUDA')\n"
-        "for name in ('_cuda_init', '_cuda_getDeviceCount'):\n"
-        "    setattr(torch._C, name, refuse)\n"
-        "torch.cuda.is_available = torch.cuda.init = torch.cuda._lazy_init = refuse\n"
+        "for name in ('is_available', 'init', '_lazy_init', 'device_count', 'current_device',\n"
+        "    'get_device_properties', 'get_device_capability'):\n"
+        "    setattr(torch.cuda, name, refuse)\n"
         "import deeplab_fast\n"
         "from deeplab_fast.tuning import api, tune\n"
         "from deeplab_fast.tuning.machine import Machine\n"

@@ -24,6 +24,20 @@ constexpr int kLoadRegisters = 56;
 constexpr int kMultiplyRegisters = 224;
 constexpr int kMultiplyWarps = 8;
 
+// Doubts that only a GPU settles, each a variant of the extension (setup.py): whether wgmma needs a
+// proxy fence to see rows that cp.async wrote, and whether the loader must acquire at the scope of
+// the cluster what another block released.
+#ifdef DEEPLAB_FAST_SM90_NOFENCE
+constexpr bool kProxyFence = false;
+#else
+constexpr bool kProxyFence = true;
+#endif
+#ifdef DEEPLAB_FAST_SM90_ACQUIRE_CLUSTER
+constexpr bool kAcquireCluster = true;
+#else
+constexpr bool kAcquireCluster = false;
+#endif
+
 // The ring of stages in shared memory, and where in it this thread is.
 template <int kTile>
 class Sm90Ring {
@@ -51,7 +65,13 @@ class Sm90Ring {
 
   __device__ void wait_full() const { ptx::barrier_wait(full(), phase_); }
   // Passes in the first round, before anything was in the stage.
-  __device__ void wait_empty() const { ptx::barrier_wait(empty(), phase_ ^ 1); }
+  __device__ void wait_empty() const {
+    if constexpr (kAcquireCluster && kShape.cluster > 1) {
+      ptx::barrier_wait_cluster(empty(), phase_ ^ 1);
+    } else {
+      ptx::barrier_wait(empty(), phase_ ^ 1);
+    }
+  }
 
   __device__ void next() {
     if (++stage_ < kShape.stages) return;
@@ -153,7 +173,7 @@ __device__ inline void multiply_parts(const Aspp& op, Sm90Ring<kTile> ring, int 
     for (int j = part.begin; j < part.end; ++j) {
       ring.wait_full();
       // The rows were written by cp.async, and wgmma reads by another way.
-      ptx::fence_async_proxy();
+      if constexpr (kProxyFence) ptx::fence_async_proxy();
       const uint64_t a = describe_rows(ring.rows() + row * 128);
       const uint64_t b = describe_rows(ring.filters() + col * 128);
       ptx::wgmma_hold(sums);

@@ -114,18 +114,29 @@ __device__ inline void barrier_arrive_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+#define DEEPLAB_FAST_BARRIER_WAIT(order)   \
+  asm volatile(                            \
+      "{\n.reg .pred done;\n"              \
+      "AGAIN:\n"                           \
+      "mbarrier.try_wait.parity" order     \
+      ".shared::cta.b64 done, [%0], %1;\n" \
+      "@done bra DONE;\n"                  \
+      "bra AGAIN;\n"                       \
+      "DONE:\n}" ::"r"(barrier),           \
+      "r"(parity)                          \
+      : "memory")
+
 // Until the phase of this parity has ended.
 __device__ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "AGAIN:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "bra AGAIN;\n"
-      "DONE:\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+  DEEPLAB_FAST_BARRIER_WAIT("");
 }
+
+// The same, after what other blocks of the cluster did before they arrived.
+__device__ inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  DEEPLAB_FAST_BARRIER_WAIT(".acquire.cluster");
+}
+
+#undef DEEPLAB_FAST_BARRIER_WAIT
 
 // The copy engine.
 

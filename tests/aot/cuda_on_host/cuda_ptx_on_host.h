@@ -552,6 +552,10 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   host::self().fenced = false;
 }
 
+inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  barrier_wait(barrier, parity);
+}
+
 inline void prefetch(const TensorMap*) {}
 
 inline void load_box_multicast(uint32_t to, const TensorMap* map, int column, int row,
