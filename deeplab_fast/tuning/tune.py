@@ -162,6 +162,28 @@ def tune_here(
     return tuning
 
 
+def launches(plan: Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every call of a Triton kernel that the checks and times of a plan make, on the meta device,
+    for a stub of Triton's driver: what it compiles is what they find compiled."""
+    for op, form in forms_of(plan.works):
+        implementation = backends.implementations(op).get("triton")
+        if implementation is None:
+            continue
+        works = [work.size for work in plan.works if (work.op, work.form) == (op, form)]
+        for dtype in plan.dtypes:
+            if dtype == "tf32" and op not in trust.PRODUCTS:
+                continue
+            for size in dict.fromkeys((*checks.sizes(op), *works)):
+                for step in steps(op, form, size, checks.DTYPES[dtype], "meta"):
+                    name = f"{op} {form} {dtype} {size} {step.method}".rstrip()
+                    yield name, partial(_launch, step, implementation.run, dtype)
+
+
+def _launch(step: Any, run: Callable[..., Any], dtype: str) -> None:
+    with checks.precision(dtype):
+        step.launch(run)
+
+
 def forms_of(works: Iterable[Work]) -> list[tuple[str, str]]:
     """(op, form) of works, each once, in order."""
     return list(dict.fromkeys((work.op, work.form) for work in works))

@@ -24,6 +24,7 @@ from torch import Tensor
 from bench.launch_stub import GPUS, pretend
 from deeplab_fast import backends, kernels, ops
 from deeplab_fast.testing import tf32
+from deeplab_fast.tuning import api, tune, workloads
 
 pytestmark = pytest.mark.launch
 
@@ -462,3 +463,16 @@ def test_pretending_ends_with_the_block() -> None:
         assert all(now is not then for now, then in zip(patched(), before, strict=True))
     assert all(now is then for now, then in zip(patched(), before, strict=True))
     assert [kernel for kernel, _ in launches.made] == ["upsample_argmax_kernel"]
+
+
+def test_what_tune_runs_is_launched(launches) -> None:
+    """Calls of its checks and times, of which no GPU has seen one."""
+    plan = api.make_plan(
+        "fregu856_resnet18", (129, 193), batches=(2,), dtypes=("bfloat16",), ops=None,
+        backends=("triton",), quick=True, budget=None, configurations=False,
+    )  # fmt: skip
+    names = []
+    for name, run in tune.launches(plan):
+        assert launches.of(name, run), name
+        names.append(name.split()[0])
+    assert set(names) == set(workloads.OPS)
