@@ -150,10 +150,10 @@ def test_without_records_the_rule_chooses(case: Case, caplog) -> None:
             if case.kernel == "upsample_cross_entropy"
             else configs.forward_config
         )(key.in_size, key.out_size, key.align_corners),
-        "BranchesKey": lambda key: configs._analytic_branches_config(
+        "BranchesKey": lambda key: configs.branches_rule(
             key.batch, key.height, key.width, key.channels, key.branches, key.math, GPU, True
         ),
-        "PointwiseKey": lambda key: configs._analytic_pointwise_config(
+        "PointwiseKey": lambda key: configs.pointwise_rule(
             key.groups, key.pixels, key.channels, key.filters, key.math, GPU, True, False
         ),
     }
