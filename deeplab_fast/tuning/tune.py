@@ -266,11 +266,9 @@ def configuration_units(
                 }  # fmt: skip
                 about = f"{tuned.kernel} {record.op} {record.dtype} {record.form} {work.size}"
                 given = (machine, tuned, work, record.dtype)
-                needs = []
-                for first in range(0, 24, _CANDIDATES_PER_UNIT):
+                for first in range(0, tuned.most, _CANDIDATES_PER_UNIT):
                     part = range(first, first + _CANDIDATES_PER_UNIT)
                     name = f"compile {about} {first}"
-                    needs.append(name)
                     compiling.append(
                         Unit(
                             name,
@@ -382,7 +380,8 @@ def _summary(tuning: Tuning) -> str:
 
 def _runnable(machine: Machine, op: str, backend: str, dtype: str, works: Sequence[Work]) -> bool:
     """Whether a backend can run an op in a dtype at any of the sizes that it is checked at."""
-    if backend not in backends.implementations(op):
+    found = backends.implementations(op).get(backend)
+    if found is None or found.is_pytorch:
         return False
     form = works[0].form
     for size in (*checks.sizes(op), *(work.size for work in works)):
