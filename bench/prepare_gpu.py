@@ -45,6 +45,8 @@ MIB = 2**20
 LIMIT = 40 * MIB
 # Exit statuses beside success and an error.
 OTHER_EXTENSIONS = 3
+# Models at 520x520 whose kernels are compiled beforehand, and in which dtypes.
+TUNED = (("deeplabv3_resnet50", ("bfloat16", "float16", "float32", "tf32")),)
 # Of Triton's cache only these are read again.
 KEPT = (".cubin", ".json", ".so")
 GROUP = "__grp__"
@@ -114,14 +116,24 @@ def digest(path: Path) -> str:
 
 
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What the cache is filled with: calls of ops, for CPU tensors, by name.
+    """What the cache is filled with: calls of ops by name, for CPU or meta tensors.
 
-    Small shapes of every op, as bench.sanitize runs them, the ops of suite gpu, and a training
-    step's passes at shapes of the models.
+    Those of the checks and times of `deeplab-fast tune`, small shapes of every op, as
+    bench.sanitize runs them, the ops of suite gpu, and a training step's passes at shapes of the
+    models.
     """
     import torch
 
+    from deeplab_fast.tuning import api, tune
+
     from . import registry, sanitize
+
+    for model, dtypes in TUNED:
+        plan = api.make_plan(
+            model, None, batches=api.BATCHES, dtypes=dtypes, ops=None, backends=("triton",),
+            quick=False, budget=None, configurations=False,
+        )  # fmt: skip
+        yield from tune.launches(plan)
 
     for dtype in (torch.bfloat16, torch.float32):
         for case in sanitize.small_cases():

@@ -39,7 +39,7 @@ def batch_stats(x: Tensor, config: BatchNormConfig | None = None) -> tuple[Tenso
 
     Args:
         x: [N, C, H, W] fp16, bf16 or fp32.
-        config: None for the analytic choice.
+        config: None for the choice by rule.
 
     Returns:
         mean [C], variance [C], fp32; zeros without values.
@@ -82,7 +82,7 @@ def bn_act(
         mean, rstd, weight, bias: [C], any float dtype; used in fp32.
         residual: the shape and dtype of x, or None.
         act: "relu", "relu6", "hardswish" or None.
-        config: None for the analytic choice.
+        config: None for the choice by rule.
 
     Returns:
         [N, C, H, W], the dtype of x, channels_last.
@@ -121,7 +121,7 @@ def bn_act_reduce(
         mean, rstd, weight, bias: [C], any float dtype; used in fp32.
         out: the result of `bn_act`, or None to compute what the activation saw from x.
         act: as for `bn_act`.
-        config: None for the analytic choice.
+        config: None for the choice by rule.
 
     Returns:
         two [C], fp32; zeros without values.
@@ -170,7 +170,7 @@ def bn_act_backward(
         grad, ..., bias, out, act: as for `bn_act_reduce`.
         mean_grad, mean_grad_xhat: [C], any float dtype, used in fp32; both None for zero.
         to_residual: give g, the gradient of the residual, as well.
-        config: None for the analytic choice.
+        config: None for the choice by rule.
 
     Returns:
         dx and g, [N, C, H, W], the dtype of x, channels_last; g is empty without `to_residual`.

@@ -1,8 +1,6 @@
 """Launch configurations of the Triton kernels, chosen by short rules, without Triton.
 
-Where `python -m bench.tune` has measured a better one for a call on this GPU, that is taken
-(`tuned.py`). Nothing is tuned at run time: a choice depends on the sizes of the call and on files
-that do not change, so that results are the same from run to run.
+Where a record has a faster one for a call on this compute capability, that is taken (`tuned.py`).
 """
 
 from __future__ import annotations
@@ -328,11 +326,11 @@ def aspp_branches_config(
     """
     shape = (batch, height, width, channels, branches, math)
     config = tuned_config("aspp_branches", BranchesKey(*shape, aligned), device)
-    return config or _analytic_branches_config(*shape, device, aligned)
+    return config or branches_rule(*shape, device, aligned)
 
 
 @lru_cache(maxsize=512)
-def _analytic_branches_config(
+def branches_rule(
     batch: int,
     height: int,
     width: int,
@@ -462,11 +460,11 @@ def pointwise_config(
     shape = (groups, pixels, channels, filters, math)
     key = PointwiseKey(*shape, aligned, classes, residual)
     config = tuned_config("pointwise", key, device)
-    return config or _analytic_pointwise_config(*shape, device, aligned, classes)
+    return config or pointwise_rule(*shape, device, aligned, classes)
 
 
 @lru_cache(maxsize=1024)
-def _analytic_pointwise_config(
+def pointwise_rule(
     groups: int,
     pixels: int,
     channels: int,
@@ -739,7 +737,7 @@ TUNABLE: dict[str, tuned.Tunable] = {
 
 
 def tuned_config(kernel: str, key: Any, device: Device) -> Any | None:
-    """The measured configuration of a call on a device; None where the analytic one is to run.
+    """The measured configuration of a call on a device; None where the one by rule is to run.
 
     Args:
         kernel: a name of `TUNABLE`.

@@ -585,8 +585,6 @@ def has_kernels(x: Tensor) -> bool:
     return _has_cuda_kernels(x.device.index, dtype, tuple(x.shape))
 
 
-# Records do not change while a program runs but by `tune`, after which a model is compiled anew.
-@torch.compiler.assume_constant_result
 def _has_cuda_kernels(index: int, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     if backends.current_backend() != "auto":
         return True
@@ -596,6 +594,11 @@ def _has_cuda_kernels(index: int, dtype: torch.dtype, shape: tuple[int, ...]) ->
     desc = backends.OpDesc.of("bn_act", on_gpu, act="relu", residual=False)
     desc = replace(desc, shape=(n, 256, -(-height // 8), -(-width // 8)))
     return not backends.select(desc).is_pytorch
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler. A compiled model keeps
+# the answer for as long as it lives.
+_has_cuda_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @rule(ASPP)

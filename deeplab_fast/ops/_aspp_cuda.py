@@ -5,7 +5,7 @@ with a shift for each image. There are two kernels: for sm_80 and newer (deeplab
 for sm_90a (deeplab_fast._C_sm90), which goes first where it can. Their tiles are the rows of one
 table, which deeplab_fast._C hands out.
 
-A short rule takes a row for each call (`choose`); no GPU has measured any.
+A short rule takes a row for each call (`choose`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from ..backends import OpDesc
 from ._upsample import MINIMUM_CAPABILITY, _missing, private
 from .aspp_tiles import Branch, tile_counts
 
-# Behind Triton's, until it measures faster.
-PRIORITY = 15
 DTYPES = (torch.float16, torch.bfloat16)
 # The only one whose code the sm_90a extension has.
 _SM90 = (9, 0)

@@ -1,7 +1,6 @@
 """The batch norm ops in C++ (csrc/cpu/batch_norm_ops.cpp) and CUDA C++ (csrc/cuda/batch_norm.cu).
 
-Both register the same private ops, with `_cpu` or `_cuda` behind their names. No GPU has measured
-the latter yet: the automatic choice prefers Triton there.
+Both register the same private ops, with `_cpu` or `_cuda` behind their names.
 """
 
 from __future__ import annotations
@@ -25,12 +24,10 @@ class CompiledBatchNorm:
     Attributes:
         device: that its tensors are on, "cpu" or "cuda", and the name of its extension.
         dtypes: of maps that it takes.
-        priority: of the automatic choice; None for the backend's own.
     """
 
     device: str
     dtypes: tuple[torch.dtype, ...]
-    priority: int | None = None
 
     def reasons(self, desc: OpDesc) -> list[str]:
         """Why a call of any of the ops cannot run here; empty where it can."""
@@ -114,5 +111,4 @@ def _vector(v: Tensor, x: Tensor) -> Tensor:
 
 
 CPU = CompiledBatchNorm("cpu", (torch.float32, torch.float64))
-# Behind Triton's, until it measures faster.
-CUDA = CompiledBatchNorm("cuda", (torch.float16, torch.bfloat16, torch.float32), 15)
+CUDA = CompiledBatchNorm("cuda", (torch.float16, torch.bfloat16, torch.float32))

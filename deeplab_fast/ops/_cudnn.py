@@ -29,8 +29,6 @@ from ..backends import OpDesc
 logger = logging.getLogger("deeplab_fast")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Behind Triton's 1x1 kernel.
-PRIORITY = 15
 _BFLOAT16_CAPABILITY = (8, 0)
 
 # Calls that cuDNN has no fused kernel for; a search that fails takes long.

@@ -201,4 +201,4 @@ backends.register(OP, "cpu", _cpu_conv.aspp_branches, _cpu_conv.reasons, priorit
 backends.register(
     OP, "triton", triton_kernel("aspp", "aspp_branches"), triton_kernel("conv", "product_reasons")
 )
-backends.register(OP, "cuda", _aspp_cuda.aspp_branches, _aspp_cuda.reasons, _aspp_cuda.PRIORITY)
+backends.register(OP, "cuda", _aspp_cuda.aspp_branches, _aspp_cuda.reasons)

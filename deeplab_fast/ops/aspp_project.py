@@ -299,5 +299,4 @@ backends.register(
     "cuda",
     _then_classify("cuda", _aspp_cuda.aspp_project),
     _aspp_cuda.reasons,
-    _aspp_cuda.PRIORITY,
 )

@@ -269,5 +269,4 @@ for _op in ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward"):
             _compiled.device,
             getattr(_compiled, _op),
             _compiled.reasons,
-            _compiled.priority,
         )

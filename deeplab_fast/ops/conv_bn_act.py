@@ -268,4 +268,4 @@ backends.register(
     triton_kernel("conv", "conv_bn_act"),
     triton_kernel("conv", "not_supported_reasons"),
 )
-backends.register(OP, "cuda", _cudnn.conv_bn_act, _cudnn.reasons, _cudnn.PRIORITY, is_pytorch=True)
+backends.register(OP, "cuda", _cudnn.conv_bn_act, _cudnn.reasons, is_pytorch=True)

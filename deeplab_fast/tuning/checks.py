@@ -33,6 +33,8 @@ DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
 }
+# Where a kernel is checked that passed on another compute capability.
+FIRST_USE_DEVICE = "cuda"
 # Distance between neighbouring numbers, relative to them, at most.
 _ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-23}
 _OPERANDS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11}
@@ -225,7 +227,7 @@ def first_use_problem(op: str, backend: str, dtype: str, form: str) -> str:
     """
     implementation = backends.implementations(op)[backend]
     try:
-        check(op, implementation.run, dtype, form, "cuda", at=sizes(op)[:1])
+        check(op, implementation.run, dtype, form, FIRST_USE_DEVICE, at=sizes(op)[:1])
     except Wrong as wrong:
         return str(wrong)
     except Exception as error:
@@ -266,11 +268,12 @@ def _anchors(step: Step, exact: Sequence[Tensor], device: str) -> list[float]:
     run = next(iter(pytorch_forms(given).values()))
     results = [t.cpu() for t in flat(run())]
     return [
-        _error(kind, out, ref) for kind, out, ref in zip(step.kinds, results, exact, strict=False)
+        error_of(kind, out, ref) for kind, out, ref in zip(step.kinds, results, exact, strict=False)
     ]
 
 
-def _error(kind: str, out: Tensor, ref: Tensor) -> float:
+def error_of(kind: str, out: Tensor, ref: Tensor) -> float:
+    """The error of a result of a kind, as `errors` measures it."""
     if kind == LABELS:
         return label_error(out, ref)
     if kind == COUNTS:
@@ -297,7 +300,7 @@ def _compare(
         shape = (ref.shape[0], *ref.shape[2:]) if kind == LABELS else ref.shape
         if out.shape != shape:
             raise Wrong(f"{which} has shape {list(out.shape)} in place of {list(shape)}")
-        error = _error(kind, out, ref)
+        error = error_of(kind, out, ref)
         bound = allowed(step, kind, out, dtype, anchor)
         if not error <= bound:
             hint = "" if kind in (LABELS, COUNTS) else f"; {_first_wrong(out, ref, bound)}"

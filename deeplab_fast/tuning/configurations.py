@@ -35,23 +35,25 @@ class Tuned:
     Attributes:
         kernel: name in `deeplab_fast.kernels.configs.TUNABLE`.
         op: in whose calls exactly one of its configurations is chosen.
+        most: candidates that there are at most.
         method: of an op with several functions.
     """
 
     kernel: str
     op: str
+    most: int
     method: str = ""
 
 
 TUNED = (
-    Tuned("aspp_branches", "aspp_branches"),
-    Tuned("pointwise", "aspp_project"),
-    Tuned("pointwise", "conv_bn_act"),
-    Tuned("upsample_argmax", "upsample_argmax"),
-    Tuned("upsample_confusion", "upsample_confusion"),
-    Tuned("upsample_softmax_add", "upsample_softmax_add"),
-    Tuned("upsample_cross_entropy", "upsample_cross_entropy", "with_grad"),
-    Tuned("upsample_cross_entropy_forward", "upsample_cross_entropy", "forward"),
+    Tuned("aspp_branches", "aspp_branches", 10),
+    Tuned("pointwise", "aspp_project", 5),
+    Tuned("pointwise", "conv_bn_act", 5),
+    Tuned("upsample_argmax", "upsample_argmax", 20),
+    Tuned("upsample_confusion", "upsample_confusion", 20),
+    Tuned("upsample_softmax_add", "upsample_softmax_add", 20),
+    Tuned("upsample_cross_entropy", "upsample_cross_entropy", 36, "with_grad"),
+    Tuned("upsample_cross_entropy_forward", "upsample_cross_entropy", 20, "forward"),
 )
 
 

@@ -162,6 +162,28 @@ def tune_here(
     return tuning
 
 
+def launches(plan: Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every call of a Triton kernel that the checks and times of a plan make, on the meta device,
+    for a stub of Triton's driver: what it compiles is what they find compiled."""
+    for op, form in forms_of(plan.works):
+        implementation = backends.implementations(op).get("triton")
+        if implementation is None:
+            continue
+        works = [work.size for work in plan.works if (work.op, work.form) == (op, form)]
+        for dtype in plan.dtypes:
+            if dtype == "tf32" and op not in trust.PRODUCTS:
+                continue
+            for size in dict.fromkeys((*checks.sizes(op), *works)):
+                for step in steps(op, form, size, checks.DTYPES[dtype], "meta"):
+                    name = f"{op} {form} {dtype} {size} {step.method}".rstrip()
+                    yield name, partial(_launch, step, implementation.run, dtype)
+
+
+def _launch(step: Any, run: Callable[..., Any], dtype: str) -> None:
+    with checks.precision(dtype):
+        step.launch(run)
+
+
 def forms_of(works: Iterable[Work]) -> list[tuple[str, str]]:
     """(op, form) of works, each once, in order."""
     return list(dict.fromkeys((work.op, work.form) for work in works))
@@ -244,11 +266,9 @@ def configuration_units(
                 }  # fmt: skip
                 about = f"{tuned.kernel} {record.op} {record.dtype} {record.form} {work.size}"
                 given = (machine, tuned, work, record.dtype)
-                needs = []
-                for first in range(0, 24, _CANDIDATES_PER_UNIT):
+                for first in range(0, tuned.most, _CANDIDATES_PER_UNIT):
                     part = range(first, first + _CANDIDATES_PER_UNIT)
                     name = f"compile {about} {first}"
-                    needs.append(name)
                     compiling.append(
                         Unit(
                             name,
@@ -360,7 +380,8 @@ def _summary(tuning: Tuning) -> str:
 
 def _runnable(machine: Machine, op: str, backend: str, dtype: str, works: Sequence[Work]) -> bool:
     """Whether a backend can run an op in a dtype at any of the sizes that it is checked at."""
-    if backend not in backends.implementations(op):
+    found = backends.implementations(op).get(backend)
+    if found is None or found.is_pytorch:
         return False
     form = works[0].form
     for size in (*checks.sizes(op), *(work.size for work in works)):

@@ -69,7 +69,7 @@ def of_model(model: nn.Module, image: tuple[int, int], batches: Sequence[int]) -
 
 
 def selected(works: Iterable[Work], ops: Sequence[str] | None, quick: bool) -> list[Work]:
-    """The works of some ops; quick ones are the first form and the largest size of each op.
+    """The works of some ops; quick ones are one form, at the largest size, of each op.
 
     Raises:
         ValueError: there is no op of such a name.
@@ -79,14 +79,11 @@ def selected(works: Iterable[Work], ops: Sequence[str] | None, quick: bool) -> l
     found = [work for work in works if ops is None or work.op in ops]
     if not quick:
         return found
-    largest: dict[str, Work] = {}
-    for work in found:
-        before = largest.get(work.op)
-        if work.form != FORMS[work.op][0]:
-            continue
-        if before is None or _elements(work.size) > _elements(before.size):
-            largest[work.op] = work
-    return list(largest.values())
+    chosen: dict[str, Work] = {}
+    # The commonest of its forms that the models have.
+    for work in sorted(found, key=lambda w: (FORMS[w.op].index(w.form), -_elements(w.size))):
+        chosen.setdefault(work.op, work)
+    return list(chosen.values())
 
 
 @dataclass

@@ -288,3 +288,15 @@ def test_maps_beyond_two_to_the_31_elements() -> None:
     many[-1] = case.x[0]
     case.x = many
     assert torch.equal(case.run(row, split=False)[-1:], alone)
+
+
+@both_dtypes
+@every_kernel
+def test_programs_of_a_list_run_at_the_same_time(architecture, row, dtype):
+    """What lists of tiles assume of sm_90a: as many programs as multiprocessors, or pairs, hold."""
+    if architecture != 90:
+        pytest.skip("blocks without clusters go wherever there is room")
+    device = device_of(torch.empty(0, device=DEVICE))
+    assumed = _aspp_cuda.choose(1, 65, 65, 2048, OS8, device, row).programs
+    resident = torch.ops.deeplab_fast._aspp_sm90_residency(row, dtype == torch.float16)
+    assert resident >= assumed, f"{assumed} programs are made, the device holds {resident} at once"

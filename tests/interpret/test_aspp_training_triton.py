@@ -194,7 +194,7 @@ def test_tiles_of_any_size() -> None:
         case.check_backward(config)
 
 
-def test_the_analytic_choice_runs() -> None:
+def test_the_choice_by_rule_runs() -> None:
     case = Case.make((1, 8, 3, 3), [(8, 3, 2)])
     case.check_forward(None)
     case.check_backward(None)

@@ -145,7 +145,7 @@ def test_tiles_of_any_size() -> None:
     case.check(GemmConfig(16, 64, 16, 8, 3, 2), GemmConfig(64, 32, 64, 4, 2, 1, split=True))
 
 
-def test_the_analytic_choice_runs() -> None:
+def test_the_choice_by_rule_runs() -> None:
     case = Branches.make((1, 8, 3, 3), [(8, 3, 2)])
     assert_as_good(
         aspp.aspp_branches(case.x, case.weights, case.scales, case.shifts, case.dilations),
@@ -351,7 +351,7 @@ def test_project_and_classify(classes: int, k: int, dtype: torch.dtype, nan_pois
     assert_as_good(got, case.scores(dtype), case.scores(torch.float64))
 
 
-def test_project_by_the_analytic_choice_and_any_strides() -> None:
+def test_project_by_rule_and_any_strides() -> None:
     case = Project.make(b=8, p=8, k=8)
     expected = aspp.aspp_project(*case.args())
     assert_as_good(expected, case.torch_path(torch.float32), case.torch_path(torch.float64))

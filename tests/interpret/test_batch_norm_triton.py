@@ -58,7 +58,7 @@ RAGGED = (2, 20, 3, 7)
 
 @pytest.fixture(autouse=True)
 def _one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The analytic choice then gives a program several tiles."""
+    """The choice by rule then gives a program several tiles."""
     monkeypatch.setattr(batch_norm, "device_of", lambda x: replace(H100, multiprocessors=1))
 
 
@@ -311,7 +311,7 @@ def test_any_shape(shape) -> None:
 
 
 def test_together_they_are_pytorchs_batch_norm() -> None:
-    """With the analytic choice, through the public functions."""
+    """With the choice by rule, through the public functions."""
     x, residual, grad = (channels_last(torch.randn(2, 12, 6, 7)) for _ in range(3))
     weight, bias = torch.randn(2, 12)
     leaves = [t.double().requires_grad_() for t in (x, residual, weight, bias)]

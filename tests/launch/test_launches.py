@@ -24,6 +24,8 @@ from torch import Tensor
 from bench.launch_stub import GPUS, pretend
 from deeplab_fast import backends, kernels, ops
 from deeplab_fast.testing import tf32
+from deeplab_fast.tuning import api, configurations, tune, workloads
+from deeplab_fast.tuning.steps import FORMS, Size
 
 pytestmark = pytest.mark.launch
 
@@ -462,3 +464,38 @@ def test_pretending_ends_with_the_block() -> None:
         assert all(now is not then for now, then in zip(patched(), before, strict=True))
     assert all(now is then for now, then in zip(patched(), before, strict=True))
     assert [kernel for kernel, _ in launches.made] == ["upsample_argmax_kernel"]
+
+
+def test_what_tune_runs_is_launched(launches) -> None:
+    """Calls of its checks and times, of which no GPU has seen one."""
+    plan = api.make_plan(
+        "fregu856_resnet18", (129, 193), batches=(2,), dtypes=("bfloat16",), ops=None,
+        backends=("triton",), quick=True, budget=None, configurations=False,
+    )  # fmt: skip
+    names = []
+    for name, run in tune.launches(plan):
+        assert launches.of(name, run), name
+        names.append(name.split()[0])
+    assert set(names) == set(workloads.OPS)
+
+
+@pytest.mark.parametrize(
+    "tuned", configurations.TUNED, ids=lambda tuned: f"{tuned.op} {tuned.method}"
+)
+def test_configurations_are_launched(tuned, launches, monkeypatch) -> None:
+    """One is asked for, each that is measured is launched, and there are no more than is said."""
+    sizes = {"aspp_branches": Size(1, 64, 33, 33, filters=64, rates=(6, 12, 18))}
+    products = Size(1, 64, 33, 33, filters=64, pooled=64, classes=21)
+    sizes |= dict.fromkeys(("aspp_project", "conv_bn_act"), products)
+    size = sizes.get(tuned.op, Size(1, 21, 17, 17, 65, 65))
+    work = workloads.Work(tuned.op, FORMS[tuned.op][0], size)
+    run = backends.implementations(tuned.op)["triton"].run
+    given = (tuned, work, "bfloat16", "cpu", run)
+    _, _, found = configurations.candidates(*given)
+    assert 1 <= len(found) <= tuned.most
+    assert not configurations.compiled(*given, range(2))
+    monkeypatch.setattr(configurations, "_check_near", lambda *results: None)
+    monkeypatch.setattr(configurations, "_ROUNDS", (1, 1))
+    if len(found) <= 2:
+        _, ms = configurations.fastest(*given, seconds=0.0)
+        assert list(ms) == [configurations.RULE, *map(str, found)]

@@ -24,7 +24,6 @@ import termios
 import tomllib
 import warnings
 import zipfile
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,7 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 THIS = sys.implementation.cache_tag
 MINOR = int(torch.__version__.split(".")[1])
 SHIPPED = ("deeplab_fast", "kernels", "csrc", "tests", "bench", "requirements")
-TUNED = Path("kernels", "configs", "Some_GPU", "pointwise.json")
+RECORDS = "deeplab_fast/dispatch/shipped.json"
 GENERATED = ("*.so", "build.json", "__pycache__", "*.egg-info", ".benchmarks", ".hypothesis")
 
 # Imports torch once, then the package in a fork for each case: argv[1] is a list of {cwd, triton}.
@@ -151,10 +150,6 @@ def wheel(tmp_path_factory) -> Path:
     # Leftovers of an in-place build must not travel.
     (source / "deeplab_fast" / f"_C{SUFFIX}").write_bytes(b"old")
     (source / "deeplab_fast" / "build.json").write_text('{"cpython-37": {"extensions": {}}}')
-    # As `python -m bench.tune` leaves it, beside a module of the folder's name.
-    tuned = source / TUNED
-    tuned.parent.mkdir(parents=True)
-    tuned.write_text("{}")
     out = source.parent / "out"
     pip = (sys.executable, "-m", "pip", "wheel", "--no-index", "--no-build-isolation", "--no-deps")
     run(*pip, "-w", out, source, env=environment(DEEPLAB_FAST_BUILD_EXT=0))
@@ -169,7 +164,7 @@ def test_wheel_holds_one_package(wheel):
         builds = json.loads(archive.read("deeplab_fast/build.json"))
     top = {name.split("/")[0] for name in names}
     assert top == {"deeplab_fast", f"deeplab_fast-{version()}.dist-info"}
-    assert {"deeplab_fast/kernels/__init__.py", f"deeplab_fast/{TUNED}"} <= set(names)
+    assert {"deeplab_fast/kernels/__init__.py", RECORDS} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".cpp", ".cu"))]
     assert list(builds) == [THIS]
     entry = {"built": False, "reason": "DEEPLAB_FAST_BUILD_EXT=0", "error": ""}
@@ -186,9 +181,6 @@ def test_wheel_runs_elsewhere_and_in_a_checkout(wheel, clean_python, tmp_path):
     )
     assert Path(elsewhere["package"]).parent == target / "deeplab_fast"
     assert Path(elsewhere["kernels"]).parent == target / "deeplab_fast" / "kernels"
-    # The folder of tuned configurations does not stand in the way of the module that reads them.
-    found = PathFinder.find_spec("configs", [str(target / "deeplab_fast" / "kernels")])
-    assert Path(found.origin) == target / "deeplab_fast" / "kernels" / "configs.py"
     assert "DEEPLAB_FAST_BUILD_EXT=0" in elsewhere["reason"]
     # In a checkout the local package comes first, and brings its own kernels.
     assert Path(local["package"]).parent == checkout / "deeplab_fast"

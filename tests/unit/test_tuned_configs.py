@@ -1,4 +1,4 @@
-"""Measured launch configurations: which files are read, what makes one ignored, what runs then.
+"""Measured launch configurations: which records count, what makes one left out, what runs then.
 
 Only host code runs here: launchers hand their launches to a recorder.
 """
@@ -6,7 +6,6 @@ Only host code runs here: launchers hand their launches to a recorder.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import subprocess
 import sys
@@ -31,11 +30,12 @@ from deeplab_fast.kernels.configs import (
     UpsampleKey,
 )
 
+from deeplab_fast.dispatch import records, trust
+from deeplab_fast.dispatch.records import Record
 from deeplab_fast.ops.aspp_tiles import Branch
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = replace(H100, name="NVIDIA H100 80GB HBM3")
-TRITON = "3.7.1"
 BRANCHES = (Branch(64, 1, 1), Branch(128, 3, 12))
 LOGITS = UpsampleKey(2, 21, (9, 9), (33, 33), False, "float32")
 FOUR_WARPS = UpsampleConfig(2, 128, 0, 4)
@@ -45,7 +45,7 @@ TILE = GemmConfig(64, 64, 64, 4, 4, 3)
 
 @dataclass(frozen=True)
 class Case:
-    """A call, a legal configuration that the analytic model does not choose for it, and how its
+    """A call, a legal configuration that the rule does not choose for it, and how its
     launcher asks."""
 
     kernel: str
@@ -94,37 +94,47 @@ CASES = [
 ]
 every_kernel = pytest.mark.parametrize("case", CASES, ids=lambda c: c.kernel)
 ARGMAX, POINTWISE = CASES[0], CASES[-1]
+# Whose record a kernel's configurations are in, where it is not the op of that name.
+OPS = {"upsample_cross_entropy_forward": "upsample_cross_entropy", "pointwise": "conv_bn_act"}
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """An empty folder of files, none of them read before."""
-    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-    monkeypatch.setattr(tuned, "installed_triton", lambda: TRITON)
-    monkeypatch.delenv(tuned.ENVIRONMENT_VARIABLE, raising=False)
-    tuned._entries.cache_clear()
-    yield tmp_path
-    tuned._entries.cache_clear()
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The file of one's own records, which is not there yet; none are shipped."""
+    path = tmp_path / "records.json"
+    monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, str(path))
+    monkeypatch.setattr(records, "SHIPPED", tmp_path / "shipped.json")
+    trust.forget()
+    yield path
+    trust.forget()
 
 
-def content(case: Case, **changes: Any) -> dict[str, Any]:
-    entry = {"key": dataclasses.asdict(case.key), "config": dataclasses.asdict(case.config)}
-    head = {"version": tuned.VERSION, "kernel": case.kernel, "gpu": GPU.name, "triton": TRITON}
-    return {**head, "entries": [entry | {"ms": 1.0}], **changes}
+def record(case: Case, configs: Any = None, **changes: Any) -> Record:
+    """A record of the op that runs the kernel, with the case's configuration."""
+    op = OPS.get(case.kernel, case.kernel)
+    versions = records.Versions.here()
+    found = Record(
+        op, "triton", "bfloat16", "plain", GPU.capability,
+        trust.source(op, "triton", GPU.capability), records.PASSED, "", GPU.name,
+        versions.driver, versions.torch, versions.triton, "2026-11-27",
+        configs=(entry(case),) if configs is None else configs,
+    )  # fmt: skip
+    return replace(found, **changes)
 
 
-def write(folder: Path, case: Case, text: Any = None) -> Path:
-    path = tuned.path_of(folder, GPU.name, case.kernel)
-    path.parent.mkdir(exist_ok=True)
-    given = content(case) if text is None else text
-    path.write_text(given if isinstance(given, str) else json.dumps(given), "utf-8")
-    return path
+def entry(case: Case, key: Any = None, config: Any = None) -> records.Config:
+    made = tuned.entry(case.key, case.config, case.kernel, 1.2)
+    return replace(made, key=made.key | (key or {}), config=made.config | (config or {}))
 
 
-def analytic(case: Case) -> Any:
-    """What is chosen where no file can be meant."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(tuned.ENVIRONMENT_VARIABLE, "0")
+def write(path: Path, *found: Record) -> None:
+    records.write(path, found)
+    trust.forget()
+
+
+def by_rule(case: Case) -> Any:
+    """What is chosen where no record can be meant."""
+    with tuned.forced(case.kernel, None):
         return case.choose()
 
 
@@ -133,17 +143,17 @@ def test_there_is_a_case_for_every_kernel() -> None:
 
 
 @every_kernel
-def test_without_files_the_choice_is_the_analytic_one(case: Case, caplog) -> None:
+def test_without_records_the_rule_chooses(case: Case, caplog) -> None:
     expected = {
         "UpsampleKey": lambda key: (
             configs.gradient_config
             if case.kernel == "upsample_cross_entropy"
             else configs.forward_config
         )(key.in_size, key.out_size, key.align_corners),
-        "BranchesKey": lambda key: configs._analytic_branches_config(
+        "BranchesKey": lambda key: configs.branches_rule(
             key.batch, key.height, key.width, key.channels, key.branches, key.math, GPU, True
         ),
-        "PointwiseKey": lambda key: configs._analytic_pointwise_config(
+        "PointwiseKey": lambda key: configs.pointwise_rule(
             key.groups, key.pixels, key.channels, key.filters, key.math, GPU, True, False
         ),
     }
@@ -152,102 +162,77 @@ def test_without_files_the_choice_is_the_analytic_one(case: Case, caplog) -> Non
 
 
 @every_kernel
-def test_a_written_file_is_chosen(case: Case, folder: Path, monkeypatch) -> None:
-    write(folder, case)
+def test_a_recorded_configuration_is_chosen(case: Case, file: Path) -> None:
+    write(file, record(case))
     assert case.choose() == case.config
-    # For this call and this device alone.
+    # For this call and this compute capability alone.
     first = dataclasses.fields(case.key)[0].name
     other = replace(case.key, **{first: getattr(case.key, first) + 1})
-    monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, "0")
-    elsewhere = case.choose(other), case.choose(device=H100)
-    monkeypatch.delenv(tuned.ENVIRONMENT_VARIABLE)
-    assert (case.choose(other), case.choose(device=H100)) == elsewhere
+    ampere = replace(GPU, capability=(8, 0))
+    with tuned.forced(case.kernel, None):
+        elsewhere = case.choose(other), case.choose(device=ampere)
+    assert (case.choose(other), case.choose(device=ampere)) == elsewhere
     assert elsewhere[1] != case.config
 
 
-@every_kernel
-def test_the_variable_switches_files_off(case: Case, folder: Path, monkeypatch, caplog) -> None:
-    write(folder, case, "not even JSON")
-    monkeypatch.setenv(tuned.ENVIRONMENT_VARIABLE, "0")
-    assert case.choose() == analytic(case) != case.config
-    # It was not read: there is nothing to say of it.
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"verdict": records.FAILED, "reason": "wrong"}, id="a kernel that failed"),
+        pytest.param({"source": "0" * 12}, id="other sources"),
+        pytest.param({"torch": "1.0"}, id="another PyTorch"),
+        pytest.param({"driver": "1.0"}, id="another driver"),
+        pytest.param({"capability": (8, 0)}, id="another compute capability"),
+        pytest.param({"configs": ()}, id="none"),
+    ],
+)
+def test_of_a_record_that_does_not_count_none_is_chosen(changes, file: Path, caplog) -> None:
+    write(file, record(POINTWISE, **changes))
+    assert POINTWISE.choose() == by_rule(POINTWISE) != POINTWISE.config
     assert not caplog.records
 
 
-def _entries(**changes: Any) -> dict[str, Any]:
-    """The pointwise file with another key or config."""
-    (entry,) = content(POINTWISE)["entries"]
-    return content(POINTWISE, entries=[entry | changes])
+def test_the_variable_switches_records_off(file: Path, monkeypatch) -> None:
+    write(file, record(POINTWISE))
+    monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, "0")
+    trust.forget()
+    assert POINTWISE.choose() == by_rule(POINTWISE)
 
 
-KEY = dataclasses.asdict(POINTWISE.key)
-CONFIG = dataclasses.asdict(TILE)
 LARGE = dataclasses.asdict(GemmConfig(128, 256, 64, 8, 4, 2))
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("key", "config", "reason"),
     [
-        pytest.param('{"version": 1, ', "cannot be read", id="cut off"),
-        pytest.param([content(POINTWISE)], "no object with a list", id="a list"),
-        pytest.param({"version": 1}, "no object with a list", id="no entries"),
-        pytest.param(content(POINTWISE, version=0), "of version 0, here it is 1", id="version"),
-        pytest.param(
-            content(POINTWISE, triton="3.6.0"), "of triton '3.6', here it is '3.7'", id="triton"
-        ),
-        pytest.param(content(POINTWISE, gpu="A100"), "of gpu 'A100'", id="another GPU"),
-        pytest.param(content(ARGMAX), "of kernel 'upsample_argmax'", id="another kernel"),
-        pytest.param(
-            content(POINTWISE, entries=[7]), 'entry 0: it is no object with "key"', id="7"
-        ),
-        pytest.param(
-            _entries(config=CONFIG | {"num_ctas": 2}),
-            "entry 0: GemmConfig: unknown field num_ctas",
-            id="unknown field",
-        ),
-        pytest.param(
-            _entries(config={k: v for k, v in CONFIG.items() if k != "split"}),
-            "entry 0: GemmConfig: missing field split",
-            id="missing field",
-        ),
-        pytest.param(
-            _entries(key=KEY | {"stride": 2}), "PointwiseKey: unknown field stride", id="key"
-        ),
-        pytest.param(
-            _entries(config=CONFIG | {"num_warps": True}), "num_warps is True", id="bool for int"
-        ),
-        pytest.param(
-            _entries(key=KEY | {"math": None}), "math is None, expected str", id="null for string"
-        ),
-        pytest.param(_entries(config=None), "GemmConfig is None, expected an object", id="null"),
-        pytest.param(
-            _entries(config=LARGE), "bytes of shared memory are more than the", id="shared memory"
-        ),
-        pytest.param(
-            _entries(config=CONFIG | {"block_n": 32}), "is no candidate for this", id="no candidate"
-        ),
-        pytest.param(
-            # A tile of 64 filters leaves none for the classes of 512.
-            _entries(key=KEY | {"classes": True}),
-            "is no candidate for this",
-            id="no candidate for the key",
-        ),
-        pytest.param(
-            content(POINTWISE, entries=content(POINTWISE)["entries"] * 2),
-            "entry 1: its key is that of an entry before",
-            id="twice",
-        ),
+        pytest.param({}, {"num_ctas": 2}, "GemmConfig: unknown field num_ctas", id="unknown field"),
+        pytest.param({"stride": 2}, {}, "PointwiseKey: unknown field stride", id="key"),
+        pytest.param({}, {"num_warps": True}, "num_warps is True", id="bool for int"),
+        pytest.param({"math": None}, {}, "math is None, expected str", id="null for string"),
+        pytest.param({}, LARGE, "bytes of shared memory are more than the", id="shared memory"),
+        pytest.param({}, {"block_n": 32}, "is no candidate for this", id="no candidate"),
+        # A tile of 64 filters leaves none for the classes of 512.
+        pytest.param({"classes": True}, {}, "is no candidate for this", id="not for the key"),
     ],
 )
-def test_a_file_that_does_not_fit_is_ignored_with_one_line(text, reason, folder, caplog) -> None:
-    path = write(folder, POINTWISE, text)
+def test_what_does_not_fit_is_left_out_with_one_line(key, config, reason, file, caplog) -> None:
+    other = replace(entry(POINTWISE), key=entry(POINTWISE).key | {"groups": 3})
+    write(file, record(POINTWISE, (entry(POINTWISE, key, config), other)))
     with caplog.at_level(logging.INFO, "deeplab_fast"):
         chosen = [POINTWISE.choose() for _ in range(3)]
-    assert chosen == [analytic(POINTWISE)] * 3
-    (record,) = caplog.records
-    message = record.getMessage()
-    assert record.levelno == logging.WARNING
-    assert reason in message and str(path) in message and "python -m bench.tune" in message
+    assert chosen == [by_rule(POINTWISE)] * 3
+    (line,) = caplog.records
+    assert line.levelno == logging.WARNING
+    assert reason in line.getMessage() and "deeplab-fast tune" in line.getMessage()
+    # The others of the record count.
+    assert POINTWISE.choose(replace(POINTWISE.key, groups=3)) == TILE
+
+
+def test_a_missing_field_is_named() -> None:
+    made = entry(POINTWISE)
+    config = {k: v for k, v in made.config.items() if k != "split"}
+    with pytest.raises(ValueError, match="GemmConfig: missing field split"):
+        tuned.read(replace(made, config=config), configs.TUNABLE["pointwise"], GPU)
 
 
 @pytest.mark.parametrize(
@@ -258,49 +243,56 @@ def test_a_file_that_does_not_fit_is_ignored_with_one_line(text, reason, folder,
         pytest.param({"branches": [{"channels": 64, "kernel": 3}]}, "missing field", id="dilation"),
     ],
 )
-def test_nested_values_are_checked(key: dict[str, Any], reason: str, folder: Path) -> None:
+def test_nested_values_are_checked(key: dict[str, Any], reason: str) -> None:
     case = _branches()
-    made = content(case)
-    made["entries"][0]["key"] |= key
-    with pytest.raises(ValueError, match="entry 0") as error:
-        tuned.read(write(folder, case, made), case.kernel, configs.TUNABLE[case.kernel], GPU)
+    with pytest.raises(ValueError) as error:
+        tuned.read(entry(case, key), configs.TUNABLE[case.kernel], GPU)
     assert reason in str(error.value)
 
 
-def test_sizes_have_two_values(folder: Path) -> None:
-    made = content(ARGMAX)
-    made["entries"][0]["key"]["in_size"] = [9, 9, 9]
+def test_sizes_have_two_values() -> None:
     with pytest.raises(ValueError, match=r"in_size is \[9, 9, 9\], expected 2 values"):
-        tuned.read(
-            write(folder, ARGMAX, made), ARGMAX.kernel, configs.TUNABLE["upsample_argmax"], GPU
-        )
+        tuned.read(entry(ARGMAX, {"in_size": [9, 9, 9]}), configs.TUNABLE["upsample_argmax"], GPU)
 
 
-def test_another_patch_release_of_triton_is_the_same(folder: Path) -> None:
-    write(folder, POINTWISE, content(POINTWISE, triton="3.7.0"))
-    assert POINTWISE.choose() == TILE
-
-
-def test_what_does_not_fit_a_smaller_device_is_ignored_there(folder: Path, caplog) -> None:
-    """Two devices of one name: a multiprocessor of the second has less shared memory."""
+def test_what_does_not_fit_a_smaller_device_is_left_out_there(file: Path, caplog) -> None:
+    """Of one compute capability; a multiprocessor of the second has less shared memory."""
     large = GemmConfig(128, 256, 64, 8, 4, 1)
-    write(folder, POINTWISE, _entries(config=dataclasses.asdict(large)))
+    write(file, record(POINTWISE, (entry(POINTWISE, config=dataclasses.asdict(large)),)))
     assert POINTWISE.choose() == large and not caplog.records
     small = replace(GPU, shared=190 * 1024)
     assert POINTWISE.choose(device=small) != large
     assert "194560 bytes of a multiprocessor" in caplog.text
 
 
-def test_a_file_is_read_once(folder: Path) -> None:
-    path = write(folder, POINTWISE)
+def test_the_file_is_read_once(file: Path) -> None:
+    write(file, record(POINTWISE))
     assert POINTWISE.choose() == TILE
-    path.unlink()
+    file.unlink()
     assert POINTWISE.choose() == TILE
 
 
-def test_names_of_devices_make_folders() -> None:
-    path = tuned.path_of(Path("f"), "NVIDIA A100-SXM4 (40/80 GB)", "pointwise")
-    assert path == Path("f", "NVIDIA_A100-SXM4_40_80_GB_", "pointwise.json")
+def test_one_s_own_go_before_shipped_ones(file: Path) -> None:
+    other = replace(TILE, num_stages=3)
+    candidates = configs.TUNABLE["pointwise"].candidates(POINTWISE.key, GPU)
+    other = next(c for c in candidates if c not in (TILE, by_rule(POINTWISE)))
+    shipped = entry(POINTWISE, config=dataclasses.asdict(other))
+    write(records.SHIPPED, record(POINTWISE, (shipped,)))
+    assert POINTWISE.choose() == other
+    write(file, record(POINTWISE))
+    assert POINTWISE.choose() == TILE
+
+
+def test_forced_ones_nest_and_say_who_asked(file: Path) -> None:
+    write(file, record(POINTWISE))
+    small = replace(TILE, block_n=128)
+    with tuned.forced("pointwise", small) as asked:
+        assert POINTWISE.choose() == small
+        with tuned.forced("pointwise", None):
+            assert POINTWISE.choose() != TILE
+        assert POINTWISE.choose() == small
+    assert asked == [(POINTWISE.key, GPU)]
+    assert POINTWISE.choose() == TILE
 
 
 @pytest.fixture
@@ -328,11 +320,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     return made
 
 
-def test_launchers_of_upsampling_kernels_take_it(folder: Path, launches) -> None:
+def test_launchers_of_upsampling_kernels_take_it(file: Path, launches) -> None:
     logits = torch.empty(2, 21, 9, 9)
     target = torch.zeros(2, 33, 33, dtype=torch.int64)
-    for case in CASES[:5]:
-        write(folder, case)
+    write(
+        file, *(record(case) for case in CASES[:3]), record(CASES[3], tuple(map(entry, CASES[3:5])))
+    )
     upsample.upsample_argmax(logits, (33, 33), False, False)
     upsample.upsample_confusion(logits, target, 255, False)
     upsample.upsample_softmax_add(torch.empty(2, 21, 33, 33), logits, False, False)
@@ -345,21 +338,20 @@ def test_launchers_of_upsampling_kernels_take_it(folder: Path, launches) -> None
         if hasattr(k, "ROWS")
     ]
     assert found == [case.config for case in (*CASES[:3], CASES[4], CASES[3])]
-    # Other logits: the analytic choice.
+    # Other logits: the rule's choice.
     upsample.upsample_argmax(logits[:1], (33, 33), False, False)
     assert launches[-1].ROWS == configs.forward_config((9, 9), (33, 33), False).rows != 2
 
 
-def test_launchers_of_products_take_it(folder: Path, launches) -> None:
+def test_launchers_of_products_take_it(file: Path, launches) -> None:
     half = {"dtype": torch.float16}
     branches, pointwise = CASES[-2:]
-    write(folder, branches)
+    write(file, record(branches), record(pointwise))
     x = torch.empty(2, 256, 33, 33, **half)
     weights = [torch.empty(b.channels, 256, b.kernel, b.kernel, **half) for b in BRANCHES]
     vectors = [torch.empty(b.channels) for b in BRANCHES]
     aspp.aspp_branches(x, weights, vectors, vectors, [b.dilation for b in BRANCHES])
     assert launches[0].SPLIT == branches.config.split
-    write(folder, pointwise)
     x = torch.empty(1, 256, 65, 65, **half)
     residual = torch.empty(1, 512, 65, 65, **half)
     vector = torch.empty(512)
@@ -378,7 +370,7 @@ def test_launchers_of_products_take_it(folder: Path, launches) -> None:
     assert [tile == block for tile in tiles] == [True, True, False, False]
 
 
-def test_a_projection_asks_for_its_product(folder: Path, launches) -> None:
+def test_a_projection_asks_for_its_product(file: Path, launches) -> None:
     key = PointwiseKey(2, 35, 64, 32, FMA_FP32, True, False, False)
     asked = []
     with pytest.MonkeyPatch.context() as patch:
@@ -404,17 +396,14 @@ def test_triton_is_not_imported() -> None:
     code = (
         "import sys\n"
         "from deeplab_fast.kernels import configs, tuned\n"
-        "tuned.installed_triton()\n"
         "assert 'triton' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_files_that_ship_fit(monkeypatch) -> None:
-    """Each is in the folder of its device, of a kernel that there is, and of today's version."""
-    for path in sorted((ROOT / "kernels" / "configs").rglob("*.json")):
-        given = json.loads(path.read_text("utf-8"))
-        device = replace(H100 if "H" in given["gpu"] else configs.A100, name=given["gpu"])
-        assert path == tuned.path_of(ROOT / "kernels" / "configs", device.name, path.stem)
-        monkeypatch.setattr(tuned, "installed_triton", lambda found=given["triton"]: found)
-        assert tuned.read(path, path.stem, configs.TUNABLE[path.stem], device)
+def test_configurations_that_ship_fit() -> None:
+    shipped = Path(records.__file__).with_name("shipped.json")
+    for found in records.read(shipped):
+        device = replace(GPU, capability=found.capability)
+        for config in found.configs:
+            assert tuned.read(config, configs.TUNABLE[config.kernel], device)
