@@ -91,9 +91,7 @@ class Files:
     @classmethod
     def of_repository(cls) -> Files:
         """Those of the repository."""
-        return cls(
-            gpu_store.STORE, records.SHIPPED, ROOT / "README.md", ROOT / "bench" / "GPU.md"
-        )
+        return cls(gpu_store.STORE, records.SHIPPED, ROOT / "README.md", ROOT / "bench" / "GPU.md")
 
     @classmethod
     def in_folder(cls, folder: Path) -> Files:

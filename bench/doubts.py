@@ -254,7 +254,7 @@ def _bandwidth(known: Known) -> Said:
 
 def _launch_bound(known: Known) -> Said:
     for what, row in known.rows("ours training").items():
-        if what.endswith(": deeplab_fast"):
+        if what.endswith(": deeplab_fast") and "wall_over_device" in row:
             ratio = row["wall_over_device"]
             detail = f"{ratio:.2f} of the kernels' time, {row['kernels']} kernels"
             return (YES if ratio > _LAUNCH_BOUND else NO), detail

@@ -133,7 +133,7 @@ def test_branches_in_tf32_where_pytorch_allows_it() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_configuration(dtype: torch.dtype) -> None:
-    """All that `bench.tune` may write into a file, cut and whole."""
+    """All that `deeplab-fast tune` may record, cut and whole."""
     case = Branches.make((2, 320, 33, 33, ((256, 3, 12), (96, 1, 1))), dtype)
     exact, torch_path = case.exact(), case.torch_path()
     found = configs.aspp_branches_candidates(conv.arithmetic(case.x), conv.device_of(case.x))
