@@ -32,7 +32,7 @@ _MOST_KERNELS = 8
 _CONVERSION = re.compile(r"nchwToNhwc|nhwcToNchw", re.IGNORECASE)
 # A program ends by itself this long before its unit is killed, so that it can say how far it came.
 _BEFORE_END = 2.0
-_SLOW_SECONDS = 3.0
+_SLOW_SECONDS = 1.0
 
 
 def carried_out(name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:

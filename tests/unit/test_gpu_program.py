@@ -121,7 +121,7 @@ def test_results_survive_every_fault_and_are_applied_once(rehearsal, tmp_path, c
         "ceilings": "wrong",
         "upsampling b16": "slow",
     }
-    text = rehearsal.run(only, "--budget", "32", faults=faults)
+    text = rehearsal.run(only, "--budget", "36", faults=faults)
     found = rehearsal.outcomes
     assert found["check upsample_argmax triton bfloat16 plain"].verdict == PASSED
     wrong = found["check upsample_argmax triton bfloat16 return_prob"]
