@@ -29,7 +29,7 @@ import re
 import tempfile
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -325,7 +325,7 @@ def _value(name: str, hint: Any, given: Any, optional: bool) -> Any:
         assert isinstance(hint, type)
         return made(hint, given, optional)
     if typing.get_origin(hint) is tuple:
-        parts: Sequence[Any] = typing.get_args(hint)
+        parts: tuple[Any, ...] = typing.get_args(hint)
         if not isinstance(given, list):
             raise ValueError(f"{name} is {given!r}, expected a list")
         if parts[-1] is Ellipsis:
@@ -341,7 +341,7 @@ def _value(name: str, hint: Any, given: Any, optional: bool) -> Any:
     # A float may be written without a point. Not isinstance: true and false are integers too.
     if type(given) is not hint and not (hint is float and type(given) is int):
         raise ValueError(f"{name} is {given!r}, expected {hint.__name__}")
-    return hint(given)
+    return float(given) if hint is float else given
 
 
 @cache

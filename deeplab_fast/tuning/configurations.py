@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,9 +122,8 @@ def fastest(
             try:
                 with forced(tuned.kernel, config):
                     _check_near(sets[0], sets[0].run(run), expected, dtype, name)
-                    timed[name] = speeds.repeatable(
-                        [lambda step=step: step.launch(run) for step in sets], device
-                    )[0]
+                    calls = [partial(step.launch, run) for step in sets]
+                    timed[name] = speeds.repeatable(calls, device)[0]
             except Wrong:
                 raise
             except Exception:
