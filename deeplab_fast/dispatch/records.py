@@ -339,9 +339,11 @@ def _value(name: str, hint: Any, given: Any, optional: bool) -> Any:
         return given
     assert isinstance(hint, type) and not isinstance(hint, types.UnionType)
     # A float may be written without a point. Not isinstance: true and false are integers too.
-    if type(given) is not hint and not (hint is float and type(given) is int):
+    if hint is float and isinstance(given, int) and not isinstance(given, bool):
+        return float(given)
+    if type(given) is not hint:
         raise ValueError(f"{name} is {given!r}, expected {hint.__name__}")
-    return float(given) if hint is float else given
+    return given
 
 
 @cache
