@@ -174,8 +174,9 @@ def launches(plan: Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
             if dtype == "tf32" and op not in trust.PRODUCTS:
                 continue
             for size in dict.fromkeys((*checks.sizes(op), *works)):
-                for step in steps(op, form, size, checks.DTYPES[dtype], "meta"):
-                    name = f"{op} {form} {dtype} {size} {step.method}".rstrip()
+                made = steps(op, form, size, checks.DTYPES[dtype], "meta")
+                for number, step in enumerate(made):
+                    name = f"{op} {form} {dtype} {size} call {number}"
                     yield name, partial(_launch, step, implementation.run, dtype)
 
 
