@@ -16,7 +16,7 @@ import torch
 from ..dispatch import records
 from . import checks, speeds
 from .errors import norm_error
-from .runner import Wrong
+from .runner import Wrong, progress
 from .steps import COUNTS, LABELS, Step, flat
 from .timing import SAMPLE_SECONDS, clock, interleaved, ratio
 from .workloads import Work
@@ -91,6 +91,7 @@ def compiled(
     for number in part:
         if number >= len(found):
             break
+        progress()
         try:
             with checks.precision(dtype), forced(tuned.kernel, found[number]):
                 step.run(run)
@@ -119,6 +120,7 @@ def fastest(
     with checks.precision(dtype), torch.no_grad():
         expected = sets[0].run(run)
         for name, config in choices.items():
+            progress()
             try:
                 with forced(tuned.kernel, config):
                     _check_near(sets[0], sets[0].run(run), expected, dtype, name)
