@@ -29,7 +29,7 @@ import re
 import tempfile
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -135,7 +135,8 @@ class Record:
     @property
     def key(self) -> tuple[Any, ...]:
         """What two records of the same thing have in common: the later one replaces the other."""
-        return self.op, self.backend, self.dtype, self.form, self.capability, self.gpu
+        kernel = (self.op, self.backend, self.dtype, self.form)
+        return *kernel, self.capability, self.gpu, self.driver, self.torch, self.triton
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON has it."""
@@ -221,7 +222,7 @@ def note(path: Path) -> str:
 
 def write(path: Path, records: Iterable[Record], note: str = "") -> None:
     """Put records in place of a file, under a temporary name first."""
-    ordered = sorted(records, key=lambda r: (r.op, r.backend, r.dtype, r.form, r.capability, r.gpu))
+    ordered = sorted(records, key=lambda record: record.key)
     content = {"version": VERSION, "note": note, "records": [r.as_dict() for r in ordered]}
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -257,8 +258,8 @@ def update(path: Path, new: Iterable[Record]) -> None:
 def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
     """Records with those of the same key replaced.
 
-    A new record of the same sources and versions keeps what it did not measure anew: times at other
-    sizes, and configurations for other calls.
+    A new record of the same sources keeps what it did not measure anew: times at other sizes, and
+    configurations for other calls.
     """
     found = {record.key: record for record in old}
     for record in new:
@@ -268,8 +269,7 @@ def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
 
 
 def _joined(before: Record, record: Record) -> Record:
-    facts = ("source", "driver", "torch", "triton")
-    if record.verdict != PASSED or any(getattr(before, f) != getattr(record, f) for f in facts):
+    if record.verdict != PASSED or before.source != record.source:
         return record
     sizes = {time.sizes for time in record.times}
     calls = [(config.kernel, config.key) for config in record.configs]
@@ -325,7 +325,7 @@ def _value(name: str, hint: Any, given: Any, optional: bool) -> Any:
         assert isinstance(hint, type)
         return made(hint, given, optional)
     if typing.get_origin(hint) is tuple:
-        parts: Sequence[Any] = typing.get_args(hint)
+        parts: tuple[Any, ...] = typing.get_args(hint)
         if not isinstance(given, list):
             raise ValueError(f"{name} is {given!r}, expected a list")
         if parts[-1] is Ellipsis:
@@ -339,9 +339,11 @@ def _value(name: str, hint: Any, given: Any, optional: bool) -> Any:
         return given
     assert isinstance(hint, type) and not isinstance(hint, types.UnionType)
     # A float may be written without a point. Not isinstance: true and false are integers too.
-    if type(given) is not hint and not (hint is float and type(given) is int):
+    if hint is float and isinstance(given, int) and not isinstance(given, bool):
+        return float(given)
+    if type(given) is not hint:
         raise ValueError(f"{name} is {given!r}, expected {hint.__name__}")
-    return hint(given)
+    return given
 
 
 @cache

@@ -136,7 +136,8 @@ def _python_code(text: str) -> str:
             doc = node.body[0]
             if doc.lineno == getattr(node, "lineno", 0):
                 continue
-            lines[doc.lineno - 1 : doc.end_lineno] = [""] * (doc.end_lineno - doc.lineno + 1)
+            last = doc.end_lineno or doc.lineno
+            lines[doc.lineno - 1 : last] = [""] * (last - doc.lineno + 1)
     return "\n".join(line.rstrip() for line in lines if line.strip())
 
 

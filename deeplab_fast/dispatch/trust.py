@@ -156,7 +156,8 @@ def _judge(
     if not current:
         return Judgement(False, f"its sources are not those that were checked; {TUNE}")
     counting = [r for r in current if r.capability == capability and _counts_here(r)]
-    # Of this very model first, then one's own.
+    # Of this very model first, then one's own, then the latest.
+    counting.sort(key=lambda r: r.date, reverse=True)
     counting.sort(key=lambda r: (r.gpu != gpu, r.origin != OWN_ORIGIN))
     if counting:
         return _by_record(counting[0], sizes, at_first_use=False)

@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import backends, testing
 from ..dispatch import trust
 from .errors import DEVIATIONS, count_error, label_error, norm_error
-from .runner import Wrong
+from .runner import Wrong, progress
 from .steps import COUNTS, LABELS, Size, Step, flat, pytorch_forms, steps
 
 DTYPES = {
@@ -162,6 +162,7 @@ def check(
             if reasons(step):
                 continue
             ran = True
+            progress()
             found = found.worst(check_step(step, implementation, dtype, device))
     if not ran:
         raise ValueError(f"{op} ({form}, {dtype}) was not checked: no size can run")

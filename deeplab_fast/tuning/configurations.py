@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from ..dispatch import records
 from . import checks, speeds
 from .errors import norm_error
-from .runner import Wrong
+from .runner import Wrong, progress
 from .steps import COUNTS, LABELS, Step, flat
 from .timing import SAMPLE_SECONDS, clock, interleaved, ratio
 from .workloads import Work
@@ -90,6 +91,7 @@ def compiled(
     for number in part:
         if number >= len(found):
             break
+        progress()
         try:
             with checks.precision(dtype), forced(tuned.kernel, found[number]):
                 step.run(run)
@@ -118,12 +120,12 @@ def fastest(
     with checks.precision(dtype), torch.no_grad():
         expected = sets[0].run(run)
         for name, config in choices.items():
+            progress()
             try:
                 with forced(tuned.kernel, config):
                     _check_near(sets[0], sets[0].run(run), expected, dtype, name)
-                    timed[name] = speeds.repeatable(
-                        [lambda step=step: step.launch(run) for step in sets], device
-                    )[0]
+                    calls = [partial(step.launch, run) for step in sets]
+                    timed[name] = speeds.repeatable(calls, device)[0]
             except Wrong:
                 raise
             except Exception:

@@ -39,6 +39,8 @@ ANSWERS = (PASSED, FAILED, CRASHED, TIMED_OUT)
 # How often children are looked at, and how long one that was killed is waited for.
 _POLL_SECONDS = 0.02
 _REAP_SECONDS = 2.0
+# What a child says that it goes on; no byte of JSON.
+_PROGRESS = b"\0"
 # The last of what a child printed that an outcome keeps.
 _TAIL = 2000
 _EXIT_FAILED = 1
@@ -62,7 +64,7 @@ class Unit:
 
     Attributes:
         name: of its own among all units, and the same from run to run.
-        limit: seconds after which it is killed.
+        limit: seconds after which it is killed, since it began or called `progress` last.
         run: a function, in a fork; returns a dict of what JSON can hold, raises `Wrong` where the
             answer is no.
         command: or a program with its arguments; it passes with exit status 0.
@@ -217,14 +219,29 @@ def read(path: Path) -> list[Outcome]:
     return found
 
 
-class _Child:
-    """A unit that runs."""
+# Of a child, where its answer goes.
+_answer: int | None = None
 
-    def __init__(self, unit: Unit, limit: float) -> None:
+
+def progress() -> None:
+    """Say, in a child, that it does not hang: its limit begins anew."""
+    if _answer is not None:
+        os.write(_answer, _PROGRESS)
+
+
+class _Child:
+    """A unit that runs.
+
+    Args:
+        unit: the unit.
+        end: when it must be gone, by time.monotonic().
+    """
+
+    def __init__(self, unit: Unit, end: float) -> None:
         self.unit = unit
         self.started = time.monotonic()
-        self.deadline = self.started + limit
-        self.limit = limit
+        self.end_of_all = end
+        self.deadline = min(self.started + unit.limit, end)
         self.killed = False
         self.answer = b""
         self.printed = b""
@@ -264,7 +281,7 @@ class _Child:
 
     def end(self) -> None:
         """Kill the child and wait for it as long as for any."""
-        self.deadline = time.monotonic()
+        self.deadline = self.end_of_all = time.monotonic()
         while self.poll() is None:
             time.sleep(_POLL_SECONDS)
 
@@ -278,7 +295,10 @@ class _Child:
             with suppress(BlockingIOError):
                 while data := os.read(descriptor, 1 << 16):
                     if self.pipes[descriptor] == "answer":
-                        self.answer += data
+                        self.answer += data.replace(_PROGRESS, b"")
+                        if _PROGRESS in data and not self.killed:
+                            anew = time.monotonic() + self.unit.limit
+                            self.deadline = min(anew, self.end_of_all)
                     else:
                         self.printed = (self.printed + data)[-2 * _TAIL :]
 
@@ -306,10 +326,10 @@ class _Child:
 
     def _cut(self, more: str = "") -> Outcome:
         # Only its own limit is an answer about a unit; the end of the budget is none.
-        if self.limit < self.unit.limit:
-            reason = f"cut off after {self.limit:.0f} s, no time was left{more}"
-            return self._outcome(NOT_RUN, reason)
-        return self._outcome(TIMED_OUT, f"killed after {self.limit:.0f} s{more}")
+        seconds = self.deadline - self.started
+        if self.deadline >= self.end_of_all:
+            return self._outcome(NOT_RUN, f"cut off after {seconds:.0f} s, no time was left{more}")
+        return self._outcome(TIMED_OUT, f"killed after {seconds:.0f} s{more}")
 
     def _outcome(self, verdict: str, reason: str, result: dict[str, Any] | None = None) -> Outcome:
         unit = self.unit
@@ -322,6 +342,7 @@ class _Child:
 
 def _in_child(unit: Unit, answer: int, printed: int) -> None:
     """What a fork does; never returns."""
+    global _answer
     code = _EXIT_FAILED
     try:
         os.setsid()
@@ -333,6 +354,7 @@ def _in_child(unit: Unit, answer: int, printed: int) -> None:
         os.dup2(printed, 2)
         if unit.command:
             os.execvpe(unit.command[0], unit.command, {**os.environ, **dict(unit.environment)})
+        _answer = answer
         assert unit.run is not None, f"unit {unit.name!r} has neither a function nor a program"
         content: dict[str, Any]
         try:
@@ -370,7 +392,7 @@ def _outcomes(units: Sequence[Unit], jobs: int, end: float, passed: set[str]) ->
                 elif left < unit.least:
                     yield _not_run(unit, "no time was left")
                 else:
-                    running.append(_Child(unit, min(unit.limit, left)))
+                    running.append(_Child(unit, end))
             for child in list(running):
                 outcome = child.poll()
                 if outcome is not None:

@@ -20,7 +20,7 @@ import torch
 
 from . import checks
 from .errors import norm_error
-from .runner import Wrong
+from .runner import Wrong, progress
 from .steps import LABELS, VALUES, Size, Step, flat, pytorch_forms, steps
 from .timing import SAMPLE_SECONDS, captured, clock, interleaved, ratio
 
@@ -112,6 +112,7 @@ def compare(
         found: dict[str, Contestant] = {}
         timed: dict[str, Callable[[int], Any]] = {}
         for name, own in calls.items():
+            progress()
             try:
                 peak = _peak_mb(own[0], device)
                 timed[name], graphed = repeatable(own, device)
@@ -149,6 +150,7 @@ def check_at(
     Raises:
         Wrong: they are far apart.
     """
+    progress()
     with checks.precision(dtype), torch.no_grad():
         step = steps(op, form, size, checks.DTYPES[dtype], device)[0]
         plain = next(iter(pytorch_forms(step).values()))

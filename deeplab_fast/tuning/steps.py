@@ -256,8 +256,8 @@ def _norm(op: str) -> Callable[[_Maker, str, Size], list[Step]]:
     def build(make: _Maker, form: str, s: Size) -> list[Step]:
         parts = form.split("+")
         act = next((a for a in _ACTS if a in parts), None)
-        x, grad, other = (make.map(s.n, s.c, s.h, s.w) for _ in range(3))
-        other = other if "residual" in parts else None
+        x, grad, given = (make.map(s.n, s.c, s.h, s.w) for _ in range(3))
+        other = given if "residual" in parts else None
         mean, bias = make.vector(s.c, -0.5, 0.5), make.vector(s.c, -0.5, 0.5)
         rstd, weight = make.vector(s.c), make.vector(s.c)
         vectors = (mean, rstd, weight, bias)

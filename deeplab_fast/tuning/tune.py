@@ -174,8 +174,9 @@ def launches(plan: Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
             if dtype == "tf32" and op not in trust.PRODUCTS:
                 continue
             for size in dict.fromkeys((*checks.sizes(op), *works)):
-                for step in steps(op, form, size, checks.DTYPES[dtype], "meta"):
-                    name = f"{op} {form} {dtype} {size} {step.method}".rstrip()
+                made = steps(op, form, size, checks.DTYPES[dtype], "meta")
+                for number, step in enumerate(made):
+                    name = f"{op} {form} {dtype} {size} call {number}"
                     yield name, partial(_launch, step, implementation.run, dtype)
 
 
@@ -229,11 +230,7 @@ def time_units(
             wrong; each backend of those gets a unit of its own.
     """
     lost = {o.unit for o in apart if o.verdict in ANSWERS and o.verdict != PASSED}
-    passed = {
-        tuple(o.facts[k] for k in ("op", "backend", "dtype", "form"))
-        for o in checked
-        if o.verdict == PASSED
-    }
+    passed = {_key(o) for o in checked if o.verdict == PASSED}
     found = []
     for op, form in forms_of(plan.works):
         for dtype in plan.dtypes:
@@ -312,9 +309,11 @@ def records_of(outcomes: Iterable[Outcome], machine: Machine, commit: str = "") 
     for o in listed:
         if o.phase != "check" or o.verdict not in ANSWERS:
             continue
-        key = tuple(o.facts[k] for k in ("op", "backend", "dtype", "form"))
-        found[key] = Record(
-            *key,
+        found[_key(o)] = Record(
+            op=o.facts["op"],
+            backend=o.facts["backend"],
+            dtype=o.facts["dtype"],
+            form=o.facts["form"],
             capability=machine.capability,
             source=o.source,
             verdict=records.PASSED if o.verdict == PASSED else records.FAILED,
@@ -332,11 +331,15 @@ def records_of(outcomes: Iterable[Outcome], machine: Machine, commit: str = "") 
         if o.phase == "time":
             _add_times(found, o)
         elif o.phase == "configure" and o.verdict == PASSED and o.result.get("config"):
-            key = tuple(o.facts[k] for k in ("op", "backend", "dtype", "form"))
-            if key in found:
+            if (record := found.get(_key(o))) is not None:
                 config = records.Config(**o.result["config"])
-                found[key] = _with(found[key], configs=(*found[key].configs, config))
+                found[_key(o)] = _with(record, configs=(*record.configs, config))
     return list(found.values())
+
+
+def _key(o: Outcome) -> tuple[str, str, str, str]:
+    f = o.facts
+    return f["op"], f["backend"], f["dtype"], f["form"]
 
 
 def table(tuning: Tuning) -> str:

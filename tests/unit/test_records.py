@@ -338,10 +338,29 @@ def test_a_later_record_replaces_and_keeps_what_it_did_not_measure() -> None:
     old, new = record(times=(TIME, other)), record(times=(replace(TIME, gain=5.0),))
     (found,) = records.merged([old], [new])
     assert {t.sizes: t.gain for t in found.times} == {SIZES: 5.0, other.sizes: 2.0}
-    for changes in ({"source": "new"}, {"driver": "2"}, {"verdict": "failed", "times": ()}):
+    for changes in ({"source": "new"}, {"verdict": "failed", "times": ()}):
         changed = replace(new, **changes)
         assert records.merged([old], [changed]) == [changed]
-    assert len(records.merged([old], [record(gpu="NVIDIA H200")])) == 2
+    # Of other GPUs and versions each has its own.
+    for changes in ({"gpu": "NVIDIA H200"}, {"driver": "2"}, {"torch": "2"}, {"triton": "2"}):
+        assert len(records.merged([old], [record(**changes)])) == 2
+
+
+def test_two_environments_keep_their_records(own: Path) -> None:
+    """What is tuned beside one PyTorch does not undo what was beside another."""
+    write(own, record())
+    records.update(own, [record(torch="9.9", verdict=records.FAILED, reason="wrong there")])
+    trust.forget()
+    assert chosen() == "triton"
+
+
+def test_of_two_that_count_the_later_does(own: Path) -> None:
+    early = record(backend="cuda", driver="1", date="2026-11-01")
+    late = record(backend="cuda", driver="2", date="2026-12-01", verdict="failed", reason="hangs")
+    write(records.SHIPPED, early, late)
+    assert chosen() == "reference"
+    write(records.SHIPPED, replace(early, date="2026-12-02"), late)
+    assert chosen() == "cuda"
 
 
 def _update(path: str, number: int) -> None:

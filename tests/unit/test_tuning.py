@@ -119,6 +119,23 @@ def test_what_becomes_of_a_unit(unit: Unit, verdict: str, reason: str, tmp_path:
     assert runner.read(out)[1].verdict == verdict
 
 
+def test_progress_begins_the_limit_anew() -> None:
+    def slow(says: bool) -> dict[str, Any]:
+        for _ in range(8):
+            time.sleep(0.2)
+            if says:
+                runner.progress()
+        return {"done": True}
+
+    units = [Unit("says", 1.0, lambda: slow(True)), Unit("silent", 1.0, lambda: slow(False))]
+    says, silent = runner.run(units, seconds=20)
+    assert says.verdict == runner.PASSED and says.result == {"done": True}
+    assert silent.verdict == runner.TIMED_OUT
+    # No progress goes beyond the budget.
+    (cut,) = runner.run([replace(units[0], least=0.1)], seconds=0.8)
+    assert cut.verdict == runner.NOT_RUN
+
+
 def test_a_child_takes_what_it_started_with_it() -> None:
     runner.run([Unit("u", 0.5, _hang)], seconds=9)
     found = subprocess.run(
