@@ -45,8 +45,6 @@ MIB = 2**20
 LIMIT = 40 * MIB
 # Exit statuses beside success and an error.
 OTHER_EXTENSIONS = 3
-# Models at 520x520 whose kernels are compiled beforehand, and in which dtypes.
-TUNED = (("deeplabv3_resnet50", ("bfloat16", "float16", "float32", "tf32")),)
 # Of Triton's cache only these are read again.
 KEPT = (".cubin", ".json", ".so")
 GROUP = "__grp__"
@@ -118,23 +116,16 @@ def digest(path: Path) -> str:
 def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     """What the cache is filled with: calls of ops by name, for CPU or meta tensors.
 
-    Those of the checks and times of `deeplab-fast tune`, small shapes of every op, as
-    bench.sanitize runs them, the ops of suite gpu, and a training step's passes at shapes of the
-    models.
+    Those of the checks and times of bench.gpu, small shapes of every op, as bench.sanitize runs
+    them, the ops of suite gpu, and a training step's passes at shapes of the models.
     """
     import torch
 
-    from deeplab_fast.tuning import api, tune
+    from deeplab_fast.tuning import tune
 
-    from . import registry, sanitize
+    from . import gpu, registry, sanitize
 
-    for model, dtypes in TUNED:
-        plan = api.make_plan(
-            model, None, batches=api.BATCHES, dtypes=dtypes, ops=None, backends=("triton",),
-            quick=False, budget=None, configurations=False,
-        )  # fmt: skip
-        yield from tune.launches(plan)
-
+    yield from tune.launches(gpu.plan(gpu.nominal()))
     for dtype in (torch.bfloat16, torch.float32):
         for case in sanitize.small_cases():
             yield from _calls_of(case, dtype)
