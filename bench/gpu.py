@@ -948,7 +948,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _facts() -> Unit:
-    return Unit("facts", _FACTS_SECONDS, partial(carried_out, "facts", gpu_programs.facts), phase="facts")
+    return Unit(
+        "facts", _FACTS_SECONDS, partial(carried_out, "facts", gpu_programs.facts), phase="facts"
+    )
 
 
 def _interrupted(number: int, frame: Any) -> None:
