@@ -33,6 +33,8 @@ USUAL_MODELS = (
 BATCHES = (1, 16)
 SECONDS = 120.0
 QUICK_SECONDS = 40.0
+# For a process that was interrupted to end its children.
+_END_SECONDS = 10.0
 # Without a model there is the work of several.
 ALL_SECONDS = 300.0
 
@@ -87,8 +89,13 @@ def tune(
         request, out = Path(folder, "plan.json"), Path(folder, "outcomes.jsonl")
         request.write_text(json.dumps(asdict(plan)), "utf-8")
         command = [sys.executable, "-m", __package__, str(request), str(out)]
+        process = subprocess.Popen([*command, *["--progress"] * progress])
         try:
-            subprocess.run([*command, *["--progress"] * progress], check=False)
+            process.wait()
+        except KeyboardInterrupt:
+            # It was told as well, and ends its children first.
+            _end(process)
+            raise
         finally:
             # Whatever ended that process, what it had found counts.
             outcomes = runner.read(out) if out.is_file() else []
@@ -204,6 +211,14 @@ def plan_from(fields: dict[str, Any]) -> Plan:
     )
     lists = {name: tuple(fields[name]) for name in ("backends", "dtypes")}
     return Plan(**{**fields, **lists, "works": works})
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _identified(outcomes: Sequence[runner.Outcome]) -> bool:

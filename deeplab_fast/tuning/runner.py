@@ -13,6 +13,7 @@ process leaves what was found.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -346,6 +347,7 @@ def _in_child(unit: Unit, answer: int, printed: int) -> None:
     code = _EXIT_FAILED
     try:
         os.setsid()
+        _die_with_parent()
         # The standard handlers: this process's ask for a clean end, which children have no part in.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -376,6 +378,14 @@ def _in_child(unit: Unit, answer: int, printed: int) -> None:
         # end may wait for a kernel for ever.
         sys.stderr.flush()
         os._exit(code)
+
+
+def _die_with_parent() -> None:
+    """Have the system kill this process when the one that forked it is gone (Linux): a kernel that
+    hangs would keep the GPU for ever."""
+    set_death_signal = 1
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def _outcomes(units: Sequence[Unit], jobs: int, end: float, passed: set[str]) -> Iterator[Outcome]:

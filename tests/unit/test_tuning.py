@@ -149,6 +149,31 @@ def _parent(pid: str) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def test_children_die_with_a_parent_that_is_killed() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from deeplab_fast.tuning.runner import Unit, run\n"
+        "def child():\n"
+        "    print(os.getpid(), file=open('/proc/%d/fd/1' % os.getppid(), 'w'), flush=True)\n"
+        "    time.sleep(60)\n"
+        "run([Unit('u', 60, child)], seconds=60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or _state(child) == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(child, signal.SIGKILL)
+    pytest.fail("the child outlived its parent")
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_units_run_side_by_side_but_for_those_alone() -> None:
     def unit(name: str, alone: bool) -> Unit:
         def run() -> dict[str, Any]:
@@ -513,7 +538,7 @@ def test_faults_are_their_units_verdicts_and_nobody_else_s(stand_in) -> None:
 def test_a_hang_costs_the_budget_and_no_more(stand_in) -> None:
     faults = {"check bn_act triton": "hang"}
     status, output, found = stand_in(
-        faults, "--ops", "[batch_stats,bn_act]", "--quick", "--budget", "15"
+        faults, "--ops", "[batch_stats,bn_act]", "--quick", "--budget", "40"
     )
     assert status == 0
     assert "batch_stats triton plain" in found and "bn_act triton relu" not in found
@@ -527,13 +552,18 @@ def test_what_a_killed_run_had_found_is_kept(tmp_path: Path, monkeypatch) -> Non
     (tmp_path / "faults.json").write_text("{}")
     monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, str(path))
 
-    def killed(command: list[str], **options: Any) -> None:
-        out = Path(next(part for part in command if part.endswith(".jsonl")))
-        runner.append(out, Outcome("identity", runner.PASSED, result=STAND_IN.as_dict()))
-        runner.append(out, _checked(runner.PASSED))
-        raise KeyboardInterrupt
+    class Killed:
+        def __init__(self, command: list[str]) -> None:
+            out = Path(next(part for part in command if part.endswith(".jsonl")))
+            runner.append(out, Outcome("identity", runner.PASSED, result=STAND_IN.as_dict()))
+            runner.append(out, _checked(runner.PASSED))
 
-    monkeypatch.setattr(api.subprocess, "run", killed)
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                raise KeyboardInterrupt
+            return -2
+
+    monkeypatch.setattr(api.subprocess, "Popen", Killed)
     with pytest.raises(KeyboardInterrupt):
         dlf.tune(quick=True)
     assert [r.op for r in records.read(path)] == ["bn_act"]
