@@ -22,8 +22,8 @@ from .gpu_measure import CUT_SHORT
 
 STORE = Path(__file__).with_name("gpu_results.jsonl")
 RUN = "run"
-# Only fills caches for units that follow.
-_NOT_KEPT = (RUN, "compile", "identity")
+# Of a run, or what only fills caches for units that follow.
+_NOT_KEPT = (RUN, "identity", "facts", "compile")
 _KEPT_OUTPUT = 400
 
 
@@ -58,6 +58,8 @@ class Answer:
         mine, other = self.machine, machine
         return (
             self.answers
+            # Of unknown sources nothing is known.
+            and bool(unit.source)
             and self.outcome.source == unit.source
             and (mine.gpu, mine.capability, mine.torch, mine.triton)
             == (other.gpu, other.capability, other.torch, other.triton)
