@@ -97,8 +97,18 @@ def read_answers(path: Path) -> list[Answer]:
             raise ValueError(f"{path.name}: {outcome.unit!r} comes before any line of a run")
         else:
             machine = Machine.from_dict(run["machine"])
+            outcome = replace(outcome, result=_rounded(outcome.result))
             found.append(Answer(outcome, machine, run["date"], run["commit"]))
     return found
+
+
+def _rounded(value: Any) -> Any:
+    """A value of JSON with floats to the digits that mean something."""
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def merged(old: Iterable[Answer], new: Iterable[Answer]) -> list[Answer]:
