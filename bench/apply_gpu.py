@@ -279,12 +279,15 @@ def _conditions(own: Sequence[Answer]) -> str:
     def distinct(values: Iterable[str]) -> str:
         return ", ".join(dict.fromkeys(sorted(v for v in values if v)))
 
-    return (
-        f"Measured with PyTorch {distinct(a.machine.torch for a in own)}, Triton "
-        f"{distinct(a.machine.triton for a in own)}, driver "
-        f"{distinct(a.machine.driver for a in own)}, dtype bfloat16, commit "
-        f"{distinct(a.commit[:10] for a in own)}, {distinct(a.date[:10] for a in own)}."
-    )
+    facts = {
+        "PyTorch": distinct(a.machine.torch for a in own),
+        "Triton": distinct(a.machine.triton for a in own),
+        "driver": distinct(a.machine.driver for a in own),
+        "dtype": "bfloat16",
+        "commit": distinct(a.commit[:10] for a in own),
+    }
+    listed = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
+    return f"Measured with {listed}, {distinct(a.date[:10] for a in own)}."
 
 
 def _table_rows(own: Sequence[Answer]) -> Iterator[str]:

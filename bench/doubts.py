@@ -253,7 +253,7 @@ def _bandwidth(known: Known) -> Said:
 
 
 def _launch_bound(known: Known) -> Said:
-    for what, row in known.rows("ours training").items():
+    for what, row in known.rows("ours training r50").items():
         if what.endswith(": deeplab_fast") and "wall_over_device" in row:
             ratio = row["wall_over_device"]
             detail = f"{ratio:.2f} of the kernels' time, {row['kernels']} kernels"
@@ -282,7 +282,7 @@ def _issue(known: Known) -> Said:
 
 
 def _conversions(known: Known) -> Said:
-    for what, row in known.rows("ours labels").items():
+    for what, row in known.rows("ours labels r50 os8").items():
         if what.endswith("deeplab_fast predict") and "conversions" in row:
             count = row["conversions"]
             return (NO if count == 0 else YES), f"{count} conversions of {row['kernels']} kernels"
@@ -419,7 +419,7 @@ DOUBTS = (
     Doubt(
         "launch",
         "Is a training step by the fused forms bound by launches?",
-        "ours training",
+        "ours training r50 os16 b16 513",
         _launch_bound,
         {
             YES: "the step needs fewer launches (a CUDA graph, foreach passes) first",
@@ -429,7 +429,7 @@ DOUBTS = (
     Doubt(
         "layouts",
         "Does a model in channels_last convert layouts?",
-        "ours labels",
+        "ours labels r50 os8 b1 520",
         _conversions,
         {YES: "the layer that does is found in the profile", NO: "it stays as it is"},
     ),

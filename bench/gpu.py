@@ -31,11 +31,14 @@ import signal
 import sys
 import time
 
-_STARTED = time.monotonic()
+# Set where this program begins again without what it imports for its children.
+_BARE = "DEEPLAB_FAST_BENCH_BARE"
+_STARTED = float(os.environ.get(_BARE, time.monotonic()))
 # Children of eight share the cores, and a fork must not find a pool of threads that it has not.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 from collections.abc import Callable, Iterable, Iterator, Sequence  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from dataclasses import dataclass, replace  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -45,6 +48,7 @@ import torch  # noqa: E402
 
 from deeplab_fast.dispatch import records, sources  # noqa: E402
 from deeplab_fast.models import get_model  # noqa: E402
+from deeplab_fast.testing import import_torchvision  # noqa: E402
 from deeplab_fast.tuning import checks, runner, tune, workloads  # noqa: E402
 from deeplab_fast.tuning.machine import Machine, why_none  # noqa: E402
 from deeplab_fast.tuning.runner import (  # noqa: E402
@@ -546,16 +550,9 @@ def _test(loan: Loan, file: str, part: str) -> Unit:
     def run() -> dict[str, Any]:
         return gpu_programs.tests(file, part, loan.deadline(limit))
 
-    backend = "cuda" if "cuda" in file else "triton"
-    op = {"aspp": "aspp_branches", "batch": "bn_act", "conv": "conv_bn_act"}.get(
-        file.split("_")[1], "upsample_argmax"
-    )
-    if file == "test_aspp_training_gpu":
-        op = "aspp_convs"
-    # The file, and the kernels that it is most about.
-    source = f"{sources.of_files([gpu_programs.TESTS / f'{file}.py'])}+" + "+".join(
-        tune.source(loan.machine, op, b) for b in dict.fromkeys((backend, "triton"))
-    )
+    prints = [sources.of_files([gpu_programs.TESTS / f"{file}.py"])]
+    for op in _tested(file):
+        prints += [tune.source(loan.machine, op, backend) for backend in tune.BACKENDS]
     return Unit(
         name,
         limit,
@@ -563,8 +560,21 @@ def _test(loan: Loan, file: str, part: str) -> Unit:
         alone=part == "large",
         least=5.0,
         phase="tests",
-        source=source,
+        source=digest("\n".join(prints)),
     )
+
+
+def _tested(file: str) -> tuple[str, ...]:
+    """The ops that a file of GPU tests is about."""
+    aspp = ("aspp_branches", "aspp_project", "conv_bn_act")
+    about = {
+        "test_aspp_training": ("aspp_convs", "aspp_convs_backward"),
+        "test_aspp": aspp,
+        "test_conv": aspp,
+        "test_batch_norm": ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward"),
+    }
+    upsampled = tuple(op for op in workloads.OPS if op.startswith("upsample"))
+    return next((ops for start, ops in about.items() if file.startswith(start)), upsampled)
 
 
 def sanitizer_units(loan: Loan) -> list[Unit]:
@@ -871,8 +881,8 @@ def listed(loan: Loan) -> str:
             lines.append(f"{phase}")
             before = phase
         lines.append(f"  {' ' if waiting else 'x'} {unit.name}")
-    waiting = sum(w for _, _, w in loan.listed)
-    lines.append(f"{waiting} of {len(loan.listed)} units wait for an answer")
+    count = sum(waits for _, _, waits in loan.listed)
+    lines.append(f"{count} of {len(loan.listed)} units wait for an answer")
     return "\n".join(lines)
 
 
@@ -918,13 +928,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.gpu: {reason}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _interrupted)
+    if _BARE not in os.environ:
+        preload()
     # What the imports took is part of it.
     budget = Budget(seconds - (time.monotonic() - _STARTED))
     try:
         machine, _ = tune.find_machine()
     except tune.NoDevice as error:
-        print(f"bench.gpu: {error}", file=sys.stderr)
-        return 2
+        print(f"bench.gpu: {error}", file=sys.stderr, flush=True)
+        if _BARE in os.environ or torch.version.cuda is None:
+            return 2
+        # One of the imports may have touched the driver, which forks then cannot.
+        print("bench.gpu: once more, without imports beforehand", file=sys.stderr, flush=True)
+        os.environ[_BARE] = str(_STARTED)
+        given = sys.argv[1:] if argv is None else argv
+        os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", *given])
     loan = Loan(machine, options.out, budget, known, options.only)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     commit, dirty = rows.checkout()
@@ -945,6 +963,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(loan), flush=True)
     bad = [o for o in loan.fresh if o.verdict not in (PASSED, NOT_RUN)]
     return status or int(bool(bad))
+
+
+def preload() -> None:
+    """Import once what children would each import: it makes no CUDA context."""
+    from deeplab_fast.kernels import _compat
+
+    for name in ("aspp", "aspp_training", "batch_norm", "conv", "upsample"):
+        # Units say what is missing.
+        with suppress(RuntimeError):
+            _compat.device_module(f"{name}_kernels")
+    with suppress(ImportError):
+        _ = import_torchvision().models.segmentation
 
 
 def _facts() -> Unit:

@@ -161,7 +161,7 @@ def kernels(call: Callable[[], Any], device: str) -> Row:
         synchronize(device)
     # What key_averages makes of 100,000 events takes ten seconds.
     found: dict[str, tuple[float, int]] = {}
-    for event in profiled.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiled.profiler.kineto_results.events():
         if cuda and (event.device_type() != DeviceType.CUDA or event.is_user_annotation()):
             continue
         ms, count = found.get(event.name(), (0.0, 0))

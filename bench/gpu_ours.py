@@ -111,7 +111,7 @@ def model(
     return result
 
 
-def _optimized(own: torch.nn.Module, images: torch.Tensor) -> Callable[[], Any]:
+def _optimized(own: Any, images: torch.Tensor) -> Callable[[], Any]:
     module = Predict(optimize(own))
 
     def run() -> Any:
@@ -143,7 +143,7 @@ def training(
     args = case.setup(machine.device, torch.float32)
     own = case.own(args)
     found = {"deeplab_fast": step_row(step(case, machine, args, own), machine)}
-    plain = case.own(args)
+    plain: Any = case.own(args)
     plain.model.fused = False
     found["deeplab_fast, plain modules"] = step_row(step(case, machine, args, plain), machine)
     for row in found.values():

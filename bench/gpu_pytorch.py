@@ -7,6 +7,7 @@ searched for. On a CPU sizes are tiny, so that the code is tried where there is 
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -322,9 +323,10 @@ def autotuned_head(
     module = _head(machine, output_stride).to(DTYPE).to(memory_format=NHWC)
     x = _head_input(machine, batch, side).to(DTYPE)
     mode = "default" if tiny(machine) else "max-autotune"
-    kept = {"freezing": True}
+    kept: dict[str, Any] = {"freezing": True}
     if warm:
-        kept |= {"fx_graph_cache": False, "autotune_local_cache": False}
+        cores = max(1, (os.cpu_count() or 1) // 2)
+        kept |= {"fx_graph_cache": False, "autotune_local_cache": False, "compile_threads": cores}
     start = time.monotonic()
     with inductor.patch(kept), torch.no_grad():
         compiled = torch.compile(module, mode=mode)

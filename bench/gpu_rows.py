@@ -173,7 +173,10 @@ def check(
         try:
             found = found.worst(checks.check_step(step, run, dtype, gpu.device))
         except Wrong as wrong:
-            where = _tap_class(step, run, gpu.device, dtype) if op == "aspp_branches" else ""
+            raised = wrong.__cause__ is not None
+            where = ""
+            if op == "aspp_branches" and not raised:
+                where = _tap_class(step, run, gpu.device, dtype)
             raise Wrong(f"{op}: {wrong}{where}", **wrong.facts) from None
     return {"error": found.error, "bound": found.bound}
 

@@ -22,8 +22,8 @@ from .gpu_measure import CUT_SHORT
 
 STORE = Path(__file__).with_name("gpu_results.jsonl")
 RUN = "run"
-# Only fills caches for units that follow.
-_NOT_KEPT = (RUN, "compile", "identity")
+# Of a run, or what only fills caches for units that follow.
+_NOT_KEPT = (RUN, "identity", "facts", "compile")
 _KEPT_OUTPUT = 400
 
 
@@ -58,6 +58,8 @@ class Answer:
         mine, other = self.machine, machine
         return (
             self.answers
+            # Of unknown sources nothing is known.
+            and bool(unit.source)
             and self.outcome.source == unit.source
             and (mine.gpu, mine.capability, mine.torch, mine.triton)
             == (other.gpu, other.capability, other.torch, other.triton)
@@ -95,8 +97,18 @@ def read_answers(path: Path) -> list[Answer]:
             raise ValueError(f"{path.name}: {outcome.unit!r} comes before any line of a run")
         else:
             machine = Machine.from_dict(run["machine"])
+            outcome = replace(outcome, result=_rounded(outcome.result))
             found.append(Answer(outcome, machine, run["date"], run["commit"]))
     return found
+
+
+def _rounded(value: Any) -> Any:
+    """A value of JSON with floats to the digits that mean something."""
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def merged(old: Iterable[Answer], new: Iterable[Answer]) -> list[Answer]:

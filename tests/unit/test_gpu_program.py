@@ -30,6 +30,7 @@ from deeplab_fast.tuning.runner import (
     NOT_RUN,
     PASSED,
     TIMED_OUT,
+    Budget,
     Outcome,
     Unit,
     append,
@@ -388,7 +389,7 @@ FEW = [f"row {row} {dtype} few filters" for row in range(3, 7) for dtype in gpu.
         ("padding", [convolution(0.5)], "no"),
         (
             "launch",
-            [outcome("ours training x", result={"rows": [
+            [outcome("ours training r50", result={"rows": [
                 {"what": "step: deeplab_fast", "ms": 60.0, "wall_over_device": 1.5, "kernels": 9}
             ]})],
             "yes",
@@ -522,3 +523,40 @@ def test_the_script_needs_a_gpu_and_says_so(tmp_path) -> None:
     assert done.returncode == 2, done.stdout
     log = (tmp_path / "out" / "gpu.log").read_text("utf-8")
     assert "bench.gpu: " in log and "exit status 2" in log
+
+
+def test_configurations_are_measured_of_what_comes_near_pytorch(tmp_path) -> None:
+    loan = gpu.Loan(MACHINE, tmp_path, Budget(1), [])
+    near, far = timed(0.9), timed(0.5)
+    assert gpu.first_configurations(loan) == []
+    loan.outcomes = {o.unit: o for o in (checked(), near)}
+    units = gpu.first_configurations(loan)
+    configured = [u.name for u in units if u.phase == "configure"]
+    # At the smallest and the largest map, each after its candidates were compiled.
+    assert len(configured) == 2 and all("aspp_branches bfloat16 plain" in n for n in configured)
+    assert "16x2048x65x65" in configured[0] and "1x2048x33x33" not in configured[0]
+    assert {u.name.removeprefix("compile ").rpartition(" ")[0] for u in units[:-2]} == {
+        name.removeprefix("configure ") for name in configured
+    }
+    assert all(u.alone for u in units[-2:])
+    assert gpu.more_configurations(loan) == []
+    loan.outcomes[far.unit] = far
+    assert gpu.first_configurations(loan) == []
+    loan.outcomes[near.unit] = timed(1.2)
+    assert len([u for u in gpu.more_configurations(loan) if u.phase == "configure"]) == len(
+        [w for w in loan.plan.works if w.op == "aspp_branches"]
+    )
+    # What has an answer is not compiled for again.
+    done = gpu.first_configurations(loan)[-1]
+    loan.outcomes[done.name] = outcome(done.name, phase="configure", facts=done.facts)
+    about = done.name.removeprefix("configure ")
+    assert not [u for u in gpu.first_configurations(loan) if u.name.startswith(f"compile {about}")]
+
+
+def test_heads_are_autotuned_where_our_branches_win(tmp_path) -> None:
+    loan = gpu.Loan(MACHINE, tmp_path, Budget(1), [])
+    won = timed(1.2)
+    won.result["speeds"][0]["sizes"] = [1, 2048, 65, 65, 256]
+    for gain, expected in ((won, ["pytorch autotuned head b1 65x65"]), (timed(1.2), [])):
+        loan.outcomes = {o.unit: o for o in (checked(), gain)}
+        assert [u.name for u in gpu.more_autotuned(loan)] == expected
