@@ -614,10 +614,3 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why(device="cpu", capability=None) == "needs CUDA tensors, the input is on cpu"
     assert why(capability=(7, 5)) == "needs compute capability 8.0, the device has 7.5"
     assert "float32 only, the input is float64" in why(dtype=torch.float64)
-
-
-def test_triton_goes_first() -> None:
-    for op in ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward"):
-        table = backends.implementations(op)
-        assert table["cuda"].priority < table["triton"].priority
-        assert table["cuda"].run == getattr(CUDA, op)
