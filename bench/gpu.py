@@ -34,8 +34,9 @@ import time
 # Set where this program begins again without what it imports for its children.
 _BARE = "DEEPLAB_FAST_BENCH_BARE"
 _STARTED = float(os.environ.get(_BARE, time.monotonic()))
-# Children of eight share the cores, and a fork must not find a pool of threads that it has not.
+# Children share the cores; threads that spin while they wait would take them from each other.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Iterable, Iterator, Sequence  # noqa: E402
 from contextlib import suppress  # noqa: E402

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from deeplab_fast.dispatch import sources
+from deeplab_fast.tuning import runner
 from deeplab_fast.tuning.machine import Machine, fault_of, suffer
 from deeplab_fast.tuning.runner import Wrong
 from deeplab_fast.tuning.timing import SAMPLE_SECONDS, captured, clock, interleaved
@@ -196,7 +197,13 @@ def program(
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(environment or {})}
     limit = max(0.5, end - time.monotonic() - _BEFORE_END)
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # Whatever ends this unit ends it.
+        preexec_fn=runner._die_with_parent,
     )
     try:
         text, _ = process.communicate(timeout=limit)
