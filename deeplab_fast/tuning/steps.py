@@ -171,7 +171,8 @@ class _Maker:
 
     def __init__(self, dtype: torch.dtype, device: str, seed: int) -> None:
         self.dtype, self.device = dtype, device
-        # On the meta device nothing is drawn.
+        # On the meta device nothing is drawn: there that takes longer than anything else, and
+        # imports the compiler.
         self.random = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
     def of(self, dtype: torch.dtype) -> _Maker:
@@ -191,6 +192,8 @@ class _Maker:
 
     def vector(self, count: int, low: float = 0.5, high: float = 1.5) -> Tensor:
         """[count] fp32, uniform."""
+        if self.random is None:
+            return torch.empty(count, device=self.device)
         values = torch.rand(count, generator=self.random, device=self.device)
         return values * (high - low) + low
 
@@ -201,11 +204,15 @@ class _Maker:
     def labels(self, n: int, height: int, width: int, classes: int) -> Tensor:
         """[n, height, width] int64, some of them ignored."""
         shape = (n, height, width)
+        if self.random is None:
+            return torch.empty(shape, dtype=torch.int64, device=self.device)
         found = torch.randint(classes, shape, generator=self.random, device=self.device)
         ignored = torch.rand(shape, generator=self.random, device=self.device) < 0.05
         return found.masked_fill(ignored, IGNORED)
 
     def _normal(self, *shape: int) -> Tensor:
+        if self.random is None:
+            return torch.empty(shape, device=self.device)
         return torch.randn(shape, generator=self.random, device=self.device)
 
 
