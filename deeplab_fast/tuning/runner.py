@@ -14,6 +14,7 @@ process leaves what was found.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import math
 import os
@@ -40,6 +41,8 @@ ANSWERS = (PASSED, FAILED, CRASHED, TIMED_OUT)
 # How often children are looked at, and how long one that was killed is waited for.
 _POLL_SECONDS = 0.02
 _REAP_SECONDS = 2.0
+# So long before a child is killed it prints where it is.
+_BEFORE_END = 0.3
 # What a child says that it goes on; no byte of JSON.
 _PROGRESS = b"\0"
 # The last of what a child printed that an outcome keeps.
@@ -357,6 +360,9 @@ def _in_child(unit: Unit, answer: int, printed: int) -> None:
         if unit.command:
             os.execvpe(unit.command[0], unit.command, {**os.environ, **dict(unit.environment)})
         _answer = answer
+        # Where it was when it crashed, or shortly before it is killed.
+        faulthandler.enable(2)
+        faulthandler.dump_traceback_later(max(_POLL_SECONDS, unit.limit - _BEFORE_END), file=2)
         assert unit.run is not None, f"unit {unit.name!r} has neither a function nor a program"
         content: dict[str, Any]
         try:

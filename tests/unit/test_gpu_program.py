@@ -3,6 +3,7 @@ a stand-in, and what follows from the results is written into copies."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,7 @@ from deeplab_fast.tuning.runner import (
     Unit,
     append,
     read,
+    run,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -560,3 +563,13 @@ def test_heads_are_autotuned_where_our_branches_win(tmp_path) -> None:
     for gain, expected in ((won, ["pytorch autotuned head b1 65x65"]), (timed(1.2), [])):
         loan.outcomes = {o.unit: o for o in (checked(), gain)}
         assert [u.name for u in gpu.more_autotuned(loan)] == expected
+
+
+def test_what_hangs_or_crashes_says_where(tmp_path) -> None:
+    units = [
+        Unit("hang", 1.0, partial(time.sleep, 30)),
+        Unit("crash", 20.0, partial(ctypes.string_at, 0)),
+    ]
+    hung, crashed = run(units, seconds=30)
+    assert (hung.verdict, crashed.verdict) == (TIMED_OUT, CRASHED)
+    assert "in _in_child" in hung.output and "Segmentation fault" in crashed.output
