@@ -30,7 +30,7 @@ from deeplab_fast.tuning import tune
 from deeplab_fast.tuning.machine import Machine
 from deeplab_fast.tuning.runner import PASSED, Outcome
 
-from . import doubts, gpu_store, report
+from . import doubts, gpu_rows, gpu_store, report
 from .gpu_measure import ROOT
 from .gpu_store import Answer
 
@@ -186,7 +186,9 @@ def records_of(kept: Iterable[Answer]) -> list[Record]:
         ]
         (record,) = tune.records_of([a.outcome, *others], a.machine, a.commit)
         record = replace(record, date=a.date[:10], origin=records.SHIPPED_ORIGIN)
-        found.append(_with_rows(record, a, answered))
+        record = _with_rows(record, a, answered)
+        if _rows_known(record, a, answered):
+            found.append(record)
     return found
 
 
@@ -231,6 +233,32 @@ def _with_rows(record: Record, check: Answer, answered: Sequence[Answer]) -> Rec
             reason = f"{o.unit}: {o.verdict}: {o.reason}"
             record = replace(record, verdict=records.FAILED, reason=reason)
     return record
+
+
+def _rows_known(record: Record, check: Answer, answered: Sequence[Answer]) -> bool:
+    """Whether every row of the table that the CUDA ASPP may choose has an answer; before that a
+    pass says too little."""
+    if record.backend != "cuda" or record.op not in ("aspp_branches", "aspp_project"):
+        return True
+    if record.verdict != records.PASSED:
+        return True
+    sm90 = record.capability == (9, 0)
+    try:
+        numbers = gpu_rows.rows(90 if sm90 else 80)
+    except AttributeError:
+        # Without the extension that has the table.
+        return False
+    known = {
+        a.outcome.unit
+        for a in answered
+        if a.outcome.phase == "rows"
+        and _versions(a) == _versions(check)
+        and a.outcome.source == record.source
+    }
+    cases = ("whole", "cut", *["few filters"] * sm90)
+    wanted = {f"row {row} {record.dtype} {case}" for row in numbers for case in cases}
+    wanted |= {f"repeat row {row}" for row in numbers} if sm90 else set()
+    return wanted <= known
 
 
 def _note(shipped: Sequence[Record]) -> str:

@@ -177,7 +177,8 @@ class Loan:
 
     def phase(self, name: str, seconds: float, units: Iterable[Unit], jobs: int) -> None:
         """Run those of some units that have no answer."""
-        every = list(units)
+        with_harness = {gpu_store.HARNESS: gpu_store.harness()}
+        every = [replace(unit, facts=unit.facts | with_harness) for unit in units]
         todo = self.pending(every)
         if self.listing:
             waiting = {unit.name for unit in todo}
@@ -735,13 +736,13 @@ class Phase:
 
 
 PHASES = (
-    Phase("smoke", "every op, backend, dtype and form at small sizes", 27, smoke, 12),
-    Phase("rows", "every tile row of the CUDA ASPP, identical runs, variants", 13, row_units, 12),
+    Phase("smoke", "every op, backend, dtype and form at small sizes", 38, smoke, 12),
+    Phase("rows", "every tile row of the CUDA ASPP, identical runs, variants", 16, row_units, 12),
     Phase("pytorch", "what PyTorch reaches without compilation", 75, pytorch_units),
     Phase("times", "our kernels beside PyTorch's, bf16", 75, time_units),
     Phase("models", "whole models and training steps by the records", 45, model_units),
     Phase("tests", "the GPU tests by file", 90, test_units, 6),
-    Phase("sanitizer", "compute-sanitizer on small shapes", 70, sanitizer_units, 5),
+    Phase("sanitizer", "compute-sanitizer on small shapes", 56, sanitizer_units, 5),
     Phase("configurations", "of ASPP and 1x1 at four shapes", 80, first_configurations, 14),
     Phase("autotune", "torch.compile with max-autotune, one head", 40, autotuned),
 )  # fmt: skip

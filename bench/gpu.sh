@@ -11,6 +11,7 @@
 #   TOTAL=525        seconds of everything (the second: 175)
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+caller=$PWD
 cd "$root"
 
 python=${PYTHON:-python3}
@@ -26,6 +27,7 @@ if [[ -n ${1:-} && $1 != -* ]]; then
   out=$1
   shift
 fi
+[[ $out == /* ]] || out=$caller/$out
 out=$(realpath -m "$out")
 arguments+=("$@")
 # Where a second run on the same machine finds the first.

@@ -12,9 +12,11 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from deeplab_fast.dispatch.sources import of_files
 from deeplab_fast.tuning.machine import Machine
 from deeplab_fast.tuning.runner import ANSWERS, PASSED, TIMED_OUT, Outcome, Unit, read
 
@@ -22,6 +24,8 @@ from .gpu_measure import CUT_SHORT
 
 STORE = Path(__file__).with_name("gpu_results.jsonl")
 RUN = "run"
+# Among the facts of an outcome: `harness`.
+HARNESS = "harness"
 # Of a run, or what only fills caches for units that follow.
 _NOT_KEPT = (RUN, "identity", "facts", "compile")
 _KEPT_OUTPUT = 400
@@ -63,9 +67,24 @@ class Answer:
             and self.outcome.source == unit.source
             and (mine.gpu, mine.capability, mine.torch, mine.triton)
             == (other.gpu, other.capability, other.torch, other.triton)
+            # What did not pass may be the fault of what checks it.
+            and (self.outcome.verdict == PASSED or self.outcome.facts.get(HARNESS) == harness())
             # Given more time it may end.
             and not (self.outcome.verdict == TIMED_OUT and self.outcome.seconds < unit.limit)
         )
+
+
+@cache
+def harness() -> str:
+    """Fingerprint of what checks and measures, apart from what is checked."""
+    root = Path(__file__).resolve().parent.parent
+    files = [
+        *sorted((root / "deeplab_fast" / "tuning").glob("*.py")),
+        *sorted((root / "bench").glob("gpu*.py")),
+        root / "bench" / "sanitize.py",
+        root / "tests" / "gpu" / "conftest.py",
+    ]
+    return of_files(files)
 
 
 def answers(outcome: Outcome) -> bool:

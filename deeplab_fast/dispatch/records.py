@@ -42,7 +42,11 @@ ENVIRONMENT_VARIABLE = "DEEPLAB_FAST_RECORDS"
 SHIPPED = Path(__file__).with_name("shipped.json")
 # Raised when the fields of a record change their meaning.
 VERSION = 1
+# No size, time or number of anything is as large.
+_MOST = 2**63
 
+# Sources and versions of one kernel on one GPU whose records a file keeps.
+_KEPT = 8
 PASSED = "passed"
 FAILED = "failed"
 SHIPPED_ORIGIN = "shipped"
@@ -136,7 +140,8 @@ class Record:
     def key(self) -> tuple[Any, ...]:
         """What two records of the same thing have in common: the later one replaces the other."""
         kernel = (self.op, self.backend, self.dtype, self.form)
-        return *kernel, self.capability, self.gpu, self.driver, self.torch, self.triton
+        versions = (self.driver, self.torch, self.triton)
+        return *kernel, self.capability, self.gpu, *versions, self.source
 
     def as_dict(self) -> dict[str, Any]:
         """The record as JSON has it."""
@@ -215,7 +220,7 @@ def read(path: Path, origin: str = OWN_ORIGIN) -> list[Record]:
 
 def note(path: Path) -> str:
     """What a file says of itself, "" where it says nothing."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         return str(json.loads(path.read_text("utf-8")).get("note", ""))
     return ""
 
@@ -243,33 +248,41 @@ def write(path: Path, records: Iterable[Record], note: str = "") -> None:
 def update(path: Path, new: Iterable[Record]) -> None:
     """Merge records into a file, which other processes may do at the same time.
 
-    A file that cannot be read is replaced, as its reader says.
+    A file that cannot be read is moved aside, as NAME.unread.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f"{path.name}.lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         old: list[Record] = []
         if path.is_file():
-            with suppress(ValueError):
+            try:
                 old = read(path)
+            except ValueError:
+                # Of a newer version of the package, perhaps.
+                os.replace(path, path.with_name(f"{path.name}.unread"))
         write(path, merged(old, new))
 
 
 def merged(old: Iterable[Record], new: Iterable[Record]) -> list[Record]:
     """Records with those of the same key replaced.
 
-    A new record of the same sources keeps what it did not measure anew: times at other sizes, and
-    configurations for other calls.
+    A new record keeps what it did not measure anew: times at other sizes, and configurations for
+    other calls. Of one kernel on one GPU the latest `_KEPT` are kept: other checkouts and
+    environments have theirs.
     """
     found = {record.key: record for record in old}
     for record in new:
-        before = found.get(record.key)
+        before = found.pop(record.key, None)
         found[record.key] = record if before is None else _joined(before, record)
-    return list(found.values())
+    of_kernel: dict[tuple[Any, ...], list[Record]] = {}
+    for record in found.values():
+        kernel = (record.op, record.backend, record.dtype, record.form)
+        of_kernel.setdefault((*kernel, record.capability, record.gpu), []).append(record)
+    return [record for some in of_kernel.values() for record in some[-_KEPT:]]
 
 
 def _joined(before: Record, record: Record) -> Record:
-    if record.verdict != PASSED or before.source != record.source:
+    if record.verdict != PASSED:
         return record
     sizes = {time.sizes for time in record.times}
     calls = [(config.kernel, config.key) for config in record.configs]
@@ -340,9 +353,12 @@ def _value(name: str, hint: Any, given: Any, optional: bool) -> Any:
     assert isinstance(hint, type) and not isinstance(hint, types.UnionType)
     # A float may be written without a point. Not isinstance: true and false are integers too.
     if hint is float and isinstance(given, int) and not isinstance(given, bool):
-        return float(given)
+        given = float(given) if abs(given) < _MOST else given
     if type(given) is not hint:
-        raise ValueError(f"{name} is {given!r}, expected {hint.__name__}")
+        raise ValueError(f"{name} is {repr(given)[:60]}, expected {hint.__name__}")
+    if isinstance(given, (int, float)) and not -1 <= given < _MOST:
+        # A comparison with NaN is false.
+        raise ValueError(f"{name} is {repr(given)[:60]}, expected a number of at least -1")
     return given
 
 

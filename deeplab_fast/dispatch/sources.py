@@ -32,8 +32,8 @@ _TRITON = {
     "branches": ("kernels/aspp_kernels.py", "kernels/aspp.py", "kernels/conv.py", *_ASPP),
     "project": ("kernels/conv_kernels.py", "kernels/conv.py", "kernels/aspp.py"),
     "training": (
-        "kernels/aspp_training_kernels.py", "kernels/aspp_training.py", "kernels/aspp.py",
-        "kernels/conv.py", *_ASPP,
+        "kernels/aspp_training_kernels.py", "kernels/aspp_kernels.py", "kernels/aspp_training.py",
+        "kernels/aspp.py", "kernels/conv.py", *_ASPP,
     ),
 }  # fmt: skip
 # Compiled sources by the names that build.json has them under.

@@ -195,7 +195,7 @@ def _by_record(record: Record, sizes: Sequence[int], at_first_use: bool) -> Judg
         return Judgement(False, f"passed, not measured ({about}); {TUNE}")
     at = "" if tuple(sizes) == time.sizes else f" at {list(time.sizes)}, the nearest measured"
     text = f"passed, {time.gain:.2f}x PyTorch's {time.pytorch}{at} ({about})"
-    if time.gain < 1:
+    if not time.gain >= 1:
         return Judgement(False, text.replace("passed,", "passed, slower:"), time.gain)
     if at_first_use:
         text += "; checked here at first use"
@@ -208,7 +208,7 @@ def nearest(times: Sequence[Time], sizes: Sequence[int]) -> Time | None:
 
     def distance(time: Time) -> float:
         pairs = zip(time.sizes, sizes, strict=True)
-        return sum(abs(math.log((1 + a) / (1 + b))) for a, b in pairs)
+        return sum(abs(math.log((2 + a) / (2 + b))) for a, b in pairs)
 
     return min(alike, key=distance, default=None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from . import runner, workloads
 from .checks import DTYPES
 from .machine import Machine, why_none
 from .steps import Size
-from .tune import BACKENDS, NoDevice, Plan, Tuning, records_of, tune_here
+from .tune import BACKENDS, CHECK_THREADS, NoDevice, Plan, Tuning, records_of, tune_here
 from .workloads import Work
 
 # What people use, where no model is named; the second and third have other activations, and few
@@ -89,7 +90,9 @@ def tune(
         request, out = Path(folder, "plan.json"), Path(folder, "outcomes.jsonl")
         request.write_text(json.dumps(asdict(plan)), "utf-8")
         command = [sys.executable, "-m", __package__, str(request), str(out)]
-        process = subprocess.Popen([*command, *["--progress"] * progress])
+        # Children compute side by side, each on its part of the cores.
+        environment = {"OMP_NUM_THREADS": str(CHECK_THREADS), **os.environ}
+        process = subprocess.Popen([*command, *["--progress"] * progress], env=environment)
         try:
             process.wait()
         except KeyboardInterrupt:

@@ -37,7 +37,7 @@ DTYPES = {
 FIRST_USE_DEVICE = "cuda"
 # Distance between neighbouring numbers, relative to them, at most.
 _ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-23}
-_OPERANDS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11}
+OPERANDS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11}
 # Errors of sums in fp32 whose order is not PyTorch's.
 _FP32 = 2e-6
 # Independent roundings of both operands, and how far above their expected size errors may be.
@@ -202,20 +202,28 @@ def check_step(
     return found
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error is about memory that is taken: PyTorch's, a driver's, Triton's, cuDNN's."""
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        part in text for part in ("out of memory", "alloc_failed", "out_of_memory")
+    )
+
+
 def run_guarded(step: Step, implementation: Callable[..., Any], where: str) -> list[Tensor]:
     """The results of a call that is waited for.
 
     Raises:
         Wrong: the implementation raises, or the device reports an error of its kernels.
-        torch.OutOfMemoryError: there is no room here, which says nothing of the implementation.
+        Exception: there is no room here (`lacks_memory`), which says nothing of the implementation.
     """
     try:
         results = step.run(implementation)
         if any(t.is_cuda for t in results):
             torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if lacks_memory(error):
+            raise
         text = " ".join(str(error).split())[:300]
         raise Wrong(f"raises {type(error).__name__} at {where}: {text}") from error
     return results
@@ -253,20 +261,22 @@ def allowed(step: Step, kind: str, out: Tensor, dtype: str, anchor: float) -> fl
     if kind == LABELS:
         return max(2 * anchor, _FP32)
     bound = max(2 * anchor, _FP32)
-    if step.op in trust.PRODUCTS and dtype in _OPERANDS:
-        bound = min(bound, _PRODUCT * _OPERANDS[dtype])
+    if step.op in trust.PRODUCTS and dtype in OPERANDS:
+        bound = min(bound, _PRODUCT * OPERANDS[dtype])
     return bound + _ROUNDOFF.get(out.dtype, 0.0)
+
+
+def measure(step: Step) -> Step:
+    """The step as PyTorch's path for it is run that results are held against: of upsampling ops,
+    which compute in fp32, in fp32; on a copy of what the call changes."""
+    if step.op.startswith(_IN_FP32):
+        step = step.converted(lambda t: t.float())
+    return step.converted(torch.clone) if step.changed >= 0 else step
 
 
 def _anchors(step: Step, exact: Sequence[Tensor], device: str) -> list[float]:
     """Errors of PyTorch's own path, one for each result."""
-    given = step.moved(device)
-    if step.op.startswith(_IN_FP32):
-        given = given.converted(lambda t: t.float())
-    if step.changed >= 0:
-        # What is timed adds in place; the argument must stay what it was.
-        given = given.converted(lambda t: t.clone())
-    run = next(iter(pytorch_forms(given).values()))
+    run = next(iter(pytorch_forms(measure(step.moved(device))).values()))
     results = [t.cpu() for t in flat(run())]
     return [
         error_of(kind, out, ref) for kind, out, ref in zip(step.kinds, results, exact, strict=False)
@@ -304,20 +314,25 @@ def _compare(
         error = error_of(kind, out, ref)
         bound = allowed(step, kind, out, dtype, anchor)
         if not error <= bound:
-            hint = "" if kind in (LABELS, COUNTS) else f"; {_first_wrong(out, ref, bound)}"
+            hint = "" if kind in (LABELS, COUNTS) else f"; {first_wrong(out, ref, bound)}"
             raise Wrong(
                 f"{which} is off by {error:.2e}, allowed are {bound:.2e}{hint}",
                 error=error,
                 bound=bound,
             )
-        if kind not in (LABELS, COUNTS) and (text := _first_wrong(out, ref, bound)):
+        if kind not in (LABELS, COUNTS) and (text := first_wrong(out, ref, bound)):
             raise Wrong(f"{which}: {text}", error=error, bound=bound)
         found = found.worst(Found(error, bound))
     return found
 
 
-def _first_wrong(out: Tensor, ref: Tensor, bound: float) -> str:
-    """The first single value that is off by more than it may be; "" where none is."""
+def first_wrong(out: Tensor, ref: Tensor, bound: float) -> str:
+    """The first single value that is off by more than it may be; "" where none is.
+
+    Args:
+        out, ref: a result and what it should be.
+        bound: the largest error of the whole, as `allowed` gives it.
+    """
     out, ref = out.double(), ref.double()
     size = float(ref.square().mean().sqrt())
     wrong = ~((out - ref).abs() <= DEVIATIONS * bound * size + bound * ref.abs())

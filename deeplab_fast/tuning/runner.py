@@ -45,6 +45,8 @@ _REAP_SECONDS = 2.0
 _BEFORE_END = 0.3
 # What a child says that it goes on; no byte of JSON.
 _PROGRESS = b"\0"
+# Of 64 KiB, each time that a child is looked at.
+_MOST_READS = 64
 # The last of what a child printed that an outcome keeps.
 _TAIL = 2000
 _EXIT_FAILED = 1
@@ -296,8 +298,12 @@ class _Child:
 
     def _read(self) -> None:
         for descriptor in list(self.pipes):
+            # A child that prints without end must not keep its parent from its deadline.
             with suppress(BlockingIOError):
-                while data := os.read(descriptor, 1 << 16):
+                for _ in range(_MOST_READS):
+                    data = os.read(descriptor, 1 << 16)
+                    if not data:
+                        break
                     if self.pipes[descriptor] == "answer":
                         self.answer += data.replace(_PROGRESS, b"")
                         if _PROGRESS in data and not self.killed:
@@ -366,7 +372,7 @@ def _in_child(unit: Unit, answer: int, printed: int) -> None:
         assert unit.run is not None, f"unit {unit.name!r} has neither a function nor a program"
         content: dict[str, Any]
         try:
-            content, code = {"result": unit.run()}, 0
+            content, code = {"result": _finite(unit.run())}, 0
         except Wrong as wrong:
             content = {"verdict": FAILED, "reason": str(wrong), "result": wrong.facts}
         except Exception as error:

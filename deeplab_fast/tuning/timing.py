@@ -102,16 +102,21 @@ def captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of the calls, one behind the other.
 
     Raises:
-        RuntimeError: one of them cannot be captured.
+        RuntimeError: one of them cannot be captured. PyTorch 2.11 is then left as if a capture went
+            on, so that no other should be tried in this process.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except BaseException:
+        torch.cuda.set_stream(before)
+        raise
     return graph

@@ -25,6 +25,7 @@ from .configurations import TUNED, Tuned
 from .machine import Machine, fault_of, identity, spoiled, suffer
 from .runner import (
     ANSWERS,
+    CRASHED,
     FAILED,
     NOT_RUN,
     PASSED,
@@ -50,6 +51,9 @@ _CHECK_PART = 0.5
 _TIME_PART = 0.45
 # Most children side by side: each has a CUDA context, of about 500 MiB.
 _MOST_JOBS = 8
+# The largest calls of a batch of 16, with PyTorch's form beside ours.
+_CHECK_MB = 6144
+CHECK_THREADS = 2
 _CANDIDATES_PER_UNIT = 3
 
 
@@ -114,8 +118,11 @@ def find_machine(out: Path | None = None) -> tuple[Machine, Outcome]:
 
 
 def jobs_for(machine: Machine) -> int:
-    """Children to check side by side: each computes float64 on two cores."""
-    return max(1, min(_MOST_JOBS, (os.cpu_count() or 1) // 2))
+    """Children to check side by side: each computes float64 on `CHECK_THREADS` cores, and takes
+    memory of the GPU."""
+    cores = (os.cpu_count() or 1) // CHECK_THREADS
+    room = machine.memory_mb // _CHECK_MB if machine.memory_mb else _MOST_JOBS
+    return max(1, min(_MOST_JOBS, cores, room))
 
 
 def tune_here(
@@ -464,7 +471,9 @@ def _time(
         except Wrong:
             raise
         except Exception as error:
-            # Out of memory at one size says nothing of the others.
+            if not checks.lacks_memory(error):
+                raise
+            # At one size that says nothing of the others.
             problems.append(f"{work.size}: {' '.join(str(error).split())[:200]}")
             continue
         found.append(speed.as_dict())
@@ -516,8 +525,9 @@ def _reason(o: Outcome) -> str:
 def _add_times(found: dict[tuple[str, str, str, str], Record], o: Outcome) -> None:
     f = o.facts
     keys = {b: (f["op"], b, f["dtype"], f["form"]) for b in f["backends"]}
-    if o.verdict in ANSWERS and o.verdict != PASSED and len(keys) == 1:
-        # Alone, so it is this kernel that goes wrong at the sizes of models.
+    if o.verdict in (FAILED, CRASHED) and len(keys) == 1:
+        # Alone, so it is this kernel that goes wrong at the sizes of models. What only took too
+        # long may be PyTorch's search; without a time it is not chosen.
         (key,) = keys.values()
         if key in found:
             reason = f"while timed: {_reason(o)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import multiprocessing
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import deeplab_fast as dlf
-from deeplab_fast import backends, info, ops
+from deeplab_fast import backends, info, kernels, ops
 from deeplab_fast.dispatch import records, sources, trust
 from deeplab_fast.dispatch.records import Record, Time
 
@@ -320,6 +321,10 @@ def test_a_file_that_cannot_be_read_is_said_once(text, reason, own: Path, caplog
         pytest.param({"capability": [9, True]}, "expected int", id="bool"),
         pytest.param({"verdict": "maybe"}, "verdict is 'maybe'", id="verdict"),
         pytest.param({"times": [{"ms": 1.0}]}, "Time: missing field", id="nested"),
+        pytest.param({"error": float("nan")}, "error is nan, expected a number", id="nan"),
+        pytest.param({"bound": float("inf")}, "bound is inf, expected a number", id="inf"),
+        pytest.param({"error": 10**400}, "expected", id="an integer beyond floats"),
+        pytest.param({"capability": [9, -5]}, "expected a number of at least -1", id="negative"),
     ],
 )
 def test_a_record_that_does_not_fit_is_left_out(change, reason, own: Path, caplog) -> None:
@@ -338,12 +343,15 @@ def test_a_later_record_replaces_and_keeps_what_it_did_not_measure() -> None:
     old, new = record(times=(TIME, other)), record(times=(replace(TIME, gain=5.0),))
     (found,) = records.merged([old], [new])
     assert {t.sizes: t.gain for t in found.times} == {SIZES: 5.0, other.sizes: 2.0}
-    for changes in ({"source": "new"}, {"verdict": "failed", "times": ()}):
-        changed = replace(new, **changes)
-        assert records.merged([old], [changed]) == [changed]
-    # Of other GPUs and versions each has its own.
-    for changes in ({"gpu": "NVIDIA H200"}, {"driver": "2"}, {"torch": "2"}, {"triton": "2"}):
+    failed = replace(new, verdict="failed", times=())
+    assert records.merged([old], [failed]) == [failed]
+    # Of other GPUs, versions and checkouts each has its own.
+    for changes in (
+        {"gpu": "NVIDIA H200"}, {"driver": "2"}, {"torch": "2"}, {"triton": "2"}, {"source": "2"},
+    ):  # fmt: skip
         assert len(records.merged([old], [record(**changes)])) == 2
+    many = [record(source=f"s{i}") for i in range(20)]
+    assert [r.source for r in records.merged([], many)] == [f"s{i}" for i in range(12, 20)]
 
 
 def test_two_environments_keep_their_records(own: Path) -> None:
@@ -461,6 +469,19 @@ def test_every_gpu_kernel_has_sources(monkeypatch) -> None:
     if (root / "csrc").is_dir():
         assert all(sources.compiled(root).values())
     assert all(sources.of_triton(name) for name in sources._TRITON)
+
+
+def test_sources_of_triton_kernels_are_closed_under_imports() -> None:
+    """Device code of another module is a part of the kernel, as are the indices it computes."""
+    folder = Path(kernels.__file__).parent
+    for name, files in sources._TRITON.items():
+        for file in files:
+            if not file.endswith("_kernels.py"):
+                continue
+            tree = ast.parse((folder / Path(file).name).read_text())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                    assert f"kernels/{node.module}.py" in files, f"{name}: {file} {node.module}"
 
 
 def test_the_module_needs_the_standard_library_alone() -> None:

@@ -553,7 +553,7 @@ def test_what_a_killed_run_had_found_is_kept(tmp_path: Path, monkeypatch) -> Non
     monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, str(path))
 
     class Killed:
-        def __init__(self, command: list[str]) -> None:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
             out = Path(next(part for part in command if part.endswith(".jsonl")))
             runner.append(out, Outcome("identity", runner.PASSED, result=STAND_IN.as_dict()))
             runner.append(out, _checked(runner.PASSED))
