@@ -48,7 +48,7 @@ _PROGRESS = b"\0"
 # Of 64 KiB, each time that a child is looked at.
 _MOST_READS = 64
 # The last of what a child printed that an outcome keeps.
-_TAIL = 2000
+_TAIL = 6000
 _EXIT_FAILED = 1
 
 

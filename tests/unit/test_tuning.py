@@ -387,6 +387,50 @@ def test_a_result_that_is_far_from_pytorch_s_is_no_time() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("op", "fault"),
+    [
+        pytest.param("bn_act", lambda y: y[:, -8:, -3:, -3:].zero_(), id="a tile not written"),
+        pytest.param("upsample_softmax_add", lambda y: y[0, 0].add_(1), id="what is changed"),
+        pytest.param("upsample_argmax", lambda y: y[0, :3].fill_(1), id="labels"),
+        pytest.param("upsample_confusion", lambda y: y[0].add_(9), id="counts"),
+    ],
+)
+def test_what_a_norm_hides_at_the_sizes_of_models(op: str, fault: Any) -> None:
+    """Right in bf16, whose PyTorch path interpolates with errors that move many labels, and wrong
+    in a part."""
+    size = Size(1, 64, 33, 33, 129, 129)
+    form = FORMS[op][0]
+
+    def wrong(*args: Any) -> Any:
+        results = _implementation(op)(*args)
+        y = args[0] if results is None else results
+        fault(y[0] if isinstance(y, tuple) else y)
+        return results
+
+    speeds.check_at(op, form, size, "bfloat16", "cpu", _implementation(op), "a")
+    with pytest.raises(Wrong, match="from PyTorch's, allowed are"):
+        speeds.check_at(op, form, size, "bfloat16", "cpu", wrong, "a")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_a_lack_of_memory_is_no_verdict(error: Exception) -> None:
+    def lacks(*args: Any) -> Any:
+        raise error
+
+    size = checks.sizes("bn_act")[0]
+    with pytest.raises(type(error), match=str(error).split()[-1]):
+        checks.check("bn_act", lacks, "float32", "relu", "cpu", at=[size])
+    speeds.check_at("bn_act", "relu", size, "float32", "cpu", lacks, "a")
+
+
 # What models call.
 
 
