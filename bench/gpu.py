@@ -30,6 +30,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 
 # Set where this program begins again without what it imports for its children.
 _BARE = "DEEPLAB_FAST_BENCH_BARE"
@@ -762,12 +763,23 @@ RULES = (
 )  # fmt: skip
 
 
+def units_of(phase: Phase, loan: Loan) -> list[Unit]:
+    """The units of a phase; one that cannot be planned must not end the others."""
+    try:
+        return phase.units(loan)
+    except Exception:
+        if loan.listing:
+            raise
+        print(f"{phase.name}: cannot be planned\n{traceback.format_exc()}", flush=True)
+        return []
+
+
 def first(loan: Loan) -> None:
     """All phases, then what was cut off, then the rules."""
     scale = loan.budget.seconds / _PLANNED
     for phase in PHASES:
         part = loan.budget.left if loan.listing else loan.budget.part(phase.seconds * scale)
-        loan.phase(phase.name, part, phase.units(loan), phase.jobs)
+        loan.phase(phase.name, part, units_of(phase, loan), phase.jobs)
     if not loan.listing:
         left_over(loan, loan.budget.left)
     follow(loan)
@@ -792,7 +804,7 @@ def left_over(loan: Loan, seconds: float, again: bool = False) -> None:
     killed: list[Unit] = []
     loan.patience = _PATIENCE if again else 1.0
     for phase in PHASES:
-        units = phase.units(loan)
+        units = units_of(phase, loan)
         if again:
             units = [replace(u, limit=_PATIENCE * u.limit) for u in units]
             hung = {u.name for u in loan.pending(units) if _was_killed(loan, u)}
@@ -814,7 +826,7 @@ def follow(loan: Loan) -> None:
     for rule in RULES:
         left = loan.budget.left
         if loan.listing or left > _LEAST_SECONDS:
-            loan.phase(f"{rule.name}: {rule.about}", left, rule.units(loan), rule.jobs)
+            loan.phase(f"{rule.name}: {rule.about}", left, units_of(rule, loan), rule.jobs)
 
 
 # What is printed last.

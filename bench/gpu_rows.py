@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deeplab_fast import backends, reference
+from deeplab_fast import _ext, backends, reference
 from deeplab_fast.ops import _aspp_cuda
 from deeplab_fast.ops.aspp_tiles import Branch, tap_classes
 from deeplab_fast.tuning import checks, machine
@@ -62,7 +62,10 @@ _BUSY_RUNS = 10
 
 
 def rows(architecture: int | None = None) -> list[int]:
-    """Numbers of the rows, of one architecture or of all."""
+    """Numbers of the rows, of one architecture or of all; none without the extension that has the
+    table."""
+    if not _ext.CPU.loaded:
+        return []
     return [
         number
         for number, tile in enumerate(_aspp_cuda.tiles())

@@ -540,6 +540,26 @@ def test_profiles_are_read() -> None:
     assert gpu_programs.profile_rows("==ERROR== no permission") == []
 
 
+def test_a_phase_that_cannot_be_planned_ends_no_other(tmp_path, capsys) -> None:
+    def broken(loan: gpu.Loan) -> list[Unit]:
+        raise AttributeError("no table")
+
+    loan = gpu.Loan(MACHINE, tmp_path, gpu.Budget(9), [])
+    assert gpu.units_of(gpu.Phase("rows", "", 1, broken), loan) == []
+    assert "rows: cannot be planned" in capsys.readouterr().out
+
+
+def test_units_are_listed_without_extensions() -> None:
+    """A build that failed on the GPU machine costs the units of what was not built alone."""
+    environment = {**os.environ, "DEEPLAB_FAST_DISABLE_EXT": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--list"],
+        capture_output=True, text=True, cwd=ROOT, env=environment, check=True,
+    )  # fmt: skip
+    assert "check aspp_branches triton bfloat16 plain" in done.stdout
+    assert " row 3" not in done.stdout
+
+
 def test_units_are_listed_without_a_gpu(capsys) -> None:
     assert gpu.main(["--list", "--only", "pytorch|ours|tests"]) == 0
     text = capsys.readouterr().out
