@@ -387,6 +387,15 @@ def test_a_result_that_is_far_from_pytorch_s_is_no_time() -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("op", FORMS)
+def test_what_is_right_is_near_pytorch_s(op: str, dtype: str) -> None:
+    """Also where PyTorch's own result is rounded to the dtype of the call."""
+    for form in FORMS[op]:
+        for size in checks.sizes(op)[:2]:
+            speeds.check_at(op, form, size, dtype, "cpu", _implementation(op), "reference")
+
+
 @pytest.mark.parametrize(
     ("op", "fault"),
     [
