@@ -299,6 +299,17 @@ def pack(folder: Path, cache: Path) -> None:
         raise Unfit(f"more than {LIMIT // MIB} MiB")
 
 
+def keep_facts(new: Path, to: Path) -> None:
+    """Put the facts of a build beside those of other Pythons that built in the same checkout."""
+    try:
+        facts = json.loads(to.read_text("utf-8"))
+    except (OSError, ValueError):
+        facts = {}
+    temporary = to.with_suffix(".tmp")
+    temporary.write_text(json.dumps(facts | json.loads(new.read_text("utf-8")), indent=2) + "\n")
+    os.replace(temporary, to)
+
+
 def unpack(folder: Path, package: Path, cache: Path) -> tuple[str, str]:
     """Put what was prepared into a package and a new cache, as far as it fits.
 
@@ -321,7 +332,7 @@ def unpack(folder: Path, package: Path, cache: Path) -> tuple[str, str]:
             shutil.copy2(folder / to.name, to.with_suffix(".tmp"))
             os.replace(to.with_suffix(".tmp"), to)
         # Last: it says that the extensions are there.
-        shutil.copy2(folder / "build.json", package)
+        keep_facts(folder / "build.json", package / "build.json")
     try:
         other_cache = differences(manifest, triton_facts())
         if not other_cache:

@@ -68,6 +68,16 @@ def test_everything_is_installed(folder: Path, package: Path, tmp_path: Path) ->
     assert paths == {name: str(cache / "A" / name) for name in ("k.cubin", "k.json")}
 
 
+def test_facts_of_another_python_stay(folder: Path, package: Path, tmp_path: Path) -> None:
+    (package / "build.json").write_text(json.dumps({"cpython-37": {"torch": "1"}, TAG: {}}))
+    prepare_gpu.unpack(folder, package, tmp_path / "elsewhere")
+    facts = json.loads((package / "build.json").read_text("utf-8"))
+    assert facts == {
+        "cpython-37": {"torch": "1"},
+        TAG: {"cuda": "13.0", "archs": ["9.0", "9.0a"]},
+    }
+
+
 def test_other_sources_are_left_and_the_cache_is_taken(
     folder: Path, package: Path, checkout: Path, tmp_path: Path
 ) -> None:
