@@ -209,7 +209,6 @@ class Loan:
             seconds=seconds,
             jobs=min(jobs, cores),
             out=self.results,
-            passed=[o.unit for o in self.outcomes.values() if o.verdict == PASSED],
             on_outcome=self.came,
         )
 

@@ -1,11 +1,10 @@
 """Units of work in processes of their own, within a budget: what one loses, no other does.
 
 A kernel that hangs is not interrupted, and one that writes where it must not breaks the CUDA
-context of its process for good. So each unit is a child with a hard time limit: a program, or a
-function in a fork of this process, which has imported what the units need and has made no CUDA
-context (a fork cannot use its parent's). A child leads a session of its own and is killed with
-whatever it started. One that the kernel does not let go (a driver that waits) is left behind, not
-waited for.
+context of its process for good. So each unit is a child with a hard time limit: a function in a
+fork of this process, which has imported what the units need and has made no CUDA context (a fork
+cannot use its parent's). A child leads a session of its own and is killed with whatever it started
+there. One that the kernel does not let go (a driver that waits) is left behind, not waited for.
 
 Outcomes are appended to a file as they come, one JSON object a line, so that whatever ends this
 process leaves what was found.
@@ -23,7 +22,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +46,10 @@ _BEFORE_END = 0.3
 _PROGRESS = b"\0"
 # Of 64 KiB, each time that a child is looked at.
 _MOST_READS = 64
-# The last of what a child printed that an outcome keeps.
-_TAIL = 6000
+# Of what a child printed an outcome keeps so much of the beginning, where a crash says what it was,
+# and of the end, where an error does.
+_KEPT = 3000
+_LEFT_OUT = b"\n[...]\n"
 _EXIT_FAILED = 1
 
 
@@ -71,13 +72,10 @@ class Unit:
     Attributes:
         name: of its own among all units, and the same from run to run.
         limit: seconds after which it is killed, since it began or called `progress` last.
-        run: a function, in a fork; returns a dict of what JSON can hold, raises `Wrong` where the
-            answer is no.
-        command: or a program with its arguments; it passes with exit status 0.
-        environment: of the program, beside this process's.
+        run: called in a fork; returns a dict of what JSON can hold, raises `Wrong` where the answer
+            is no.
         least: seconds that must be left for it to begin.
         alone: nothing runs beside it, because it measures time.
-        needs: names of units without which it is not run: those must have passed.
         phase: what it belongs to, for whoever reads its outcome.
         source: fingerprint of what it depends on; an answer holds for as long as it stays.
         facts: what its outcome repeats, for whoever reads it.
@@ -85,12 +83,9 @@ class Unit:
 
     name: str
     limit: float
-    run: Callable[[], dict[str, Any]] | None = field(default=None, compare=False)
-    command: tuple[str, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
+    run: Callable[[], dict[str, Any]] = field(compare=False)
     least: float = 2.0
     alone: bool = False
-    needs: tuple[str, ...] = ()
     phase: str = ""
     source: str = ""
     facts: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -130,7 +125,7 @@ class Outcome:
         seconds: it took.
         phase, source, facts: the unit's.
         result: what it returned.
-        output: the last of what it printed, where it did not pass.
+        output: the beginning and the end of what it printed, where it did not pass.
     """
 
     unit: str
@@ -168,7 +163,6 @@ def run(
     seconds: float,
     jobs: int = 1,
     out: Path | None = None,
-    passed: Iterable[str] = (),
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Run units in the order given.
@@ -178,7 +172,6 @@ def run(
         seconds: for all of them; nothing runs longer by more than a few seconds.
         jobs: children side by side, but for units that are to run alone.
         out: file that outcomes are appended to, a line each.
-        passed: names of units that passed before, for `Unit.needs`.
         on_outcome: called with each as it comes.
 
     Returns:
@@ -192,11 +185,8 @@ def run(
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"units of the same name: {', '.join(twice)}")
     end = time.monotonic() + seconds
-    known = set(passed)
     outcomes: list[Outcome] = []
-    for outcome in _outcomes(units, jobs, end, known):
-        if outcome.verdict == PASSED:
-            known.add(outcome.unit)
+    for outcome in _outcomes(units, jobs, end):
         outcomes.append(outcome)
         if out is not None:
             append(out, outcome)
@@ -250,7 +240,7 @@ class _Child:
         self.deadline = min(self.started + unit.limit, end)
         self.killed = False
         self.answer = b""
-        self.printed = b""
+        self.printed_first = self.printed_last = b""
         answer_in, answer_out = os.pipe()
         printed_in, printed_out = os.pipe()
         # What was not written yet would be written by the child as well.
@@ -310,7 +300,11 @@ class _Child:
                             anew = time.monotonic() + self.unit.limit
                             self.deadline = min(anew, self.end_of_all)
                     else:
-                        self.printed = (self.printed + data)[-2 * _TAIL :]
+                        room = _KEPT - len(self.printed_first)
+                        self.printed_first += data[:room]
+                        self.printed_last += data[room:]
+                        if len(self.printed_last) > _KEPT:
+                            self.printed_last = _LEFT_OUT + self.printed_last[-_KEPT:]
 
     def _close(self) -> None:
         for descriptor in self.pipes:
@@ -322,7 +316,7 @@ class _Child:
         with suppress(ValueError):
             answer = json.loads(self.answer)
         result = answer.get("result", {})
-        if code == 0 and (self.unit.command or answer):
+        if code == 0 and answer:
             return self._outcome(PASSED, "", result)
         if code == _EXIT_FAILED and answer:
             return self._outcome(answer["verdict"], answer["reason"], result)
@@ -331,8 +325,7 @@ class _Child:
         if code < 0:
             name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
             return self._outcome(CRASHED, f"ended by signal {name}")
-        verdict = FAILED if self.unit.command else CRASHED
-        return self._outcome(verdict, f"ended with exit status {code}")
+        return self._outcome(CRASHED, f"ended with exit status {code}")
 
     def _cut(self, more: str = "") -> Outcome:
         # Only its own limit is an answer about a unit; the end of the budget is none.
@@ -343,7 +336,7 @@ class _Child:
 
     def _outcome(self, verdict: str, reason: str, result: dict[str, Any] | None = None) -> Outcome:
         unit = self.unit
-        printed = self.printed.decode("utf-8", "replace")[-_TAIL:]
+        printed = (self.printed_first + self.printed_last).decode("utf-8", "replace")
         return Outcome(
             unit.name, verdict, reason, time.monotonic() - self.started, unit.phase, unit.source,
             unit.facts, result or {}, "" if verdict == PASSED else printed,
@@ -363,13 +356,10 @@ def _in_child(unit: Unit, answer: int, printed: int) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
-        if unit.command:
-            os.execvpe(unit.command[0], unit.command, {**os.environ, **dict(unit.environment)})
         _answer = answer
         # Where it was when it crashed, or shortly before it is killed.
         faulthandler.enable(2)
         faulthandler.dump_traceback_later(max(_POLL_SECONDS, unit.limit - _BEFORE_END), file=2)
-        assert unit.run is not None, f"unit {unit.name!r} has neither a function nor a program"
         content: dict[str, Any]
         try:
             content, code = {"result": _finite(unit.run())}, 0
@@ -400,7 +390,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
-def _outcomes(units: Sequence[Unit], jobs: int, end: float, passed: set[str]) -> Iterator[Outcome]:
+def _outcomes(units: Sequence[Unit], jobs: int, end: float) -> Iterator[Outcome]:
     waiting = list(units)
     running: list[_Child] = []
     try:
@@ -408,10 +398,7 @@ def _outcomes(units: Sequence[Unit], jobs: int, end: float, passed: set[str]) ->
             while waiting and _may_begin(waiting[0], running, jobs):
                 unit = waiting.pop(0)
                 left = end - time.monotonic()
-                missing = [name for name in unit.needs if name not in passed]
-                if missing:
-                    yield _not_run(unit, f"{missing[0]!r} did not pass")
-                elif left < unit.least:
+                if left < unit.least:
                     yield _not_run(unit, "no time was left")
                 else:
                     running.append(_Child(unit, end))

@@ -287,7 +287,7 @@ def test_the_latest_answer_counts_and_says_more_than_none() -> None:
 
 
 def test_an_answer_holds_for_its_sources_machine_and_limit() -> None:
-    unit = Unit("u", 20, source="s")
+    unit = Unit("u", 20, dict, source="s")
     assert answer(outcome("u")).holds(unit, MACHINE)
     assert not answer(outcome("u")).holds(replace(unit, source="t"), MACHINE)
     assert not answer(outcome("u")).holds(unit, replace(MACHINE, triton="3.7.1"))
