@@ -16,7 +16,6 @@ Applying the same results again changes nothing.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -143,17 +142,8 @@ def apply(results: Sequence[Path], files: Files, commit: str = "") -> list[Answe
         records.write(files.shipped, shipped, _note(shipped))
     for path, old, new in ((files.readme, readme, new_readme), (files.page, page, new_page)):
         if new != old:
-            _write(path, new)
+            report.write_text(path, new)
     return kept
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # Records.

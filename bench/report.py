@@ -470,9 +470,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     )
                     return 1
             elif new != text:
-                _write(options.readme, new)
+                write_text(options.readme, new)
         if options.out is not None and not options.check:
-            _write(options.out / "report.md", full_report(found))
+            write_text(options.out / "report.md", full_report(found))
             plots(found, options.out)
         if options.against is not None:
             print("\n".join(spread(found, rows.read(options.against))))
@@ -484,7 +484,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Put a text in place of a file, under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

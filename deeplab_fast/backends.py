@@ -101,7 +101,7 @@ class Implementation:
 
     def needs_record(self, desc: OpDesc) -> bool:
         """Whether the automatic choice asks records about a call."""
-        return desc.device == "cuda" and not self.is_pytorch
+        return desc.device == "cuda" and not self.is_pytorch and self.backend != "cpu"
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -200,8 +200,8 @@ def select(desc: OpDesc) -> Implementation:
 def _automatic(desc: OpDesc, first_use: bool) -> Implementation:
     """The automatic choice; `first_use` as for `_automatic_reasons`."""
     rejected: list[tuple[Implementation, list[str]]] = []
-    for implementation in _ranked(implementations(desc.op), desc):
-        reasons = _automatic_reasons(implementation, desc, first_use)
+    for implementation, judgement in _ranked(implementations(desc.op), desc):
+        reasons = _automatic_reasons(implementation, judgement, desc, first_use)
         if not reasons:
             _log_fallthrough(rejected, implementation)
             return implementation
@@ -215,33 +215,35 @@ def run(desc: OpDesc, *args: Any) -> Any:
     return select(desc).run(*args)
 
 
-def _ranked(table: dict[str, Implementation], desc: OpDesc) -> list[Implementation]:
-    """The implementations in the order in which the automatic choice asks them: what records say
-    is faster than PyTorch's, the fastest first, then the others by priority."""
-
+def _ranked(
+    table: dict[str, Implementation], desc: OpDesc
+) -> list[tuple[Implementation, trust.Judgement | None]]:
+    """The implementations in the order in which the automatic choice asks them, with what records
+    say of those that need one: what is faster than PyTorch's, the fastest first, then the others by
+    priority."""
     ordered = sorted(table.values(), key=lambda i: -i.priority)
+    found = [(i, trust.judge(desc, i.backend) if i.needs_record(desc) else None) for i in ordered]
     if desc.device != "cuda":
-        return ordered
-
-    def gain(implementation: Implementation) -> float:
-        if not implementation.needs_record(desc):
-            return 0.0
-        judgement = trust.judge(desc, implementation.backend)
-        return judgement.gain if judgement.runs else 0.0
-
-    return sorted(ordered, key=gain, reverse=True)
+        return found
+    return sorted(found, key=lambda pair: pair[1].gain if pair[1] and pair[1].runs else 0.0,
+                  reverse=True)  # fmt: skip
 
 
-def _automatic_reasons(implementation: Implementation, desc: OpDesc, first_use: bool) -> list[str]:
+def _automatic_reasons(
+    implementation: Implementation,
+    judgement: trust.Judgement | None,
+    desc: OpDesc,
+    first_use: bool,
+) -> list[str]:
     """Why the automatic choice leaves an implementation out; empty where it takes it.
 
     Args:
+        judgement: what records say of it; None where it needs none.
         first_use: run the check at first use where records ask for one.
     """
     reasons = implementation.not_supported_reasons(desc)
-    if reasons or not implementation.needs_record(desc):
+    if reasons or judgement is None:
         return reasons
-    judgement = trust.judge(desc, implementation.backend)
     if not judgement.runs:
         return [f"{judgement.text}; use_backend({implementation.backend!r}) runs it all the same"]
     if judgement.at_first_use and first_use:
@@ -302,9 +304,10 @@ def explain(desc: OpDesc) -> Why:
     for backend in BACKENDS:
         reasons = _reasons(table, backend, desc)
         if not reasons and table[backend].needs_record(desc):
-            recorded[backend] = trust.judge(desc, backend).text
+            judgement = trust.judge(desc, backend)
+            recorded[backend] = judgement.text
             if choice == "auto":
-                reasons = _automatic_reasons(table[backend], desc, first_use=False)
+                reasons = _automatic_reasons(table[backend], judgement, desc, first_use=False)
         rows.append((backend, tuple(reasons)))
     chosen = choice if choice != "auto" and not dict(rows)[choice] else None
     if choice == "auto":

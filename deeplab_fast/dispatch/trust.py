@@ -114,25 +114,29 @@ def judge(desc: OpDesc, backend: str) -> Judgement:
 
     if desc.capability is None:
         return Judgement(False, "the compute capability is not known")
-    return _judge(
-        desc.op,
-        backend,
-        dtype_name(desc, allow_tf32()),
-        form(desc),
-        sizes(desc),
-        desc.capability,
-        desc.gpu,
-    )
+    # Asked at every call of an op: what follows from the facts is worked out once.
+    facts = (desc.op, desc.device, desc.dtype, desc.shape, tuple(desc.params.items()))
+    return _judge_facts(backend, facts, desc.capability, desc.gpu, allow_tf32())
 
 
 def forget() -> None:
     """Judge anew: records have changed."""
     records.forget()
-    _judge.cache_clear()
+    _judge_facts.cache_clear()
     configs.cache_clear()
 
 
 @lru_cache(maxsize=4096)
+def _judge_facts(
+    backend: str, facts: tuple[Any, ...], capability: tuple[int, int], gpu: str, tf32: bool
+) -> Judgement:
+    from ..backends import OpDesc
+
+    op, device, dtype, shape, params = facts
+    desc = OpDesc(op, device, dtype, shape, dict(params))
+    return _judge(op, backend, dtype_name(desc, tf32), form(desc), sizes(desc), capability, gpu)
+
+
 def _judge(
     op: str,
     backend: str,

@@ -194,7 +194,10 @@ def test_pytorch_s_own_kernels_need_no_record() -> None:
     desc = ops.describe("conv_bn_act", x, weight, vector, vector, padding=1)
     desc = replace(desc, device="cuda", capability=(9, 0), gpu=H100[0])
     table = backends.implementations("conv_bn_act")
-    assert [name for name, i in table.items() if not i.needs_record(desc)] == ["reference", "cuda"]
+    # That of the CPU takes no CUDA tensor.
+    without = [name for name, i in table.items() if not i.needs_record(desc)]
+    assert without == ["reference", "cpu", "cuda"]
+    assert table["cpu"].not_supported_reasons(desc)
 
 
 # The check at first use.
