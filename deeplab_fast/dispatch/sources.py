@@ -13,7 +13,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 _LENGTH = 12
@@ -122,6 +122,8 @@ def _code(path: Path) -> str:
     return _python_code(text) if path.suffix == ".py" else _cpp_code(text)
 
 
+# Units of a GPU's run share most of their files.
+@lru_cache(maxsize=512)
 def _python_code(text: str) -> str:
     """The text without comments, docstrings and blank lines; the same for every Python."""
     lines = text.splitlines()

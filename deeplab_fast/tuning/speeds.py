@@ -289,10 +289,11 @@ def _searching() -> Any:
 
 
 def _recover(device: str) -> None:
+    if device != "cuda":
+        return
     gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
 def _one_line(error: BaseException) -> str:
