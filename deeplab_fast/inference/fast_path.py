@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..nn.intact import functional_is_intact
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -127,8 +128,21 @@ def reasons(model: Any, x: Any) -> Iterator[str]:
         yield "torch.jit.trace records the plain modules"
     if transforms():
         yield "a torch.func transform, forward-mode gradients or a dispatch mode is active"
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-        yield "global forward hooks are set"
+    if has_global_hooks():
+        yield "global hooks of modules are set"
+    if not functional_is_intact():
+        yield "functions of torch.nn.functional are exchanged"
+
+
+def has_global_hooks() -> bool:
+    """Whether every call of a module runs hooks."""
+    all_modules = nn.modules.module
+    return bool(
+        all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+        or all_modules._global_backward_hooks
+        or all_modules._global_backward_pre_hooks
+    )
 
 
 def transforms() -> bool:

@@ -21,7 +21,9 @@ from ..models.mobilenetv3 import InvertedResidual as InvertedResidualV3
 from ..models.mobilenetv3 import SqueezeExcitation
 from ..models.resnet import BasicBlock, Bottleneck
 from ..nn.aspp import ASPP, ASPPPooling, SingleValueBatchNorm2d
+from ..nn.formats import is_channels_last
 from ..nn.heads import DeepLabV2Head
+from ..nn.intact import is_intact
 from .layers import (
     Aspp,
     AsppLayer,
@@ -41,7 +43,6 @@ from .layers import (
     Step,
     SumOfConvs,
     WideProjectLayer,
-    is_channels_last,
 )
 from .staleness import has_hooks, is_foldable, is_ours
 
@@ -253,8 +254,7 @@ class _Folder:
 
     def is_itself(self, module: nn.Module) -> bool:
         """Whether a module is watched for changes and does what its class says."""
-        replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
-        return is_ours(module) and not replaced
+        return is_ours(module) and is_intact(module)
 
     def is_identity(self, module: nn.Module) -> bool:
         idle = type(module) in DROPOUTS and (self.frozen or not module.training)

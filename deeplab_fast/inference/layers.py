@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.formats import in_plain_format
 from ..ops.prepared import Plan, PreparedAspp, PreparedConv, PreparedProject
 
 CHANNELS_LAST = torch.channels_last
@@ -450,7 +451,7 @@ class Program:
         heads: (name of the result, name of the feature, step) of the main and auxiliary heads.
         layers: all layers, in the order in which they were folded.
         in_channels: of the input; None where a plain module reads it.
-        channels_last: memory format of the results, that of the original's weights.
+        channels_last: memory format of the original's weights.
     """
 
     backbone: Callable[[Tensor, Run], dict[str, Tensor]]
@@ -465,9 +466,8 @@ class Program:
         results = OrderedDict()
         for name, feature, head in self.heads:
             if aux or name == "out":
-                y = head(features[feature], run)
-                results[name] = y if self.channels_last else y.contiguous()
-        return results
+                results[name] = head(features[feature], run)
+        return in_plain_format(results, x, self.channels_last)
 
     @property
     def held_bytes(self) -> int:
@@ -524,8 +524,3 @@ def _or(value: Tensor | None, spec: ConvSpec, default: float) -> Tensor:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Dense in channels_last and not in the default memory format too."""
-    return x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()

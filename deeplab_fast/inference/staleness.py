@@ -2,8 +2,8 @@
 
 `Snapshot.is_current` looks at everything that a program depends on:
 
-- the modules: identity, class, children, attributes (eval mode, stride, dilation, eps, ...) and
-  forward hooks;
+- the modules: identity, class and what its calls pass through, children, attributes (eval mode,
+  stride, dilation, eps, ...) and forward hooks;
 - their tensors: identity, version counter, storage address, shape, strides;
 - the bytes of their tensors. A version counter counts what PyTorch's own in-place operations do; it
   does not see writes through `p.data`, a NumPy view, shared memory or another framework.
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..nn.intact import is_intact_class
 
 _PARTS = ("backbone", "classifier", "aux_classifier")
 
@@ -55,6 +57,7 @@ class Snapshot:
         inner = [m for _, root in self._parts if root is not None for m in root.modules()]
         watched = {id(m): m for m in inner if is_ours(m) or has_hooks(m)}.values()
         self._modules = [_ModuleState(m) for m in watched]
+        self._classes = [(cls, is_intact_class(cls)) for cls in {type(m) for m in watched}]
         self._tensors = [
             (holder, key, tensor, _identity(tensor))
             for m in watched
@@ -75,6 +78,7 @@ class Snapshot:
         try:
             return all([self._model.get(part) is root for part, root in self._parts]) and all(
                 [state.same() for state in self._modules]
+                + [is_intact_class(cls) == was for cls, was in self._classes]
             )
         except (RuntimeError, TypeError, ValueError):
             # An attribute that has no equality, such as a tensor, has been exchanged.

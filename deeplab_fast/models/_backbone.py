@@ -101,7 +101,10 @@ def plan_stages(
 def set_dilation(conv: nn.Conv2d, dilation: int) -> None:
     """Dilate a convolution of odd kernel in place, keeping its output size. Weights stay."""
     conv.dilation = (dilation, dilation)
-    conv.padding = tuple(dilation * (k // 2) for k in conv.kernel_size)
+    rows, columns = (dilation * (k // 2) for k in conv.kernel_size)
+    conv.padding = (rows, columns)
+    # What nn.Conv2d pads by where padding_mode is not "zeros": left, right, top, bottom.
+    conv._reversed_padding_repeated_twice = [columns, columns, rows, rows]
 
 
 def set_stride(conv: nn.Conv2d, stride: int) -> None:

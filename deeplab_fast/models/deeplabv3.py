@@ -13,6 +13,7 @@ from ..data.preprocess import Preprocess
 from ..inference.fast_path import FastPath
 from ..nn import fused
 from ..nn.aspp import ASPPConv
+from ..nn.formats import in_plain_format, is_channels_last
 from ..nn.heads import DeepLabV2Head
 from ._backbone import set_dilation
 
@@ -51,7 +52,8 @@ class DeepLabV3(nn.Module):
 
     Where gradients are needed, calls take the fused training forms (`deeplab_fast.nn.fused`):
     the same gradients and running statistics within rounding, about half of the saved activations.
-    They can be differentiated once; hooks on a module make that module run as it is, and scripting,
+    Second derivatives (create_graph=True) come from PyTorch's operations. Hooks on a module, and
+    whatever else makes it compute something of its own, make that module run as it is; scripting,
     tracing, export and torch.func transforms make all of them. So does a GPU on which no kernel of
     batch norm has earned its place (`deeplab_fast.tune`).
 
@@ -148,15 +150,17 @@ class DeepLabV3(nn.Module):
 
     def _fused_logits(self, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
         """Low-resolution logits by the training forms; None for the plain modules."""
-        if not self.fused or not fused.needs_gradients(self, x) or fused.transformed():
+        # torch.fx traces with a Proxy, and other ranks have PyTorch's own messages.
+        if not self.fused or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
             return None
-        if not fused.has_kernels(x):
+        if not fused.needs_gradients(self, x) or fused.transformed() or not fused.has_kernels(x):
             return None
         features = fused.run(self.backbone, x.contiguous(memory_format=torch.channels_last))
         logits = OrderedDict(out=fused.run(self.classifier, features["out"]))
         if aux and self.aux_classifier is not None:
             logits["aux"] = fused.run(self.aux_classifier, features["aux"])
-        return logits
+        first = next(iter(self.backbone.parameters()))
+        return in_plain_format(logits, x, is_channels_last(first))
 
     def predict(self, images: Any, **options: Any) -> Any:
         """Label maps of photos or tensors; see `deeplab_fast.engine.predict.predict`."""
@@ -168,7 +172,16 @@ class DeepLabV3(nn.Module):
     def num_classes(self) -> int:
         """Number of classes of the main head."""
         convs = [m for m in self.classifier.modules() if isinstance(m, nn.Conv2d)]
-        return convs[-1].out_channels
+        if convs:
+            return convs[-1].out_channels
+        # A scripted or traced classifier has no nn.Conv2d, but its filters.
+        filters = [p for p in self.classifier.parameters() if p.dim() == 4]
+        if not filters:
+            raise AttributeError(
+                f"the classifier {type(self.classifier).__name__} has no convolution that would "
+                "tell its number of classes"
+            )
+        return filters[-1].shape[0]
 
     @property
     def output_stride(self) -> int:
@@ -179,7 +192,7 @@ class DeepLabV3(nn.Module):
     @property
     def atrous_rates(self) -> tuple[int, ...]:
         """Dilations of the head's atrous branches, in order."""
-        return tuple(conv.dilation[0] for conv in _atrous_convs(self.classifier))
+        return tuple(fused.pair(conv.dilation)[0] for conv in _atrous_convs(self.classifier))
 
     def set_output_stride(self, output_stride: int) -> DeepLabV3:
         """Change the output stride of a model, trained or not, in place; weights stay as they are.
@@ -209,7 +222,7 @@ class DeepLabV3(nn.Module):
             )
         before = backbone.output_stride
         convs = _atrous_convs(self.classifier)
-        rates = [conv.dilation[0] * before for conv in convs]
+        rates = [rate * before for rate in self.atrous_rates]
         if any(rate % output_stride for rate in rates):
             raise ValueError(
                 f"atrous rates {self.atrous_rates} at output stride {before} have no whole number "

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, reference
-from ..inference.fast_path import transforms
-from ..ops._registry import autocast, once_differentiable
+from ..inference.fast_path import has_global_hooks, transforms
+from ..ops._registry import autocast, differentiable
 from ..ops.aspp_convs import aspp_convs
 from .aspp import ASPP, ASPPPooling
+from .intact import functional_is_intact, is_intact
 
 _ACTIVATIONS: dict[type[nn.Module], str | None] = {
     nn.ReLU: "relu",
@@ -89,7 +90,7 @@ def run(module: nn.Module, x: Any) -> Any:
     function = _RULES.get(type(module).forward)
     if function is not None:
         return function(module, x)
-    if type(module).forward is nn.Sequential.forward or is_convolution(module) or is_norm(module):
+    if is_sequence(module) or is_convolution(module) or is_norm(module):
         return sequence([module], x)
     return module(x)
 
@@ -159,14 +160,18 @@ def sequence(
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward and nothing else."""
-    return not (
+    """Whether calling the module runs what its class was shipped with, and nothing else."""
+    return is_intact(module) and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
     )
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether calling the module runs its members one after another."""
+    return type(module).forward is nn.Sequential.forward and is_plain(module)
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -176,7 +181,15 @@ def is_convolution(module: nn.Module) -> bool:
         and is_plain(module)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
+        # A class of its own may compute something of its own.
+        and type(module.weight) in (Tensor, nn.Parameter)
     )
+
+
+def pair(value: int | Sequence[int]) -> list[int]:
+    """(rows, columns) of an attribute of a convolution, which people set to an int too."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * 2 if len(values) == 1 else values
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -197,16 +210,14 @@ def _is_pool(module: nn.Module) -> bool:
 
 
 def _pool(module: Any) -> Pool:
-    pairs = [
-        [value, value] if isinstance(value, int) else list(value)
-        for value in (module.kernel_size, module.stride, module.padding, module.dilation)
-    ]
-    return (*pairs, module.ceil_mode)
+    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return (*[pair(value) for value in sizes], module.ceil_mode)
 
 
 def _flat(module: nn.Module) -> Iterator[nn.Module]:
-    if type(module).forward is nn.Sequential.forward and is_plain(module):
-        for child in module.children():
+    if is_sequence(module):
+        # Not children(), which leaves out a module that stands there twice.
+        for child in cast(nn.Sequential, module):
             yield from _flat(child)
     elif type(module) is not nn.Identity or not is_plain(module):
         yield module
@@ -333,7 +344,7 @@ def _joint(mean: Tensor, variance: Tensor, count: int, group: Any) -> tuple[Tens
 
 
 def _geometry(conv: Any) -> tuple[list[int], list[int], list[int], int]:
-    return list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups
+    return pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups
 
 
 def _convolve(x: Tensor, pending: _Norm | None, conv: Any) -> Tensor:
@@ -459,7 +470,7 @@ class _Segment(torch.autograd.Function):
         return y, mean_after, variance_after, count
 
     @staticmethod
-    @once_differentiable
+    @differentiable(lambda ctx: _again(ctx))
     def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
         ops = torch.ops.deeplab_fast
         plan: _Plan = ctx.plan
@@ -506,6 +517,84 @@ class _Segment(torch.autograd.Function):
             )
         grads[1] = grad if to_x else None
         return tuple(grads)
+
+
+def _again(ctx: Any) -> tuple[Callable[..., Tensor], Sequence[Any]]:
+    """A segment by PyTorch's operations, for second derivatives; see `differentiable`."""
+    plan: _Plan = ctx.plan
+    x, mean, rstd, weight, bias, filters, *rest = ctx.saved_tensors
+    mean_after = rstd_after = weight_after = bias_after = out = residual = None
+    if plan.after is not None:
+        mean_after, rstd_after, weight_after, bias_after, _, out = rest
+        if ctx.has_residual:
+            # Its value matters only for where the activation lets the sum through, which out says.
+            shape = _shape_before_pool(plan, x, filters)
+            residual = x.new_zeros(shape).requires_grad_()
+
+    def run(
+        plan: _Plan,
+        x: Tensor,
+        mean: Any,
+        rstd: Any,
+        weight: Any,
+        bias: Any,
+        filters: Any,
+        weight_after: Any,
+        bias_after: Any,
+        mean_after: Any,
+        rstd_after: Any,
+        residual: Tensor | None,
+    ) -> Tensor:
+        y = x
+        if plan.before is not None:
+            stats = _stats_again(y, mean, rstd, plan.before)
+            y = reference.bn_act(y, *stats, weight, bias, None, plan.before.act)
+        if plan.conv is not None:
+            y = reference.conv2d(y, filters, *plan.conv)
+        if plan.after is None:
+            return y
+        stats = _stats_again(y, mean_after, rstd_after, plan.after)
+        act = None if residual is not None else plan.after.act
+        y = reference.bn_act(y, *stats, weight_after, bias_after, residual, act)
+        if out is not None:
+            y = torch.where(_passes(out.detach(), plan.after.act), y, 0.0)
+        if plan.pool is not None:
+            y = F.max_pool2d(y, *plan.pool[:4], ceil_mode=plan.pool[4])
+        return y
+
+    after = (weight_after, bias_after, mean_after, rstd_after)
+    return run, (plan, x, mean, rstd, weight, bias, filters, *after, residual)
+
+
+def _shape_before_pool(plan: _Plan, x: Tensor, filters: Tensor | None) -> Any:
+    if plan.conv is None:
+        return x.shape
+    meta = x.new_empty(x.shape, device="meta")
+    assert filters is not None
+    return reference.conv2d(meta, filters.to("meta"), *plan.conv).shape
+
+
+def _stats_again(x: Tensor, mean: Tensor, rstd: Tensor, options: _NormOptions) -> Any:
+    """(mean, rstd) with their history where they are those of x."""
+    if not options.batch:
+        return mean, rstd
+    if options.group is not None:
+        raise RuntimeError(
+            "batch norm that is synchronised over processes has no second derivative; train with "
+            "nn.BatchNorm2d, or without create_graph=True"
+        )
+    own_mean, variance = reference.batch_stats(x)
+    # 1 / sqrt(variance + eps), with eps as it was in the forward pass.
+    return own_mean, torch.rsqrt(variance + (rstd.pow(-2) - variance).detach())
+
+
+def _passes(out: Tensor, act: str | None) -> Tensor:
+    """Where act, whose result is out, lets gradients through, of those that are linear there."""
+    if act == "relu":
+        return ~(out <= 0)
+    if act == "relu6":
+        return ~((out <= 0) | (out >= 6))
+    raise RuntimeError(f"{act} of a sum with a residual has no second derivative here")
 
 
 def _norm_backward(
@@ -559,11 +648,11 @@ def residual_block(
 
 def transformed() -> bool:
     """Whether something records or changes operations in a way that needs the plain modules."""
-    return (
-        torch.jit.is_tracing()
-        or torch.compiler.is_exporting()
-        or (not torch.compiler.is_compiling() and transforms())
-    )
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return transforms() or has_global_hooks() or not functional_is_intact()
 
 
 def needs_gradients(module: nn.Module, x: Tensor) -> bool:
@@ -610,12 +699,12 @@ def _aspp(module: Any, x: Tensor) -> Tensor:
     convs, norms = [b[0] for b in branches], [b[1] for b in branches]
     batch = uses_batch(norms[0])
     y, mean, variance = aspp_convs(
-        x, [c.weight for c in convs], [c.dilation[0] for c in convs], stats=batch
+        x, [c.weight for c in convs], [pair(c.dilation)[0] for c in convs], stats=batch
     )
     joint = _JointNorm(norms, y, mean, variance)
     # The map of the pooled vector is constant: its part of the projection is one bias an image.
-    pooled = sequence(list(pooling.children()), x)
-    project, norm, relu, *dropout = module.project.children()
+    pooled = sequence(list(pooling), x)
+    project, norm, relu, *dropout = module.project
     to_branches, to_pooled = project.weight.tensor_split([y.shape[1]], dim=1)
     z = _raw(y, joint, to_branches)
     z = z + F.conv2d(pooled, to_pooled).to(z.dtype)
@@ -626,16 +715,20 @@ def _is_aspp(module: Any) -> bool:
     """Whether branches, pooling and projection are those that the fused form computes."""
     *branches, pooling = module.convs
     project = module.project
-    if type(pooling) is not ASPPPooling or not is_plain(pooling) or not is_plain(project):
+    if type(pooling) is not ASPPPooling or not is_plain(pooling):
         return False
-    if not branches or type(project) is not nn.Sequential or len(project) < 3:
+    if type(pooling[0]) is not nn.AdaptiveAvgPool2d or pair(pooling[0].output_size) != [1, 1]:
         return False
-    if not is_convolution(project[0]) or project[0].kernel_size != (1, 1):
+    if not branches or not is_sequence(project) or len(project) < 3:
         return False
-    if project[0].bias is not None or not is_norm(project[1]) or type(project[2]) is not nn.ReLU:
+    if not is_convolution(project[0]) or not _is_branch(project[0], 1):
         return False
-    parts = [list(branch.children()) for branch in branches if is_plain(branch)]
-    if len(parts) != len(branches) or any(len(p) != 3 for p in parts):
+    if not is_norm(project[1]) or type(project[2]) is not nn.ReLU:
+        return False
+    if not all(is_sequence(branch) for branch in branches):
+        return False
+    parts = [list(branch) for branch in branches]
+    if any(len(p) != 3 for p in parts):
         return False
     modes = set()
     for conv, norm, relu in parts:
@@ -647,15 +740,17 @@ def _is_aspp(module: Any) -> bool:
     return len(modes) == 1
 
 
-def _is_branch(conv: Any) -> bool:
-    size = conv.kernel_size[0]
+def _is_branch(conv: Any, *sizes: int) -> bool:
+    stride, padding, (rate, other), groups = _geometry(conv)
+    size = conv.weight.shape[-1]
     return (
-        tuple(conv.kernel_size) in ((1, 1), (3, 3))
+        size in (sizes or (1, 3))
+        and conv.weight.shape[-2] == size
         and conv.bias is None
-        and conv.groups == 1
-        and tuple(conv.stride) == (1, 1)
-        and conv.dilation[0] == conv.dilation[1]
-        and tuple(conv.padding) == (conv.dilation[0] * (size // 2),) * 2
+        and groups == 1
+        and stride == [1, 1]
+        and rate == other
+        and padding == [rate * (size // 2)] * 2
     )
 
 

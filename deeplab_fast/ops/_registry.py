@@ -64,38 +64,47 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark the backward of an autograd.Function as one that cannot be differentiated itself.
+Again = tuple[Callable[..., Tensor], Sequence[Any]]
 
-    torch's decorator of this name lets a graph through in which the incoming gradient does not
-    depend on the input, and the second derivative is then silently zero. Here it raises.
+
+def differentiable(
+    again: Callable[[Any], Again],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make the backward of an autograd.Function with one differentiable output one that can be
+    differentiated itself, as often as PyTorch's operations can.
+
+    A kernel's gradient has no graph. Where one is wanted (`create_graph=True`: Hessian-vector
+    products, MAML, gradient penalties), gradients come from autograd through PyTorch's operations.
+
+    Args:
+        again: of the context: a function that computes the first output by PyTorch's operations,
+            and what it is called with, an entry for each argument of `forward`; tensors among them
+            are those that were saved, which carry their history.
     """
 
-    def wrapper(ctx: Any, *grads: Tensor) -> Any:
-        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not twice:
-            return results
-        return tuple(
-            _NoSecondDerivative.apply(r.detach().requires_grad_()) if r is not None else None
-            for r in results
-        )
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(ctx: Any, *grads: Any) -> Any:
+            # torch.compile refuses second derivatives by itself.
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                with torch.no_grad():
+                    return backward(ctx, *grads)
+            run, args = again(ctx)
+            wanted = [i for i, needs in enumerate(ctx.needs_input_grad) if needs]
+            # A tensor may be given twice, as block input and as residual: views keep them apart.
+            own = [a.view_as(a) if i in wanted else a for i, a in enumerate(args)]
+            y = run(*own)
+            found = torch.autograd.grad(
+                y, [own[i] for i in wanted], grads[0].to(y.dtype), create_graph=True,
+                allow_unused=True,
+            )  # fmt: skip
+            results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+            for i, grad in zip(wanted, found, strict=True):
+                results[i] = grad
+            return tuple(results)
 
-    return wrapper
+        return wrapper
 
-
-class _NoSecondDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise RuntimeError(
-            "the ops of deeplab_fast have no second derivative; for one, use PyTorch's own "
-            "convolution, batch norm, interpolate and cross_entropy"
-        )
+    return decorate
 
 
 def check_map(op: str, name: str, x: Tensor) -> None:

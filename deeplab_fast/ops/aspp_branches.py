@@ -19,8 +19,8 @@ from ._registry import (
     check_map,
     check_shape,
     define,
+    differentiable,
     needs_grad,
-    once_differentiable,
 )
 
 OP = "aspp_branches"
@@ -47,7 +47,7 @@ def aspp_branches(
 
     Returns:
         [N, sum K_b, H, W], the dtype of x, channels_last; accumulated in fp32 (fp64 for fp64) and
-        rounded once. Differentiable once, to every tensor. Under autocast x and the weights are
+        rounded once. Differentiable to every tensor. Under autocast x and the weights are
         cast, scales and shifts are not.
 
     Raises:
@@ -81,21 +81,28 @@ class _AsppBranches(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dilations: tuple[int, ...], *tensors: Tensor) -> Tensor:
         weights, scales, shifts = _thirds(tensors)
         y = torch.ops.deeplab_fast.aspp_branches(x, weights, scales, shifts, list(dilations))
-        ctx.save_for_backward(y, x, *weights, *scales)
+        ctx.save_for_backward(y, x, *tensors)
         ctx.dilations = dilations
         ctx.dtypes = [t.dtype for t in tensors]
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable(lambda ctx: _again(*ctx.saved_tensors[1:], dilations=ctx.dilations))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, x, *rest = ctx.saved_tensors
-        weights, scales = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        y, x, *tensors = ctx.saved_tensors
+        weights, scales, _ = _thirds(tensors)
         grad_x, *grads = torch.ops.deeplab_fast.aspp_branches_backward(
             grad, y, x, weights, scales, list(ctx.dilations)
         )
         cast = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return grad_x.to(x.dtype), None, *cast
+
+
+def _again(x: Tensor, *tensors: Tensor, dilations: tuple[int, ...]) -> Any:
+    def run(x: Tensor, dilations: tuple[int, ...], *tensors: Tensor) -> Tensor:
+        return reference.aspp_branches(x, *_thirds(tensors), dilations)
+
+    return run, (x, dilations, *tensors)
 
 
 def _thirds(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -17,8 +17,8 @@ from ._registry import (
     check_dtype,
     check_map,
     define,
+    differentiable,
     needs_grad,
-    once_differentiable,
 )
 from .conv2d import weight_format
 
@@ -42,7 +42,7 @@ def aspp_convs(
     Returns:
         y [N, sum K_b, H, W], the dtype of x, channels_last, accumulated in fp32 (fp64 for fp64) and
         rounded once; mean and biased variance of each channel of y, [sum K_b], fp32 (fp64 for
-        fp64), not differentiable, or None. y is differentiable once. The gradient to x is the sum
+        fp64), not differentiable, or None. The gradient to x is the sum
         over the branches, the gradient to a weight's tap a sum over the pixels for which the tap
         lies inside the map. Under autocast x and the weights are cast.
 
@@ -84,7 +84,7 @@ class _AsppConvs(torch.autograd.Function):
         return y, mean, variance
 
     @staticmethod
-    @once_differentiable
+    @differentiable(lambda ctx: _again(*ctx.saved_tensors, dilations=ctx.dilations))
     def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         to_x, to_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
@@ -94,6 +94,13 @@ class _AsppConvs(torch.autograd.Function):
         if not to_weights:
             grad_weights = [None] * len(weights)
         return grad_x if to_x else None, None, None, *grad_weights
+
+
+def _again(x: Tensor, *weights: Tensor, dilations: tuple[int, ...]) -> Any:
+    def run(x: Tensor, dilations: tuple[int, ...], stats: bool, *weights: Tensor) -> Tensor:
+        return reference.aspp_convs(x, weights, dilations, stats)[0]
+
+    return run, (x, dilations, False, *weights)
 
 
 def _validate(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> None:

@@ -21,8 +21,8 @@ from ._registry import (
     check_map,
     check_shape,
     define,
+    differentiable,
     needs_grad,
-    once_differentiable,
 )
 from .conv_bn_act import OP as CONV
 from .conv_bn_act import conv_bn_act
@@ -60,7 +60,7 @@ def aspp_project(
     Returns:
         [N, K, H, W], or logits [N, classes, H, W], the dtype of branches, channels_last;
         accumulated in fp32 (fp64 for fp64) and rounded once. y is rounded to its dtype before it is
-        classified, as if it were stored. Differentiable once, to every tensor; with a gradient y is
+        classified, as if it were stored. Differentiable to every tensor; with a gradient y is
         stored. Under autocast branches, pooled, weight and the classifier's weight are cast, scale,
         shift and the classifier's bias are not.
 
@@ -106,14 +106,14 @@ class _AsppProject(torch.autograd.Function):
         ctx: Any, branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor, shift: Tensor
     ) -> Tensor:
         y = torch.ops.deeplab_fast.aspp_project(branches, pooled, weight, scale, shift)
-        ctx.save_for_backward(y, branches, pooled, weight, scale)
+        ctx.save_for_backward(y, branches, pooled, weight, scale, shift)
         ctx.dtypes = [t.dtype for t in (branches, pooled, weight, scale, shift)]
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable(lambda ctx: (reference.aspp_project, ctx.saved_tensors[1:]))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        grads = torch.ops.deeplab_fast.aspp_project_backward(grad, *ctx.saved_tensors)
+        grads = torch.ops.deeplab_fast.aspp_project_backward(grad, *ctx.saved_tensors[:-1])
         return tuple(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
 
 

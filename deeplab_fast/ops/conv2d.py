@@ -16,8 +16,8 @@ from ._registry import (
     check_dtype,
     check_map,
     define,
+    differentiable,
     needs_grad,
-    once_differentiable,
 )
 
 OP = "conv2d"
@@ -41,7 +41,7 @@ def conv2d(
         groups: as in torch.nn.functional.conv2d.
 
     Returns:
-        [N, K, H', W'], the dtype of x, channels_last. Differentiable once. Under autocast x and
+        [N, K, H', W'], the dtype of x, channels_last. Under autocast x and
         weight are cast.
 
     Raises:
@@ -78,7 +78,7 @@ class _Conv2d(torch.autograd.Function):
         return torch.ops.deeplab_fast.conv2d(x, weight, *options)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(lambda ctx: (reference.conv2d, (*ctx.saved_tensors, *ctx.options)))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         to_x, to_weight = ctx.needs_input_grad[:2]

@@ -18,8 +18,8 @@ from ._registry import (
     check_map,
     check_shape,
     define,
+    differentiable,
     needs_grad,
-    once_differentiable,
 )
 
 OP = "conv_bn_act"
@@ -54,7 +54,7 @@ def conv_bn_act(
     Returns:
         [N, K, H', W'], the dtype of x, channels_last; accumulated in fp32 (fp64 for fp64) and
         rounded once, except by backend "cuda", cuDNN, which also rounds scale * weight and shift to
-        the dtype of x. Differentiable once, to every tensor. Under autocast x, weight and residual
+        the dtype of x. Differentiable to every tensor. Under autocast x, weight and residual
         are cast, scale and shift are not.
 
     Raises:
@@ -90,6 +90,24 @@ def describe(
     return _describe(x, weight, residual, stride, padding, dilation, groups, act)
 
 
+def _again(ctx: Any) -> Any:
+    y, x, weight, scale = ctx.saved_tensors
+    *geometry, act = ctx.options
+    # Gradients depend on neither the shift nor the residual but for where the activation lets them
+    # through, which the result says.
+    passes = ~(y.detach() <= 0) if act == "relu" else None
+
+    def run(
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, *rest: Any
+    ) -> Tensor:
+        z = reference.conv_bn_act(x, weight, scale, shift, *geometry, residual=residual, act=None)
+        return z if passes is None else torch.where(passes, z, 0.0)
+
+    shift = torch.zeros_like(scale, dtype=ctx.shift_dtype, requires_grad=True)
+    residual = torch.zeros_like(y, requires_grad=True) if ctx.has_residual else None
+    return run, (x, weight, scale, shift, residual, *ctx.options)
+
+
 class _ConvBnAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -109,7 +127,7 @@ class _ConvBnAct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_again)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, x, weight, scale = ctx.saved_tensors
         to_x, to_weight, to_scale, to_shift, to_residual = (

@@ -17,8 +17,8 @@ from ._registry import (
     check_shape,
     check_target,
     define,
+    differentiable,
     needs_grad,
-    once_differentiable,
 )
 
 OP = "upsample_cross_entropy"
@@ -60,7 +60,6 @@ def upsample_cross_entropy(
             [0, C) that is not ignore_index, with its value and position. On CUDA such a label
             counts as ignored; with DEEPLAB_FAST_STRICT_LABELS=1 in the environment every call
             waits for its result and raises.
-        RuntimeError: a second derivative is asked for; there is none.
 
     Source: arXiv 1706.05587, section 4.1 ("Upsampling logits": the labels are kept at full size).
     """
@@ -125,11 +124,13 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
         loss, grad_logits = torch.ops.deeplab_fast.upsample_cross_entropy_with_grad(
             logits, target, weight, *options
         )
-        ctx.save_for_backward(grad_logits)
+        ctx.save_for_backward(logits, target, weight, grad_logits)
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable(
+        lambda ctx: (reference.upsample_cross_entropy, (*ctx.saved_tensors[:3], *ctx.options))
+    )
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.options[2] == "none":
             grad_logits = torch.ops.deeplab_fast.upsample_cross_entropy_backward(
@@ -137,7 +138,7 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
             )
         else:
             # Not in place: a retained graph comes here again.
-            grad_logits = (ctx.saved_tensors[0] * grad).to(ctx.dtype)
+            grad_logits = (ctx.saved_tensors[3] * grad).to(ctx.dtype)
         return grad_logits, None, None, None, None, None, None
 
 

@@ -333,6 +333,24 @@ def dilated(model: nn.Module) -> None:
     conv.dilation = conv.padding = (3, 3)
 
 
+def other_conv_forward(model: nn.Module) -> None:
+    """As seamless tiling does."""
+    conv = conv_of(model)
+
+    def tiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x.roll(1, 3), weight, bias)
+
+    conv._conv_forward = tiled
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+        return super()._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), bias)
+
+
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     # Version counters.
     "add_": in_place(lambda w: w.add_(0.1)),
@@ -402,6 +420,13 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "forward": lambda m: setattr(
         conv_of(m), "forward", lambda x: F.conv2d(x, 2 * conv_of(m).weight)
     ),
+    "conv-forward": other_conv_forward,
+    "call-impl": lambda m: setattr(
+        conv_of(m), "_call_impl", lambda x: F.conv2d(x, -conv_of(m).weight)
+    ),
+    "class": lambda m: setattr(conv_of(m), "__class__", Standardised),
+    "activation-forward": lambda m: setattr(block_of(m).expand.act, "forward", torch.sigmoid),
+    "compiled-submodule": lambda m: block_of(m).expand.act.compile(backend="eager"),
     # Settings.
     "output-stride": lambda m: m.set_output_stride(8),
     "dilation": dilated,
@@ -421,7 +446,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     ),
 }
 # These keep the numbers, or nearly so; the others must change them.
-SAME_NUMBERS = {"dropout", "half-and-back"}
+SAME_NUMBERS = {"dropout", "half-and-back", "compiled-submodule"}
 
 
 def small_other() -> nn.Module:

@@ -382,14 +382,6 @@ def test_copies_and_pickles_train_alike() -> None:
         assert largest_difference(step(other, x), expected) == 0.0
 
 
-def test_second_derivative_is_refused() -> None:
-    model = tiny().train()
-    x = torch.randn(2, 3, SIZE, SIZE, requires_grad=True)
-    (grad,) = torch.autograd.grad(model(x)["out"].sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        grad.sum().backward()
-
-
 def test_one_value_a_channel_is_torchs_error() -> None:
     model = tiny().train()
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):

@@ -332,12 +332,47 @@ class TestGradients:
         ops.aspp_project(*args).float().sum().backward()
         assert [a.grad.dtype for a in args] == [a.dtype for a in args]
 
-    @pytest.mark.parametrize("reduce", [Tensor.sum, lambda y: y.square().sum()], ids=["sum", "sq"])
-    def test_second_derivative_is_refused(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        args = self.leaves(conv_args())
-        (grad,) = torch.autograd.grad(reduce(ops.conv_bn_act(*args)), args[:1], create_graph=True)
-        with pytest.raises(RuntimeError, match="have no second derivative; for one, use PyTorch's"):
-            grad.sum().backward()
+    @pytest.mark.parametrize("act", ["relu", None])
+    @pytest.mark.parametrize("with_residual", [True, False])
+    def test_second_derivatives_of_conv_bn_act(self, act, with_residual: bool) -> None:
+        x, w, a, b = self.leaves(conv_args(n=1, c=2, k=2, h=3, w=3, dtype=torch.float64))
+        y = ops.conv_bn_act(x, w, a, b, padding=1, act=act)
+        residual = self.leaves([torch.randn_like(y)]) if with_residual else []
+
+        def call(x, w, a, b, *r):
+            r = r[0] if r else None
+            return ops.conv_bn_act(x, w, a, b, padding=1, residual=r, act=act)
+
+        assert torch.autograd.gradgradcheck(call, [x, w, a, b, *residual])
+
+    def test_second_derivatives_of_the_others(self) -> None:
+        branches = self.leaves(project_args(n=1, b=2, p=2, k=2, h=2, w=3, dtype=torch.float64))
+        assert torch.autograd.gradgradcheck(ops.aspp_project, branches)
+        x = torch.randn(1, 2, 3, 3, dtype=torch.float64)
+        weights = [torch.randn(2, 2, k, k, dtype=torch.float64) for k in (1, 3)]
+        vectors = [torch.randn(2, dtype=torch.float64) for _ in range(4)]
+
+        def aspp(x, *t):
+            return ops.aspp_branches(x, t[:2], t[2:4], t[4:], (1, 2))
+
+        def convs(x, *weights):
+            return ops.aspp_convs(x, weights, (1, 2), stats=True)[0]
+
+        assert torch.autograd.gradgradcheck(aspp, self.leaves([x, *weights, *vectors]))
+        assert torch.autograd.gradgradcheck(convs, self.leaves([x, *weights]))
+        conv = lambda x, w: ops.conv2d(x, w, stride=2, padding=1)  # noqa: E731
+        assert torch.autograd.gradgradcheck(conv, self.leaves([x, weights[1]]))
+
+    def test_one_tensor_given_twice_has_both_parts(self) -> None:
+        """As block input and residual: each part would otherwise be the sum of both."""
+        x = torch.randn(1, 2, 2, 3, dtype=torch.float64)
+        w = torch.randn(2, 2, 1, 1, dtype=torch.float64)
+        ones = torch.ones(2, dtype=torch.float64)
+
+        def call(x, w):
+            return ops.conv_bn_act(x, w, ones, ones, residual=x)
+
+        assert torch.autograd.gradgradcheck(call, self.leaves([x, w]))
 
 
 def _project_and_classify(*args: Tensor) -> Tensor:

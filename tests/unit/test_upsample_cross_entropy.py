@@ -225,12 +225,16 @@ class TestGradient:
         assert torch.autograd.gradcheck(loss, x)
 
     @every_reduction
-    def test_a_second_derivative_is_refused(self, backend, reduction) -> None:
-        x = make((1, 3, 3, 2)).requires_grad_()
-        loss = ops.upsample_cross_entropy(x, make_target(1, (7, 5), 3), reduction=reduction)
-        (grad,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="have no second derivative"):
-            grad.square().sum().backward()
+    def test_second_derivatives(self, backend, reduction) -> None:
+        x = make((2, 3, 3, 2), torch.float64).requires_grad_()
+        target, weight = make_target(2, (7, 5), 3), torch.rand(3, dtype=torch.float64)
+
+        def loss(x: Tensor) -> Tensor:
+            return ops.upsample_cross_entropy(
+                x, target, weight=weight, label_smoothing=0.1, reduction=reduction
+            )
+
+        assert torch.autograd.gradgradcheck(loss, x)
 
     @every_reduction
     def test_a_retained_graph_gives_the_same_again(self, backend, reduction) -> None:
