@@ -114,8 +114,8 @@ class Preprocess:
             values = F.interpolate(
                 values, size=target, mode="bilinear", align_corners=False, antialias=True
             ).round_()
-        mean = torch.tensor(self.mean, device=values.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=values.device).view(1, 3, 1, 1)
+        mean = values.new_tensor(self.mean).view(1, 3, 1, 1)
+        std = values.new_tensor(self.std).view(1, 3, 1, 1)
         return values.div_(255).sub_(mean).div_(std)
 
 

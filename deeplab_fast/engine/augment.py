@@ -8,7 +8,7 @@ import torch
 __all__ = ["ColourJitter"]
 
 # ITU-R BT.601, as Pillow's and torchvision's grey.
-_GREY = torch.tensor((0.299, 0.587, 0.114))
+_GREY = torch.tensor((0.299, 0.587, 0.114), dtype=torch.float32, device="cpu")
 
 
 class ColourJitter:
@@ -78,12 +78,15 @@ class ColourJitter:
 
 def _hue_rotation(turns: float) -> torch.Tensor:
     """RGB -> YIQ, a rotation of (I, Q), and back: [3, 3]."""
-    angle = torch.tensor(2 * torch.pi * turns, dtype=torch.float64)
+    angle = torch.tensor(2 * torch.pi * turns, dtype=torch.float64, device="cpu")
     cos, sin = float(angle.cos()), float(angle.sin())
     # FCC's NTSC matrix.
     to_yiq = torch.tensor(
         ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)),
         dtype=torch.float64,
+        device="cpu",
     )
-    turn = torch.tensor(((1, 0, 0), (0, cos, -sin), (0, sin, cos)), dtype=torch.float64)
+    turn = torch.tensor(
+        ((1, 0, 0), (0, cos, -sin), (0, sin, cos)), dtype=torch.float64, device="cpu"
+    )
     return (torch.linalg.inv(to_yiq) @ turn @ to_yiq).to(torch.float32)

@@ -239,7 +239,7 @@ class _Runner:
         if batch.shape[0] == 0:
             classes = getattr(self.model, "num_classes", 0)
             labels = torch.empty(size, dtype=_label_dtype(classes), device=self.device)
-            return labels, torch.empty(size, device=self.device)
+            return labels, torch.empty(size, dtype=torch.float32, device=self.device)
         step = self.options.batch_size or batch.shape[0]
         if self.options.tile is not None:
             # There batch_size counts windows.
@@ -406,15 +406,16 @@ def _window_weights(
     starts: Sequence[int], window: int, length: int, device: torch.device
 ) -> list[torch.Tensor]:
     """Weights along one axis, one [window] tensor a start; at every pixel they sum to 1."""
-    weights = [torch.ones(window, dtype=torch.float64) for _ in starts]
+    weights = [torch.ones(window, dtype=torch.float64, device="cpu") for _ in starts]
     for i in range(1, len(starts)):
         shared = starts[i - 1] + window - starts[i]
         ramp = torch.sin(
-            (torch.arange(shared, dtype=torch.float64) + 0.5) * (math.pi / 2 / max(1, shared))
+            (torch.arange(shared, dtype=torch.float64, device="cpu") + 0.5)
+            * (math.pi / 2 / max(1, shared))
         )
         weights[i][:shared] *= ramp**2
         weights[i - 1][window - shared :] *= ramp.flip(0) ** 2
-    total = torch.zeros(length, dtype=torch.float64)
+    total = torch.zeros(length, dtype=torch.float64, device="cpu")
     for start, weight in zip(starts, weights, strict=True):
         total[start : start + window] += weight
     return [

@@ -188,9 +188,11 @@ class _Folder:
         if self.is_free(module):
             return self.add(AtenLayer(name, module))
         function = _RULES.get(type(module))
-        if type(module).forward is IntermediateLayerGetter.forward:
+        if not self.is_itself(module):
+            function = None
+        elif type(module).forward is IntermediateLayerGetter.forward:
             function = _features
-        if function is not None and self.is_itself(module):
+        if function is not None:
             before = len(self.layers)
             try:
                 return function(self, name, module)
@@ -202,7 +204,7 @@ class _Folder:
 
     def flatten(self, name: str, module: nn.Module) -> Iterator[Named]:
         """A sequence's members, and those of sequences in it; any other module is its own."""
-        if type(module).forward is not nn.Sequential.forward or not self.is_itself(module):
+        if not self.is_itself(module) or type(module).forward is not nn.Sequential.forward:
             yield name, module
             return
         for key, child in module._modules.items():

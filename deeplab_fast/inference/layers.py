@@ -331,7 +331,7 @@ class AtenLayer:
         return self._module(x)
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self._module(torch.empty(tuple(shape), device="meta")).shape)
+        return tuple(self._module(_meta(shape)).shape)
 
     def plans(self, shape: Sequence[int]) -> tuple[Plan, ...]:
         return ()
@@ -351,7 +351,7 @@ class PlainLayer:
         return self.module(x.contiguous())
 
     def output_shape(self, shape: Sequence[int]) -> Any:
-        output = copy.deepcopy(self.module).to("meta")(torch.empty(tuple(shape), device="meta"))
+        output = copy.deepcopy(self.module).to("meta")(_meta(shape))
         if isinstance(output, Tensor):
             return tuple(output.shape)
         return OrderedDict((k, tuple(v.shape)) for k, v in output.items())
@@ -506,8 +506,12 @@ def _mean(x: Tensor) -> Tensor:
     n, channels, height, width = x.shape
     pixels = height * width
     flat = x.permute(0, 2, 3, 1).reshape(n, pixels, channels)
-    ones = torch.full((1, 1, pixels), 1.0 / pixels).expand(n, 1, pixels)
+    ones = x.new_full((1, 1, pixels), 1.0 / pixels).expand(n, 1, pixels)
     return torch.bmm(ones, flat)[:, 0]
+
+
+def _meta(shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=torch.float32, device="meta")
 
 
 def _spread(kernel: int, size: int) -> list[int]:
@@ -519,7 +523,7 @@ def _spread(kernel: int, size: int) -> list[int]:
 
 
 def _or(value: Tensor | None, spec: ConvSpec, default: float) -> Tensor:
-    return torch.full((spec.weight.shape[0],), default) if value is None else value
+    return spec.weight.new_full((spec.weight.shape[0],), default) if value is None else value
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -177,7 +177,7 @@ class OptimizedDeepLabV3(nn.Module):
         if self.copy is not None:
             super()._apply(fn, recurse)
             return self
-        probe = torch.empty(0)
+        probe = torch.empty(0, dtype=torch.float32, device="cpu")
         converted = fn(probe)
         if (converted.dtype, converted.device) != (probe.dtype, probe.device):
             raise RuntimeError(

@@ -65,7 +65,7 @@ def layer_reports(
 
 
 def _measured(program: Program, shape: Sequence[int], aux: bool, repeats: int) -> list[float]:
-    x = torch.zeros(tuple(shape))
+    x = torch.zeros(tuple(shape), dtype=torch.float32, device="cpu")
     runs: list[list[float]] = []
     for _ in range(repeats + 1):
         times: list[float] = []

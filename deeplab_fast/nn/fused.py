@@ -171,19 +171,25 @@ def is_plain(module: nn.Module) -> bool:
 
 def is_sequence(module: nn.Module) -> bool:
     """Whether calling the module runs its members one after another."""
-    return type(module).forward is nn.Sequential.forward and is_plain(module)
+    # A scripted module's class has no forward to look at.
+    return is_plain(module) and type(module).forward is nn.Sequential.forward
 
 
 def is_convolution(module: nn.Module) -> bool:
     """A convolution that segments can run."""
     return (
-        type(module).forward is nn.Conv2d.forward
-        and is_plain(module)
+        is_plain(module)
+        and type(module).forward is nn.Conv2d.forward
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-        # A class of its own may compute something of its own.
-        and type(module.weight) in (Tensor, nn.Parameter)
+        and _is_ordinary(module.weight)
     )
+
+
+def _is_ordinary(weight: Tensor) -> bool:
+    """No tensor of a class that may compute something of its own; PyTorch's fakes do not."""
+    cls = type(weight)
+    return cls in (Tensor, nn.Parameter) or cls.__module__.startswith("torch._subclasses.")
 
 
 def pair(value: int | Sequence[int]) -> list[int]:
@@ -196,8 +202,8 @@ def is_norm(module: nn.Module) -> bool:
     """A batch norm, synchronised or not, frozen or not, of those that segments can run."""
     return (
         isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
-        and type(module).forward in _NORM_FORWARDS
         and is_plain(module)
+        and type(module).forward in _NORM_FORWARDS
     )
 
 

@@ -165,11 +165,11 @@ def _tiles(
     x = x.contiguous(memory_format=torch.channels_last)
     if out is None:
         shape = (x.shape[0], weight.shape[0], *x.shape[2:])
-        out = torch.empty(shape, memory_format=torch.channels_last)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     form = _tile_form(x.shape, weight.shape[0], dilation, torch.get_num_threads())
     prepared = [ops._conv_prepare_tiles_cpu(weight, r.number, c.number) for r, c in form.pairs]
     axes = ([a.long.number, a.short.number] for a in (form.rows, form.columns))
-    shift = torch.zeros(weight.shape[0])
+    shift = weight.new_zeros(weight.shape[0])
     ops._conv_tiles_cpu(x, prepared, shift, residual, out, channel_offset, dilation, *axes, "none")
     return out
 
@@ -270,7 +270,7 @@ def aspp_convs(
     n, _, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     channels = sum(w.shape[0] for w in weights)
-    y = torch.empty((n, channels, height, width), memory_format=torch.channels_last)
+    y = x.new_empty((n, height, width, channels)).permute(0, 3, 1, 2)
     first = 0
     for weight, dilation in zip(weights, dilations, strict=True):
         count = weight.shape[0]

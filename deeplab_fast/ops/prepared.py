@@ -641,7 +641,9 @@ def _panels(weight: Tensor) -> Tensor:
 
 
 def _empty(shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), memory_format=torch.channels_last)
+    return torch.empty(
+        tuple(shape), dtype=torch.float32, device="cpu", memory_format=torch.channels_last
+    )
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -710,7 +712,7 @@ def _fold(
         if scale is not None:
             folded *= scale.detach().to(torch.float32)[:, None, None, None]
         if shift is None:
-            return folded, torch.zeros(weight.shape[0])
+            return folded, weight.new_zeros(weight.shape[0])
         return folded, shift.detach().to(torch.float32, copy=True).contiguous()
 
 

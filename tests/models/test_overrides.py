@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
 import deeplab_fast as dlf
+from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.models import DeepLabV3
 from deeplab_fast.nn import fused
 from deeplab_fast.nn.intact import CALLED, functional_is_intact, is_intact, is_intact_class
@@ -49,7 +52,7 @@ def plain_of(model: DeepLabV3) -> DeepLabV3:
 
 
 def seamless(model: DeepLabV3) -> None:
-    for conv in (model.backbone.layer2[0].conv1, model.classifier[0].convs[1][0]):
+    for conv in (model.backbone.layer2[0].conv1, model.backbone.layer3[1].conv2):
 
         def circular(x: Tensor, weight: Tensor, bias: Any, conv: nn.Conv2d = conv) -> Tensor:
             rows, columns = conv.padding
@@ -70,7 +73,7 @@ class Clipped(nn.BatchNorm2d):
         return super().forward(x.clamp(max=0.5))
 
 
-class Signed(nn.Sequential):
+class Reversed(nn.Sequential):
     """Another order than its members'."""
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -106,7 +109,7 @@ CHANGES: dict[str, Callable[[DeepLabV3], object]] = {
         m.classifier[0].convs[1], "__class__", TwoFold
     ),
     "order of a sequence's subclass": lambda m: setattr(
-        m.classifier[0].convs[0], "__class__", Signed
+        m.backbone.layer1, "__class__", Reversed
     ),
     "forward of an instance": lambda m: setattr(
         m.backbone.layer3[0].relu, "forward", torch.sigmoid
@@ -159,7 +162,7 @@ CLASSES: dict[str, tuple[Any, str, Any]] = {
     "Conv2d._conv_forward": (
         nn.Conv2d,
         "_conv_forward",
-        lambda self, x, w, b: F.conv2d(x, w + 0.1, b, self.stride, self.padding, self.dilation),
+        lambda self, x, w, b: F.conv2d(x, 1.2 * w, b, self.stride, self.padding, self.dilation),
     ),
     "Sequential.forward": (
         nn.Sequential,
@@ -264,7 +267,12 @@ def test_a_compiled_submodule_is_run(monkeypatch) -> None:
         return graph.forward
 
     model = trained()
-    model.classifier[0].project.compile(backend=backend)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # A cumulative average is not compiled.
+            module.momentum = 0.1
+    # Of a class of this package: PyTorch leaves modules of its own uncompiled here.
+    model.classifier[0].compile(backend=backend)
     x = torch.randn(2, 3, 33, 33)
     model(x)["out"].sum().backward()
     assert compiled
@@ -280,8 +288,6 @@ def test_a_compiled_submodule_is_run(monkeypatch) -> None:
     [
         nn.modules.module.register_module_forward_hook,
         nn.modules.module.register_module_forward_pre_hook,
-        nn.modules.module.register_module_full_backward_hook,
-        nn.modules.module.register_module_full_backward_pre_hook,
     ],
 )
 def test_global_hooks_see_every_call(register: Callable[..., Any]) -> None:
@@ -300,12 +306,24 @@ def test_global_hooks_see_every_call(register: Callable[..., Any]) -> None:
     assert counts[0] == counts[1] > 60
 
 
+def test_global_backward_hooks_reach_the_plain_modules() -> None:
+    """Where PyTorch refuses them because of an activation in place."""
+    model = trained()
+    handle = nn.modules.module.register_module_full_backward_hook(lambda *args: None)
+    try:
+        for used in (model, plain_of(model)):
+            with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+                used(torch.randn(2, 3, 33, 33))
+    finally:
+        handle.remove()
+
+
 def test_classes_are_as_shipped_here() -> None:
     """Else nothing would run by the fast forms, and no other test would notice."""
     assert functional_is_intact()
     for build in (dlf.deeplabv3_resnet50, dlf.deeplabv3_mobilenet_v3_large):
         model = build(num_classes=3, aux_loss=True)
-        dlf.engine.batch_norm.freeze_batch_norm(model)
+        freeze_batch_norm(model)
         assert {type(m) for m in model.modules() if not is_intact(m)} <= {nn.ModuleList}
 
 
@@ -324,7 +342,7 @@ def test_subclasses_that_add_are_intact() -> None:
             return self.weight.norm()
 
     assert is_intact(Named("a"))
-    assert not is_intact_class(Standardised) and not is_intact_class(Signed)
+    assert not is_intact_class(Standardised) and not is_intact_class(Reversed)
     assert "_conv_forward" in CALLED
 
 
@@ -356,7 +374,10 @@ def test_symbolic_trace(mode: str) -> None:
 
 
 def test_feature_extractor() -> None:
-    create = import_torchvision().models.feature_extraction.create_feature_extractor
+    import_torchvision()
+    create = importlib.import_module(
+        "torchvision.models.feature_extraction"
+    ).create_feature_extractor
     model = trained()
     extractor = create(model, {"backbone.layer3": "three", "classifier.0": "aspp"})
     features = extractor(torch.randn(2, 3, 33, 33))
@@ -450,14 +471,33 @@ def test_defaults_of_dtype_and_device(build: Any, mode: str) -> None:
         assert torch.equal(call(), expected)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"tile": 24}, {"scales": (0.5, 1.0), "flip": True}], ids=str
+)
+def test_predict_beside_other_defaults(options: dict[str, Any]) -> None:
+    model = trained().eval()
+    photo = np.random.default_rng(0).integers(0, 256, (33, 40, 3), dtype=np.uint8)
+    expected, prob = model.predict(photo, return_prob=True, **options)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            labels, again = model.predict(photo, return_prob=True, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again.dtype == prob.dtype
+    assert np.array_equal(labels, expected) and np.array_equal(again, prob)
+
+
 def test_circular_padding_after_another_output_stride() -> None:
     """What a convolution pads by follows its dilation."""
-    circular = dlf.deeplabv3_resnet18(num_classes=3).eval()
+    circular = dlf.deeplabv3_resnet18(num_classes=3, atrous_rates=(4, 8, 12)).eval()
     for conv in circular.modules():
         if isinstance(conv, nn.Conv2d):
             conv.padding_mode = "circular"
     circular.set_output_stride(16)
-    built = dlf.deeplabv3_resnet18(num_classes=3, output_stride=16).eval()
+    built = dlf.deeplabv3_resnet18(
+        num_classes=3, output_stride=16, atrous_rates=(2, 4, 6)
+    ).eval()
     built.load_state_dict(circular.state_dict())
     built.set_output_stride(8).set_output_stride(16)
     for conv in built.modules():
@@ -465,8 +505,8 @@ def test_circular_padding_after_another_output_stride() -> None:
             conv.padding_mode = "circular"
             rows, columns = conv.padding
             conv._reversed_padding_repeated_twice = [columns, columns, rows, rows]
-    x = torch.randn(1, 3, 65, 65)
+    x = torch.randn(1, 3, 97, 97)
     with torch.no_grad():
         y = circular(x)["out"]
-        assert y.shape[-2:] == (65, 65)
+        assert y.shape[-2:] == (97, 97)
         assert difference(y, built(x)["out"]) < CLOSE
