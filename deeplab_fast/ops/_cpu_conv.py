@@ -142,10 +142,10 @@ def _direct_seconds(shape: Sequence[int], outputs: int, dilation: int, threads: 
 
 def _tile_form(shape: Sequence[int], outputs: int, dilation: int, threads: int) -> TileForm:
     n, channels, height, width = shape
-    forms = _cpu_forms.tile_forms(n, channels, outputs, height, width, dilation, threads, False)
     # Gradients are small differences of large sums: the form with the coarsest rounding stays out.
-    coarse = _cpu_forms.FORMS["tile6"]
-    return next(f for f in forms if coarse not in (f.rows.long, f.columns.long))
+    return _cpu_forms.tile_forms(
+        n, channels, outputs, height, width, dilation, threads, reuse=False, coarse=False
+    )[0]
 
 
 def _tiles(

@@ -91,6 +91,8 @@ class PreparedConv:
             chosen.
         reuse: False where the object serves one call only: then the time of preparing weights
             counts when the algorithm is chosen.
+        coarse: allow the form with an error of 5e-6 in place of 1.4e-6, where few layers follow
+            that amplify it.
 
     Raises:
         ValueError: tensors or options that do not fit.
@@ -109,6 +111,7 @@ class PreparedConv:
         act: str | None = "relu",
         max_extra_bytes: int | None = None,
         reuse: bool = True,
+        coarse: bool = False,
     ) -> None:
         _check_weight("PreparedConv", weight)
         self.out_channels = weight.shape[0]
@@ -126,6 +129,7 @@ class PreparedConv:
         self.act = act
         self.max_extra_bytes = max_extra_bytes
         self.reuse = reuse
+        self.coarse = coarse
         self._weight, self._shift = _fold("PreparedConv", weight, scale, shift)
         self._forms: dict[Any, Tensor] = {}
         self._choices: dict[Any, _Choice] = {}
@@ -314,6 +318,7 @@ class PreparedConv:
                 self.dilation[0],
                 threads,
                 self.reuse,
+                self.coarse,
             )
             for form in forms:
                 if form.score < direct.seconds and self._allows_tiles(form):
@@ -470,6 +475,7 @@ class PreparedAspp:
                 dilation=d,
                 act="relu",
                 reuse=reuse,
+                coarse=True,
             )
             for w, a, b, d in zip(weights, scales, shifts, dilations, strict=True)
         )

@@ -495,9 +495,7 @@ def test_circular_padding_after_another_output_stride() -> None:
         if isinstance(conv, nn.Conv2d):
             conv.padding_mode = "circular"
     circular.set_output_stride(16)
-    built = dlf.deeplabv3_resnet18(
-        num_classes=3, output_stride=16, atrous_rates=(2, 4, 6)
-    ).eval()
+    built = dlf.deeplabv3_resnet18(num_classes=3, output_stride=16, atrous_rates=(2, 4, 6)).eval()
     built.load_state_dict(circular.state_dict())
     built.set_output_stride(8).set_output_stride(16)
     for conv in built.modules():

@@ -313,7 +313,7 @@ class TestBounds:
     )
     def test_forms_of_the_aspp(self, rate: int, form: str, products: int) -> None:
         """65x65, 2048 to 256 channels, with their counts of products."""
-        best = _cpu_forms.tile_forms(1, 2048, 256, 65, 65, rate, 2, True)[0]
+        best = _cpu_forms.tile_forms(1, 2048, 256, 65, 65, rate, 2, reuse=True, coarse=True)[0]
         assert str(best) == form
         assert best.macs == products * 2048 * 256
         # The dense count has 9 products for each pixel.
@@ -420,4 +420,8 @@ def test_any_dilated_layer(n, c, k, height, width, dilation, reuse) -> None:
     options = {"padding": dilation, "dilation": dilation}
     y = PreparedConv(weight, scale, shift, **options, reuse=reuse)(x, residual)
     expected = expected_of(x, weight, scale, shift, residual, **options)
-    assert relative_error(y, expected) <= SAVING
+    # A few values may all be small differences of large terms: they are held against those.
+    few = y.numel() < 100
+    terms = [t.abs() for t in (x, weight, scale, shift, residual)]
+    norm = (expected_of(*terms, **options) if few else expected).norm()
+    assert (y.double() - expected).norm() <= SAVING * norm
