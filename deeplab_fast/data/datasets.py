@@ -29,6 +29,7 @@ __all__ = [
     "SegmentationDataset",
     "bad_labels",
     "open_dataset",
+    "parse_label_map",
     "read_mask",
 ]
 
@@ -75,12 +76,18 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
 
     Args:
         samples: the pairs.
-        classes: names and colours of the class ids.
+        classes: names and colours of the class ids. One class is told from the background: its
+            labels are 1, those of the background 0, and ``self.classes`` has both.
         name, split: what the data set is called, for messages and reports.
         label_map: raw value of the mask -> class id or ``ignore_index``; None takes the values as
             they are. The raw value ``ignore_index`` stays what it is unless the map names it.
-        unmapped: what a raw value becomes that the map does not name: "ignore" or "error".
+        unmapped: what a raw value becomes that the map does not name: "ignore", "error", or "keep",
+            which leaves it as it is.
         ignore_index: None is the class set's, or 255 (65535 above 255 classes) where it has none.
+
+    Attributes:
+        num_classes: number of labels, of one class 2.
+        outputs: logits of a model for these data: 1 for one class, else ``num_classes``.
 
     Raises:
         ValueError: a label map or ``ignore_index`` that does not fit.
@@ -103,9 +110,11 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
             ignore_index = 255 if len(classes) <= 255 else 65535
         if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
             raise ValueError(f"ignore_index is {ignore_index!r}, expected an integer")
-        if unmapped not in ("ignore", "error"):
-            raise ValueError(f"unmapped is {unmapped!r}, expected 'ignore' or 'error'")
+        if unmapped not in ("ignore", "error", "keep"):
+            raise ValueError(f"unmapped is {unmapped!r}, expected 'ignore', 'error' or 'keep'")
         self.samples = tuple(samples)
+        self.outputs = len(classes)
+        classes = classes.of_labels()
         self.classes = replace(classes, ignore_index=ignore_index)
         self.ignore_index = ignore_index
         self.name = name
@@ -118,7 +127,7 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
 
     @property
     def num_classes(self) -> int:
-        """C, the number of classes."""
+        """C, the number of labels."""
         return len(self.classes)
 
     def __len__(self) -> int:
@@ -147,7 +156,14 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
 
     def label(self, index: int) -> np.ndarray:
         """Class ids and ``ignore_index``, uint8 or int32 [H, W]."""
-        raw = self.raw_label(index)
+        return self.mapped(index, self.raw_label(index))
+
+    def mapped(self, index: int, raw: np.ndarray) -> np.ndarray:
+        """The labels that a sample's stored values stand for.
+
+        Raises:
+            LabelError: a value that the label map does not name, with ``unmapped="error"``.
+        """
         if self.label_map is None:
             return raw
         if raw.dtype == np.uint8:
@@ -156,11 +172,13 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
             values, inverse = np.unique(raw, return_inverse=True)
             pairs = [self._lookup(int(value)) for value in values]
             known = np.array([pair[0] for pair in pairs])[inverse].reshape(raw.shape)
-            mapped = np.array([pair[1] for pair in pairs], self._dtype)[inverse].reshape(raw.shape)
+            # Kept values may be any that the file holds.
+            dtype = np.int32 if self.unmapped == "keep" else self._dtype
+            mapped = np.array([pair[1] for pair in pairs], dtype)[inverse].reshape(raw.shape)
         if self.unmapped == "error" and not known.all():
             raise LabelError(
                 str(self.samples[index].mask),
-                _counts(raw[~known]),
+                value_counts(raw[~known]),
                 f"which the label map of {self.name} does not name; add them to it, or "
                 "unmapped='ignore' leaves them out",
             )
@@ -194,6 +212,8 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         label_map = self.label_map or {}
         if raw in label_map:
             return True, label_map[raw]
+        if self.unmapped == "keep":
+            return True, raw
         return raw == self.ignore_index, self.ignore_index
 
 
@@ -211,7 +231,7 @@ def bad_labels(label: np.ndarray, num_classes: int, ignore_index: int) -> dict[i
         good = allowed[label]
     else:
         good = ((label >= 0) & (label < num_classes)) | (label == ignore_index)
-    return {} if good.all() else _counts(label[~good])
+    return {} if good.all() else value_counts(label[~good])
 
 
 def describe_labels(values: Mapping[int, int]) -> str:
@@ -222,6 +242,24 @@ def describe_labels(values: Mapping[int, int]) -> str:
     ]
     more = [f"{len(values) - 10} more values"] if len(values) > 10 else []
     return ", ".join(parts + more)
+
+
+def parse_label_map(text: str) -> dict[int, int]:
+    """The label map that "255=1,7=0" writes: raw value = class id or ``ignore_index``, ....
+
+    Raises:
+        ValueError: text that is not of this form, or names a value twice.
+    """
+    pairs = [part.split("=") for part in text.split(",") if part.strip()]
+    try:
+        found = [(int(raw), int(label)) for raw, label in pairs]
+    except ValueError:
+        found = []
+    if not found or len(dict(found)) < len(found):
+        raise ValueError(
+            f"label_map is {text!r}, expected raw value = class id, each value once: 255=1,7=0"
+        )
+    return dict(found)
 
 
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
@@ -434,7 +472,11 @@ def _checked_label_map(
     return checked
 
 
-def _counts(values: np.ndarray) -> dict[int, int]:
+def value_counts(values: np.ndarray) -> dict[int, int]:
+    """Pixels by value of integers of any shape."""
+    if values.dtype == np.uint8:
+        found = np.bincount(values.ravel(), minlength=256)
+        return {value: int(found[value]) for value in np.flatnonzero(found).tolist()}
     unique, counts = np.unique(values, return_counts=True)
     return {int(value): int(count) for value, count in zip(unique, counts, strict=True)}
 

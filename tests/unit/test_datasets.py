@@ -16,9 +16,11 @@ from deeplab_fast.data.datasets import (
     SegmentationDataset,
     bad_labels,
     open_dataset,
+    parse_label_map,
     read_mask,
 )
 from deeplab_fast.data.images import ImageReadError
+from deeplab_fast.data.transforms import AugmentedDataset
 
 SIZE = (6, 8)
 
@@ -172,6 +174,38 @@ def test_label_map_refuses_what_it_does_not_name(tmp_path, dtype):
     np.testing.assert_array_equal(dataset[0][1], labels(0, 2, 1, 255))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_label_map_keeps_what_it_does_not_name(tmp_path, dtype):
+    values = np.resize(np.array([0, 255, 2, 9], dtype), SIZE)
+    _, dataset = pair(tmp_path, values, label_map={255: 1}, unmapped="keep")
+    np.testing.assert_array_equal(dataset[0][1], labels(0, 1, 2, 9))
+    wide = np.resize(np.array([0, 300, 70000], np.int32), SIZE)
+    _, dataset = pair(tmp_path, wide, label_map={300: 1}, unmapped="keep")
+    np.testing.assert_array_equal(dataset[0][1], np.resize(np.array([0, 1, 70000]), SIZE))
+
+
+def test_label_maps_as_text():
+    assert parse_label_map("255=1") == {255: 1}
+    assert parse_label_map(" 255=1, 7 = 0,-1=255") == {255: 1, 7: 0, -1: 255}
+    for text in ("", "255", "a=1", "1=2=3", "255=1,255=0"):
+        with pytest.raises(ValueError, match=f"label_map is '{text}', expected raw value = class"):
+            parse_label_map(text)
+
+
+def test_one_class_has_labels_0_and_1(tmp_path):
+    photo(tmp_path / "images" / "a.png")
+    mask(tmp_path / "masks" / "a.png", labels(0, 1, 255))
+    for classes, name in ((1, "foreground"), ("1", "foreground"), (["crack"], "crack")):
+        dataset = open_dataset("folder", tmp_path, classes=classes)
+        assert dataset.classes.classes == ("background", name)
+        assert (dataset.num_classes, dataset.outputs, dataset.ignore_index) == (2, 1, 255)
+        np.testing.assert_array_equal(dataset[0][1], labels(0, 1, 255))
+        assert AugmentedDataset(dataset).outputs == dataset.select([0]).outputs == 1
+    assert open_dataset("folder", tmp_path, classes=2).outputs == 2
+    with pytest.raises(ValueError, match="its only class is 'background'"):
+        open_dataset("folder", tmp_path, classes=["background"])
+
+
 def test_ignore_index_outside_a_byte_widens_the_labels(tmp_path):
     _, dataset = pair(tmp_path, labels(0, 9), label_map={0: 1}, ignore_index=-1)
     label = dataset[0][1]
@@ -185,7 +219,7 @@ def test_ignore_index_outside_a_byte_widens_the_labels(tmp_path):
         pytest.param({"label_map": {0: 3}}, r"label_map sends 0 to 3; .* 0\.\.2", id="class"),
         pytest.param({"label_map": {}}, "sends nothing", id="empty"),
         pytest.param({"label_map": {"x": 1}}, "expected a mapping of raw value", id="key"),
-        pytest.param({"unmapped": "keep"}, "expected 'ignore' or 'error'", id="unmapped"),
+        pytest.param({"unmapped": "drop"}, "expected 'ignore', 'error'", id="unmapped"),
         pytest.param({"ignore_index": 1.5}, "ignore_index is 1.5", id="ignore_index"),
     ],
 )

@@ -16,6 +16,8 @@ testing.import_torchvision()
 
 from deeplab_fast.engine import train as engine  # noqa: E402
 from deeplab_fast.engine.config import to_yaml  # noqa: E402
+from deeplab_fast.engine.finite import NotFiniteWarning  # noqa: E402
+from deeplab_fast.models import DeepLabV3  # noqa: E402
 from deeplab_fast.weights import from_checkpoint  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("tiny_training.py")
@@ -218,6 +220,21 @@ def test_an_untrained_model_on_camvid(capsys, shared_data):
     # One of 11 classes nearly everywhere.
     assert 0 < float(lines["mean IoU"]) < 20
     assert "road" in printed and "bicyclist" in printed
+
+
+def test_validation_without_finite_logits_has_a_status(capsys, recipe, tmp_path, monkeypatch):
+    original = DeepLabV3.forward_logits
+
+    def spoilt(self, x):
+        logits = original(self, x)
+        return logits if self.training else logits * float("nan")
+
+    monkeypatch.setattr(DeepLabV3, "forward_logits", spoilt)
+    status, printed, _ = run(capsys, "--config", recipe, "--output", tmp_path / "run")
+    assert status == 1 and "NaN or infinite: these are the scores of a broken run" in printed
+    with pytest.warns(NotFiniteWarning):
+        status, printed, _ = run(capsys, "--config", recipe, "--validate-only")
+    assert status == 1 and "NaN or infinite" in printed
 
 
 def test_every_option_has_help():
