@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import unicodedata
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -538,11 +539,12 @@ def _inputs(found: Sequence[Path], given: Sequence[str], output: Path) -> list[P
 def _unique_stems(paths: Sequence[Path]) -> list[str]:
     """A name for each path's results: its stem, and where stems clash its folders and suffix.
 
-    Names that differ only in case count as equal: some file systems do not tell them apart.
+    Names that differ only in case or in their form of Unicode count as equal: some file systems do
+    not tell them apart.
     """
     by_stem: dict[str, list[int]] = defaultdict(list)
     for index, path in enumerate(paths):
-        by_stem[path.stem.casefold()].append(index)
+        by_stem[_folded(path.stem)].append(index)
     names = [path.stem for path in paths]
     taken = {stem for stem, indices in by_stem.items() if len(indices) == 1}
     for indices in by_stem.values():
@@ -551,17 +553,21 @@ def _unique_stems(paths: Sequence[Path]) -> list[str]:
         full = [Path(os.path.abspath(paths[i])) for i in indices]
         root = os.path.commonpath([path.parent for path in full])
         plain = ["_".join((*path.parent.relative_to(root).parts, path.stem)) for path in full]
-        folded = [name.casefold() for name in plain]
+        folded = [_folded(name) for name in plain]
         for i, path, name in zip(indices, full, plain, strict=True):
-            if folded.count(name.casefold()) > 1:
+            if folded.count(_folded(name)) > 1:
                 name += path.suffix.replace(".", "_")
             candidate, number = name, 1
-            while candidate.casefold() in taken:
+            while _folded(candidate) in taken:
                 number += 1
                 candidate = f"{name}-{number}"
-            taken.add(candidate.casefold())
+            taken.add(_folded(candidate))
             names[i] = candidate
     return names
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _device_name(name: str) -> str:

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from deeplab_fast.data.datasets import (
     LabelError,
+    Sample,
     SegmentationDataset,
     bad_labels,
     describe_labels,
     value_counts,
 )
-from deeplab_fast.data.images import ImageReadError
+from deeplab_fast.data.images import ImageReadError, exif_orientation
 
 __all__ = ["DataError", "DataReport", "Problem", "check_dataset"]
 
@@ -166,9 +167,12 @@ def check_dataset(
     # Masks of class 0 and one ignored value, by that value.
     two_valued: Counter[int] = Counter()
     bar = tqdm(loader, unit="image", desc="checking", disable=None if progress else True)
+    # Photos and masks that are tagged otherwise, where their sizes do not tell who is right.
+    tagged: list[str] = []
     for index, result in enumerate(bar):
-        found, counts, without = result
+        found, counts, without, tags = result
         problems += [Problem(index, *parts) for parts in found]
+        tagged += [tags] if tags else []
         if counts is not None:
             counts = np.asarray(counts)
             pixels += counts
@@ -188,7 +192,7 @@ def check_dataset(
         pixels=tuple(pixels.tolist()),
         images_of=tuple(map(tuple, images_of)),
         ignored_values=dict(sorted(ignored.items())),
-        notes=tuple(_notes(dataset, pixels, ignored, two_valued)),
+        notes=(*_notes(dataset, pixels, ignored, two_valued), *_tag_notes(tagged)),
     )
 
 
@@ -243,9 +247,19 @@ def _notes(
             )
 
 
+def _tag_notes(tagged: Sequence[str]) -> Iterator[str]:
+    if tagged:
+        more = f", and {len(tagged) - _SHOWN} more" if len(tagged) > _SHOWN else ""
+        yield (
+            "each file is turned by its own EXIF orientation, and the sizes do not tell whether "
+            f"mask and photo then agree: {', '.join(tagged[:_SHOWN])}{more}; store both as they "
+            "are seen, without tags"
+        )
+
+
 class _Checked(Dataset[Any]):
     """What was found in each sample: ((kind, path, message), ...), pixels by class, and ignored
-    pixels by the value that the mask holds."""
+    pixels by the value that the mask holds, and orientations that may disagree, as text."""
 
     def __init__(self, dataset: SegmentationDataset) -> None:
         self.dataset = dataset
@@ -255,7 +269,7 @@ class _Checked(Dataset[Any]):
 
     def __getitem__(
         self, index: int
-    ) -> tuple[list[tuple[str, str, str]], Sequence[int] | None, dict[int, int]]:
+    ) -> tuple[list[tuple[str, str, str]], Sequence[int] | None, dict[int, int], str]:
         dataset = self.dataset
         sample = dataset.samples[index]
         photo, mask = str(sample.image), str(sample.mask)
@@ -273,10 +287,13 @@ class _Checked(Dataset[Any]):
         except ImageReadError as error:
             found.append(("mask", mask, str(error).replace("the image", "the mask", 1)))
         if label is None:
-            return found, None, {}
+            return found, None, {}, ""
+        tags = ""
         if image is not None and image.shape[:2] != label.shape:
             text = dataset.size_mismatch(index, image.shape[:2], label.shape)
             found.append(("size", mask, text))
+        elif image is not None:
+            tags = _unclear_tags(sample, square=label.shape[0] == label.shape[1])
         classes, ignore_index = dataset.num_classes, dataset.ignore_index
         wrong = bad_labels(label, classes, ignore_index)
         if wrong:
@@ -292,4 +309,14 @@ class _Checked(Dataset[Any]):
         counts = np.bincount(valid, minlength=classes).tolist()
         if not valid.size and not wrong:
             found.append(("empty", mask, f"{mask}: every pixel is ignored"))
-        return found, counts, value_counts(raw[label == ignore_index])
+        return found, counts, value_counts(raw[label == ignore_index]), tags
+
+
+def _unclear_tags(sample: Sample, *, square: bool) -> str:
+    """Orientations of photo and mask that differ and that their equal sizes do not explain."""
+    first, second = exif_orientation(sample.image), exif_orientation(sample.mask)
+    # Only one of them had its sides exchanged, and they fit: it had to be.
+    told_by_size = not square and (first < 5) is not (second < 5)
+    if first == second or told_by_size:
+        return ""
+    return f"{sample.image} (orientation {first}) and {sample.mask} ({second})"

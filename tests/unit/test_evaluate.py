@@ -674,7 +674,25 @@ def test_eval_and_check_of_bad_data(capsys, weights, data, tmp_path):
     status, printed, errors = run(capsys, "check-data", "--data", data, "--allow-empty")
     assert (status, errors) == (0, "") and "0 problems" in printed
     status, printed, errors = run(capsys, "check-data", "--data", "camvid", "--root", tmp_path)
-    assert status == 2 and "looked for the folders train and trainannot" in errors
+    assert status == 2 and "looked for the folders val and valannot" in errors
+
+
+def test_a_turned_photo_beside_a_mask_that_is_not(capsys, weights, data, tmp_path):
+    photo, mask = (tmp_path / "data" / name / "s1.png" for name in ("images", "masks"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(photo).save(photo, exif=exif)
+    for command in (("eval", "--weights", weights), ("check-data",)):
+        status, _, errors = run(capsys, *command, "--data", data)
+        assert status == 1
+        assert f"the photo {photo} is tagged with EXIF orientation 6" in errors
+        assert f"its mask {mask} is not turned and has 48x40, as the photo is stored" in errors
+    exif[0x0112] = 3
+    Image.open(photo).save(photo, exif=exif)
+    status, printed, errors = run(capsys, "check-data", "--data", data)
+    assert status == 0 and "0 problems, 1 warnings" in printed
+    assert "warning: each file is turned by its own EXIF orientation, and" in errors
+    assert f"{photo} (orientation 3) and {mask} (1)" in errors
 
 
 def test_eval_of_camvid_itself(shared_data):

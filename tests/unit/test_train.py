@@ -808,6 +808,28 @@ def test_validation_without_finite_logits_is_told(config, monkeypatch, val_batch
     assert json.loads((result.folder / "result.json").read_text())["metrics"]["note"]
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_a_turned_photo_beside_a_mask_that_is_not(config, tmp_path, check):
+    from PIL import Image
+
+    root = tiny.write_scenes(tmp_path / "turned", 4)
+    photo, mask = root / "images" / "s02.png", root / "masks" / "s02.png"
+    exif = Image.Exif()
+    for orientation in (8, 2):
+        exif[0x0112] = orientation
+        Image.open(photo).save(photo, exif=exif)
+        config = config.replace(root=str(root), check_data=check, epochs=1)
+        told = []
+        if orientation == 8:
+            with pytest.raises(ValueError, match=f"{photo} is tagged .* its mask {mask} is not"):
+                fit(config)
+        else:
+            fit(config.replace(output=str(tmp_path / "other")), tell=told.append)
+            line = f"{photo} (orientation 2) and {mask} (1)"
+            # Training and validation data are the same.
+            assert sum(line in each for each in told) == (2 if check else 0)
+
+
 def test_classes_without_pixels_are_told(config, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("a\nb\nc\nd\ne\n")
