@@ -514,9 +514,10 @@ def _classes_of(dataset: Any, model: Any) -> ClassSet:
         )
     count = getattr(model, "num_classes", len(classes))
     if label_count(count) != len(classes):
+        labels = "; its labels are background and class, ClassSet.of_labels()" if count == 1 else ""
         raise ValueError(
             f"the model has {count} classes and the data set {len(classes)} ({classes.name}); "
-            "evaluate a model on the classes it was trained on"
+            f"evaluate a model on the classes it was trained on{labels}"
         )
     own = getattr(model, "classes", None) or classes.classes
     if len(own) != len(classes):

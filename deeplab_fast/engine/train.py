@@ -523,7 +523,8 @@ def _check_resumable(path: Path, config: Any, tell: Callable[[str], None]) -> No
             f"{path} is no checkpoint of a training run ({' '.join(str(error).split())[:200]})"
         ) from error
     now = json.loads(json.dumps(config.as_dict()))
-    before = json.loads(json.dumps(before))
+    # An option that the run's version did not have was what is now its default.
+    before = json.loads(json.dumps({**type(config)().as_dict(), **before}))
     changed = [
         f"{name} {before.get(name)!r} -> {value!r}"
         for name, value in now.items()

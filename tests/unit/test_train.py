@@ -837,3 +837,14 @@ def test_classes_without_pixels_are_told(config, tmp_path):
     fit(config.replace(classes=str(names), check_data=True, epochs=1), tell=told.append)
     assert told.count("warning: no mask has the class e") == 2
     assert any(re.search(r"val mIoU [0-9.]+ of 4 of 5 classes", line) for line in told)
+
+
+def test_options_of_a_later_version_are_no_change(config, tmp_path):
+    plain = {k: v for k, v in config.as_dict().items() if k not in ("focal_gamma", "label_map")}
+    path = tmp_path / "last.ckpt"
+    torch.save({"train_config": plain}, path)
+    told = []
+    engine._check_resumable(path, config, told.append)
+    assert told == []
+    engine._check_resumable(path, config.replace(focal_gamma=1.0), told.append)
+    assert "focal_gamma 2.0 -> 1.0" in told[0] and "label_map" not in told[0]

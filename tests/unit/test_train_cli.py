@@ -138,7 +138,7 @@ def test_two_stages_and_their_options(capsys, recipe, tmp_path):
         pytest.param(["--bootstrap", "[purple]"], "purple", id="class to bootstrap"),
         pytest.param(["--class-weights", "[1,2]"], "2 weights for 4 classes", id="weights count"),
         pytest.param(["--class-weights", "best"], "best", id="weights method"),
-        pytest.param(["--loss", "focal"], "focal", id="loss"),
+        pytest.param(["--loss", "focl"], "focl", id="loss"),
         pytest.param(["--output-stride", "32"], "8 or 16", id="stride"),
         pytest.param(["--trainer.precision", "8-bit"], "trainer: .*8-bit", id="trainer"),
     ],
