@@ -1,9 +1,10 @@
 """The command line: ``deeplab-fast`` predict, eval, train, check-data, tune, info, models.
 
 Exit status: 0 done; 1 some images failed (predict: the others are done; eval: nothing is written),
-the data are bad (check-data), training ended early (nan, memory, disk; the checkpoint is whole), or
-a kernel failed its check (tune); 2 bad arguments or no GPU (tune), nothing written; 130 and 143
-stopped by Ctrl+C and SIGTERM.
+logits were NaN or infinite (predict, eval and train: what was written says so), the data are bad
+(check-data), training ended early (nan, memory, disk; the checkpoint is whole), or a kernel failed
+its check (tune); 2 bad arguments or no GPU (tune), nothing written; 130 and 143 stopped by Ctrl+C
+and SIGTERM.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import unicodedata
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -88,7 +90,8 @@ def _predict_parser() -> Any:
     parser = ArgumentParser(
         description="Segments photos. For each, writes STEM_labels.png (class ids under a palette),"
         " STEM_overlay.png and STEM.json (class areas) into the output folder. An image that"
-        " cannot be read is reported, the others are done, and the exit status is 1."
+        " cannot be read is reported, the others are done, and the exit status is 1, as it is where"
+        " logits were NaN or infinite."
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
@@ -125,7 +128,8 @@ def _eval_parser() -> Any:
         description="Scores a model on a labelled data set: mean IoU (classes that occur neither in"
         " labels nor predictions left out), IoU and accuracy by class, pixel accuracy, mean"
         " accuracy, frequency-weighted IoU. Prints a table; with --output writes metrics.json,"
-        " confusion.png and panels. Under torchrun the processes share the images."
+        " confusion.png and panels. Under torchrun the processes share the images. The exit status"
+        " is 1 where logits were NaN or infinite: the scores are marked."
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
@@ -283,7 +287,14 @@ def _add_data_arguments(add: Any) -> None:
         "--classes",
         type=str | None,
         metavar="NAME|FILE|N",
-        help="class names for a folder or csv: a built-in set, a file, or a number",
+        help="class names for a folder or csv: a built-in set, a file, or a number; 1, or one "
+        "name, is a class beside the background: masks of 0 and 1",
+    )
+    add(
+        "--label-map",
+        type=str | None,
+        metavar="RAW=ID,...",
+        help="values of the masks that stand for others, e.g. 255=1; others stay as they are",
     )
     add("--ignore-index", type=int | None, metavar="N", help="label that is not counted")
     add("--workers", type=int, default=0, metavar="N", help="processes that read")
@@ -348,6 +359,12 @@ def _add_pass_arguments(add: Any) -> None:
         default=0.25,
         metavar="F",
         help="part of a window that the next one covers again, 0 to 1",
+    )
+    add(
+        "--threshold",
+        type=float | None,
+        metavar="P",
+        help="of models of one class: the probability above which a pixel is of it; default: 0.5",
     )
 
 
@@ -418,7 +435,11 @@ def _prepare(config: Any) -> _Job:
     output = Path(config.output)
     try:
         options = PredictOptions.checked(
-            scales=config.scales, flip=config.flip, tile=config.tile, overlap=config.overlap
+            scales=config.scales,
+            flip=config.flip,
+            tile=config.tile,
+            overlap=config.overlap,
+            threshold=config.threshold,
         )
         device = check_device(_device_name(config.device))
         check_dtype(config.dtype)
@@ -427,6 +448,7 @@ def _prepare(config: Any) -> _Job:
         raise _UsageError(str(error)) from error
     _check_size(config)
     model, name = _load_model(config, "predict")
+    _check_classes(options, model)
     classes = _classes(config, model, name)
     _apply_size(config, model)
     model.to(device).eval()
@@ -442,10 +464,18 @@ def _prepare(config: Any) -> _Job:
             "flip": options.flip,
             "tile": options.tile,
             "overlap": options.overlap,
+            "threshold": options.threshold,
             "dtype": config.dtype,
         },
         backend=config.backend,
     )
+
+
+def _check_classes(options: Any, model: Any) -> None:
+    try:
+        options.check_classes(model)
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
 
 
 def _need_weights(config: Any) -> None:
@@ -509,11 +539,12 @@ def _inputs(found: Sequence[Path], given: Sequence[str], output: Path) -> list[P
 def _unique_stems(paths: Sequence[Path]) -> list[str]:
     """A name for each path's results: its stem, and where stems clash its folders and suffix.
 
-    Names that differ only in case count as equal: some file systems do not tell them apart.
+    Names that differ only in case or in their form of Unicode count as equal: some file systems do
+    not tell them apart.
     """
     by_stem: dict[str, list[int]] = defaultdict(list)
     for index, path in enumerate(paths):
-        by_stem[path.stem.casefold()].append(index)
+        by_stem[_folded(path.stem)].append(index)
     names = [path.stem for path in paths]
     taken = {stem for stem, indices in by_stem.items() if len(indices) == 1}
     for indices in by_stem.values():
@@ -522,17 +553,21 @@ def _unique_stems(paths: Sequence[Path]) -> list[str]:
         full = [Path(os.path.abspath(paths[i])) for i in indices]
         root = os.path.commonpath([path.parent for path in full])
         plain = ["_".join((*path.parent.relative_to(root).parts, path.stem)) for path in full]
-        folded = [name.casefold() for name in plain]
+        folded = [_folded(name) for name in plain]
         for i, path, name in zip(indices, full, plain, strict=True):
-            if folded.count(name.casefold()) > 1:
+            if folded.count(_folded(name)) > 1:
                 name += path.suffix.replace(".", "_")
             candidate, number = name, 1
-            while candidate.casefold() in taken:
+            while _folded(candidate) in taken:
                 number += 1
                 candidate = f"{name}-{number}"
-            taken.add(candidate.casefold())
+            taken.add(_folded(candidate))
             names[i] = candidate
     return names
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _device_name(name: str) -> str:
@@ -612,28 +647,29 @@ def _load_model(config: Any, command: str) -> tuple[Any, str]:
 
 
 def _classes(config: Any, model: Any, name: str) -> Any:
-    from deeplab_fast.data.classes import ClassSet, class_set, generic_classes
+    from deeplab_fast.data.classes import ClassSet, class_set, generic_classes, label_count
 
+    labels = label_count(model.num_classes)
     try:
         if config.classes is not None:
-            classes = class_set(config.classes)
-            if len(classes) != model.num_classes:
+            classes = class_set(config.classes).of_labels()
+            if len(classes) != labels:
                 raise ValueError(
                     f"--classes {config.classes} has {len(classes)} classes and the model "
                     f"{model.num_classes}"
                 )
             return classes
         own = getattr(model, "classes", None)
-        if own is not None and len(own) == model.num_classes:
+        if own is not None and len(own) in (labels, model.num_classes):
             palette = getattr(model, "palette", None)
             if palette is None:
-                return generic_classes(len(own), own, name)
-            return ClassSet(name, tuple(own), tuple(palette))
+                return generic_classes(len(own), own, name).of_labels()
+            return ClassSet(name, tuple(own), tuple(palette)).of_labels()
     except (ValueError, OSError) as error:
         raise _UsageError(str(error)) from error
     usual = _USUAL_CLASS_SETS.get(model.num_classes)
     if usual is None:
-        return generic_classes(model.num_classes)
+        return generic_classes(model.num_classes).of_labels()
     _tell(
         "predict",
         f"the weights name no classes; {model.num_classes} classes are taken to be {usual} "
@@ -647,7 +683,7 @@ def _tell(command: str, message: str) -> None:
 
 
 def _open_data(config: Any) -> Any:
-    from deeplab_fast.data.datasets import open_dataset
+    from deeplab_fast.data.datasets import open_dataset, parse_label_map
 
     if not config.data:
         raise _UsageError(
@@ -657,12 +693,16 @@ def _open_data(config: Any) -> Any:
     if config.workers < 0:
         raise _UsageError(f"--workers is {config.workers}, expected 0 or more")
     try:
+        given: dict[str, Any] = {}
+        if config.label_map is not None:
+            given = {"label_map": parse_label_map(config.label_map), "unmapped": "keep"}
         return open_dataset(
             config.data,
             config.root,
             config.split,
             classes=config.classes,
             ignore_index=config.ignore_index,
+            **given,
         )
     except (ValueError, OSError, ImportError) as error:
         raise _UsageError(str(error)) from error
@@ -674,18 +714,20 @@ def _check_data(config: Any) -> int:
     dataset = _open_data(config)
     report = check_dataset(dataset, workers=config.workers, progress=True)
     print(report.table())
-    if report.absent:
-        print(f"in no image: {', '.join(report.absent)}")
+    for note in report.notes:
+        _tell("check-data", f"warning: {note}")
     bad = report.bad(allow_empty=config.allow_empty)
     for problem in bad:
         _tell("check-data", problem.message)
-    print(f"{dataset}: {len(bad)} problems")
+    odd = f", {len(report.notes)} warnings" if report.notes else ""
+    print(f"{dataset}: {len(bad)} problems{odd}")
     return 1 if bad else 0
 
 
 def _eval(config: Any) -> int:
     from deeplab_fast import use_backend
     from deeplab_fast.backends import BackendUnavailable
+    from deeplab_fast.data.classes import label_count
     from deeplab_fast.engine.evaluate import evaluate
     from deeplab_fast.engine.predict import PredictOptions, check_device, check_dtype
 
@@ -695,8 +737,13 @@ def _eval(config: Any) -> int:
         try:
             device = check_device(device_name)
             check_dtype(config.dtype)
-            PredictOptions.checked(
-                config.scales, config.flip, config.tile, config.overlap, config.batch_size
+            options = PredictOptions.checked(
+                config.scales,
+                config.flip,
+                config.tile,
+                config.overlap,
+                config.batch_size,
+                threshold=config.threshold,
             )
             if config.panels < 0:
                 raise ValueError(f"--panels is {config.panels}, expected 0 or more")
@@ -708,7 +755,8 @@ def _eval(config: Any) -> int:
             raise _UsageError(str(error)) from error
         dataset = _open_data(config)
         model, name = _load_model(config, "eval")
-        if model.num_classes != dataset.num_classes:
+        _check_classes(options, model)
+        if label_count(model.num_classes) != dataset.num_classes:
             raise _UsageError(
                 f"the weights have {model.num_classes} classes and the data set {config.data} "
                 f"{dataset.num_classes}; evaluate them on the classes they were trained on"
@@ -733,14 +781,16 @@ def _eval(config: Any) -> int:
                     dtype=config.dtype,
                     panels=config.panels,
                     progress=sys.stderr.isatty(),
+                    threshold=config.threshold,
                 )
         except BackendUnavailable as error:
             raise _UsageError(str(error)) from error
         except (ValueError, MemoryError) as error:
             _tell("eval", str(error))
             return 1
+        status = 1 if result.metrics.not_finite else 0
         if rank > 0:
-            return 0
+            return status
         for warning in caught:
             _tell("eval", f"warning: {warning.message}")
         print(result.metrics.table())
@@ -751,7 +801,7 @@ def _eval(config: Any) -> int:
                 _tell("eval", f"cannot write: {error}")
                 return 1
             print(f"{len(dataset)} images scored, results in {paths['metrics'].parent}")
-    return 0
+    return status
 
 
 def _train(config: Any) -> int:
@@ -768,8 +818,9 @@ def _train(config: Any) -> int:
     try:
         plan = train_config(config.preset, **options)
         if config.validate_only:
-            print(validate(plan, progress=sys.stderr.isatty()).table())
-            return 0
+            metrics = validate(plan, progress=sys.stderr.isatty())
+            print(metrics.table())
+            return 1 if metrics.not_finite else 0
         results = fit_stages(
             plan,
             stages=config.stages,
@@ -805,7 +856,7 @@ def _train(config: Any) -> int:
     if result.finished:
         if first:
             print(f"{result.steps} steps done, the model is {result.weights}")
-        return 0
+        return 1 if result.metrics is not None and result.metrics.not_finite else 0
     if first:
         print(f"{result.stopped}, {result.steps} steps done; --resume goes on in {result.folder}")
     return {"SIGINT": 130, "SIGTERM": 143}.get((result.stopped or "").rsplit(" ", 1)[-1], 0)
@@ -840,8 +891,9 @@ def _run(job: _Job) -> int:
     from deeplab_fast import use_backend
     from deeplab_fast.backends import BackendUnavailable
     from deeplab_fast.data.images import ImageReadError
+    from deeplab_fast.engine.finite import NotFiniteWarning
 
-    failed = 0
+    failed = spoiled = 0
     bar = tqdm(
         zip(job.paths, job.stems, strict=True),
         total=len(job.paths),
@@ -852,7 +904,11 @@ def _run(job: _Job) -> int:
     with use_backend(job.backend) if job.backend else nullcontext(), bar:
         for path, stem in bar:
             try:
-                bar.write(_segment(job, path, stem), file=sys.stdout)
+                line, caught = _segment(job, path, stem)
+                bar.write(line, file=sys.stdout)
+                for warning in caught:
+                    spoiled += isinstance(warning, NotFiniteWarning)
+                    bar.write(f"{_PROGRAM} predict: warning: {warning}", file=sys.stderr)
             except ImageReadError as error:
                 failed += 1
                 bar.write(f"{_PROGRAM} predict: {error}", file=sys.stderr)
@@ -872,20 +928,34 @@ def _run(job: _Job) -> int:
                 bar.write(f"{_PROGRAM} predict: {path}: {_OUT_OF_MEMORY}", file=sys.stderr)
     done = len(job.paths) - failed
     problems = f", {failed} failed" if failed else ""
+    problems += f", {spoiled} with logits that are NaN or infinite" if spoiled else ""
     print(f"{done} of {len(job.paths)} images segmented into {job.output}{problems}")
-    return 1 if failed else 0
+    return 1 if failed or spoiled else 0
 
 
 _OUT_OF_MEMORY = "not enough memory; use --tile H W, e.g. --tile 513 513, or --size"
 
 
-def _segment(job: _Job, path: Path, stem: str) -> str:
+def _segment(job: _Job, path: Path, stem: str) -> tuple[str, list[Warning]]:
+    """One image's results written, its line of text, and what was warned of."""
     from deeplab_fast.data.images import read_image
+    from deeplab_fast.engine.finite import NotFiniteWarning
     from deeplab_fast.engine.outputs import class_areas, write_outputs
     from deeplab_fast.engine.predict import predict
 
     image = read_image(path)
-    labels = predict(job.model, image, **job.arguments)
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always", NotFiniteWarning)
+        labels = predict(job.model, image, **job.arguments)
+    caught: list[Warning] = []
+    not_finite = 0
+    for each in recorded:
+        warning = each.message
+        if isinstance(warning, NotFiniteWarning):
+            # predict was given an array, which has no name.
+            not_finite = sum(warning.pixels.values())
+            warning = NotFiniteWarning({str(path): not_finite})
+        caught.append(warning if isinstance(warning, Warning) else UserWarning(warning))
     write_outputs(
         job.output,
         stem,
@@ -895,11 +965,12 @@ def _segment(job: _Job, path: Path, stem: str) -> str:
         source=path,
         model=job.model_name,
         backend=_backend_used(job, image.shape[:2]),
+        not_finite=not_finite,
     )
     areas = class_areas(labels, job.classes)
     shown = ", ".join(f"{area['name']} {area['fraction']:.1%}" for area in areas[:5])
     more = f", {len(areas) - 5} more" if len(areas) > 5 else ""
-    return f"{path}: {shown}{more}"
+    return f"{path}: {shown}{more}", caught
 
 
 def _backend_used(job: _Job, size: tuple[int, int]) -> str | None:
@@ -909,6 +980,9 @@ def _backend_used(job: _Job, size: tuple[int, int]) -> str | None:
     from deeplab_fast import why
 
     model = job.model
+    if model.num_classes == 1:
+        # A sigmoid has no op of its own.
+        return "reference"
     parameter = next(model.parameters())
     height, width = (max(1, n // model.output_stride) for n in size)
     logits = torch.empty(

@@ -90,11 +90,14 @@ def _segment_photos(weights: str | None, output: Path, quick: bool) -> None:
         model = dlf.from_checkpoint(weights).eval()
         print(f"\nModel: {weights}, {model.num_classes} classes")
     if model.classes is not None and model.palette is not None:
-        classes = ClassSet(_EMBEDDED if weights is None else "own", model.classes, model.palette)
+        name = _EMBEDDED if weights is None else "own"
+        classes = ClassSet(name, model.classes, model.palette).of_labels()
     elif model.num_classes == 21:
         classes = class_set("voc")
     else:
-        classes = generic_classes(model.num_classes, model.classes)
+        names = model.classes
+        count = model.num_classes if names is None else len(names)
+        classes = generic_classes(count, names).of_labels()
     photos = _photos(quick)
     if not photos:
         print("No photos: neither scikit-image nor scikit-learn is installed with its pictures.")
@@ -141,6 +144,9 @@ def _backend_of(model: Any, size: tuple[int, int]) -> str | None:
 
     import deeplab_fast as dlf
 
+    if model.num_classes == 1:
+        # A sigmoid has no op of its own.
+        return "reference"
     logits = torch.empty(1, model.num_classes, 8, 8)
     return dlf.why("upsample_argmax", logits, size, align_corners=model.align_corners).chosen
 

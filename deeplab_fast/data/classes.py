@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CLASS_SETS", "ClassSet", "class_set", "generic_classes", "pascal_colour_map"]
+__all__ = [
+    "CLASS_SETS",
+    "ClassSet",
+    "class_set",
+    "generic_classes",
+    "label_count",
+    "pascal_colour_map",
+    "same_name",
+]
 
 Colour = tuple[int, int, int]
 
@@ -17,7 +26,7 @@ _BACKGROUND_NAMES = frozenset({"background", "__background__"})
 
 @dataclass(frozen=True)
 class ClassSet:
-    """Names and colours of the class ids 0..C-1.
+    """Names and colours of the class ids 0..C-1; of one class see :meth:`of_labels`.
 
     Args:
         name: what the set is called.
@@ -61,6 +70,22 @@ class ClassSet:
         """C, the number of classes; the ignored label is none of them."""
         return len(self.classes)
 
+    def of_labels(self) -> ClassSet:
+        """Names and colours of the label ids: of one class, 0 is background and 1 the class.
+
+        Raises:
+            ValueError: the one class is named background.
+        """
+        if len(self) != 1:
+            return self
+        if self.background is not None:
+            raise ValueError(
+                f"class set {self.name}: its only class is {self.classes[0]!r}; name the class "
+                "that is to be told from the background"
+            )
+        names, palette = ("background", *self.classes), ((0, 0, 0), *self.palette)
+        return ClassSet(self.name, names, palette, self.ignore_index)
+
     @property
     def background(self) -> int | None:
         """The id of a class named background (or __background__), None without one."""
@@ -68,6 +93,19 @@ class ClassSet:
             if name in _BACKGROUND_NAMES:
                 return index
         return None
+
+
+def label_count(num_classes: int) -> int:
+    """The number of labels that a model of so many classes tells apart: 2 of one, else the same."""
+    return 2 if num_classes == 1 else num_classes
+
+
+def same_name(one: str, other: str) -> bool:
+    """Whether two class names are one but for case, outer underscores and form of Unicode."""
+    first, second = (
+        unicodedata.normalize("NFC", name).strip("_").casefold() for name in (one, other)
+    )
+    return first == second
 
 
 def pascal_colour_map(count: int) -> tuple[Colour, ...]:
@@ -98,13 +136,14 @@ def generic_classes(
 
     Args:
         count: number of classes.
-        classes: their names; "class 0", "class 1", ... without.
+        classes: their names; "class 0", "class 1", ... without, of one "foreground".
         name: what the set is called.
 
     Raises:
         ValueError: a count below 1, or another number of names than ``count``.
     """
-    names = tuple(f"class {i}" for i in range(count)) if classes is None else tuple(classes)
+    unnamed = ("foreground",) if count == 1 else tuple(f"class {i}" for i in range(count))
+    names = unnamed if classes is None else tuple(classes)
     if count < 1 or len(names) != count:
         raise ValueError(f"{name}: {len(names)} class names for {count} classes")
     # The map's first colour is black, which darkens an overlay: it is for background only.

@@ -3,7 +3,8 @@
 Every data set gives a photo as a uint8 RGB array [H, W, 3] and its labels as an array [H, W] of
 class ids, uint8 where they fit (int32 above), with one value, ``ignore_index``, for pixels that
 count for nothing. Masks are read as the numbers that the file holds: of a palette PNG the indices,
-never its colours.
+never its colours. Photo and mask are each turned by the EXIF orientation that its own file is
+tagged with. File names are one in all forms of Unicode: macOS stores letters and accents apart.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +22,13 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from deeplab_fast.data.classes import ClassSet, class_set, generic_classes
-from deeplab_fast.data.images import IMAGE_SUFFIXES, ImageReadError, read_image
+from deeplab_fast.data.images import (
+    IMAGE_SUFFIXES,
+    ImageReadError,
+    exif_orientation,
+    load_upright,
+    read_image,
+)
 
 __all__ = [
     "DATASETS",
@@ -29,11 +37,17 @@ __all__ = [
     "SegmentationDataset",
     "bad_labels",
     "open_dataset",
+    "parse_label_map",
     "read_mask",
 ]
 
 # Formats that keep every value; .npy and .mat hold arrays.
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy", ".mat")
+# Formats that change values (some have lossless forms, which the file name does not tell).
+_LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".jp2", ".avif")
+_LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
+# As Pillow names TIFF's.
+_LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
 
 # labels.py of the Cityscapes scripts: id of each of the 19 evaluated classes, by train id.
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -75,12 +89,18 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
 
     Args:
         samples: the pairs.
-        classes: names and colours of the class ids.
+        classes: names and colours of the class ids. One class is told from the background: its
+            labels are 1, those of the background 0, and ``self.classes`` has both.
         name, split: what the data set is called, for messages and reports.
         label_map: raw value of the mask -> class id or ``ignore_index``; None takes the values as
             they are. The raw value ``ignore_index`` stays what it is unless the map names it.
-        unmapped: what a raw value becomes that the map does not name: "ignore" or "error".
+        unmapped: what a raw value becomes that the map does not name: "ignore", "error", or "keep",
+            which leaves it as it is.
         ignore_index: None is the class set's, or 255 (65535 above 255 classes) where it has none.
+
+    Attributes:
+        num_classes: number of labels, of one class 2.
+        outputs: logits of a model for these data: 1 for one class, else ``num_classes``.
 
     Raises:
         ValueError: a label map or ``ignore_index`` that does not fit.
@@ -103,9 +123,11 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
             ignore_index = 255 if len(classes) <= 255 else 65535
         if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
             raise ValueError(f"ignore_index is {ignore_index!r}, expected an integer")
-        if unmapped not in ("ignore", "error"):
-            raise ValueError(f"unmapped is {unmapped!r}, expected 'ignore' or 'error'")
+        if unmapped not in ("ignore", "error", "keep"):
+            raise ValueError(f"unmapped is {unmapped!r}, expected 'ignore', 'error' or 'keep'")
         self.samples = tuple(samples)
+        self.outputs = len(classes)
+        classes = classes.of_labels()
         self.classes = replace(classes, ignore_index=ignore_index)
         self.ignore_index = ignore_index
         self.name = name
@@ -118,7 +140,7 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
 
     @property
     def num_classes(self) -> int:
-        """C, the number of classes."""
+        """C, the number of labels."""
         return len(self.classes)
 
     def __len__(self) -> int:
@@ -147,7 +169,14 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
 
     def label(self, index: int) -> np.ndarray:
         """Class ids and ``ignore_index``, uint8 or int32 [H, W]."""
-        raw = self.raw_label(index)
+        return self.mapped(index, self.raw_label(index))
+
+    def mapped(self, index: int, raw: np.ndarray) -> np.ndarray:
+        """The labels that a sample's stored values stand for.
+
+        Raises:
+            LabelError: a value that the label map does not name, with ``unmapped="error"``.
+        """
         if self.label_map is None:
             return raw
         if raw.dtype == np.uint8:
@@ -156,11 +185,13 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
             values, inverse = np.unique(raw, return_inverse=True)
             pairs = [self._lookup(int(value)) for value in values]
             known = np.array([pair[0] for pair in pairs])[inverse].reshape(raw.shape)
-            mapped = np.array([pair[1] for pair in pairs], self._dtype)[inverse].reshape(raw.shape)
+            # Kept values may be any that the file holds.
+            dtype = np.int32 if self.unmapped == "keep" else self._dtype
+            mapped = np.array([pair[1] for pair in pairs], dtype)[inverse].reshape(raw.shape)
         if self.unmapped == "error" and not known.all():
             raise LabelError(
                 str(self.samples[index].mask),
-                _counts(raw[~known]),
+                value_counts(raw[~known]),
                 f"which the label map of {self.name} does not name; add them to it, or "
                 "unmapped='ignore' leaves them out",
             )
@@ -169,6 +200,17 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
     def size_mismatch(self, index: int, image: tuple[int, ...], mask: tuple[int, ...]) -> str:
         """The message for a photo and a mask of different (height, width)."""
         sample = self.samples[index]
+        tags = exif_orientation(sample.image), exif_orientation(sample.mask)
+        if tuple(image) == tuple(mask)[::-1] and (tags[0] < 5) is not (tags[1] < 5):
+            turned, other = ("photo", sample.image, image), ("mask", sample.mask, mask)
+            if tags[1] >= 5:
+                turned, other = other, turned
+            return (
+                f"the {turned[0]} {turned[1]} is tagged with EXIF orientation {max(tags)} and so "
+                f"is turned to {turned[2][1]}x{turned[2][0]} pixels; its {other[0]} {other[1]} is "
+                f"not turned and has {other[2][1]}x{other[2][0]}, as the {turned[0]} is stored: "
+                "store both as they are seen, without tags, or tag both"
+            )
         return (
             f"{sample.image} has {image[1]}x{image[0]} pixels and its mask {sample.mask} "
             f"{mask[1]}x{mask[0]}; they must be the same picture at the same size"
@@ -194,6 +236,8 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         label_map = self.label_map or {}
         if raw in label_map:
             return True, label_map[raw]
+        if self.unmapped == "keep":
+            return True, raw
         return raw == self.ignore_index, self.ignore_index
 
 
@@ -211,7 +255,7 @@ def bad_labels(label: np.ndarray, num_classes: int, ignore_index: int) -> dict[i
         good = allowed[label]
     else:
         good = ((label >= 0) & (label < num_classes)) | (label == ignore_index)
-    return {} if good.all() else _counts(label[~good])
+    return {} if good.all() else value_counts(label[~good])
 
 
 def describe_labels(values: Mapping[int, int]) -> str:
@@ -224,14 +268,35 @@ def describe_labels(values: Mapping[int, int]) -> str:
     return ", ".join(parts + more)
 
 
+def parse_label_map(text: str) -> dict[int, int]:
+    """The label map that "255=1,7=0" writes: raw value = class id or ``ignore_index``, ....
+
+    Raises:
+        ValueError: text that is not of this form, or names a value twice.
+    """
+    pairs = [part.split("=") for part in text.split(",") if part.strip()]
+    try:
+        found = [(int(raw), int(label)) for raw, label in pairs]
+    except ValueError:
+        found = []
+    if not found or len(dict(found)) < len(found):
+        raise ValueError(
+            f"label_map is {text!r}, expected raw value = class id, each value once: 255=1,7=0"
+        )
+    return dict(found)
+
+
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     """The numbers that a mask file holds, [H, W], uint8, or int32 where they need it.
 
     Palette pictures give their indices; grey ones of 2 and 4 bits their stored values, which Pillow
-    spreads over 0..255. ``.npy`` holds the array; ``.mat`` is SBD's form (needs scipy).
+    spreads over 0..255; colour ones of 8 bits whose three channels are equal, and opaque, that
+    channel. A picture is turned by its EXIF orientation. ``.npy`` holds the array; ``.mat`` is
+    SBD's form (needs scipy).
 
     Raises:
-        ImageReadError: a file that is missing, damaged, lossy, or in colour; says which.
+        ImageReadError: a file that is missing, damaged, lossy, in colour, partly transparent, or of
+            floats; says which.
     """
     path = Path(path)
     try:
@@ -274,7 +339,7 @@ def open_dataset(
     cityscapes leftImg8bit, gtFine (\\*_labelIds.png)                 train, val, trainval
     ade20k     images, annotations (also in ADEChallengeData2016 or  train, val
                sampleData; without split folders all is val)
-    camvid     train.txt, train, trainannot, ...                     train, val, test, trainval
+    camvid     train, trainannot, train.txt (all pairs without), ... train, val, test, trainval
     coco-voc   train2017, val2017, annotations/instances_*.json      train, val
                (needs pycocotools)
     folder     images, masks, files of the same stem                 subfolders of both, or none
@@ -434,7 +499,11 @@ def _checked_label_map(
     return checked
 
 
-def _counts(values: np.ndarray) -> dict[int, int]:
+def value_counts(values: np.ndarray) -> dict[int, int]:
+    """Pixels by value of integers of any shape."""
+    if values.dtype == np.uint8:
+        found = np.bincount(values.ravel(), minlength=256)
+        return {value: int(found[value]) for value in np.flatnonzero(found).tolist()}
     unique, counts = np.unique(values, return_counts=True)
     return {int(value): int(count) for value, count in zip(unique, counts, strict=True)}
 
@@ -443,23 +512,65 @@ def _read_picture(path: Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as image:
-        if image.format in ("JPEG", "MPO", "WEBP"):
+        kind = image.format
+        if kind == "TIFF" and image.info.get("compression") in _LOSSY_COMPRESSIONS:
+            kind = f"TIFF with {image.info['compression']} compression"
+        if kind != image.format or kind in _LOSSY_FORMATS:
             raise ImageReadError(
-                str(path), f"{image.format} does not keep class numbers; store masks as PNG"
+                str(path), f"{kind} does not keep class numbers; store masks as PNG"
             )
-        if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B", "I;16L"):
+        mode = image.mode
+        # Decoding empties the list of tiles, which alone tells the bits a pixel.
+        tile = image.tile[0] if image.tile else None
+        arguments = "" if tile is None else tile.args
+        raw_mode = str(arguments[0] if isinstance(arguments, tuple) else arguments)
+        if kind == "PPM" and (mode == "1" or (tile is not None and tile.codec_name != "raw")):
             raise ImageReadError(
                 str(path),
-                f"a colour picture (mode {image.mode}); a mask holds class numbers in one channel, "
-                "grey or palette",
+                "a PBM, or a PGM in text or with a largest value other than 255, whose numbers "
+                "Pillow changes; store masks as PNG",
             )
-        # Decoding empties the list of tiles, which alone tells the bits a pixel.
-        arguments = image.tile[0].args if image.tile else ""
-        raw_mode = arguments[0] if isinstance(arguments, tuple) else arguments
+        if mode == "F":
+            raise ImageReadError(
+                str(path), "float samples; a mask holds class numbers: store it with integers"
+            )
+        wide = "16" in raw_mode and not mode.startswith("I")
+        if wide or mode not in (*_MASK_MODES, *_EQUAL_CHANNELS):
+            bits = " of 16 bits a channel" if wide else ""
+            raise ImageReadError(str(path), f"a colour picture{bits} (mode {mode}); {_ONE_CHANNEL}")
+        load_upright(image)
         values = np.asarray(image)
+    if mode in _EQUAL_CHANNELS:
+        return _equal_channel(values, mode, path)
     if raw_mode in ("L;2", "L;4"):
         return values // (85 if raw_mode == "L;2" else 17)
     return _as_labels(values, path)
+
+
+_MASK_MODES = ("P", "L", "1", "I", "I;16", "I;16B", "I;16L")
+# Modes of several channels that may hold one number in all of them.
+_EQUAL_CHANNELS = ("RGB", "RGBA", "LA")
+_ONE_CHANNEL = "a mask holds class numbers in one channel, grey or palette"
+
+
+def _equal_channel(values: np.ndarray, mode: str, path: Path) -> np.ndarray:
+    if mode != "RGB":
+        clear = int((values[..., -1] != 255).sum())
+        if clear:
+            raise ImageReadError(
+                str(path),
+                f"{clear} pixels are transparent (mode {mode}), and whether their class numbers "
+                "count is not told; store the mask without the alpha channel",
+            )
+        values = values[..., :-1]
+    different = int((values != values[..., :1]).any(-1).sum())
+    if different:
+        raise ImageReadError(
+            str(path),
+            f"a colour picture (mode {mode}, red, green and blue differ in {different} pixels); "
+            f"{_ONE_CHANNEL}",
+        )
+    return np.ascontiguousarray(values[..., 0])
 
 
 def _read_npy(path: Path) -> np.ndarray:
@@ -510,8 +621,27 @@ def _lines(name: str, path: Path) -> list[str]:
     return [line.strip() for line in path.read_text().splitlines() if line.strip()]
 
 
+def _nfc(name: str) -> str:
+    """One form of a name that Unicode can write in several."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _on_disk(path: Path, listings: dict[Path, dict[str, str]]) -> Path:
+    """The file of this name in whichever form of Unicode it has; the path itself without one.
+
+    ``listings`` keeps what was read of folders.
+    """
+    if os.fspath(path).isascii() or path.exists():
+        return path
+    folder = _on_disk(path.parent, listings)
+    if folder not in listings:
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        listings[folder] = {_nfc(name): name for name in names}
+    return folder / listings[folder].get(_nfc(path.name), path.name)
+
+
 def _by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
-    """Files by stem; where suffixes clash the one that ``suffixes`` names first."""
+    """Files by stem in NFC; where suffixes clash the one that ``suffixes`` names first."""
     rank = {suffix: i for i, suffix in enumerate(suffixes)}
     found: dict[str, Path] = {}
     if folder.is_dir():
@@ -520,16 +650,26 @@ def _by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
             order = rank.get(path.suffix.lower())
             if order is None or path.name.startswith("."):
                 continue
-            have = found.get(path.stem)
+            have = found.get(_nfc(path.stem))
+            if have is not None and have.stem != path.stem:
+                raise ValueError(
+                    f"{have} and {path} have the same name in two forms of Unicode; remove one"
+                )
             if have is None or order < rank[have.suffix.lower()]:
-                found[path.stem] = path
+                found[_nfc(path.stem)] = path
     return found
 
 
 # A missing file stays in the list, under the name it should have: reading it names it, and
-# check_dataset reports all of them at once.
+# check_dataset reports all of them at once. So does one of a format that masks cannot have.
 def _listed(found: Mapping[str, Path], folder: Path, stem: str, suffix: str) -> Path:
-    return found.get(stem, folder / f"{stem}{suffix}")
+    return found.get(_nfc(stem), folder / f"{stem}{suffix}")
+
+
+def _masks(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Masks by stem, and with those that cannot be any where there is no other."""
+    found = _by_stem(folder, MASK_SUFFIXES)
+    return found, {**_by_stem(folder, _LOSSY_SUFFIXES), **found}
 
 
 def _voc(root: Path, split: str, spec: dict[str, Any]) -> SegmentationDataset:
@@ -548,7 +688,7 @@ def _voc(root: Path, split: str, spec: dict[str, Any]) -> SegmentationDataset:
             # Some lists hold "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png" a line.
             names = [Path(line.split()[0]).stem for line in _lines("voc", own_list)]
         else:
-            names = sorted(set(mask_of) - set(_lines("voc", lists / "val.txt")))
+            names = sorted(set(mask_of) - set(map(_nfc, _lines("voc", lists / "val.txt"))))
         masks = augmented
     else:
         sbd = _sbd_folder(root, base, sbd_root)
@@ -556,9 +696,14 @@ def _voc(root: Path, split: str, spec: dict[str, Any]) -> SegmentationDataset:
         extra = {*_lines("voc", sbd / "train.txt"), *_lines("voc", sbd / "val.txt")}
         extra -= {*own, *_lines("voc", lists / "val.txt")}
         names = sorted({*own, *extra})
-        mask_of = {name: sbd / "cls" / f"{name}.mat" for name in extra}
+        mask_of = {_nfc(name): sbd / "cls" / f"{name}.mat" for name in extra}
+    listings: dict[Path, dict[str, str]] = {}
     samples = [
-        Sample(name, photos / f"{name}.jpg", mask_of.get(name, masks / f"{name}.png"))
+        Sample(
+            name,
+            _on_disk(photos / f"{name}.jpg", listings),
+            _on_disk(_listed(mask_of, masks, name, ".png"), listings),
+        )
         for name in names
     ]
     return SegmentationDataset(samples, name="voc", split=split, **spec)
@@ -588,6 +733,7 @@ def _cityscapes(root: Path, split: str, spec: dict[str, Any]) -> SegmentationDat
     base = _folder("cityscapes", root, ("", "cityscapes"), ("leftImg8bit", "gtFine"))
     end = "_leftImg8bit.png"
     samples = []
+    listings: dict[Path, dict[str, str]] = {}
     for part in ("train", "val") if split == "trainval" else (split,):
         photos = sorted((base / "leftImg8bit" / part).glob(f"*/*{end}"))
         if not photos:
@@ -595,7 +741,8 @@ def _cityscapes(root: Path, split: str, spec: dict[str, Any]) -> SegmentationDat
         for photo in photos:
             stem = photo.name.removesuffix(end)
             folder = base / "gtFine" / part / photo.parent.name
-            samples.append(Sample(stem, photo, folder / f"{stem}_gtFine_labelIds.png"))
+            mask = _on_disk(folder / f"{stem}_gtFine_labelIds.png", listings)
+            samples.append(Sample(stem, photo, mask))
     if "label_map" not in spec:
         ignored = spec.get("ignore_index")
         ignored = spec["classes"].ignore_index if ignored is None else ignored
@@ -630,18 +777,24 @@ def _ade20k(root: Path, split: str, spec: dict[str, Any]) -> SegmentationDataset
 
 
 def _camvid(root: Path, split: str, spec: dict[str, Any]) -> SegmentationDataset:
-    base = _folder("camvid", root, ("", "CamVid"), ("train", "trainannot"))
+    parts = ("train", "val") if split == "trainval" else (split,)
+    needed = [name for part in parts for name in (part, f"{part}annot")]
+    base = _folder("camvid", root, ("", "CamVid"), needed)
     sequences = spec.pop("sequences", None)
     sequences = (sequences,) if isinstance(sequences, str) else sequences
     samples = []
-    for part in ("train", "val") if split == "trainval" else (split,):
+    for part in parts:
         photos, masks = base / part, base / f"{part}annot"
         # The published photos are PNGs; copies in another format keep the lists.
         found = _by_stem(photos, (".png", *sorted(IMAGE_SUFFIXES)))
-        labels = _by_stem(masks, MASK_SUFFIXES)
-        for line in _lines("camvid", base / f"{part}.txt"):
-            stem = Path(line.split()[0]).stem
-            if sequences is None or stem.startswith(tuple(sequences)):
+        _, labels = _masks(masks)
+        listed = base / f"{part}.txt"
+        if listed.is_file():
+            stems = [Path(line.split()[0]).stem for line in _lines("camvid", listed)]
+        else:
+            stems = [sample.name for sample in _pairs("camvid", photos, masks)]
+        for stem in stems:
+            if sequences is None or _nfc(stem).startswith(tuple(map(_nfc, sequences))):
                 samples.append(
                     Sample(
                         stem,
@@ -742,27 +895,38 @@ def _folder_of_pairs(root: Path, split: str | None, spec: dict[str, Any]) -> Seg
 
 def _pairs(name: str, photos: Path, masks: Path) -> list[Sample]:
     """Every photo with the mask of the same stem; at least one must have one."""
-    found = _by_stem(masks, MASK_SUFFIXES)
+    found, listed = _masks(masks)
     files: dict[str, Path] = {}
     for path in sorted(photos.iterdir()) if photos.is_dir() else []:
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
             continue
-        if path.stem in files:
+        stem = _nfc(path.stem)
+        if stem in files:
             raise ValueError(
-                f"{name}: {files[path.stem]} and {path} have the same stem, so one mask would "
+                f"{name}: {files[stem]} and {path} have the same stem, so one mask would "
                 "belong to both; rename one, or use a csv of pairs"
             )
-        files[path.stem] = path
+        files[stem] = path
     if not set(files) & set(found):
         raise FileNotFoundError(
             f"{name}: no pair of a photo and a mask with the same stem: {len(files)} photos in "
             f"{photos} (looked for {' '.join(sorted(IMAGE_SUFFIXES))}), {len(found)} masks in "
-            f"{masks} (looked for {' '.join(MASK_SUFFIXES)})"
+            f"{masks} (looked for {' '.join(MASK_SUFFIXES)})" + _why_lossy(listed, found)
         )
     return [
-        Sample(stem, path, _listed(found, masks, stem, ".png"))
-        for stem, path in sorted(files.items())
+        Sample(path.stem, path, _listed(listed, masks, path.stem, ".png"))
+        for _, path in sorted(files.items())
     ]
+
+
+def _why_lossy(listed: Mapping[str, Path], found: Mapping[str, Path]) -> str:
+    lossy = [listed[stem].suffix for stem in listed if stem not in found]
+    if not lossy:
+        return ""
+    return (
+        f"; {len(lossy)} files there ({' '.join(sorted(set(lossy)))}) count for nothing, as such "
+        "formats change class numbers: store masks as PNG"
+    )
 
 
 def _csv(root: Path | None, split: str | None, spec: dict[str, Any]) -> SegmentationDataset:
@@ -785,6 +949,7 @@ def _csv(root: Path | None, split: str | None, spec: dict[str, Any]) -> Segmenta
                 f"image,mask[,split], it reads {','.join(columns)!r}"
             )
         samples, splits = [], set()
+        listings: dict[Path, dict[str, str]] = {}
         for row in rows:
             line = rows.line_num
             values = {key: (row.get(key) or "").strip() for key in (*needed, "split")}
@@ -792,8 +957,10 @@ def _csv(root: Path | None, split: str | None, spec: dict[str, Any]) -> Segmenta
                 raise ValueError(f"{path}, line {line}: image and mask must both be given")
             splits.add(values["split"])
             if split is None or values["split"] == split:
-                image = base / values["image"]
-                samples.append(Sample(values["image"], image, base / values["mask"]))
+                image, mask = (
+                    _on_disk(base / values[name], listings) for name in ("image", "mask")
+                )
+                samples.append(Sample(values["image"], image, mask))
     if not samples:
         which = f" of the split {split!r} (there are: {', '.join(sorted(splits))})" if split else ""
         raise ValueError(f"{path}: no pair{which}")

@@ -27,7 +27,15 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["IMAGE_SUFFIXES", "ImageReadError", "as_rgb_array", "list_images", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "ImageReadError",
+    "as_rgb_array",
+    "exif_orientation",
+    "list_images",
+    "load_upright",
+    "read_image",
+]
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
@@ -36,6 +44,7 @@ IMAGE_SUFFIXES = frozenset((
 ))
 # fmt: on
 
+_EXIF_ORIENTATION = 0x0112
 # Photometric tag of TIFF; 0 is "white is zero".
 _TIFF_PHOTOMETRIC = 262
 
@@ -73,8 +82,7 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> np.ndarray:
         _check_path(source, name)
     try:
         with Image.open(source) as image:
-            image.load()
-            _turn_upright(image)
+            load_upright(image)
             return _from_pil(image, name)
     except ImageReadError:
         raise
@@ -223,8 +231,30 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _turn_upright(image: Image.Image) -> None:
+def exif_orientation(path: str | os.PathLike[str]) -> int:
+    """The EXIF orientation that a picture file is tagged with, 1 to 8: 1 is upright.
+
+    From 5 on height and width change places. 1 also where there is no tag, and for what is no
+    picture.
+    """
+    from PIL import Image
+
+    # Whoever reads the pixels reports a damaged file.
+    with suppress(Exception), Image.open(path) as image:
+        found = image.getexif().get(_EXIF_ORIENTATION, 1)
+        return found if found in range(1, 9) else 1
+    return 1
+
+
+def load_upright(image: Image.Image) -> None:
+    """Decodes a picture that was opened from a file and turns it, in place, by its orientation."""
     from PIL import ImageOps
+
+    # Pillow maps an uncompressed TIFF into memory at the size that it will be turned to, which
+    # scrambles it (seen in 13.0); without a name it reads the file.
+    if image.format == "TIFF" and hasattr(image, "filename"):
+        image.filename = ""
+    image.load()
 
     # Damaged EXIF data does not make the pixels unreadable.
     with suppress(Exception):

@@ -249,6 +249,9 @@ def resize_pair(image: np.ndarray, label: np.ndarray, size: tuple[int, int]) -> 
     return new_image, np.ascontiguousarray(label[rows[:, None], columns])
 
 
+_SHARED = ("classes", "num_classes", "outputs", "ignore_index", "name", "split", "samples")
+
+
 class AugmentedDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """A data set under a transform, as tensors: (uint8 or float [3, h, w], labels [h, w]).
 
@@ -298,7 +301,7 @@ class AugmentedDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getattr__(self, name: str) -> Any:
         # Classes, ignore_index and the like of the data set inside.
-        if name in ("classes", "num_classes", "ignore_index", "name", "split", "samples"):
+        if name in _SHARED:
             return getattr(self.dataset, name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 

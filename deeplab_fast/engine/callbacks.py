@@ -22,6 +22,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from deeplab_fast.engine.finite import describe_not_finite
+from deeplab_fast.engine.metrics import Metrics
+
 __all__ = [
     "AtomicCheckpointIO",
     "CheckpointNotWritten",
@@ -470,10 +473,23 @@ class Progress(Callback):
         if "val/miou" in metrics and pl_module.validated_step == step:
             best = self.saver.best_score
             shown = "" if best is None else f" (best {100 * best:.2f})"
-            parts.append(f"val mIoU {100 * float(metrics['val/miou']):.2f}{shown}")
+            parts.append(f"val mIoU {_miou_text(pl_module.metrics)}{shown}")
         parts.append(f"{rate:.2f} s/step, {_clock_text(rate * (self.total_steps - step))} left")
         self.tell(", ".join(parts))
+        if pl_module.validated_step == step and pl_module.metrics.note:
+            found = describe_not_finite(pl_module.not_finite)
+            self.tell(
+                f"warning: validation: {pl_module.metrics.note}" + (f" ({found})" if found else "")
+            )
         self._loss, self._count = None, 0
+
+
+def _miou_text(metrics: Metrics) -> str:
+    """In percent, of how many classes where some are absent; "-" where it means nothing."""
+    if metrics.not_finite or math.isnan(metrics.miou):
+        return "-"
+    scored = f" of {metrics.num_scored} of {len(metrics.classes)} classes" if metrics.absent else ""
+    return f"{100 * metrics.miou:.2f}{scored}"
 
 
 def _clock_text(seconds: float) -> str:

@@ -49,7 +49,14 @@ class TrainConfig:
     val_options: dict[str, Any] = field(
         default_factory=dict, metadata=_help("as --data-options, for validation", "MAP")
     )
-    classes: str | None = _option(None, "class names of a folder or csv", "NAME|FILE|N")
+    classes: str | None = _option(
+        None,
+        "class names of a folder or csv; 1, or one name: a model of one logit, masks of 0 and 1",
+        "NAME|FILE|N",
+    )
+    label_map: str | None = _option(
+        None, "values of the masks that stand for others: 255=1,7=0; others stay", "RAW=ID,..."
+    )
     ignore_index: int | None = _option(None, "label that counts for nothing", "N")
     check_data: bool = _option(True, "read all photos and masks before training")
     allow_empty: bool = _option(False, "masks may be ignored in every pixel")
@@ -127,7 +134,9 @@ class TrainConfig:
 
     # Loss.
     loss: str = _option(
-        "cross_entropy", "cross_entropy, hard_pixels, dice or cross_entropy+dice", "KIND"
+        "cross_entropy",
+        "cross_entropy (of one class: binary), hard_pixels, focal, dice or cross_entropy+dice",
+        "KIND",
     )
     loss_labels: str = _option(
         "full", "full: logits upsampled; downsampled: labels reduced, as DeepLabv2", "SIZE"
@@ -146,6 +155,7 @@ class TrainConfig:
     label_smoothing: float = _option(0.0, "part of a label given to all classes", "F")
     top_k: float = _option(0.25, "fraction of the pixels that count (hard_pixels)", "F")
     min_kept: int = _option(0, "least number of pixels that count (hard_pixels)", "N")
+    focal_gamma: float = _option(2.0, "exponent of the focal loss (focal)", "G")
     dice_weight: float = _option(1.0, "factor of Dice in cross_entropy+dice", "F")
     aux_weight: float = _option(0.0, "factor of the auxiliary head's loss; 0: no such head", "F")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning
@@ -73,19 +73,30 @@ class SegmentationData(lightning.LightningDataModule):
         self._bootstrapped = False
         self._loader: TrainLoader | None = None
 
-    def check(self, *, progress: bool = False) -> DataReport:
+    def check(
+        self, *, progress: bool = False, tell: Callable[[str], None] | None = None
+    ) -> DataReport:
         """Reads all photos and masks of both data sets; keeps the report of the training data.
 
+        Args:
+            progress: a bar on stderr where that is a terminal.
+            tell: takes a line for each thing that is odd and may be right.
+
         Raises:
-            DataError: there are problems; names all of them.
+            DataError: there are problems; names all of them. Validation data of one class alone
+                are none: their mean IoU will be nan.
         """
         report = self.counted(progress=progress)
         reports = [report]
         if self.val is not None:
             workers = self.config.workers
             reports.append(check_dataset(self.val, workers=workers, progress=progress))
-        for each in reports:
-            each.raise_if_bad(allow_empty=self.config.allow_empty)
+        for each, is_training in zip(reports, (True, False), strict=False):
+            each.raise_if_bad(allow_empty=self.config.allow_empty, allow_one_class=not is_training)
+            allowed = [p.message for p in each.problems if p.kind == "one class"]
+            for text in (*each.notes, *allowed):
+                if tell is not None:
+                    tell(f"warning: {text}")
         return report
 
     def counted(self, *, progress: bool = False) -> DataReport:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deeplab_fast import ops
-from deeplab_fast.data.classes import ClassSet
+from deeplab_fast.data.classes import ClassSet, label_count, same_name
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.data.transforms import check_labels, resize_pair, to_tensors
+from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.metrics import Metrics
 from deeplab_fast.engine.outputs import overlay, write_atomically
 from deeplab_fast.engine.predict import (
@@ -53,7 +55,9 @@ _PANEL_SIDE = 640
 class ImageScore:
     """One image's scores: IoU is the mean over the classes in its labels or prediction.
 
-    ``pixels`` counts those that are not ignored; without any the scores are nan.
+    ``pixels`` counts those that are not ignored; without any the scores are nan. ``not_finite``
+    counts the pixels, ignored ones too, whose logits are NaN or infinite: what was predicted there
+    means nothing.
     """
 
     index: int
@@ -61,6 +65,7 @@ class ImageScore:
     miou: float
     pixel_accuracy: float
     pixels: int
+    not_finite: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,10 @@ class Panel:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` gives: scores, counts [C, C] (rows: labels), scores of each image."""
+    """What :func:`evaluate` gives: scores, counts [C, C] (rows: labels), scores of each image.
+
+    Where ``metrics.not_finite`` is not 0 the scores are those of a broken run.
+    """
 
     metrics: Metrics
     confusion: np.ndarray
@@ -85,6 +93,11 @@ class Evaluation:
     classes: ClassSet
     settings: dict[str, Any]
     panels: tuple[Panel, ...] = ()
+
+    @property
+    def not_finite(self) -> dict[str, int]:
+        """Pixels whose logits are NaN or infinite, by the names of the images that have any."""
+        return not_finite_by_name(self.images)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; nan is None."""
@@ -135,6 +148,15 @@ class Evaluation:
         return paths
 
 
+def not_finite_by_name(images: Sequence[ImageScore]) -> dict[str, int]:
+    """Pixels whose logits are NaN or infinite, summed over the images of a name."""
+    pixels: Counter[str] = Counter()
+    for image in images:
+        if image.not_finite:
+            pixels[image.name] += image.not_finite
+    return dict(pixels)
+
+
 class ShardSampler(Sampler[int]):
     """Indices rank, rank + world, ... of n: over all ranks every index once, without padding.
 
@@ -173,12 +195,14 @@ def evaluate(
     dtype: torch.dtype | str | None = None,
     panels: int = 0,
     progress: bool = False,
+    threshold: float | None = None,
 ) -> Evaluation:
     """Counts, for every labelled pixel of a data set, which class the model predicts there.
 
     The prediction is :func:`~deeplab_fast.engine.predict.predict`'s, at the size of the labels. One
     scale without flip or windows goes from low-resolution logits straight to counts
-    (``ops.upsample_confusion``): neither full-resolution logits nor label maps are made.
+    (``ops.upsample_confusion``): neither full-resolution logits nor label maps are made. A model of
+    one class is scored on the two classes of its labels, background and the class.
 
     With ``torch.distributed`` initialised every process takes its share of the samples, each is
     counted once, the counts are summed and all processes return the same result (``panels`` only
@@ -195,14 +219,20 @@ def evaluate(
         workers: processes that read.
         panels: number of worst and of best images (by image mIoU) kept with their predictions.
         progress: a bar on stderr where that is a terminal.
+        threshold: as for ``predict``.
+
+    Warns:
+        NotFiniteWarning: logits that are NaN or infinite, by image; ``metrics.not_finite`` counts
+            their pixels, and the table and the JSON say so.
 
     Raises:
         ValueError: arguments, a number of classes, or labels that do not fit (with the mask's
             path), or a file that cannot be read.
         MemoryError: not enough memory; names the images and what to lower.
     """
-    options = PredictOptions.checked(scales, flip, tile, overlap, batch_size)
+    options = PredictOptions.checked(scales, flip, tile, overlap, batch_size, threshold=threshold)
     _check_model(model)
+    options.check_classes(model)
     wanted_dtype, wanted_device = check_dtype(dtype), check_device(device)
     if not isinstance(panels, int) or isinstance(panels, bool) or panels < 0:
         raise ValueError(f"panels is {panels!r}, expected 0 or more")
@@ -226,6 +256,7 @@ def evaluate(
             "output_stride": getattr(model, "output_stride", None),
             "scales": list(options.scales),
             "flip": options.flip,
+            "threshold": runner.threshold if getattr(model, "num_classes", 0) == 1 else None,
             "tile": None if options.tile is None else list(options.tile),
             "overlap": options.overlap if options.tile is not None else None,
             "preprocess_size": preprocess.size if isinstance(preprocess, Preprocess) else None,
@@ -234,8 +265,13 @@ def evaluate(
             "processes": world,
             "torch": torch.__version__,
         }
+    metrics = Metrics.from_confusion(
+        confusion, classes.classes, not_finite=sum(image.not_finite for image in images)
+    )
+    if metrics.not_finite:
+        warnings.warn(NotFiniteWarning(not_finite_by_name(images)), stacklevel=2)
     return Evaluation(
-        metrics=Metrics.from_confusion(confusion, classes.classes),
+        metrics=metrics,
         confusion=confusion.numpy(),
         images=tuple(images),
         classes=classes,
@@ -325,35 +361,43 @@ class _Counter:
                     if isinstance(item, Exception):
                         raise item
                 for group in _equal_sizes(items):
-                    matrices = self.matrices(group)
+                    matrices, spoiled = self.matrices(group)
                     total += matrices.sum(0)
                     order += [index for index, _ in group]
-                    scores.append(_image_scores(matrices))
+                    # Counts below 2^53 are exact in fp64.
+                    parts = [_image_scores(matrices), spoiled[:, None].double()]
+                    scores.append(torch.cat(parts, dim=1))
                 bar.update(len(items))
         # One copy from the device at the end: a copy an image would wait for each.
         values = torch.cat(scores).tolist() if scores else []
         images = [
-            ImageScore(index, self.name(index), miou, accuracy, int(pixels))
-            for index, (miou, accuracy, pixels) in zip(order, values, strict=True)
+            ImageScore(index, self.name(index), miou, accuracy, int(pixels), int(spoiled))
+            for index, (miou, accuracy, pixels, spoiled) in zip(order, values, strict=True)
         ]
         return total, images
 
-    def matrices(self, group: list[tuple[int, tuple[Tensor, Tensor]]]) -> Tensor:
-        """Counts [n, C, C] of images of one size."""
+    def matrices(self, group: list[tuple[int, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+        """Of images of one size: counts [n, C, C], and pixels [n] that have no finite logits."""
         data = torch.stack([item[0] for _, item in group])
         target = torch.stack([item[1] for _, item in group]).to(self.runner.device)
         pixels = self.pixels(data)
         options: Any = {"ignore_index": self.dataset.ignore_index}
         try:
             logits = self.runner.single_pass(pixels)
-            if logits is not None:
+            if logits is not None and logits.shape[1] > 1:
+                spoiled = self.runner.spoiled(logits, pixels.size)
                 options["align_corners"] = self.runner.model.align_corners
                 parts = [
                     ops.upsample_confusion(logits[i : i + 1], target[i : i + 1], **options)
                     for i in range(len(group))
                 ]
             else:
-                labels, _ = self.runner.run(pixels)
+                result = (
+                    self.runner.run(pixels)
+                    if logits is None
+                    else self.runner.reduced(logits, pixels.size)
+                )
+                labels, spoiled = result.labels, result.spoiled
                 parts = [
                     _count(labels[i], target[i], len(self.classes), **options)
                     for i in range(len(group))
@@ -367,11 +411,11 @@ class _Counter:
                 f"not enough memory for {names} ({width}x{height} pixels); use a smaller "
                 "batch_size, tile=(513, 513), fewer scales, or a larger output_stride"
             ) from error
-        return torch.stack(parts)
+        return torch.stack(parts), spoiled
 
     def predict(self, data: Tensor) -> np.ndarray:
         """Labels [H, W] of one photo."""
-        return self.runner.run(self.pixels(data[None]))[0][0].cpu().numpy()
+        return self.runner.run(self.pixels(data[None])).labels[0].cpu().numpy()
 
     def pixels(self, data: Tensor) -> _Pixels:
         if data.is_floating_point():
@@ -469,14 +513,18 @@ def _classes_of(dataset: Any, model: Any) -> ClassSet:
             "and ignore_index; use deeplab_fast.data.datasets, or give yours these attributes"
         )
     count = getattr(model, "num_classes", len(classes))
-    if count != len(classes):
+    if label_count(count) != len(classes):
+        labels = "; its labels are background and class, ClassSet.of_labels()" if count == 1 else ""
         raise ValueError(
             f"the model has {count} classes and the data set {len(classes)} ({classes.name}); "
-            "evaluate a model on the classes it was trained on"
+            f"evaluate a model on the classes it was trained on{labels}"
         )
     own = getattr(model, "classes", None) or classes.classes
+    if len(own) != len(classes):
+        # One class alone, or names of what the weights were before their head was replaced.
+        own = (classes.classes[0], *own) if count == len(own) == 1 else classes.classes
     for index, (name, wanted) in enumerate(zip(own, classes.classes, strict=True)):
-        if name.strip("_").casefold() != wanted.strip("_").casefold():
+        if not same_name(name, wanted):
             warnings.warn(
                 f"class {index} is {name!r} to the model and {wanted!r} to the data set; the "
                 "scores are meaningless if the classes differ in more than their names",

@@ -15,7 +15,7 @@ from ..ops._registry import check_map, check_target
 
 __all__ = ["LossKind", "SegmentationLoss", "class_weights_from_counts"]
 
-LossKind = Literal["cross_entropy", "hard_pixels", "dice", "cross_entropy+dice"]
+LossKind = Literal["cross_entropy", "hard_pixels", "focal", "dice", "cross_entropy+dice"]
 LabelSize = Literal["full", "downsampled"]
 WeightMethod = Literal["median_frequency", "inverse_log"]
 
@@ -25,6 +25,7 @@ _OPTIONS = (
     "label_smoothing",
     "top_k",
     "min_kept",
+    "focal_gamma",
     "dice_weight",
     "labels",
     "align_corners",
@@ -43,27 +44,31 @@ class SegmentationLoss(nn.Module):
         cross_entropy  = sum_V l_i / sum_V w_y(i)
         hard_pixels    = mean of the k largest l_i of V,
                          k = min(|V|, max(1, round(top_k |V|), min_kept))
+        focal          = sum_V (1 - p_i,y(i))^gamma l_i / sum_V w_y(i)
         D_c            = 2 sum_V p_i,c [y(i) = c] / (sum_V p_i,c^2 + sum_V [y(i) = c])
         dice           = 1 - mean of D_c over the classes in the labels of V
         cross_entropy+dice = cross_entropy + dice_weight * dice
 
     A class that is not in the labels has D_c = 0 and no gradient whatever is predicted, so it is
-    left out of the mean. Where every pixel is ignored each kind is nan, as PyTorch's mean is, and
-    its gradient is 0.
+    left out of the mean. One class has one logit z, which is the pair of logits (0, z): p_1 =
+    sigmoid(z), labels are 0 (background) and 1, cross entropy is binary cross entropy, weights are
+    two, and Dice is the mean over background and class. Where every pixel is ignored each kind is
+    nan, as PyTorch's mean is, and its gradient is 0.
 
-    Cross entropy and hard pixels use `ops.upsample_cross_entropy`, which never holds logits at full
-    resolution; hard pixels keep one fp32 loss a pixel. Dice is made of PyTorch's interpolate and
-    softmax and holds several tensors [N, C, H, W] in fp32 for its gradient.
+    Cross entropy, hard pixels and focal use `ops.upsample_cross_entropy`, which never holds logits
+    at full resolution; the last two keep fp32 losses a pixel. Dice is made of PyTorch's interpolate
+    and softmax and holds several tensors [N, C, H, W] in fp32 for its gradient.
 
     Args:
-        kind: one of the four formulas.
+        kind: one of the five formulas.
         ignore_index: label whose pixels count for nothing.
-        class_weights: C weights of 0 or more, or None for ones; kept on the module's device as a
-            buffer that is not in the state_dict. They act on l_i; hard pixels are ranked by the
-            weighted loss, and their mean is over k.
-        label_smoothing: in [0, 1), for l_i.
+        class_weights: C weights (of one class 2) of 0 or more, or None for ones; kept on the
+            module's device as a buffer that is not in the state_dict. They act on l_i; hard pixels
+            are ranked by the weighted loss, and their mean is over k.
+        label_smoothing: in [0, 1), for l_i (not focal, whose p is of the label alone).
         top_k: fraction in (0, 1] of V that counts (hard_pixels).
         min_kept: least number of pixels that count (hard_pixels).
+        focal_gamma: exponent, 0 or more (focal).
         dice_weight: factor of Dice in "cross_entropy+dice".
         labels: "full" upsamples the logits to the labels; "downsampled" takes for each logit the
             label nearest to its place in the image (as interpolate's "nearest-exact" does; with
@@ -72,11 +77,12 @@ class SegmentationLoss(nn.Module):
         align_corners: as in torch.nn.functional.interpolate; the model's own.
 
     Options are fixed once made. Raises ValueError for one out of range, and for class weights or
-    label smoothing with kind "dice", which has neither.
+    label smoothing with a kind that does not have them.
 
     Source: arXiv 1706.05587, section 4.1 (upsampled logits; DeepLabv2's way for comparison);
     arXiv 1604.03540 (online hard example mining), here by pixel as the bootstrapped cross entropy
-    of arXiv 1611.08323; arXiv 1606.04797, section 3 (Dice with squares).
+    of arXiv 1611.08323; arXiv 1708.02002, section 3 (focal loss, its alpha as class weights);
+    arXiv 1606.04797, section 3 (Dice with squares).
     """
 
     class_weights: Tensor | None
@@ -90,6 +96,7 @@ class SegmentationLoss(nn.Module):
         label_smoothing: float = 0.0,
         top_k: float = 0.25,
         min_kept: int = 0,
+        focal_gamma: float = 2.0,
         dice_weight: float = 1.0,
         labels: LabelSize = "full",
         align_corners: bool = False,
@@ -103,6 +110,8 @@ class SegmentationLoss(nn.Module):
             raise ValueError(f"top_k is a fraction of the pixels in (0, 1], got {top_k}")
         if min_kept < 0:
             raise ValueError(f"min_kept is a number of pixels, 0 or more, got {min_kept}")
+        if not 0.0 <= focal_gamma < math.inf:
+            raise ValueError(f"focal_gamma must be 0 or more and finite, got {focal_gamma}")
         if not 0.0 <= dice_weight < math.inf:
             raise ValueError(f"dice_weight must be 0 or more and finite, got {dice_weight}")
         if kind == "dice" and (class_weights is not None or label_smoothing):
@@ -110,11 +119,16 @@ class SegmentationLoss(nn.Module):
                 "kind 'dice' has no class_weights and no label_smoothing; leave them out, or use "
                 "'cross_entropy+dice', where they act on the cross entropy"
             )
+        if kind == "focal" and label_smoothing:
+            raise ValueError(
+                "kind 'focal' has no label_smoothing; leave it out, or use 'cross_entropy'"
+            )
         self.kind = kind
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.top_k = top_k
         self.min_kept = min_kept
+        self.focal_gamma = focal_gamma
         self.dice_weight = dice_weight
         self.labels = labels
         self.align_corners = align_corners
@@ -131,7 +145,7 @@ class SegmentationLoss(nn.Module):
 
         Args:
             logits: [N, C, h, w] before upsampling, fp16, bf16, fp32 or fp64, any strides.
-            target: labels [N, H, W], uint8, int32 or int64.
+            target: labels [N, H, W], uint8, int32 or int64; of one class 0, 1 and ignore_index.
 
         Returns:
             Scalar, fp32 (fp64 for fp64 logits).
@@ -145,16 +159,20 @@ class SegmentationLoss(nn.Module):
         name = type(self).__name__
         check_map(name, "logits", logits)
         check_target(name, logits, target)
+        if logits.shape[1] == 1:
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
         weights = self.class_weights
         if weights is not None and len(weights) != logits.shape[1]:
             raise ValueError(
                 f"class_weights has {len(weights)} weights for logits of {logits.shape[1]} "
-                "classes; give one weight a class"
+                "classes; give one weight a class (of one class two: background, class)"
             )
         if self.labels == "downsampled":
             target = _nearest_labels(target, logits.shape[-2:], self.align_corners)
         if self.kind == "hard_pixels":
             return self._hard_pixels(logits, target)
+        if self.kind == "focal":
+            return self._focal(logits, target)
         if self.kind == "dice":
             if target.device.type == "cpu" and not torch.compiler.is_compiling():
                 reference.check_labels(_wide(target), logits.shape[1], self.ignore_index)
@@ -167,11 +185,13 @@ class SegmentationLoss(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in _OPTIONS)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+    def _cross_entropy(
+        self, logits: Tensor, target: Tensor, reduction: str, weighted: bool = True
+    ) -> Tensor:
         return ops.upsample_cross_entropy(
             logits,
             target,
-            weight=self.class_weights,
+            weight=self.class_weights if weighted else None,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             reduction=reduction,
@@ -192,6 +212,19 @@ class SegmentationLoss(nn.Module):
         kept = torch.minimum(kept, count)
         counts = torch.arange(most, device=largest.device) < kept
         return torch.where(counts, largest, 0.0).sum() / kept
+
+    def _focal(self, logits: Tensor, target: Tensor) -> Tensor:
+        # 0 at ignored pixels, where the factor is 0 too.
+        losses = self._cross_entropy(logits, target, "none", weighted=False)
+        valid = _valid(logits, target, self.ignore_index)
+        weights = valid.to(losses.dtype)
+        if self.class_weights is not None:
+            labels = torch.where(valid, _wide(target), 0).long()
+            weights = weights * self.class_weights.to(losses.dtype)[labels]
+        # 1 - p without cancellation near p = 1; the clamp keeps the slope of a fraction of a power
+        # finite at 0.
+        missing = (-torch.expm1(-losses)).clamp_min(torch.finfo(losses.dtype).tiny)
+        return (missing**self.focal_gamma * losses * weights).sum() / weights.sum()
 
     def _dice(self, logits: Tensor, target: Tensor) -> Tensor:
         target = _wide(target)

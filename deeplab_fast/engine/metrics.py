@@ -25,6 +25,10 @@ class Metrics:
     that occurs neither in the labels nor in the predictions (``absent``) has no IoU and one that
     does not occur in the labels no accuracy; these are nan. A class that was predicted and does
     not occur in the labels has IoU 0 and counts. Nothing counted at all: every score is nan.
+    Where labels and predictions hold one class alone of several, every pixel is right because there
+    is nothing to tell apart: the means and the weighted IoU are nan. ``not_finite`` counts pixels
+    whose logits are NaN or infinite, which were scored all the same: above 0 the scores are those
+    of a broken run.
 
     Source: arXiv 1411.4038, section 5; absent classes as in mmsegmentation (nanmean).
     """
@@ -38,15 +42,19 @@ class Metrics:
     accuracy: tuple[float, ...]
     target_pixels: tuple[int, ...]
     predicted_pixels: tuple[int, ...]
+    not_finite: int = 0
 
     @classmethod
-    def from_confusion(cls, confusion: Any, classes: Sequence[str] | None = None) -> Metrics:
+    def from_confusion(
+        cls, confusion: Any, classes: Sequence[str] | None = None, *, not_finite: int = 0
+    ) -> Metrics:
         """The scores of a matrix.
 
         Args:
             confusion: integers [C, C], rows are the labels, columns the predictions; an array or a
                 tensor on any device (as ``ops.upsample_confusion`` gives).
             classes: C names; "class 0", ... without.
+            not_finite: pixels whose logits are NaN or infinite.
 
         Raises:
             ValueError: another shape or dtype, negative counts, or another number of names.
@@ -72,16 +80,19 @@ class Metrics:
         accuracy = _ratio(hits, target)
         present = target > 0
         weighted = float((target[present] * iou[present]).sum())
+        # Trivially 1 where one class is all there is.
+        told_apart = count == 1 or np.count_nonzero(target + predicted) > 1
         return cls(
-            miou=_mean(iou),
+            miou=_mean(iou) if told_apart else math.nan,
             pixel_accuracy=int(hits.sum()) / total if total else math.nan,
-            mean_accuracy=_mean(accuracy),
-            frequency_weighted_iou=weighted / total if total else math.nan,
+            mean_accuracy=_mean(accuracy) if told_apart else math.nan,
+            frequency_weighted_iou=weighted / total if total and told_apart else math.nan,
             classes=names,
             iou=tuple(iou.tolist()),
             accuracy=tuple(accuracy.tolist()),
             target_pixels=tuple(target.tolist()),
             predicted_pixels=tuple(predicted.tolist()),
+            not_finite=int(not_finite),
         )
 
     @property
@@ -96,6 +107,23 @@ class Metrics:
         """Number of classes that ``miou`` is the mean of."""
         return len(self.classes) - len(self.absent)
 
+    @property
+    def note(self) -> str:
+        """Why the scores say little or nothing, as text; empty where they say what they should."""
+        parts = []
+        if self.not_finite:
+            parts.append(
+                f"{self.not_finite} pixels have logits that are NaN or infinite: these are the "
+                "scores of a broken run"
+            )
+        if self.num_scored == 1 and len(self.classes) > 1:
+            name = next(n for n, iou in zip(self.classes, self.iou, strict=True) if iou == iou)
+            parts.append(
+                f"labels and predictions hold one class only ({name}): there is nothing to tell "
+                "apart, and no mean"
+            )
+        return "; ".join(parts)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, which has no nan: None instead."""
         return {
@@ -103,6 +131,8 @@ class Metrics:
             "pixel_accuracy": _or_none(self.pixel_accuracy),
             "mean_accuracy": _or_none(self.mean_accuracy),
             "frequency_weighted_iou": _or_none(self.frequency_weighted_iou),
+            "not_finite_pixels": self.not_finite,
+            "note": self.note,
             "classes_scored": self.num_scored,
             "absent": list(self.absent),
             "classes": [
@@ -146,6 +176,8 @@ class Metrics:
         ):
             note = scored if title == "mean IoU" else ""
             lines.append(f"{title:<{width}}  {_percent(value):>6}{note}")
+        if self.note:
+            lines.append(f"note: {self.note}")
         if self.absent:
             lines.append(
                 "in neither labels nor predictions, left out of the mean IoU: "

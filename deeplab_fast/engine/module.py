@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -46,14 +48,15 @@ class SegmentationModule(lightning.LightningModule):
     was not interrupted.
 
     Logs "train/loss" (and "train/main", "train/aux" with an auxiliary head), "lr", and after
-    validation "val/miou", "val/pixel_accuracy", "val/mean_accuracy" and
-    "val/frequency_weighted_iou", exact over processes. Checkpoints hold the model as
-    ``load_weights`` reads it.
+    validation "val/miou", "val/pixel_accuracy", "val/mean_accuracy",
+    "val/frequency_weighted_iou" and "val/not_finite_pixels", exact over processes. Where logits
+    were NaN or infinite the scores are logged as nan, so that no checkpoint is the best by them.
+    Checkpoints hold the model as ``load_weights`` reads it.
 
     Args:
         model: as the builders return; its batch norms are changed as the config says.
         config: options under "Model", "Loss" and "Optimiser and schedule".
-        classes: names of the classes, for the metrics.
+        classes: names of the classes, for the metrics; a model of one class is scored on two.
         ignore_index: of the labels.
         class_weights: numbers, in place of ``config.class_weights`` where that is a name.
         total_steps: length of the schedule; default: ``config.steps``, or what the trainer
@@ -61,8 +64,9 @@ class SegmentationModule(lightning.LightningModule):
         name: gives a training sample's path for its index, for messages.
 
     Attributes:
-        metrics: the last validation's ``Metrics``, ``confusion`` its counts, ``validated_step`` the
-            number of optimizer steps before it.
+        metrics: the last validation's ``Metrics``, ``confusion`` its counts, ``not_finite`` its
+            pixels without finite logits by image, ``validated_step`` the number of optimizer steps
+            before it.
         last_step: losses and learning rate of the last step of the optimizer.
 
     Raises:
@@ -93,7 +97,7 @@ class SegmentationModule(lightning.LightningModule):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         any_model.fused = config.fused
         self.model = any_model
-        self.classes = classes or generic_classes(any_model.num_classes)
+        self.classes = (classes or generic_classes(any_model.num_classes)).of_labels()
         if ignore_index is None:
             ignore_index = 255 if config.ignore_index is None else config.ignore_index
         self.ignore_index = ignore_index
@@ -113,6 +117,7 @@ class SegmentationModule(lightning.LightningModule):
             label_smoothing=config.label_smoothing,
             top_k=config.top_k,
             min_kept=config.min_kept,
+            focal_gamma=config.focal_gamma,
             dice_weight=config.dice_weight,
             labels=labels,
             align_corners=bool(any_model.align_corners),
@@ -122,10 +127,12 @@ class SegmentationModule(lightning.LightningModule):
         self.metrics: Metrics | None = None
         self.validated_step: int | None = None
         self.confusion: Tensor | None = None
+        self.not_finite: dict[str, int] = {}
         # A function: deepcopy would follow a bound method to its object, the data.
         self._name = None if name is None else lambda index: name(index)
         self._counter: _Counter | None = None
         self._confusion: Tensor | None = None
+        self._spoiled: list[tuple[str, Tensor]] = []
         # Losses and samples since the last step of the optimizer: the last is what went wrong.
         self.last_step: dict[str, Any] = {}
         self._window: list[tuple[dict[str, Tensor], Tensor]] = []
@@ -273,6 +280,7 @@ class SegmentationModule(lightning.LightningModule):
         self._confusion = torch.zeros(
             (len(self.classes),) * 2, dtype=torch.int64, device=self.device
         )
+        self._spoiled = []
         self.end_validation()
         self._restore = ExitStack()
         self._restore.enter_context(_at_output_stride(self.model, self.config.eval_output_stride))
@@ -291,21 +299,37 @@ class SegmentationModule(lightning.LightningModule):
             if isinstance(item, Exception):
                 raise item
         for group in _equal_sizes(batch):
-            self._confusion += self._counter.matrices(group).sum(0)
+            matrices, spoiled = self._counter.matrices(group)
+            self._confusion += matrices.sum(0)
+            names = [self._counter.name(index) for index, _ in group]
+            self._spoiled += zip(names, spoiled.unbind(), strict=True)
 
     def on_validation_epoch_end(self) -> None:
         assert self._confusion is not None
         total = self._confusion
+        # One copy from the device for all images.
+        counts = torch.stack([each for _, each in self._spoiled]) if self._spoiled else total[:0, 0]
+        found: Counter[str] = Counter()
+        for (name, _), count in zip(self._spoiled, counts.tolist(), strict=True):
+            if count:
+                found[name] += count
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
+            shares: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(shares, found)
+            found = sum(shares, Counter())
         self.end_validation()
         self.confusion, self._confusion, self._counter = total.cpu(), None, None
-        self.metrics = Metrics.from_confusion(self.confusion, self.classes.classes)
+        self.not_finite, self._spoiled = dict(found), []
+        self.metrics = Metrics.from_confusion(
+            self.confusion, self.classes.classes, not_finite=sum(found.values())
+        )
         self.validated_step = self.trainer.global_step
         for name in ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou"):
-            value = float(getattr(self.metrics, name))
+            value = math.nan if found else float(getattr(self.metrics, name))
             # Equal on all processes: the counts are summed.
             self.log(f"val/{name}", value, prog_bar=name == "miou", rank_zero_only=False)
+        self.log("val/not_finite_pixels", float(self.metrics.not_finite), rank_zero_only=False)
 
     def end_validation(self) -> None:
         """Gives the model back its output stride, also where validation was cut off."""

@@ -41,6 +41,7 @@ def write_outputs(
     source: str | os.PathLike[str] | None = None,
     model: str | None = None,
     backend: str | None = None,
+    not_finite: int = 0,
     alpha: float = 0.5,
 ) -> dict[str, Path]:
     """Writes ``<stem>_labels.png``, ``<stem>_overlay.png`` and ``<stem>.json``.
@@ -48,8 +49,9 @@ def write_outputs(
     The label map holds the class ids without loss: a palette PNG up to 256 classes
     (``numpy.asarray(PIL.Image.open(f))`` gives them back), 16-bit grey above. The overlay is
     :func:`overlay`. The JSON object has ``image`` (``source`` as given), ``width`` and ``height``
-    in pixels, ``model``, ``backend``, ``class_set``, and ``classes``: of every class that occurs
-    its ``id``, ``name``, ``pixels`` and ``fraction`` of the photo, the largest first.
+    in pixels, ``model``, ``backend``, ``class_set``, ``not_finite_pixels``, and ``classes``: of
+    every class that occurs its ``id``, ``name``, ``pixels`` and ``fraction`` of the photo, the
+    largest first.
 
     All files are complete before the first gets its name, and the JSON gets its name last.
 
@@ -60,6 +62,8 @@ def write_outputs(
         labels: integers [H, W].
         classes: names and colours.
         source, model, backend: told in the JSON.
+        not_finite: pixels whose logits are NaN or infinite, told in the JSON: their labels mean
+            nothing.
         alpha: see :func:`overlay`.
 
     Returns:
@@ -81,6 +85,7 @@ def write_outputs(
         "model": model,
         "backend": backend,
         "class_set": classes.name,
+        "not_finite_pixels": not_finite,
         "classes": class_areas(labels, classes),
     }
     text = json.dumps(areas, indent=2, ensure_ascii=False) + "\n"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deeplab_fast import ops
+from deeplab_fast import ops, reference
 from deeplab_fast.data.images import as_rgb_array
 from deeplab_fast.data.preprocess import Preprocess
+from deeplab_fast.engine.finite import NotFiniteWarning, not_finite_pixels
 
 __all__ = ["PredictOptions", "check_device", "check_dtype", "predict"]
 
@@ -34,8 +37,12 @@ def predict(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     return_prob: bool = False,
+    threshold: float | None = None,
 ) -> Any:
     """Labels of images: the class with the largest logit, or mean probability, at every pixel.
+
+    A model of one class has one logit z: its probability is sigmoid(z), label 1 where that exceeds
+    ``threshold``, else 0 (background). Everything below holds with sigmoid in softmax's place.
 
     One scale without flip or tile: the logits [N, C, h, w] are interpolated straight to the
     photo's own size and reduced to labels; logits of full size are never made. With several scales
@@ -67,7 +74,9 @@ def predict(
         device: None is the model's own. Another one moves the model there, to stay.
         dtype: None or the parameters' own dtype runs as the model is; torch.bfloat16 or
             torch.float16 on fp32 parameters runs under autocast. Also "fp32", "bf16", "fp16".
-        return_prob: also gives the chosen class's probability.
+        return_prob: also gives the chosen class's probability; of one class its sigmoid, at every
+            pixel.
+        threshold: of one class only, between 0 and 1; None is 0.5.
 
     Returns:
         For a tensor: labels [N, H, W] or [H, W] on the model's device, uint8, int64 above 256
@@ -78,9 +87,15 @@ def predict(
     Raises:
         ValueError: an argument or image of the wrong kind; says what came and what is allowed.
         ImageReadError: a path that cannot be read (a ValueError too).
+
+    Warns:
+        NotFiniteWarning: logits that are NaN or infinite, by image with the number of pixels.
     """
-    options = PredictOptions.checked(scales, flip, tile, overlap, batch_size, return_prob)
+    options = PredictOptions.checked(
+        scales, flip, tile, overlap, batch_size, return_prob, threshold
+    )
     _check_model(model)
+    options.check_classes(model)
     wanted_dtype = check_dtype(dtype)
     wanted_device = check_device(device)
     if isinstance(images, torch.Tensor):
@@ -94,11 +109,12 @@ def predict(
     prob: Any
     with _eval_mode(model), torch.inference_mode():
         if isinstance(images, torch.Tensor):
-            labels, prob = runner.tensor(images)
+            labels, prob, spoiled = runner.tensor(images)
         elif isinstance(images, (list, tuple)):
-            labels, prob = runner.images(images)
+            labels, prob, spoiled = runner.images(images)
         else:
-            (labels,), (prob,) = runner.images([images])
+            (labels,), (prob,), spoiled = runner.images([images])
+    _warn_of_not_finite(images, spoiled)
     if isinstance(labels, torch.Tensor):
         # Inference tensors refuse in-place changes later; results are ordinary ones.
         labels, prob = labels.clone(), None if prob is None else prob.clone()
@@ -115,6 +131,7 @@ class PredictOptions:
     overlap: float
     batch_size: int | None
     return_prob: bool
+    threshold: float | None
 
     @property
     def passes(self) -> int:
@@ -130,6 +147,7 @@ class PredictOptions:
         overlap: Any = 0.25,
         batch_size: Any = None,
         return_prob: Any = False,
+        threshold: Any = None,
     ) -> PredictOptions:
         """The arguments of :func:`predict`, as they are kept.
 
@@ -155,6 +173,11 @@ class PredictOptions:
             )
         if batch_size is not None and (not _is_int(batch_size) or batch_size < 1):
             raise ValueError(f"batch_size is {batch_size!r}, expected an integer above 0 or None")
+        if threshold is not None and not (_is_number(threshold) and 0 < threshold < 1):
+            raise ValueError(
+                f"threshold is {threshold!r}, expected a probability between 0 and 1, e.g. 0.5, or "
+                "None"
+            )
         return cls(
             tuple(float(s) for s in factors),
             bool(flip),
@@ -162,7 +185,17 @@ class PredictOptions:
             float(overlap),
             batch_size,
             bool(return_prob),
+            None if threshold is None else float(threshold),
         )
+
+    def check_classes(self, model: Any) -> None:
+        """Raises ValueError for a threshold and a model of several classes."""
+        count = getattr(model, "num_classes", 1)
+        if self.threshold is not None and count != 1:
+            raise ValueError(
+                f"threshold is {self.threshold} and the model has {count} classes, of which the "
+                "largest is taken; a threshold is for models of one class: leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -192,6 +225,14 @@ class _Pixels:
         x = x if dtype == torch.float64 else x.float()
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
         return x.to(dtype)
+
+
+class _Result(NamedTuple):
+    """Labels [N, H, W], probabilities alike, pixels [N] whose logits are NaN or infinite."""
+
+    labels: torch.Tensor
+    prob: torch.Tensor | None
+    spoiled: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -233,13 +274,13 @@ class _Runner:
             model.to(device)
         return cls(model, preprocess, options, device, own, autocast)
 
-    def tensor(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def tensor(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, list[int]]:
         batch = images if images.ndim == 4 else images[None]
         size = (0, *batch.shape[-2:])
         if batch.shape[0] == 0:
             classes = getattr(self.model, "num_classes", 0)
             labels = torch.empty(size, dtype=_label_dtype(classes), device=self.device)
-            return labels, torch.empty(size, dtype=torch.float32, device=self.device)
+            return labels, torch.empty(size, dtype=torch.float32, device=self.device), []
         step = self.options.batch_size or batch.shape[0]
         if self.options.tile is not None:
             # There batch_size counts windows.
@@ -251,34 +292,65 @@ class _Runner:
         labels, prob = _joined(results, dim=0)
         if images.ndim == 3:
             labels, prob = labels[0], None if prob is None else prob[0]
-        return labels, prob
+        return labels, prob, _counted(results)
 
-    def images(self, images: Sequence[Any]) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    def images(
+        self, images: Sequence[Any]
+    ) -> tuple[list[np.ndarray], list[np.ndarray | None], list[int]]:
         step = 1 if self.options.tile is not None else self.options.batch_size or 1
         all_labels: list[np.ndarray] = []
         all_prob: list[np.ndarray | None] = []
+        spoiled: list[int] = []
         for group in _groups((as_rgb_array(image) for image in images), step):
             pixels = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)
-            labels, prob = self.run(_Pixels(pixels, self.preprocess))
-            all_labels += list(labels.cpu().numpy())
+            result = self.run(_Pixels(pixels, self.preprocess))
+            all_labels += list(result.labels.cpu().numpy())
+            prob = result.prob
             all_prob += [None] * len(group) if prob is None else list(prob.cpu().numpy())
-        return all_labels, all_prob
+            spoiled += result.spoiled.tolist()
+        return all_labels, all_prob, spoiled
 
-    def run(self, pixels: _Pixels) -> tuple[torch.Tensor, torch.Tensor | None]:
-        options = self.options
+    def run(self, pixels: _Pixels) -> _Result:
         window = self.window(pixels)
         if window is not None:
             return self.tiled(pixels, window)
         logits = self.single_pass(pixels)
-        if logits is None:
-            return self.best(self.summed_softmax(pixels, self.base(pixels)))
+        if logits is not None:
+            return self.reduced(logits, pixels.size)
+        summed, spoiled = self.summed_prob(pixels, self.base(pixels))
+        return _Result(*self.best(summed), _per_image(spoiled, summed))
+
+    def reduced(self, logits: torch.Tensor, size: tuple[int, int]) -> _Result:
+        """Labels of :meth:`single_pass`'s logits."""
+        options, align_corners = self.options, self.model.align_corners
+        spoiled = self.spoiled(logits, size)
+        if logits.shape[1] == 1:
+            full = reference.upsample(logits, size, align_corners)[:, 0]
+            labels = (full > self.cut).to(torch.uint8)
+            return _Result(labels, full.sigmoid() if options.return_prob else None, spoiled)
         result: Any = ops.upsample_argmax(
-            logits,
-            pixels.size,
-            align_corners=self.model.align_corners,
-            return_prob=options.return_prob,
+            logits, size, align_corners=align_corners, return_prob=options.return_prob
         )
-        return result if options.return_prob else (result, None)
+        labels, prob = result if options.return_prob else (result, None)
+        return _Result(labels, prob, spoiled)
+
+    def not_finite(self, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor | None:
+        """As :func:`not_finite_pixels`, upsampled as the model has it."""
+        return not_finite_pixels(logits, size, self.model.align_corners)
+
+    def spoiled(self, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Pixels [N] that have no finite logits."""
+        return _per_image(self.not_finite(logits, size), logits)
+
+    @property
+    def threshold(self) -> float:
+        """The probability above which a pixel is of the one class."""
+        return 0.5 if self.options.threshold is None else self.options.threshold
+
+    @property
+    def cut(self) -> float:
+        """The logit of :attr:`threshold`."""
+        return math.log(self.threshold / (1 - self.threshold))
 
     def single_pass(self, pixels: _Pixels) -> torch.Tensor | None:
         """Logits [N, C, h, w] that alone make the result; None where passes or windows are merged.
@@ -304,9 +376,7 @@ class _Runner:
             return pixels.size
         return pixels.preprocess.target_size(*pixels.size)
 
-    def tiled(
-        self, pixels: _Pixels, window: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def tiled(self, pixels: _Pixels, window: tuple[int, int]) -> _Result:
         options = self.options
         (height, width), (tile_h, tile_w) = pixels.size, window
         tops = _window_starts(height, tile_h, options.overlap)
@@ -317,29 +387,41 @@ class _Runner:
         bands: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         # Probabilities of the rows that later windows may still add to.
         band: torch.Tensor | None = None
+        spoiled: torch.Tensor | None = None
         for row, top in enumerate(tops):
             for first in range(0, len(lefts), together):
                 chunk = range(first, min(first + together, len(lefts)))
                 crops = [pixels.crop(top, lefts[c], tile_h, tile_w).data for c in chunk]
                 batch = _Pixels(torch.cat(crops), pixels.preprocess)
-                softmax = self.summed_softmax(batch, window)
+                prob, bad = self.summed_prob(batch, window)
                 if band is None:
-                    band = softmax.new_zeros(1, softmax.shape[1], tile_h, width)
+                    band = prob.new_zeros(1, prob.shape[1], tile_h, width)
+                if bad is not None and spoiled is None:
+                    spoiled = bad.new_zeros(1, height, width)
                 for i, column in enumerate(chunk):
                     weight = row_weights[row][:, None] * column_weights[column][None, :]
                     left = lefts[column]
-                    band[..., left : left + tile_w].addcmul_(softmax[i : i + 1], weight)
+                    band[..., left : left + tile_w].addcmul_(prob[i : i + 1], weight)
+                    if bad is not None and spoiled is not None:
+                        spoiled[0, top : top + tile_h, left : left + tile_w] |= bad[i]
             assert band is not None
             done = (tops[row + 1] if row + 1 < len(tops) else height) - top
             bands.append(self.best(band[:, :, :done]))
             kept = band[:, :, done:].clone()
             band.zero_()
             band[:, :, : kept.shape[2]] = kept
-        return _joined(bands, dim=1)
+        labels, joined = _joined(bands, dim=1)
+        return _Result(labels, joined, _per_image(spoiled, labels))
 
-    def summed_softmax(self, pixels: _Pixels, base: tuple[int, int]) -> torch.Tensor:
-        """Sum over scales and flips of the probabilities [N, C, H, W] at the picture's size."""
+    def summed_prob(
+        self, pixels: _Pixels, base: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sum over scales and flips of the probabilities [N, C, H, W] at the picture's size.
+
+        Also the pixels [N, H, W] that a pass has no finite logits for, as :meth:`not_finite`.
+        """
         total: torch.Tensor | None = None
+        spoiled: torch.Tensor | None = None
         for scale in self.options.scales:
             x = pixels.inputs(self.scaled(base, scale), self.device, self.dtype)
             for flip in (False, True) if self.options.flip else (False,):
@@ -348,13 +430,25 @@ class _Runner:
                     shape = (*logits.shape[:2], *pixels.size)
                     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
                     total = torch.zeros(shape, dtype=wide, device=logits.device)
+                bad = self.not_finite(logits, pixels.size)
+                if bad is not None:
+                    bad = bad.flip(-1) if flip else bad
+                    spoiled = bad if spoiled is None else spoiled | bad
+                if logits.shape[1] == 1:
+                    prob = reference.upsample(logits, pixels.size, self.model.align_corners)
+                    total += prob.sigmoid_().flip(-1) if flip else prob.sigmoid_()
+                    continue
                 total = ops.upsample_softmax_add(
                     total, logits, flip=flip, align_corners=self.model.align_corners
                 )
         assert total is not None
-        return total
+        return total, spoiled
 
     def best(self, summed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if summed.shape[1] == 1:
+            total = summed[:, 0]
+            labels = (total > self.threshold * self.options.passes).to(torch.uint8)
+            return labels, total / self.options.passes if self.options.return_prob else None
         # The largest of the sums: the division by the number of passes could make two equal.
         top, labels = summed.max(dim=1)
         prob = top / self.options.passes if self.options.return_prob else None
@@ -376,12 +470,49 @@ class _Runner:
         return height, width
 
 
-def _joined(
-    parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], dim: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    labels = torch.cat([labels for labels, _ in parts], dim)
-    probs = [prob for _, prob in parts if prob is not None]
+def _joined(parts: Sequence[Any], dim: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Labels and probabilities, the first two of each part, one behind the other."""
+    labels = torch.cat([part[0] for part in parts], dim)
+    probs = [part[1] for part in parts if part[1] is not None]
     return labels, torch.cat(probs, dim) if probs else None
+
+
+def _per_image(spoiled: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Pixels [N] that are True; zeros on the device of ``like`` [N, ...] where there is no map."""
+    if spoiled is None:
+        return torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
+    return spoiled.sum((1, 2))
+
+
+def _counted(results: Sequence[_Result]) -> list[int]:
+    """Pixels that are not finite of each image, on the host."""
+    counts = torch.cat([result.spoiled for result in results])
+    # A capture of a CUDA graph cannot wait for them.
+    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
+        return []
+    return counts.tolist()
+
+
+def _warn_of_not_finite(images: Any, spoiled: Sequence[int]) -> None:
+    if not any(spoiled):
+        return
+    names: list[str]
+    if isinstance(images, torch.Tensor):
+        names = [f"image {i} of the tensor" for i in range(len(spoiled))]
+    else:
+        several = isinstance(images, (list, tuple))
+        entries = images if several else [images]
+        names = [
+            os.fspath(entry)
+            if isinstance(entry, (str, os.PathLike))
+            else getattr(entry, "filename", "") or (f"images[{i}]" if several else "the image")
+            for i, entry in enumerate(entries)
+        ]
+    pixels: Counter[str] = Counter()
+    for name, count in zip(names, spoiled, strict=True):
+        if count:
+            pixels[name] += count
+    warnings.warn(NotFiniteWarning(pixels), stacklevel=3)
 
 
 def _groups(images: Iterator[np.ndarray], step: int) -> Iterator[list[np.ndarray]]:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from deeplab_fast.data.datasets import SegmentationDataset, open_dataset
+from deeplab_fast.data.datasets import SegmentationDataset, open_dataset, parse_label_map
 from deeplab_fast.data.preprocess import IMAGENET_MEAN
 from deeplab_fast.data.transforms import Compose, adapt, paper_training, torchvision_training
 from deeplab_fast.engine.augment import ColourJitter
@@ -78,9 +78,10 @@ def _open(
             f"sequences has {numbers[0]!r}, a number: put names that YAML takes for one in quotes, "
             'as "0016E5"'
         )
-    return open_dataset(
-        source, root, split, classes=config.classes, ignore_index=config.ignore_index, **options
-    )
+    given: dict[str, Any] = {"classes": config.classes, "ignore_index": config.ignore_index}
+    if config.label_map is not None:
+        given |= {"label_map": parse_label_map(config.label_map), "unmapped": "keep"}
+    return open_dataset(source, root, split, **{**given, **options})
 
 
 def _imported(path: str, options: dict[str, Any]) -> Any:

@@ -99,7 +99,7 @@ def build_model(config: Any, num_classes: int, classes: Any = None) -> nn.Module
 
     Args:
         config: ``TrainConfig``.
-        num_classes: of the data.
+        num_classes: logits of the model: the data set's ``outputs``.
         classes: ``ClassSet`` put on the model.
 
     Raises:
@@ -196,10 +196,10 @@ def fit(
     # The other processes end with this one.
     if config.check_data and _is_first():
         tell(f"checking {data.train}" + (f" and {data.val}" if data.val is not None else ""))
-        data.check(progress=progress)
+        data.check(progress=progress, tell=tell)
     data.bootstrap()
     if model is None:
-        model = build_model(config, data.train.num_classes, data.train.classes)
+        model = build_model(config, data.train.outputs, data.train.classes)
     preprocess: Any = getattr(model, "preprocess", None)
     if preprocess is not None:
         data.mean = preprocess.mean
@@ -269,7 +269,7 @@ def fit(
     finished = stopped is None and not saver.out_of_time
     if stopped is None and trainer.is_global_zero:
         averaged = None if average is None else average.averaged
-        weights = _export(config, folder, module if averaged is None else averaged, saver)
+        weights = _export(config, folder, module if averaged is None else averaged, saver, tell)
     if saver.out_of_time:
         stopped = f"stopped after {config.max_time}"
     result = TrainResult(
@@ -386,7 +386,7 @@ def validate(
 
     val = open_validation(config) if data is None else data.val
     if model is None:
-        model = build_model(config, val.num_classes, val.classes)
+        model = build_model(config, val.outputs, val.classes)
     on_cpu = config.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
     return evaluate(
         model,
@@ -523,7 +523,8 @@ def _check_resumable(path: Path, config: Any, tell: Callable[[str], None]) -> No
             f"{path} is no checkpoint of a training run ({' '.join(str(error).split())[:200]})"
         ) from error
     now = json.loads(json.dumps(config.as_dict()))
-    before = json.loads(json.dumps(before))
+    # An option that the run's version did not have was what is now its default.
+    before = json.loads(json.dumps({**type(config)().as_dict(), **before}))
     changed = [
         f"{name} {before.get(name)!r} -> {value!r}"
         for name, value in now.items()
@@ -614,14 +615,19 @@ def _commit() -> str | None:
     return commit + ("+changes" if changes else "")
 
 
-def _export(config: Any, folder: Path, module: Any, saver: Any) -> Path:
+def _export(
+    config: Any, folder: Path, module: Any, saver: Any, tell: Callable[[str], None]
+) -> Path:
     """Writes model.safetensors, at the output stride of the validation."""
     from deeplab_fast.engine.evaluate import _at_output_stride
     from deeplab_fast.weights import load_weights, save_weights
 
     model = module.model
-    if config.export == "best" and saver.best_path.exists():
-        load_weights(model, saver.best_path)
+    if config.export == "best":
+        if saver.best_path.exists():
+            load_weights(model, saver.best_path)
+        else:
+            tell("warning: no validation had a mIoU, so the last weights are saved, not the best")
     stride = config.eval_output_stride
     with _at_output_stride(model, stride), _without_class_weights(config, module):
         try:
@@ -651,7 +657,9 @@ def _without_class_weights(config: Any, module: Any) -> Iterator[None]:
     before = last.bias.detach().clone()
     with torch.no_grad():
         # A class of weight 0 was never trained: its logit stays.
-        last.bias -= part * weights.to(before).where(weights.to(before) > 0, 1.0).log()
+        logs = weights.to(before).where(weights.to(before) > 0, 1.0).log()
+        # The one logit of one class is the difference of the two.
+        last.bias -= part * (logs if len(before) > 1 else logs[1:] - logs[:1])
     try:
         yield
     finally:

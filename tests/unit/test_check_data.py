@@ -68,6 +68,7 @@ def test_a_good_data_set(tmp_path):
     report = check_dataset(open_dataset("folder", tmp_path, classes=["x", "y", "z"]))
     report.raise_if_bad()
     assert report.problems == () and report.absent == ("z",)
+    assert report.notes == ("no mask has the class z",)
     rows = [line.split() for line in report.table().splitlines()]
     assert rows[1] == ["x", "12", "50.00%", "1"] and rows[3] == ["z", "0", "0.00%", "0"]
     assert rows[4] == ["ignored", "0", "0.00%"]
@@ -89,6 +90,57 @@ def test_values_are_judged_after_the_label_map(tmp_path):
     report = check_dataset(open_dataset("folder", tmp_path, **open_it, unmapped="error"))
     assert [p.kind for p in report.problems] == ["labels"]
     assert "label 30 (8 pixels), which the label map" in report.problems[0].message
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_mask_of_0_and_255_alone_is_no_binary_mask(tmp_path, classes):
+    add(tmp_path, "a", filled(0, 255))
+    add(tmp_path, "b", filled(0, 0, 255))
+    report = check_dataset(open_dataset("folder", tmp_path, classes=classes))
+    (problem,) = report.problems
+    assert (problem.index, problem.kind, problem.path) == (-1, "one class", "")
+    name = "background" if classes == 1 else "class 0"
+    assert f"every labelled pixel of all masks is '{name}' (class 0)" in problem.message
+    assert "label 255 (20 pixels), which is ignored" in problem.message
+    assert "--label-map 255=1" in problem.message
+    assert report.ignored_values == {255: 20} and report.as_dict()["ignored_values"] == {"255": 20}
+    assert "label 255 (20 pixels)" in report.table().splitlines()[-1]
+    assert report.notes == (f"no mask has the class {'foreground' if classes == 1 else 'class 1'}",)
+    with pytest.raises(DataError, match="255=1"):
+        report.raise_if_bad(allow_empty=True)
+    report.raise_if_bad(allow_one_class=True)
+    mapped = {"classes": classes, "label_map": {255: 1}, "unmapped": "keep"}
+    report = check_dataset(open_dataset("folder", tmp_path, **mapped))
+    assert (report.problems, report.notes, report.pixels) == ((), (), (28, 20))
+
+
+def test_masks_of_one_class_other_than_the_first(tmp_path):
+    add(tmp_path, "a", filled(2))
+    (problem,) = check_dataset(open_dataset("folder", tmp_path, classes=3)).problems
+    assert "is 'class 2' (class 2): there is nothing to tell apart" in problem.message
+    assert "label-map" not in problem.message
+
+
+def test_some_masks_of_two_values(tmp_path):
+    add(tmp_path, "a", filled(0, 1))
+    add(tmp_path, "b", filled(0, 255))
+    add(tmp_path, "c", filled(0, 1, 255))
+    report = check_dataset(open_dataset("folder", tmp_path, classes=2))
+    assert report.problems == ()
+    (note,) = report.notes
+    assert "1 of 3 masks hold 'class 0' and 255 alone" in note and "--label-map 255=1" in note
+    # With more classes a void border beside the background is usual.
+    add(tmp_path, "d", filled(2))
+    assert check_dataset(open_dataset("folder", tmp_path, classes=3)).notes == ()
+
+
+def test_values_that_the_label_map_leaves_out_are_told(tmp_path):
+    add(tmp_path, "a", filled(10, 20, 30, 255))
+    label_map = {10: 0, 20: 1, 255: 255}
+    report = check_dataset(open_dataset("folder", tmp_path, classes=2, label_map=label_map))
+    assert report.ignored_values == {30: 6, 255: 6}
+    (note,) = report.notes
+    assert "the masks hold label 30 (6 pixels), which the label map does not name" in note
 
 
 def test_a_long_list_is_cut_in_the_message_only(tmp_path):

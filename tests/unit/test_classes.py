@@ -9,7 +9,9 @@ from deeplab_fast.data.classes import (
     ClassSet,
     class_set,
     generic_classes,
+    label_count,
     pascal_colour_map,
+    same_name,
 )
 
 
@@ -191,3 +193,29 @@ def test_unknown_names_list_what_there_is(tmp_path):
         class_set("vok")
     with pytest.raises(FileNotFoundError, match=r"missing\.txt: no such file"):
         class_set(tmp_path / "missing.txt")
+
+
+def test_one_class_has_a_background():
+    one = generic_classes(1)
+    both = one.of_labels()
+    assert one.classes == ("foreground",) and both.classes == ("background", "foreground")
+    assert both.palette == ((0, 0, 0), *one.palette) and both.of_labels() is both
+    assert both.ignore_index == one.ignore_index == 255 and both.background == 0
+    named = ClassSet("cracks", ("crack",), ((1, 2, 3),), ignore_index=7).of_labels()
+    assert (named.classes, named.ignore_index) == (("background", "crack"), 7)
+    with pytest.raises(ValueError, match="its only class is 'background'; name the class"):
+        generic_classes(1, ["background"]).of_labels()
+    assert [label_count(n) for n in (1, 2, 21)] == [2, 2, 21]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        pytest.param("Road", "road", True, id="case"),
+        pytest.param("__background__", "background", True, id="underscores"),
+        pytest.param("stra\u00dfe caf\u00e9", "stra\u00dfe cafe\u0301", True, id="unicode-form"),
+        pytest.param("road", "roads", False, id="another"),
+    ],
+)
+def test_names_that_are_the_same(one, other, same):
+    assert same_name(one, other) is same_name(other, one) is same

@@ -1,7 +1,9 @@
 """The command line end to end, and the files it writes."""
 
+import copy
 import io
 import json
+import math
 import types
 from pathlib import Path
 
@@ -214,6 +216,63 @@ def test_same_stems_do_not_overwrite_each_other(capsys, model, weights, tmp_path
     assert seen == set(files)
 
 
+def test_logits_that_are_not_finite_are_told(capsys, model, photos, tmp_path):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        [m for m in broken.classifier.modules() if isinstance(m, torch.nn.Conv2d)][-1].bias[1] = (
+            math.nan
+        )
+    weights = dlf.save_weights(broken, tmp_path / "broken.safetensors")
+    image = photos / "plain.png"
+    for flags in ((), ("--flip",), ("--tile", 24, 32)):
+        status, printed, errors = run(
+            *(capsys, "predict", image, "--output", tmp_path / "o", "--weights", weights, *flags)
+        )
+        assert status == 1 and "1 of 1 images segmented" in printed
+        assert "1 with logits that are NaN or infinite" in printed
+        # 40 x 56 pixels.
+        assert f"warning: the logits of 2240 pixels of {image} are NaN or infinite" in errors
+        areas = json.loads((tmp_path / "o" / "plain.json").read_text())
+        assert areas["not_finite_pixels"] == 2240
+
+
+def test_predict_of_one_class(capsys, photos, tmp_path):
+    torch.manual_seed(1)
+    one = dlf.deeplabv3_mobilenet_v2_tf(num_classes=1, width=0.25, aspp_channels=8).eval()
+    image = photos / "plain.png"
+    with torch.no_grad():
+        for norm in (m for m in one.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.momentum = 1.0
+        one.train()(torch.rand(2, 3, 64, 64) * 2 - 1)
+        one.eval()
+        final = [m for m in one.classifier.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+        final.weight *= 3 / one(one.preprocess(read_image(image)))["out"].std()
+        final.bias -= one(one.preprocess(read_image(image)))["out"].median()
+    weights = dlf.save_weights(one, tmp_path / "one.safetensors")
+    base = ("predict", image, "--output", tmp_path / "o", "--weights", weights)
+    for flags, options in (
+        ((), {}),
+        (("--threshold", "0.52"), {"threshold": 0.52}),
+        (("--tile", 24, 32, "--flip"), {"tile": (24, 32), "flip": True}),
+    ):
+        status, _, errors = run(capsys, *base, *flags)
+        assert (status, errors) == (0, ""), errors
+        labels = labels_of(tmp_path / "o", "plain")[1]
+        np.testing.assert_array_equal(labels, one.predict(image, **options))
+        # A window's logits are another's than the whole photo's, whose median is 0.
+        assert set(np.unique(labels)) == {0, 1} or "tile" in options
+        areas = json.loads((tmp_path / "o" / "plain.json").read_text())
+        assert {a["name"] for a in areas["classes"]} <= {"background", "foreground"}
+        assert areas["backend"] == "reference" and areas["not_finite_pixels"] == 0
+    names = tmp_path / "crack.txt"
+    for content in ("crack\n", "background\ncrack\n"):
+        names.write_text(content)
+        assert "crack" in run(capsys, *base, "--classes", names)[1]
+    names.write_text("a\nb\nc\n")
+    status, _, errors = run(capsys, *base, "--classes", names)
+    assert status == 2 and "has 3 classes and the model 1" in errors
+
+
 def test_names_that_differ_in_case_only_or_repeat():
     def names(*paths):
         return cli._unique_stems([Path(path) for path in paths])
@@ -221,6 +280,8 @@ def test_names_that_differ_in_case_only_or_repeat():
     assert names("p/x.png", "p/y.png") == ["x", "y"]
     assert names("p/x.png", "p/X.png") == ["x_png", "X_png-2"]
     assert names("a/x.png", "b/x.png") == ["a_x", "b_x"]
+    # On some file systems the two forms of Unicode are one name.
+    assert names("p/caf\u00e9.png", "p/cafe\u0301.png")[1].endswith("_png-2")
     assert names("x.png", "sub/x.png") == ["x", "sub_x"]
     clashing = names("a/b_x.png", "a_b/x.png", "a/b/x.png", "c/a_b_x.png")
     assert len(set(clashing)) == 4 and clashing[3] == "a_b_x"
@@ -270,6 +331,8 @@ def test_reset_head(capsys, weights, photos, tmp_path):
         pytest.param(["--tile", "8", "x"], "--tile", id="tile-text"),
         pytest.param(["--tile", "8", "8", "--overlap", "1"], "overlap is 1.0", id="overlap-1"),
         pytest.param(["--scales", "0"], "scales is", id="scale-0"),
+        pytest.param(["--threshold", "2"], "threshold is 2.0, expected", id="threshold-2"),
+        pytest.param(["--threshold", "0.5"], "the model has 4 classes", id="threshold-classes"),
         pytest.param(["--size", "-1"], "--size is -1", id="size-negative"),
         pytest.param(["--device", "tpu0"], "device is 'tpu0'", id="device"),
         pytest.param(["--device", "cuda:99"], "CUDA devices", id="no-such-gpu"),

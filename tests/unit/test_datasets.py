@@ -1,6 +1,7 @@
 """Every layout of data sets on tiny generated files, and what is said where something is wrong."""
 
 import json
+import re
 import struct
 import sys
 import zlib
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deeplab_fast.data.check import check_dataset
 from deeplab_fast.data.classes import class_set, generic_classes
 from deeplab_fast.data.datasets import (
     LabelError,
@@ -16,9 +18,11 @@ from deeplab_fast.data.datasets import (
     SegmentationDataset,
     bad_labels,
     open_dataset,
+    parse_label_map,
     read_mask,
 )
 from deeplab_fast.data.images import ImageReadError
+from deeplab_fast.data.transforms import AugmentedDataset
 
 SIZE = (6, 8)
 
@@ -37,6 +41,23 @@ def mask(path, values, palette=False, **save):
         # Reversed: a colour read as a number would show.
         image.putpalette([255 - i // 3 for i in range(768)])
     image.save(path, **save)
+
+
+def png(size, bits, colour_type, rows):
+    """A PNG file of these rows, each behind its filter byte."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", size[1], size[0], bits, colour_type, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def labels(*values):
@@ -72,19 +93,7 @@ def test_grey_masks_of_few_bits_give_the_stored_values(tmp_path, bits):
     for i in range(8 // bits):
         packed |= values[:, i :: 8 // bits] << (8 - bits * (i + 1))
     rows = b"".join(b"\0" + row.tobytes() for row in packed)
-
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    header = struct.pack(">IIBBBBB", SIZE[1], SIZE[0], bits, 0, 0, 0, 0)
-    (tmp_path / "m.png").write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    (tmp_path / "m.png").write_bytes(png(SIZE, bits, 0, rows))
     np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), values)
 
 
@@ -108,6 +117,53 @@ def test_masks_keep_their_values(tmp_path, values, dtype, suffix):
     np.testing.assert_array_equal(read, values)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_masks_with_one_number_in_all_channels(tmp_path, mode, suffix):
+    values = labels(0, 1, 7, 255)
+    path = tmp_path / f"m{suffix}"
+    Image.fromarray(values).convert(mode).save(path)
+    np.testing.assert_array_equal(read_mask(path), values)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparent_masks_are_refused(tmp_path, mode):
+    image = Image.fromarray(labels(0, 1)).convert(mode)
+    image.putalpha(Image.fromarray(labels(255, 255, 254)))
+    image.save(tmp_path / "m.png")
+    with pytest.raises(ImageReadError, match=f"16 pixels are transparent \\(mode {mode}\\)"):
+        read_mask(tmp_path / "m.png")
+
+
+def test_formats_that_change_values_are_refused(tmp_path):
+    grey = Image.fromarray(labels(0, 1))
+    grey.save(tmp_path / "m.jp2")
+    grey.save(tmp_path / "m.webp", lossless=True)
+    Image.fromarray(labels(0, 1).repeat(4, 0).repeat(4, 1)).save(
+        tmp_path / "m.tif", compression="jpeg"
+    )
+    # Wide channels would lose their low bytes, and a small largest value is stretched.
+    wide = np.zeros((*SIZE, 3), ">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in wide)
+    (tmp_path / "wide.png").write_bytes(png(SIZE, 16, 2, rows))
+    (tmp_path / "m.pgm").write_bytes(b"P5 8 6 20\n" + labels(0, 1).tobytes())
+    (tmp_path / "m.pbm").write_bytes(b"P4 8 6\n" + bytes(6))
+    Image.fromarray(np.zeros(SIZE, np.float32)).save(tmp_path / "float.tif")
+    for name, reason in (
+        ("m.jp2", "JPEG2000 does not keep class numbers"),
+        ("m.webp", "WEBP does not keep"),
+        ("m.tif", "TIFF with jpeg compression does not keep"),
+        ("wide.png", r"a colour picture of 16 bits a channel \(mode RGB\)"),
+        ("m.pgm", "whose numbers Pillow changes"),
+        ("m.pbm", "whose numbers Pillow changes"),
+        ("float.tif", "float samples; a mask holds class numbers"),
+    ):
+        with pytest.raises(ImageReadError, match=reason):
+            read_mask(tmp_path / name)
+    (tmp_path / "m.pgm").write_bytes(b"P5 8 6 255\n" + labels(0, 1).tobytes())
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.pgm"), labels(0, 1))
+
+
 def test_masks_that_hold_no_class_numbers(tmp_path):
     photo(tmp_path / "colour.png")
     mask(tmp_path / "lossy.jpg", labels(0, 1))
@@ -117,7 +173,7 @@ def test_masks_that_hold_no_class_numbers(tmp_path):
     mask(tmp_path / "whole.png", np.random.default_rng(0).integers(0, 9, (64, 64), np.uint8))
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:700])
     for name, reason in (
-        ("colour.png", "mode RGB"),
+        ("colour.png", "mode RGB, red, green and blue differ in 48 pixels"),
         ("lossy.jpg", "JPEG does not keep class numbers"),
         ("float.npy", "float64, expected integers"),
         ("flat.npy", r"\[3\], expected \[H, W\]"),
@@ -172,6 +228,38 @@ def test_label_map_refuses_what_it_does_not_name(tmp_path, dtype):
     np.testing.assert_array_equal(dataset[0][1], labels(0, 2, 1, 255))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_label_map_keeps_what_it_does_not_name(tmp_path, dtype):
+    values = np.resize(np.array([0, 255, 2, 9], dtype), SIZE)
+    _, dataset = pair(tmp_path, values, label_map={255: 1}, unmapped="keep")
+    np.testing.assert_array_equal(dataset[0][1], labels(0, 1, 2, 9))
+    wide = np.resize(np.array([0, 300, 70000], np.int32), SIZE)
+    _, dataset = pair(tmp_path, wide, label_map={300: 1}, unmapped="keep")
+    np.testing.assert_array_equal(dataset[0][1], np.resize(np.array([0, 1, 70000]), SIZE))
+
+
+def test_label_maps_as_text():
+    assert parse_label_map("255=1") == {255: 1}
+    assert parse_label_map(" 255=1, 7 = 0,-1=255") == {255: 1, 7: 0, -1: 255}
+    for text in ("", "255", "a=1", "1=2=3", "255=1,255=0"):
+        with pytest.raises(ValueError, match=f"label_map is '{text}', expected raw value = class"):
+            parse_label_map(text)
+
+
+def test_one_class_has_labels_0_and_1(tmp_path):
+    photo(tmp_path / "images" / "a.png")
+    mask(tmp_path / "masks" / "a.png", labels(0, 1, 255))
+    for classes, name in ((1, "foreground"), ("1", "foreground"), (["crack"], "crack")):
+        dataset = open_dataset("folder", tmp_path, classes=classes)
+        assert dataset.classes.classes == ("background", name)
+        assert (dataset.num_classes, dataset.outputs, dataset.ignore_index) == (2, 1, 255)
+        np.testing.assert_array_equal(dataset[0][1], labels(0, 1, 255))
+        assert AugmentedDataset(dataset).outputs == dataset.select([0]).outputs == 1
+    assert open_dataset("folder", tmp_path, classes=2).outputs == 2
+    with pytest.raises(ValueError, match="its only class is 'background'"):
+        open_dataset("folder", tmp_path, classes=["background"])
+
+
 def test_ignore_index_outside_a_byte_widens_the_labels(tmp_path):
     _, dataset = pair(tmp_path, labels(0, 9), label_map={0: 1}, ignore_index=-1)
     label = dataset[0][1]
@@ -185,7 +273,7 @@ def test_ignore_index_outside_a_byte_widens_the_labels(tmp_path):
         pytest.param({"label_map": {0: 3}}, r"label_map sends 0 to 3; .* 0\.\.2", id="class"),
         pytest.param({"label_map": {}}, "sends nothing", id="empty"),
         pytest.param({"label_map": {"x": 1}}, "expected a mapping of raw value", id="key"),
-        pytest.param({"unmapped": "keep"}, "expected 'ignore' or 'error'", id="unmapped"),
+        pytest.param({"unmapped": "drop"}, "expected 'ignore', 'error'", id="unmapped"),
         pytest.param({"ignore_index": 1.5}, "ignore_index is 1.5", id="ignore_index"),
     ],
 )
@@ -359,8 +447,23 @@ def test_camvid(tmp_path):
     np.testing.assert_array_equal(dataset[0][1], labels(*range(12)))
     with pytest.raises(ValueError, match="no image of train starts with 0016E5"):
         open_dataset("camvid", tmp_path, "train", sequences="0016E5")
-    with pytest.raises(FileNotFoundError, match=r"test\.txt is missing"):
+    with pytest.raises(FileNotFoundError, match="looked for the folders test and testannot"):
         open_dataset("camvid", tmp_path, "test")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_camvid_of_one_split_alone(tmp_path, listed):
+    for stem in ("0001TP_1", "0001TP_2"):
+        photo(tmp_path / "test" / f"{stem}.png")
+        mask(tmp_path / "testannot" / f"{stem}.png", labels(3))
+    if listed:
+        text(tmp_path / "test.txt", "test/0001TP_2.png testannot/0001TP_2.png")
+    dataset = open_dataset("camvid", tmp_path, "test")
+    assert names(dataset) == ["0001TP_1", "0001TP_2"][int(listed) :]
+    np.testing.assert_array_equal(dataset[0][1], labels(3))
+    for split, missing in (("val", "val and valannot"), ("trainval", "train and trainannot and")):
+        with pytest.raises(FileNotFoundError, match=f"looked for the folders {missing}"):
+            open_dataset("camvid", tmp_path, split)
 
 
 def test_a_listed_file_that_is_missing_is_named_when_read(tmp_path):
@@ -443,6 +546,178 @@ def test_folder(tmp_path):
         open_dataset("folder", tmp_path, "val", **options)
 
 
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(("one", "other"), [(NFC, NFD), (NFD, NFC)], ids=["nfc-photo", "nfd-photo"])
+def test_names_are_one_in_all_forms_of_unicode(tmp_path, one, other):
+    photo(tmp_path / "images" / f"{one}.png")
+    mask(tmp_path / "masks" / f"{other}.png", labels(1))
+    folder = open_dataset("folder", tmp_path, classes=2)
+    text(tmp_path / "pairs.csv", "image,mask", f"images/{other}.png,masks/{one}.png")
+    table = open_dataset(tmp_path / "pairs.csv", classes=2)
+    for stem in (one, other):
+        photo(tmp_path / "camvid" / "val" / f"{stem}2.png")
+    (tmp_path / "camvid" / "val" / f"{other}2.png").unlink()
+    mask(tmp_path / "camvid" / "valannot" / f"{other}2.png", labels(1))
+    text(tmp_path / "camvid" / "val.txt", f"val/{other}2.png")
+    camvid = open_dataset("camvid", tmp_path / "camvid", sequences=one)
+    for dataset in (folder, table, camvid):
+        assert len(dataset) == 1 and dataset[0][1].all()
+        assert dataset.samples[0].image.exists() and dataset.samples[0].mask.exists()
+
+
+def test_folders_of_a_table_in_another_form_of_unicode(tmp_path):
+    photo(tmp_path / NFD / f"{NFD}.png")
+    mask(tmp_path / NFD / f"{NFD}_mask.png", labels(1))
+    rows = f"{NFC}/{NFC}.png,{NFC}/{NFC}_mask.png", f"{NFC}/missing{NFC}.png,{NFC}/x.png"
+    text(tmp_path / "pairs.csv", "image,mask", *rows)
+    dataset = open_dataset(tmp_path / "pairs.csv", classes=2)
+    assert dataset[0][1].all()
+    with pytest.raises(ImageReadError, match=f"missing{NFC}"):
+        dataset[1]
+
+
+def test_voc_and_cityscapes_names_in_another_form_of_unicode(tmp_path):
+    lists = tmp_path / "voc" / "ImageSets" / "Segmentation"
+    text(lists / "val.txt", NFC)
+    photo(tmp_path / "voc" / "JPEGImages" / f"{NFD}.jpg")
+    mask(tmp_path / "voc" / "SegmentationClass" / f"{NFD}.png", labels(1))
+    assert open_dataset("voc", tmp_path / "voc")[0][1].all()
+    base = tmp_path / "cityscapes"
+    photo(base / "leftImg8bit" / "val" / NFC / f"{NFC}_leftImg8bit.png")
+    mask(base / "gtFine" / "val" / NFD / f"{NFD}_gtFine_labelIds.png", labels(7))
+    assert not open_dataset("cityscapes", base)[0][1].any()
+
+
+def test_the_same_name_in_two_forms_of_unicode(tmp_path):
+    photo(tmp_path / "images" / f"{NFC}.png")
+    for stem in (NFC, NFD):
+        mask(tmp_path / "masks" / f"{stem}.png", labels(1))
+    with pytest.raises(ValueError, match="the same name in two forms of Unicode"):
+        open_dataset("folder", tmp_path, classes=2)
+    photo(tmp_path / "images" / f"{NFD}.png")
+    (tmp_path / "masks" / f"{NFD}.png").unlink()
+    with pytest.raises(ValueError, match="have the same stem"):
+        open_dataset("folder", tmp_path, classes=2)
+
+
+def test_why_lossy_masks_do_not_count(tmp_path):
+    for stem in ("a", "b"):
+        photo(tmp_path / "images" / f"{stem}.png")
+        mask(tmp_path / "masks" / f"{stem}.JPG", labels(1))
+    with pytest.raises(FileNotFoundError, match=r"; 2 files there \(\.JPG\) count for nothing, as"):
+        open_dataset("folder", tmp_path, classes=2)
+    mask(tmp_path / "masks" / "b.png", labels(1))
+    dataset = open_dataset("folder", tmp_path, classes=2)
+    assert dataset[1][1].all()
+    with pytest.raises(ImageReadError, match=r"a\.JPG: JPEG does not keep class numbers; store"):
+        dataset[0]
+    for stem in ("c", "d"):
+        photo(tmp_path / "camvid" / "val" / f"{stem}.png")
+        mask(tmp_path / "camvid" / "valannot" / f"{stem}.jpg", labels(1))
+    text(tmp_path / "camvid" / "val.txt", "c.png", "d.png")
+    with pytest.raises(ImageReadError, match=r"c\.jpg: JPEG does not keep"):
+        open_dataset("camvid", tmp_path / "camvid")[0]
+
+
+# EXIF orientations
+
+
+def turned(values, orientation):
+    """What is stored so that the orientation shows the values."""
+    return {
+        2: values[:, ::-1],
+        3: values[::-1, ::-1],
+        4: values[::-1],
+        5: values.swapaxes(0, 1),
+        6: np.rot90(values, 1),
+        7: values[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(values, -1),
+    }[orientation]
+
+
+def tagged(path, values, orientation, palette=False):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    mask(path, np.ascontiguousarray(values), palette=palette, exif=exif)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "palette"),
+    [
+        pytest.param(".png", np.uint8, False, id="grey"),
+        pytest.param(".png", np.uint8, True, id="palette"),
+        pytest.param(".png", np.uint16, False, id="16-bit"),
+        pytest.param(".tif", np.uint8, False, id="tiff"),
+    ],
+)
+def test_a_mask_is_turned_by_its_own_tag(tmp_path, orientation, suffix, dtype, palette):
+    values = np.arange(48).reshape(SIZE).astype(dtype)
+    tagged(tmp_path / f"m{suffix}", turned(values, orientation), orientation, palette)
+    np.testing.assert_array_equal(read_mask(tmp_path / f"m{suffix}"), values)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_photo_and_mask_of_one_tag_agree(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 2, (*SIZE, 1), np.uint8).repeat(3, 2)
+    for folder, values in (("images", 255 * pixels), ("masks", pixels[..., 0])):
+        tagged(tmp_path / folder / "a.png", turned(values, orientation), orientation)
+    dataset = open_dataset("folder", tmp_path, classes=2)
+    image, label = dataset[0]
+    np.testing.assert_array_equal(image, 255 * pixels)
+    np.testing.assert_array_equal(label, pixels[..., 0])
+    assert check_dataset(dataset).notes == check_dataset(dataset).problems == ()
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+@pytest.mark.parametrize("which", ["photo", "mask"])
+def test_a_turned_file_beside_one_that_is_not(tmp_path, orientation, which):
+    stored = np.zeros((*SIZE, 3), np.uint8)
+    image, other = tmp_path / "images" / "a.png", tmp_path / "masks" / "a.png"
+    if which == "photo":
+        tagged(image, stored, orientation)
+        mask(other, labels(0, 1))
+        text_ = (
+            f"the photo {image} is tagged with EXIF orientation {orientation} and so is turned to "
+            f"6x8 pixels; its mask {other} is not turned and has 8x6, as the photo is stored"
+        )
+    else:
+        photo(image)
+        tagged(other, labels(0, 1), orientation)
+        text_ = (
+            f"the mask {other} is tagged with EXIF orientation {orientation} and so is turned to "
+            f"6x8 pixels; its photo {image} is not turned and has 8x6, as the mask is stored"
+        )
+    dataset = open_dataset("folder", tmp_path, classes=2)
+    with pytest.raises(ValueError, match=re.escape(text_)):
+        dataset[0]
+    (problem,) = check_dataset(dataset).problems
+    assert problem.kind == "size" and text_ in problem.message
+    # A mask of what is seen fits: nothing to tell.
+    if which == "photo":
+        mask(other, labels(0, 1).T)
+        assert dataset[0][0].shape[:2] == (8, 6)
+        assert check_dataset(dataset).notes == check_dataset(dataset).problems == ()
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("suffix", [".png", ".npy"])
+def test_a_tag_that_sizes_do_not_tell_of_is_reported(tmp_path, orientation, suffix):
+    side = 6 if orientation > 4 else 8
+    image, other = tmp_path / "images" / "a.jpg", tmp_path / "masks" / f"a{suffix}"
+    tagged(image, np.zeros((6, side, 3), np.uint8), orientation)
+    values = np.resize(np.array([0, 1], np.uint8), (6, side))
+    other.parent.mkdir()
+    np.save(other, values) if suffix == ".npy" else mask(other, values)
+    dataset = open_dataset("folder", tmp_path, classes=2)
+    report = check_dataset(dataset)
+    (note,) = report.notes
+    assert report.problems == () and "sizes do not tell whether mask and photo then agree" in note
+    assert f"{image} (orientation {orientation}) and {other} (1)" in note
+
+
 def test_a_folder_without_pairs_tells_what_was_looked_for(tmp_path):
     photo(tmp_path / "images" / "x.jpg")
     mask(tmp_path / "masks" / "other.png", labels(1))
@@ -504,7 +779,7 @@ def test_a_file_describes_a_data_set(tmp_path, suffix):
             r".*VOC2012, .*VOCdevkit.VOC2012",
             id="not-voc",
         ),
-        pytest.param(("camvid", "{}"), FileNotFoundError, "train and trainannot", id="not-camvid"),
+        pytest.param(("camvid", "{}"), FileNotFoundError, "val and valannot", id="not-camvid"),
         pytest.param(("voc", "{}", "x"), ValueError, "split is 'x', expected train", id="split"),
         pytest.param(("folder", "{}"), ValueError, "classes is missing", id="classes"),
         pytest.param(("csv",), ValueError, "classes is missing", id="csv-classes"),

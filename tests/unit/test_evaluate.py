@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.data.transforms import AugmentedDataset
 from deeplab_fast.engine import evaluate as module
 from deeplab_fast.engine.evaluate import ShardSampler, confusion_image, evaluate
+from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.predict import predict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -362,6 +364,101 @@ def test_what_cannot_be_evaluated(change, options, message):
         evaluate(Small(), dataset, **options)
 
 
+class Spoilt(Small):
+    """NaN in one logit of every image that is dark in its first pixel."""
+
+    def forward_logits(self, x):
+        logits = super().forward_logits(x)
+        dark = x[:, 0, 0, 0] < 0
+        logits[dark, 0, 1, 2] = math.nan
+        return logits
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="single"),
+        pytest.param({"flip": True}, id="flip"),
+        pytest.param({"batch_size": 2}, id="batches"),
+    ],
+)
+@pytest.mark.parametrize("classes", [1, CLASSES])
+def test_a_broken_model_is_not_scored_in_silence(tmp_path, options, classes):
+    model = Spoilt(num_classes=classes)
+
+    class Some(Scenes):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            image = image.copy()
+            image[0, [0, -1]] = 0 if index in (1, 4) else 255
+            return image, label if classes > 1 else np.where(label == 255, 255, label & 1)
+
+    dataset = Some()
+    if classes == 1:
+        dataset.classes, dataset.num_classes = generic_classes(1).of_labels(), 2
+    expected = {}
+    for i in (1, 4):
+        logits = torch.zeros(1, 1, *(n // 4 if n % 4 == 0 else n // 4 + 1 for n in SIZES[i]))
+        logits[..., 1, 2] = math.nan
+        bad = F.interpolate(logits, SIZES[i], mode="bilinear").isnan()
+        bad = bad | bad.flip(-1) if "flip" in options else bad
+        expected[f"sample {i}"] = int(bad.sum())
+    with pytest.warns(NotFiniteWarning, match=r"pixels of sample 1, \d+ pixels of sample 4 are"):
+        result = evaluate(model, dataset, **options)
+    assert result.not_finite == expected and len(set(expected.values())) == 2
+    assert [image.not_finite > 0 for image in result.images] == [False, True, False, False, True]
+    total = sum(expected.values())
+    assert result.metrics.not_finite == total
+    note = f"{total} pixels have logits that are NaN or infinite: these are the scores of a broken"
+    assert note in result.metrics.table()
+    result.save(tmp_path)
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert content["not_finite_pixels"] == total and note in content["note"]
+    assert content["images"][4]["not_finite"] == expected["sample 4"]
+
+
+def test_a_sound_model_has_no_note():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = evaluate(Small(), Scenes())
+    assert result.not_finite == {} and result.metrics.note == "" == result.as_dict()["note"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_one_class_is_scored_on_background_and_class(options):
+    class Binary(Scenes):
+        classes = generic_classes(1).of_labels()
+        num_classes = 2
+
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image, np.where(label == 255, 255, label & 1).astype(np.uint8)
+
+    model, dataset = Small(num_classes=1), Binary()
+    for threshold in (None, 0.7):
+        given = {**options, "threshold": threshold}
+        result = evaluate(model, dataset, panels=1, **given)
+        expected, _ = by_hand(model, dataset, **given)
+        np.testing.assert_array_equal(result.confusion, expected[:2, :2])
+        assert result.confusion.shape == (2, 2) and result.confusion.all()
+        assert result.settings["threshold"] == (threshold or 0.5)
+    assert result.metrics.classes == ("background", "foreground")
+    assert [p.prediction.max() for p in result.panels] == [1, 1]
+    with pytest.raises(ValueError, match="the model has 4 classes, of which the largest"):
+        evaluate(Small(), Scenes(), threshold=0.7)
+    with pytest.raises(ValueError, match=r"the model has 1 classes and the data set 4 .*of_labels"):
+        evaluate(model, Scenes())
+    # Named with or without the background.
+    for names in (("foreground",), ("background", "foreground")):
+        model.classes = names
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            evaluate(model, dataset)
+    model.classes = ("crack",)
+    with pytest.warns(UserWarning, match="class 1 is 'crack' to the model and 'foreground'"):
+        evaluate(model, dataset)
+
+
 def test_classes_in_another_order_are_noticed():
     model, dataset = Small(), Scenes([(24, 32)])
     dataset.classes = generic_classes(CLASSES, ["background", "a", "b", "c"])
@@ -498,6 +595,7 @@ def test_eval_command(capsys, weights, data, tmp_path, monkeypatch):
         pytest.param(["--data", "pets"], "no data set is named 'pets'", id="name"),
         pytest.param(["--weights", "x.pth"], "x.pth: no such file", id="weights"),
         pytest.param(["--scales", "0"], "scales is", id="scales"),
+        pytest.param(["--threshold", "0.5"], "the model has 4 classes, of which", id="threshold"),
         pytest.param(["--panels", "2"], "--panels needs --output", id="panels"),
         pytest.param(["--batch-size", "0"], "batch_size is 0", id="batch"),
         pytest.param(["--workers", "-1"], "--workers is -1", id="workers"),
@@ -509,6 +607,55 @@ def test_eval_with_bad_arguments(capsys, weights, data, flags, message):
     flags = [flag.format(data) for flag in flags]
     status, printed, errors = run(capsys, "eval", "--data", data, "--weights", weights, *flags)
     assert (status, printed) == (2, "") and message in errors
+
+
+def test_eval_of_broken_weights(capsys, weights, data, tmp_path):
+    model = dlf.from_checkpoint(weights)
+    with torch.no_grad():
+        [m for m in model.classifier.modules() if isinstance(m, nn.Conv2d)][-1].bias[2] = math.nan
+    broken = dlf.save_weights(model, tmp_path / "broken.safetensors")
+    out = tmp_path / "out"
+    status, printed, errors = run(
+        capsys, "eval", "--data", data, "--weights", broken, "--output", out
+    )
+    assert status == 1
+    assert "1920 pixels of s0, 1920 pixels of s1, 1920 pixels of s2 are NaN" in errors
+    assert "note: 5760 pixels have logits that are NaN or infinite" in printed
+    assert json.loads((out / "metrics.json").read_text())["not_finite_pixels"] == 5760
+
+
+def test_eval_of_one_class(capsys, tmp_path):
+    write_scenes(tmp_path / "data")
+    for path in (tmp_path / "data" / "masks").iterdir():
+        label = np.asarray(Image.open(path))
+        Image.fromarray(np.where(label == 1, 255, 0).astype(np.uint8)).save(path)
+    model = dlf.deeplabv3_mobilenet_v2_tf(
+        num_classes=1, width=0.25, aspp_channels=8, atrous_rates=(2,)
+    )
+    weights = dlf.save_weights(model, tmp_path / "one.safetensors")
+    base = ("--data", "folder", "--root", tmp_path / "data", "--classes", 1)
+    mapped = (*base, "--label-map", "255=1")
+    status, printed, errors = run(
+        *(capsys, "eval", *mapped, "--weights", weights, "--threshold", "0.4"),
+        *("--output", tmp_path / "o"),
+    )
+    assert (status, errors) == (0, "") and "foreground" in printed
+    dataset = open_dataset(
+        "folder", tmp_path / "data", classes=1, label_map={255: 1}, unmapped="keep"
+    )
+    expected = evaluate(model, dataset, threshold=0.4)
+    assert expected.metrics.table() in printed
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["settings"]["threshold"] == 0.4
+    # Without the map nothing of the class is left.
+    status, printed, errors = run(capsys, "check-data", *base)
+    assert status == 1 and "1 problems" in printed and "255=1" in errors
+    assert run(capsys, "check-data", *mapped)[0] == 0
+    for flags, message in (
+        (("--label-map", "255"), "label_map is '255', expected raw value = class id"),
+        (("--label-map", "255=7"), "label_map sends 255 to 7"),
+    ):
+        status, _, errors = run(capsys, "check-data", *base, *flags)
+        assert status == 2 and message in errors
 
 
 def test_eval_and_check_of_bad_data(capsys, weights, data, tmp_path):
@@ -527,7 +674,25 @@ def test_eval_and_check_of_bad_data(capsys, weights, data, tmp_path):
     status, printed, errors = run(capsys, "check-data", "--data", data, "--allow-empty")
     assert (status, errors) == (0, "") and "0 problems" in printed
     status, printed, errors = run(capsys, "check-data", "--data", "camvid", "--root", tmp_path)
-    assert status == 2 and "looked for the folders train and trainannot" in errors
+    assert status == 2 and "looked for the folders val and valannot" in errors
+
+
+def test_a_turned_photo_beside_a_mask_that_is_not(capsys, weights, data, tmp_path):
+    photo, mask = (tmp_path / "data" / name / "s1.png" for name in ("images", "masks"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(photo).save(photo, exif=exif)
+    for command in (("eval", "--weights", weights), ("check-data",)):
+        status, _, errors = run(capsys, *command, "--data", data)
+        assert status == 1
+        assert f"the photo {photo} is tagged with EXIF orientation 6" in errors
+        assert f"its mask {mask} is not turned and has 48x40, as the photo is stored" in errors
+    exif[0x0112] = 3
+    Image.open(photo).save(photo, exif=exif)
+    status, printed, errors = run(capsys, "check-data", "--data", data)
+    assert status == 0 and "0 problems, 1 warnings" in printed
+    assert "warning: each file is turned by its own EXIF orientation, and" in errors
+    assert f"{photo} (orientation 3) and {mask} (1)" in errors
 
 
 def test_eval_of_camvid_itself(shared_data):

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from deeplab_fast.data.images import ImageReadError, as_rgb_array, list_images, read_image
+from deeplab_fast.data.images import (
+    ImageReadError,
+    as_rgb_array,
+    exif_orientation,
+    list_images,
+    read_image,
+)
 
 # A 3x2 picture whose six pixels all differ: a wrong transposition or channel order shows.
 RGB = np.array(
@@ -92,6 +98,22 @@ def test_exif_orientation(tmp_path, orientation):
     image = Image.fromarray(np.ascontiguousarray(stored))
     path = save(tmp_path, image, "a.png", exif=exif)
     np.testing.assert_array_equal(read_image(path), RGB)
+    assert exif_orientation(path) == orientation
+    # Grey and without compression, which Pillow maps into memory.
+    grey = Image.fromarray(np.ascontiguousarray(stored[..., 0]))
+    for options in ({}, {"compression": "tiff_lzw"}):
+        path = save(tmp_path, grey, "a.tif", exif=exif, **options)
+        np.testing.assert_array_equal(read_image(path), RGB[..., :1].repeat(3, 2))
+
+
+def test_files_without_an_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 9
+    odd = save(tmp_path, Image.fromarray(RGB), "odd.png", exif=exif)
+    (tmp_path / "a.npy").write_bytes(b"no picture")
+    plain = save(tmp_path, Image.fromarray(RGB), "plain.png")
+    for path in (odd, plain, tmp_path / "a.npy", tmp_path / "missing.png"):
+        assert exif_orientation(path) == 1
 
 
 def test_damaged_exif_does_not_cost_the_picture(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deeplab_fast.engine.losses import SegmentationLoss, class_weights_from_counts
 
-KINDS = ["cross_entropy", "hard_pixels", "dice", "cross_entropy+dice"]
+KINDS = ["cross_entropy", "hard_pixels", "focal", "dice", "cross_entropy+dice"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 both_alignments = pytest.mark.parametrize(
     "align_corners", [False, True], ids=["centres", "corners"]
@@ -262,6 +262,101 @@ def test_cross_entropy_and_dice(labels):
     assert_same_with_gradient(loss, expected, make(), make_target(size=(32, 48)))
 
 
+@both_alignments
+@pytest.mark.parametrize(
+    ("classes", "weights", "gamma"),
+    [
+        pytest.param(5, None, 2.0, id="plain"),
+        pytest.param(5, [0.2, 0.0, 3.0, 1.0, 7.5], 0.5, id="weights, one of them 0"),
+        pytest.param(5, [0.2, 0.0, 3.0, 1.0, 7.5], 0.0, id="gamma 0 is cross entropy"),
+        pytest.param(1, [0.2, 3.0], 2.0, id="one class"),
+    ],
+)
+def test_focal_of_upsampled_logits(classes, weights, gamma, align_corners):
+    loss = SegmentationLoss(
+        kind="focal", focal_gamma=gamma, class_weights=weights, align_corners=align_corners
+    ).double()
+
+    def expected(logits, target):
+        full = upsample(logits, target, align_corners)
+        full = torch.cat([torch.zeros_like(full), full], 1) if classes == 1 else full
+        valid = target != 255
+        p = full.softmax(1).permute(0, 2, 3, 1)[valid].gather(1, target[valid][:, None])[:, 0]
+        w = torch.ones(full.shape[1]) if weights is None else torch.tensor(weights)
+        w = w.double()[target[valid]]
+        return (-w * (1 - p) ** gamma * p.log()).sum() / w.sum()
+
+    target = make_target(max(2, classes))
+    assert_same_with_gradient(loss, expected, make(classes), target)
+
+
+def test_focal_of_pixels_that_are_certain():
+    logits = torch.tensor([80.0, -80.0]).view(1, 2, 1, 1).requires_grad_()
+    for label, value in ((0, 0.0), (1, 160.0)):
+        loss = SegmentationLoss(kind="focal", focal_gamma=0.5)(logits, torch.full((1, 2, 2), label))
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert loss.item() == pytest.approx(value) and grad.isfinite().all()
+
+
+@both_alignments
+@both_sizes
+@pytest.mark.parametrize(
+    ("weights", "smoothing"),
+    [
+        pytest.param(None, 0.0, id="plain"),
+        pytest.param([0.3, 2.0], 0.0, id="weights"),
+        pytest.param(None, 0.2, id="smoothing"),
+    ],
+)
+def test_one_class_is_binary_cross_entropy(weights, smoothing, labels, align_corners):
+    loss = SegmentationLoss(
+        class_weights=weights,
+        label_smoothing=smoothing,
+        labels=labels,
+        align_corners=align_corners,
+    ).double()
+
+    def expected(logits, target):
+        if labels == "full":
+            z = upsample(logits, target, align_corners)[:, 0]
+        else:
+            z, target = (
+                logits[:, 0],
+                target[:, ::4, ::4] if align_corners else target[:, 2::4, 2::4],
+            )
+        valid = target != 255
+        y = target[valid].double()
+        w = torch.ones(2) if weights is None else torch.tensor(weights)
+        w = w.double()[target[valid]]
+        smooth = y * (1 - smoothing) + smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(z[valid], smooth, reduction="none")
+        return (w * losses).sum() / w.sum()
+
+    # Every fourth pixel is nearest to a logit in either alignment.
+    size = (17, 25) if align_corners else (20, 28)
+    logits = make(1, (5, 7))
+    assert_same_with_gradient(loss, expected, logits, make_target(2, size))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"kind": "dice"}, id="dice"),
+        pytest.param({"kind": "hard_pixels", "top_k": 0.1}, id="hard pixels"),
+        pytest.param({"kind": "cross_entropy+dice", "class_weights": [1.0, 4.0]}, id="both"),
+    ],
+)
+def test_one_class_is_the_pair_of_zero_and_its_logit(options):
+    loss = SegmentationLoss(**options).double()
+
+    def expected(logits, target):
+        return loss(torch.cat([torch.zeros_like(logits), logits], 1), target)
+
+    assert_same_with_gradient(loss, expected, make(1), make_target(2))
+    with pytest.raises(ValueError, match="label 2"):
+        loss(make(1), torch.full((2, 19, 32), 2))
+
+
 @every_kind
 @both_sizes
 def test_everything_ignored_is_nan_without_gradient(kind, labels):
@@ -366,13 +461,15 @@ def test_number_of_class_weights():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"kind": "focal"}, "kind must be one of 'cross_entropy', "),
+        ({"kind": "focl"}, "kind must be one of 'cross_entropy', "),
         ({"labels": "half"}, "labels must be one of 'full', 'downsampled', got 'half'"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"top_k": 0.0}, "top_k"),
         ({"top_k": 25}, "top_k"),
         ({"min_kept": -1}, "min_kept"),
         ({"dice_weight": math.nan}, "dice_weight"),
+        ({"focal_gamma": -0.5}, "focal_gamma"),
+        ({"kind": "focal", "label_smoothing": 0.1}, "'focal' has no label_smoothing"),
         ({"class_weights": []}, "class_weights"),
         ({"class_weights": [1.0, -1.0]}, "class_weights"),
         ({"class_weights": [1.0, math.inf]}, "class_weights"),

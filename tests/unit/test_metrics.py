@@ -54,6 +54,33 @@ def test_table_and_json():
     }
 
 
+@pytest.mark.parametrize(
+    ("matrix", "exists"),
+    [
+        pytest.param([[9, 0], [0, 0]], False, id="one-class-of-two"),
+        pytest.param([[0, 0, 0], [0, 9, 0], [0, 0, 0]], False, id="one-class-of-three"),
+        pytest.param([[9, 1], [0, 0]], True, id="a-false-alarm"),
+        pytest.param([[9]], True, id="all-there-is"),
+    ],
+)
+def test_one_class_alone_has_no_mean(matrix, exists):
+    names = ("a", "b", "c")[: len(matrix)]
+    m = Metrics.from_confusion(np.array(matrix), names)
+    for value in (m.miou, m.mean_accuracy, m.frequency_weighted_iou):
+        assert math.isnan(value) is not exists
+    assert m.pixel_accuracy == (0.9 if matrix == [[9, 1], [0, 0]] else 1)
+    only = f"hold one class only ({'b' if len(matrix) == 3 else 'a'})"
+    assert (only in m.note) is (only in m.table()) is not exists
+    assert ("100.00" in m.table().split("mean IoU")[1].splitlines()[0]) is (len(matrix) == 1)
+    assert (m.as_dict()["miou"] is None) is not exists
+
+
+def test_scores_of_a_broken_run_are_marked():
+    m = Metrics.from_confusion(np.array(BY_HAND), not_finite=7)
+    assert "7 pixels have logits that are NaN or infinite" in m.note and m.note in m.table()
+    assert m.as_dict()["not_finite_pixels"] == 7
+
+
 def test_nothing_counted():
     m = Metrics.from_confusion(np.zeros((2, 2), np.int64))
     assert all(map(math.isnan, (m.miou, m.pixel_accuracy, m.mean_accuracy)))
@@ -65,7 +92,7 @@ def test_nothing_counted():
 def test_counts_beyond_floats_are_exact():
     # 2^53 + 1 has no float64: a matrix in floats would lose the pixel.
     m = Metrics.from_confusion(np.array([[2**53 + 1, 0], [0, 0]]))
-    assert m.target_pixels == (2**53 + 1, 0) and m.miou == 1
+    assert m.target_pixels == (2**53 + 1, 0) and m.pixel_accuracy == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Prediction with small models whose results can be worked out by plain PyTorch."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+import deeplab_fast as dlf
 from deeplab_fast import ops
 from deeplab_fast.data.images import ImageReadError
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.engine import predict as module
+from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.predict import predict
 
 
@@ -494,3 +497,207 @@ def test_a_dtype_that_does_not_fit_the_parameters():
 def test_models_of_other_libraries_are_refused():
     with pytest.raises(ValueError, match="a Conv2d without forward_logits and align_corners"):
         predict(nn.Conv2d(3, 3, 1), X)
+
+
+# Logits that are NaN or infinite
+
+
+class Spoilt(Small):
+    """The value in all classes' logits at a place of every image whose pixels are not all 0."""
+
+    def __init__(self, value=math.nan, place=(1, 2), **options):
+        super().__init__(**options)
+        self.value, self.place = value, place
+
+    def spoil(self, logits, x):
+        dirty = x.flatten(1).any(1)
+        logits[dirty, :, self.place[0], self.place[1]] = self.value
+        return logits
+
+    def forward_logits(self, x):
+        return self.spoil(super().forward_logits(x), x)
+
+    def plain(self, x):
+        return self.spoil(super().plain(x), x)
+
+
+def not_finite(model, x, size):
+    """[N, H, W] of PyTorch's full logits."""
+    return ~upsampled(model, model.plain(x), size).isfinite().all(1)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    ("value", "classes"),
+    [
+        pytest.param(math.nan, 5, id="nan"),
+        pytest.param(math.inf, 5, id="inf"),
+        pytest.param(-math.inf, 5, id="minus-inf"),
+        pytest.param(math.nan, 1, id="one-class"),
+    ],
+)
+def test_not_finite_pixels_are_counted_by_image(value, classes, align_corners):
+    model = Spoilt(value, num_classes=classes, align_corners=align_corners)
+    x = torch.randn(3, 3, 21, 30)
+    x[1] = 0
+    expected = not_finite(model, x, (21, 30)).sum((1, 2)).tolist()
+    assert expected[0] > 0 == expected[1]
+    with pytest.warns(NotFiniteWarning, match="of image 0 of the tensor, .* of image 2") as caught:
+        predict(model, x)
+    assert caught[0].message.pixels == {f"image {i} of the tensor": expected[i] for i in (0, 2)}
+
+
+@pytest.mark.parametrize("classes", [1, 5])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"flip": True}, id="flip"),
+        pytest.param({"scales": (0.5, 1.0)}, id="scales"),
+        pytest.param({"tile": (12, 16), "flip": True}, id="windows"),
+    ],
+)
+def test_not_finite_pixels_of_several_passes(options, classes):
+    model = Spoilt(num_classes=classes)
+    x = torch.randn(1, 3, 20, 28)
+    if "tile" in options:
+        expected = torch.zeros(20, 28, dtype=torch.bool)
+        for top in (0, 8):
+            for left in (0, 12):
+                window = x[..., top : top + 12, left : left + 16]
+                for flipped in (False, True):
+                    part = not_finite(model, window.flip(-1) if flipped else window, (12, 16))[0]
+                    expected[top : top + 12, left : left + 16] |= part.flip(-1) if flipped else part
+    elif "flip" in options:
+        expected = not_finite(model, x, (20, 28)) | not_finite(model, x.flip(-1), (20, 28)).flip(-1)
+    else:
+        parts = [not_finite(model, y, (20, 28)) for y in (resized(x, (10, 14)), x)]
+        expected = parts[0] | parts[1]
+    with pytest.warns(NotFiniteWarning) as caught:
+        predict(model, x, **options)
+    assert caught[0].message.pixels == {"image 0 of the tensor": int(expected.sum())}
+
+
+def test_not_finite_images_are_named(tmp_path):
+    model = Spoilt()
+    path = tmp_path / "street.png"
+    Image.fromarray(photo(20, 30)).save(path)
+    with pytest.warns(NotFiniteWarning, match=r"pixels of .*street\.png are NaN or infinite"):
+        predict(model, path)
+    with pytest.warns(NotFiniteWarning, match=r"street\.png, \d+ pixels of images\[1\] are NaN"):
+        predict(model, [path, photo(20, 30)], batch_size=2)
+    with pytest.warns(NotFiniteWarning, match="pixels of the image are NaN"):
+        predict(model, photo(20, 30))
+
+
+def test_finite_logits_are_not_warned_of():
+    class Huge(Small):
+        def forward_logits(self, x):
+            # Their sum overflows.
+            return torch.full((x.shape[0], 5, 4, 4), torch.finfo(torch.float32).max)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(Huge(), torch.randn(1, 3, 16, 16))
+        predict(Spoilt(), torch.zeros(1, 3, 16, 16))
+
+
+def test_a_long_list_of_images_is_cut_in_the_message_only():
+    warning = NotFiniteWarning({f"{i}.png": 1 + i for i in range(13)})
+    assert "1 pixel of 0.png, 2 pixels of 1.png" in str(warning)
+    assert "10 pixels of 9.png, 36 pixels of 3 more images are NaN" in str(warning)
+    assert len(warning.pixels) == 13
+
+
+# One class
+
+
+def binary_probability(model, x, size, scales=(1.0,), flip=False):
+    """Mean of the sigmoids at full size, [N, H, W]."""
+    passes = []
+    for scale in scales:
+        y = x if scale == 1 else resized(x, [math.floor(n * scale + 0.5) for n in x.shape[-2:]])
+        passes.append(upsampled(model, model.plain(y), size).sigmoid())
+        if flip:
+            passes.append(upsampled(model, model.plain(y.flip(-1)), size).sigmoid().flip(-1))
+    return torch.stack(passes).mean(0)[:, 0]
+
+
+def assert_binary(labels, prob, threshold):
+    """Labels are those of the probability, up to pixels that fp32 cannot tell apart."""
+    clear = (prob - threshold).abs() > 1e-5
+    assert clear.float().mean() > 0.99 and labels.dtype == torch.uint8
+    assert torch.equal((labels == 1)[clear], (prob > threshold)[clear])
+    assert 0.02 < (labels == 1).float().mean() < 0.98 and labels.max() == 1
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3, 0.6])
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="single"),
+        pytest.param({"flip": True}, id="flip"),
+        pytest.param({"scales": (0.5, 1.0, 1.5), "flip": True}, id="scales-flip"),
+    ],
+)
+def test_one_class_is_a_sigmoid_and_a_threshold(options, align_corners, threshold):
+    model = Small(num_classes=1, align_corners=align_corners)
+    x = torch.randn(2, 3, 26, 33)
+    if align_corners and "scales" in options:
+        options = {"flip": True}
+    labels, prob = predict(model, x, return_prob=True, threshold=threshold, **options)
+    expected = binary_probability(model, x, (26, 33), **options)
+    # A sigmoid and a mean of at most 6 terms of at most 1: some 10 roundings of 2^-24.
+    torch.testing.assert_close(prob, expected, rtol=0, atol=1e-6)
+    assert_binary(labels, expected, 0.5 if threshold is None else threshold)
+    assert torch.equal(predict(model, x, threshold=threshold, **options), labels)
+
+
+def test_windows_of_one_class_equal_the_whole_image():
+    model = pixelwise(num_classes=1)
+    x = torch.randn(1, 3, 20, 31)
+    labels, prob = predict(model, x, tile=(8, 12), return_prob=True, threshold=0.3)
+    expected = model.plain(x).sigmoid()[:, 0]
+    torch.testing.assert_close(prob, expected, rtol=0, atol=1e-6)
+    assert_binary(labels, expected, 0.3)
+    image = photo(20, 31)
+    np.testing.assert_array_equal(predict(model, image, tile=(8, 12)), predict(model, image))
+
+
+def test_one_class_of_the_models_themselves():
+    model = dlf.deeplabv3_mobilenet_v2_tf(num_classes=1, width=0.25, aspp_channels=8).eval()
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        # Statistics of this input, else the logits are all but constant.
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.momentum = 1.0
+        model.train()(x)
+        model.eval()
+        # Half of the pixels on either side, and probabilities far from 0.5.
+        final = [m for m in model.classifier.modules() if isinstance(m, nn.Conv2d)][-1]
+        final.weight *= 3 / model(x)["out"].std()
+        final.bias -= model(x)["out"].median()
+        prob = model(x)["out"].sigmoid()[:, 0]
+    for each in (model, dlf.optimize(model)):
+        labels, found = each.predict(x, return_prob=True)
+        # The fast path's logits are PyTorch's within 1e-5 of their size, here 3.
+        torch.testing.assert_close(found, prob, rtol=0, atol=1e-4)
+        assert_binary(labels, found, 0.5)
+        assert 0.4 < labels.float().mean() < 0.6
+        assert 0 < each.predict(x, threshold=0.9).sum() < labels.sum()
+
+
+@pytest.mark.parametrize(
+    ("classes", "threshold", "message"),
+    [
+        pytest.param(1, 0, "threshold is 0, expected a probability", id="0"),
+        pytest.param(1, 1.0, "threshold is 1.0", id="1"),
+        pytest.param(1, "half", "threshold is 'half'", id="text"),
+        pytest.param(5, 0.5, "the model has 5 classes, of which the largest", id="classes"),
+    ],
+)
+def test_thresholds_that_do_not_fit(classes, threshold, message):
+    model = Small(num_classes=classes)
+    with pytest.raises(ValueError, match=message):
+        predict(model, X, threshold=threshold)
+    assert not model.inputs

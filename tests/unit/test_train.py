@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from deeplab_fast.engine.evaluate import evaluate  # noqa: E402
 from deeplab_fast.engine.module import SegmentationModule  # noqa: E402
 from deeplab_fast.engine.sources import open_training, training_transform  # noqa: E402
 from deeplab_fast.engine.train import build_model, fit, fit_stages, second_stage  # noqa: E402
+from deeplab_fast.models import DeepLabV3  # noqa: E402
 from deeplab_fast.weights import from_checkpoint, read_state_dict  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("tiny_training.py")
@@ -694,3 +696,155 @@ def test_mixed_precision(config):
         torch.float32,
         torch.int64,
     }
+
+
+def binary_scenes(root, foreground):
+    """The scenes with class 1 against the rest, as masks of 0 and ``foreground``."""
+    from PIL import Image
+
+    tiny.write_scenes(root, 8)
+    for path in (root / "masks").iterdir():
+        label = np.asarray(Image.open(path))
+        label = np.where(label == 1, foreground, 0).astype(np.uint8)
+        Image.fromarray(label).save(path)
+    return root
+
+
+@pytest.mark.parametrize(
+    "loss",
+    ["cross_entropy", "focal", "dice", pytest.param("cross_entropy+dice", id="both")],
+)
+def test_one_class_learns(config, tmp_path, loss):
+    root = binary_scenes(tmp_path / "binary", 255)
+    config = config.replace(
+        root=str(root),
+        classes="1",
+        label_map="255=1",
+        check_data=True,
+        model_options={"dropout": 0.0, "output_stride": 8},
+        loss=loss,
+        aux_weight=0.5 if loss == "focal" else 0.0,
+        focal_gamma=1.0,
+        crop=[40, 48],
+        flip=0.0,
+        epochs=30,
+        val_every=30,
+        lr=0.2,
+    )
+    result = fit(config)
+    # All background: 0.37 to 0.45.
+    assert result.miou > 0.7 and result.metrics.classes == ("background", "foreground")
+    assert result.metrics.accuracy[1] > 0.5
+    model = from_checkpoint(result.weights).eval()
+    assert model.num_classes == 1 and model.classes == ("background", "foreground")
+    scored = evaluate(model, open_training(config)).metrics
+    assert scored.miou == pytest.approx(result.miou)
+    assert engine.validate(config.replace(weights=str(result.weights))).miou == pytest.approx(
+        result.miou
+    )
+
+
+def test_a_binary_mask_of_255_is_not_trained_on_in_silence(config, tmp_path):
+    root = binary_scenes(tmp_path / "binary", 255)
+    for classes in ("1", "2"):
+        bad = config.replace(root=str(root), classes=classes, epochs=1, check_data=True)
+        with pytest.raises(DataError, match="--label-map 255=1"):
+            fit(bad)
+        assert not Path(bad.output).exists()
+    # Without the check there is no score of 100.
+    told = []
+    result = fit(bad.replace(check_data=False, export="best"), tell=told.append)
+    assert math.isnan(result.miou) and result.best_miou is None
+    assert any("val mIoU -," in line for line in told)
+    assert any("one class only (class 0)" in line for line in told)
+    assert any("the last weights are saved, not the best" in line for line in told)
+    assert json.loads((result.folder / "result.json").read_text())["val_miou"] is None
+
+
+def test_validation_data_of_one_class_are_told_and_have_no_score(config, tmp_path):
+    root = binary_scenes(tmp_path / "binary", 1)
+    train = open_training(config.replace(root=str(root), classes="2"))
+    val = open_training(config.replace(root=str(binary_scenes(tmp_path / "empty", 0)), classes="2"))
+    told = []
+    data = SegmentationData(config, train=train, val=val)
+    data.check(tell=told.append)
+    assert any("every labelled pixel of all masks is 'class 0'" in line for line in told)
+
+
+def test_class_weights_of_one_class_are_taken_back(config, tmp_path):
+    root = binary_scenes(tmp_path / "binary", 1)
+    config = config.replace(root=str(root), classes="1", epochs=1)
+    with pytest.raises(ValueError, match="3 weights for 2 classes"):
+        fit(config.replace(class_weights=[1.0, 2.0, 3.0]))
+    result = fit(config.replace(class_weights=[0.5, 2.0], undo_class_weights=0.5))
+    trained = read_state_dict(result.last_checkpoint)["classifier.1.bias"]
+    exported = from_checkpoint(result.weights).classifier[1].bias
+    # The logit is the difference of two: less 0.5 (log 2 - log 0.5).
+    torch.testing.assert_close(exported, trained - math.log(2), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("val_batch_size", [1, 4])
+def test_validation_without_finite_logits_is_told(config, monkeypatch, val_batch_size):
+    original = DeepLabV3.forward_logits
+
+    def spoilt(self, x):
+        logits = original(self, x)
+        if not self.training:
+            logits[0, 2, 0, 0] = math.nan
+        return logits
+
+    monkeypatch.setattr(DeepLabV3, "forward_logits", spoilt)
+    told = []
+    config = config.replace(epochs=1, val_batch_size=val_batch_size)
+    result = fit(config, tell=told.append)
+    images = 12 // val_batch_size
+    # 3 x 3 logits of 40 x 48 pixels: the first reaches one and a half cells, 20 x 24 pixels.
+    assert result.metrics.not_finite == images * 20 * 24
+    assert result.best_miou is None and result.best_checkpoint is None
+    last = rows(result.folder)[-1]
+    assert last["val/miou"] is None and last["val/not_finite_pixels"] == images * 20 * 24
+    (line,) = [line for line in told if "warning: validation" in line]
+    assert "480 pixels of s00" in line and ("of s01" in line) is (val_batch_size == 1)
+    assert json.loads((result.folder / "result.json").read_text())["metrics"]["note"]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_turned_photo_beside_a_mask_that_is_not(config, tmp_path, check):
+    from PIL import Image
+
+    root = tiny.write_scenes(tmp_path / "turned", 4)
+    photo, mask = root / "images" / "s02.png", root / "masks" / "s02.png"
+    exif = Image.Exif()
+    for orientation in (8, 2):
+        exif[0x0112] = orientation
+        Image.open(photo).save(photo, exif=exif)
+        config = config.replace(root=str(root), check_data=check, epochs=1)
+        told = []
+        if orientation == 8:
+            with pytest.raises(ValueError, match=f"{photo} is tagged .* its mask {mask} is not"):
+                fit(config)
+        else:
+            fit(config.replace(output=str(tmp_path / "other")), tell=told.append)
+            line = f"{photo} (orientation 2) and {mask} (1)"
+            # Training and validation data are the same.
+            assert sum(line in each for each in told) == (2 if check else 0)
+
+
+def test_classes_without_pixels_are_told(config, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nd\ne\n")
+    told = []
+    fit(config.replace(classes=str(names), check_data=True, epochs=1), tell=told.append)
+    assert told.count("warning: no mask has the class e") == 2
+    assert any(re.search(r"val mIoU [0-9.]+ of 4 of 5 classes", line) for line in told)
+
+
+def test_options_of_a_later_version_are_no_change(config, tmp_path):
+    plain = {k: v for k, v in config.as_dict().items() if k not in ("focal_gamma", "label_map")}
+    path = tmp_path / "last.ckpt"
+    torch.save({"train_config": plain}, path)
+    told = []
+    engine._check_resumable(path, config, told.append)
+    assert told == []
+    engine._check_resumable(path, config.replace(focal_gamma=1.0), told.append)
+    assert "focal_gamma 2.0 -> 1.0" in told[0] and "label_map" not in told[0]

@@ -16,6 +16,8 @@ testing.import_torchvision()
 
 from deeplab_fast.engine import train as engine  # noqa: E402
 from deeplab_fast.engine.config import to_yaml  # noqa: E402
+from deeplab_fast.engine.finite import NotFiniteWarning  # noqa: E402
+from deeplab_fast.models import DeepLabV3  # noqa: E402
 from deeplab_fast.weights import from_checkpoint  # noqa: E402
 
 SCRIPT = Path(__file__).with_name("tiny_training.py")
@@ -136,7 +138,7 @@ def test_two_stages_and_their_options(capsys, recipe, tmp_path):
         pytest.param(["--bootstrap", "[purple]"], "purple", id="class to bootstrap"),
         pytest.param(["--class-weights", "[1,2]"], "2 weights for 4 classes", id="weights count"),
         pytest.param(["--class-weights", "best"], "best", id="weights method"),
-        pytest.param(["--loss", "focal"], "focal", id="loss"),
+        pytest.param(["--loss", "focl"], "focl", id="loss"),
         pytest.param(["--output-stride", "32"], "8 or 16", id="stride"),
         pytest.param(["--trainer.precision", "8-bit"], "trainer: .*8-bit", id="trainer"),
     ],
@@ -218,6 +220,21 @@ def test_an_untrained_model_on_camvid(capsys, shared_data):
     # One of 11 classes nearly everywhere.
     assert 0 < float(lines["mean IoU"]) < 20
     assert "road" in printed and "bicyclist" in printed
+
+
+def test_validation_without_finite_logits_has_a_status(capsys, recipe, tmp_path, monkeypatch):
+    original = DeepLabV3.forward_logits
+
+    def spoilt(self, x):
+        logits = original(self, x)
+        return logits if self.training else logits * float("nan")
+
+    monkeypatch.setattr(DeepLabV3, "forward_logits", spoilt)
+    status, printed, _ = run(capsys, "--config", recipe, "--output", tmp_path / "run")
+    assert status == 1 and "NaN or infinite: these are the scores of a broken run" in printed
+    with pytest.warns(NotFiniteWarning):
+        status, printed, _ = run(capsys, "--config", recipe, "--validate-only")
+    assert status == 1 and "NaN or infinite" in printed
 
 
 def test_every_option_has_help():
