@@ -444,7 +444,7 @@ def upsample_cross_entropy_kernel(
         factor = hard / total
         at_class = total
         if SMOOTH:
-            both = hard + soft * weight_sum
+            both = tl.where(is_class, hard + soft * weight_sum, 0.0)
             at_class = tl.where(both == 0.0, 0.0, total * (hard / tl.where(both == 0.0, 1.0, both)))
             factor = both / total
             soft_factor = tl.where(is_class, soft, 0.0)
@@ -455,7 +455,8 @@ def upsample_cross_entropy_kernel(
             factor *= pixel_grad
             if SMOOTH:
                 soft_factor *= pixel_grad
-        factor = tl.where(is_class, factor, 0.0)
+        # Of an ignored pixel 0 / total: NaN where its softmax is, as in PyTorch.
+        factor = tl.where(inside, factor, 0.0)
         low_y = (1.0 - lam_y)[:, None]
         high_y = lam_y[:, None]
         low_factor = low_y * factor

@@ -288,6 +288,34 @@ def test_all_ignored(library, smoothing) -> None:
     assert not grad.any()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("ignored", [0, 12, 16], ids=["all counted", "rows ignored", "all ignored"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=str)
+def test_not_finite_logits_show(library, smoothing, ignored, value) -> None:
+    """As in PyTorch, also in the gradient of ignored pixels: their softmax times 0."""
+    x, target = make((1, 3, 4, 4)), torch.randint(0, 3, (1, 16, 16))
+    # One class that is minus infinity has a probability of 0.
+    x[0, slice(None) if value < 0 else 1, 1, 1] = value
+    target[:, :ignored] = -1
+    options = (None, -1, smoothing, "sum", False)
+    expected = reference.upsample_cross_entropy(x, target, *options)
+    expected_grad = reference.upsample_cross_entropy_backward(torch.ones(()), x, target, *options)
+    loss, grad, *_ = cross_entropy(library, x, target, None, smoothing, "sum")
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    assert expected_grad[0, :, 1, 1].isnan().all() and not expected_grad.isnan().all()
+    assert grad[expected_grad.isnan()].isnan().all()
+    accumulator, wanted = torch.zeros(2, 1, 3, 16, 16, dtype=torch.float64)
+    strides = torch.tensor(accumulator.stride())
+    call(library, "softmax_add", x, (16, 16), False, accumulator, strides, False)
+    reference.upsample_softmax_add(wanted, x, False, False)
+    torch.testing.assert_close(accumulator, wanted, equal_nan=True)
+    prob, labels = torch.zeros(1, 16, 16, dtype=x.dtype), torch.zeros(1, 16, 16, dtype=torch.uint8)
+    call(library, "argmax", x, (16, 16), False, labels, None, prob)
+    wanted_labels, wanted_prob = reference.upsample_argmax(x, (16, 16), False, True)
+    assert torch.equal(labels, wanted_labels)
+    torch.testing.assert_close(prob, wanted_prob, equal_nan=True)
+
+
 def test_bad_labels_are_counted_and_ignored(library) -> None:
     x, target = make((1, 3, 3, 2)), make_target(1, (9, 8), 3)
     clean = target.clone()

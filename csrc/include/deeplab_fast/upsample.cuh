@@ -425,7 +425,7 @@ struct CrossEntropy {
 };
 
 // Softmax statistics of a pixel: the gradient of its logit z is scale * exp(z - top), less `hard`
-// at the label. An ignored pixel has scale 0 and label -1.
+// at the label. An ignored pixel has label -1 and scale 0, which is nan where its softmax is.
 template <typename T>
 struct alignas(4 * sizeof(T)) Pixel {
   T top;
@@ -641,6 +641,8 @@ class Cells {
       ++valid_;
       loss_ += static_cast<double>(loss);
       weight_ += static_cast<double>(weight);
+    } else {
+      scale = static_cast<T>(0) / sum;
     }
     if (op_.pixel_loss) op_.pixel_loss[at] = loss;
     if (kGrad) {

@@ -543,8 +543,9 @@ void cross_entropy(const Problem<T>& problem, const CrossEntropy<T>& op, int64_t
           const int64_t at = unit.row_offset(row) + block.column;
           int any = -1;
           for (int i = 0; i < kLanes<T>; ++i) any &= label[i];
-          // All bits set: every label is -1.
-          if (any == -1) {
+          // All bits set: every label is -1. Softmax times 0, which is what the gradient of such
+          // pixels is, differs from 0 where there are logits that are not finite.
+          if (any == -1 && (problem.finite || !with_grad)) {
             if (op.pixel_loss != nullptr) {
               store_part<T>(op.pixel_loss + at, Vector<T>{}, block.valid);
             }
