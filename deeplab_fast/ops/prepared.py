@@ -131,8 +131,8 @@ class PreparedConv:
         self.max_extra_bytes = max_extra_bytes
         self.reuse = reuse
         self._weight, self._shift = _fold("PreparedConv", weight, scale, shift)
-        # No sum of what is not finite is finite. One of huge weights may overflow, which only costs
-        # time.
+        # No sum of what is not finite is finite. One of huge weights may overflow, which costs them
+        # a slower algorithm and nothing else.
         self._finite = math.isfinite(self._weight.sum().item())
         self._forms: dict[Any, Tensor] = {}
         self._choices: dict[Any, _Choice] = {}
@@ -416,9 +416,7 @@ class PreparedConv:
             # Of oneDNN's fused activations only those that multiply by the input keep nan; its
             # maxima and minima turn nan into 0. A pass over the result costs a model 2 to 5 %.
             fused = self.act if self.act == "hardswish" else None
-            y = mkldnn._convolution_pointwise(
-                x, weight, shift, *geometry, fused or "none", [], ""
-            )
+            y = mkldnn._convolution_pointwise(x, weight, shift, *geometry, fused or "none", [], "")
             if fused:
                 return y
         elif overwrite:

@@ -15,6 +15,7 @@ import deeplab_fast as dlf
 from deeplab_fast import _ext, ops, reference
 from deeplab_fast.ops import _cpu_forms
 from deeplab_fast.ops._cpu_forms import FORMS
+from deeplab_fast.ops.aspp_convs import aspp_convs
 from deeplab_fast.testing import cpu_instruction_sets, threads
 
 OPS = torch.ops.deeplab_fast
@@ -331,6 +332,33 @@ class TestPixels:
 
 class TestBackend:
     """The public ops on backend "cpu"."""
+
+    @pytest.mark.parametrize("place", ["weight", "weight of a live tap", "x", "grad"])
+    @pytest.mark.parametrize("dilation", [2, 18], ids=["some taps outside", "dead taps"])
+    @pytest.mark.parametrize("op", ["conv2d", "aspp_convs"])
+    def test_nan_in_training(self, op, dilation, place) -> None:
+        """PyTorch multiplies the padding of maps as small as this one, and 0 * nan is nan."""
+        x, weight = nhwc(1, 64, 5, 9), torch.randn(32, 64, 3, 3)
+        grad = nhwc(1, 32, 5, 9)
+        target = {
+            "weight": weight[3, 7, 0, 2:],
+            "weight of a live tap": weight[3, 7, 1, 1:2],
+            "x": x[0, 5, 2, 2:3],
+            "grad": grad[0, 5, 2, 2:3],
+        }[place]
+        target.fill_(float("nan"))
+        leaves = x.requires_grad_(), weight.requires_grad_()
+        expected = F.conv2d(x, weight, None, 1, dilation, dilation)
+        with dlf.use_backend("cpu"):
+            if op == "conv2d":
+                y = ops.conv2d(x, weight, padding=dilation, dilation=dilation)
+            else:
+                y, *_ = aspp_convs(x, [weight], [dilation], stats=False)
+            assert_shows(y, expected)
+            found = torch.autograd.grad(y, leaves, grad)
+        for got, want in zip(found, torch.autograd.grad(expected, leaves, grad), strict=True):
+            assert_shows(got, want)
+            assert got.isfinite().any()
 
     @pytest.mark.parametrize(
         ("shape", "kernel", "options"),

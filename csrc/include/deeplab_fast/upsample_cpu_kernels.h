@@ -230,7 +230,9 @@ class Unit {
     image = static_cast<int>(unit / problem.num_bands);
     band = problem.bands[unit % problem.num_bands];
     const int last = problem.height - 1;
-    const int second = band.source_row < last ? band.source_row + 1 : last;
+    // A map that keeps its height has no second row; 0 times one that is not finite would be nan.
+    const bool has_second = band.source_row < last && problem.height != problem.out_height;
+    const int second = band.source_row + has_second;
     const int64_t row_size = static_cast<int64_t>(problem.classes) * problem.width;
     const int64_t first_row = static_cast<int64_t>(image) * problem.height;
     upper_row_ = problem.source + (first_row + band.source_row) * row_size;
