@@ -145,6 +145,23 @@ def test_argmax_takes_the_first_of_equals_and_nan(library) -> None:
     assert (labels == 2).all()
 
 
+@pytest.mark.parametrize("size", [(4, 5), (8, 5), (4, 10)], ids=["both", "columns", "rows"])
+def test_an_axis_that_keeps_its_size_has_no_neighbours(library, size) -> None:
+    """0 times one that is nan would be nan; PyTorch has none there."""
+    x = make((1, 3, 4, 5))
+    x[0, 1, 2, 2] = float("nan")
+    expected, expected_prob = reference.upsample_argmax(x, size, False, True)
+    prob = torch.zeros(1, *size, dtype=x.dtype)
+    labels = torch.full((1, *size), 99, dtype=torch.uint8)
+    call(library, "argmax", x, size, False, labels, None, prob)
+    assert torch.equal(labels, expected)
+    torch.testing.assert_close(prob, expected_prob, equal_nan=True)
+    loss, *_ = cross_entropy(library, x, torch.ones(1, *size, dtype=torch.int64), None, 0.0, "none")
+    target = torch.ones(1, *size, dtype=torch.int64)
+    wanted = reference.upsample_cross_entropy(x, target, None, -1, 0.0, "none", False)
+    torch.testing.assert_close(loss, wanted, equal_nan=True)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "strided": lambda x: x.repeat_interleave(2, 1).repeat_interleave(3, 3)[:, ::2, :, ::3],

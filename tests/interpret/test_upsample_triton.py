@@ -374,6 +374,27 @@ def test_a_logit_that_is_no_number_shows_in_the_loss(value: float) -> None:
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("size", [(4, 5), (8, 5), (4, 10)], ids=["both", "columns", "rows"])
+def test_an_axis_that_keeps_its_size_has_no_neighbours(size: tuple[int, int]) -> None:
+    # 0 times one that is NaN would be NaN; PyTorch has none there.
+    logits = torch.randn(1, 3, 4, 5)
+    logits[0, 1, 2, 2] = float("nan")
+    target = torch.ones(1, *size, dtype=torch.int64)
+    found, accumulators = [], torch.zeros(2, 1, 3, *size)
+    for module, accumulator in zip((triton_upsample, reference), accumulators, strict=True):
+        module.upsample_softmax_add(accumulator, logits, False, False)
+        found.append(
+            (
+                *module.upsample_argmax(logits, size, False, True),
+                module.upsample_confusion(logits, target, 255, False),
+                module.upsample_cross_entropy(logits, target, None, 255, 0.0, "none", False),
+                accumulator,
+            )
+        )
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])

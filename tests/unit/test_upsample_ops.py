@@ -169,7 +169,11 @@ class TestArgmax:
 class TestProbabilitiesOfNoNumbers:
     """Labels, the top probability and the sum of all, as of the upsampled logits in PyTorch."""
 
-    @pytest.mark.parametrize("size", [(8, 10), (4, 5)], ids=["up", "ratio 1: infinity times 0"])
+    @pytest.mark.parametrize(
+        "size",
+        [(8, 10), (4, 5), (8, 5), (4, 10)],
+        ids=["up", "ratio 1: no neighbours", "ratio 1 of columns", "ratio 1 of rows"],
+    )
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
     @pytest.mark.parametrize(
         "classes", [slice(2, 3), slice(None)], ids=["one class", "all classes"]

@@ -230,7 +230,7 @@ class Unit {
     image = static_cast<int>(unit / problem.num_bands);
     band = problem.bands[unit % problem.num_bands];
     const int last = problem.height - 1;
-    // A map that keeps its height has no second row; 0 times one that is not finite would be nan.
+    // As second_source has it.
     const bool has_second = band.source_row < last && problem.height != problem.out_height;
     const int second = band.source_row + has_second;
     const int64_t row_size = static_cast<int64_t>(problem.classes) * problem.width;
