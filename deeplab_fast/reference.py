@@ -68,13 +68,13 @@ def conv_bn_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `conv_bn_act` to (x, weight, scale, shift, residual), in `compute_dtype`.
 
-    With g = grad * [y > 0]: d residual = g, d shift = sum g, d scale = sum g * conv(x), and x and
-    weight get the convolution's gradients of g * scale.
+    With g = grad, or 0 where y <= 0: d residual = g, d shift = sum g, d scale = sum g * conv(x),
+    and x and weight get the convolution's gradients of g * scale.
     """
     dtype = compute_dtype(x.dtype)
     x, weight, grad = x.to(dtype), weight.to(dtype), grad.to(dtype)
     if act == "relu":
-        grad = grad * (y > 0)
+        grad = torch.where(y <= 0, 0.0, grad)
     conv = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad * _per_channel(scale, dtype),
@@ -197,11 +197,12 @@ def _before_act_grad(
     if act is None:
         return grad
     at = _before_act(x, mean, rstd, weight, bias) if out is None else out
+    # At NaN no comparison takes the gradient away.
     if act == "relu":
-        return torch.where(at > 0, grad, 0.0)
+        return torch.where(at <= 0, 0.0, grad)
     if act == "relu6":
-        return torch.where((at > 0) & (at < 6), grad, 0.0)
-    return grad * torch.where(at < -3, 0.0, torch.where(at <= 3, at / 3 + 0.5, 1.0))
+        return torch.where((at <= 0) | (at >= 6), 0.0, grad)
+    return grad * torch.where(at < -3, 0.0, torch.where(at > 3, 1.0, at / 3 + 0.5))
 
 
 ACTIVATIONS = {"relu": torch.relu, "relu6": F.relu6, "hardswish": F.hardswish, None: lambda x: x}

@@ -75,14 +75,17 @@ def _activated(z, ACT: tl.constexpr):
 
 @triton.jit
 def _activation_grad(grad, at, ACT: tl.constexpr):
-    """grad times the activation's derivative at `at`; for "hardswish" `at` is its input."""
+    """grad times the activation's derivative at `at`; for "hardswish" `at` is its input.
+
+    At NaN no comparison takes the gradient away.
+    """
     if ACT == "relu":
-        grad = tl.where(at > 0.0, grad, 0.0)
+        grad = tl.where(at <= 0.0, 0.0, grad)
     elif ACT == "relu6":
-        grad = tl.where((at > 0.0) & (at < 6.0), grad, 0.0)
+        grad = tl.where((at <= 0.0) | (at >= 6.0), 0.0, grad)
     elif ACT == "hardswish":
         slope = tl.fma(at, 1.0 / 3.0, 0.5)
-        grad = grad * tl.where(at < -3.0, 0.0, tl.where(at <= 3.0, slope, 1.0))
+        grad = grad * tl.where(at < -3.0, 0.0, tl.where(at > 3.0, 1.0, slope))
     return grad
 
 

@@ -48,14 +48,20 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _row_tile(first_ptr, block_low_ptr, lam_ptr, block, in_rows, ROWS: tl.constexpr):
-    """Rows of a row block: (row, whether it exists, the two source rows, lam)."""
+def _row_tile(
+    first_ptr, block_low_ptr, lam_ptr, block, row_blocks, in_rows, ROWS: tl.constexpr
+):  # fmt: skip
+    """Rows of a row block: (row, whether it exists, the two source rows, lam).
+
+    An axis that keeps its size has no second source: 0 times one that is not finite would be NaN.
+    """
     first = tl.load(first_ptr + block)
     end = tl.load(first_ptr + block + 1)
     row = first + tl.arange(0, ROWS)
     row_in = row < end
     low = tl.load(block_low_ptr + block)
-    high = tl.minimum(low + 1, in_rows - 1)
+    step = tl.where(tl.load(first_ptr + row_blocks) == in_rows, 0, 1)
+    high = tl.minimum(low + step, in_rows - 1)
     return row, row_in, low, high, tl.load(lam_ptr + tl.minimum(row, end - 1))
 
 
@@ -76,7 +82,8 @@ def _source_columns(low_ptr, lam_ptr, col, in_cols, out_cols):
     """The two source columns and lam of each column; those that do not exist get some."""
     col = tl.maximum(tl.minimum(col, out_cols - 1), 0)
     low = tl.load(low_ptr + col)
-    return low, tl.minimum(low + 1, in_cols - 1), tl.load(lam_ptr + col)
+    step = tl.where(in_cols == out_cols, 0, 1)
+    return low, tl.minimum(low + step, in_cols - 1), tl.load(lam_ptr + col)
 
 
 @triton.jit
@@ -203,7 +210,7 @@ def upsample_argmax_kernel(
     block = pid // col_tiles % row_blocks
     image = (pid // col_tiles // row_blocks).to(tl.int64)
     row, row_in, top, bottom, lam_y = _row_tile(
-        row_first_ptr, row_low_ptr, row_lam_ptr, block, in_rows, ROWS
+        row_first_ptr, row_low_ptr, row_lam_ptr, block, row_blocks, in_rows, ROWS
     )
     col = tile * COLS + tl.arange(0, COLS)
     left, right, lam_x = _source_columns(col_low_ptr, col_lam_ptr, col, in_cols, out_cols)
@@ -262,7 +269,7 @@ def upsample_confusion_kernel(
     block = pid // col_tiles % row_blocks
     image = (pid // col_tiles // row_blocks).to(tl.int64)
     row, row_in, top, bottom, lam_y = _row_tile(
-        row_first_ptr, row_low_ptr, row_lam_ptr, block, in_rows, ROWS
+        row_first_ptr, row_low_ptr, row_lam_ptr, block, row_blocks, in_rows, ROWS
     )
     col = tile * COLS + tl.arange(0, COLS)
     left, right, lam_x = _source_columns(col_low_ptr, col_lam_ptr, col, in_cols, out_cols)
@@ -310,7 +317,7 @@ def upsample_softmax_add_kernel(
     block = pid // col_tiles % row_blocks
     image = (pid // col_tiles // row_blocks).to(tl.int64)
     row, row_in, top, bottom, lam_y = _row_tile(
-        row_first_ptr, row_low_ptr, row_lam_ptr, block, in_rows, ROWS
+        row_first_ptr, row_low_ptr, row_lam_ptr, block, row_blocks, in_rows, ROWS
     )
     col = tile * COLS + tl.arange(0, COLS)
     source = col
@@ -378,7 +385,7 @@ def upsample_cross_entropy_kernel(
     block = pid // col_tiles % row_blocks
     image = (pid // col_tiles // row_blocks).to(tl.int64)
     row, row_in, top, bottom, lam_y = _row_tile(
-        row_first_ptr, row_low_ptr, row_lam_ptr, block, in_rows, ROWS
+        row_first_ptr, row_low_ptr, row_lam_ptr, block, row_blocks, in_rows, ROWS
     )
     if WITH_GRAD:
         col, col_in = _blocked_columns(col_first_ptr, tile, col_blocks, COLS, BLOCK_COLS)
@@ -441,10 +448,11 @@ def upsample_cross_entropy_kernel(
     if WITH_GRAD:
         # With e = exp(v - highest), p = e / total: the gradient is factor (e - at_class [c = y]),
         # less the part of the smoothing that does not depend on the logits.
+        # An ignored pixel has 0 / total, NaN where its softmax is, as in PyTorch.
         factor = hard / total
         at_class = total
         if SMOOTH:
-            both = hard + soft * weight_sum
+            both = tl.where(is_class, hard + soft * weight_sum, 0.0)
             at_class = tl.where(both == 0.0, 0.0, total * (hard / tl.where(both == 0.0, 1.0, both)))
             factor = both / total
             soft_factor = tl.where(is_class, soft, 0.0)
@@ -455,7 +463,6 @@ def upsample_cross_entropy_kernel(
             factor *= pixel_grad
             if SMOOTH:
                 soft_factor *= pixel_grad
-        factor = tl.where(is_class, factor, 0.0)
         low_y = (1.0 - lam_y)[:, None]
         high_y = lam_y[:, None]
         low_factor = low_y * factor

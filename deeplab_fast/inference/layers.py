@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.formats import in_plain_format
-from ..ops.prepared import Plan, PreparedAspp, PreparedConv, PreparedProject
+from ..ops.prepared import Plan, PreparedAspp, PreparedConv, PreparedProject, activate_
 
 CHANNELS_LAST = torch.channels_last
 
@@ -493,12 +493,7 @@ class _Linear:
         self.act = spec.act
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, x, self.weight)
-        if self.act == "relu":
-            return torch.relu(y)
-        if self.act == "relu6":
-            return F.relu6(y)
-        return F.hardswish(y) if self.act == "hardswish" else y
+        return activate_(torch.addmm(self.bias, x, self.weight), self.act)
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ below those of PyTorch's own layers in that dtype, which round more results than
 float16's range (65504, and 6e-5 for its full precision) is lost in float16; bfloat16 has the range
 of float32.
 
+A fused kernel runs where it gives NaN for a bias of NaN, which the first call of a shape tries:
+cuDNN leaves it to the kernel whether a ReLU keeps NaN, as PyTorch's does, or makes it 0.
+
 Weights are folded anew at every call, so that nothing can be out of date; that is a pass over the
 weight. fp32 follows torch.backends.cudnn.allow_tf32.
 """
@@ -31,8 +34,8 @@ logger = logging.getLogger("deeplab_fast")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BFLOAT16_CAPABILITY = (8, 0)
 
-# Calls that cuDNN has no fused kernel for; a search that fails takes long.
-_without_kernel: set[tuple[object, ...]] = set()
+# Calls that cuDNN has no fused kernel for that can be used (False); a search that fails takes long.
+_has_kernel: dict[tuple[object, ...], bool] = {}
 
 
 def reasons(desc: OpDesc) -> list[str]:
@@ -111,28 +114,40 @@ def _fused(
     residual: Tensor | None,
     geometry: tuple[list[int], list[int], list[int], int],
 ) -> Tensor | None:
-    """relu(conv(x, weight) + bias + residual) in one kernel; None where cuDNN has none."""
+    """relu(conv(x, weight) + bias + residual) in one kernel; None where cuDNN has none that keeps
+    NaN."""
     stride, padding, dilation, _ = geometry
     shape = (tuple(x.shape), tuple(weight.shape), stride[0], padding[0], dilation[0])
     key = (*shape, residual is not None, x.dtype, x.device)
-    if key in _without_kernel:
-        return None
-    try:
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+
+    def run(bias: Tensor) -> Tensor:
         if residual is None:
             return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-        residual = residual.contiguous(memory_format=torch.channels_last)
         return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        text = str(error)
-        if "unable to find an engine" not in text and "NOT_SUPPORTED" not in text:
+
+    usable = _has_kernel.get(key)
+    if usable is None:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Nothing can be read while a graph is captured.
+            return None
+        try:
+            usable = bool(run(torch.full_like(bias, float("nan"))).isnan().all())
+        except torch.OutOfMemoryError:
             raise
-        _without_kernel.add(key)
-        logger.info(
-            "conv_bn_act: cuDNN has no fused kernel for %s by %s in %s; convolution, then sums",
-            list(x.shape),
-            list(weight.shape),
-            x.dtype,
-        )
-        return None
+        except RuntimeError as error:
+            text = str(error)
+            if "unable to find an engine" not in text and "NOT_SUPPORTED" not in text:
+                raise
+            usable = False
+        _has_kernel[key] = usable
+        if not usable:
+            logger.info(
+                "conv_bn_act: cuDNN has no fused kernel that keeps NaN for %s by %s in %s; "
+                "convolution, then sums",
+                list(x.shape),
+                list(weight.shape),
+                x.dtype,
+            )
+    return run(bias) if usable else None

@@ -53,6 +53,10 @@ def aspp_branches(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or counts that do not fit.
 
+    What is not finite in an input stays so in the result, with one exception: backends "triton" and
+    "cuda" do not multiply padding, so that a weight of nan shows only where its tap is inside the
+    map.
+
     Source: arXiv 1706.05587, section 3.3 (atrous spatial pyramid pooling).
     """
     x, *weights = autocast(x, *weights)

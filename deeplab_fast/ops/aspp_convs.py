@@ -49,6 +49,10 @@ def aspp_convs(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or counts that do not fit.
 
+    What is not finite in an input stays so in the results, with one exception: backend "triton"
+    does not multiply padding, so that a weight or gradient of nan shows only where a tap is inside
+    the map.
+
     Source: arXiv 1706.05587, section 3.3 (atrous spatial pyramid pooling).
     """
     x, *weights = autocast(x, *weights)

@@ -5,17 +5,21 @@
     print(conv.plan(x.shape))     # what runs for this shape, and its cost
 
 The objects take a snapshot of their weights: they do not follow later changes of the tensors that
-they were made from. An infinite or nan input spreads to all outputs of its tile where tiles are
-used. What runs is chosen for each shape by the cost model of `_cpu_forms`:
+they were made from. Where PyTorch's modules give nan or infinity, the result is not finite either:
+a nan in the input, the weight, scale, shift or residual stays nan through every activation. An
+infinite or nan input spreads to all outputs of its tile where tiles are used. What runs is chosen
+for each shape by the cost model of `_cpu_forms`:
 
     tiles    3x3 convolutions with stride 1 and padding = dilation by few multiplications
     pixels   1x1 convolutions as one matrix product, written straight into a channel slice
     onednn   everything else, and those where it is predicted to be faster
-    aten     where PyTorch has no oneDNN
+    aten     where PyTorch has no oneDNN, and where a weight is not finite: what such a weight makes
+             of padding depends on the algorithm, and here it is PyTorch's choice
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,6 +135,9 @@ class PreparedConv:
         self.reuse = reuse
         self.coarse = coarse
         self._weight, self._shift = _fold("PreparedConv", weight, scale, shift)
+        # No sum of what is not finite is finite. One of huge weights may overflow, which costs them
+        # a slower algorithm and nothing else.
+        self._finite = math.isfinite(self._weight.sum().item())
         self._forms: dict[Any, Tensor] = {}
         self._choices: dict[Any, _Choice] = {}
         self._lock = threading.Lock()
@@ -181,7 +188,7 @@ class PreparedConv:
                     assert out is not None
                 self._run_own(choice, x, self._shift, residual, out, channel_offset)
                 return out.narrow(1, channel_offset, self.out_channels) if into is None else into
-            y = self._onednn(x, self._shift, residual, overwrite and into is None)
+            y = self._run_pytorch(choice, x, self._shift, residual, overwrite and into is None)
             if into is None:
                 return y.contiguous(memory_format=torch.channels_last)
             into.copy_(y)
@@ -293,14 +300,15 @@ class PreparedConv:
             )
         macs //= self._weight.shape[2] * self._weight.shape[3]
         size = 4 * self._weight.numel()
+        onednn = _has_onednn() and self._finite
         direct = _Choice(
-            "onednn" if _has_onednn() else "aten",
+            "onednn" if onednn else "aten",
             "direct",
             macs,
-            size if _has_onednn() and self._allows("onednn", size) else 0,
+            size if onednn and self._allows("onednn", size) else 0,
             _cpu_forms.onednn_seconds(macs, threads),
         )
-        if self.groups != 1 or self.stride != (1, 1) or not _has_kernels():
+        if not self._finite or self.groups != 1 or self.stride != (1, 1) or not _has_kernels():
             return direct
         kernel = tuple(self._weight.shape[2:])
         if kernel == (1, 1) and self.padding == (0, 0):
@@ -389,34 +397,42 @@ class PreparedConv:
             self.act or "none",
         )
 
-    def _onednn(
-        self, x: Tensor, shift: Tensor, residual: Tensor | None, overwrite: bool = False
+    def _run_pytorch(
+        self,
+        choice: _Choice,
+        x: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        overwrite: bool = False,
     ) -> Tensor:
-        if not _has_onednn():
+        if choice.kernel == "aten":
             y = F.conv2d(
                 x, self._weight, shift, self.stride, self.padding, self.dilation, self.groups
             )
-            return _activate(y if residual is None else y + residual, self.act)
+            return activate_(y if residual is None else y.add_(residual), self.act)
         mkldnn = torch.ops.mkldnn
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         weight = self._reordered(x.shape)
         if residual is not None and _in_any_format(residual):
             # PyTorch 2.11 cannot add it: "could not create a memory".
             y = mkldnn._convolution_pointwise(x, weight, shift, *geometry, "none", [], "")
-            return _activate(y + residual, self.act)
-        if residual is None:
-            attr, scalars = _ONEDNN_ACTIVATIONS[self.act]
-            return mkldnn._convolution_pointwise(x, weight, shift, *geometry, attr, scalars, "")
-        relu = "relu" if self.act == "relu" else None
-        if overwrite:
+            y += residual
+        elif residual is None:
+            # Of oneDNN's fused activations only those that multiply by the input keep nan; its
+            # maxima and minima turn nan into 0. A pass over the result costs a model 2 to 5 %.
+            fused = self.act if self.act == "hardswish" else None
+            y = mkldnn._convolution_pointwise(x, weight, shift, *geometry, fused or "none", [], "")
+            if fused:
+                return y
+        elif overwrite:
             y = mkldnn._convolution_pointwise_.binary(
-                residual, x, weight, shift, *geometry, "add", 1.0, relu, [], ""
+                residual, x, weight, shift, *geometry, "add", 1.0, None, [], ""
             )
         else:
             y = mkldnn._convolution_pointwise.binary(
-                x, residual, weight, shift, *geometry, "add", 1.0, relu, [], ""
+                x, residual, weight, shift, *geometry, "add", 1.0, None, [], ""
             )
-        return y if relu else _activate(y, self.act)
+        return activate_(y, self.act)
 
     def _reordered(self, shape: Sequence[int]) -> Tensor:
         if not self._allows("onednn", 4 * self._weight.numel()):
@@ -584,7 +600,7 @@ class PreparedProject:
                 return y
             for image in range(shape[0]):
                 one = slice(image, image + 1)
-                y[one] = conv._onednn(branches[one], shifts[image], None)
+                y[one] = conv._run_pytorch(choice, branches[one], shifts[image], None)
             return y
 
     def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
@@ -599,14 +615,6 @@ class PreparedProject:
     def extra_bytes(self) -> int:
         """Bytes of prepared weights now held beyond the original ones."""
         return self._conv.extra_bytes
-
-
-_ONEDNN_ACTIVATIONS: dict[str | None, tuple[str, list[float]]] = {
-    "relu": ("relu", []),
-    "relu6": ("hardtanh", [0.0, 6.0]),
-    "hardswish": ("hardswish", []),
-    None: ("none", []),
-}
 
 
 _PANEL = 16
@@ -656,14 +664,13 @@ def _bytes(tensor: Tensor) -> int:
     return 4 * tensor.numel()
 
 
-def _activate(y: Tensor, act: str | None) -> Tensor:
+def activate_(y: Tensor, act: str | None) -> Tensor:
+    """An activation of `ACTIVATIONS`, in place."""
     if act == "relu":
-        return torch.relu(y)
+        return y.relu_()
     if act == "relu6":
-        return F.relu6(y)
-    if act == "hardswish":
-        return F.hardswish(y)
-    return y
+        return F.relu6(y, inplace=True)
+    return F.hardswish(y, inplace=True) if act == "hardswish" else y
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:

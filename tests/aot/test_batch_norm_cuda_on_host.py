@@ -320,6 +320,21 @@ def test_nan_stays(emulated) -> None:
 # ---- the gradient ----
 
 
+@pytest.mark.parametrize("act", ["relu", "relu6", "hardswish"])
+def test_gradient_at_nan(emulated, act) -> None:
+    """The ReLUs let it through, hard swish makes it NaN, as PyTorch's do."""
+    x = torch.zeros(5, 8)
+    x[2, 3] = float("nan")
+    norm = [torch.zeros(8), torch.ones(8), torch.ones(8), torch.ones(8)]
+    grad = torch.full_like(x, 2.0)
+    for out in (None,) if act == "hardswish" else (None, emulated.bn_act(x, norm, None, act)):
+        dx, to_residual = emulated.bn_act_backward(grad, x, norm, out, (None, None), act, True)
+        sum_of_g, _ = emulated.bn_act_reduce(grad, x, norm, out, act)
+        for got in (dx[2, 3], to_residual[2, 3], sum_of_g[3] - 8):
+            assert got.isnan() if act == "hardswish" else got == 2
+        assert dx.isnan().sum() == (act == "hardswish")
+
+
 class Gradient:
     """Operands of the gradient, and g in float64.
 

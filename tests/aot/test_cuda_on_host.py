@@ -145,6 +145,23 @@ def test_argmax_takes_the_first_of_equals_and_nan(library) -> None:
     assert (labels == 2).all()
 
 
+@pytest.mark.parametrize("size", [(4, 5), (8, 5), (4, 10)], ids=["both", "columns", "rows"])
+def test_an_axis_that_keeps_its_size_has_no_neighbours(library, size) -> None:
+    """0 times one that is nan would be nan; PyTorch has none there."""
+    x = make((1, 3, 4, 5))
+    x[0, 1, 2, 2] = float("nan")
+    expected, expected_prob = reference.upsample_argmax(x, size, False, True)
+    prob = torch.zeros(1, *size, dtype=x.dtype)
+    labels = torch.full((1, *size), 99, dtype=torch.uint8)
+    call(library, "argmax", x, size, False, labels, None, prob)
+    assert torch.equal(labels, expected)
+    torch.testing.assert_close(prob, expected_prob, equal_nan=True)
+    loss, *_ = cross_entropy(library, x, torch.ones(1, *size, dtype=torch.int64), None, 0.0, "none")
+    target = torch.ones(1, *size, dtype=torch.int64)
+    wanted = reference.upsample_cross_entropy(x, target, None, -1, 0.0, "none", False)
+    torch.testing.assert_close(loss, wanted, equal_nan=True)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "strided": lambda x: x.repeat_interleave(2, 1).repeat_interleave(3, 3)[:, ::2, :, ::3],
@@ -286,6 +303,34 @@ def test_all_ignored(library, smoothing) -> None:
     loss, grad, *_ = cross_entropy(library, make((1, 3, 3, 2)), target, None, smoothing)
     assert loss.isnan()
     assert not grad.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("ignored", [0, 12, 16], ids=["all counted", "rows ignored", "all ignored"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=str)
+def test_not_finite_logits_show(library, smoothing, ignored, value) -> None:
+    """As in PyTorch, also in the gradient of ignored pixels: their softmax times 0."""
+    x, target = make((1, 3, 4, 4)), torch.randint(0, 3, (1, 16, 16))
+    # One class that is minus infinity has a probability of 0.
+    x[0, slice(None) if value < 0 else 1, 1, 1] = value
+    target[:, :ignored] = -1
+    options = (None, -1, smoothing, "sum", False)
+    expected = reference.upsample_cross_entropy(x, target, *options)
+    expected_grad = reference.upsample_cross_entropy_backward(torch.ones(()), x, target, *options)
+    loss, grad, *_ = cross_entropy(library, x, target, None, smoothing, "sum")
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    assert expected_grad[0, :, 1, 1].isnan().all() and not expected_grad.isnan().all()
+    assert grad[expected_grad.isnan()].isnan().all()
+    accumulator, wanted = torch.zeros(2, 1, 3, 16, 16, dtype=torch.float64)
+    strides = torch.tensor(accumulator.stride())
+    call(library, "softmax_add", x, (16, 16), False, accumulator, strides, False)
+    reference.upsample_softmax_add(wanted, x, False, False)
+    torch.testing.assert_close(accumulator, wanted, equal_nan=True)
+    prob, labels = torch.zeros(1, 16, 16, dtype=x.dtype), torch.zeros(1, 16, 16, dtype=torch.uint8)
+    call(library, "argmax", x, (16, 16), False, labels, None, prob)
+    wanted_labels, wanted_prob = reference.upsample_argmax(x, (16, 16), False, True)
+    assert torch.equal(labels, wanted_labels)
+    torch.testing.assert_close(prob, wanted_prob, equal_nan=True)
 
 
 def test_bad_labels_are_counted_and_ignored(library) -> None:

@@ -360,6 +360,9 @@ def test_what_is_no_number_stays_none_and_does_not_spread() -> None:
         args = (case.grad, case.x, *case.factors, None, None, None, act, False)
         got, expected = batch_norm.bn_act_backward(*args)[0], reference.bn_act_backward(*args)[0]
         assert torch.equal(got.isnan(), expected.isnan())
+        if act != "hardswish":
+            # The ReLUs keep NaN, and let the gradient through where they gave it.
+            assert got[0, 3, 1, 1] == case.grad[0, 3, 1, 1] * (case.factors[1] * case.factors[2])[3]
     # Where the ReLU let nothing through, nothing comes back, not even NaN.
     out = torch.zeros_like(case.x)
     sums = batch_norm.bn_act_reduce(case.grad, case.x.nan_to_num(), *case.factors, out, "relu")

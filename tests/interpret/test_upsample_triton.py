@@ -374,6 +374,49 @@ def test_a_logit_that_is_no_number_shows_in_the_loss(value: float) -> None:
     torch.testing.assert_close(got, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("size", [(4, 5), (8, 5), (4, 10)], ids=["both", "columns", "rows"])
+def test_an_axis_that_keeps_its_size_has_no_neighbours(size: tuple[int, int]) -> None:
+    # 0 times one that is NaN would be NaN; PyTorch has none there.
+    logits = torch.randn(1, 3, 4, 5)
+    logits[0, 1, 2, 2] = float("nan")
+    target = torch.ones(1, *size, dtype=torch.int64)
+    found, accumulators = [], torch.zeros(2, 1, 3, *size)
+    for module, accumulator in zip((triton_upsample, reference), accumulators, strict=True):
+        module.upsample_softmax_add(accumulator, logits, False, False)
+        found.append(
+            (
+                *module.upsample_argmax(logits, size, False, True),
+                module.upsample_confusion(logits, target, 255, False),
+                module.upsample_cross_entropy(logits, target, None, 255, 0.0, "none", False),
+                accumulator,
+            )
+        )
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradient_of_ignored_pixels_whose_softmax_is_no_number(
+    reduction: str, smoothing: float, value: float
+) -> None:
+    logits = torch.randn(1, 3, 4, 4)
+    logits[0, 1, 1, 1] = value
+    if value < 0:
+        logits[0, :, 1, 1] = value
+    target = torch.randint(0, 3, (1, 8, 8))
+    target[:, :6] = 255
+    args = (target, None, 255, smoothing, reduction, False)
+    loss = triton_upsample.upsample_cross_entropy(logits, *args)
+    assert loss.isfinite().all()
+    upstream = torch.ones_like(loss)
+    got = triton_upsample.upsample_cross_entropy_backward(upstream, logits, *args)
+    expected = reference.upsample_cross_entropy_backward(upstream, logits, *args)
+    assert expected[0, :, 1, 1].isnan().all() and not expected.isnan().all()
+    assert got[expected.isnan()].isnan().all()
+
+
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[7]])
 def test_confusion(shape, nan_poison) -> None:
     n, c, h, w, rows, cols, align_corners = shape

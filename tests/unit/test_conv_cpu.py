@@ -15,6 +15,7 @@ import deeplab_fast as dlf
 from deeplab_fast import _ext, ops, reference
 from deeplab_fast.ops import _cpu_forms
 from deeplab_fast.ops._cpu_forms import FORMS
+from deeplab_fast.ops.aspp_convs import aspp_convs
 from deeplab_fast.testing import cpu_instruction_sets, threads
 
 OPS = torch.ops.deeplab_fast
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.skipif(not _ext.CPU.loaded, reason=_ext.CPU.reason)
 # design.md 6: 2-norm against float64, of forms that save multiplications and of the others.
 SAVING, DIRECT = 1e-5, 2e-6
 CHANNELS_LAST = torch.channels_last
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
 
 
 @pytest.fixture(params=cpu_instruction_sets())
@@ -41,6 +43,12 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
 def activate(y: Tensor, act: str) -> Tensor:
     functions = {"relu": F.relu, "relu6": F.relu6, "hardswish": F.hardswish, "none": lambda t: t}
     return functions[act](y)
+
+
+def assert_shows(y: Tensor, expected: Tensor) -> None:
+    """Nothing that PyTorch says is nan or infinite is hidden."""
+    assert y[expected.isnan()].isnan().all()
+    assert not y[~expected.isfinite()].isfinite().any()
 
 
 def nhwc(*shape: int) -> Tensor:
@@ -195,14 +203,25 @@ class TestTiles:
             assert torch.equal(out[:, :offset], before[:, :offset])
             assert torch.equal(out[:, offset + outputs :], before[:, offset + outputs :])
 
-    def test_nan_and_activations(self) -> None:
-        """relu and relu6 keep nan, as PyTorch's do."""
-        x = nhwc(1, 4, 6, 6)
-        x[0, 2, 3, 3] = float("nan")
-        weight = torch.randn(4, 4, 3, 3)
-        for act in ("relu", "relu6", "hardswish"):
-            y = run_tiles(x, weight, torch.zeros(4), 1, ("tile2",) * 2, ("tile2",) * 2, act=act)
-            assert y[0, :, 2:5, 2:5].isnan().all()
+    @pytest.mark.parametrize("act", ["relu", "relu6", "hardswish", "none"])
+    @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
+    @pytest.mark.parametrize("form", FORMS)
+    def test_what_is_not_finite_stays_so(self, instruction_set, form, value, act) -> None:
+        """Outputs of the same tile may become nan; no other may."""
+        size = FORMS[form].outputs if FORMS[form].whole_line else 9
+        # 21 channels: whole vectors and a rest. The second image is clean.
+        x, weight, shift = nhwc(2, 5, size, size), torch.randn(21, 5, 3, 3), torch.randn(21)
+        x[0, 2, size // 2, size // 2] = value
+        y = run_tiles(x, weight, shift, 1, (form,) * 2, (form,) * 2, act=act)
+        assert_shows(y, activate(F.conv2d(x, weight, shift, padding=1), act))
+        assert y[1].isfinite().all()
+        x, shift[4] = nhwc(2, 5, size, size), value
+        residual = nhwc(2, 21, size, size)
+        residual[1, 20, 0, 0] = value
+        y = run_tiles(x, weight, shift, 1, (form,) * 2, (form,) * 2, act=act, residual=residual)
+        expected = activate(F.conv2d(x, weight, shift, padding=1) + residual, act)
+        assert torch.equal(y.isnan(), expected.isnan())
+        assert torch.equal(y.isinf(), expected.isinf())
 
     @pytest.mark.parametrize(
         ("change", "text"),
@@ -296,9 +315,50 @@ class TestPixels:
             assert torch.equal(out[:, :2], before[:, :2])
             assert torch.equal(out[:, 2 + k :], before[:, 2 + k :])
 
+    @pytest.mark.parametrize("act", ["relu", "relu6", "hardswish", "none"])
+    @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
+    def test_what_is_not_finite_stays_so(self, instruction_set, value, act) -> None:
+        """Of one pixel, one channel's shift and one value of the residual; two chunks of depth."""
+        n, c, k = 2, 300, 21
+        x, residual, shift = nhwc(n, c, 5, 7), nhwc(n, k, 5, 7), torch.randn(n, k)
+        x[0, 299, 1, 2] = shift[1, 20] = residual[1, 3, 4, 4] = value
+        weight, out = torch.randn(k, c, 1, 1), nhwc(n, k, 5, 7)
+        panels = F.pad(weight.flatten(1), (0, 0, 0, -k % 16)).view(-1, 16, c).transpose(1, 2)
+        OPS._conv_pixels_cpu(x, panels.contiguous(), shift, residual, out, 0, act)
+        expected = activate(F.conv2d(x, weight) + shift[:, :, None, None] + residual, act)
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.isinf(), expected.isinf())
+
 
 class TestBackend:
     """The public ops on backend "cpu"."""
+
+    @pytest.mark.parametrize("place", ["weight", "weight of a live tap", "x", "grad"])
+    @pytest.mark.parametrize("dilation", [2, 18], ids=["some taps outside", "dead taps"])
+    @pytest.mark.parametrize("op", ["conv2d", "aspp_convs"])
+    def test_nan_in_training(self, op, dilation, place) -> None:
+        """PyTorch multiplies the padding of maps as small as this one, and 0 * nan is nan."""
+        x, weight = nhwc(1, 64, 5, 9), torch.randn(32, 64, 3, 3)
+        grad = nhwc(1, 32, 5, 9)
+        target = {
+            "weight": weight[3, 7, 0, 2:],
+            "weight of a live tap": weight[3, 7, 1, 1:2],
+            "x": x[0, 5, 2, 2:3],
+            "grad": grad[0, 5, 2, 2:3],
+        }[place]
+        target.fill_(float("nan"))
+        leaves = x.requires_grad_(), weight.requires_grad_()
+        expected = F.conv2d(x, weight, None, 1, dilation, dilation)
+        with dlf.use_backend("cpu"):
+            if op == "conv2d":
+                y = ops.conv2d(x, weight, padding=dilation, dilation=dilation)
+            else:
+                y, *_ = aspp_convs(x, [weight], [dilation], stats=False)
+            assert_shows(y, expected)
+            found = torch.autograd.grad(y, leaves, grad)
+        for got, want in zip(found, torch.autograd.grad(expected, leaves, grad), strict=True):
+            assert_shows(got, want)
+            assert got.isfinite().any()
 
     @pytest.mark.parametrize(
         ("shape", "kernel", "options"),

@@ -591,15 +591,55 @@ def test_cudnn_is_chosen_on_a_gpu_and_the_reference_stays_the_oracle(has_cudnn) 
         ops.conv_bn_act(*conv_args(dtype=torch.float32))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("place", ["x", "grad"])
+@pytest.mark.parametrize("op", ["conv_bn_act", "aspp_branches", "aspp_project"])
+def test_gradients_of_nan_are_pytorchs(op, place, backend) -> None:
+    """ReLU lets the gradient through where it saw nan, and none of nan where it gave 0."""
+    x, pooled = torch.randn(2, 4, 5, 6), torch.randn(2, 3)
+    weight = torch.randn(5, 7 if op == "aspp_project" else 4, 1, 1)
+    scale, shift = torch.rand(5) + 0.5, torch.randn(5)
+    tensors = [x, weight, scale, shift, *([pooled] if op == "aspp_project" else [])]
+    leaves = [t.requires_grad_() for t in tensors]
+    if place == "x":
+        x.data[0, 1, 2, 3] = float("nan")
+    full = x
+    if op == "aspp_project":
+        full = torch.cat([x, pooled[:, :, None, None].expand(-1, -1, 5, 6)], 1)
+    expected = torch.relu(F.conv2d(full, weight) * scale[:, None, None] + shift[:, None, None])
+    grad = torch.randn_like(expected)
+    if place == "grad":
+        grad[0, :, 1, 1] = float("nan")
+    with dlf.use_backend(backend):
+        if op == "conv_bn_act":
+            y = ops.conv_bn_act(x, weight, scale, shift)
+        elif op == "aspp_branches":
+            y = ops.aspp_branches(x, [weight], [scale], [shift], [1])
+        else:
+            y = ops.aspp_project(x, pooled, weight, scale, shift)
+    assert torch.equal(y.isnan(), expected.isnan())
+    found = torch.autograd.grad(y, leaves, grad)
+    for got, want in zip(found, torch.autograd.grad(expected, leaves, grad), strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+        # Sums of at most 60 products, each of the size of 1 and rounded by 6e-8 of it, twice.
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 class _CuDnn:
     """Stands for cuDNN's fused kernels: checks what they are given, sums in fp32, rounds once."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        error: Exception | None = None,
+        keeps_nan: bool = True,
+    ) -> None:
         self.calls: list[str] = []
         self.error = error
+        self.keeps_nan = keeps_nan
         monkeypatch.setattr(torch, "cudnn_convolution_relu", self.relu)
         monkeypatch.setattr(torch, "cudnn_convolution_add_relu", self.add_relu)
-        monkeypatch.setattr(_cudnn, "_without_kernel", set())
+        monkeypatch.setattr(_cudnn, "_has_kernel", {})
 
     def relu(self, x, weight, bias, stride, padding, dilation, groups) -> Tensor:
         return self._run("relu", x, weight, None, bias, stride, padding, dilation, groups)
@@ -609,7 +649,8 @@ class _CuDnn:
         return self._run("add_relu", x, weight, z, bias, stride, padding, dilation, groups)
 
     def _run(self, name, x, weight, z, bias, *geometry) -> Tensor:
-        self.calls.append(name)
+        # The first call of a shape tries a bias of nan.
+        self.calls.append("nan" if bias.isnan().all() else name)
         if self.error is not None:
             raise self.error
         given = [t for t in (x, weight, z) if t is not None]
@@ -617,7 +658,8 @@ class _CuDnn:
         assert all(t.is_contiguous(memory_format=torch.channels_last) for t in given)
         assert all(len(size) == 2 for size in geometry[:3]) and geometry[3] == 1
         y = F.conv2d(x.float(), weight.float(), bias.float(), *geometry)
-        return torch.relu(y if z is None else y + z.float()).to(x.dtype)
+        y = y if z is None else y + z.float()
+        return (torch.relu(y) if self.keeps_nan else torch.where(y > 0, y, 0.0)).to(x.dtype)
 
 
 def by_cudnn(args: tuple, residual: Tensor | None = None, act: str | None = "relu", **options):
@@ -657,7 +699,7 @@ def test_error_of_the_cudnn_path(options, residual, act, calls, dtype, monkeypat
     args = (x, weight, scale, shift)
     z = torch.randn_like(F.conv2d(x, weight, **options)) if residual else None
     got = by_cudnn(args, z, act, **options)
-    assert cudnn.calls == calls
+    assert cudnn.calls == (["nan", *calls] if calls else [])
     assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
     doubles = [None if t is None else t.double() for t in (*args, z)]
     exact = torch_path(*doubles, act=act, **options)
@@ -681,12 +723,26 @@ def test_what_cudnn_has_no_kernel_for_is_composed_and_not_tried_again(monkeypatc
     args = conv_args(dtype=torch.float32)
     with caplog.at_level(logging.INFO, "deeplab_fast"):
         first, again = by_cudnn(args, padding=1), by_cudnn(args, padding=1)
-    assert cudnn.calls == ["relu"] and len(caplog.records) == 1
+    assert cudnn.calls == ["nan"] and len(caplog.records) == 1
     assert torch.equal(first, again)
     torch.testing.assert_close(first, reference.conv_bn_act(*args, padding=1))
     # Another geometry is another kernel.
     by_cudnn(args, padding=2)
-    assert cudnn.calls == ["relu"] * 2
+    assert cudnn.calls == ["nan"] * 2
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["relu", "add_relu"])
+def test_a_kernel_of_cudnn_that_hides_nan_is_not_used(residual, monkeypatch, caplog) -> None:
+    cudnn = _CuDnn(monkeypatch, keeps_nan=False)
+    args = conv_args(dtype=torch.float32)
+    args[0][0, 1, 1, 1] = float("nan")
+    z = torch.randn_like(F.conv2d(*args[:2])) if residual else None
+    expected = reference.conv_bn_act(*args, residual=z)
+    assert expected.isnan().any() and not expected.isnan().all()
+    with caplog.at_level(logging.INFO, "deeplab_fast"):
+        for _ in range(2):
+            torch.testing.assert_close(by_cudnn(args, z), expected, equal_nan=True)
+    assert cudnn.calls == ["nan"] and "keeps NaN" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -711,7 +767,7 @@ def test_deterministic_calls_do_not_use_the_fused_kernels(monkeypatch) -> None:
         by_cudnn(args)
     assert cudnn.calls == []
     by_cudnn(args)
-    assert cudnn.calls == ["relu"]
+    assert cudnn.calls == ["nan", "relu"]
 
 
 def test_the_cudnn_path_of_an_empty_batch_and_of_nchw(monkeypatch, nan_poison: None) -> None:

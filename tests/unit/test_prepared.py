@@ -337,6 +337,101 @@ class TestBounds:
         assert y.shape == (2, 8, 33, 20)
 
 
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+# (C, K), kernel, options, what runs where all is finite
+PATHS = [
+    pytest.param((3, 16), 7, {"stride": 2, "padding": 3}, "onednn", id="stem"),
+    pytest.param((24, 32), 1, {}, "onednn", id="1x1"),
+    pytest.param((24, 32), 1, {"stride": 2}, "onednn", id="1x1 with stride"),
+    pytest.param((128, 32), 1, {}, "pixels", id="1x1 of many channels"),
+    pytest.param((64, 32), 3, {"padding": 1}, "tiles", id="3x3"),
+    pytest.param((64, 32), 3, {"padding": 3, "dilation": 3}, "tiles", id="3x3 dilated"),
+    pytest.param((24, 24), 3, {"padding": 1, "groups": 24}, "onednn", id="depthwise"),
+    pytest.param((24, 24), 5, {"padding": 2, "groups": 24}, "onednn", id="depthwise 5x5"),
+]
+
+
+class TestNotFinite:
+    """Where the plain modules give nan or infinity the prepared forms give no finite value."""
+
+    @staticmethod
+    def assert_shows(y: Tensor, expected: Tensor) -> None:
+        assert y[expected.isnan()].isnan().all()
+        assert not y[~expected.isfinite()].isfinite().any()
+
+    @needs_kernels
+    @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+    @pytest.mark.parametrize("act", prepared.ACTIVATIONS, ids=str)
+    @pytest.mark.parametrize(("channels", "kernel", "options", "runs"), PATHS)
+    def test_convolution(self, channels, kernel, options, runs, act, residual) -> None:
+        groups = options.get("groups", 1)
+        for value in NOT_FINITE:
+            for place in ("x", "weight", "scale", "shift", "residual")[: 4 + residual]:
+                weight, scale, shift = layer(*channels, kernel, groups)
+                x = torch.randn(2, channels[0], 13, 17)
+                z = torch.randn_like(F.conv2d(x, weight, **options)) if residual else None
+                tensors = {"x": x, "weight": weight, "scale": scale, "shift": shift, "residual": z}
+                tensors[place].view(-1)[-1] = value
+                y = F.conv2d(x, weight, **options) * scale[:, None, None] + shift[:, None, None]
+                y = y if z is None else y + z
+                conv = PreparedConv(weight, scale, shift, act=act, **options)
+                finite = place not in ("weight", "scale")
+                assert conv.plan(x.shape).kernel == (runs if finite else "aten")
+                # Activations may make infinity finite, but not nan.
+                expected = prepared.activate_(y, act)
+                assert expected.isnan().any() or value == value
+                self.assert_shows(conv(x, z), expected)
+
+    @pytest.mark.parametrize("act", ["relu", "relu6"])
+    def test_result_over_the_residual(self, act) -> None:
+        weight, scale, shift = layer(24, 32, 1)
+        residual = torch.randn(1, 32, 5, 5).contiguous(memory_format=CHANNELS_LAST)
+        residual[0, 3, 2, 2] = float("nan")
+        conv = PreparedConv(weight, scale, shift, act=act)
+        y = conv(torch.randn(1, 24, 5, 5), residual, overwrite_residual=True)
+        assert y.isnan().nonzero().tolist() == [[0, 3, 2, 2]]
+
+    @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
+    def test_a_weight_that_meets_nothing_but_padding(self, value) -> None:
+        """PyTorch multiplies the padding of maps as small as this one, and 0 * nan is nan."""
+        weight, scale, shift = layer(64, 32, 3)
+        weight[7, 5, 0, 2] = value
+        x, options = torch.randn(1, 64, 5, 9), {"padding": 18, "dilation": 18}
+        expected = F.relu(F.conv2d(x, weight * scale[:, None, None, None], shift, **options))
+        assert expected[:, 7].isnan().all()
+        assert torch.equal(
+            PreparedConv(weight, scale, shift, **options)(x).isnan(), expected.isnan()
+        )
+        aspp = PreparedAspp([weight] * 2, [scale] * 2, [shift] * 2, [18, 18])
+        assert torch.equal(aspp(x)[:, 32:].isnan(), expected.isnan())
+
+    def test_huge_weights_are_finite(self) -> None:
+        """Their sum is not, which only chooses another algorithm."""
+        weight = torch.full((2, 2, 1, 1), 3e38)
+        y = PreparedConv(weight, None, None, act=None)(torch.full((1, 2, 4, 4), 1e-30))
+        torch.testing.assert_close(y, torch.full((1, 2, 4, 4), 6e8), rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("act", prepared.ACTIVATIONS, ids=str)
+    @pytest.mark.parametrize("place", ["branches", "pooled", "weight", "of pooled", "shift"])
+    def test_projection(self, place, act) -> None:
+        weight, scale, shift = layer(40, 8, 1)
+        branches, pooled = torch.randn(2, 32, 5, 6), torch.randn(2, 8)
+        target = {
+            "branches": branches[1, 3, 2:3, 2],
+            "pooled": pooled[1, :1],
+            "weight": weight[3, 4, 0],
+            "of pooled": weight[3, 35, 0],
+            "shift": shift[3:4],
+        }[place]
+        target.fill_(float("nan"))
+        concat = torch.cat([branches, pooled[:, :, None, None].expand(-1, -1, 5, 6)], 1)
+        y = F.conv2d(concat, weight) * scale[:, None, None] + shift[:, None, None]
+        project = PreparedProject(weight, scale, shift, branch_channels=32, act=act)
+        expected = prepared.activate_(y, act)
+        assert expected.isnan().any() and not expected.isnan().all()
+        assert torch.equal(project(branches, pooled).isnan(), expected.isnan())
+
+
 class TestHead:
     @pytest.mark.parametrize("n", [0, 1, 3])
     @pytest.mark.parametrize("size", [(33, 33), (1, 1), (9, 14)], ids=str)

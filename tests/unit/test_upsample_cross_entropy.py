@@ -315,6 +315,39 @@ class TestSpecialInput:
         assert loss.isnan()
         assert x.grad[0, :, 1, 1].isnan().all()
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+    @pytest.mark.parametrize("target", ["counted", "ignored", "part ignored"])
+    @every_option
+    @every_reduction
+    def test_not_finite_logits_as_torch(
+        self, implementation, reduction, weighted, smoothing, target, value
+    ) -> None:
+        """Also where the pixel is ignored: the gradient of its softmax, times 0, is nan."""
+        x = make((2, 4, 5, 6))
+        # No weight is 0 at this ratio, so that infinity times it is none.
+        size = (10, 12)
+        # One class that is minus infinity has a probability of 0.
+        x[0, slice(None) if value < 0 else 1, 2, 3] = value
+        labels = torch.randint(0, 4, (2, *size))
+        if target != "counted":
+            labels[0, :, : 12 if target == "ignored" else 7] = 255
+        options = {
+            "weight": torch.rand(4) + 0.5 if weighted else None,
+            "label_smoothing": smoothing,
+            "reduction": reduction,
+        }
+        leaf = x.clone().requires_grad_()
+        full = F.interpolate(leaf, size, mode="bilinear")
+        expected = F.cross_entropy(full, labels, ignore_index=255, **options)
+        (expected_grad,) = torch.autograd.grad(expected.sum(), leaf)
+        leaf = x.clone().requires_grad_()
+        loss = ops.upsample_cross_entropy(leaf, labels, **options)
+        (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        assert expected_grad.isnan().any()
+        assert grad[expected_grad.isnan()].isnan().all()
+        assert torch.equal(grad[1].isfinite(), expected_grad[1].isfinite())
+
     def test_large_logits_do_not_overflow(self, backend) -> None:
         x = torch.tensor([1e4, -1e4]).view(1, 2, 1, 1).expand(1, 2, 2, 2).clone().requires_grad_()
         target = torch.tensor([0, 1]).view(1, 1, 2).expand(1, 2, 2)

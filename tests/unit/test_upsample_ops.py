@@ -166,6 +166,36 @@ class TestArgmax:
         assert all(map(torch.equal, one, two))
 
 
+class TestProbabilitiesOfNoNumbers:
+    """Labels, the top probability and the sum of all, as of the upsampled logits in PyTorch."""
+
+    @pytest.mark.parametrize(
+        "size",
+        [(8, 10), (4, 5), (8, 5), (4, 10)],
+        ids=["up", "ratio 1: no neighbours", "ratio 1 of columns", "ratio 1 of rows"],
+    )
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+    @pytest.mark.parametrize(
+        "classes", [slice(2, 3), slice(None)], ids=["one class", "all classes"]
+    )
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_as_torch(self, implementation, dtype, classes, value, size) -> None:
+        x = make((2, 6, 4, 5)).to(dtype)
+        x[0, classes, 1, 2] = value
+        labels, prob = ops.upsample_argmax(x, size, return_prob=True)
+        full = F.interpolate(x.float(), size, mode="bilinear")
+        softmax = full.softmax(1)
+        assert torch.equal(
+            labels.long()[softmax[:, 0].isnan()], full.argmax(1)[softmax[:, 0].isnan()]
+        )
+        torch.testing.assert_close(prob, softmax.amax(1), equal_nan=True)
+        for flip in (False, True):
+            accumulator = torch.zeros(2, 6, *size)
+            ops.upsample_softmax_add(accumulator, x, flip=flip)
+            expected = softmax.flip(-1) if flip else softmax
+            torch.testing.assert_close(accumulator, expected, equal_nan=True)
+
+
 class TestConfusion:
     @staticmethod
     def expected(x: Tensor, target: Tensor, ignore_index: int, **options: bool) -> Tensor:

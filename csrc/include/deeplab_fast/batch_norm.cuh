@@ -426,13 +426,14 @@ __device__ inline float activate(float v) {
   return v;
 }
 
-// The gradient to what the activation saw, or to `at` of the same derivative.
+// The gradient to what the activation saw, or to `at` of the same derivative. At NaN no comparison
+// takes it away.
 template <Act kAct>
 __device__ inline float activate_grad(float grad, float at) {
-  if constexpr (kAct == Act::kRelu) return at > 0.f ? grad : 0.f;
-  if constexpr (kAct == Act::kRelu6) return at > 0.f && at < 6.f ? grad : 0.f;
+  if constexpr (kAct == Act::kRelu) return at <= 0.f ? 0.f : grad;
+  if constexpr (kAct == Act::kRelu6) return at <= 0.f || at >= 6.f ? 0.f : grad;
   if constexpr (kAct == Act::kHardswish) {
-    return at < -3.f ? 0.f : at <= 3.f ? grad * fmaf(at, 1.f / 3.f, 0.5f) : grad;
+    return at < -3.f ? 0.f : at > 3.f ? grad : grad * fmaf(at, 1.f / 3.f, 0.5f);
   }
   return grad;
 }

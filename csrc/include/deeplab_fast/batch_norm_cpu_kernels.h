@@ -88,20 +88,20 @@ DEEPLAB_FAST_INLINE Vector<T> activate(Vector<T> v) {
   return v;
 }
 
-// grad times the derivative of the activation where it saw `at`, or gave it (ReLU and ReLU6).
+// grad times the derivative of the activation where it saw `at`, or gave it (ReLU and ReLU6). At nan
+// no comparison takes the gradient away.
 template <typename T, Activation kAct>
 DEEPLAB_FAST_INLINE Vector<T> through_act(Vector<T> grad, Vector<T> at) {
   const Vector<T> zero = {};
-  if constexpr (kAct == Activation::kRelu) return at > zero ? grad : zero;
+  if constexpr (kAct == Activation::kRelu) return at <= zero ? zero : grad;
   if constexpr (kAct == Activation::kRelu6) {
-    const Vector<T> above = at > zero ? grad : zero;
-    return at < broadcast(T{6}) ? above : zero;
+    const Vector<T> above = at <= zero ? zero : grad;
+    return at >= broadcast(T{6}) ? zero : above;
   }
   if constexpr (kAct == Activation::kHardswish) {
     const Vector<T> three = broadcast(T{3}), one = broadcast(T{1});
     const Vector<T> low = at < -three ? zero : at * (T{1} / T{3}) + T{0.5};
-    // Not >=, so that nan gets a slope of 1, as in PyTorch.
-    return grad * (at <= three ? low : at < -three ? zero : one);
+    return grad * (at > three ? one : low);
   }
   return grad;
 }

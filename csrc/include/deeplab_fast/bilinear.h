@@ -80,6 +80,13 @@ DEEPLAB_FAST_HOST_DEVICE inline int source_cell(const Axis<T>& axis, int index) 
   return cell < axis.in - 1 ? cell : axis.in - 1;
 }
 
+// The second source index that goes with a first one. An axis that keeps its size has none: 0 times
+// a neighbour that is not finite would be nan.
+template <typename T>
+DEEPLAB_FAST_HOST_DEVICE inline int second_source(const Axis<T>& axis, int lo) {
+  return lo < axis.in - 1 && axis.in != axis.out ? lo + 1 : lo;
+}
+
 template <typename T>
 DEEPLAB_FAST_HOST_DEVICE inline Tap<T> source_tap(const Axis<T>& axis, int index) {
   if (axis.in == axis.out) return {index, index, static_cast<T>(0)};
@@ -87,7 +94,7 @@ DEEPLAB_FAST_HOST_DEVICE inline Tap<T> source_tap(const Axis<T>& axis, int index
   T weight = source_position(axis, index) - static_cast<T>(lo);
   weight = weight < static_cast<T>(0) ? static_cast<T>(0) : weight;
   weight = weight > static_cast<T>(1) ? static_cast<T>(1) : weight;
-  return {lo, lo < axis.in - 1 ? lo + 1 : lo, weight};
+  return {lo, second_source(axis, lo), weight};
 }
 
 // The smallest output index whose first source index is `cell` or more; axis.out where there is

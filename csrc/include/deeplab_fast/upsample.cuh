@@ -116,7 +116,7 @@ class Tile {
     block /= plan.splits;
     upper_ = static_cast<int>(block % logits.rows.in);
     image = static_cast<int>(block / logits.rows.in);
-    lower_ = min(upper_ + 1, logits.rows.in - 1);
+    lower_ = second_source(logits.rows, upper_);
 
     const int band_end = first_output(logits.rows, upper_ + 1);
     row_begin = first_output(logits.rows, upper_) + split * kSplitRows;
@@ -425,7 +425,7 @@ struct CrossEntropy {
 };
 
 // Softmax statistics of a pixel: the gradient of its logit z is scale * exp(z - top), less `hard`
-// at the label. An ignored pixel has scale 0 and label -1.
+// at the label. An ignored pixel has label -1 and scale 0, which is nan where its softmax is.
 template <typename T>
 struct alignas(4 * sizeof(T)) Pixel {
   T top;
@@ -476,7 +476,7 @@ class Cells {
     block /= plan.splits;
     upper_ = static_cast<int>(block % logits.rows.in);
     image_ = static_cast<int>(block / logits.rows.in);
-    lower_ = min(upper_ + 1, logits.rows.in - 1);
+    lower_ = second_source(logits.rows, upper_);
     x_begin_ = tile * plan.cells;
     x_end_ = min(x_begin_ + plan.cells, logits.columns.in);
     const int band_end = first_output(logits.rows, upper_ + 1);
@@ -617,7 +617,7 @@ class Cells {
       const T one = 1;
       const T weight = op_.class_weights ? op_.class_weights[label] : one;
       const T row_weight = memory_.row_weights[row_ - row_begin_ + y];
-      const int lo = pixel.label, hi = min(lo + 1, logits_.columns.in - 1);
+      const int lo = pixel.label, hi = second_source(logits_.columns, lo);
       const T upper = (one - pixel.weight) * logits_.at(image_, label, upper_, lo) +
                       pixel.weight * logits_.at(image_, label, upper_, hi);
       const T lower = (one - pixel.weight) * logits_.at(image_, label, lower_, lo) +
@@ -641,6 +641,8 @@ class Cells {
       ++valid_;
       loss_ += static_cast<double>(loss);
       weight_ += static_cast<double>(weight);
+    } else {
+      scale = static_cast<T>(0) / sum;
     }
     if (op_.pixel_loss) op_.pixel_loss[at] = loss;
     if (kGrad) {
@@ -660,7 +662,7 @@ class Cells {
       const int end = min(memory_.first_columns[cell + 1], column_ + columns_) - column_;
       T corners[4] = {};
       if (begin < end) {
-        const int left = x_begin_ + cell, right = min(left + 1, logits_.columns.in - 1);
+        const int left = x_begin_ + cell, right = second_source(logits_.columns, left);
         const T upper_left = logits_.at(image_, c, upper_, left);
         const T upper_right = logits_.at(image_, c, upper_, right);
         const T lower_left = logits_.at(image_, c, lower_, left);

@@ -230,7 +230,9 @@ class Unit {
     image = static_cast<int>(unit / problem.num_bands);
     band = problem.bands[unit % problem.num_bands];
     const int last = problem.height - 1;
-    const int second = band.source_row < last ? band.source_row + 1 : last;
+    // As second_source has it.
+    const bool has_second = band.source_row < last && problem.height != problem.out_height;
+    const int second = band.source_row + has_second;
     const int64_t row_size = static_cast<int64_t>(problem.classes) * problem.width;
     const int64_t first_row = static_cast<int64_t>(image) * problem.height;
     upper_row_ = problem.source + (first_row + band.source_row) * row_size;
@@ -543,8 +545,9 @@ void cross_entropy(const Problem<T>& problem, const CrossEntropy<T>& op, int64_t
           const int64_t at = unit.row_offset(row) + block.column;
           int any = -1;
           for (int i = 0; i < kLanes<T>; ++i) any &= label[i];
-          // All bits set: every label is -1.
-          if (any == -1) {
+          // All bits set: every label is -1. Softmax times 0, which is what the gradient of such
+          // pixels is, differs from 0 where there are logits that are not finite.
+          if (any == -1 && (problem.finite || !with_grad)) {
             if (op.pixel_loss != nullptr) {
               store_part<T>(op.pixel_loss + at, Vector<T>{}, block.valid);
             }
