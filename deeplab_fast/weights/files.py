@@ -33,6 +33,8 @@ _CONTAINERS = (
 # Prefixes that wrappers put before every key.
 _PREFIXES = ("model.", "net.", "network.", "segmentor.")
 _HEAD_BYTES = 4096
+# The bound of the safetensors library.
+_LONGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ def _read(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _kind(path: Path, head: bytes) -> str:
     """What a file is, by its first bytes: "zip", "npz", "legacy" (torch) or "safetensors"."""
+    # First: the length that such a file begins with can look like the beginning of any other kind.
+    if _is_safetensors(head):
+        return "safetensors"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:64].lower()
     refusals = (
         (not head, "is empty"),
@@ -122,13 +127,20 @@ def _kind(path: Path, head: bytes) -> str:
         return _zip_kind(path)
     if head.startswith(b"\x80"):
         return "legacy"
-    length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and length < 1 << 32:
-        return "safetensors"
     raise CheckpointError(
         f"{path} is not a checkpoint: it starts with {head[:8]!r}; expected a file written by "
         "torch.save, safetensors or numpy.savez"
     )
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Whether a file begins with the length of a header (8 bytes) and the header, a JSON object.
+
+    No pickle and no text does: their first eight bytes are a number beyond the longest header that
+    the format allows.
+    """
+    length = int.from_bytes(head[:8], "little")
+    return length <= _LONGEST_HEADER and re.match(rb'\{\s*["}]', head[8:]) is not None
 
 
 def _zip_kind(path: Path) -> str:

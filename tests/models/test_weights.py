@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
 import os
 import pickle
 import sys
@@ -695,6 +696,39 @@ def test_truncated_files(tmp_path: Path, write, kept: float) -> None:
     file.write_bytes(data[: int(len(data) * kept)])
     with pytest.raises(CheckpointError, match=r"w\.pth .*not written to its end"):
         read_state_dict(file)
+
+
+@pytest.mark.parametrize("low", range(256))
+def test_headers_of_every_length(tmp_path: Path, low: int) -> None:
+    """The first byte of a .safetensors file is the low byte of its header's length."""
+    file = tmp_path / "w.safetensors"
+    entries = {"a.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    header = json.dumps(entries).encode().ljust(256 + low)
+    data = np.array([1.0, 2.0], np.float32).tobytes()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    assert file.read_bytes()[0] == low
+    assert read_state_dict(file)["a.weight"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "length",
+    [0x0A3C, 0x8B1F, 0x0280, 0x0A3C20],
+    ids=["web-page", "gzip", "pickle-protocol-2", "web-page-behind-a-space"],
+)
+def test_headers_whose_length_looks_like_another_file(tmp_path: Path, length: int) -> None:
+    file = tmp_path / "model.ckpt.index"
+    header = b'{"a.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    file.write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+    assert read_state_dict(file)["a.weight"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("padding", range(0, 256, 8))
+def test_own_files_of_every_header_length(tmp_path: Path, padding: int) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "w.safetensors"
+    save_file(TINY, file, metadata={"format": "pt", "note": "x" * padding})
+    assert same(read_state_dict(file), TINY)
 
 
 @pytest.mark.parametrize(
