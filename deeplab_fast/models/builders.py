@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data.preprocess import Preprocess
 from ..nn import HEADS, CascadedHead, FCNHead, PaperHead
-from ._registry import register_model
+from ._registry import register_model, torchvision_enum
 from .deeplabv3 import DeepLabV3, check_output_stride
 from .efficientnet_lite import EfficientNetLiteBackbone
 from .mobilenetv2 import MobileNetV2Backbone, fold_form
@@ -149,7 +149,7 @@ def _builder(name: str, family: _Family, doc: str) -> Callable[..., DeepLabV3]:
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = doc
-    return register_model(build)
+    return register_model(build, family.enum)
 
 
 def _positional(name: str, values: tuple[Any, ...]) -> dict[str, Any]:
@@ -482,15 +482,7 @@ def _published(name: str, enum: str | None, module: str, weights: Any) -> Any:
         raise ValueError(
             f"No weights available for model {name}; got {weights!r}. Pass the path of a checkpoint"
         )
-    try:
-        import importlib
-
-        entries = getattr(importlib.import_module(module), enum)
-    except ImportError as e:
-        raise ImportError(
-            f"{name}: the weights {weights!r} are published by torchvision, which cannot be "
-            f"imported here ({e}). Install torchvision, or pass the path of a checkpoint"
-        ) from e
+    entries = torchvision_enum(name, module, enum)
     try:
         return entries.verify(weights)
     except KeyError:
