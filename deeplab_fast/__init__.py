@@ -40,6 +40,7 @@ from .models import (
     fregu856_resnet101,
     fregu856_resnet152,
     get_model,
+    get_model_weights,
     list_models,
 )
 from .nn.fused import fuse
@@ -69,6 +70,7 @@ __all__ = [
     "from_checkpoint",
     "fuse",
     "get_model",
+    "get_model_weights",
     "list_models",
     "load",
     "load_weights",

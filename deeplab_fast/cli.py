@@ -308,6 +308,12 @@ def _add_model_arguments(add: Any) -> None:
         help="trained weights (required): camvid, the embedded model for road scenes, or a file",
     )
     add(
+        "--weights-part",
+        type=str | None,
+        metavar="NAME",
+        help="network of a file with several: model_ema, teacher, ...",
+    )
+    add(
         "--model",
         type=str | None,
         metavar="NAME",
@@ -587,6 +593,8 @@ def _load_model(config: Any, command: str) -> tuple[Any, str]:
         inspect_weights,
         list_embedded,
         load_weights,
+        restore_settings,
+        warn_of_assumptions,
     )
 
     if config.backend is not None and config.backend not in ("auto", *backends.BACKENDS):
@@ -605,13 +613,13 @@ def _load_model(config: Any, command: str) -> tuple[Any, str]:
     weights = config.weights
     if weights in list_embedded():
         weights = embedded_path(weights)
-    elif not Path(weights).is_file():
+    elif not Path(weights).exists():
         raise _UsageError(
             f"--weights {weights}: no such file, and no embedded model of that name; there are: "
             f"{', '.join(list_embedded())}"
         )
     try:
-        found = inspect_weights(weights)
+        found = inspect_weights(weights, part=config.weights_part)
         name = config.model or found.model
         if name is None:
             raise _UsageError(
@@ -624,9 +632,14 @@ def _load_model(config: Any, command: str) -> tuple[Any, str]:
         if classes is not None:
             options["num_classes"] = classes
         model: Any = get_model(name, **options)
+        if name == found.model:
+            restore_settings(model, found)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            load_weights(model, weights, reset_head=reset_head)
+            load_weights(model, weights, part=config.weights_part, reset_head=reset_head)
+            given = () if config.output_stride is None else ("output_stride",)
+            if name == found.model:
+                warn_of_assumptions(model, found, given, str(weights), 1)
         # After loading: atrous rates that the file tells belong to the stride it was trained at.
         if config.output_stride is not None:
             model.set_output_stride(config.output_stride)
@@ -641,7 +654,7 @@ def _load_model(config: Any, command: str) -> tuple[Any, str]:
             "warning: --reset-head: the last layer has random weights; labels mean nothing before "
             "it is trained",
         )
-    if found.notes and config.output_stride is None:
+    if found.notes and not found.untold:
         _tell(command, f"note on the weights: {found.notes}")
     return model, name
 

@@ -100,6 +100,9 @@ class TrainConfig:
         metadata=_help("options of its builder: --model-options.atrous_rates [6,12,18]", "MAP"),
     )
     weights: str | None = _option(None, "start from these weights", "FILE")
+    weights_part: str | None = _option(
+        None, "network of a file with several: model_ema, teacher, ...", "NAME"
+    )
     reset_head: bool = _option(False, "start the last layers anew whatever --weights has")
     weights_backbone: str | None = _option(
         None, "start the backbone from these weights: a file, or torchvision's name", "FILE|NAME"

@@ -38,6 +38,7 @@ _FREE = frozenset(
         "root",
         "val_root",
         "weights",
+        "weights_part",
         "weights_backbone",
         "reset_head",
     }
@@ -106,11 +107,16 @@ def build_model(config: Any, num_classes: int, classes: Any = None) -> nn.Module
         ValueError, OSError: options or weights that do not fit.
     """
     from deeplab_fast.models import get_model
-    from deeplab_fast.weights import inspect_weights, load_weights
+    from deeplab_fast.weights import (
+        inspect_weights,
+        load_weights,
+        restore_settings,
+        warn_of_assumptions,
+    )
 
     options: dict[str, Any] = {}
     if config.weights is not None:
-        found = inspect_weights(config.weights)
+        found = inspect_weights(config.weights, part=config.weights_part)
         if found.model == config.model:
             options.update(found.options)
     options.update(config.model_options)
@@ -130,7 +136,12 @@ def build_model(config: Any, num_classes: int, classes: Any = None) -> nn.Module
     except TypeError as error:
         raise ValueError(f"model_options: {error}") from error
     if config.weights is not None:
-        load_weights(model, config.weights, reset_head=config.reset_head, strict=True)
+        own = found.model == config.model
+        if own:
+            restore_settings(model, found)
+        load_weights(model, config.weights, part=config.weights_part, reset_head=config.reset_head)
+        if own:
+            warn_of_assumptions(model, found, options, str(config.weights), 2)
     if stride is not None and model.output_stride != stride:
         model.set_output_stride(stride)
     if config.input_size is not None:
@@ -344,6 +355,7 @@ def second_stage(config: Any, weights: str, changes: dict[str, Any]) -> Any:
     values = {
         **config.as_dict(),
         "weights": weights,
+        "weights_part": None,
         "weights_backbone": None,
         "reset_head": False,
         "freeze_batch_norm": True,
@@ -631,7 +643,7 @@ def _export(
     stride = config.eval_output_stride
     with _at_output_stride(model, stride), _without_class_weights(config, module):
         try:
-            return save_weights(model, folder / "model.safetensors")
+            return save_weights(model, folder / "model.safetensors", strict=False)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OSError(

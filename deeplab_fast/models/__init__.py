@@ -1,6 +1,6 @@
 """DeepLabv3 models: builders by name, with torchvision's interface."""
 
-from ._registry import get_model, list_models
+from ._registry import get_model, get_model_weights, list_models
 from .builders import (
     DeepLabOptions,
     deeplabv3_cascaded_resnet50,
@@ -42,5 +42,6 @@ __all__ = [
     "fregu856_resnet101",
     "fregu856_resnet152",
     "get_model",
+    "get_model_weights",
     "list_models",
 ]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data.preprocess import Preprocess
 from ..nn import HEADS, CascadedHead, FCNHead, PaperHead
-from ._registry import register_model
+from ._registry import register_model, torchvision_enum
 from .deeplabv3 import DeepLabV3, check_output_stride
 from .efficientnet_lite import EfficientNetLiteBackbone
 from .mobilenetv2 import MobileNetV2Backbone, fold_form
@@ -149,7 +149,7 @@ def _builder(name: str, family: _Family, doc: str) -> Callable[..., DeepLabV3]:
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = doc
-    return register_model(build)
+    return register_model(build, family.enum)
 
 
 def _positional(name: str, values: tuple[Any, ...]) -> dict[str, Any]:
@@ -304,6 +304,7 @@ def deeplabv3_mobilenet_v2_tf(
         "atrous_rates": tuple(atrous_rates),
         "aspp_channels": aspp_channels,
     }
+    info = None
     if weights is not None:
         from ..weights import inspect_weights
 
@@ -328,7 +329,7 @@ def deeplabv3_mobilenet_v2_tf(
     model.preprocess = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     model.config = ("deeplabv3_mobilenet_v2_tf", {"num_classes": num_classes, **given})
     if weights is not None:
-        _load_file(model, weights)
+        _load_file(model, weights, info, ())
     return model
 
 
@@ -345,7 +346,8 @@ def _build(
     # No property of the weights: it is not kept with them.
     fused = options.pop("fused", True)
     _check_options(name, family, options)
-    published = path = None
+    given = tuple(options)
+    published = path = info = None
     if weights is not None and _is_path(weights):
         from ..weights import inspect_weights
 
@@ -379,7 +381,7 @@ def _build(
         model.load_state_dict(published.get_state_dict(progress=progress, check_hash=True))
         _describe_classes(model, "voc")
     if path is not None:
-        _load_file(model, path)
+        _load_file(model, path, info, given)
     return model
 
 
@@ -482,15 +484,7 @@ def _published(name: str, enum: str | None, module: str, weights: Any) -> Any:
         raise ValueError(
             f"No weights available for model {name}; got {weights!r}. Pass the path of a checkpoint"
         )
-    try:
-        import importlib
-
-        entries = getattr(importlib.import_module(module), enum)
-    except ImportError as e:
-        raise ImportError(
-            f"{name}: the weights {weights!r} are published by torchvision, which cannot be "
-            f"imported here ({e}). Install torchvision, or pass the path of a checkpoint"
-        ) from e
+    entries = torchvision_enum(name, module, enum)
     try:
         return entries.verify(weights)
     except KeyError:
@@ -526,10 +520,24 @@ def _load_backbone(model: DeepLabV3, weights: Any, progress: bool) -> None:
         )
 
 
-def _load_file(model: DeepLabV3, path: str | Path) -> None:
-    from ..weights import load_weights
+def _load_file(model: DeepLabV3, path: str | Path, info: Any, given: Sequence[str]) -> None:
+    """Fill a model from a file, and set on it what the file's model had beyond its options.
 
+    Args:
+        model: built with the options of the file and those that were given.
+        path: of the file.
+        info: `WeightsInfo` of the file.
+        given: names of the options that the user gave.
+    """
+    from ..weights import load_weights, restore_settings, warn_of_assumptions
+
+    assert model.config is not None
+    own = info.model == model.config[0]
+    if own:
+        restore_settings(model, info)
     load_weights(model, path)
+    if own:
+        warn_of_assumptions(model, info, given, str(path), 4)
     if model.classes is None and model.num_classes == DEFAULT_NUM_CLASSES:
         _describe_classes(model, "voc")
 

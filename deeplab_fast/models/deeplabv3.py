@@ -162,6 +162,15 @@ class DeepLabV3(nn.Module):
         first = next(iter(self.backbone.parameters()))
         return in_plain_format(logits, x, is_channels_last(first))
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Names and shapes do not tell all that `from_checkpoint` needs.
+        about = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if about is not None and not torch.compiler.is_compiling():
+            from ..weights import model_metadata
+
+            about["deeplab_fast"] = model_metadata(self)
+
     def predict(self, images: Any, **options: Any) -> Any:
         """Label maps of photos or tensors; see `deeplab_fast.engine.predict.predict`."""
         from ..engine.predict import predict
@@ -233,6 +242,8 @@ class DeepLabV3(nn.Module):
             set_dilation(conv, rate // output_stride)
         if self.config is not None:
             name, options = self.config
+            # Which stages are dilated is said by one option.
+            options = {k: v for k, v in options.items() if k != "replace_stride_with_dilation"}
             rates_now = {"atrous_rates": self.atrous_rates} if convs else {}
             self.config = (name, {**options, "output_stride": output_stride, **rates_now})
         return self

@@ -5,7 +5,13 @@ from .embedded import embedded_path, list_embedded, load, model_card
 from .files import model_metadata, read_state_dict, save_weights
 from .inspect import WeightsInfo, inspect_weights
 from .layouts import LAYOUTS, Layout, Rule
-from .load import LoadReport, from_checkpoint, load_weights
+from .load import (
+    LoadReport,
+    from_checkpoint,
+    load_weights,
+    restore_settings,
+    warn_of_assumptions,
+)
 
 __all__ = [
     "LAYOUTS",
@@ -23,5 +29,7 @@ __all__ = [
     "model_card",
     "model_metadata",
     "read_state_dict",
+    "restore_settings",
     "save_weights",
+    "warn_of_assumptions",
 ]

@@ -7,16 +7,19 @@ import json
 import os
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..data.preprocess import Preprocess
 from ._common import METADATA_KEY, SHOWN, CheckpointError, Source, StateDict, shorten, unwrapped
-from .layouts import NOT_MODEL
+from .layouts import NOT_MODEL, Origin, known_layout
+from .settings import plain_number, rebuilding
 
 _CONTAINERS = (
     "model_state_dict",
@@ -29,10 +32,18 @@ _CONTAINERS = (
     "weights",
     "params",
     "model_ema",
+    "state_dict_ema",
+    "ema",
 )
 # Prefixes that wrappers put before every key.
 _PREFIXES = ("model.", "net.", "network.", "segmentor.")
 _HEAD_BYTES = 4096
+# The bound of the safetensors library.
+_LONGEST_HEADER = 100_000_000
+
+
+# What smp's and other libraries' save_pretrained call the weights, beside a config.json.
+_PRETRAINED = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -41,39 +52,39 @@ class Checkpoint:
 
     label: str
     state: StateDict
-    # The package's own facts, and the other text entries of a .safetensors header.
+    # The package's own facts, and what else says how the model was built.
     metadata: dict[str, Any] = field(default_factory=dict)
-    header: dict[str, str] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state_dict(path: str | os.PathLike[str], *, part: str | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint file by name, on the CPU, without running code from it.
 
     Files: .pth, .pt, .ckpt, .bin and the like as torch.save writes them (memory-mapped where the
-    format allows it), .safetensors, and numpy's .npz. The content decides, not the suffix. Training
+    format allows it), .safetensors, and numpy's .npz. The content decides, not the suffix. A folder
+    is read where it holds model.safetensors or pytorch_model.bin (save_pretrained). Training
     checkpoints are opened ("model", "state_dict", "model_state", "model_state_dict", ...), and the
     prefixes of wrappers are taken off ("module.", "_orig_mod.", Lightning's "model.").
+
+    Args:
+        path: of the file or folder.
+        part: which network of a checkpoint with several: the key it is kept under ("model_ema"), or
+            the prefix of its tensors ("student"); "model/student" where both are needed, "." for
+            the tensors that have no prefix beside others that have one.
 
     Returns:
         Names as in the file, otherwise; values that are no tensors or arrays are left out.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not a checkpoint, damaged, or one that only runs code to load.
+        CheckpointError: not a checkpoint, damaged, one that only runs code to load, or one with
+            several networks where `part` names none of them; the message lists them.
     """
-    return _read(path).state
+    return open_checkpoint(os.fspath(path), part).state
 
 
-def _read(path: str | os.PathLike[str]) -> Checkpoint:
-    path = Path(path)
-    if path.is_dir():
-        inside = sorted(
-            p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".safetensors", ".npz")
-        )
-        raise CheckpointError(
-            f"{path} is a folder, expected a checkpoint file"
-            + (f"; it holds {shorten(inside)}" if inside else "")
-        )
+def _read(path: str | os.PathLike[str], part: str | None) -> Checkpoint:
+    path = _in_folder(Path(path))
     if not path.exists():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     with path.open("rb") as file:
@@ -86,13 +97,50 @@ def _read(path: str | os.PathLike[str]) -> Checkpoint:
         content, metadata = _read_npz(path), {}
     else:
         content, metadata = _read_torch(path, kind)
-    label = str(path)
-    state = _strip_prefixes(_find_state(content, label), label)
-    return Checkpoint(label, state, metadata, header)
+    origin = Origin(path.name, header, _config_beside(path), _meta(content))
+    return _opened(content, str(path), part, metadata, origin)
+
+
+def _in_folder(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in _PRETRAINED:
+        if (path / name).is_file():
+            return path / name
+    inside = sorted(
+        p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".safetensors", ".npz")
+    )
+    raise CheckpointError(
+        f"{path} is a folder without {' or '.join(_PRETRAINED)}, expected one that holds it, or a "
+        "checkpoint file" + (f"; it holds {shorten(inside)}" if inside else "")
+    )
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    """What save_pretrained wrote about the model beside its weights."""
+    file = path.with_name("config.json")
+    if path.name not in _PRETRAINED or not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{file}, which says how the model of {path.name} is built, cannot be read: {error}. "
+            "Copy it again, or move the weights away from it to load them without"
+        ) from error
+    return config if isinstance(config, dict) else {}
+
+
+def _meta(content: Any) -> dict[str, Any]:
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    return dict(meta) if isinstance(meta, Mapping) else {}
 
 
 def _kind(path: Path, head: bytes) -> str:
     """What a file is, by its first bytes: "zip", "npz", "legacy" (torch) or "safetensors"."""
+    # First: the length that such a file begins with can look like the beginning of any other kind.
+    if _is_safetensors(head):
+        return "safetensors"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:64].lower()
     refusals = (
         (not head, "is empty"),
@@ -122,13 +170,20 @@ def _kind(path: Path, head: bytes) -> str:
         return _zip_kind(path)
     if head.startswith(b"\x80"):
         return "legacy"
-    length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and length < 1 << 32:
-        return "safetensors"
     raise CheckpointError(
         f"{path} is not a checkpoint: it starts with {head[:8]!r}; expected a file written by "
         "torch.save, safetensors or numpy.savez"
     )
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Whether a file begins with the length of a header (8 bytes) and the header, a JSON object.
+
+    No pickle and no text does: their first eight bytes are a number beyond the longest header that
+    the format allows.
+    """
+    length = int.from_bytes(head[:8], "little")
+    return length <= _LONGEST_HEADER and re.match(rb'\{\s*["}]', head[8:]) is not None
 
 
 def _zip_kind(path: Path) -> str:
@@ -209,20 +264,33 @@ def _read_torch(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
         raise CheckpointError(
             f"{path} contains an object of {refused[1]}, which would run code to load; only plain "
             "tensors and containers are read. If you trust the file, convert it where that class "
-            "can be imported: c = torch.load(path, map_location='cpu', weights_only=False); "
-            "torch.save(c.state_dict() if hasattr(c, 'state_dict') else c['model'], "
-            "'weights.pth') - with the checkpoint's own key in place of 'model'"
+            f"can be imported: {_RECIPE}"
         ) from error
     metadata = content.get(METADATA_KEY) if isinstance(content, Mapping) else None
     return content, dict(metadata) if isinstance(metadata, Mapping) else {}
 
 
 class _Inert:
-    """Stands in for an object that is of no use here, so that its class is not imported."""
+    """Stands in for an object that is of no use here: nothing is imported, looked up or kept."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
-# mmengine's training checkpoints keep their loss curves in these.
-_BESIDE_WEIGHTS = ("mmengine.logging.history_buffer.HistoryBuffer",)
+# mmengine's training checkpoints keep their loss curves in HistoryBuffers, whose methods are
+# pickled as calls of getattr; the stand-in is called in its place, and looks nothing up.
+_BESIDE_WEIGHTS = ("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr")
+
+
+# Of a whole module, of a container of one or of a state dict, and of a plain state dict.
+_RECIPE = (
+    "c = torch.load(path, map_location='cpu', weights_only=False); "
+    f"c = next((c[k] for k in {_CONTAINERS} if isinstance(c, dict) and k in c), c); "
+    "torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, 'weights.pth')"
+)
 
 
 @contextlib.contextmanager
@@ -253,27 +321,90 @@ def _harmless_globals() -> Iterator[None]:
         yield
 
 
-def _find_state(content: Any, label: str) -> StateDict:
-    """The state dict inside a checkpoint's containers."""
-    if isinstance(content, Mapping):
-        for name in _CONTAINERS:
-            if isinstance(content.get(name), Mapping) and _has_tensors(content[name]):
-                return _find_state(content[name], label)
-        state = {
-            key: tensor
-            for key, value in content.items()
-            if isinstance(key, str) and (tensor := _as_tensor(value)) is not None
-        }
-        if state:
-            return state
-        held = ", ".join(f"{k!r} ({type(v).__name__})" for k, v in list(content.items())[:SHOWN])
+def _opened(
+    content: Any, label: str, part: str | None, metadata: dict[str, Any], origin: Origin
+) -> Checkpoint:
+    wanted = part.split("/") if part else []
+    raw = _find_state(content, label, wanted)
+    state = _tensors(raw)
+    if not state:
+        held = ", ".join(f"{k!r} ({type(v).__name__})" for k, v in list(raw.items())[:SHOWN])
         raise CheckpointError(
             f"{label} holds no tensors where they are expected; it has {held or 'nothing'}. "
             f"Expected a state dict, or one under {', '.join(_CONTAINERS[:4])}"
         )
-    raise CheckpointError(
-        f"{label} holds a {type(content).__name__}, expected a state dict (names to tensors)"
+    _check(state, label)
+    originals = _unwrapped_names(list(state), label, wanted)
+    if wanted:
+        raise CheckpointError(
+            f"{label} has no part {'/'.join(wanted)!r}; leave part out, or name one of: "
+            f"{', '.join(_parts(content, originals)) or 'there are none'}"
+        )
+    if not metadata:
+        metadata = _kept_beside(raw, originals)
+    return Checkpoint(label, {k: state[o] for k, o in originals.items()}, metadata, origin)
+
+
+def _find_state(content: Any, label: str, wanted: list[str]) -> Mapping[Any, Any]:
+    """The state dict inside a checkpoint's containers; takes the name that it goes by off."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{label} holds a {type(content).__name__}, expected a state dict (names to tensors)"
+        )
+    networks = _networks(content)
+    if wanted and wanted[0] in networks:
+        return _find_state(content[wanted.pop(0)], label, wanted)
+    known = [n for n in networks if _is_known(content[n])]
+    # Of several that are none of ours the usual names are those of the model.
+    rivals = known or [n for n in networks if n in _CONTAINERS]
+    if len(rivals) > 1:
+        raise _several(label, rivals, "under the keys")
+    return _find_state(content[rivals[0]], label, wanted) if rivals else content
+
+
+def _several(label: str, names: list[str], where: str) -> CheckpointError:
+    return CheckpointError(
+        f"{label} holds more than one network, {where} {', '.join(names)}: choose one with part=, "
+        f"for instance deeplab_fast.from_checkpoint(path, part={names[0]!r}); load_weights, "
+        "inspect_weights and read_state_dict take part too"
     )
+
+
+def _networks(content: Mapping[Any, Any]) -> list[str]:
+    """Keys under which state dicts lie, the usual ones first."""
+    usual = [
+        n for n in _CONTAINERS if isinstance(content.get(n), Mapping) and _has_tensors(content[n])
+    ]
+    others = [
+        k
+        for k, v in content.items()
+        if isinstance(k, str) and k not in _CONTAINERS and isinstance(v, Mapping) and _is_known(v)
+    ]
+    return [*usual, *others]
+
+
+def _is_known(content: Mapping[Any, Any]) -> bool:
+    """Whether a state dict, also in containers, is one of a model that this package knows."""
+    inside = [content[n] for n in _CONTAINERS if isinstance(content.get(n), Mapping)]
+    if any(_is_known(value) for value in inside):
+        return True
+    names = list(_tensors(content))
+    if not names:
+        return False
+    bare = _without_prefixes({_without_wrappers(n): n for n in names})
+    return known_layout(bare) is not None or bool(_groups(bare))
+
+
+def _tensors(content: Mapping[Any, Any]) -> StateDict:
+    return {
+        key: tensor
+        for key, value in content.items()
+        if isinstance(key, str) and (tensor := _as_tensor(value)) is not None
+    }
+
+
+def _parts(content: Any, originals: Mapping[str, str]) -> list[str]:
+    return [*(_networks(content) if isinstance(content, Mapping) else ()), *_groups(originals)]
 
 
 def _has_tensors(content: Mapping[Any, Any]) -> bool:
@@ -294,41 +425,108 @@ def _as_tensor(value: Any) -> Tensor | None:
     return None
 
 
-def _strip_prefixes(state: StateDict, label: str) -> StateDict:
-    state = {
-        re.sub(r"(?:(?<=\.)|^)(?:(?:module|_orig_mod)\.)+", "", key): value
-        for key, value in _checked(state, label).items()
-    }
+def _without_wrappers(key: str) -> str:
+    return re.sub(r"(?:(?<=\.)|^)(?:(?:module|_orig_mod)\.)+", "", key)
+
+
+def _unwrapped_names(names: list[str], label: str, wanted: list[str]) -> dict[str, str]:
+    """Names without the prefixes of wrappers -> names in the file; of the part that is wanted."""
+    bare = _without_prefixes({_without_wrappers(name): name for name in names})
     while True:
-        own = [key for key in state if not NOT_MODEL.fullmatch(key)]
+        whole = known_layout(bare)
+        groups = _groups(bare)
+        others = [k for k in bare if k.partition(".")[0] not in groups and not _beside(k)]
+        if wanted and wanted[0] in groups:
+            chosen = wanted.pop(0)
+        elif wanted and wanted[0] == "." and groups and others:
+            wanted.pop(0)
+            return {k: bare[k] for k in bare if k.partition(".")[0] not in groups}
+        elif len(groups) == 1 and not others:
+            chosen = groups[0]
+        elif groups and (whole is not None or len(groups) > 1):
+            raise _several(label, [*(["."] if whole else []), *groups], "by the prefixes")
+        elif groups:
+            raise CheckpointError(
+                f"{label} holds a network under {groups[0]}. beside other tensors "
+                f"({shorten(others)}); pass part={groups[0]!r} to load it without them"
+            )
+        else:
+            return bare
+        bare = _without_prefixes(
+            {
+                key.removeprefix(f"{chosen}."): original
+                for key, original in bare.items()
+                if key.startswith(f"{chosen}.")
+            }
+        )
+
+
+def _without_prefixes(names: dict[str, str]) -> dict[str, str]:
+    while True:
+        own = [key for key in names if not _beside(key)]
         prefix = next((p for p in _PREFIXES if own and all(k.startswith(p) for k in own)), None)
         if prefix is None:
-            return state
-        state = {k.removeprefix(prefix): v for k, v in state.items()}
+            return names
+        names = {k.removeprefix(prefix): original for k, original in names.items()}
 
 
-def _checked(state: StateDict, label: str) -> StateDict:
+def _beside(key: str) -> bool:
+    return NOT_MODEL.fullmatch(key) is not None
+
+
+def _groups(names: Mapping[str, str]) -> list[str]:
+    """First parts of names behind which the names of a whole network stand."""
+    whole = known_layout(names)
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        first, _, rest = name.partition(".")
+        if rest and not _beside(name) and (whole is None or not whole.has(name)):
+            grouped.setdefault(first, []).append(rest)
+    found = []
+    for first, rests in grouped.items():
+        layout = known_layout(rests)
+        # A ResNet alone is the backbone of something else.
+        if layout is not None and layout.name != "imagenet":
+            found.append(first)
+    return found
+
+
+def _kept_beside(raw: Mapping[Any, Any], originals: Mapping[str, str]) -> dict[str, Any]:
+    """The package's facts that a state dict carries, as `DeepLabV3.state_dict` returns it."""
+    about = getattr(raw, "_metadata", None)
+    if not isinstance(about, Mapping):
+        return {}
+    prefixes = {o.removesuffix(k).rstrip(".") for k, o in originals.items() if o.endswith(k)}
+    for prefix in prefixes:
+        module = about.get(prefix)
+        facts = module.get(METADATA_KEY) if isinstance(module, Mapping) else None
+        if isinstance(facts, Mapping):
+            return dict(facts)
+    return {}
+
+
+def _check(state: StateDict, label: str) -> None:
     quantised = [k for k, v in state.items() if v.is_quantized or v.is_sparse]
     if quantised:
         raise CheckpointError(
             f"{label} has quantised or sparse tensors ({shorten(quantised)}); convert them to "
             "dense float tensors"
         )
-    return state
 
 
-def open_checkpoint(source: Source) -> Checkpoint:
-    """Read a path, or take a state dict as it is; errors as of `read_state_dict`."""
+def open_checkpoint(source: Source, part: str | None = None) -> Checkpoint:
+    """Read a path, or take a state dict as it is; arguments and errors as of `read_state_dict`."""
     if isinstance(source, Mapping):
-        label = "the state dict"
         metadata = source.get(METADATA_KEY)
-        return Checkpoint(
-            label,
-            _strip_prefixes(_find_state(source, label), label),
+        return _opened(
+            source,
+            "the state dict",
+            part,
             dict(metadata) if isinstance(metadata, Mapping) else {},
+            Origin(meta=_meta(source)),
         )
     if isinstance(source, (str, os.PathLike)):
-        return _read(source)
+        return _read(source, part)
     raise TypeError(
         f"weights must be the path of a checkpoint or a state dict, got {type(source).__name__}"
     )
@@ -337,46 +535,71 @@ def open_checkpoint(source: Source) -> Checkpoint:
 def model_metadata(model: nn.Module) -> dict[str, Any]:
     """What rebuilds a model, as JSON's types: builder, options, classes, palette, preprocess.
 
-    `read_state_dict` ignores it, `inspect_weights` and `load_weights` use it, in the header of a
-    .safetensors file and under the key "deeplab_fast" beside "model" in a torch.save container.
+    "settings" has what differs from the builder's model (modules exchanged, values set by hand),
+    "lost" names what cannot be written down. `inspect_weights`, `from_checkpoint` and
+    `load_weights` use it, in the header of a .safetensors file, under the key "deeplab_fast" beside
+    "model" in a torch.save container, and in the `_metadata` of a state dict.
     """
-    from dataclasses import asdict
-
     model = unwrapped(model)
     metadata: dict[str, Any] = {}
-    config = getattr(model, "config", None)
-    if config is not None:
-        name, options = config
-        metadata["model"] = name
-        skipped = ("num_classes", "aux_loss")
-        metadata["options"] = {k: v for k, v in options.items() if k not in skipped}
+    lost: list[str] = []
     for name in ("num_classes", "classes", "palette"):
         value = getattr(model, name, None)
         if value is not None:
             metadata[name] = value
+    config = getattr(model, "config", None)
+    if config is not None:
+        name, options = config
+        again = rebuilding(model, name, options)
+        metadata |= {"model": name, "options": again.options, "settings": again.settings}
+        lost += again.lost
     preprocess = getattr(model, "preprocess", None)
     if preprocess is not None:
-        metadata["preprocess"] = asdict(preprocess)
-    return json.loads(json.dumps(metadata))
+        kind = type(preprocess).__name__
+        if preprocess_kinds().get(kind) is type(preprocess):
+            metadata |= {"preprocess": asdict(preprocess), "preprocess_kind": kind}
+        else:
+            lost.append(f"preprocess: an object of class {kind}")
+    if lost:
+        metadata["lost"] = lost
+    return json.loads(json.dumps(metadata, default=plain_number))
+
+
+def preprocess_kinds() -> dict[str, type[Preprocess]]:
+    """Classes of preprocessing that a file may name."""
+    from ..models.fregu856 import PreprocessBGR
+
+    return {kind.__name__: kind for kind in (Preprocess, PreprocessBGR)}
 
 
 def save_weights(
-    model: nn.Module, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
 ) -> Path:
     """Write a model's state dict under a temporary name in the same folder, then rename it.
 
+    `from_checkpoint` of the file gives the model back: what a user set or exchanged is written with
+    the weights (see `model_metadata`). Hooks and the choice of training or eval mode are not.
+
     Args:
         model: also inside DistributedDataParallel or torch.compile, whose prefixes are left out.
-        path: .safetensors (with `model_metadata`), or .pth or .pt (a plain state dict, which
-            torchvision's load_state_dict takes where the model is one of its own).
+        path: .safetensors, or .pth or .pt (a plain state dict, which torchvision's load_state_dict
+            takes where the model is one of its own; what rebuilds it is in its `_metadata`).
         dtype: what floating-point tensors are stored in, torch.float16 for a file of half the
             size; None keeps theirs. Loading converts back to the model's.
+        strict: refuse a model that the file could not rebuild; False writes the tensors of any, for
+            `load_weights` into a model that is built and changed the same way.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: another suffix; a value that the dtype cannot hold.
+        ValueError: another suffix; a value that the dtype cannot hold; with `strict` what cannot be
+            rebuilt (modules of foreign classes, parametrizations, shared or additional tensors).
+            Nothing is written then.
         FileNotFoundError: the folder does not exist.
     """
     path = Path(path)
@@ -385,26 +608,46 @@ def save_weights(
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {path.parent} (to save {path.name} in)")
     model = unwrapped(model)
-    state = {
-        k: _stored(k, v.detach().cpu().contiguous(), dtype) for k, v in model.state_dict().items()
-    }
+    metadata = model_metadata(model)
+    if strict and "lost" in metadata:
+        raise ValueError(
+            f"{path.name} could not give this model back: {'; '.join(metadata['lost'][:SHOWN])}. "
+            "Undo that, or pass strict=False to write the tensors all the same, for load_weights "
+            "into a model that you build and change the same way"
+        )
+    found = model.state_dict()
+    state: Any = OrderedDict(
+        (k, _stored(k, v.detach().cpu().contiguous(), dtype)) for k, v in found.items()
+    )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            header = {"format": "pt", METADATA_KEY: json.dumps(model_metadata(model))}
-            save_file(state, temporary, metadata=header)
+            header = {"format": "pt", METADATA_KEY: json.dumps(metadata)}
+            save_file(_unshared(state), temporary, metadata=header)
             # safetensors leaves a file that only its owner can read.
             mask = os.umask(0)
             os.umask(mask)
             temporary.chmod(0o666 & ~mask)
         else:
+            state._metadata = getattr(found, "_metadata", None)
             torch.save(state, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _unshared(state: StateDict) -> StateDict:
+    """Each tensor in memory of its own, as the format wants it."""
+    seen: set[int] = set()
+    found = {}
+    for key, value in state.items():
+        start = value.untyped_storage().data_ptr()
+        found[key] = value.clone() if start in seen else value
+        seen.add(start)
+    return found
 
 
 def _stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:

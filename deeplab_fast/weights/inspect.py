@@ -12,6 +12,7 @@ from torch import Tensor
 from ._common import Source, call, tuples
 from .files import Checkpoint, open_checkpoint
 from .layouts import Layout, basic_blocks, detect_layout, rename_tensors, stage_blocks
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class WeightsInfo:
         options: the builder's further options for the numbers of the checkpoint's own library, as
             far as names and shapes (or this package's own metadata) tell.
         notes: what they do not tell.
-        classes, palette, preprocess: from this package's own metadata, or None.
+        untold: options that decide on the numbers and that nothing tells; the builder's default is
+            taken.
+        settings: what differs from the builder's model with these options, by module: modules that
+            were exchanged, values that were set by hand (`restore_settings`).
+        lost: what the model of a file of this package had that the file cannot give back.
+        classes, palette, preprocess, preprocess_kind: from this package's own metadata, or None.
     """
 
     layout: str
@@ -38,6 +44,10 @@ class WeightsInfo:
     classes: tuple[str, ...] | None = None
     palette: tuple[tuple[int, int, int], ...] | None = None
     preprocess: dict[str, Any] | None = None
+    preprocess_kind: str | None = None
+    untold: tuple[str, ...] = ()
+    settings: Settings = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
 
     def builder_call(self) -> str:
         """The call that builds the model, as text; empty where no builder fits."""
@@ -49,16 +59,19 @@ class WeightsInfo:
         return call(self.model, {**arguments, **self.options})
 
 
-def inspect_weights(source: Source) -> WeightsInfo:
-    """Which model a checkpoint fits, from the names and shapes of its tensors.
+def inspect_weights(source: Source, *, part: str | None = None) -> WeightsInfo:
+    """Which model a checkpoint fits, from the names and shapes of its tensors and what is with it.
+
+    Read are this package's own facts, smp's config.json, mmsegmentation's config in "meta", and the
+    names of published files where nothing else tells.
 
     Args:
-        source: path of a checkpoint (see `read_state_dict`), or a state dict.
+        source, part: path of a checkpoint (see `read_state_dict`), or a state dict.
 
     Raises:
         FileNotFoundError, CheckpointError: as `read_state_dict`; also names of no known layout.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, part)
     layout = detect_layout(checkpoint.state, checkpoint.label)
     return inspect_open(
         checkpoint, layout, rename_tensors(checkpoint.state, layout, checkpoint.label).state
@@ -73,27 +86,40 @@ def inspect_open(
 
     # A layout without rules has nothing that could be built.
     model, options = _architecture(state) if layout.rules else (None, {})
+    settings: Settings = {}
     if model is not None:
-        options |= layout.options(checkpoint.state, checkpoint.header)
+        options |= layout.options(checkpoint.state, checkpoint.origin)
+        settings = layout.settings(checkpoint.state, checkpoint.origin)
+    untold = tuple(option for option in layout.untold if option not in options)
     own = checkpoint.metadata if layout.name in ("torchvision", "deeplab_fast") else {}
     if isinstance(own.get("model"), str):
         model = own["model"]
         options = {k: tuples(v) for k, v in dict(own.get("options") or {}).items()}
+        settings, untold = dict(own.get("settings") or {}), ()
+    elif not own and layout.name == "torchvision" and model in _TORCHVISION and not options:
+        untold = ()
     if model not in list_models():
         model = None
     final = [] if layout.lacks else _final_keys(state)
     return WeightsInfo(
         layout=layout.name,
         model=model,
-        num_classes=state[final[0]].shape[0] if final else None,
+        num_classes=own.get("num_classes", state[final[0]].shape[0] if final else None),
         aux=any(key.startswith("aux_classifier.") for key in state),
         options=options,
         notes=layout.notes,
         classes=tuples(own.get("classes")),
         palette=tuples(own.get("palette")),
         preprocess=own.get("preprocess"),
+        preprocess_kind=own.get("preprocess_kind"),
+        untold=untold,
+        settings=settings,
+        lost=tuple(own.get("lost") or ()),
     )
 
+
+# torchvision's own models, which it builds in one way.
+_TORCHVISION = ("deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large")
 
 _RESNET_BLOCKS: dict[tuple[bool, tuple[int, ...]], int] = {
     (True, (2, 2, 2, 2)): 18,
@@ -113,6 +139,8 @@ def _architecture(state: Mapping[str, Tensor]) -> tuple[str | None, dict[str, An
         return None, {}
     if "backbone.0.0.weight" in state and "backbone.16.0.weight" in state:
         return "deeplabv3_mobilenet_v3_large", options
+    if {"backbone.stem.conv.weight", "backbone.block15.project.conv.weight"} <= state.keys():
+        return "deeplabv3_efficientnet_lite0", options
     blocks = tuple(stage_blocks(state, stage) for stage in (1, 2, 3, 4))
     depth = _RESNET_BLOCKS.get((basic_blocks(state), blocks))
     if depth is None:
@@ -143,11 +171,15 @@ def _head_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     default = 256
     if kernel == 3:
         options["head"], default = "mmseg", 512
-    elif _final_keys(state) == ["classifier.1.weight"]:
+    elif _final_keys(state) == ["classifier.1.weight"] and _is_1x1(state["classifier.1.weight"]):
         options["head"] = "paper"
     if channels != default:
         options["aspp_channels"] = channels
     return options
+
+
+def _is_1x1(weight: Tensor) -> bool:
+    return tuple(weight.shape[2:]) == (1, 1)
 
 
 def _final_keys(state: Mapping[str, Tensor]) -> list[str]:

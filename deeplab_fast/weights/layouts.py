@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._common import CheckpointError, StateDict, shorten
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,23 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What lies beside a checkpoint's tensors and says how their model was built.
+
+    Attributes:
+        name: of the file; empty for a state dict.
+        header: text entries of a .safetensors header.
+        config: the config.json that save_pretrained wrote beside the file.
+        meta: what mmengine and mmcv keep under "meta" beside the state dict.
+    """
+
+    name: str = ""
+    header: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Layout:
     """Names of a library's tensors, and what a model needs to give the library's numbers.
 
@@ -40,9 +59,10 @@ class Layout:
         detect: regular expressions; each must match the beginning of at least one key.
         rules: tried in order, the first that matches a key renames it.
         options: builder options for the same numbers, from the state dict under its own names and
-            the text entries of its file's header (.safetensors).
-        differs: why no options give the library's numbers, from the state dict; empty where they
-            do.
+            what lies beside it.
+        settings: what has to be set on the model beyond options, from the same.
+        differs: why nothing gives the library's numbers, from the same; empty where something does.
+        untold: options that decide on the numbers and that names and shapes do not tell.
         notes: what a user should know; part of error messages and of `inspect_weights`.
         branches: pattern whose first group numbers the ASPP branches before image pooling, where
             the layout's names leave the index of the pooling branch open.
@@ -55,14 +75,18 @@ class Layout:
     name: str
     detect: tuple[str, ...]
     rules: tuple[Rule, ...]
-    options: Callable[[Mapping[str, Tensor], Mapping[str, str]], dict[str, Any]] = (
-        lambda state, header: {}
-    )
-    differs: Callable[[Mapping[str, Tensor]], str] = lambda state: ""
+    options: Callable[[Mapping[str, Tensor], Origin], dict[str, Any]] = lambda state, origin: {}
+    settings: Callable[[Mapping[str, Tensor], Origin], Settings] = lambda state, origin: {}
+    differs: Callable[[Mapping[str, Tensor], Origin], str] = lambda state, origin: ""
+    untold: tuple[str, ...] = ()
     notes: str = ""
     branches: str = ""
     lacks: str = ""
     pins_defaults: bool = False
+
+    def has(self, key: str) -> bool:
+        """Whether a rule is about the key."""
+        return any(re.fullmatch(rule.pattern, key) for rule in self.rules)
 
 
 def _pool_to_end(weight: Tensor, pool: int) -> Tensor:
@@ -127,32 +151,201 @@ def _is_timm(state: Mapping[str, Tensor]) -> bool:
     return any(key.startswith(_TIMM_PREFIX) for key in state)
 
 
-def _no_contraction(state: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Any]:
+def _no_contraction(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
     return {} if _is_timm(state) else {"contract_dilation": False}
 
 
-def _smp_options(state: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Any]:
-    return {"align_corners": True, **_no_contraction(state, header)}
+# The library's own defaults of what its config.json may leave out.
+_SMP_DEFAULTS: dict[str, Any] = {
+    "encoder_output_stride": 8,
+    "decoder_atrous_rates": (12, 24, 36),
+    "decoder_aspp_dropout": 0.5,
+}
 
 
-def _mmseg_differs(state: Mapping[str, Tensor]) -> str:
+def _smp_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
+    options = {"align_corners": True, **_no_contraction(state, origin)}
+    config = {**_SMP_DEFAULTS, **origin.config}
+    if not _is_smp(origin):
+        return options
+    options["output_stride"] = config["encoder_output_stride"]
+    options["atrous_rates"] = tuple(config["decoder_atrous_rates"])
+    if config["decoder_aspp_dropout"] != 0.5:
+        options["dropout"] = config["decoder_aspp_dropout"]
+    return options
+
+
+def _smp_plus_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
+    options = _no_contraction(state, origin)
+    if _is_smp(origin):
+        options["output_stride"] = origin.config.get("encoder_output_stride", 16)
+        options["atrous_rates"] = tuple(origin.config.get("decoder_atrous_rates", (12, 24, 36)))
+    return options
+
+
+def _is_smp(origin: Origin) -> bool:
+    return "encoder_name" in origin.config
+
+
+def _smp_differs(state: Mapping[str, Tensor], origin: Origin) -> str:
+    if not _is_smp(origin):
+        return ""
+    config = {**_SMP_DEFAULTS, **origin.config}
+    stride = config["encoder_output_stride"]
+    reasons = []
+    activation = config.get("activation")
+    if activation not in (None, "identity"):
+        reasons.append(f"its model ends in activation={activation!r}, this one returns logits")
+    if config.get("upsampling") not in (None, stride):
+        reasons.append(
+            f"its model upsamples by {config['upsampling']} at output stride {stride}, this one to "
+            "the size of the input"
+        )
+    if config.get("encoder_depth", 5) != 5:
+        reasons.append(f"its head reads stage {config['encoder_depth']}, this one's the last")
+    return "; ".join(reasons)
+
+
+def _vainf_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
+    """The output stride, which its training script writes into the file's name."""
+    found = re.search(r"_os(8|16)(?![0-9])", origin.name)
+    return {"output_stride": int(found[1])} if found else {}
+
+
+@dataclass(frozen=True)
+class _MMSeg:
+    """How a model of mmsegmentation was built: the arguments of its config that decide."""
+
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    multi_grid: tuple[int, ...] | None
+    contract_dilation: bool
+    rates: tuple[int, ...]
+    align_corners: bool
+    dropout: float = 0.1
+
+    @property
+    def output_stride(self) -> int:
+        return 4 * math.prod(self.strides)
+
+
+_MMSEG_STRIDES = {8: ((1, 2, 1, 1), (1, 1, 2, 4)), 16: ((1, 2, 2, 1), (1, 1, 1, 2))}
+_MMSEG_RATES = {8: (1, 12, 24, 36), 16: (1, 6, 12, 18)}
+
+
+def _mmseg_built(origin: Origin) -> _MMSeg | None:
+    """By the config that its checkpoints keep, else by the name that its published files have."""
+    text = origin.meta.get("cfg", origin.meta.get("config"))
+    model = _config_model(text) if isinstance(text, str) else {}
+    backbone, head = model.get("backbone"), model.get("decode_head")
+    if isinstance(backbone, dict) and isinstance(head, dict) and "dilations" in head:
+        grid = backbone.get("multi_grid")
+        return _MMSeg(
+            strides=tuple(backbone.get("strides", (1, 2, 2, 2))),
+            dilations=tuple(backbone.get("dilations", (1, 1, 1, 1))),
+            multi_grid=None if grid is None else tuple(grid),
+            contract_dilation=bool(backbone.get("contract_dilation", False)),
+            rates=tuple(head["dilations"]),
+            align_corners=bool(head.get("align_corners", False)),
+            dropout=head.get("dropout_ratio", 0.1),
+        )
+    named = re.match(r"deeplabv3_r\d+b?-d(8|16)(?:-mg(\d+))?_(\d+x\d+)_", origin.name)
+    if named is None:
+        return None
+    stride = int(named[1])
+    return _MMSeg(
+        *_MMSEG_STRIDES[stride],
+        multi_grid=tuple(map(int, named[2])) if named[2] else None,
+        contract_dilation=True,
+        rates=_MMSEG_RATES[stride],
+        align_corners=named[3] == "769x769",
+    )
+
+
+def _config_model(text: str) -> dict[str, Any]:
+    """`model` of a config in mmengine's Python, read without running it."""
+    try:
+        statements = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError):
+        return {}
+    for statement in statements:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "model":
+            value = _literal(statement.value)
+            return value if isinstance(value, dict) else {}
+    return {}
+
+
+def _literal(node: ast.expr) -> Any:
+    """A literal, also one of dict(...) calls; None for anything else."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {k.arg: _literal(k.value) for k in node.keywords if k.arg is not None}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return tuple(map(_literal, node.elts))
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return None
+
+
+def _mmseg_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
+    built = _mmseg_built(origin)
+    if built is None or built.output_stride not in _MMSEG_STRIDES:
+        return {}
+    options: dict[str, Any] = {
+        "output_stride": built.output_stride,
+        "contract_dilation": built.contract_dilation,
+        "multi_grid": None,
+        "atrous_rates": built.rates[1:],
+        "align_corners": built.align_corners,
+    }
+    if built.dropout != 0.1:
+        options["dropout"] = built.dropout
+    return options
+
+
+def _mmseg_settings(state: Mapping[str, Tensor], origin: Origin) -> Settings:
+    """mmsegmentation's multi-grid: the dilations themselves, where the paper has unit rates."""
+    built = _mmseg_built(origin)
+    if built is None or built.multi_grid is None or basic_blocks(state):
+        return {}
+    return {
+        f"backbone.layer4.{i}.conv2": {
+            "class": "Conv2d",
+            "new": False,
+            "values": {"dilation": (rate, rate), "padding": (rate, rate)},
+        }
+        for i, rate in enumerate(built.multi_grid)
+    }
+
+
+def _mmseg_differs(state: Mapping[str, Tensor], origin: Origin) -> str:
+    reasons = []
     if basic_blocks(state):
-        return "mmsegmentation dilates a basic block's first convolution only"
-    return ""
+        reasons.append("mmsegmentation dilates a basic block's first convolution only")
+    built = _mmseg_built(origin)
+    if built is not None:
+        usual = _MMSEG_STRIDES.get(built.output_stride)
+        if usual != (built.strides, built.dilations):
+            reasons.append(
+                f"its backbone has strides {built.strides} and dilations {built.dilations}"
+            )
+        if built.rates[:1] != (1,) or 1 in built.rates[1:]:
+            reasons.append(f"its head has dilations {built.rates}, where 1 is a 1x1 convolution")
+    return "; ".join(reasons)
 
 
-def _fregu856_options(state: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Any]:
+def _fregu856_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
     stride = 8 if any(key.startswith("resnet.layer4.") for key in state) else 16
     return {"output_stride": stride}
 
 
-def _tflite_options(state: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Any]:
+def _tflite_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
     """The output stride, where the header has the list of ops.
 
     An entry of "plan" is ["conv", input, output, name, depthwise, stride, dilation, ...].
     """
     try:
-        strides = [op[5] for op in json.loads(header["plan"]) if op[0] == "conv"]
+        strides = [op[5] for op in json.loads(origin.header["plan"]) if op[0] == "conv"]
         stride = math.prod(strides)
     except (KeyError, ValueError, TypeError, IndexError):
         return {}
@@ -164,15 +357,20 @@ _HEAD_KEYS = r"(?:aux_)?classifier\..+"
 # Everything behind the ASPP, and the auxiliary head.
 _DECODER_KEYS = r"classifier\.(?!0\.).+|aux_classifier\..+"
 
-_V3PLUS = (
-    "DeepLabv3+: its decoder has no counterpart here. The backbone and the ASPP load, the rest of "
-    "the head starts untrained, with reset_head=True (--reset-head)."
+_OWN_UNTOLD = (
+    "output_stride",
+    "atrous_rates",
+    "align_corners",
+    "multi_grid",
+    "contract_dilation",
 )
+
+_V3PLUS = "DeepLabv3+: its decoder has no counterpart here."
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="smp",
-        detect=(r"encoder\.(model\.)?(conv1|layer1)\.", r"decoder\.(aspp|0)\.convs\.", "segment"),
+        detect=(r"encoder\.", r"decoder\.(aspp|0)\.convs\.", "segment"),
         rules=(
             Rule(r"encoder\.(?:model\.)?(.+)", r"backbone.\1"),
             Rule(r"decoder\.(?:aspp|0)\.(.+)", r"classifier.0.\1"),
@@ -182,11 +380,14 @@ LAYOUTS: tuple[Layout, ...] = (
             Rule(r"classification_head\..+", None),
         ),
         options=_smp_options,
+        differs=_smp_differs,
+        untold=("output_stride", "atrous_rates"),
         notes=(
             "segmentation-models-pytorch dilates without contraction and upsamples with "
-            "align_corners=True. The output stride is not in the weights: it is 8 unless "
-            "encoder_output_stride was 16, which needs output_stride=16, atrous_rates=(12, 24, 36)."
-            " A classification head (aux_params) is left out."
+            "align_corners=True. The output stride is in the config.json of save_pretrained, not "
+            "in the weights: it is 8 unless encoder_output_stride was 16, which needs "
+            "output_stride=16, atrous_rates=(12, 24, 36). A classification head (aux_params) is "
+            "left out."
         ),
         pins_defaults=True,
     ),
@@ -198,7 +399,8 @@ LAYOUTS: tuple[Layout, ...] = (
             Rule(r"decoder\.aspp\.0\.(.+)", r"classifier.0.\1"),
             Rule(r"(?:decoder|segmentation_head|classification_head)\..+", None),
         ),
-        options=_no_contraction,
+        options=_smp_plus_options,
+        untold=("output_stride", "atrous_rates"),
         notes=f"{_V3PLUS} Its separable ASPP (the default there) has no counterpart either.",
         lacks=_DECODER_KEYS,
     ),
@@ -226,11 +428,14 @@ LAYOUTS: tuple[Layout, ...] = (
             Rule(r"auxiliary_head\.conv_seg\.(.+)", r"aux_classifier.4.\1"),
             Rule(r"data_preprocessor\..+", None),
         ),
+        options=_mmseg_options,
+        settings=_mmseg_settings,
         differs=_mmseg_differs,
+        untold=("output_stride", "atrous_rates", "multi_grid", "align_corners"),
         notes=(
-            "mmsegmentation: names and shapes do not tell d8 from d16 (output_stride=16) nor the "
-            "769x769 configurations (align_corners=True). The dilations of d16-mg124 (1, 2, 4 with "
-            "no base rate) cannot be had here."
+            "mmsegmentation: the config in a checkpoint's meta, or else the name of a published "
+            "file, tells d8 from d16 (output_stride=16), multi-grid and the 769x769 configurations "
+            "(align_corners=True); names and shapes of the tensors do not."
         ),
         branches=r"decode_head\.aspp_modules\.(\d+)\.",
     ),
@@ -250,9 +455,11 @@ LAYOUTS: tuple[Layout, ...] = (
             Rule(r"backbone\.(.+)", r"backbone.\1"),
             Rule(r"classifier\.classifier\.(.+)", r"classifier.\1"),
         ),
+        options=_vainf_options,
+        untold=("output_stride",),
         notes=(
-            "DeepLabV3Plus-Pytorch: the output stride is not in the weights. Its builders default "
-            "to 8, its training script to 16 (output_stride=16)."
+            "DeepLabV3Plus-Pytorch: the output stride is in the name of its files (_os16), not in "
+            "the weights. Its builders default to 8, its training script to 16 (output_stride=16)."
         ),
         pins_defaults=True,
     ),
@@ -264,6 +471,8 @@ LAYOUTS: tuple[Layout, ...] = (
             Rule(r"classifier\.aspp\.(.+)", r"classifier.0.\1"),
             Rule(r"classifier\.(?:project|classifier)\..+", None),
         ),
+        options=_vainf_options,
+        untold=("output_stride",),
         notes=_V3PLUS,
         lacks=_DECODER_KEYS,
     ),
@@ -285,7 +494,8 @@ LAYOUTS: tuple[Layout, ...] = (
             Rule(r"aspp\.bn1\.(.+)", r"classifier.0.project.1.\1"),
             Rule(r"decoder\..+", None),
         ),
-        options=lambda state, header: {"multi_grid": (1, 2, 4), "contract_dilation": False},
+        untold=("output_stride",),
+        options=lambda state, origin: {"multi_grid": (1, 2, 4), "contract_dilation": False},
         notes=(
             f"pytorch-deeplab-xception is {_V3PLUS} The output stride is not in the weights; its "
             "training script defaults to 16 (output_stride=16)."
@@ -334,6 +544,7 @@ LAYOUTS: tuple[Layout, ...] = (
             Rule(r"logits\.semantic\.(.+)", r"classifier.1.\1"),
         ),
         options=_tflite_options,
+        untold=("output_stride",),
         notes=(
             "TensorFlow Lite weights, OIHW, batch norm folded; the output stride is not in them "
             "unless the file's header lists the ops."
@@ -374,6 +585,7 @@ LAYOUTS: tuple[Layout, ...] = (
             Rule(r"logits/semantic/weights", "classifier.1.weight", _hwio),
             Rule(r"logits/semantic/biases", "classifier.1.bias"),
         ),
+        untold=("output_stride",),
         notes="TensorFlow DeepLab variables, HWIO; the output stride is not in the weights.",
         branches=r"aspp(\d+)[/_]",
     ),
@@ -385,10 +597,7 @@ LAYOUTS: tuple[Layout, ...] = (
             Rule(r"features\.(.+)", r"backbone.\1"),
             Rule(r"(?:fc|classifier)\..+", None),
         ),
-        notes=(
-            "An image classifier: it fills the backbone. The head starts untrained, with "
-            "reset_head=True (--reset-head)."
-        ),
+        notes="An image classifier: it has a backbone and no head.",
         lacks=_HEAD_KEYS,
     ),
     # Also WZMIAOMIAO's, a copy of torchvision.
@@ -400,16 +609,20 @@ LAYOUTS: tuple[Layout, ...] = (
             r"classifier\.4\.weight",
         ),
         rules=(Rule(f"({_OWN_KEYS})", r"\1"),),
+        untold=_OWN_UNTOLD,
     ),
     Layout(
         name="deeplab_fast",
         detect=(r"backbone\.|classifier\.",),
         rules=(Rule(f"({_OWN_KEYS})", r"\1"),),
+        untold=_OWN_UNTOLD,
     ),
 )
 
 # Tensors that training frameworks keep beside a model.
-NOT_MODEL = re.compile(r"(?:criterion|loss(?:_\w+)?|metrics?|(?:train|val|test)_\w+)\..+")
+NOT_MODEL = re.compile(
+    r"(?:criterion|loss(?:_\w+)?|metrics?|(?:train|val|test)_\w+)\..+|(?:.+\.)?n_averaged"
+)
 
 
 def layout_named(name: str) -> Layout:
@@ -421,11 +634,20 @@ def layout_named(name: str) -> Layout:
     raise ValueError(f"no layout is named {name!r}; there are: auto, {known}")
 
 
+def known_layout(names: Iterable[str]) -> Layout | None:
+    """The first layout whose names these are."""
+    names = list(names)
+    for layout in LAYOUTS:
+        if all(any(re.match(d, name) for name in names) for d in layout.detect):
+            return layout
+    return None
+
+
 def detect_layout(state: Mapping[str, Tensor], label: str) -> Layout:
     """The first layout whose names a state dict has; CheckpointError, with `label`, for none."""
-    for layout in LAYOUTS:
-        if all(any(re.match(d, key) for key in state) for d in layout.detect):
-            return layout
+    layout = known_layout(state)
+    if layout is not None:
+        return layout
     known = ", ".join(layout.name for layout in LAYOUTS)
     raise CheckpointError(
         f"{label}: the names of its tensors are those of no known DeepLabv3 ({known}); it has "
@@ -471,6 +693,3 @@ def rename_tensors(state: Mapping[str, Tensor], layout: Layout, label: str) -> R
             renamed[target] = rule.transform(tensor, pool) if rule.transform else tensor
             foreign[target] = key
     return Renamed(renamed, foreign, tuple(unknown), tuple(ignored))
-
-
-# Where training scripts keep the state dict, the most telling names first.

@@ -5,16 +5,25 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..data.preprocess import Preprocess
 from ._common import CheckpointError, Source, StateDict, call, listed, shorten, tuples, unwrapped
-from .files import Checkpoint, open_checkpoint
+from .files import Checkpoint, open_checkpoint, preprocess_kinds
 from .inspect import WeightsInfo, inspect_open
 from .layouts import Layout, Renamed, detect_layout, layout_named, rename_tensors
+from .settings import (
+    Settings,
+    changed_modules,
+    put_back,
+    settings_differ,
+    stem_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ def load_weights(
     source: Source,
     *,
     layout: str = "auto",
+    part: str | None = None,
     reset_head: bool = False,
     strict: bool = True,
 ) -> LoadReport:
@@ -67,6 +77,7 @@ def load_weights(
             torch.compile.
         source: path of a checkpoint (see `read_state_dict`), or a state dict.
         layout: "auto", or the name of one of `LAYOUTS`.
+        part: which network of a checkpoint with several, as `read_state_dict` has it.
         reset_head: initialise anew the convolution that gives the logits (the auxiliary head's
             too), whatever the checkpoint has for it, and all of the head that a checkpoint of a
             DeepLabv3+ or of an image classifier does not have; everything else must fit.
@@ -82,46 +93,41 @@ def load_weights(
         ValueError: an unknown layout.
 
     Warns:
-        UserWarning: everything fits, but the model dilates or upsamples in another way than the
-            checkpoint's library, so that the numbers differ; the message has the builder's call.
+        UserWarning: everything fits, but the model is not as the checkpoint's was (dilation,
+            upsampling, values set by hand), so that the numbers differ; the message says what is.
     """
     chosen = None if layout == "auto" else layout_named(layout)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, part)
     chosen = chosen or detect_layout(checkpoint.state, checkpoint.label)
-    return _load(unwrapped(model), checkpoint, chosen, reset_head, strict)
+    renamed = rename_tensors(checkpoint.state, chosen, checkpoint.label)
+    opened = _Opened(checkpoint, chosen, renamed, inspect_open(checkpoint, chosen, renamed.state))
+    return _load(unwrapped(model), opened, reset_head, strict, opened.info.settings)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint, what it is and its tensors under our names."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    renamed: Renamed
+    info: WeightsInfo
 
 
 def _load(
-    model: nn.Module, checkpoint: Checkpoint, chosen: Layout, reset_head: bool, strict: bool
+    model: nn.Module, opened: _Opened, reset_head: bool, strict: bool, settings: Settings
 ) -> LoadReport:
-    renamed = rename_tensors(checkpoint.state, chosen, checkpoint.label)
-    info = inspect_open(checkpoint, chosen, renamed.state)
+    checkpoint, chosen = opened.checkpoint, opened.layout
+    renamed, info = opened.renamed, opened.info
     if not chosen.rules:
         raise CheckpointError(f"{checkpoint.label} cannot be loaded. {chosen.notes}")
-    if chosen.lacks and not reset_head:
-        raise CheckpointError(
-            f"{checkpoint.label} ({chosen.name} layout) has no head for this model. {chosen.notes}"
-        )
-
     own = model.state_dict()
-    final = _final_convs(model)
-    reset = set()
-    if reset_head:
-        reset = {f"{name}.{p}" for name, conv in final.items() for p, _ in conv.named_parameters()}
-        if chosen.lacks:
-            reset |= {key for key in own if re.fullmatch(chosen.lacks, key)}
-    fit = _compare(own, renamed, reset, set(final))
-    problems = [
-        *fit.shapes,
-        *([fit.classes] if fit.classes else []),
-        *([listed("missing", fit.missing)] if strict and fit.missing else []),
-        *([listed("unexpected", fit.unexpected)] if strict and fit.unexpected else []),
-    ]
-    if not fit.loaded:
-        problems.append("not one of its tensors is one of the model's")
-    if problems:
-        raise CheckpointError(_does_not_fit(checkpoint, model, info, fit, problems))
-    different = _other_numbers(model, chosen, info, checkpoint, reset_head)
+    reset = _reset_keys(model, chosen) if reset_head else set()
+    fit = _compare(own, renamed, reset, set(_final_convs(model)))
+    problems = _problems(fit, strict)
+    if problems or (chosen.lacks and not reset_head):
+        raise CheckpointError(_does_not_fit(model, opened, fit, problems, reset_head, strict))
+    different = _other_numbers(model, chosen, info, checkpoint, reset_head, settings)
     if different:
         warnings.warn(f"{checkpoint.label}: {different}", UserWarning, stacklevel=3)
 
@@ -137,6 +143,27 @@ def _load(
         reset=tuple(fresh),
         ignored=(*renamed.ignored, *fit.ignored),
     )
+
+
+def _reset_keys(model: nn.Module, layout: Layout) -> set[str]:
+    """What reset_head draws anew."""
+    final = _final_convs(model)
+    reset = {f"{name}.{p}" for name, conv in final.items() for p, _ in conv.named_parameters()}
+    if layout.lacks:
+        reset |= {key for key in model.state_dict() if re.fullmatch(layout.lacks, key)}
+    return reset
+
+
+def _problems(fit: _Fit, strict: bool) -> list[str]:
+    problems = [
+        *fit.shapes,
+        *([fit.classes] if fit.classes else []),
+        *([listed("missing", fit.missing)] if strict and fit.missing else []),
+        *([listed("unexpected", fit.unexpected)] if strict and fit.unexpected else []),
+    ]
+    if not fit.loaded:
+        problems.append("not one of its tensors is one of the model's")
+    return problems
 
 
 def _final_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
@@ -162,7 +189,7 @@ def _final_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 _NO_BUILDER = (
     "no builder of this package fits it: there are DeepLabv3 heads on ResNet-18 to 152, "
-    "MobileNetV3-Large and TensorFlow's MobileNetV2"
+    "MobileNetV3-Large, EfficientNet-Lite0 and TensorFlow's MobileNetV2"
 )
 
 
@@ -221,31 +248,88 @@ def _compare(own: Mapping[str, Tensor], renamed: Renamed, reset: set[str], final
         where = ", ".join(sorted(classes))
         message = (
             f"it has {theirs} classes, the model {ours} ({where}): build the model with "
-            f"num_classes={theirs}, or pass reset_head=True (--reset-head) to keep everything but "
-            "the classifier, which then starts untrained"
+            f"num_classes={theirs}"
         )
     return _Fit(loaded, missing, tuple(unexpected), tuple(ignored), tuple(problems), message)
 
 
 def _does_not_fit(
-    checkpoint: Checkpoint, model: nn.Module, info: WeightsInfo, fit: _Fit, problems: list[str]
+    model: nn.Module,
+    opened: _Opened,
+    fit: _Fit,
+    problems: list[str],
+    reset_head: bool,
+    strict: bool,
 ) -> str:
+    label, layout = opened.checkpoint.label, opened.layout
     config = getattr(model, "config", None)
     name = config[0] if config else type(model).__name__
-    lines = [f"{checkpoint.label} ({info.layout} layout) does not fit {name}:", *problems]
+    where = f"{label} ({layout.name} layout)"
+    resets = not reset_head and _fits_with_reset(model, opened, strict)
+    if layout.lacks and not reset_head:
+        if resets:
+            return (
+                f"{where} has no head for {name}. {layout.notes} What is there loads with "
+                "reset_head=True (--reset-head); the rest starts untrained"
+            )
+        # A head that is not there is no news beside what does not fit.
+        fit = _compare(model.state_dict(), opened.renamed, _reset_keys(model, layout), set())
+        problems = ["it has no head for it", *_problems(fit, strict)]
+    lines = [f"{where} does not fit {name}:", *problems]
+    if resets:
+        lines.append(
+            "or pass reset_head=True (--reset-head) to keep everything but the classifier, which "
+            "then starts untrained"
+        )
     others = [key for key in fit.missing if not key.startswith("aux_classifier.")]
-    if fit.missing and not others:
+    if fit.missing and not others and not (fit.shapes or fit.unexpected):
         lines.append(
             "it has no auxiliary head: build the model with aux_loss=False, or pass strict=False "
             "to leave the model's auxiliary head as it is"
         )
-    elif info.model is not None and (others or fit.unexpected or fit.shapes):
-        lines.append(f"the model that it fits: {info.builder_call()}")
-    elif info.model is None:
-        lines.append(_NO_BUILDER)
-    if info.notes and (others or fit.unexpected or fit.shapes):
-        lines.append(info.notes)
+    elif others or fit.unexpected or fit.shapes:
+        lines.append(_what_fits(opened))
+    if layout.notes and (others or fit.unexpected or fit.shapes):
+        lines.append(layout.notes)
     return "\n  ".join(lines)
+
+
+def _fits_with_reset(model: nn.Module, opened: _Opened, strict: bool) -> bool:
+    reset = _reset_keys(model, opened.layout)
+    fit = _compare(model.state_dict(), opened.renamed, reset, set(_final_convs(model)))
+    return not _problems(fit, strict)
+
+
+def _what_fits(opened: _Opened) -> str:
+    """The builder's call whose model takes the checkpoint, or why there is none."""
+    info, layout = opened.info, opened.layout
+    if info.model is None:
+        return _NO_BUILDER
+    from ..models import get_model
+
+    try:
+        with torch.device("meta"):
+            model = get_model(info.model, **_found_options(info))
+            put_back(model, {**stem_settings(model, opened.renamed.state), **info.settings})
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{_NO_BUILDER}; the nearest is {info.builder_call()}, and {error}"
+    reset = _reset_keys(model, layout) if layout.lacks else set()
+    fit = _compare(model.state_dict(), opened.renamed, reset, set(_final_convs(model)))
+    problems = _problems(fit, True)
+    if problems:
+        return f"{_NO_BUILDER}; the nearest is {info.builder_call()}, with {'; '.join(problems)}"
+    if info.settings or stem_settings(model, opened.renamed.state):
+        return "the model that it fits: deeplab_fast.from_checkpoint(path)"
+    return f"the model that it fits: {info.builder_call()}"
+
+
+def _found_options(info: WeightsInfo) -> dict[str, Any]:
+    options = dict(info.options)
+    if info.num_classes is not None:
+        options["num_classes"] = info.num_classes
+    if info.aux:
+        options["aux_loss"] = True
+    return options
 
 
 def _other_numbers(
@@ -254,37 +338,128 @@ def _other_numbers(
     info: WeightsInfo,
     checkpoint: Checkpoint,
     reset_head: bool,
+    settings: Settings,
 ) -> str:
-    """Why the model's numbers differ from those of the checkpoint's library; "" if none is seen."""
-    differs = layout.differs(checkpoint.state)
+    """Why the model's numbers differ from those of the checkpoint's model; "" if none is seen."""
+    reasons = []
+    differs = layout.differs(checkpoint.state, checkpoint.origin)
     if differs:
-        return f"the weights fit, but the numbers differ from the library's: {differs}"
+        reasons.append(f"the numbers differ from the library's: {differs}")
+    changed = settings_differ(model, settings)
+    if reset_head:
+        changed = [text for text in changed if not re.match(r"(?:aux_)?classifier\b", text)]
+    if changed:
+        reasons.append(
+            f"its model was changed after it was built, with {shorten(changed)}; "
+            "deeplab_fast.from_checkpoint makes that model"
+        )
+    if info.lost:
+        reasons.append(f"its model had what the file does not hold: {shorten(info.lost)}")
+    wrong = _other_options(model, layout, info, checkpoint, reset_head)
+    if wrong:
+        config: Any = getattr(model, "config", None) or (info.model, {})
+        described = ", ".join(f"{k}={value!r} (the model has {own!r})" for k, (value, own) in wrong)
+        options = {**config[1], **{k: value for k, (value, _) in wrong}}
+        reasons.append(
+            f"{layout.name} gives its numbers with {described}"
+            + (f"; build it so: {call(config[0], options)}" if config[0] else "")
+        )
+    return f"the weights fit, but {'; '.join(reasons)}" if reasons else ""
+
+
+def _other_options(
+    model: nn.Module, layout: Layout, info: WeightsInfo, checkpoint: Checkpoint, reset_head: bool
+) -> list[tuple[str, tuple[Any, Any]]]:
+    """Options with which the checkpoint's model was built, and the model's where they differ."""
     expected = dict(info.options)
     # The package's own models are trained at one output stride and evaluated at another.
-    if "output_stride" not in layout.options(checkpoint.state, checkpoint.header):
-        expected.pop("output_stride", None)
+    if "output_stride" not in layout.options(checkpoint.state, checkpoint.origin):
+        stride = expected.pop("output_stride", None)
+        if stride not in (None, getattr(model, "output_stride", None)):
+            expected.pop("atrous_rates", None)
     if layout.pins_defaults:
         defaults = {"align_corners": False, "multi_grid": None, "contract_dilation": True}
         expected = {**defaults, **expected}
-    actual: dict[str, Any] = {}
-    if hasattr(model, "align_corners") and not reset_head:
-        actual["align_corners"] = model.align_corners
-    if hasattr(model, "output_stride"):
-        actual["output_stride"] = model.output_stride
+    actual = option_values(model)
+    if reset_head:
+        actual.pop("align_corners", None)
+    if not _has_all(expected.get("atrous_rates"), actual.get("atrous_rates")):
+        actual.pop("atrous_rates", None)
+    return [
+        (k, (expected[k], actual[k]))
+        for k in actual
+        if k in expected and tuples(actual[k]) != tuples(expected[k])
+    ]
+
+
+def _has_all(theirs: Any, ours: Any) -> bool:
+    """Whether both have atrous rates, and as many."""
+    return bool(theirs) and bool(ours) and len(theirs) == len(ours)
+
+
+def option_values(model: Any) -> dict[str, Any]:
+    """What a model has now of the options that names and shapes do not tell."""
+    values: dict[str, Any] = {}
     backbone = getattr(model, "backbone", None)
-    for option in ("multi_grid", "contract_dilation"):
-        if hasattr(backbone, option):
-            actual[option] = getattr(backbone, option)
-    wrong = [k for k in actual if k in expected and actual[k] != expected[k]]
-    if not wrong:
-        return ""
-    described = ", ".join(f"{k}={expected[k]!r} (the model has {actual[k]!r})" for k in wrong)
-    config: Any = getattr(model, "config", None) or (info.model, {})
-    name: str | None = config[0]
-    options: dict[str, Any] = config[1]
-    builder_call = call(name, {**options, **{k: expected[k] for k in wrong}}) if name else ""
-    return f"the weights fit, but {layout.name} gives its numbers with {described}" + (
-        f"; build it so: {builder_call}" if builder_call else ""
+    for owner, names in (
+        (model, ("align_corners", "output_stride", "atrous_rates")),
+        (backbone, ("multi_grid", "contract_dilation")),
+    ):
+        values |= {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+    return values
+
+
+def restore_settings(model: Any, info: WeightsInfo) -> Settings:
+    """Put on a model, in place, what the checkpoint's model had beyond its builder's options.
+
+    Modules that other options of the builder make otherwise stay as they are: what was asked for
+    stands above what the file has.
+
+    Args:
+        model: what the builder `info.model` made.
+        info: of the checkpoint.
+
+    Returns:
+        What was put back, a part of `info.settings`.
+
+    Raises:
+        CheckpointError: settings that the model cannot take.
+    """
+    if not info.settings:
+        return {}
+    name, options = model.config
+    kept = changed_modules(name, _found_options(info), options)
+    settings = {module: entry for module, entry in info.settings.items() if module not in kept}
+    put_back(model, settings)
+    return settings
+
+
+def warn_of_assumptions(
+    model: nn.Module, info: WeightsInfo, given: Collection[str], label: str, stacklevel: int
+) -> None:
+    """Warn, once, of what a checkpoint does not tell and the builder's defaults stand for.
+
+    Args:
+        model: that was built for it.
+        info: of the checkpoint.
+        given: options that the user chose.
+        label: of the checkpoint, for the message.
+        stacklevel: of `warnings.warn`, seen from the caller.
+    """
+    values = option_values(model)
+    untold = [k for k in info.untold if k not in given and values.get(k, ()) != ()]
+    # The rates follow the output stride, and are not asked for where it was given.
+    if info.layout != "smp" and "output_stride" in {*given, *info.options}:
+        untold = [k for k in untold if k != "atrous_rates"]
+    if not untold:
+        return
+    assumed = ", ".join(f"{k}={values[k]!r}" for k in untold)
+    warnings.warn(
+        f"{label}: nothing in it tells {', '.join(untold)}; assumed is {assumed}. If it was "
+        f"trained otherwise the labels are wrong: pass {untold[0]}=... to "
+        "deeplab_fast.from_checkpoint",
+        UserWarning,
+        stacklevel=stacklevel + 1,
     )
 
 
@@ -309,12 +484,11 @@ def _initialised(model: nn.Module, keys: set[str]) -> StateDict:
 
 def _describe(model: Any, info: WeightsInfo) -> None:
     """Set class names, colours and preprocessing from the package's own metadata."""
-    from ..data.preprocess import Preprocess
-
     if info.classes is not None and getattr(model, "classes", None) is None:
         model.classes, model.palette = info.classes, info.palette
     if info.preprocess is not None:
-        kind = type(getattr(model, "preprocess", None) or Preprocess())
+        kind = preprocess_kinds().get(info.preprocess_kind or "")
+        kind = kind or type(getattr(model, "preprocess", None) or Preprocess())
         model.preprocess = kind(**{k: tuples(v) for k, v in info.preprocess.items()})
 
 
@@ -322,15 +496,20 @@ def from_checkpoint(
     path: Source,
     *,
     layout: str = "auto",
+    part: str | None = None,
     reset_head: bool = False,
     strict: bool = True,
     **overrides: Any,
 ) -> nn.Module:
     """Build the model that a checkpoint fits and load it.
 
+    A file of `save_weights`, and the `state_dict()` of a model of this package, give the model back
+    as it was saved, with what was set or exchanged on it. Of another library's checkpoint what lies
+    beside the tensors is read too: smp's config.json, mmsegmentation's config, published names.
+
     Args:
-        path: path of a checkpoint (see `read_state_dict`), or a state dict.
-        layout, reset_head, strict: as `load_weights` has them.
+        path: path of a checkpoint or of a folder (see `read_state_dict`), or a state dict.
+        layout, part, reset_head, strict: as `load_weights` has them.
         **overrides: options of the builder, above those that `inspect_weights` finds; num_classes
             and aux_loss too.
 
@@ -338,25 +517,32 @@ def from_checkpoint(
         The model, in training mode as builders leave it.
 
     Raises:
-        As `load_weights`; CheckpointError also where no builder fits.
+        As `load_weights`; CheckpointError also where no builder fits, and for a file whose model
+        had what no file can hold (`save_weights(strict=False)`).
+
+    Warns:
+        UserWarning: nothing tells an option on which the numbers depend; the message says what was
+            assumed, and what changes it.
     """
     from ..models import get_model
 
     given = None if layout == "auto" else layout_named(layout)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, part)
     chosen = given or detect_layout(checkpoint.state, checkpoint.label)
-    info = inspect_open(
-        checkpoint, chosen, rename_tensors(checkpoint.state, chosen, checkpoint.label).state
-    )
+    renamed = rename_tensors(checkpoint.state, chosen, checkpoint.label)
+    info = inspect_open(checkpoint, chosen, renamed.state)
     if info.model is None:
         raise CheckpointError(
             f"{checkpoint.label} ({info.layout} layout): {_NO_BUILDER}. {info.notes}".rstrip()
         )
-    options = dict(info.options)
-    if info.num_classes is not None:
-        options["num_classes"] = info.num_classes
-    if info.aux:
-        options["aux_loss"] = True
-    model = get_model(info.model, **{**options, **overrides})
-    _load(model, checkpoint, chosen, reset_head, strict)
+    if info.lost:
+        raise CheckpointError(
+            f"{checkpoint.label} cannot give back the model that it was saved from, which had "
+            f"{shorten(info.lost)}. Build that model yourself, then deeplab_fast.load_weights"
+        )
+    model = get_model(info.model, **{**_found_options(info), **overrides})
+    put_back(model, stem_settings(model, renamed.state))
+    settings = restore_settings(model, info)
+    _load(model, _Opened(checkpoint, chosen, renamed, info), reset_head, strict, settings)
+    warn_of_assumptions(model, info, overrides, checkpoint.label, 2)
     return model

@@ -10,6 +10,7 @@ from torch import nn
 
 import deeplab_fast as dlf
 from deeplab_fast.models._registry import _builders
+from deeplab_fast.testing import import_torchvision
 
 
 def dilations(stage: nn.Sequential) -> list[int]:
@@ -208,6 +209,48 @@ def test_models_by_name() -> None:
         assert getattr(dlf.models, name).__doc__
     with pytest.raises(ValueError, match="no model is named 'deeplabv4'; there are:"):
         dlf.get_model("deeplabv4")
+
+
+def test_names_in_any_case_as_torchvision_takes_them() -> None:
+    model = dlf.get_model("DeepLabV3_ResNet18", num_classes=2)
+    assert model.config[0] == "deeplabv3_resnet18"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"include": "*mobilenet*"}, ["deeplabv3_mobilenet_v2_tf", "deeplabv3_mobilenet_v3_large"]),
+        (
+            {"include": ["deeplabv3_resnet1*", "fregu856_*34"], "exclude": "*152"},
+            ["deeplabv3_resnet101", "deeplabv3_resnet18", "fregu856_resnet34"],
+        ),
+        ({"include": ("*resnet34", "*resnet18"), "exclude": ["deeplabv3_*18", "f*"]},
+         ["deeplabv3_resnet34"]),
+        ({"include": "none*"}, []),
+    ],
+    ids=["one-pattern", "patterns-and-exclude", "excludes", "nothing"],
+)  # fmt: skip
+def test_list_models_filters_as_torchvision_does(options: dict, expected: list[str]) -> None:
+    assert dlf.list_models(module=dlf.models, **options) == expected
+    assert dlf.list_models(**options)[: len(expected)] == expected
+
+
+def test_weights_of_a_builder_are_torchvisions() -> None:
+    torchvision = import_torchvision()
+    segmentation = torchvision.models.segmentation
+    enum = segmentation.DeepLabV3_ResNet50_Weights
+    assert dlf.get_model_weights(dlf.deeplabv3_resnet50) is enum
+    assert dlf.get_model_weights("DeepLabV3_ResNet50") is enum
+    for name in dlf.list_models(module=dlf.models):
+        theirs = getattr(segmentation, name, None)
+        if theirs is None:
+            with pytest.raises(ValueError, match=r"no weights are published .* some for: deeplab"):
+                dlf.get_model_weights(name)
+        else:
+            expected = torchvision.models.get_model_weights(theirs)
+            assert dlf.get_model_weights(name) is expected
+    with pytest.raises(ValueError, match="no model is named 'deeplabv4'"):
+        dlf.get_model_weights("deeplabv4")
 
 
 def test_tf_mobilenet_checks_its_arguments() -> None:

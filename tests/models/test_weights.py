@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
 import os
 import pickle
+import re
 import sys
 import types
 import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -200,7 +203,8 @@ def smp_state() -> dict[str, Tensor]:
     ids=["os8", "os16-rates-of-smp"],
 )
 def test_smp_gives_its_numbers(options: dict) -> None:
-    theirs = trained(Smp(options.get("output_stride", 8)))
+    options = options or {"output_stride": 8, "atrous_rates": (12, 24, 36)}
+    theirs = trained(Smp(options["output_stride"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = from_checkpoint(theirs.state_dict(), **options).eval()
@@ -208,6 +212,77 @@ def test_smp_gives_its_numbers(options: dict) -> None:
     x = torch.rand(1, 3, 32, 64)
     with torch.inference_mode():
         close(ours(x)["out"], theirs(x))
+
+
+def save_pretrained(folder: Path, state: dict[str, Tensor], **config: object) -> Path:
+    """What smp 0.6 writes."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / "model.safetensors")
+    about = {
+        "_model_class": "DeepLabV3", "encoder_name": "resnet18", "encoder_depth": 5,
+        "encoder_weights": None, "encoder_output_stride": 8, "decoder_channels": 256,
+        "decoder_atrous_rates": [12, 24, 36], "decoder_aspp_separable": False,
+        "decoder_aspp_dropout": 0.5, "in_channels": 3, "classes": 5, "activation": None,
+        "upsampling": None, "aux_params": None,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({**about, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("file", ["", "model.safetensors"], ids=["folder", "file"])
+def test_smp_config_beside_the_weights_is_read(tmp_path: Path, file: str) -> None:
+    theirs = trained(Smp(16))
+    folder = save_pretrained(tmp_path / "m", theirs.state_dict(), encoder_output_stride=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = from_checkpoint(folder / file).eval()
+    assert (ours.output_stride, ours.atrous_rates) == (16, (12, 24, 36))
+    x = torch.rand(1, 3, 32, 64)
+    with torch.inference_mode():
+        close(ours(x)["out"], theirs(x))
+    # A model that was built otherwise is told so.
+    with pytest.warns(UserWarning, match=r"output_stride=16 \(the model has 8\)"):
+        load_weights(resnet18(num_classes=5, align_corners=True, contract_dilation=False), folder)
+
+
+def test_smp_config_rates_dropout_and_channels(tmp_path: Path, smp_state) -> None:
+    state = {**smp_state, "encoder.conv1.weight": torch.rand(64, 4, 7, 7)}
+    config = {"decoder_atrous_rates": [2, 4, 6], "decoder_aspp_dropout": 0.1, "in_channels": 4}
+    ours = from_checkpoint(save_pretrained(tmp_path, state, **config))
+    assert ours.atrous_rates == (2, 4, 6) and ours.backbone.conv1.in_channels == 4
+    assert ours.classifier[0].project[3].p == 0.1
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"activation": "sigmoid"}, "activation='sigmoid', this one returns logits"),
+        ({"upsampling": 4}, "upsamples by 4 at output stride 8"),
+        ({"encoder_depth": 4}, "its head reads stage 4"),
+    ],
+    ids=["activation", "upsampling", "depth"],
+)
+def test_smp_config_that_gives_other_numbers(tmp_path, smp_state, config, says) -> None:
+    with pytest.warns(UserWarning) as caught:
+        from_checkpoint(save_pretrained(tmp_path, smp_state, **config))
+    assert len(caught) == 1 and says in str(caught[0].message)
+
+
+def test_smp_without_its_config_says_what_is_assumed(tmp_path: Path, smp_state) -> None:
+    folder = save_pretrained(tmp_path, smp_state)
+    (folder / "config.json").rename(folder / "other.json")
+    for source in (folder, folder / "model.safetensors", smp_state):
+        with pytest.warns(UserWarning) as caught:
+            from_checkpoint(source)
+        (message,) = [str(w.message) for w in caught]
+        assert "assumed is output_stride=8, atrous_rates=(12, 24, 36)" in message
+    with pytest.warns(UserWarning, match=r"assumed is atrous_rates=\(6, 12, 18\)"):
+        from_checkpoint(folder, output_stride=16)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json, which says .* cannot be read"):
+        from_checkpoint(folder)
 
 
 def test_smp_options_are_found(smp_state: dict[str, Tensor]) -> None:
@@ -252,7 +327,7 @@ def test_smp_v3plus_names_what_is_missing() -> None:
         "encoder.conv1.weight": torch.zeros(1),
         "decoder.aspp.0.convs.0.0.weight": torch.ones(1),
     }
-    with pytest.raises(CheckpointError, match=r"smp-v3plus layout.*decoder has no counterpart"):
+    with pytest.raises(CheckpointError, match=r"(?s)smp-v3plus layout.*decoder has no count"):
         load_weights(resnet18(), state)
 
 
@@ -301,8 +376,7 @@ def test_mmseg_gives_its_numbers() -> None:
     assert (info.layout, info.model) == ("mmseg", "deeplabv3_resnet50")
     assert (info.num_classes, info.aux) == (6, True)
     assert info.options == {"stem": "deep", "head": "mmseg", "aspp_channels": 32}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match="nothing in it tells output_stride, atrous_rates, multi"):
         ours = from_checkpoint(checkpoint).eval()
     x = torch.rand(1, 3, 49, 33)
     with torch.inference_mode():
@@ -314,6 +388,82 @@ def test_mmseg_gives_its_numbers() -> None:
     weight.data = torch.cat([weight[:, -32:], weight[:, :-32]], 1)
     with torch.inference_mode(), pytest.raises(AssertionError):
         close(shuffled(x)["out"], main)
+
+
+# As mmengine writes it into "meta": names and values that decide, among others that do not.
+MMSEG_CONFIG = """
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    type='EncoderDecoder',
+    backbone=dict(type='ResNetV1c', depth=50, num_stages=4, out_indices=(0, 1, 2, 3),
+        dilations=(1, 1, 1, 2), strides=(1, 2, 2, 1), multi_grid=(1, 2, 4),
+        norm_cfg=dict(type='SyncBN', requires_grad=True), contract_dilation=True),
+    decode_head=dict(type='ASPPHead', dilations=(1, 6, 12, 18), dropout_ratio=0.2,
+        align_corners=True, loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0)),
+    test_cfg=dict(mode='slide', stride=(513, 513)))
+load_from = None
+work_dir = os.path.join('a', 'b')
+"""
+
+
+def d16_mg124() -> nn.Module:
+    """Literal dilations 1, 2, 4 in the last stage."""
+    theirs = MMSeg()
+    theirs.backbone = ResNet(R50, True, ((1,) * 6, (1, 2, 4)), stem=True)
+    # What `ResNet` takes for a dilated stage has stride 1 there, as all of this one's.
+    for i, rate in enumerate((6, 12, 18), 1):
+        theirs.decode_head.aspp_modules[i].conv.dilation = (rate, rate)
+        theirs.decode_head.aspp_modules[i].conv.padding = (rate, rate)
+    return trained(theirs)
+
+
+def test_mmseg_multi_grid_of_the_config_or_the_published_name(tmp_path: Path) -> None:
+    theirs = d16_mg124()
+    x = torch.rand(1, 3, 49, 33)
+    with torch.inference_mode():
+        expected = theirs(x)[0]
+    name = "deeplabv3_r50-d16-mg124_512x1024_40k_cityscapes_20200908_005644-67b0c992.pth"
+    config = MMSEG_CONFIG.replace("align_corners=True", "align_corners=False")
+    for file, meta in (("iter_40000.pth", {"cfg": config}), (name, {}), ("a", {"config": config})):
+        torch.save({"meta": meta, "state_dict": theirs.state_dict()}, tmp_path / file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            ours = from_checkpoint(tmp_path / file).eval()
+        assert (ours.output_stride, ours.atrous_rates) == (16, (6, 12, 18))
+        with torch.inference_mode():
+            close(ours(x)["out"], expected)
+        (tmp_path / file).unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "meta", "options"),
+    [
+        ("x.pth", {"cfg": MMSEG_CONFIG}, {"align_corners": True, "dropout": 0.2}),
+        ("deeplabv3_r50-d8_769x769_80k_x.pth", {}, {"align_corners": True, "output_stride": 8}),
+        ("deeplabv3_r101b-d8_512x512_80k_x.pth", {}, {"align_corners": False, "output_stride": 8}),
+        ("deeplabv3_r50-d16_512x512_x.pth", {"cfg": "not a config ("}, {"output_stride": 16}),
+        ("my.pth", {"cfg": "import os"}, {}),
+        ("my_d16.pth", {}, {}),
+    ],
+    ids=["config", "name-769", "name-b", "name-where-no-config", "nothing", "other-name"],
+)
+def test_mmseg_what_tells_and_what_does_not(name: str, meta: dict, options: dict) -> None:
+    from deeplab_fast.weights.layouts import Origin, layout_named
+
+    found = layout_named("mmseg").options({}, Origin(name, {}, {}, meta))
+    assert {k: found[k] for k in options} == options and bool(found) == bool(options)
+
+
+def test_mmseg_config_that_cannot_be_had_is_said() -> None:
+    from deeplab_fast.weights.layouts import Origin, layout_named
+
+    for before, after, says in (
+        ("dilations=(1, 1, 1, 2)", "dilations=(1, 1, 1, 3)", "dilations (1, 1, 1, 3)"),
+        ("dilations=(1, 6, 12, 18)", "dilations=(6, 12, 18)", "head has dilations (6, 12, 18)"),
+    ):
+        origin = Origin(meta={"cfg": MMSEG_CONFIG.replace(before, after)})
+        assert says in layout_named("mmseg").differs({}, origin)
+    assert layout_named("mmseg").differs({}, Origin(meta={"cfg": MMSEG_CONFIG})) == ""
 
 
 def test_mmseg_basic_blocks_warn() -> None:
@@ -375,6 +525,32 @@ def test_vainf_gives_its_numbers() -> None:
     x = torch.rand(1, 3, 33, 49)
     with torch.inference_mode():
         close(ours(x)["out"], theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [
+        ("best_deeplabv3_resnet50_voc_os16.pth", 16),
+        ("latest_deeplabv3_resnet50_cityscapes_os8.pth", 8),
+        ("deeplabv3_os16_mine.pth", 16),
+        ("deeplabv3_os160.pth", None),
+    ],
+    ids=["16", "8", "inside", "another-number"],
+)
+def test_vainf_stride_in_the_files_name(tmp_path: Path, name: str, stride: int | None) -> None:
+    state = {
+        k.replace("classifier.", "classifier.classifier."): v
+        for k, v in resnet18(num_classes=3).state_dict().items()
+    }
+    torch.save({"model_state": state}, tmp_path / name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        ours = from_checkpoint(tmp_path / name)
+    rates = (6, 12, 18) if stride == 16 else (12, 24, 36)
+    assert (ours.output_stride, ours.atrous_rates) == (stride or 8, rates)
+    assert [("assumed is output_stride=8" in str(w.message)) for w in caught] == (
+        [] if stride else [True]
+    )
 
 
 class JfZhang95(nn.Module):
@@ -550,7 +726,8 @@ def test_the_real_tflite_file(shared_data: Path) -> None:
 )
 def test_names_and_shapes_tell_the_builder(name: str, options: dict) -> None:
     model = get_model(name, num_classes=3, **options)
-    info = inspect_weights(model.state_dict())
+    # A copy: the state dict itself carries the options.
+    info = inspect_weights(dict(model.state_dict()))
     aux = options.pop("aux_loss", False)
     assert (info.model, info.num_classes, info.aux) == (name, 3, aux)
     assert info.options == options
@@ -635,25 +812,213 @@ def test_lightning_keeps_what_is_not_the_model_apart(smp_state: dict[str, Tensor
     assert report.ignored == ("criterion.weight",)
 
 
-def test_mmengine_loss_curves_do_not_hinder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class HistoryBuffer:
+    """mmengine's, as far as pickling goes: its __init__, __getstate__ and what they call."""
+
+    _statistics_methods: ClassVar[dict] = {}
+
+    def __init__(self, log_history=(), count_history=(), max_length: int = 1000000) -> None:
+        self.max_length = max_length
+        self._set_default_statistics()
+        self._log_history = np.array(log_history)
+        self._count_history = np.array(count_history)
+
+    def _set_default_statistics(self) -> None:
+        self._statistics_methods.setdefault("min", HistoryBuffer.min)
+        self._statistics_methods.setdefault("max", HistoryBuffer.max)
+        self._statistics_methods.setdefault("current", HistoryBuffer.current)
+        self._statistics_methods.setdefault("mean", HistoryBuffer.mean)
+
+    def mean(self, window_size=None): ...
+
+    def max(self, window_size=None): ...
+
+    def min(self, window_size=None): ...
+
+    def current(self): ...
+
+    def __getstate__(self) -> dict:
+        self.__dict__.update(statistics_methods=self._statistics_methods)
+        return self.__dict__
+
+    def __setstate__(self, state) -> None:
+        raise AssertionError("the class is not to be loaded")
+
+
+@pytest.fixture
+def mmengine(monkeypatch: pytest.MonkeyPatch):
+    """The modules that mmengine's classes are pickled by, while they are."""
     name = "mmengine.logging.history_buffer"
     module = types.ModuleType(name)
-
-    class HistoryBuffer:
-        def __init__(self) -> None:
-            self.values = np.arange(3.0)
-
-    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = name, "HistoryBuffer"
     module.HistoryBuffer = HistoryBuffer
-    file = tmp_path / "iter_80000.pth"
     with monkeypatch.context() as patch:
+        patch.setattr(HistoryBuffer, "__module__", name)
+        # Methods are pickled by the module that they say they are of.
+        for method in ("min", "max", "mean", "current"):
+            patch.setattr(getattr(HistoryBuffer, method), "__module__", name)
         for part in ("mmengine", "mmengine.logging"):
             patch.setitem(sys.modules, part, types.ModuleType(part))
         patch.setitem(sys.modules, name, module)
-        torch.save({"state_dict": TINY, "message_hub": {"log": HistoryBuffer()}}, file)
+        yield patch
+
+
+def test_mmengine_loss_curves_do_not_hinder(tmp_path: Path, mmengine) -> None:
+    file = tmp_path / "iter_80000.pth"
+    logs = {"log_scalars": OrderedDict(loss=HistoryBuffer([0.5, 0.4], [1, 1]))}
+    torch.save({"meta": {"iter": 80000}, "state_dict": TINY, "message_hub": logs}, file)
+    with zipfile.ZipFile(file) as archive:
+        pickled = archive.read("iter_80000/data.pkl")
+    assert b"cbuiltins\ngetattr\n" in pickled or b"c__builtin__\ngetattr\n" in pickled
+    mmengine.undo()
+    assert "mmengine.logging" not in sys.modules
     assert same(read_state_dict(file), TINY)
+
+
+class Called:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return getattr, (Trap(self.folder), "x")
+
+
+def test_getattr_in_a_pickle_looks_nothing_up_and_calls_nothing(tmp_path: Path) -> None:
+    trap = tmp_path / "ran"
+    file = tmp_path / "w.pth"
+    torch.save({"model": TINY, "extra": Called(trap)}, file)
+    with pytest.raises(CheckpointError, match=r"mkdir, which would run code"):
+        read_state_dict(file)
+    # By hand: {"a.weight": getattr("a", "upper")()}.
+    looked = b"cbuiltins\ngetattr\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00uppertR)R"
+    key = b"X\x08\x00\x00\x00a.weight"
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in parts.items():
+            hand = b"\x80\x02}" + key + looked + b"s."
+            archive.writestr(name, hand if name.endswith("data.pkl") else data)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_state_dict(file)
+    assert not trap.exists()
+
+
+class OwnLog:
+    pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": TINY, "log": OwnLog()},
+        {"model": TINY, "log": OwnLog()},
+        {**TINY, "log": OwnLog()},
+        nn.Sequential(OrderedDict(a=nn.Linear(2, 2))),
+        {"model": nn.Sequential(OrderedDict(a=nn.Linear(2, 2))), "epoch": 3},
+    ],
+    ids=["state_dict", "model", "plain", "whole-module", "module-in-a-container"],
+)
+def test_the_recipe_for_trusted_files_works_as_it_stands(tmp_path: Path, content) -> None:
+    file = tmp_path / "w.pth"
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match="convert it where that class") as error:
+        read_state_dict(file)
+    recipe = str(error.value).partition("can be imported: ")[2]
+    recipe = recipe.replace("'weights.pth'", repr(str(tmp_path / "new.pth")))
+    exec(recipe, {"torch": torch, "path": file})
+    new = torch.load(tmp_path / "new.pth", weights_only=False)
+    expected = {"a.weight", "a.bias"} if "Sequential" in str(content) else set(TINY)
+    assert set(new) - {"log"} == expected
+
+
+def test_averaged_models_own_file() -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(resnet18(num_classes=3))
+    state = averaged.state_dict()
+    assert "n_averaged" in state
+    model = resnet18(num_classes=3)
+    for source in (
+        state,
+        {"model": state},
+        {"state_dict": {f"model.{k}": v for k, v in state.items()}},
+    ):
+        report = load_weights(model, source)
+        assert [k.rpartition(".")[2] for k in report.ignored] == ["n_averaged"]
+        assert same(copied(model), averaged.module.state_dict())
+
+
+def shifted(by: float) -> dict[str, Tensor]:
+    return {k: v + by for k, v in TINY.items()}
+
+
+def under(**parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.{k}": v for name, state in parts.items() for k, v in state.items()}
+
+
+SEVERAL = {
+    "model-and-ema": (
+        {"model": shifted(0), "model_ema": shifted(1), "epoch": 3}, ["model", "model_ema"],
+    ),
+    "unusual-key": ({"state_dict": shifted(0), "teacher": shifted(1)}, ["state_dict", "teacher"]),
+    "no-usual-key": ({"student": shifted(0), "teacher": shifted(1)}, ["student", "teacher"]),
+    "prefixes": (
+        {"state_dict": under(student=shifted(0), teacher=shifted(1))}, ["student", "teacher"],
+    ),
+    "lightning": (under(model=shifted(0), ema_model=shifted(1)), ["model", "ema_model"]),
+    "averaged-beside": (
+        {**under(model=shifted(0), averaged=under(module=shifted(1))),
+         "averaged.n_averaged": torch.tensor(3)},
+        ["model", "averaged"],
+    ),
+    "inside-a-wrapper": (
+        under(module=under(net=under(student=shifted(0), teacher=shifted(1)))),
+        ["student", "teacher"],
+    ),
+    "beside-the-model-itself": ({**shifted(0), **under(ema=shifted(1))}, [".", "ema"]),
+    "both-levels": (
+        {"model": under(student=shifted(0), teacher=shifted(2)), "model_ema": shifted(1)},
+        ["model/student", "model_ema"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "parts"), SEVERAL.values(), ids=SEVERAL.keys())
+def test_of_several_networks_one_is_chosen_by_name_only(tmp_path, content, parts) -> None:
+    file = tmp_path / "w.pth"
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match="holds more than one network") as error:
+        read_state_dict(file)
+    for part in parts:
+        assert part.partition("/")[0] in str(error.value)
+    assert "part=" in str(error.value)
+    for i, part in enumerate(parts):
+        found = read_state_dict(file, part=part)
+        assert same({k: v for k, v in found.items() if k != "n_averaged"}, shifted(i))
+    with pytest.raises(CheckpointError, match=r"holds more than one|has no part 'absent'"):
+        read_state_dict(file, part="absent")
+
+
+def test_part_of_every_function(tmp_path: Path) -> None:
+    first, second = (resnet18(num_classes=n).state_dict() for n in (3, 4))
+    content = {"model": first, "model_ema": second}
+    assert inspect_weights(content, part="model_ema").num_classes == 4
+    ema = from_checkpoint(content, part="model_ema")
+    assert same(ema.state_dict(), second)
+    assert load_weights(resnet18(num_classes=3), content, part="model").loaded
+    for function in (from_checkpoint, inspect_weights):
+        with pytest.raises(CheckpointError, match="under the keys model, model_ema"):
+            function(content)
+    with pytest.raises(CheckpointError, match="has no part 'x'; leave part out"):
+        from_checkpoint(first, part="x")
+
+
+def test_one_network_beside_other_tensors_is_named() -> None:
+    state = {**under(student=TINY), "projector.weight": torch.ones(2)}
+    with pytest.raises(
+        CheckpointError, match=r"under student\. beside .*projector.*part='student'"
+    ):
+        inspect_weights(state)
+    # What is no network of this kind does not ask for a choice.
+    checkpoint = {"model": TINY, "criterion": {"weight": torch.ones(3)}, "optimizer": {"a": 1}}
+    assert inspect_weights(checkpoint).layout == "deeplab_fast"
 
 
 def write_pth(path: Path) -> None:
@@ -695,6 +1060,39 @@ def test_truncated_files(tmp_path: Path, write, kept: float) -> None:
     file.write_bytes(data[: int(len(data) * kept)])
     with pytest.raises(CheckpointError, match=r"w\.pth .*not written to its end"):
         read_state_dict(file)
+
+
+@pytest.mark.parametrize("low", range(256))
+def test_headers_of_every_length(tmp_path: Path, low: int) -> None:
+    """The first byte of a .safetensors file is the low byte of its header's length."""
+    file = tmp_path / "w.safetensors"
+    entries = {"a.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    header = json.dumps(entries).encode().ljust(256 + low)
+    data = np.array([1.0, 2.0], np.float32).tobytes()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    assert file.read_bytes()[0] == low
+    assert read_state_dict(file)["a.weight"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "length",
+    [0x0A3C, 0x8B1F, 0x0280, 0x0A3C20],
+    ids=["web-page", "gzip", "pickle-protocol-2", "web-page-behind-a-space"],
+)
+def test_headers_whose_length_looks_like_another_file(tmp_path: Path, length: int) -> None:
+    file = tmp_path / "model.ckpt.index"
+    header = b'{"a.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    file.write_bytes(length.to_bytes(8, "little") + header + bytes(4))
+    assert read_state_dict(file)["a.weight"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("padding", range(0, 256, 8))
+def test_own_files_of_every_header_length(tmp_path: Path, padding: int) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "w.safetensors"
+    save_file(TINY, file, metadata={"format": "pt", "note": "x" * padding})
+    assert same(read_state_dict(file), TINY)
 
 
 @pytest.mark.parametrize(
@@ -960,6 +1358,69 @@ def test_another_architecture_is_named_with_the_call_that_fits(model: nn.Module)
         load_weights(model, source.state_dict())
     call = "deeplab_fast.deeplabv3_resnet34(num_classes=4, head='paper', stem='deep')"
     assert f"the model that it fits: {call}" in str(error.value)
+
+
+def resnext(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNeXt's shapes under a ResNet's names."""
+    return {
+        k: v[:, : v.shape[1] // 4] if re.search(r"layer\d\.\d+\.conv2\.weight", k) else v
+        for k, v in state.items()
+    }
+
+
+def test_a_builder_that_does_not_fit_is_not_named_as_one_that_does(model: nn.Module) -> None:
+    for state in (resnext(copied(model)), {**copied(model), "backbone.se.weight": torch.ones(1)}):
+        for function in (lambda s: load_weights(model, s), from_checkpoint):
+            with pytest.raises(CheckpointError) as error:
+                function(state)
+            message = str(error.value)
+            assert "the model that it fits" not in message
+            assert "no builder of this package fits it" in message
+            assert "the nearest is deeplab_fast.deeplabv3_resnet18(num_classes=4), with 1" in (
+                message.replace(", with 8", ", with 1")
+            )
+
+
+def test_what_is_named_as_fitting_does_fit() -> None:
+    other = dlf.deeplabv3_resnet34(num_classes=4, aspp_channels=8)
+    other.backbone.conv1 = nn.Conv2d(4, 64, 7, 2, 3, bias=False)
+    with pytest.raises(CheckpointError, match=r"that it fits: deeplab_fast\.from_checkpoint\(path"):
+        load_weights(resnet18(num_classes=4), other.state_dict())
+    assert from_checkpoint(other.state_dict()).backbone.conv1.in_channels == 4
+
+
+def test_reset_head_is_advised_where_it_helps_only(model: nn.Module) -> None:
+    state = copied(resnet18(num_classes=7))
+    with pytest.raises(CheckpointError, match=r"7 classes, the model 4.*\n.*reset_head=True"):
+        load_weights(model, state)
+    broken = {k: v for k, v in state.items() if k != "classifier.1.weight"}
+    with pytest.raises(CheckpointError) as error:
+        load_weights(model, broken)
+    assert "it has 7 classes" in str(error.value) and "reset_head" not in str(error.value)
+    # An image classifier of another backbone, and one that fits.
+    backbone = {k.removeprefix("backbone."): v for k, v in state.items() if "backbone" in k}
+    with pytest.raises(CheckpointError, match=r"has no head for deeplabv3_resnet18.*reset_head"):
+        load_weights(model, backbone)
+    with pytest.raises(CheckpointError) as error:
+        load_weights(model, resnext(backbone))
+    assert "reset_head" not in str(error.value) and "8 of another shape" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["_conv_stem.weight", "features.0.0.weight", "patch_embed1.proj.weight", "stem.conv.weight"],
+    ids=["efficientnet", "mobilenet-v2", "mix-transformer", "xception"],
+)
+def test_encoders_of_smp_that_are_not_here_are_said_to_be(
+    smp_state: dict[str, Tensor], key: str
+) -> None:
+    state = {k: v for k, v in smp_state.items() if not k.startswith("encoder.")}
+    state[f"encoder.{key}"] = torch.ones(8, 3, 3, 3)
+    assert (inspect_weights(state).layout, inspect_weights(state).model) == ("smp", None)
+    with pytest.raises(CheckpointError, match=r"smp layout\): no builder of this package fits it"):
+        from_checkpoint(state)
+    with pytest.raises(CheckpointError, match=r"(?s)smp layout\) does not fit.*no builder"):
+        load_weights(resnet18(num_classes=5), state)
 
 
 def test_counters_of_batch_norm_may_be_absent(model: nn.Module) -> None:

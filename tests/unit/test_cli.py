@@ -374,7 +374,7 @@ def test_missing_arguments_say_what_to_pass(capsys, weights, photos, tmp_path):
 
 def test_weights_that_tell_no_model_ask_for_one(capsys, weights, photos, tmp_path, monkeypatch):
     found = types.SimpleNamespace(layout="strange", model=None, num_classes=4, options={}, notes="")
-    monkeypatch.setattr("deeplab_fast.weights.inspect_weights", lambda path: found)
+    monkeypatch.setattr("deeplab_fast.weights.inspect_weights", lambda path, part: found)
     arguments = ("predict", photos, "--output", tmp_path / "o", "--weights", weights)
     status, _, errors = run(capsys, *arguments)
     assert status == 2 and "layout strange" in errors and "--model: deeplabv3_" in errors
