@@ -51,8 +51,9 @@ def _leaves() -> dict[str, type[nn.Module]]:
 
 def _shells() -> dict[str, type[nn.Module]]:
     """Modules that are nothing but their children and attributes."""
-    kinds = (nn.Sequential, nn.ModuleList, nn.ModuleDict, layers.ASPP, layers.ASPPConv)
-    kinds += (layers.ASPPPooling, layers.CascadedHead, layers.FCNHead, *layers.HEADS.values())
+    kinds: list[type[nn.Module]] = [nn.Sequential, nn.ModuleList, nn.ModuleDict]
+    kinds += [layers.ASPP, layers.ASPPConv, layers.ASPPPooling]
+    kinds += [layers.CascadedHead, layers.FCNHead, *layers.HEADS.values()]
     return {kind.__name__: kind for kind in kinds}
 
 
