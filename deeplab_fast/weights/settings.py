@@ -219,12 +219,19 @@ def plain_number(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _cached_facts(name: str, options: str) -> dict[str, _Facts]:
-    with torch.device("meta"):
+    with _on_meta():
         return _facts(_build(name, {k: tuples(v) for k, v in json.loads(options).items()}))
 
 
+@contextlib.contextmanager
+def _on_meta() -> Iterator[None]:
+    """Tensors without memory, also where the caller's are fake ones (torch.export, estimates)."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
+        yield
+
+
 def _restored_facts(name: str, options: Mapping[str, Any], settings: Settings) -> dict[str, _Facts]:
-    with torch.device("meta"):
+    with _on_meta():
         model = _build(name, options)
         # What cannot be put back is a difference afterwards.
         for module, entry in settings.items():
