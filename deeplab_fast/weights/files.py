@@ -42,6 +42,9 @@ _HEAD_BYTES = 4096
 _LONGEST_HEADER = 100_000_000
 
 
+# Lightning's WeightAveraging keeps here what it goes on training with; its model, the averaged one,
+# is the "state_dict" beside it.
+_FOR_RESUMING = "current_model_state"
 # What smp's and other libraries' save_pretrained call the weights, beside a config.json.
 _PRETRAINED = ("model.safetensors", "pytorch_model.bin")
 
@@ -354,7 +357,7 @@ def _find_state(content: Any, label: str, wanted: list[str]) -> Mapping[Any, Any
     networks = _networks(content)
     if wanted and wanted[0] in networks:
         return _find_state(content[wanted.pop(0)], label, wanted)
-    known = [n for n in networks if _is_known(content[n])]
+    known = [n for n in networks if n != _FOR_RESUMING and _is_known(content[n])]
     # Of several that are none of ours the usual names are those of the model.
     rivals = known or [n for n in networks if n in _CONTAINERS]
     if len(rivals) > 1:

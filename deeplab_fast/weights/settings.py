@@ -51,8 +51,9 @@ def _leaves() -> dict[str, type[nn.Module]]:
 
 def _shells() -> dict[str, type[nn.Module]]:
     """Modules that are nothing but their children and attributes."""
-    kinds = (nn.Sequential, nn.ModuleList, nn.ModuleDict, layers.ASPP, layers.ASPPConv)
-    kinds += (layers.ASPPPooling, layers.CascadedHead, layers.FCNHead, *layers.HEADS.values())
+    kinds: list[type[nn.Module]] = [nn.Sequential, nn.ModuleList, nn.ModuleDict]
+    kinds += [layers.ASPP, layers.ASPPConv, layers.ASPPPooling]
+    kinds += [layers.CascadedHead, layers.FCNHead, *layers.HEADS.values()]
     return {kind.__name__: kind for kind in kinds}
 
 
@@ -218,12 +219,19 @@ def plain_number(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _cached_facts(name: str, options: str) -> dict[str, _Facts]:
-    with torch.device("meta"):
+    with _on_meta():
         return _facts(_build(name, {k: tuples(v) for k, v in json.loads(options).items()}))
 
 
+@contextlib.contextmanager
+def _on_meta() -> Iterator[None]:
+    """Tensors without memory, also where the caller's are fake ones (torch.export, estimates)."""
+    with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
+        yield
+
+
 def _restored_facts(name: str, options: Mapping[str, Any], settings: Settings) -> dict[str, _Facts]:
-    with torch.device("meta"):
+    with _on_meta():
         model = _build(name, options)
         # What cannot be put back is a difference afterwards.
         for module, entry in settings.items():

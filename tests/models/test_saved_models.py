@@ -379,6 +379,16 @@ def test_a_state_dict_draws_no_random_number_and_is_torchs() -> None:
     assert set(state) == set(nn.Module.state_dict(model))
 
 
+def test_a_state_dict_of_fake_tensors() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        model = dlf.deeplabv3_resnet18(num_classes=2, aspp_channels=24)
+        model.backbone.bn1.eps = 0.1
+        about = model.state_dict()._metadata[""]["deeplab_fast"]
+    assert list(about["settings"]) == ["backbone.bn1"] and "lost" not in about
+
+
 @pytest.mark.parametrize("name", dlf.list_models(module=dlf.models))
 def test_every_builders_tensors_tell_the_builder(name: str) -> None:
     """No builder can be forgotten: the names alone, without what the state dict carries."""

@@ -996,6 +996,15 @@ def test_of_several_networks_one_is_chosen_by_name_only(tmp_path, content, parts
         read_state_dict(file, part="absent")
 
 
+def test_lightnings_averaged_weights_are_its_model() -> None:
+    content = {
+        "pytorch-lightning_version": "2.6", "state_dict": under(model=shifted(1)),
+        "current_model_state": under(model=shifted(0)), "averaging_state": {"n_averaged": 3},
+    }  # fmt: skip
+    for part, by in ((None, 1), ("state_dict", 1), ("current_model_state", 0)):
+        assert same(weights.files.open_checkpoint(content, part).state, shifted(by))
+
+
 def test_part_of_every_function(tmp_path: Path) -> None:
     first, second = (resnet18(num_classes=n).state_dict() for n in (3, 4))
     content = {"model": first, "model_ema": second}
