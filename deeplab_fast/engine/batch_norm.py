@@ -11,15 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 __all__ = [
+    "FROZEN_STATE",
     "convert_sync_batch_norm",
     "freeze_batch_norm",
     "frozen_batch_norms",
+    "thawed_class",
     "unfreeze_batch_norm",
 ]
 
 _PARAMETERS = ("weight", "bias")
 # What an instance of _Frozen holds beyond its own class.
-_STATE = ("frozen_statistics", "frozen_parameters", "asked_mode")
+FROZEN_STATE = ("frozen_statistics", "frozen_parameters", "asked_mode")
 
 
 class _Frozen:
@@ -120,6 +122,11 @@ def frozen_batch_norms(module: nn.Module) -> list[str]:
     return [name for name, layer in _batch_norms(module) if isinstance(layer, _Frozen)]
 
 
+def thawed_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of a module, of a frozen batch norm that which it had before."""
+    return layer.thawed if isinstance(layer, _Frozen) else type(layer)
+
+
 def convert_sync_batch_norm(module: nn.Module, process_group: Any = None) -> nn.Module:
     """torch.nn.SyncBatchNorm.convert_sync_batchnorm, after which what was frozen still is.
 
@@ -131,7 +138,7 @@ def convert_sync_batch_norm(module: nn.Module, process_group: Any = None) -> nn.
         The module, or its replacement where it is a batch norm itself.
     """
     kept = {
-        name: {key: layer.__dict__[key] for key in _STATE}
+        name: {key: layer.__dict__[key] for key in FROZEN_STATE}
         for name, layer in _batch_norms(module)
         if isinstance(layer, _Frozen)
     }
@@ -171,7 +178,7 @@ def _thaw(layer: Any) -> None:
     mode = layer.asked_mode
     for name in layer.frozen_parameters:
         getattr(layer, name).requires_grad_(True)
-    for key in _STATE:
+    for key in FROZEN_STATE:
         del layer.__dict__[key]
     layer.__class__ = layer.thawed
     layer.training = mode

@@ -159,8 +159,8 @@ class DeepLabV3(nn.Module):
         logits = OrderedDict(out=fused.run(self.classifier, features["out"]))
         if aux and self.aux_classifier is not None:
             logits["aux"] = fused.run(self.aux_classifier, features["aux"])
-        first = next(iter(self.backbone.parameters()))
-        return in_plain_format(logits, x, is_channels_last(first))
+        first = next(iter(self.backbone.parameters()), None)
+        return in_plain_format(logits, x, first is not None and is_channels_last(first))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

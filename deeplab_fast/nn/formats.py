@@ -11,7 +11,11 @@ from torch import Tensor
 
 def is_channels_last(x: Tensor) -> bool:
     """Dense in channels_last and not in the default memory format too."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return (
+        x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
 
 
 def in_plain_format(

@@ -102,6 +102,8 @@ class _Facts:
 
 def _facts(model: nn.Module) -> dict[str, _Facts]:
     """The facts of every module, by name, parents first."""
+    from ..engine.batch_norm import thawed_class
+
     seen: dict[int, str] = {}
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -113,7 +115,7 @@ def _facts(model: nn.Module) -> dict[str, _Facts]:
             if (first := seen.setdefault(id(value), f"{name}.{leaf}")) != f"{name}.{leaf}"
         )
         found[name] = _Facts(
-            kind=_kind(type(module)),
+            kind=_kind(thawed_class(module)),
             attributes=_attributes(module, _OF_MODEL if name == "" else ()),
             tensors={k: None if v is None else tuple(v.shape) for k, v in own.items()},
             children=tuple(k for k, v in module._modules.items() if v is not None),
@@ -129,7 +131,11 @@ def _kind(cls: type[nn.Module]) -> str:
 
 
 def _attributes(module: nn.Module, left_out: tuple[str, ...]) -> dict[str, Any]:
+    from ..engine.batch_norm import FROZEN_STATE
+
     found: dict[str, Any] = {k: None for k, v in module._modules.items() if v is None}
+    # Freezing acts in training only.
+    left_out = (*left_out, *FROZEN_STATE)
     for name, value in vars(module).items():
         if name.startswith("_") or name == "training" or name in left_out:
             continue

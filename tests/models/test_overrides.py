@@ -62,10 +62,10 @@ def seamless(model: DeepLabV3) -> None:
         conv._conv_forward = circular
 
 
-class Standardised(nn.Conv2d):
+class Centred(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight = weight - weight.mean((1, 2, 3), keepdim=True)
-        return super()._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), bias)
+        # As weight standardisation does, which would divide by the deviation too.
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
 
 
 class Clipped(nn.BatchNorm2d):
@@ -85,10 +85,10 @@ class TwoFold(nn.Sequential):
         return 2 * super().forward(x)
 
 
-def standardised(model: DeepLabV3) -> None:
+def centred(model: DeepLabV3) -> None:
     for module in model.backbone.modules():
         if type(module) is nn.Conv2d:
-            module.__class__ = Standardised
+            module.__class__ = Centred
 
 
 def twice_the_same(model: DeepLabV3) -> None:
@@ -101,7 +101,7 @@ def twice_the_same(model: DeepLabV3) -> None:
 
 CHANGES: dict[str, Callable[[DeepLabV3], object]] = {
     "_conv_forward of an instance": seamless,
-    "_conv_forward of a subclass": standardised,
+    "_conv_forward of a subclass": centred,
     "forward of a batch norm's subclass": lambda m: setattr(
         m.backbone.layer1[0].bn1, "__class__", Clipped
     ),
@@ -342,7 +342,7 @@ def test_subclasses_that_add_are_intact() -> None:
             return self.weight.norm()
 
     assert is_intact(Named("a"))
-    assert not is_intact_class(Standardised) and not is_intact_class(Reversed)
+    assert not is_intact_class(Centred) and not is_intact_class(Reversed)
     assert "_conv_forward" in CALLED
 
 

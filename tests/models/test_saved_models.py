@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import deeplab_fast as dlf
 from deeplab_fast.data import Preprocess
+from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.models.fregu856 import PreprocessBGR
 from deeplab_fast.nn import DeepLabHead, SingleValueBatchNorm2d
 from deeplab_fast.testing import import_torchvision
@@ -518,3 +519,17 @@ def test_settings_set_values_and_nothing_else(tmp_path: Path) -> None:
     bn = again.backbone.Conv.bn
     assert bn.eps == 0.5 and not hasattr(bn, "unknown") and "forward" not in vars(bn)
     assert len(bn._parameters) == 2
+
+
+def test_frozen_batch_norms_come_back_as_they_were_before(tmp_path: Path) -> None:
+    """Freezing acts in training only: the class that a layer had is saved."""
+    model = built()
+    model.classifier[0].convs[4][2] = SingleValueBatchNorm2d(8, eps=0.1)
+    expected = model_metadata(model)
+    freeze_batch_norm(model)
+    again = back(through_state_dict, model, tmp_path)
+    assert {type(m) for m in again.modules() if isinstance(m, nn.BatchNorm2d)} == {
+        nn.BatchNorm2d,
+        SingleValueBatchNorm2d,
+    }
+    assert model_metadata(model) == expected == model_metadata(again)
