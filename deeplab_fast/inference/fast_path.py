@@ -35,8 +35,7 @@ class FastPath:
         for _ in reasons(model, x):
             return None
         program = self._current(model).program
-        # The plain modules have the error for another number of channels.
-        if program is None or program.in_channels not in (None, x.shape[1]):
+        if program is None or _reason(program, x):
             return None
         return program.logits(x, aux=aux)
 
@@ -48,10 +47,8 @@ class FastPath:
         state = self._current(model)
         if state.program is None:
             return [state.reason]
-        channels = state.program.in_channels
-        if channels not in (None, x.shape[1]):
-            return [f"the input has {x.shape[1]} channels, the model wants {channels}"]
-        return []
+        reason = _reason(state.program, x)
+        return [reason] if reason else []
 
     def drop(self) -> None:
         """Free the prepared weights."""
@@ -112,7 +109,9 @@ def reasons(model: Any, x: Any) -> Iterator[str]:
     if x.dim() != 4 or x.numel() == 0:
         yield f"the input has shape {list(x.shape)}, not [N, C, H, W] with N of at least 1"
     if torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for p in model.parameters())
+        x.requires_grad
+        or any(p.requires_grad for p in model.parameters())
+        or any(b.requires_grad for b in model.buffers())
     ):
         yield "gradients may be needed; use torch.inference_mode() or torch.no_grad()"
     if torch.is_autocast_enabled("cpu"):
@@ -158,10 +157,25 @@ def transforms() -> bool:
     return any(type(mode).__name__ != "DeviceContext" for mode in modes)
 
 
+def _reason(program: Any, x: Tensor) -> str:
+    """What speaks against running a program on x; "" where nothing does."""
+    # The plain modules have the error for another number of channels.
+    if program.in_channels not in (None, x.shape[1]):
+        return f"the input has {x.shape[1]} channels, the model wants {program.in_channels}"
+    if torch.is_grad_enabled() and program.has_plain_layers:
+        return (
+            "gradients may be needed by modules of another kind than those known here; use "
+            "torch.inference_mode() or torch.no_grad()"
+        )
+    return ""
+
+
 def _fits(state: _State | None, model: Any) -> bool:
     if state is None or state.max_extra_bytes != model.max_extra_bytes:
         return False
     snapshot = state.snapshot
+    if not snapshot.is_of(model):
+        return False
     if state.program is None:
         return snapshot.same_structure() and snapshot.same_tensors()
     return snapshot.is_current()

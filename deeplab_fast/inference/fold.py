@@ -23,7 +23,7 @@ from ..models.resnet import BasicBlock, Bottleneck
 from ..nn.aspp import ASPP, ASPPPooling, SingleValueBatchNorm2d
 from ..nn.formats import is_channels_last
 from ..nn.heads import DeepLabV2Head
-from ..nn.intact import is_intact
+from ..nn.intact import activation, is_intact
 from .layers import (
     Aspp,
     AsppLayer,
@@ -51,11 +51,6 @@ Named = tuple[str, nn.Module]
 CONVOLUTIONS = (nn.Conv2d, SamePadConv2d)
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, SingleValueBatchNorm2d)
 _NORM_FORWARDS = tuple(cls.forward for cls in BATCH_NORMS)
-ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.Hardswish: "hardswish",
-}
 # Identities of a model that does not train.
 DROPOUTS = (nn.Dropout, nn.Dropout2d)
 # Without weights, and the same in any memory format.
@@ -174,9 +169,9 @@ class _Folder:
                 norm = rest.pop(0)[1] if rest and self.is_norm(rest[0][1], module) else None
                 while rest and type(rest[0][1]) is nn.Identity and self.is_itself(rest[0][1]):
                     rest.pop(0)
-                act = None
-                if rest and type(rest[0][1]) in ACTIVATIONS and self.is_itself(rest[0][1]):
-                    act = ACTIVATIONS[type(rest.pop(0)[1])]
+                act = activation(rest[0][1]) if rest else None
+                if act is not None:
+                    rest.pop(0)
                 i = len(flat) - len(rest)
                 pieces.append(self.spec(name, module, norm, act))
             elif not self.is_identity(module):

@@ -470,6 +470,11 @@ class Program:
         return in_plain_format(results, x, self.channels_last)
 
     @property
+    def has_plain_layers(self) -> bool:
+        """Whether a module runs as it is, which may have gradients of its own."""
+        return any(isinstance(layer, PlainLayer) for layer in self.layers)
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of weights held, prepared forms included."""
         return sum(layer.held + layer.extra_bytes for layer in self.layers)

@@ -69,6 +69,10 @@ class Snapshot:
         foldable = {id(t): t for _, _, t, _ in self._tensors if t is not None and is_foldable(t)}
         self._bytes = _Bytes([t.detach() for t in foldable.values()])
 
+    def is_of(self, model: Any) -> bool:
+        """Whether it was taken of this model; a shallow copy has parts of its own."""
+        return self._model is model._modules
+
     def is_current(self) -> bool:
         """Whether nothing has changed since."""
         return self.same_structure() and self.same_tensors() and self.same_bytes()

@@ -33,13 +33,8 @@ from ..inference.fast_path import has_global_hooks, transforms
 from ..ops._registry import autocast, differentiable
 from ..ops.aspp_convs import aspp_convs
 from .aspp import ASPP, ASPPPooling
-from .intact import functional_is_intact, is_intact
+from .intact import activation, functional_is_intact, is_intact
 
-_ACTIVATIONS: dict[type[nn.Module], str | None] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.Hardswish: "hardswish",
-}
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 # By the forward that a rule stands for: a subclass that keeps it keeps the rule.
 _RULES: dict[Callable[..., Any], Callable[[Any, Any], Any]] = {}
@@ -125,9 +120,9 @@ def sequence(
             pending = None
             continue
         norm_act = None
-        if i < len(flat) and type(flat[i]) in _ACTIVATIONS and is_plain(flat[i]):
-            norm_act = _ACTIVATIONS[type(flat[i])]
-            i += 1
+        if i < len(flat) and is_plain(flat[i]):
+            norm_act = activation(flat[i])
+            i += norm_act is not None
         pool = None
         if i < len(flat) and _is_pool(flat[i]):
             pool = _pool(flat[i])

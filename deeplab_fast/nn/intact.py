@@ -102,6 +102,11 @@ _FUNCTIONAL = (
     "silu",
 )
 _Functions = tuple[Any, ...]
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.Hardswish: "hardswish",
+}
 # By class: what reads those of `CALLED` that it has, what it read then, whether that is as shipped.
 _judged: dict[type, tuple[Callable[[type], Any], Any, bool]] = {}
 
@@ -117,6 +122,19 @@ def is_intact(module: nn.Module) -> bool:
         if name in own:
             return False
     return module._compiled_call_impl is None and is_intact_class(type(module))
+
+
+def activation(module: nn.Module) -> str | None:
+    """The name of the activation that a module computes, of those that epilogues have, else None.
+
+    Hooks aside.
+    """
+    name = _ACTIVATIONS.get(type(module))
+    if name is None or not is_intact(module):
+        return None
+    # nn.ReLU6 is an nn.Hardtanh, whose bounds can be set.
+    bounds = (module.min_val, module.max_val) if name == "relu6" else (0, 6)
+    return name if bounds == (0, 6) else None
 
 
 def is_intact_class(cls: type) -> bool:
@@ -147,6 +165,9 @@ def functional_is_intact() -> bool:
 def _is_as_shipped(cls: type) -> bool:
     derived: list[type] = []
     for ancestor in cls.__mro__:
+        # A parametrization computes the weight whenever it is read.
+        if ancestor.__module__.startswith("torch.nn.utils."):
+            return False
         if not ancestor.__module__.startswith(_SHIPPED):
             derived.append(ancestor)
             continue

@@ -406,6 +406,9 @@ class PreparedConv:
         overwrite: bool = False,
     ) -> Tensor:
         if choice.kernel == "aten":
+            if not self._finite:
+                # In channels_last PyTorch skips padding, which a nan makes nan.
+                x = x.contiguous()
             y = F.conv2d(
                 x, self._weight, shift, self.stride, self.padding, self.dilation, self.groups
             )

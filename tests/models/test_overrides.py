@@ -508,3 +508,67 @@ def test_circular_padding_after_another_output_stride() -> None:
         y = circular(x)["out"]
         assert y.shape[-2:] == (97, 97)
         assert difference(y, built(x)["out"]) < CLOSE
+
+
+# What a tester found.
+
+
+def test_a_shallow_copy_answers_for_itself() -> None:
+    """As data parallelism makes them: with parts of its own and the same state beside."""
+    model = trained().eval()
+    x = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        model(x)
+        other = copy.copy(model)
+        other._modules = model._modules.copy()
+        other.classifier = copy.deepcopy(model.classifier)
+        other.classifier[4].weight.mul_(2)
+        assert difference(other(x)["out"], plain_of(other)(x)["out"]) < CLOSE
+        assert difference(model(x)["out"], plain_of(model)(x)["out"]) < CLOSE
+
+
+def test_gradients_through_what_is_no_parameter() -> None:
+    """Of adapters: every parameter is frozen, a tensor beside them is not."""
+    model = trained().eval().requires_grad_(False)
+    scale = torch.ones((), requires_grad=True)
+    conv = model.backbone.layer2[0].conv1
+    conv.forward = lambda x: F.conv2d(x, conv.weight * scale, None, conv.stride, conv.padding)
+    x = torch.randn(1, 3, 33, 33)
+    found, expected = (
+        torch.autograd.grad(m(x)["out"].square().sum(), scale)[0] for m in (model, plain_of(model))
+    )
+    assert difference(found, expected) < CLOSE
+    with torch.no_grad():
+        assert model.fast_reasons(x) == []
+
+
+@pytest.mark.parametrize("bounds", [(0, 2), (-1, 6)])
+def test_bounds_of_relu6(bounds: tuple[int, int]) -> None:
+    model = trained()
+    act = nn.ReLU6()
+    act.min_val, act.max_val = bounds
+    model.classifier[3] = act
+    x = torch.randn(2, 3, 33, 33)
+    check_training(model, x)
+    check_eval(model.eval(), x)
+
+
+def test_a_parametrization_runs_as_often_as_by_the_plain_modules() -> None:
+    """Spectral norm iterates at every reading of the weight."""
+    model = trained()
+    for conv in (model.backbone.layer1[0].conv1, model.classifier[0].convs[1][0]):
+        nn.utils.parametrizations.spectral_norm(conv)
+    check_training(model, torch.randn(2, 3, 33, 33))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_meets_padding_alone_shows(value: float) -> None:
+    """The corner tap of a rate beyond the map: 0 times it is nan."""
+    model = dlf.deeplabv3_mobilenet_v3_large(num_classes=3).eval()
+    x = torch.randn(1, 3, 129, 129)
+    with torch.no_grad():
+        model.classifier[0].convs[1][0].weight[5, 7, 0, 0] = value
+        broken = ~plain_of(model)(x)["out"].isfinite()
+        assert broken.any()
+        for used in (model, dlf.optimize(model)):
+            assert not (used(x)["out"].isfinite() & broken).any()
