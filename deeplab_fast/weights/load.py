@@ -310,7 +310,9 @@ def _what_fits(opened: _Opened) -> str:
     try:
         with torch.device("meta"):
             model = get_model(info.model, **_found_options(info))
-            put_back(model, {**stem_settings(model, opened.renamed.state), **info.settings})
+            # Before it is put back: afterwards nothing differs.
+            stem = stem_settings(model, opened.renamed.state)
+            put_back(model, {**stem, **info.settings})
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{_NO_BUILDER}; the nearest is {info.builder_call()}, and {error}"
     reset = _reset_keys(model, layout) if layout.lacks else set()
@@ -318,7 +320,7 @@ def _what_fits(opened: _Opened) -> str:
     problems = _problems(fit, True)
     if problems:
         return f"{_NO_BUILDER}; the nearest is {info.builder_call()}, with {'; '.join(problems)}"
-    if info.settings or stem_settings(model, opened.renamed.state):
+    if info.settings or stem:
         return "the model that it fits: deeplab_fast.from_checkpoint(path)"
     return f"the model that it fits: {info.builder_call()}"
 

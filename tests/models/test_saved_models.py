@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -363,12 +365,81 @@ def test_what_nobody_reads_is_no_difference(tmp_path: Path) -> None:
 
 
 def test_numbers_of_numpy_and_torch_in_options(tmp_path: Path) -> None:
-    import numpy as np
-
     model = built(num_classes=np.int64(3), atrous_rates=(np.int64(2), 4))
     again = back(through_safetensors, model, tmp_path)
     assert (again.num_classes, again.atrous_rates) == (3, (2, 4))
     assert model_metadata(model)["settings"] == {}
+
+
+def holding_itself() -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    value["it"] = value
+    return value
+
+
+# What a user keeps on a model -> what of it a file cannot hold, "" for nothing.
+KEPT = {
+    "array": (lambda m: setattr(m, "w", np.zeros(3)), ""),
+    "array-in-a-list": (lambda m: setattr(m, "w", [np.zeros(3)]), ""),
+    "array-in-a-dict": (lambda m: setattr(m.backbone, "w", {"a": np.zeros(3)}), ""),
+    "array-of-a-submodule": (lambda m: setattr(m.classifier[1], "w", np.zeros((2, 2))), ""),
+    "tuple-as-key": (lambda m: setattr(m, "w", {(1, 2): 3}), ""),
+    "complex-number": (lambda m: setattr(m, "w", np.complex64(1j)), ""),
+    "holds-itself": (lambda m: setattr(m, "w", holding_itself()), ""),
+    "array-that-is-read": (
+        lambda m: setattr(m.classifier[1], "dilation", np.ones(2, int)), "classifier.1: dilation",
+    ),
+    "classes-set": (lambda m: setattr(m, "classes", {"a", "b", "c"}), "classes: .*set"),
+    "classes-of-objects": (lambda m: setattr(m, "classes", [object()]), "classes: .*object"),
+    "palette-without-values": (
+        lambda m: setattr(m, "palette", torch.zeros(3, 3, device="meta")), "palette: .*Tensor",
+    ),
+    "config-dict": (lambda m: setattr(m, "config", {"lr": 1}), "config: dict"),
+    "config-of-two-keys": (lambda m: setattr(m, "config", {"a": 1, "b": 2}), "config: dict"),
+    "config-with-objects": (
+        lambda m: setattr(m, "config", (m.config[0], {"width": object()})), "options: .*object",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("keep", "says"), KEPT.values(), ids=KEPT.keys())
+def test_a_state_dict_never_fails_for_what_is_kept_on_the_model(keep, says: str) -> None:
+    model = small()
+    keep(model)
+    about = model.state_dict()._metadata[""]["deeplab_fast"]
+    json.dumps(about)
+    if says:
+        assert re.search(says, "; ".join(about["lost"]))
+    else:
+        assert "lost" not in about and about["settings"] == {}
+
+
+@pytest.mark.parametrize(
+    ("classes", "palette"),
+    [
+        (np.array(["a", "b", "c"]), np.arange(9, dtype=np.uint8).reshape(3, 3)),
+        (range(3), torch.arange(9).view(3, 3)),
+    ],
+    ids=["arrays", "range-and-tensor"],
+)
+def test_names_and_colours_as_arrays(classes: Any, palette: Any, tmp_path: Path) -> None:
+    model = small()
+    model.classes, model.palette = classes, palette
+    again = back(through_safetensors, model, tmp_path)
+    assert again.classes == tuple(list(classes))
+    assert again.palette == ((0, 1, 2), (3, 4, 5), (6, 7, 8))
+
+
+def test_a_changed_model_is_built_once_for_all_its_state_dicts(monkeypatch) -> None:
+    import deeplab_fast.weights.settings as under_test
+
+    model = small()
+    model.backbone.Conv.bn.eps = 0.017
+    first = model.state_dict()._metadata[""]["deeplab_fast"]
+    monkeypatch.setattr(under_test, "_build", lambda *_: pytest.fail("built again"))
+    second = model.state_dict()._metadata[""]["deeplab_fast"]
+    assert first == second and "lost" not in first
+    assert first["settings"]["backbone.Conv.bn"]["values"]["eps"] == 0.017
 
 
 def test_a_state_dict_draws_no_random_number_and_is_torchs() -> None:
@@ -471,6 +542,17 @@ def test_builders_given_a_path_put_the_settings_back(tmp_path: Path) -> None:
     # Options of one's own stand above the file's.
     other = dlf.deeplabv3_resnet18(weights=file, output_stride=16)
     assert (other.output_stride, other.backbone.bn1.eps) == (16, 0.1)
+
+
+def test_the_model_that_fits_another_stem_is_that_of_the_checkpoint() -> None:
+    model = built()
+    model.backbone.conv1 = nn.Conv2d(4, 64, 7, stride=2, padding=3, bias=False)
+    bare = dict(nn.Module.state_dict(model))
+    for state in (model.state_dict(), bare):
+        with pytest.raises(
+            CheckpointError, match=r"it fits: deeplab_fast\.from_checkpoint\(path\)"
+        ):
+            load_weights(built(), state)
 
 
 def test_overrides_stand_above_settings(tmp_path: Path) -> None:
