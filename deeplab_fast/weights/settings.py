@@ -339,6 +339,16 @@ def _differences(actual: dict[str, _Facts], again: dict[str, _Facts]) -> Iterato
             yield f"{name}: not there"
 
 
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint's settings of {name or 'the model'} cannot be put back: {error}"
+        ) from error
+
+
 def put_back(model: nn.Module, settings: Settings) -> nn.Module:
     """Put back, in place, what `rebuilding` found.
 
@@ -352,23 +362,62 @@ def put_back(model: nn.Module, settings: Settings) -> nn.Module:
         CheckpointError: settings that the model cannot take; it may be changed in part then.
     """
     for name, entry in settings.items():
-        try:
+        with _refusing(name):
             _restore(model, name, entry)
-        except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"the checkpoint's settings of {name or 'the model'} cannot be put back: {error}"
-            ) from error
     return model
 
 
-def changed_modules(name: str, options: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
-    """Modules that a builder makes differently with other options."""
+def under_other_options(
+    settings: Settings, name: str, options: Mapping[str, Any], other: Mapping[str, Any]
+) -> tuple[Settings, list[str]]:
+    """Settings of a model built with `options`, for one that the builder makes with `other`.
+
+    Values that the options decide are those of `other`; everything else stays.
+
+    Returns:
+        The settings, and what of them was left out, as text.
+    """
     before, after = _of_builder(name, options), _of_builder(name, other)
-    return {
-        module
-        for module in {**before, **after}
-        if module not in before or module not in after or _wrong(before[module], after[module])
-    }
+    found: Settings = {}
+    dropped: list[str] = []
+    gone: set[str] = set()
+    for module, entry in settings.items():
+        with _refusing(module):
+            where = module or "the model"
+            old, new = before.get(module), after.get(module)
+            if any(module.startswith(f"{parent}.") for parent in gone):
+                continue
+            if old is None or new is None:
+                if old is new:
+                    found[module] = entry
+                    continue
+                decided = True
+            else:
+                decided = (old.kind, old.children) != (new.kind, new.children)
+                # Of a module in another's place nothing tells how its tensors would become others.
+                other_kind = entry is None or entry["class"] != old.kind
+                decided = decided or (other_kind and old.tensors != new.tensors)
+            if decided:
+                gone.add(module)
+                dropped.append(where)
+                continue
+            if entry is None:
+                found[module] = None
+                continue
+            values = dict(entry["values"])
+            assert old is not None and new is not None
+            for key in old.attributes:
+                if key in values and old.attributes[key] != new.attributes.get(key):
+                    value = tuples(values[key])
+                    # What nobody set by hand is no loss.
+                    if value not in (old.attributes[key], new.attributes.get(key)):
+                        dropped.append(f"{where}: {key}={value!r}")
+                    values[key] = new.attributes.get(key)
+                    if key == "padding" and _DERIVED_PADDING in values:
+                        rows, columns = values[key]
+                        values[_DERIVED_PADDING] = (columns, columns, rows, rows)
+            found[module] = {**entry, "values": values}
+    return found, dropped
 
 
 def settings_differ(model: nn.Module, settings: Settings) -> list[str]:
