@@ -632,10 +632,10 @@ def _load_model(config: Any, command: str) -> tuple[Any, str]:
         if classes is not None:
             options["num_classes"] = classes
         model: Any = get_model(name, **options)
-        if name == found.model:
-            restore_settings(model, found)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            if name == found.model:
+                restore_settings(model, found)
             load_weights(model, weights, part=config.weights_part, reset_head=reset_head)
             given = () if config.output_stride is None else ("output_stride",)
             if name == found.model:

@@ -209,15 +209,22 @@ def _one_class(
     if ignored:
         text += (
             f"; they also hold {describe_labels(ignored)}, which is ignored: if that is a class, "
-            f"map it, {_mapping_hint(dataset, ignored)}"
+            f"{_mapping_hint(dataset, ignored)}"
         )
     return [Problem(-1, "one class", "", text)]
 
 
 def _mapping_hint(dataset: SegmentationDataset, ignored: Iterable[int]) -> str:
+    if 0 <= dataset.ignore_index < dataset.num_classes:
+        # Mapped to this class it would be ignored again.
+        return (
+            f"ignore another number than {dataset.ignore_index}, which is "
+            f"{dataset.classes.classes[dataset.ignore_index]!r}: --ignore-index 255 (a data set's "
+            "ignore_index)"
+        )
     target = "1" if dataset.num_classes == 2 else "ID"
     raw = ",".join(f"{value}={target}" for value in sorted(ignored)[:3])
-    return f"--label-map {raw} (a data set's label_map)"
+    return f"map it, --label-map {raw} (a data set's label_map)"
 
 
 def _notes(
@@ -242,7 +249,7 @@ def _notes(
         for value, masks in sorted(two_valued.items()):
             yield (
                 f"{masks} of {len(dataset)} masks hold {names[0]!r} and {value} alone, and {value} "
-                f"is ignored; if it is {names[1]!r} there, map it, "
+                f"is ignored; if it is {names[1]!r} there, "
                 f"{_mapping_hint(dataset, [value])}"
             )
 

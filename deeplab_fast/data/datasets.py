@@ -537,7 +537,11 @@ def _read_picture(path: Path) -> np.ndarray:
         wide = "16" in raw_mode and not mode.startswith("I")
         if wide or mode not in (*_MASK_MODES, *_EQUAL_CHANNELS):
             bits = " of 16 bits a channel" if wide else ""
-            raise ImageReadError(str(path), f"a colour picture{bits} (mode {mode}); {_ONE_CHANNEL}")
+            # Pillow opens it as RGBA.
+            grey = raw_mode.startswith("LA")
+            what = "a grey picture with transparency" if grey else "a colour picture"
+            said = "" if grey else f" (mode {mode})"
+            raise ImageReadError(str(path), f"{what}{bits}{said}; {_ONE_CHANNEL}")
         load_upright(image)
         values = np.asarray(image)
     if mode in _EQUAL_CHANNELS:
@@ -882,13 +886,14 @@ def _folder_of_pairs(root: Path, split: str | None, spec: dict[str, Any]) -> Seg
     _folder("folder", root, ("",), names)
     photos, masks = (root / name for name in names)
     if split is not None:
-        missing = [str(path / split) for path in (photos, masks) if not (path / split).is_dir()]
+        found = [_on_disk(path / split, {}) for path in (photos, masks)]
+        missing = [str(path) for path in found if not path.is_dir()]
         if missing:
             raise FileNotFoundError(
                 f"folder: no folder {' nor '.join(missing)} for the split {split!r}; without a "
                 f"split all of {photos} is taken"
             )
-        photos, masks = photos / split, masks / split
+        photos, masks = found
     samples = _pairs("folder", photos, masks)
     return SegmentationDataset(samples, name=root.resolve().name, split=split, **spec)
 

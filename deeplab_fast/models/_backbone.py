@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -105,6 +106,66 @@ def set_dilation(conv: nn.Conv2d, dilation: int) -> None:
     conv.padding = (rows, columns)
     # What nn.Conv2d pads by where padding_mode is not "zeros": left, right, top, bottom.
     conv._reversed_padding_repeated_twice = [columns, columns, rows, rows]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a convolution reads, and how far apart it writes."""
+
+    stride: Any
+    dilation: Any
+    padding: Any
+    reversed_padding: Any
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> Geometry:
+        rest = conv._reversed_padding_repeated_twice
+        padding = conv.padding
+        return cls(
+            conv.stride,
+            conv.dilation,
+            padding if isinstance(padding, str) else tuple(_pair(padding)),
+            tuple(rest),
+        )
+
+    def put_on(self, conv: nn.Conv2d) -> None:
+        conv.stride, conv.dilation, conv.padding = self.stride, self.dilation, self.padding
+        conv._reversed_padding_repeated_twice = list(self.reversed_padding)
+
+    def moved(self, before: Geometry, after: Geometry) -> Geometry:
+        """What was set by hand where a plan had `before`, for a plan that has `after`.
+
+        Raises:
+            ValueError: there is nothing that sees the same pixels of the image.
+        """
+        if self.stride == before.stride:
+            stride = after.stride
+        elif before.stride == after.stride:
+            stride = self.stride
+        else:
+            raise ValueError(
+                f"stride {self.stride}, where the output stride decides between {before.stride} "
+                f"and {after.stride}"
+            )
+        return Geometry(
+            stride,
+            _scaled("dilation", self.dilation, before, after),
+            _scaled("padding", self.padding, before, after),
+            _scaled("padding", self.reversed_padding, before, after),
+        )
+
+
+def _pair(value: Any) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _scaled(what: str, values: Any, before: Geometry, after: Geometry) -> Any:
+    if isinstance(values, str):
+        return values
+    old, new = _pair(before.dilation)[0], _pair(after.dilation)[0]
+    if any(v * new % old for v in _pair(values)):
+        raise ValueError(f"{what} {values}, which times {new}/{old} is no whole number")
+    return tuple(v * new // old for v in _pair(values))
 
 
 def set_stride(conv: nn.Conv2d, stride: int) -> None:

@@ -15,7 +15,7 @@ from ..nn import fused
 from ..nn.aspp import ASPPConv
 from ..nn.formats import in_plain_format, is_channels_last
 from ..nn.heads import DeepLabV2Head
-from ._backbone import set_dilation
+from ._backbone import Geometry, set_dilation
 
 OUTPUT_STRIDES = (8, 16)
 
@@ -207,8 +207,9 @@ class DeepLabV3(nn.Module):
         """Change the output stride of a model, trained or not, in place; weights stay as they are.
 
         Strides of the backbone are exchanged for dilation or back, and the head's atrous rates are
-        doubled or halved, so that each filter sees the same pixels of the image. The paper trains
-        at 16 and evaluates at 8.
+        doubled or halved, so that each filter sees the same pixels of the image; dilations of the
+        backbone that were set by hand or by a checkpoint are scaled alike. The paper trains at 16
+        and evaluates at 8.
 
         Args:
             output_stride: 8 or 16.
@@ -217,8 +218,8 @@ class DeepLabV3(nn.Module):
             The model itself.
 
         Raises:
-            ValueError: another number, a backbone that cannot, or a rate that cannot be halved;
-                nothing is changed then.
+            ValueError: another number, a backbone that cannot, a rate or dilation that cannot be
+                halved, or a stride set by hand; nothing is changed then.
 
         Source: arXiv 1706.05587, section 3.3 ("the rates are doubled when output_stride = 8").
         """
@@ -237,7 +238,7 @@ class DeepLabV3(nn.Module):
                 f"atrous rates {self.atrous_rates} at output stride {before} have no whole number "
                 f"at output stride {output_stride}; build the model with other atrous_rates"
             )
-        backbone.set_output_stride(output_stride)
+        _change_backbone(backbone, output_stride)
         for conv, rate in zip(convs, rates, strict=True):
             set_dilation(conv, rate // output_stride)
         if self.config is not None:
@@ -247,6 +248,39 @@ class DeepLabV3(nn.Module):
             rates_now = {"atrous_rates": self.atrous_rates} if convs else {}
             self.config = (name, {**options, "output_stride": output_stride, **rates_now})
         return self
+
+
+def _change_backbone(backbone: Any, output_stride: int) -> None:
+    """Change its output stride, and move with it what is not as the backbone itself plans it."""
+    convs = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d)}
+    actual = {name: Geometry.of(conv) for name, conv in convs.items()}
+    kept = {
+        name: vars(backbone)[name]
+        for name in ("dilated", "output_stride")
+        if name in vars(backbone)
+    }
+    if hasattr(backbone, "set_dilated"):
+        backbone.set_dilated(backbone.dilated)
+    else:
+        backbone.set_output_stride(backbone.output_stride)
+    before = {name: Geometry.of(conv) for name, conv in convs.items()}
+    backbone.set_output_stride(output_stride)
+    name = ""
+    try:
+        moved = {}
+        for name in convs:
+            if actual[name] != before[name]:
+                moved[name] = actual[name].moved(before[name], Geometry.of(convs[name]))
+    except ValueError as error:
+        for name_, geometry in actual.items():
+            geometry.put_on(convs[name_])
+        vars(backbone).update(kept)
+        raise ValueError(
+            f"the output stride cannot become {output_stride}: backbone.{name} was given {error}; "
+            f"set it for output stride {output_stride} by hand"
+        ) from error
+    for name_, geometry in moved.items():
+        geometry.put_on(convs[name_])
 
 
 def check_output_stride(output_stride: int) -> None:

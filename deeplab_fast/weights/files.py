@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..data.preprocess import Preprocess
 from ._common import METADATA_KEY, SHOWN, CheckpointError, Source, StateDict, shorten, unwrapped
 from .layouts import NOT_MODEL, Origin, known_layout
-from .settings import plain_number, rebuilding
+from .settings import plain, rebuilding
 
 _CONTAINERS = (
     "model_state_dict",
@@ -549,13 +549,18 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
     for name in ("num_classes", "classes", "palette"):
         value = getattr(model, name, None)
         if value is not None:
-            metadata[name] = value
+            metadata[name] = _listed(value)
     config = getattr(model, "config", None)
-    if config is not None:
+    if _is_config(config):
         name, options = config
         again = rebuilding(model, name, options)
         metadata |= {"model": name, "options": again.options, "settings": again.settings}
         lost += again.lost
+    elif config is not None:
+        lost.append(
+            f"config: {type(config).__name__}, not the builder's name and its options as the "
+            "builder left it"
+        )
     preprocess = getattr(model, "preprocess", None)
     if preprocess is not None:
         kind = type(preprocess).__name__
@@ -563,9 +568,33 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
             metadata |= {"preprocess": asdict(preprocess), "preprocess_kind": kind}
         else:
             lost.append(f"preprocess: an object of class {kind}")
+    for name, value in list(metadata.items()):
+        try:
+            metadata[name] = json.loads(json.dumps(plain(value)))
+        except (TypeError, ValueError) as error:
+            del metadata[name]
+            lost.append(f"{name}: {error}")
     if lost:
         metadata["lost"] = lost
-    return json.loads(json.dumps(metadata, default=plain_number))
+    return metadata
+
+
+def _is_config(value: Any) -> bool:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    name, options = value
+    return isinstance(name, str) and isinstance(options, Mapping)
+
+
+def _listed(value: Any) -> Any:
+    """Arrays, tensors and ranges as lists; other values as they are."""
+    if isinstance(value, range):
+        return list(value)
+    try:
+        # Tensors that have no values (meta, fake) refuse.
+        return value.tolist() if hasattr(value, "tolist") else value
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return value
 
 
 def preprocess_kinds() -> dict[str, type[Preprocess]]:

@@ -168,19 +168,33 @@ def _smp_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
     config = {**_SMP_DEFAULTS, **origin.config}
     if not _is_smp(origin):
         return options
-    options["output_stride"] = config["encoder_output_stride"]
-    options["atrous_rates"] = tuple(config["decoder_atrous_rates"])
-    if config["decoder_aspp_dropout"] != 0.5:
-        options["dropout"] = config["decoder_aspp_dropout"]
+    options |= _smp_told(config)
+    dropout = config["decoder_aspp_dropout"]
+    if isinstance(dropout, (int, float)) and dropout != 0.5:
+        options["dropout"] = dropout
     return options
 
 
 def _smp_plus_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
     options = _no_contraction(state, origin)
     if _is_smp(origin):
-        options["output_stride"] = origin.config.get("encoder_output_stride", 16)
-        options["atrous_rates"] = tuple(origin.config.get("decoder_atrous_rates", (12, 24, 36)))
+        options |= _smp_told({**_SMP_DEFAULTS, "encoder_output_stride": 16, **origin.config})
     return options
+
+
+def _smp_told(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Output stride and rates, where the config has values that can be ones."""
+    options: dict[str, Any] = {}
+    if isinstance(config["encoder_output_stride"], int):
+        options["output_stride"] = config["encoder_output_stride"]
+    rates = config["decoder_atrous_rates"]
+    if _whole_numbers(rates):
+        options["atrous_rates"] = tuple(rates)
+    return options
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(v) is int for v in value)
 
 
 def _is_smp(origin: Origin) -> bool:
@@ -192,7 +206,13 @@ def _smp_differs(state: Mapping[str, Tensor], origin: Origin) -> str:
         return ""
     config = {**_SMP_DEFAULTS, **origin.config}
     stride = config["encoder_output_stride"]
-    reasons = []
+    told = {"encoder_output_stride": "output_stride", "decoder_atrous_rates": "atrous_rates"}
+    options = _smp_told(config)
+    reasons = [
+        f"its config.json has {key}={config[key]!r}, which cannot be read"
+        for key, option in told.items()
+        if option not in options
+    ]
     activation = config.get("activation")
     if activation not in (None, "identity"):
         reasons.append(f"its model ends in activation={activation!r}, this one returns logits")
@@ -214,19 +234,32 @@ def _vainf_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any
 
 @dataclass(frozen=True)
 class _MMSeg:
-    """How a model of mmsegmentation was built: the arguments of its config that decide."""
+    """How a model of mmsegmentation was built: the arguments of its config that decide.
 
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
+    None: not told, but for `multi_grid`, where "multi_grid" in `unread` says so.
+
+    Attributes:
+        caffe: whether the first convolution of a bottleneck has the stride.
+        eps: of the batch norms of a part of the model, where the config has one.
+        unread: arguments whose values are no literals or make no sense.
+        lost: what nothing here gives, as text.
+    """
+
+    strides: tuple[int, ...] | None
+    dilations: tuple[int, ...] | None
     multi_grid: tuple[int, ...] | None
     contract_dilation: bool
-    rates: tuple[int, ...]
+    rates: tuple[int, ...] | None
     align_corners: bool
     dropout: float = 0.1
+    caffe: bool = False
+    eps: Mapping[str, float] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
     @property
-    def output_stride(self) -> int:
-        return 4 * math.prod(self.strides)
+    def output_stride(self) -> int | None:
+        return None if self.strides is None else 4 * math.prod(self.strides)
 
 
 _MMSEG_STRIDES = {8: ((1, 2, 1, 1), (1, 1, 2, 4)), 16: ((1, 2, 2, 1), (1, 1, 1, 2))}
@@ -239,16 +272,7 @@ def _mmseg_built(origin: Origin) -> _MMSeg | None:
     model = _config_model(text) if isinstance(text, str) else {}
     backbone, head = model.get("backbone"), model.get("decode_head")
     if isinstance(backbone, dict) and isinstance(head, dict) and "dilations" in head:
-        grid = backbone.get("multi_grid")
-        return _MMSeg(
-            strides=tuple(backbone.get("strides", (1, 2, 2, 2))),
-            dilations=tuple(backbone.get("dilations", (1, 1, 1, 1))),
-            multi_grid=None if grid is None else tuple(grid),
-            contract_dilation=bool(backbone.get("contract_dilation", False)),
-            rates=tuple(head["dilations"]),
-            align_corners=bool(head.get("align_corners", False)),
-            dropout=head.get("dropout_ratio", 0.1),
-        )
+        return _mmseg_config(model, backbone, head)
     named = re.match(r"deeplabv3_r\d+b?-d(8|16)(?:-mg(\d+))?_(\d+x\d+)_", origin.name)
     if named is None:
         return None
@@ -260,6 +284,91 @@ def _mmseg_built(origin: Origin) -> _MMSeg | None:
         rates=_MMSEG_RATES[stride],
         align_corners=named[3] == "769x769",
     )
+
+
+_MMSEG_PARTS = {
+    "backbone": "backbone",
+    "decode_head": "classifier",
+    "auxiliary_head": "aux_classifier",
+}
+_MMSEG_MEAN = (123.675, 116.28, 103.53)
+_MMSEG_STD = (58.395, 57.12, 57.375)
+
+
+def _mmseg_config(
+    model: Mapping[str, Any], backbone: Mapping[str, Any], head: Mapping[str, Any]
+) -> _MMSeg:
+    unread: list[str] = []
+
+    def read(part: str, key: str, default: Any, makes_sense: Callable[[Any], bool]) -> Any:
+        value = {"backbone": backbone, "decode_head": head}[part].get(key, default)
+        if makes_sense(value):
+            return value
+        unread.append(f"{part}.{key}")
+        return None
+
+    def is_grid(value: Any) -> bool:
+        return value is None or _whole_numbers(value)
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    def is_flag(value: Any) -> bool:
+        return isinstance(value, bool)
+
+    dropout = read("decode_head", "dropout_ratio", 0.1, is_number)
+    eps: dict[str, float] = {}
+    lost: list[str] = []
+    for part, ours in _MMSEG_PARTS.items():
+        section = model.get(part)
+        norm = section.get("norm_cfg") if isinstance(section, dict) else None
+        value = norm.get("eps") if isinstance(norm, dict) else None
+        if is_number(value):
+            eps[ours] = float(value)
+        elif value is not None or norm is _UNREAD:
+            unread.append(f"{part}.norm_cfg")
+        activation = section.get("act_cfg") if isinstance(section, dict) else None
+        named = activation.get("type") if isinstance(activation, dict) else activation
+        if isinstance(section, dict) and "act_cfg" in section and named != "ReLU":
+            lost.append(f"{part}.act_cfg={activation!r}, where this one has ReLU")
+    if head.get("in_index", -1) not in (-1, 3):
+        lost.append(f"decode_head.in_index={head['in_index']!r}, where this one reads the last")
+    if head.get("out_channels") == 1:
+        lost.append(
+            "one logit for two classes, whose sigmoid is held against "
+            f"threshold={head.get('threshold', 0.3)!r} (pass that threshold to predict)"
+        )
+    prepare = model.get("data_preprocessor")
+    if isinstance(prepare, dict):
+        for key, usual in (("mean", _MMSEG_MEAN), ("std", _MMSEG_STD), ("bgr_to_rgb", True)):
+            if prepare.get(key, usual) != usual:
+                lost.append(
+                    f"data_preprocessor.{key}={prepare[key]!r} of a BGR image of 0 to 255, where "
+                    f"the model's preprocess has {usual!r}"
+                )
+    return _MMSeg(
+        strides=read("backbone", "strides", (1, 2, 2, 2), _whole_numbers),
+        dilations=read("backbone", "dilations", (1, 1, 1, 1), _whole_numbers),
+        multi_grid=read("backbone", "multi_grid", None, is_grid),
+        contract_dilation=bool(read("backbone", "contract_dilation", False, is_flag)),
+        rates=read("decode_head", "dilations", None, _whole_numbers),
+        align_corners=bool(read("decode_head", "align_corners", False, is_flag)),
+        dropout=0.1 if dropout is None else dropout,
+        caffe=read("backbone", "style", "pytorch", lambda v: isinstance(v, str)) == "caffe",
+        eps=eps,
+        unread=tuple(unread),
+        lost=tuple(lost),
+    )
+
+
+class _Unread:
+    """Stands for what a config has in another form than a literal."""
+
+    def __repr__(self) -> str:
+        return "an expression"
+
+
+_UNREAD = _Unread()
 
 
 def _config_model(text: str) -> dict[str, Any]:
@@ -276,46 +385,74 @@ def _config_model(text: str) -> dict[str, Any]:
 
 
 def _literal(node: ast.expr) -> Any:
-    """A literal, also one of dict(...) calls; None for anything else."""
+    """A literal, also one of dict(...) calls; `_UNREAD` for anything else."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         return {k.arg: _literal(k.value) for k in node.keywords if k.arg is not None}
+    if isinstance(node, ast.Dict) and all(isinstance(k, ast.Constant) for k in node.keys):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {k.value: _literal(v) for k, v in pairs if isinstance(k, ast.Constant)}
     if isinstance(node, (ast.List, ast.Tuple)):
         return tuple(map(_literal, node.elts))
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
-        return None
+        return _UNREAD
 
 
 def _mmseg_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
     built = _mmseg_built(origin)
-    if built is None or built.output_stride not in _MMSEG_STRIDES:
+    if built is None:
         return {}
-    options: dict[str, Any] = {
-        "output_stride": built.output_stride,
-        "contract_dilation": built.contract_dilation,
-        "multi_grid": None,
-        "atrous_rates": built.rates[1:],
-        "align_corners": built.align_corners,
-    }
+    options: dict[str, Any] = {"contract_dilation": built.contract_dilation}
+    if built.output_stride in _MMSEG_STRIDES:
+        options["output_stride"] = built.output_stride
+    if built.rates is not None:
+        options["atrous_rates"] = built.rates[1:]
+    if "backbone.multi_grid" not in built.unread:
+        options["multi_grid"] = None
+    if "decode_head.align_corners" not in built.unread:
+        options["align_corners"] = built.align_corners
     if built.dropout != 0.1:
         options["dropout"] = built.dropout
     return options
 
 
 def _mmseg_settings(state: Mapping[str, Tensor], origin: Origin) -> Settings:
-    """mmsegmentation's multi-grid: the dilations themselves, where the paper has unit rates."""
+    """What mmsegmentation's config says and no option does.
+
+    Multi-grid as the dilations themselves, where the paper has unit rates; strides on the first
+    convolution of a block; eps of the batch norms.
+    """
     built = _mmseg_built(origin)
-    if built is None or built.multi_grid is None or basic_blocks(state):
+    if built is None:
         return {}
-    return {
-        f"backbone.layer4.{i}.conv2": {
-            "class": "Conv2d",
-            "new": False,
-            "values": {"dilation": (rate, rate), "padding": (rate, rate)},
-        }
-        for i, rate in enumerate(built.multi_grid)
+    values: dict[str, dict[str, Any]] = {}
+    if not basic_blocks(state):
+        for i, rate in enumerate(built.multi_grid or ()):
+            values[f"backbone.layer4.{i}.conv2"] = {
+                "dilation": (rate, rate),
+                "padding": (rate, rate),
+            }
+        for stage, stride in enumerate((built.strides or ()) if built.caffe else (), 1):
+            if stride != 1:
+                block = f"backbone.layer{stage}.0"
+                values.setdefault(f"{block}.conv1", {})["stride"] = (stride, stride)
+                values.setdefault(f"{block}.conv2", {})["stride"] = (1, 1)
+    settings: Settings = {
+        name: {"class": "Conv2d", "new": False, "values": given} for name, given in values.items()
     }
+    if built.eps:
+        renamed = rename_tensors(state, layout_named("mmseg"), "the checkpoint").state
+        for key in renamed:
+            name, _, leaf = key.rpartition(".")
+            part = name.partition(".")[0]
+            if leaf == "running_mean" and part in built.eps:
+                settings[name] = {
+                    "class": "BatchNorm2d",
+                    "new": False,
+                    "values": {"eps": built.eps[part]},
+                }
+    return settings
 
 
 def _mmseg_differs(state: Mapping[str, Tensor], origin: Origin) -> str:
@@ -324,13 +461,18 @@ def _mmseg_differs(state: Mapping[str, Tensor], origin: Origin) -> str:
         reasons.append("mmsegmentation dilates a basic block's first convolution only")
     built = _mmseg_built(origin)
     if built is not None:
-        usual = _MMSEG_STRIDES.get(built.output_stride)
-        if usual != (built.strides, built.dilations):
+        if built.unread:
+            reasons.append(f"its config has {', '.join(built.unread)} in a form that is not read")
+        reasons += [f"its config has {text}" for text in built.lost]
+        usual = _MMSEG_STRIDES.get(built.output_stride or 0)
+        known = built.strides is not None and built.dilations is not None
+        if known and usual != (built.strides, built.dilations):
             reasons.append(
                 f"its backbone has strides {built.strides} and dilations {built.dilations}"
             )
-        if built.rates[:1] != (1,) or 1 in built.rates[1:]:
-            reasons.append(f"its head has dilations {built.rates}, where 1 is a 1x1 convolution")
+        rates = built.rates
+        if rates is not None and (rates[:1] != (1,) or 1 in rates[1:]):
+            reasons.append(f"its head has dilations {rates}, where 1 is a 1x1 convolution")
     return "; ".join(reasons)
 
 

@@ -19,10 +19,10 @@ from .inspect import WeightsInfo, inspect_open
 from .layouts import Layout, Renamed, detect_layout, layout_named, rename_tensors
 from .settings import (
     Settings,
-    changed_modules,
     put_back,
     settings_differ,
     stem_settings,
+    under_other_options,
 )
 
 
@@ -310,7 +310,9 @@ def _what_fits(opened: _Opened) -> str:
     try:
         with torch.device("meta"):
             model = get_model(info.model, **_found_options(info))
-            put_back(model, {**stem_settings(model, opened.renamed.state), **info.settings})
+            # Before it is put back: afterwards nothing differs.
+            stem = stem_settings(model, opened.renamed.state)
+            put_back(model, {**stem, **info.settings})
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{_NO_BUILDER}; the nearest is {info.builder_call()}, and {error}"
     reset = _reset_keys(model, layout) if layout.lacks else set()
@@ -318,7 +320,7 @@ def _what_fits(opened: _Opened) -> str:
     problems = _problems(fit, True)
     if problems:
         return f"{_NO_BUILDER}; the nearest is {info.builder_call()}, with {'; '.join(problems)}"
-    if info.settings or stem_settings(model, opened.renamed.state):
+    if info.settings or stem:
         return "the model that it fits: deeplab_fast.from_checkpoint(path)"
     return f"the model that it fits: {info.builder_call()}"
 
@@ -412,8 +414,8 @@ def option_values(model: Any) -> dict[str, Any]:
 def restore_settings(model: Any, info: WeightsInfo) -> Settings:
     """Put on a model, in place, what the checkpoint's model had beyond its builder's options.
 
-    Modules that other options of the builder make otherwise stay as they are: what was asked for
-    stands above what the file has.
+    Values that other options of the builder decide stay as they are: what was asked for stands
+    above what the file has.
 
     Args:
         model: what the builder `info.model` made.
@@ -424,12 +426,21 @@ def restore_settings(model: Any, info: WeightsInfo) -> Settings:
 
     Raises:
         CheckpointError: settings that the model cannot take.
+
+    Warns:
+        UserWarning: values that were set by hand are left out for the options.
     """
     if not info.settings:
         return {}
     name, options = model.config
-    kept = changed_modules(name, _found_options(info), options)
-    settings = {module: entry for module, entry in info.settings.items() if module not in kept}
+    settings, dropped = under_other_options(info.settings, name, _found_options(info), options)
+    if dropped:
+        warnings.warn(
+            "the checkpoint's model was changed by hand where the options given decide; left out "
+            f"is {shorten(dropped)}",
+            UserWarning,
+            stacklevel=3,
+        )
     put_back(model, settings)
     return settings
 

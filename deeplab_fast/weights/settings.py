@@ -140,7 +140,9 @@ def _attributes(module: nn.Module, left_out: tuple[str, ...]) -> dict[str, Any]:
         if name.startswith("_") or name == "training" or name in left_out:
             continue
         try:
-            found[name] = _plain(value)
+            if isinstance(value, Tensor):
+                raise TypeError("a tensor is no setting")
+            found[name] = plain(value)
         except TypeError:
             found[name] = _Opaque(type(value).__qualname__, hasattr(type(module), name))
     if getattr(module, "padding_mode", "zeros") != "zeros":
@@ -150,17 +152,45 @@ def _attributes(module: nn.Module, left_out: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def plain(value: Any) -> Any:
+    """A value as JSON's own types, sequences as tuples, NumPy's numbers as Python's.
+
+    Raises:
+        TypeError: no file holds it (arrays, tensors, objects, what holds itself).
+    """
+    try:
+        return _plain(value)
+    except RecursionError as error:
+        raise TypeError("it holds itself, or is nested too deeply") from error
+
+
 def _plain(value: Any) -> Any:
-    """A value as Python's own types, sequences as tuples; TypeError for one that no file holds."""
     if isinstance(value, Mapping):
-        return {_plain(k): _plain(v) for k, v in value.items()}
+        return {_plain_key(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, Tensor):
-        raise TypeError("a tensor is no setting")
-    return plain_number(value)
+    return _plain_number(value)
+
+
+def _plain_key(key: Any) -> Any:
+    found = _plain(key)
+    if isinstance(found, (tuple, dict)):
+        raise TypeError(f"{key!r} is no name")
+    return found
+
+
+def _plain_number(value: Any) -> Any:
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        try:
+            found = value.item()
+        # Tensors without values (meta, fake) refuse.
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            raise TypeError(f"{type(value).__qualname__} has no value: {error}") from error
+        if isinstance(found, (bool, int, float)):
+            return found
+    raise TypeError(f"an object of {type(value).__qualname__} cannot be written into a file")
 
 
 @dataclass(frozen=True)
@@ -188,13 +218,13 @@ def rebuilding(model: nn.Module, name: str, options: Mapping[str, Any]) -> Rebui
     for left_out in ((), ("atrous_rates",), ("atrous_rates", "output_stride")):
         tried = {k: v for k, v in rest.items() if k not in left_out}
         try:
-            plain = _of_builder(name, {**tried, **heads})
+            built = _of_builder(name, {**tried, **heads})
         except (TypeError, ValueError, RuntimeError) as refused:
             error = error or refused
             continue
         actual = _facts(model)
-        settings = _settings(actual, plain)
-        again = _restored_facts(name, {**tried, **heads}, settings) if settings else plain
+        settings = _settings(actual, built)
+        again = _restored(name, {**tried, **heads}, settings) if settings else built
         return Rebuilding(tried, settings, tuple(_differences(actual, again)))
     return Rebuilding(rest, {}, (f"{name} does not take its options: {error}",))
 
@@ -213,20 +243,23 @@ def _build(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _of_builder(name: str, options: Mapping[str, Any]) -> dict[str, _Facts]:
-    return _cached_facts(name, json.dumps(options, sort_keys=True, default=plain_number))
+    return _cached_facts(name, json.dumps(plain(options), sort_keys=True))
 
 
-def plain_number(value: Any) -> Any:
-    """NumPy's and torch's numbers as Python's."""
-    if hasattr(value, "item"):
-        return value.item()
-    raise TypeError(f"an object of {type(value).__qualname__} cannot be written into a file")
+def _restored(name: str, options: Mapping[str, Any], settings: Settings) -> dict[str, _Facts]:
+    # The order of the settings is that in which they are put back.
+    return _cached_facts(name, json.dumps(plain(options), sort_keys=True), json.dumps(settings))
 
 
 @functools.lru_cache(maxsize=16)
-def _cached_facts(name: str, options: str) -> dict[str, _Facts]:
+def _cached_facts(name: str, options: str, settings: str = "{}") -> dict[str, _Facts]:
     with _on_meta():
-        return _facts(_build(name, {k: tuples(v) for k, v in json.loads(options).items()}))
+        model = _build(name, {k: tuples(v) for k, v in json.loads(options).items()})
+        # What cannot be put back is a difference afterwards.
+        for module, entry in json.loads(settings).items():
+            with contextlib.suppress(CheckpointError):
+                put_back(model, {module: entry})
+    return _facts(model)
 
 
 @contextlib.contextmanager
@@ -234,16 +267,6 @@ def _on_meta() -> Iterator[None]:
     """Tensors without memory, also where the caller's are fake ones (torch.export, estimates)."""
     with torch.utils._python_dispatch._disable_current_modes(), torch.device("meta"):
         yield
-
-
-def _restored_facts(name: str, options: Mapping[str, Any], settings: Settings) -> dict[str, _Facts]:
-    with _on_meta():
-        model = _build(name, options)
-        # What cannot be put back is a difference afterwards.
-        for module, entry in settings.items():
-            with contextlib.suppress(CheckpointError):
-                put_back(model, {module: entry})
-    return _facts(model)
 
 
 def _settings(actual: dict[str, _Facts], plain: dict[str, _Facts]) -> Settings:
@@ -316,6 +339,16 @@ def _differences(actual: dict[str, _Facts], again: dict[str, _Facts]) -> Iterato
             yield f"{name}: not there"
 
 
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint's settings of {name or 'the model'} cannot be put back: {error}"
+        ) from error
+
+
 def put_back(model: nn.Module, settings: Settings) -> nn.Module:
     """Put back, in place, what `rebuilding` found.
 
@@ -329,23 +362,62 @@ def put_back(model: nn.Module, settings: Settings) -> nn.Module:
         CheckpointError: settings that the model cannot take; it may be changed in part then.
     """
     for name, entry in settings.items():
-        try:
+        with _refusing(name):
             _restore(model, name, entry)
-        except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"the checkpoint's settings of {name or 'the model'} cannot be put back: {error}"
-            ) from error
     return model
 
 
-def changed_modules(name: str, options: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
-    """Modules that a builder makes differently with other options."""
+def under_other_options(
+    settings: Settings, name: str, options: Mapping[str, Any], other: Mapping[str, Any]
+) -> tuple[Settings, list[str]]:
+    """Settings of a model built with `options`, for one that the builder makes with `other`.
+
+    Values that the options decide are those of `other`; everything else stays.
+
+    Returns:
+        The settings, and what of them was left out, as text.
+    """
     before, after = _of_builder(name, options), _of_builder(name, other)
-    return {
-        module
-        for module in {**before, **after}
-        if module not in before or module not in after or _wrong(before[module], after[module])
-    }
+    found: Settings = {}
+    dropped: list[str] = []
+    gone: set[str] = set()
+    for module, entry in settings.items():
+        with _refusing(module):
+            where = module or "the model"
+            old, new = before.get(module), after.get(module)
+            if any(module.startswith(f"{parent}.") for parent in gone):
+                continue
+            if old is None or new is None:
+                if old is new:
+                    found[module] = entry
+                    continue
+                decided = True
+            else:
+                decided = (old.kind, old.children) != (new.kind, new.children)
+                # Of a module in another's place nothing tells how its tensors would become others.
+                other_kind = entry is None or entry["class"] != old.kind
+                decided = decided or (other_kind and old.tensors != new.tensors)
+            if decided:
+                gone.add(module)
+                dropped.append(where)
+                continue
+            if entry is None:
+                found[module] = None
+                continue
+            values = dict(entry["values"])
+            assert old is not None and new is not None
+            for key in old.attributes:
+                if key in values and old.attributes[key] != new.attributes.get(key):
+                    value = tuples(values[key])
+                    # What nobody set by hand is no loss.
+                    if value not in (old.attributes[key], new.attributes.get(key)):
+                        dropped.append(f"{where}: {key}={value!r}")
+                    values[key] = new.attributes.get(key)
+                    if key == "padding" and _DERIVED_PADDING in values:
+                        rows, columns = values[key]
+                        values[_DERIVED_PADDING] = (columns, columns, rows, rows)
+            found[module] = {**entry, "values": values}
+    return found, dropped
 
 
 def settings_differ(model: nn.Module, settings: Settings) -> list[str]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -363,12 +365,85 @@ def test_what_nobody_reads_is_no_difference(tmp_path: Path) -> None:
 
 
 def test_numbers_of_numpy_and_torch_in_options(tmp_path: Path) -> None:
-    import numpy as np
-
     model = built(num_classes=np.int64(3), atrous_rates=(np.int64(2), 4))
     again = back(through_safetensors, model, tmp_path)
     assert (again.num_classes, again.atrous_rates) == (3, (2, 4))
     assert model_metadata(model)["settings"] == {}
+
+
+def holding_itself() -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    value["it"] = value
+    return value
+
+
+# What a user keeps on a model -> what of it a file cannot hold, "" for nothing.
+KEPT = {
+    "array": (lambda m: setattr(m, "w", np.zeros(3)), ""),
+    "array-in-a-list": (lambda m: setattr(m, "w", [np.zeros(3)]), ""),
+    "array-in-a-dict": (lambda m: setattr(m.backbone, "w", {"a": np.zeros(3)}), ""),
+    "array-of-a-submodule": (lambda m: setattr(m.classifier[1], "w", np.zeros((2, 2))), ""),
+    "tuple-as-key": (
+        lambda m: setattr(m.backbone, "return_layers", {(1, 2): "out"}), "backbone: return_layers",
+    ),
+    "complex-number": (
+        lambda m: setattr(m.classifier[1], "dilation", np.complex64(1j)), "classifier.1: dilation",
+    ),
+    "holds-itself": (lambda m: setattr(m, "w", holding_itself()), ""),
+    "array-that-is-read": (
+        lambda m: setattr(m.classifier[1], "dilation", np.ones(2, int)), "classifier.1: dilation",
+    ),
+    "classes-set": (lambda m: setattr(m, "classes", {"a", "b", "c"}), "classes: .*set"),
+    "classes-of-objects": (lambda m: setattr(m, "classes", [object()]), "classes: .*object"),
+    "palette-without-values": (
+        lambda m: setattr(m, "palette", torch.zeros(3, 3, device="meta")), "palette: .*Tensor",
+    ),
+    "config-dict": (lambda m: setattr(m, "config", {"lr": 1}), "config: dict"),
+    "config-of-two-keys": (lambda m: setattr(m, "config", {"a": 1, "b": 2}), "config: dict"),
+    "config-with-objects": (
+        lambda m: setattr(m, "config", (m.config[0], {"width": object()})), "options: .*object",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("keep", "says"), KEPT.values(), ids=KEPT.keys())
+def test_a_state_dict_never_fails_for_what_is_kept_on_the_model(keep, says: str) -> None:
+    model = small()
+    keep(model)
+    about = model.state_dict()._metadata[""]["deeplab_fast"]
+    json.dumps(about)
+    if says:
+        assert re.search(says, "; ".join(about["lost"]))
+    else:
+        assert "lost" not in about and about["settings"] == {}
+
+
+@pytest.mark.parametrize(
+    ("classes", "palette"),
+    [
+        (np.array(["a", "b", "c"]), np.arange(9, dtype=np.uint8).reshape(3, 3)),
+        (range(3), torch.arange(9).view(3, 3)),
+    ],
+    ids=["arrays", "range-and-tensor"],
+)
+def test_names_and_colours_as_arrays(classes: Any, palette: Any, tmp_path: Path) -> None:
+    model = small()
+    model.classes, model.palette = classes, palette
+    again = back(through_safetensors, model, tmp_path)
+    assert again.classes == tuple(list(classes))
+    assert again.palette == ((0, 1, 2), (3, 4, 5), (6, 7, 8))
+
+
+def test_a_changed_model_is_built_once_for_all_its_state_dicts(monkeypatch) -> None:
+    import deeplab_fast.weights.settings as under_test
+
+    model = small()
+    model.backbone.Conv.bn.eps = 0.017
+    first = model.state_dict()._metadata[""]["deeplab_fast"]
+    monkeypatch.setattr(under_test, "_build", lambda *_: pytest.fail("built again"))
+    second = model.state_dict()._metadata[""]["deeplab_fast"]
+    assert first == second and "lost" not in first
+    assert first["settings"]["backbone.Conv.bn"]["values"]["eps"] == 0.017
 
 
 def test_a_state_dict_draws_no_random_number_and_is_torchs() -> None:
@@ -473,6 +548,17 @@ def test_builders_given_a_path_put_the_settings_back(tmp_path: Path) -> None:
     assert (other.output_stride, other.backbone.bn1.eps) == (16, 0.1)
 
 
+def test_the_model_that_fits_another_stem_is_that_of_the_checkpoint() -> None:
+    model = built()
+    model.backbone.conv1 = nn.Conv2d(4, 64, 7, stride=2, padding=3, bias=False)
+    bare = dict(nn.Module.state_dict(model))
+    for state in (model.state_dict(), bare):
+        with pytest.raises(
+            CheckpointError, match=r"it fits: deeplab_fast\.from_checkpoint\(path\)"
+        ):
+            load_weights(built(), state)
+
+
 def test_overrides_stand_above_settings(tmp_path: Path) -> None:
     model = built()
     model.backbone.bn1.eps = 0.1
@@ -483,6 +569,83 @@ def test_overrides_stand_above_settings(tmp_path: Path) -> None:
     assert again.num_classes == 6 and again.backbone.bn1.eps == 0.1 and again.output_stride == 16
     other = from_checkpoint(file, output_stride=16, align_corners=True)
     assert (other.align_corners, other.backbone.bn1.eps) == (True, 0.1)
+
+
+def test_an_option_leaves_out_only_the_values_that_it_decides(tmp_path: Path) -> None:
+    model = built(output_stride=16)
+    conv = model.backbone.layer4[1].conv2
+    conv.dilation, conv.padding, conv.padding_mode = (5, 5), (5, 5), "reflect"
+    conv._reversed_padding_repeated_twice = [5, 5, 5, 5]
+    model.backbone.layer4[0].conv1 = nn.Conv2d(256, 512, 3, 1, 1)
+    model.classifier[4] = nn.Conv2d(8, 3, 1, bias=False)
+    file = save_weights(model, tmp_path / "w.safetensors")
+    with pytest.warns(UserWarning, match="by hand where the options given decide") as caught:
+        other = from_checkpoint(file, output_stride=8)
+    message = str(caught[0].message)
+    assert "layer4.1.conv2: dilation=(5, 5)" in message and "conv2: padding=(5, 5)" in message
+    assert "classifier" not in message
+    plan = built(output_stride=8).backbone.layer4
+    for ours, there in ((other.backbone.layer4[i], plan[i]) for i in (0, 1)):
+        assert ours.conv1.dilation == there.conv1.dilation
+        assert ours.conv2.dilation == there.conv2.dilation == (4, 4)
+    conv = other.backbone.layer4[1].conv2
+    assert (conv.padding, conv.padding_mode) == ((4, 4), "reflect")
+    assert list(conv._reversed_padding_repeated_twice) == [4, 4, 4, 4]
+    # A bias that was added is the file's.
+    torch.testing.assert_close(
+        other.backbone.layer4[0].conv1.bias, model.backbone.layer4[0].conv1.bias, rtol=0, atol=0
+    )
+    again = from_checkpoint(file, num_classes=6, reset_head=True)
+    assert again.num_classes == 6 and again.classifier[4].bias is None
+
+
+def test_an_exchanged_head_is_said_to_be_left_out_for_other_classes(tmp_path: Path) -> None:
+    model = small()
+    model.classifier[1] = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 3, 1))
+    file = save_weights(model, tmp_path / "w.safetensors")
+    with (
+        pytest.raises(CheckpointError),
+        pytest.warns(UserWarning, match="left out is classifier.1$"),
+    ):
+        from_checkpoint(file, num_classes=6)
+
+
+def dilations(model: Any) -> list[tuple[Any, Any, Any]]:
+    return [(m.stride, m.dilation, m.padding) for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+def test_dilations_set_by_hand_move_with_the_output_stride_and_back() -> None:
+    model = built(output_stride=16, multi_grid=None)
+    for block, rate in zip(model.backbone.layer4, (1, 3), strict=True):
+        for conv in (block.conv1, block.conv2):
+            conv.dilation, conv.padding = (rate, rate), (rate, rate)
+    # The first convolution of the stage keeps the dilation before it.
+    before = dilations(model)
+    model.set_output_stride(8)
+    assert [b.conv2.dilation for b in model.backbone.layer4] == [(2, 2), (6, 6)]
+    assert model.backbone.layer4[1].conv1.padding == (6, 6)
+    model.set_output_stride(16)
+    assert dilations(model) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m: setattr(m.layer4[1].conv2, "dilation", (3, 3)), r"layer4\.1\.conv2 .* \(3, 3\)"),
+        (
+            lambda m: setattr(m.layer3[0].conv1, "stride", (2, 2)),
+            r"layer3\.0\.conv1 .* stride \(2, 2",
+        ),
+    ],
+    ids=["dilation-no-half", "stride"],
+)
+def test_what_cannot_move_with_the_output_stride_is_refused(change, says: str) -> None:
+    model = built(output_stride=8)
+    change(model.backbone)
+    before, config = dilations(model), model.config
+    with pytest.raises(ValueError, match=rf"cannot become 16: backbone\.{says}"):
+        model.set_output_stride(16)
+    assert (dilations(model), model.config, model.output_stride) == (before, config, 8)
 
 
 def write(file: Path, model: nn.Module, settings: Any) -> Path:

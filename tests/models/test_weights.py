@@ -19,7 +19,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -464,6 +464,66 @@ def test_mmseg_config_that_cannot_be_had_is_said() -> None:
         origin = Origin(meta={"cfg": MMSEG_CONFIG.replace(before, after)})
         assert says in layout_named("mmseg").differs({}, origin)
     assert layout_named("mmseg").differs({}, Origin(meta={"cfg": MMSEG_CONFIG})) == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ("align_corners", "act_cfg=dict(type='GELU'), align_corners", "act_cfg={'type': 'GELU'}"),
+        ("align_corners", "in_index=2, align_corners", "decode_head.in_index=2"),
+        ("align_corners", "out_channels=1, threshold=0.4, align_corners", "threshold=0.4"),
+        ("test_cfg", "data_preprocessor=dict(mean=[0, 0, 0]), test_cfg", "mean=(0, 0, 0)"),
+        ("test_cfg", "data_preprocessor={'bgr_to_rgb': False}, test_cfg", "bgr_to_rgb=False"),
+        ("dilations=(1, 6, 12, 18)", "dilations=r", "decode_head.dilations in a form"),
+        ("strides=(1, 2, 2, 1)", "strides=None", "backbone.strides in a form"),
+        ("multi_grid=(1, 2, 4)", "multi_grid=grid", "backbone.multi_grid in a form"),
+        ("dict(type='SyncBN', requires_grad=True), c", "norm, c", "backbone.norm_cfg in a form"),
+    ],
+    ids=["act", "in-index", "binary", "mean", "bgr", "rates", "strides", "grid", "norm"],
+)
+def test_mmseg_config_names_what_it_does_not_give(before: str, after: str, says: str) -> None:
+    from deeplab_fast.weights.layouts import Origin, layout_named
+
+    assert before in MMSEG_CONFIG
+    origin = Origin(meta={"cfg": MMSEG_CONFIG.replace(before, after)})
+    layout = layout_named("mmseg")
+    assert says in layout.differs({}, origin)
+    options = layout.options({}, origin)
+    assert ("atrous_rates" in options) == (after != "dilations=r")
+    assert ("output_stride" in options) == (after != "strides=None")
+
+
+def test_mmseg_caffe_style_and_eps_are_restored() -> None:
+    state = d16_mg124().state_dict()
+    config = MMSEG_CONFIG.replace("multi_grid", "style='caffe', multi_grid")
+    config = config.replace("requires_grad=True), c", "eps=0.002), c")
+    config = config.replace("align_corners", "norm_cfg=dict(type='BN', eps=0.003), align_corners")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ours = from_checkpoint({"state_dict": state, "meta": {"cfg": config}})
+    for stage in (ours.backbone.layer2, ours.backbone.layer3):
+        assert (stage[0].conv1.stride, stage[0].conv2.stride) == ((2, 2), (1, 1))
+    assert ours.backbone.layer4[0].conv1.stride == (1, 1)
+    for part, eps in ((ours.backbone, 0.002), (ours.classifier, 0.003)):
+        norms = [m for m in part.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert norms and {m.eps for m in norms} == {eps}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("decoder_atrous_rates", None),
+        ("decoder_atrous_rates", 6),
+        ("encoder_output_stride", None),
+    ],
+    ids=["rates-null", "rates-number", "stride-null"],
+)
+def test_smp_config_values_that_cannot_be_read_are_said(
+    key: str, value: Any, tmp_path: Path, smp_state
+) -> None:
+    folder = save_pretrained(tmp_path / "m", smp_state, **{key: value})
+    with pytest.warns(UserWarning, match=rf"config.json has {key}={value}, which cannot be read"):
+        from_checkpoint(folder)
 
 
 def test_mmseg_basic_blocks_warn() -> None:

@@ -114,6 +114,20 @@ def test_a_mask_of_0_and_255_alone_is_no_binary_mask(tmp_path, classes):
     assert (report.problems, report.notes, report.pixels) == ((), (), (28, 20))
 
 
+def test_a_map_to_the_class_that_is_ignored_is_not_advised_again(tmp_path):
+    add(tmp_path, "a", filled(0, 255))
+    given = {"classes": 2, "label_map": {255: 1}, "unmapped": "keep", "ignore_index": 1}
+    report = check_dataset(open_dataset("folder", tmp_path, **given))
+    (problem,) = report.problems
+    for text in (problem.message, *report.notes):
+        assert "label-map" not in text
+    assert "ignore another number than 1, which is 'class 1': --ignore-index 255" in problem.message
+    assert (
+        check_dataset(open_dataset("folder", tmp_path, **given | {"ignore_index": 255})).problems
+        == ()
+    )
+
+
 def test_masks_of_one_class_other_than_the_first(tmp_path):
     add(tmp_path, "a", filled(2))
     (problem,) = check_dataset(open_dataset("folder", tmp_path, classes=3)).problems

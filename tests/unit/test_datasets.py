@@ -567,6 +567,25 @@ def test_names_are_one_in_all_forms_of_unicode(tmp_path, one, other):
         assert dataset.samples[0].image.exists() and dataset.samples[0].mask.exists()
 
 
+@pytest.mark.parametrize(("one", "other"), [(NFC, NFD), (NFD, NFC)], ids=["nfc-disk", "nfd-disk"])
+def test_split_folders_in_another_form_of_unicode(tmp_path, one, other):
+    photo(tmp_path / "images" / one / "a.png")
+    mask(tmp_path / "masks" / one / "a.png", labels(1))
+    dataset = open_dataset("folder", tmp_path, classes=2, split=other)
+    assert len(dataset) == 1 and dataset[0][1].all()
+    with pytest.raises(FileNotFoundError, match=r"no folder .* for the split"):
+        open_dataset("folder", tmp_path, classes=2, split=f"{other}2")
+
+
+def test_a_mask_of_16_bits_with_transparency_is_no_colour_picture(tmp_path):
+    photo(tmp_path / "images" / "a.png")
+    (tmp_path / "masks").mkdir()
+    rows = b"".join(b"\0" + row.tobytes() for row in np.zeros((*SIZE, 2), ">u2"))
+    (tmp_path / "masks" / "a.png").write_bytes(png(SIZE, 16, 4, rows))
+    with pytest.raises(ImageReadError, match="a grey picture with transparency of 16 bits"):
+        open_dataset("folder", tmp_path, classes=2)[0]
+
+
 def test_folders_of_a_table_in_another_form_of_unicode(tmp_path):
     photo(tmp_path / NFD / f"{NFD}.png")
     mask(tmp_path / NFD / f"{NFD}_mask.png", labels(1))

@@ -653,6 +653,16 @@ def test_one_class_is_a_sigmoid_and_a_threshold(options, align_corners, threshol
     assert torch.equal(predict(model, x, threshold=threshold, **options), labels)
 
 
+@pytest.mark.parametrize("number", [np.float32, np.float16], ids=["float32", "float16"])
+def test_numbers_of_numpy_are_numbers(number):
+    model, x = pixelwise(num_classes=1), torch.randn(1, 3, 20, 31)
+    expected = predict(model, x, threshold=0.25, scales=(0.5, 1.0))
+    found = predict(model, x, threshold=number(0.25), scales=(number(0.5), number(1)))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="expected a probability"):
+        predict(model, x, threshold=number(1.5))
+
+
 def test_windows_of_one_class_equal_the_whole_image():
     model = pixelwise(num_classes=1)
     x = torch.randn(1, 3, 20, 31)
