@@ -40,8 +40,8 @@ ANSWERS = (PASSED, FAILED, CRASHED, TIMED_OUT)
 # How often children are looked at, and how long one that was killed is waited for.
 _POLL_SECONDS = 0.02
 _REAP_SECONDS = 2.0
-# So long before a child is killed it prints where it is.
-_BEFORE_END = 0.3
+# So long before a child is killed it prints where it is; on a busy machine that takes a while.
+_BEFORE_END = 0.5
 # What a child says that it goes on; no byte of JSON.
 _PROGRESS = b"\0"
 # Of 64 KiB, each time that a child is looked at.
@@ -250,7 +250,7 @@ class _Child:
         if self.pid == 0:
             os.close(answer_in)
             os.close(printed_in)
-            _in_child(unit, answer_out, printed_out)
+            _in_child(unit, self.started + unit.limit, answer_out, printed_out)
         os.close(answer_out)
         os.close(printed_out)
         self.pipes = {answer_in: "answer", printed_in: "printed"}
@@ -343,8 +343,8 @@ class _Child:
         )  # fmt: skip
 
 
-def _in_child(unit: Unit, answer: int, printed: int) -> None:
-    """What a fork does; never returns."""
+def _in_child(unit: Unit, deadline: float, answer: int, printed: int) -> None:
+    """What a fork does; never returns. The deadline is by time.monotonic()."""
     global _answer
     code = _EXIT_FAILED
     try:
@@ -359,7 +359,8 @@ def _in_child(unit: Unit, answer: int, printed: int) -> None:
         _answer = answer
         # Where it was when it crashed, or shortly before it is killed.
         faulthandler.enable(2)
-        faulthandler.dump_traceback_later(max(_POLL_SECONDS, unit.limit - _BEFORE_END), file=2)
+        left = deadline - time.monotonic() - _BEFORE_END
+        faulthandler.dump_traceback_later(max(_POLL_SECONDS, left), file=2)
         content: dict[str, Any]
         try:
             content, code = {"result": _finite(unit.run())}, 0
