@@ -215,14 +215,21 @@ def read(path: Path) -> list[Outcome]:
     return found
 
 
-# Of a child, where its answer goes.
+# Of a child, where its answer goes, and its limit.
 _answer: int | None = None
+_limit = 0.0
 
 
 def progress() -> None:
     """Say, in a child, that it does not hang: its limit begins anew."""
     if _answer is not None:
         os.write(_answer, _PROGRESS)
+        _say_where_before(time.monotonic() + _limit)
+
+
+def _say_where_before(deadline: float) -> None:
+    left = deadline - time.monotonic() - _BEFORE_END
+    faulthandler.dump_traceback_later(max(_POLL_SECONDS, left), file=2)
 
 
 class _Child:
@@ -345,7 +352,7 @@ class _Child:
 
 def _in_child(unit: Unit, deadline: float, answer: int, printed: int) -> None:
     """What a fork does; never returns. The deadline is by time.monotonic()."""
-    global _answer
+    global _answer, _limit
     code = _EXIT_FAILED
     try:
         os.setsid()
@@ -356,11 +363,10 @@ def _in_child(unit: Unit, deadline: float, answer: int, printed: int) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
-        _answer = answer
+        _answer, _limit = answer, unit.limit
         # Where it was when it crashed, or shortly before it is killed.
         faulthandler.enable(2)
-        left = deadline - time.monotonic() - _BEFORE_END
-        faulthandler.dump_traceback_later(max(_POLL_SECONDS, left), file=2)
+        _say_where_before(deadline)
         content: dict[str, Any]
         try:
             content, code = {"result": _finite(unit.run())}, 0
