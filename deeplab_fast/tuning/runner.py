@@ -40,8 +40,8 @@ ANSWERS = (PASSED, FAILED, CRASHED, TIMED_OUT)
 # How often children are looked at, and how long one that was killed is waited for.
 _POLL_SECONDS = 0.02
 _REAP_SECONDS = 2.0
-# So long before a child is killed it prints where it is.
-_BEFORE_END = 0.3
+# So long before a child is killed it prints where it is; on a busy machine that takes a while.
+_BEFORE_END = 0.5
 # What a child says that it goes on; no byte of JSON.
 _PROGRESS = b"\0"
 # Of 64 KiB, each time that a child is looked at.
@@ -215,14 +215,21 @@ def read(path: Path) -> list[Outcome]:
     return found
 
 
-# Of a child, where its answer goes.
+# Of a child, where its answer goes, and its limit.
 _answer: int | None = None
+_limit = 0.0
 
 
 def progress() -> None:
     """Say, in a child, that it does not hang: its limit begins anew."""
     if _answer is not None:
         os.write(_answer, _PROGRESS)
+        _say_where_before(time.monotonic() + _limit)
+
+
+def _say_where_before(deadline: float) -> None:
+    left = deadline - time.monotonic() - _BEFORE_END
+    faulthandler.dump_traceback_later(max(_POLL_SECONDS, left), file=2)
 
 
 class _Child:
@@ -250,7 +257,7 @@ class _Child:
         if self.pid == 0:
             os.close(answer_in)
             os.close(printed_in)
-            _in_child(unit, answer_out, printed_out)
+            _in_child(unit, self.started + unit.limit, answer_out, printed_out)
         os.close(answer_out)
         os.close(printed_out)
         self.pipes = {answer_in: "answer", printed_in: "printed"}
@@ -343,9 +350,9 @@ class _Child:
         )  # fmt: skip
 
 
-def _in_child(unit: Unit, answer: int, printed: int) -> None:
-    """What a fork does; never returns."""
-    global _answer
+def _in_child(unit: Unit, deadline: float, answer: int, printed: int) -> None:
+    """What a fork does; never returns. The deadline is by time.monotonic()."""
+    global _answer, _limit
     code = _EXIT_FAILED
     try:
         os.setsid()
@@ -356,10 +363,10 @@ def _in_child(unit: Unit, answer: int, printed: int) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
-        _answer = answer
+        _answer, _limit = answer, unit.limit
         # Where it was when it crashed, or shortly before it is killed.
         faulthandler.enable(2)
-        faulthandler.dump_traceback_later(max(_POLL_SECONDS, unit.limit - _BEFORE_END), file=2)
+        _say_where_before(deadline)
         content: dict[str, Any]
         try:
             content, code = {"result": _finite(unit.run())}, 0

@@ -176,8 +176,8 @@ def test_the_budget_holds_whatever_hangs_and_the_second_run_goes_on(rehearsal) -
     begin = time.monotonic()
     subprocess.run([sys.executable, "-c", "from bench import gpu"], cwd=ROOT, check=True)
     importing = time.monotonic() - begin
-    rehearsal.run(only, "--budget", "18", faults=faults)
-    assert time.monotonic() - begin - importing < 18 + 10 + importing
+    rehearsal.run(only, "--budget", "24", faults=faults)
+    assert time.monotonic() - begin - importing < 24 + 10 + importing
     first = rehearsal.outcomes
     # What was cut off by the end of the budget is no answer.
     assert first[hanging].verdict == NOT_RUN and first["row 3 bfloat16 whole"].verdict == NOT_RUN
@@ -618,7 +618,7 @@ def test_heads_are_autotuned_where_our_branches_win(tmp_path) -> None:
 
 def test_what_hangs_or_crashes_says_where(tmp_path) -> None:
     units = [
-        Unit("hang", 1.0, partial(time.sleep, 30)),
+        Unit("hang", 3.0, partial(time.sleep, 30)),
         Unit("crash", 20.0, partial(ctypes.string_at, 0)),
     ]
     hung, crashed = run(units, seconds=30)

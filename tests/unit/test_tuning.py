@@ -130,6 +130,24 @@ def test_the_beginning_and_the_end_of_what_was_printed_are_kept(size: int) -> No
         assert crashed.output[3000:3007] == "\n[...]\n" and len(crashed.output) == 6007
 
 
+def test_what_hangs_after_progress_says_where_it_hangs() -> None:
+    """Not where it was when its first limit would have ended."""
+
+    def goes_on() -> None:
+        for _ in range(6):
+            time.sleep(0.5)
+            runner.progress()
+
+    def hangs() -> dict[str, Any]:
+        goes_on()
+        time.sleep(60)
+        return {}
+
+    (hung,) = runner.run([Unit("u", 2.0, hangs)], seconds=30)
+    assert hung.verdict == runner.TIMED_OUT
+    assert "in hangs" in hung.output and "in goes_on" not in hung.output
+
+
 def test_a_child_takes_what_it_started_with_it() -> None:
     pattern = f"sleep {_SLEEP}"
     beside = subprocess.Popen(["sleep", _SLEEP])
