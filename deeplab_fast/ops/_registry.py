@@ -73,8 +73,10 @@ def differentiable(
     """Make the backward of an autograd.Function with one differentiable output one that can be
     differentiated itself, as often as PyTorch's operations can.
 
-    A kernel's gradient has no graph. Where one is wanted (`create_graph=True`: Hessian-vector
-    products, MAML, gradient penalties), gradients come from autograd through PyTorch's operations.
+    A kernel's gradient has no graph, and a kernel takes one gradient at a time. Where a graph is
+    wanted (`create_graph=True`: Hessian-vector products, MAML, gradient penalties) or many
+    gradients come at once (`is_grads_batched=True`, `jacobian(vectorize=True)`), they come from
+    autograd through PyTorch's operations.
 
     Args:
         again: of the context: a function that computes the first output by PyTorch's operations,
@@ -85,18 +87,25 @@ def differentiable(
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(ctx: Any, *grads: Any) -> Any:
             # torch.compile refuses second derivatives by itself.
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            compiling = torch.compiler.is_compiling()
+            create_graph = torch.is_grad_enabled() and not compiling
+            if not create_graph and (compiling or not _is_batched(grads[0])):
                 with torch.no_grad():
                     return backward(ctx, *grads)
             run, args = again(ctx)
             wanted = [i for i, needs in enumerate(ctx.needs_input_grad) if needs]
-            # A tensor may be given twice, as block input and as residual: views keep them apart.
-            own = [a.view_as(a) if i in wanted else a for i, a in enumerate(args)]
-            y = run(*own)
+            with torch.enable_grad():
+                # A tensor may be given twice, as block input and as residual: views keep them
+                # apart.
+                own = [a.view_as(a) if i in wanted else a for i, a in enumerate(args)]
+                y = run(*own)
             found = torch.autograd.grad(
-                y, [own[i] for i in wanted], grads[0].to(y.dtype), create_graph=True,
+                y,
+                [own[i] for i in wanted],
+                grads[0].to(y.dtype),
+                create_graph=create_graph,
                 allow_unused=True,
-            )  # fmt: skip
+            )
             results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
             for i, grad in zip(wanted, found, strict=True):
                 results[i] = grad
@@ -105,6 +114,11 @@ def differentiable(
         return wrapper
 
     return decorate
+
+
+def _is_batched(grad: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
 
 
 def check_map(op: str, name: str, x: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.functional import hvp, jvp
+from torch.autograd.functional import hvp, jacobian, jvp
 from torch.func import functional_call
 
 import deeplab_fast as dlf
@@ -50,15 +50,17 @@ def pair(batch_norm: str = "batch", head: str = "torchvision") -> tuple[DeepLabV
     head_of = {"torchvision": DeepLabHead, "mmseg": MMSegHead}[head]
     classifier = head_of(8, 3, (1, 2), aspp_channels=4)
     model = DeepLabV3(backbone, classifier, FCNHead(16, 3)).double().train()
-    with torch.no_grad():
-        # Statistics of data: those of a new model hide errors.
-        model(torch.randn(2, 3, 17, 17, dtype=torch.float64))
     for module in model.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)):
             module.p = 0.0
-        if isinstance(module, nn.BatchNorm2d) and module.affine:
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.1)
+        if isinstance(module, nn.BatchNorm2d):
+            # Statistics of data: those of a new model hide errors and leave activations dead.
+            module.momentum = None
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.1)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 17, 17, dtype=torch.float64))
     if batch_norm == "eval":
         model.eval()
     elif batch_norm == "frozen":
@@ -158,3 +160,30 @@ def test_gradient_penalty_is_trained() -> None:
     scale = max(p.grad.abs().max() for p in plain.parameters())
     for f, e in zip(model.parameters(), plain.parameters(), strict=True):
         assert (f.grad - e.grad).abs().max() < EXACT * scale
+
+
+@pytest.mark.parametrize("batch_norm", ["batch", "frozen"])
+def test_many_gradients_at_once(batch_norm: str, monkeypatch) -> None:
+    """As `jacobian(vectorize=True)` takes them: a kernel takes one at a time."""
+    model, plain = pair(batch_norm)
+    x = torch.randn(2, 3, 17, 17, dtype=torch.float64, requires_grad=True)
+    ran = segments(monkeypatch)
+    found = jacobian(lambda x: model(x)["out"].mean((2, 3)), x, vectorize=True)
+    assert ran
+    expected = jacobian(lambda x: plain(x)["out"].mean((2, 3)), x)
+    assert expected.abs().max() > 0
+    assert (found - expected).abs().max() < EXACT * expected.abs().max()
+
+
+def test_many_gradients_of_a_loss() -> None:
+    """The same of `upsample_cross_entropy`, whose backward is one kernel too."""
+    logits = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 17, 17))
+    loss = dlf.ops.upsample_cross_entropy(logits, target, reduction="none")
+    plain = nn.functional.cross_entropy(
+        nn.functional.interpolate(logits, (17, 17), mode="bilinear"), target, reduction="none"
+    )
+    many = torch.randn(4, *loss.shape, dtype=torch.float64)
+    (found,) = torch.autograd.grad(loss, logits, many, is_grads_batched=True)
+    (expected,) = torch.autograd.grad(plain, logits, many, is_grads_batched=True)
+    assert (found - expected).abs().max() < EXACT * expected.abs().max()
