@@ -14,6 +14,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -29,6 +30,8 @@ CALLED = (
     "_check_input_dim",
     "__getattr__",
 )
+# What an instance's attribute can stand before: Python looks the others up on the class.
+_METHODS = tuple(name for name in CALLED if not name.startswith("__"))
 # What a subclass may define anew without changing what a call computes.
 _HARMLESS = frozenset(
     {
@@ -117,11 +120,30 @@ def is_intact(module: nn.Module) -> bool:
     A class of somebody else's is judged by the class of PyTorch's or of this package that it is
     derived from: it may add to that and initialise it, not define anew what that has.
     """
-    own = module.__dict__
-    for name in CALLED:
-        if name in own:
+    if torch.compiler.is_compiling():
+        if not _is_intact_when_compiled(module):
             return False
+    else:
+        own = module.__dict__
+        for name in CALLED:
+            if name in own:
+                return False
     return module._compiled_call_impl is None and is_intact_class(type(module))
+
+
+def _is_intact_when_compiled(module: nn.Module) -> bool:
+    """That no instance attribute stands before what the class calls.
+
+    Dynamo compiles anew when an attribute that was read is exchanged, as it does for the plain
+    modules; a test of `module.__dict__` it answers once and for all.
+    """
+    for name in _METHODS:
+        own = getattr(module, name, None)
+        if own is None:
+            continue
+        if getattr(own, "__func__", None) is not getattr(type(module), name, None):
+            return False
+    return True
 
 
 def activation(module: nn.Module) -> str | None:

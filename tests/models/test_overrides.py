@@ -284,6 +284,21 @@ def test_a_compiled_submodule_is_run(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
+    "override", [seamless, lambda m: setattr(m.classifier[3], "forward", torch.neg)]
+)
+def test_a_compiled_model_is_compiled_anew(override: Callable[[DeepLabV3], None]) -> None:
+    """For an override made after its first call, as PyTorch's plain modules are."""
+    model = trained().eval()
+    x = torch.randn(2, 3, 33, 33)
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(x)["out"]
+    override(model)
+    expected = plain_of(model)(x)["out"]
+    assert not torch.allclose(before, expected, rtol=0, atol=CLOSE)
+    assert (compiled(x)["out"] - expected).abs().max() < CLOSE * expected.abs().max()
+
+
+@pytest.mark.parametrize(
     "register",
     [
         nn.modules.module.register_module_forward_hook,
