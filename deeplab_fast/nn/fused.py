@@ -181,7 +181,7 @@ def is_convolution(module: nn.Module) -> bool:
     )
 
 
-def _is_ordinary(weight: Tensor) -> bool:
+def _is_ordinary(weight: Any) -> bool:
     """No tensor of a class that may compute something of its own; PyTorch's fakes do not."""
     cls = type(weight)
     return cls in (Tensor, nn.Parameter) or cls.__module__.startswith("torch._subclasses.")
@@ -548,15 +548,15 @@ def _again(ctx: Any) -> tuple[Callable[..., Tensor], Sequence[Any]]:
     ) -> Tensor:
         y = x
         if plan.before is not None:
-            stats = _stats_again(y, mean, rstd, plan.before)
-            y = reference.bn_act(y, *stats, weight, bias, None, plan.before.act)
+            mean, rstd = _stats_again(y, mean, rstd, plan.before)
+            y = reference.bn_act(y, mean, rstd, weight, bias, None, plan.before.act)
         if plan.conv is not None:
             y = reference.conv2d(y, filters, *plan.conv)
         if plan.after is None:
             return y
-        stats = _stats_again(y, mean_after, rstd_after, plan.after)
+        mean_after, rstd_after = _stats_again(y, mean_after, rstd_after, plan.after)
         act = None if residual is not None else plan.after.act
-        y = reference.bn_act(y, *stats, weight_after, bias_after, residual, act)
+        y = reference.bn_act(y, mean_after, rstd_after, weight_after, bias_after, residual, act)
         if out is not None:
             y = torch.where(_passes(out.detach(), plan.after.act), y, 0.0)
         if plan.pool is not None:
@@ -718,7 +718,9 @@ def _is_aspp(module: Any) -> bool:
     project = module.project
     if type(pooling) is not ASPPPooling or not is_plain(pooling):
         return False
-    if type(pooling[0]) is not nn.AdaptiveAvgPool2d or pair(pooling[0].output_size) != [1, 1]:
+    if type(pooling[0]) is not nn.AdaptiveAvgPool2d:
+        return False
+    if pooling[0].output_size not in (1, (1, 1), [1, 1]):
         return False
     if not branches or not is_sequence(project) or len(project) < 3:
         return False

@@ -92,7 +92,7 @@ def describe(
 
 def _again(ctx: Any) -> Any:
     y, x, weight, scale = ctx.saved_tensors
-    *geometry, act = ctx.options
+    stride, padding, dilation, groups, act = ctx.options
     # Gradients depend on neither the shift nor the residual but for where the activation lets them
     # through, which the result says.
     passes = ~(y.detach() <= 0) if act == "relu" else None
@@ -100,7 +100,9 @@ def _again(ctx: Any) -> Any:
     def run(
         x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, *rest: Any
     ) -> Tensor:
-        z = reference.conv_bn_act(x, weight, scale, shift, *geometry, residual=residual, act=None)
+        z = reference.conv_bn_act(
+            x, weight, scale, shift, stride, padding, dilation, groups, residual, None
+        )
         return z if passes is None else torch.where(passes, z, 0.0)
 
     shift = torch.zeros_like(scale, dtype=ctx.shift_dtype, requires_grad=True)

@@ -551,7 +551,7 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
         if value is not None:
             metadata[name] = _listed(value)
     config = getattr(model, "config", None)
-    if _is_config(config):
+    if config is not None and _is_config(config):
         name, options = config
         again = rebuilding(model, name, options)
         metadata |= {"model": name, "options": again.options, "settings": again.settings}

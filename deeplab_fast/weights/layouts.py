@@ -323,7 +323,7 @@ def _mmseg_config(
         section = model.get(part)
         norm = section.get("norm_cfg") if isinstance(section, dict) else None
         value = norm.get("eps") if isinstance(norm, dict) else None
-        if is_number(value):
+        if value is not None and is_number(value):
             eps[ours] = float(value)
         elif value is not None or norm is _UNREAD:
             unread.append(f"{part}.norm_cfg")
