@@ -168,6 +168,7 @@ class PredictOptions:
                 raise ValueError(
                     f"tile is {tile!r}, expected (height, width) in pixels, both above 0, or None"
                 )
+            window = (int(window[0]), int(window[1]))
         if not _is_number(overlap) or not 0 <= overlap < 1:
             raise ValueError(
                 f"overlap is {overlap!r}, expected a fraction of the tile in [0, 1), e.g. 0.25"
@@ -184,7 +185,7 @@ class PredictOptions:
             bool(flip),
             window,
             float(overlap),
-            batch_size,
+            None if batch_size is None else int(batch_size),
             bool(return_prob),
             None if threshold is None else float(threshold),
         )
@@ -673,4 +674,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

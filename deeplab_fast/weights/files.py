@@ -550,15 +550,15 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
         value = getattr(model, name, None)
         if value is not None:
             metadata[name] = _listed(value)
-    config = getattr(model, "config", None)
-    if config is not None and _is_config(config):
+    config = builders_config(model)
+    if config is not None:
         name, options = config
         again = rebuilding(model, name, options)
         metadata |= {"model": name, "options": again.options, "settings": again.settings}
         lost += again.lost
-    elif config is not None:
+    elif getattr(model, "config", None) is not None:
         lost.append(
-            f"config: {type(config).__name__}, not the builder's name and its options as the "
+            f"config: {type(model.config).__name__}, not the builder's name and its options as the "
             "builder left it"
         )
     preprocess = getattr(model, "preprocess", None)
@@ -579,11 +579,13 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
     return metadata
 
 
-def _is_config(value: Any) -> bool:
+def builders_config(model: nn.Module) -> tuple[str, Mapping[str, Any]] | None:
+    """The builder's name and its options; None where `model.config` is something else."""
+    value = getattr(model, "config", None)
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        return False
+        return None
     name, options = value
-    return isinstance(name, str) and isinstance(options, Mapping)
+    return (name, options) if isinstance(name, str) and isinstance(options, Mapping) else None
 
 
 def _listed(value: Any) -> Any:

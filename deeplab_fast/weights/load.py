@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.preprocess import Preprocess
 from ._common import CheckpointError, Source, StateDict, call, listed, shorten, tuples, unwrapped
-from .files import Checkpoint, open_checkpoint, preprocess_kinds
+from .files import Checkpoint, builders_config, open_checkpoint, preprocess_kinds
 from .inspect import WeightsInfo, inspect_open
 from .layouts import Layout, Renamed, detect_layout, layout_named, rename_tensors
 from .settings import (
@@ -262,7 +262,7 @@ def _does_not_fit(
     strict: bool,
 ) -> str:
     label, layout = opened.checkpoint.label, opened.layout
-    config = getattr(model, "config", None)
+    config = builders_config(model)
     name = config[0] if config else type(model).__name__
     where = f"{label} ({layout.name} layout)"
     resets = not reset_head and _fits_with_reset(model, opened, strict)
@@ -359,12 +359,12 @@ def _other_numbers(
         reasons.append(f"its model had what the file does not hold: {shorten(info.lost)}")
     wrong = _other_options(model, layout, info, checkpoint, reset_head)
     if wrong:
-        config: Any = getattr(model, "config", None) or (info.model, {})
+        builder, own_options = builders_config(model) or (info.model, {})
         described = ", ".join(f"{k}={value!r} (the model has {own!r})" for k, (value, own) in wrong)
-        options = {**config[1], **{k: value for k, (value, _) in wrong}}
+        options = {**own_options, **{k: value for k, (value, _) in wrong}}
         reasons.append(
             f"{layout.name} gives its numbers with {described}"
-            + (f"; build it so: {call(config[0], options)}" if config[0] else "")
+            + (f"; build it so: {call(builder, options)}" if builder else "")
         )
     return f"the weights fit, but {'; '.join(reasons)}" if reasons else ""
 

@@ -536,6 +536,14 @@ def test_loading_into_a_model_without_the_settings_says_so(tmp_path: Path) -> No
         load_weights(same, file)
 
 
+def test_a_config_of_the_users_own_is_not_taken_for_the_builders(tmp_path: Path) -> None:
+    other = save_weights(dlf.deeplabv3_resnet18(num_classes=7), tmp_path / "w.safetensors")
+    model = dlf.deeplabv3_resnet18(num_classes=5)
+    model.config = {"lr": 1}
+    with pytest.raises(CheckpointError, match="DeepLabV3"):
+        load_weights(model, other)
+
+
 def test_builders_given_a_path_put_the_settings_back(tmp_path: Path) -> None:
     model = built()
     model.backbone.bn1.eps = 0.1

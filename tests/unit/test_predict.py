@@ -661,6 +661,8 @@ def test_numbers_of_numpy_are_numbers(number):
     assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="expected a probability"):
         predict(model, x, threshold=number(1.5))
+    found = predict(model, x, threshold=0.25, tile=np.int64(12), batch_size=np.int32(2))
+    assert torch.equal(found, predict(model, x, threshold=0.25, tile=(12, 12), batch_size=2))
 
 
 def test_windows_of_one_class_equal_the_whole_image():
