@@ -176,8 +176,10 @@ def test_the_budget_holds_whatever_hangs_and_the_second_run_goes_on(rehearsal) -
     begin = time.monotonic()
     subprocess.run([sys.executable, "-c", "from bench import gpu"], cwd=ROOT, check=True)
     importing = time.monotonic() - begin
-    rehearsal.run(only, "--budget", "24", faults=faults)
-    assert time.monotonic() - begin - importing < 24 + 10 + importing
+    # Of which about four imports are over before the first check: time on a busy machine.
+    budget = round(12 + 4 * importing)
+    rehearsal.run(only, "--budget", str(budget), faults=faults)
+    assert time.monotonic() - begin - importing < budget + 10 + importing
     first = rehearsal.outcomes
     # What was cut off by the end of the budget is no answer.
     assert first[hanging].verdict == NOT_RUN and first["row 3 bfloat16 whole"].verdict == NOT_RUN

@@ -88,8 +88,8 @@ DEEPLAB_FAST_INLINE Vector<T> activate(Vector<T> v) {
   return v;
 }
 
-// grad times the derivative of the activation where it saw `at`, or gave it (ReLU and ReLU6). At nan
-// no comparison takes the gradient away.
+// grad times the derivative of the activation where it saw `at`, or gave it (ReLU and ReLU6). At
+// nan no comparison takes the gradient away.
 template <typename T, Activation kAct>
 DEEPLAB_FAST_INLINE Vector<T> through_act(Vector<T> grad, Vector<T> at) {
   const Vector<T> zero = {};

@@ -337,8 +337,8 @@ void multiply(const Product& product) {
 }
 
 // Computes in double, because a transformed weight is used often and rounded once. Zeros are
-// multiplied too, so that a weight that is nan or infinite makes nan of every product, as it does of
-// padding.
+// multiplied too, so that a weight that is nan or infinite makes nan of every product, as it does
+// of padding.
 void prepare(const float* weights, int64_t outputs, int64_t channels, int64_t panel,
              const Form& rows, const Form& columns, float* to, int64_t stride) {
   typedef double Doubles __attribute__((vector_size(DEEPLAB_FAST_VECTOR_BYTES)));
