@@ -28,10 +28,25 @@ EXACT = 1e-9
 CLOSE = 1e-4
 
 
+def narrow(module: nn.Module) -> None:
+    """A quarter of all channels but the image's and the classes'."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d):
+            options = {k: getattr(child, k) for k in ("stride", "padding", "dilation")}
+            channels = [c if c % 4 else c // 4 for c in (child.in_channels, child.out_channels)]
+            bias = child.bias is not None
+            setattr(module, name, nn.Conv2d(*channels, child.kernel_size, **options, bias=bias))
+        elif isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.BatchNorm2d(child.num_features // 4))
+        else:
+            narrow(child)
+
+
 def trained() -> DeepLabV3:
     """A small model whose batch norms have statistics of data: random ones hide errors."""
     torch.manual_seed(0)
     model = dlf.deeplabv3_resnet18(num_classes=3, aux_loss=True).train()
+    narrow(model)
     for module in model.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout2d)):
             module.p = 0.0
@@ -93,7 +108,7 @@ def centred(model: DeepLabV3) -> None:
 
 def twice_the_same(model: DeepLabV3) -> None:
     """One module at two places of a sequence, which children() lists once."""
-    relu, conv = nn.ReLU(), nn.Conv2d(256, 256, 1)
+    relu, conv = nn.ReLU(), nn.Conv2d(64, 64, 1)
     model.classifier = nn.Sequential(
         model.classifier[0], conv, relu, conv, relu, model.classifier[4]
     )
@@ -118,7 +133,7 @@ CHANGES: dict[str, Callable[[DeepLabV3], object]] = {
         m.backbone.layer3[0].relu, "_call_impl", torch.sigmoid
     ),
     "forward of the pooled branch": lambda m: setattr(
-        m.classifier[0].convs[-1], "forward", lambda x: x[:, :256].relu()
+        m.classifier[0].convs[-1], "forward", lambda x: x[:, :64].relu()
     ),
     "pooling to more than one value": lambda m: setattr(
         m.classifier[0].convs[-1][0], "output_size", (2, 2)
@@ -396,7 +411,7 @@ def test_feature_extractor() -> None:
     model = trained()
     extractor = create(model, {"backbone.layer3": "three", "classifier.0": "aspp"})
     features = extractor(torch.randn(2, 3, 33, 33))
-    assert features["three"].shape[1] == 256 and features["aspp"].requires_grad
+    assert features["three"].shape[1] == 64 and features["aspp"].requires_grad
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "eval with gradients"])
