@@ -626,3 +626,17 @@ def test_what_hangs_or_crashes_says_where(tmp_path) -> None:
     hung, crashed = run(units, seconds=30)
     assert (hung.verdict, crashed.verdict) == (TIMED_OUT, CRASHED)
     assert "in _in_child" in hung.output and "Segmentation fault" in crashed.output
+
+
+def test_a_crash_says_where_after_others_took_the_handler() -> None:
+    """As Lightning does at the end of a training, when faulthandler is enabled already."""
+    code = """if True:
+        import ctypes, faulthandler, functools, signal
+        from deeplab_fast.tuning.runner import Unit, run
+        faulthandler.enable()
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+        (crashed,) = run([Unit("crash", 20.0, functools.partial(ctypes.string_at, 0))], seconds=30)
+        print(crashed.output)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Segmentation fault" in done.stdout and "in _in_child" in done.stdout
