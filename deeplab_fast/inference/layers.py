@@ -277,7 +277,7 @@ class PooledLayer:
         self._linear = _Linear(spec)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(_mean(x))
+        return self._linear(x.mean((2, 3)))
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return (shape[0], self._linear.weight.shape[1])
@@ -300,7 +300,7 @@ class SqueezeExcitationLayer:
         self.in_place = False
 
     def __call__(self, x: Tensor) -> Tensor:
-        scale = self._gate(self._fc2(self._fc1(_mean(x))))[:, :, None, None]
+        scale = self._gate(self._fc2(self._fc1(x.mean((2, 3)))))[:, :, None, None]
         return x.mul_(scale) if self.in_place else x * scale
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -499,15 +499,6 @@ class _Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return activate_(torch.addmm(self.bias, x, self.weight), self.act)
-
-
-def _mean(x: Tensor) -> Tensor:
-    """Mean over the pixels, [N, C, H, W] -> [N, C], as a product that reads x once."""
-    n, channels, height, width = x.shape
-    pixels = height * width
-    flat = x.permute(0, 2, 3, 1).reshape(n, pixels, channels)
-    ones = x.new_full((1, 1, pixels), 1.0 / pixels).expand(n, 1, pixels)
-    return torch.bmm(ones, flat)[:, 0]
 
 
 def _meta(shape: Sequence[int]) -> Tensor:
