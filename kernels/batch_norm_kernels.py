@@ -46,12 +46,14 @@ import triton.language as tl
 
 @triton.jit
 def _factors(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, col, exists):
-    """mean, rstd, rstd * weight and bias of each channel."""
+    """mean, rstd, rstd * weight (NaN where that is infinite, see `reference`) and bias of each
+    channel."""
     mean = tl.load(mean_ptr + col, mask=exists, other=0.0)
     rstd = tl.load(rstd_ptr + col, mask=exists, other=0.0)
     weight = tl.load(weight_ptr + col, mask=exists, other=0.0)
     bias = tl.load(bias_ptr + col, mask=exists, other=0.0)
-    return mean, rstd, rstd * weight, bias
+    scale = rstd * weight
+    return mean, rstd, scale + (scale - scale), bias
 
 
 @triton.jit

@@ -50,6 +50,13 @@ auto by_dtype(const Tensor& x, const Function& function) {
   return x.scalar_type() == at::kDouble ? function(double{}) : function(float{});
 }
 
+// NaN where it is infinite, see deeplab_fast/reference.py.
+template <typename T>
+T factor(T rstd, T weight) {
+  const T scale = rstd * weight;
+  return scale + (scale - scale);
+}
+
 void check_x(const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() == 4 &&
                         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble) &&
@@ -157,7 +164,7 @@ Backward<T> backward_arguments(const Tensor& grad, const Tensor& x, const Tensor
   b.x = x.const_data_ptr<T>();
   b.out = out.has_value() ? out->const_data_ptr<T>() : nullptr;
   b.mean = vectors.add([&](int64_t c) { return means[c]; });
-  b.scale = vectors.add([&](int64_t c) { return rstds[c] * weights[c]; });
+  b.scale = vectors.add([&](int64_t c) { return factor(rstds[c], weights[c]); });
   b.bias = vectors.add([&](int64_t c) { return biases[c]; });
   return b;
 }
@@ -209,7 +216,7 @@ Tensor bn_act(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Ten
     f.act = checked_activation(act, !residual.has_value());
     f.x = x.const_data_ptr<T>();
     f.mean = vectors.add([&](int64_t c) { return means[c]; });
-    f.scale = vectors.add([&](int64_t c) { return rstds[c] * weights[c]; });
+    f.scale = vectors.add([&](int64_t c) { return factor(rstds[c], weights[c]); });
     f.bias = vectors.add([&](int64_t c) { return biases[c]; });
     f.residual = residual.has_value() ? residual->const_data_ptr<T>() : nullptr;
     f.y = y.data_ptr<T>();

@@ -335,6 +335,15 @@ def test_gradient_at_nan(emulated, act) -> None:
         assert dx.isnan().sum() == (act == "hardswish")
 
 
+@pytest.mark.parametrize("act", ["relu", "relu6", "hardswish"])
+def test_an_infinite_factor_is_not_a_number(emulated, act) -> None:
+    weight = torch.ones(8)
+    weight[5] = float("inf")
+    norm = [torch.zeros(8), torch.ones(8), weight, torch.ones(8)]
+    y = emulated.bn_act(torch.ones(5, 8), norm, None, act)
+    assert y.isnan().nonzero()[:, 1].tolist() == [5] * 5
+
+
 class Gradient:
     """Operands of the gradient, and g in float64.
 

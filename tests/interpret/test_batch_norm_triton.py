@@ -369,6 +369,14 @@ def test_what_is_no_number_stays_none_and_does_not_spread() -> None:
     assert not sums[0].any() and not sums[1].any()
 
 
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_an_infinite_factor_is_not_a_number(act) -> None:
+    case = Case.make((1, 8, 3, 3))
+    case.factors[2][5] = float("inf")
+    y = batch_norm.bn_act(case.x, *case.factors, None, act)
+    assert y.isnan().nonzero()[:, 1].tolist() == [5] * 9
+
+
 LAYOUTS = [
     pytest.param(lambda x: x.contiguous(), id="nchw"),
     pytest.param(lambda x: channels_last(x.repeat(1, 3, 1, 1))[:, 8:16], id="slice-of-channels"),

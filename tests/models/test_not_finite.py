@@ -78,6 +78,7 @@ FAULTS: dict[str, Callable[[nn.Module], tuple[str, float]]] = {
     "weight of a branch": lambda m: (in_aspp(convolutions(m), "1") + ".weight", NAN),
     "weight of the classifier": lambda m: (last_of(convolutions(m)) + ".weight", NAN),
     "bias of the classifier": lambda m: (last_of(convolutions(m)) + ".bias", NAN),
+    "infinite gamma in the middle": lambda m: (middle(norms(m)) + ".weight", INF),
     "beta in the middle": lambda m: (middle(norms(m)) + ".bias", NAN),
     "running_mean of the stem": lambda m: (norms(m)[0] + ".running_mean", NAN),
     "negative running_var of the stem": lambda m: (norms(m)[0] + ".running_var", -1.0),

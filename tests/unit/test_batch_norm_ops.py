@@ -366,6 +366,19 @@ def test_nan_spreads_as_in_pytorch(implementation, act, shape) -> None:
 
 
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("factor", [INF, -INF], ids=str)
+@every_act
+def test_an_infinite_factor_is_not_a_number(implementation, act, factor) -> None:
+    """As in PyTorch, which subtracts infinities: ReLU6 makes 6 and ReLU 0 of one."""
+    case = Case.make((2, 21, 5, 7), act=act)
+    case.weight[4] = factor
+    y = case.forward()
+    assert y[:, 4].isnan().all()
+    assert y.isnan().sum() == y[:, 4].numel()
+
+
 # PyTorch's derivatives. At nan those of relu6 and hardswish differ between its whole vectors and
 # the rest of one; these are the ones that hide nothing.
 SLOPES = {

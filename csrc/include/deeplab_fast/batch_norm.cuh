@@ -8,7 +8,7 @@
 //
 //   batch_stats       (count, mean, M2) of each chunk, which finish_stats combines
 //   bn_act            y = act(before), before = (x - mean) * scale + bias + residual, with
-//                     scale = rstd * weight
+//                     scale = rstd * weight, NaN where that is infinite (see reference.py)
 //   bn_act_reduce     sums of g = grad * act'(before) and of g * (x - mean) of each chunk, which
 //                     finish_sums adds up
 //   bn_act_backward   dx = scale * (g - mean_grad - xhat * mean_grad_xhat), d residual = g
@@ -409,7 +409,10 @@ struct Normalise {
     load_channels(weight, norm.weight, channel);
     load_channels(bias, norm.bias, channel);
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) scale[i] *= weight[i];
+    for (int i = 0; i < kWidth; ++i) {
+      scale[i] *= weight[i];
+      scale[i] += scale[i] - scale[i];
+    }
   }
 
   // What the activation sees of value x of channel i, but for a residual.
