@@ -180,8 +180,8 @@ def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
 def _before_act(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = compute_dtype(x.dtype)
     scale = rstd * weight
-    # An infinite factor is NaN: x * scale + (bias - mean * scale), as others write it, would be, and
-    # ReLU6 makes a healthy 6 of infinity.
+    # An infinite factor is NaN, as in PyTorch's x * scale + (bias - mean * scale): ReLU6 makes a
+    # healthy 6 of infinity.
     scale = scale + (scale - scale)
     y = (x.to(dtype) - _per_channel(mean, dtype)) * _per_channel(scale, dtype)
     return y + _per_channel(bias, dtype)

@@ -364,8 +364,8 @@ def _in_child(unit: Unit, deadline: float, answer: int, printed: int) -> None:
         os.dup2(printed, 1)
         os.dup2(printed, 2)
         _answer, _limit = answer, unit.limit
-        # Where it was when it crashed, or shortly before it is killed. Enabled already it would keep
-        # its handlers, which others replace without its knowing (Lightning's end of a training).
+        # Where it was when it crashed, or shortly before it is killed. Enabled already it would
+        # keep its handlers, which others replace unnoticed (Lightning's end of a training).
         faulthandler.disable()
         faulthandler.enable(2)
         _say_where_before(deadline)
