@@ -27,7 +27,9 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 # The groups of tests; each runs in a process of its own. The one that skips all its tests where
 # there is no GPU does not come last, where it would read as a run without a test.
 GROUPS := gpu launch interpret aot unit
-FOLDERS_unit := tests/unit tests/models
+# Few tests of many seconds first: at the end one process would wait for the other.
+FOLDERS_unit := $(patsubst %,tests/unit/test_%.py,gpu_program tuning train packaging train_resume) \
+	tests/models tests/unit
 FOLDERS_interpret := tests/interpret
 FOLDERS_aot := tests/aot
 FOLDERS_gpu := tests/gpu
@@ -38,7 +40,7 @@ ENV_interpret := TRITON_INTERPRET=1
 ARGS_launch := -n 2 --dist worksteal
 ARGS_interpret := -n 2 --dist loadfile
 ARGS_aot := -n 2 --dist loadfile
-ARGS_unit := -n 2 --dist loadfile
+ARGS_unit := -n 2 --dist loadfile --no-loadscope-reorder
 # Threads that a test asks for sleep while they wait: on a busy machine they spun for minutes.
 ENV_unit := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
@@ -50,10 +52,11 @@ OLDEST := .venv-oldest/bin/python
 OLDEST_DEPS := .venv-oldest/.deps
 OLDEST_INSTALLED := .venv-oldest/.installed
 # Of ops, backends and models, but for what tells models apart and writes them down.
-OLDEST_UNIT = $(wildcard $(patsubst %,tests/unit/test_%*.py,\
-	aspp backends batch_norm bilinear conv gpu prepared tuned upsample)) \
+OLDEST_UNIT = $(wildcard tests/unit/test_gpu*.py) \
 	$(filter-out $(patsubst %,tests/models/test_%.py,accuracy options saved_models),\
-	$(wildcard tests/models/test_*.py))
+	$(wildcard tests/models/test_*.py)) \
+	$(wildcard $(patsubst %,tests/unit/test_%*.py,\
+	aspp backends batch_norm bilinear conv prepared tuned upsample))
 BUILD_LOG := build/oldest-build.log
 
 .DEFAULT_GOAL := help
