@@ -367,9 +367,9 @@ def _find_state(content: Any, label: str, wanted: list[str]) -> Mapping[Any, Any
 
 def _several(label: str, names: list[str], where: str) -> CheckpointError:
     return CheckpointError(
-        f"{label} holds more than one network, {where} {', '.join(names)}: choose one with part=, "
-        f"for instance deeplab_fast.from_checkpoint(path, part={names[0]!r}); load_weights, "
-        "inspect_weights and read_state_dict take part too"
+        f"{label} holds more than one network, {where} {', '.join(names)}: choose one with part= "
+        f"(--weights-part), for instance deeplab_fast.from_checkpoint(path, part={names[0]!r}); "
+        "load_weights, inspect_weights and read_state_dict take part too"
     )
 
 
@@ -451,7 +451,8 @@ def _unwrapped_names(names: list[str], label: str, wanted: list[str]) -> dict[st
         elif groups:
             raise CheckpointError(
                 f"{label} holds a network under {groups[0]}. beside other tensors "
-                f"({shorten(others)}); pass part={groups[0]!r} to load it without them"
+                f"({shorten(others)}); pass part={groups[0]!r} (--weights-part) to load it without "
+                "them"
             )
         else:
             return bare
