@@ -41,8 +41,7 @@ def conv2d(
         groups: as in torch.nn.functional.conv2d.
 
     Returns:
-        [N, K, H', W'], the dtype of x, channels_last. Under autocast x and
-        weight are cast.
+        [N, K, H', W'], the dtype of x, channels_last. Under autocast x and weight are cast.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options that do not fit.

@@ -43,7 +43,7 @@ def error(y: Tensor, exact: Tensor) -> float:
 def test_logits_are_within_twice_pytorchs_error(network: str, size: tuple[int, int]) -> None:
     """The geometric mean of the ratio over networks, one of which is chance: with roundings in
     another order PyTorch's own varies by as much."""
-    ratios, coarse = [], []
+    ratios = []
     for seed in (0, 1):
         model = badly_conditioned(network, seed)
         x = torch.randn(1, 3, *size) + 1
@@ -54,7 +54,9 @@ def test_logits_are_within_twice_pytorchs_error(network: str, size: tuple[int, i
             model.fast = False
             plain = model(x)["out"]
         ratios.append(error(fast, exact) / error(plain, exact))
-        coarse += [r for r in dlf.optimize(model).layers(size) if "tile6" in str(r)]
     assert math.prod(ratios) ** (1 / len(ratios)) <= 2
-    # Where it stands the head follows alone.
-    assert all(".classifier" in str(r) or "classifier." in str(r) for r in coarse)
+
+
+def test_coarse_tiles_stand_where_few_layers_follow() -> None:
+    layers = dlf.optimize(dlf.deeplabv3_resnet50(num_classes=21).eval()).layers((513, 513))
+    assert [r.name for r in layers if "tile6" in r.form] == ["classifier.0.convs"]
