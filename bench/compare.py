@@ -20,7 +20,8 @@ from pathlib import Path
 
 from deeplab_fast.tuning import timing
 
-from . import gate, measure, registry
+from . import gate, measure
+from .everything import registry
 from .registry import Case, Provider, Suite
 from .worker import ROOT, Worker, WorkerError
 

@@ -17,7 +17,7 @@ from deeplab_fast import get_model, ops
 from deeplab_fast.testing import import_torchvision
 
 from .costs import Cost, network_cost
-from .op_cases import IGNORED, OS8_RATES, OS16_RATES, _without_dropout
+from .op_cases import IGNORED, OS8_RATES, OS16_RATES
 from .registry import (
     GRADIENT,
     LABELS,
@@ -26,7 +26,9 @@ from .registry import (
     Arguments,
     Case,
     network_tolerance,
+    register_case,
     shape_name,
+    without_dropout,
 )
 
 BUILDERS = {"r50": "resnet50", "r101": "resnet101", "mbv3": "mobilenet_v3_large"}
@@ -97,7 +99,9 @@ class Predict(FullLogits):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ModelCase(Case):
+class ModelCase(Case):
+    """A network on a batch of images, with torchvision's weights."""
+
     kind: ClassVar[str] = "model"
     oracle_dtype: ClassVar[torch.dtype] = torch.float32
     output: ClassVar[type[FullLogits]]
@@ -117,7 +121,7 @@ class _ModelCase(Case):
 
     def wrap(self, model: nn.Module, output: type[FullLogits]) -> nn.Module:
         """A model as the case runs it; dropout's masks would differ between layouts."""
-        return _without_dropout(output(model)).train(self.training)
+        return without_dropout(output(model)).train(self.training)
 
     def make_module(self) -> nn.Module:
         model = torchvision_model(self.backbone, self.output_stride, self.classes)
@@ -161,7 +165,7 @@ class _ModelCase(Case):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelLogits(_ModelCase):
+class ModelLogits(ModelCase):
     """Full-resolution logits of a batch of images."""
 
     output: ClassVar[type[FullLogits]] = FullLogits
@@ -172,7 +176,7 @@ class ModelLogits(_ModelCase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelLabels(_ModelCase):
+class ModelLabels(ModelCase):
     """Labels of a batch of images."""
 
     output: ClassVar[type[FullLogits]] = Labels
@@ -193,7 +197,7 @@ class ModelLabels(_ModelCase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelTrain(_ModelCase):
+class ModelTrain(ModelCase):
     """A training step: forward, cross entropy, backward, SGD with momentum."""
 
     output: ClassVar[type[FullLogits]] = Loss
@@ -299,4 +303,5 @@ def _cases() -> list[Case]:
     return found
 
 
-CASES: tuple[Case, ...] = tuple(_cases())
+for _case in _cases():
+    register_case(_case)

@@ -32,7 +32,9 @@ from .registry import (
     Case,
     folded,
     network_tolerance,
+    register_case,
     shape_name,
+    without_dropout,
 )
 
 IGNORED = 255
@@ -301,7 +303,7 @@ class AsppHead(_OpCase):
         from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
         head = DeepLabHead(self.channels, self.classes, self.rates)
-        return _without_dropout(head).train(self.training)
+        return without_dropout(head).train(self.training)
 
     def make_inputs(self) -> tuple[Tensor, ...]:
         return (torch.randn(self.n, self.channels, self.h, self.w).relu_(),)
@@ -319,7 +321,7 @@ class AsppHead(_OpCase):
         with torch.device(device):
             head = DeepLabHead(self.channels, self.classes, self.rates)
         head.load_state_dict(args.module.state_dict())
-        head = _without_dropout(head).train(self.training)
+        head = without_dropout(head).train(self.training)
         return _HeadOfAModel(head)
 
     def calls(self, args: Arguments) -> list[Call]:
@@ -568,13 +570,6 @@ class UpsampleSoftmaxAdd(_UpsampleCase):
         return upsample_cost(s, s.logits * itemsize + accumulator, per_pixel_class=1)
 
 
-def _without_dropout(module: nn.Module) -> nn.Module:
-    for m in module.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0
-    return module
-
-
 def _conv_cases() -> list[Case]:
     found: list[Case] = []
     for n, h, w, rates, output_stride, suites in (
@@ -684,4 +679,5 @@ def _upsample_cases() -> list[Case]:
     return found
 
 
-CASES: tuple[Case, ...] = (*_upsample_cases(), *_conv_cases())
+for _case in (*_upsample_cases(), *_conv_cases()):
+    register_case(_case)

@@ -123,7 +123,8 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     from deeplab_fast.tuning import tune
 
-    from . import gpu, registry, sanitize
+    from . import gpu, sanitize
+    from .everything import registry
 
     yield from tune.launches(gpu.plan(gpu.nominal()))
     for dtype in (torch.bfloat16, torch.float32):
@@ -138,7 +139,7 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _calls_of(case: Any, dtype: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from . import registry
+    from .everything import registry
 
     triton = registry.provider("triton")
     for mode in case.modes:
@@ -151,7 +152,7 @@ def _call(case: Any, mode: str, dtype: Any) -> Any:
     """Runs a case on tensors of zeros, which random numbers would take longer to make than it."""
     import torch
 
-    from . import registry
+    from .everything import registry
 
     made = case.setup("meta", dtype)
     module = made.module.to_empty(device="cpu")

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from deeplab_fast import backends, ops
 from deeplab_fast.testing import import_torchvision
 
-from .model_cases import ModelLabels, ModelLogits, _ModelCase
+from .gate import outputs
+from .model_cases import ModelCase, ModelLabels, ModelLogits
 from .op_cases import OS8_RATES, OS16_RATES
 from .registry import (
     BACKWARD,
@@ -29,6 +30,7 @@ from .registry import (
     Arguments,
     Case,
     Provider,
+    register_provider,
     spread_batch_norm,
 )
 
@@ -232,8 +234,6 @@ def runnable(
 
 def expected(case: Case, mode: str, args: Arguments) -> list[Tensor]:
     """The exact result of the first set of inputs: PyTorch's modules in the oracle's dtype."""
-    from .gate import outputs
-
     first = Arguments(args.module, args.inputs[:1], args.cotangents[:1])
     module = case.oracle(copy.deepcopy(args.module))
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -429,7 +429,7 @@ class _SmpLabels(nn.Module):
 
 
 def _build_smp(
-    case: _ModelCase, mode: str, device: str, dtype: torch.dtype, args: Arguments
+    case: ModelCase, mode: str, device: str, dtype: torch.dtype, args: Arguments
 ) -> Runnable:
     import segmentation_models_pytorch as smp
 
@@ -446,7 +446,7 @@ def _build_smp(
     return runnable(case, mode, args, module, dtype, NHWC)
 
 
-def _smp_expected(case: _ModelCase, args: Arguments, run: Runnable) -> list[Tensor]:
+def _smp_expected(case: ModelCase, args: Arguments, run: Runnable) -> list[Tensor]:
     """smp's weights in deeplab_fast's model, plain: other conventions, checked by its tests."""
     from deeplab_fast import from_checkpoint
 
@@ -458,7 +458,7 @@ def _smp_expected(case: _ModelCase, args: Arguments, run: Runnable) -> list[Tens
         return [ours(x)["out"]]
 
 
-PROVIDERS: tuple[Provider, ...] = (
+for _provider in (
     Provider(
         "eager",
         "PyTorch as torchvision ships it: eager, NCHW, fp32",
@@ -541,4 +541,5 @@ PROVIDERS: tuple[Provider, ...] = (
         build=_build_own("predict"),
         precision=_case_precision,
     ),
-)
+):
+    register_provider(_provider)

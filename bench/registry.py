@@ -2,9 +2,8 @@
 
 A `Case` is one op or model at one shape. It makes its own data, says what PyTorch runs for it, what
 deeplab_fast runs for it, what that costs at least, and how far a result may lie from the exact one.
-A `Provider` is one way to run cases. They are defined in `op_cases.py`, `model_cases.py` and
-`providers.py`; a new kernel needs nothing here as long as its op has a case and its backend a
-provider.
+A `Provider` is one way to run cases. `op_cases.py`, `model_cases.py` and `providers.py` register
+theirs when they are imported, which `everything.py` does.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -282,43 +280,55 @@ SUITES = {
 }
 
 
-@cache
+_CASES: dict[str, Case] = {}
+_PROVIDERS: dict[str, Provider] = {}
+
+
+def register_case(found: Case) -> None:
+    """Make a case known.
+
+    Raises:
+        ValueError: another has its name.
+    """
+    if found.id in _CASES:
+        raise ValueError(f"cases of the same name: {found.id!r}")
+    _CASES[found.id] = found
+
+
+def register_provider(found: Provider) -> None:
+    """Make a provider known, behind those that are.
+
+    Raises:
+        ValueError: another has its name.
+    """
+    if found.name in _PROVIDERS:
+        raise ValueError(f"providers of the same name: {found.name!r}")
+    _PROVIDERS[found.name] = found
+
+
 def cases() -> tuple[Case, ...]:
     """All cases, the most telling first within each suite."""
-    from . import model_cases, op_cases
-
-    found = (*op_cases.CASES, *model_cases.CASES)
-    names = [case.id for case in found]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"cases of the same name: {sorted(n for n in names if names.count(n) > 1)}"
-        )
-    return found
+    return tuple(_CASES.values())
 
 
 def case(name: str) -> Case:
     """The case of an id."""
-    for found in cases():
-        if found.id == name:
-            return found
-    raise ValueError(f"no case is named {name!r}; python -m bench.run --list prints them")
+    if name not in _CASES:
+        raise ValueError(f"no case is named {name!r}; python -m bench.run --list prints them")
+    return _CASES[name]
 
 
-@cache
 def providers() -> tuple[Provider, ...]:
     """All providers, baselines first."""
-    from .providers import PROVIDERS
-
-    return PROVIDERS
+    return tuple(_PROVIDERS.values())
 
 
 def provider(name: str) -> Provider:
     """The provider of a name."""
-    for found in providers():
-        if found.name == name:
-            return found
-    names = ", ".join(p.name for p in providers())
-    raise ValueError(f"no provider is named {name!r}; there are: {names}")
+    if name not in _PROVIDERS:
+        names = ", ".join(_PROVIDERS)
+        raise ValueError(f"no provider is named {name!r}; there are: {names}")
+    return _PROVIDERS[name]
 
 
 def select(suite: str, pattern: str | None = None) -> list[tuple[Case, str]]:
@@ -358,6 +368,14 @@ def spread_batch_norm(module: nn.Module) -> None:
             nn.init.uniform_(m.running_var, 0.5, 1.5)
             nn.init.uniform_(m.weight, 0.5, 1.5)
             nn.init.uniform_(m.bias, -0.1, 0.1)
+
+
+def without_dropout(module: nn.Module) -> nn.Module:
+    """The module with a probability of 0 in every dropout, whose masks differ between layouts."""
+    for m in module.modules():
+        if isinstance(m, nn.Dropout):
+            m.p = 0.0
+    return module
 
 
 def folded(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from . import gate, measure, registry
+from . import gate, measure
+from .everything import registry
 from .providers import expected
 from .registry import Arguments, Case, Provider, Suite
 

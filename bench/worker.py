@@ -128,7 +128,7 @@ class _Served:
     ) -> dict:
         """Build a provider at a case and keep it."""
         import deeplab_fast
-        from bench import registry
+        from bench.everything import registry
 
         self.release()
         chosen = registry.SUITES[suite]
@@ -265,7 +265,7 @@ def main() -> int:
     os.dup2(2, 1)
     import torch
 
-    from bench import registry
+    from bench.everything import registry
 
     registry.providers()
     if threads := int(sys.argv[1]):
