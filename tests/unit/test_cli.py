@@ -14,6 +14,7 @@ from PIL import Image
 
 import deeplab_fast as dlf
 from deeplab_fast import cli
+from deeplab_fast.cli.predict import unique_stems
 from deeplab_fast.data.classes import ClassSet, class_set, generic_classes
 from deeplab_fast.data.images import read_image
 from deeplab_fast.engine import outputs
@@ -275,7 +276,7 @@ def test_predict_of_one_class(capsys, photos, tmp_path):
 
 def test_names_that_differ_in_case_only_or_repeat():
     def names(*paths):
-        return cli._unique_stems([Path(path) for path in paths])
+        return unique_stems([Path(path) for path in paths])
 
     assert names("p/x.png", "p/y.png") == ["x", "y"]
     assert names("p/x.png", "p/X.png") == ["x_png", "X_png-2"]

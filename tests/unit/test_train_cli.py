@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from deeplab_fast import cli, testing
+from deeplab_fast.cli.train import parser
 
 testing.import_torchvision()
 
@@ -242,7 +243,7 @@ def test_every_option_has_help():
 
     from deeplab_fast.engine.config import TrainConfig
 
-    text = cli._train_parser().format_help()
+    text = parser().format_help()
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["help"], field.name
         assert f"--{field.name.replace('_', '-')}" in text

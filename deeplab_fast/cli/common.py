@@ -1,0 +1,284 @@
+"""What several commands share: arguments, the model and data they name, messages."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+    from deeplab_fast import DeepLabV3
+    from deeplab_fast.data.datasets import SegmentationDataset
+    from deeplab_fast.engine.predict import PredictOptions
+
+
+PROGRAM = "deeplab-fast"
+
+
+class Command(Protocol):
+    """What a command's module has."""
+
+    HELP: str
+
+    def parser(self) -> ArgumentParser:
+        """Its arguments."""
+
+    def run(self, config: Namespace) -> int:
+        """Carries it out and gives the exit status."""
+
+
+class UsageError(Exception):
+    """Arguments that cannot be carried out; the message says why."""
+
+
+def tell(command: str, message: str) -> None:
+    print(f"{PROGRAM} {command}: {message}", file=sys.stderr)
+
+
+def add_data_arguments(add: Callable[..., object]) -> None:
+    add(
+        "--data",
+        type=str | None,
+        metavar="NAME|FILE",
+        help="voc, cityscapes, ade20k, camvid, coco-voc, folder (images/ and masks/), a .csv of "
+        "pairs, or a YAML file with name, root, classes, label_map (required)",
+    )
+    add("--root", type=str | None, metavar="DIR", help="folder of the data")
+    add(
+        "--split",
+        type=str | None,
+        metavar="NAME",
+        help="default: val; all of a folder or csv",
+    )
+    add(
+        "--classes",
+        type=str | None,
+        metavar="NAME|FILE|N",
+        help="class names for a folder or csv: a built-in set, a file, or a number; 1, or one "
+        "name, is a class beside the background: masks of 0 and 1",
+    )
+    add(
+        "--label-map",
+        type=str | None,
+        metavar="RAW=ID,...",
+        help="values of the masks that stand for others, e.g. 255=1; others stay as they are",
+    )
+    add("--ignore-index", type=int | None, metavar="N", help="label that is not counted")
+    add("--workers", type=int, default=0, metavar="N", help="processes that read")
+
+
+def add_model_arguments(add: Callable[..., object]) -> None:
+    add(
+        "--weights",
+        type=str | None,
+        metavar="NAME|FILE",
+        help="trained weights (required): camvid, the embedded model for road scenes, or a file",
+    )
+    add(
+        "--weights-part",
+        type=str | None,
+        metavar="NAME",
+        help="network of a file with several: model_ema, teacher, ...",
+    )
+    add(
+        "--model",
+        type=str | None,
+        metavar="NAME",
+        help="see 'deeplab-fast models'; default: what the weights file is for",
+    )
+    add("--num-classes", type=int | None, metavar="N", help="default: as the weights have")
+    add("--device", type=str, default="auto", metavar="cpu|cuda|auto")
+    add(
+        "--dtype",
+        type=str | None,
+        metavar="fp32|bf16|fp16",
+        help="default: as the weights are; bf16 and fp16 run under autocast",
+    )
+    add(
+        "--output-stride",
+        type=int | None,
+        metavar="8|16",
+        help="run at this one, the atrous rates scaled with it; default: as the weights have",
+    )
+    add(
+        "--backend",
+        type=str | None,
+        metavar="NAME",
+        help="auto, cuda, triton, cpu or reference; default: auto, or DEEPLAB_FAST_BACKEND",
+    )
+
+
+def add_pass_arguments(add: Callable[..., object]) -> None:
+    add(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="mean of the probabilities over these input scales; the paper's: "
+        "0.5 0.75 1 1.25 1.5 1.75",
+    )
+    add("--flip", action="store_true", help="also run the left-right flipped image")
+    add(
+        "--tile",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="sliding windows of this many pixels, for images too large to run whole",
+    )
+    add(
+        "--overlap",
+        type=float,
+        default=0.25,
+        metavar="F",
+        help="part of a window that the next one covers again, 0 to 1",
+    )
+    add(
+        "--threshold",
+        type=float | None,
+        metavar="P",
+        help="of models of one class: the probability above which a pixel is of it; default: 0.5",
+    )
+
+
+def check_classes(options: PredictOptions, model: DeepLabV3) -> None:
+    try:
+        options.check_classes(model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def need_weights(config: Namespace) -> None:
+    from deeplab_fast.weights import list_embedded
+
+    if not config.weights:
+        raise UsageError(
+            "--weights is missing, and untrained weights give meaningless labels. Pass the name of "
+            f"an embedded model ({', '.join(list_embedded())}) or a .pth or .safetensors file of a "
+            "trained DeepLabv3 (deeplab_fast, torchvision, segmentation-models-pytorch, "
+            "mmsegmentation, VainF, jfzhang95, fregu856, TensorFlow Lite MobileNetV2)"
+        )
+
+
+def check_size(config: Namespace) -> None:
+    if config.size is not None and config.size < 0:
+        raise UsageError(f"--size is {config.size}, expected pixels above 0, or 0 for no resizing")
+
+
+def apply_size(config: Namespace, model: DeepLabV3) -> None:
+    if config.size is not None:
+        model.preprocess = replace(model.preprocess, size=config.size or None)
+
+
+def device_name(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
+    """The model that ``--weights`` is for, at ``--output-stride``, and its name."""
+    from deeplab_fast import backends
+    from deeplab_fast.models import get_model, list_models
+    from deeplab_fast.weights import (
+        embedded_path,
+        inspect_weights,
+        list_embedded,
+        load_weights,
+        restore_settings,
+        warn_of_assumptions,
+    )
+
+    if config.backend is not None and config.backend not in ("auto", *backends.BACKENDS):
+        raise UsageError(
+            f"no backend is named {config.backend!r}; allowed: auto, {', '.join(backends.BACKENDS)}"
+        )
+    if config.output_stride not in (None, 8, 16):
+        raise UsageError(f"--output-stride is {config.output_stride}, expected 8 or 16")
+    if config.num_classes is not None and config.num_classes < 1:
+        raise UsageError(f"--num-classes is {config.num_classes}, expected 1 or more")
+    if config.model is not None and config.model not in list_models():
+        raise UsageError(
+            f"no model is named {config.model!r}; there are: {', '.join(list_models())}"
+        )
+    reset_head = bool(config.get("reset_head"))
+    weights = config.weights
+    if weights in list_embedded():
+        weights = embedded_path(weights)
+    elif not Path(weights).exists():
+        raise UsageError(
+            f"--weights {weights}: no such file, and no embedded model of that name; there are: "
+            f"{', '.join(list_embedded())}"
+        )
+    try:
+        found = inspect_weights(weights, part=config.weights_part)
+        name = config.model or found.model
+        if name is None:
+            raise UsageError(
+                f"--weights {config.weights} (layout {found.layout}) does not tell which model it "
+                f"is for; name it with --model: {', '.join(list_models())}"
+            )
+        # Options found for one model say nothing about another.
+        options = dict(found.options) if name == found.model else {}
+        classes = config.num_classes or found.num_classes
+        if classes is not None:
+            options["num_classes"] = classes
+        model: Any = get_model(name, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if name == found.model:
+                restore_settings(model, found)
+            load_weights(model, weights, part=config.weights_part, reset_head=reset_head)
+            given = () if config.output_stride is None else ("output_stride",)
+            if name == found.model:
+                warn_of_assumptions(model, found, given, str(weights), 1)
+        # After loading: atrous rates that the file tells belong to the stride it was trained at.
+        if config.output_stride is not None:
+            model.set_output_stride(config.output_stride)
+    # A file that is no checkpoint, or one that does not fit, or an option the model lacks.
+    except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:
+        raise UsageError(str(error)) from error
+    for warning in caught:
+        tell(command, f"warning: {warning.message}")
+    if reset_head:
+        tell(
+            command,
+            "warning: --reset-head: the last layer has random weights; labels mean nothing before "
+            "it is trained",
+        )
+    if found.notes and not found.untold:
+        tell(command, f"note on the weights: {found.notes}")
+    return model, name
+
+
+def open_data(config: Namespace) -> SegmentationDataset:
+    from deeplab_fast.data.datasets import open_dataset, parse_label_map
+
+    if not config.data:
+        raise UsageError(
+            "--data NAME is missing: voc, cityscapes, ade20k, camvid, coco-voc, folder, a .csv of "
+            "pairs or a YAML file"
+        )
+    if config.workers < 0:
+        raise UsageError(f"--workers is {config.workers}, expected 0 or more")
+    try:
+        given: dict[str, Any] = {}
+        if config.label_map is not None:
+            given = {"label_map": parse_label_map(config.label_map), "unmapped": "keep"}
+        return open_dataset(
+            config.data,
+            config.root,
+            config.split,
+            classes=config.classes,
+            ignore_index=config.ignore_index,
+            **given,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,168 @@
+"""``deeplab-fast eval``: scores of a model on a labelled data set."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deeplab_fast.cli.common import (
+    UsageError,
+    add_data_arguments,
+    add_model_arguments,
+    add_pass_arguments,
+    apply_size,
+    check_classes,
+    check_size,
+    device_name,
+    load_model,
+    need_weights,
+    open_data,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+HELP = "score a model on a labelled data set: mIoU and more"
+
+
+def parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        description="Scores a model on a labelled data set: mean IoU (classes that occur neither in"
+        " labels nor predictions left out), IoU and accuracy by class, pixel accuracy, mean"
+        " accuracy, frequency-weighted IoU. Prints a table; with --output writes metrics.json,"
+        " confusion.png and panels. Under torchrun the processes share the images. The exit status"
+        " is 1 where logits were NaN or infinite: the scores are marked."
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add_data_arguments(add)
+    add_model_arguments(add)
+    add_pass_arguments(add)
+    add("--batch-size", type=int, default=1, metavar="N", help="images of one size, or windows")
+    add(
+        "--size",
+        type=int | None,
+        metavar="N",
+        help="shorter side of the network's input, 0 for the photo's own size; default: the "
+        "model's; labels always have their own size",
+    )
+    add("--output", type=str | None, metavar="DIR", help="folder for the results")
+    add(
+        "--panels",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pictures photo | labels | prediction of the N worst and the N best images",
+    )
+    return parser
+
+
+def run(config: Namespace) -> int:
+    from deeplab_fast import use_backend
+    from deeplab_fast.backends import BackendUnavailable
+    from deeplab_fast.data.classes import label_count
+    from deeplab_fast.engine.evaluate import evaluate
+    from deeplab_fast.engine.predict import PredictOptions, check_device, check_dtype
+
+    need_weights(config)
+    check_size(config)
+    with _processes(config) as (rank, device_given):
+        try:
+            device = check_device(device_given)
+            check_dtype(config.dtype)
+            options = PredictOptions.checked(
+                config.scales,
+                config.flip,
+                config.tile,
+                config.overlap,
+                config.batch_size,
+                threshold=config.threshold,
+            )
+            if config.panels < 0:
+                raise ValueError(f"--panels is {config.panels}, expected 0 or more")
+            if config.panels and not config.output:
+                raise ValueError("--panels needs --output DIR: where shall the pictures go?")
+            if config.output and Path(config.output).exists() and not Path(config.output).is_dir():
+                raise ValueError(f"--output {config.output} is a file; name a folder")
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        dataset = open_data(config)
+        model, name = load_model(config, "eval")
+        check_classes(options, model)
+        if label_count(model.num_classes) != dataset.num_classes:
+            raise UsageError(
+                f"the weights have {model.num_classes} classes and the data set {config.data} "
+                f"{dataset.num_classes}; evaluate them on the classes they were trained on"
+            )
+        apply_size(config, model)
+        try:
+            with (
+                use_backend(config.backend) if config.backend else nullcontext(),
+                warnings.catch_warnings(record=True) as caught,
+            ):
+                warnings.simplefilter("always")
+                result = evaluate(
+                    model,
+                    dataset,
+                    scales=config.scales,
+                    flip=config.flip,
+                    tile=config.tile,
+                    overlap=config.overlap,
+                    batch_size=config.batch_size,
+                    workers=config.workers,
+                    device=device,
+                    dtype=config.dtype,
+                    panels=config.panels,
+                    progress=sys.stderr.isatty(),
+                    threshold=config.threshold,
+                )
+        except BackendUnavailable as error:
+            raise UsageError(str(error)) from error
+        except (ValueError, MemoryError) as error:
+            tell("eval", str(error))
+            return 1
+        status = 1 if result.metrics.not_finite else 0
+        if rank > 0:
+            return status
+        for warning in caught:
+            tell("eval", f"warning: {warning.message}")
+        print(result.metrics.table())
+        if config.output:
+            try:
+                paths = result.save(config.output, builder=name, weights=str(config.weights))
+            except OSError as error:
+                tell("eval", f"cannot write: {error}")
+                return 1
+            print(f"{len(dataset)} images scored, results in {paths['metrics'].parent}")
+    return status
+
+
+@contextmanager
+def _processes(config: Namespace) -> Iterator[tuple[int, str]]:
+    """Rank and device name; under torchrun the processes are joined for the duration."""
+    import torch
+    import torch.distributed as dist
+
+    device = device_name(config.device)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ or dist.is_initialized():
+        yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0, device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield dist.get_rank(), device
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,135 @@
+"""``deeplab-fast train``: training runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import sys
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from deeplab_fast.cli.common import UsageError, tell
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+HELP = "train a model: the paper's protocol, or your own"
+
+
+def parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    from deeplab_fast.engine.config import PRESETS, TrainConfig
+
+    parser = ArgumentParser(
+        description="Trains a model into the folder --output: config.yaml (runs again with"
+        " --config), versions.json, metrics.jsonl, tensorboard/, checkpoints/last.ckpt and"
+        " best.ckpt, and at the end model.safetensors (for predict and eval) and result.json."
+        " SIGTERM and Ctrl+C save and stop; --resume goes on with the same result. Under torchrun"
+        " or SLURM the processes share each batch. Needs pip install deeplab_fast[train]."
+    )
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add(
+        "--preset",
+        type=str | None,
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}: values that the options below go before",
+    )
+    add(
+        "--stages",
+        type=int,
+        default=1,
+        metavar="1|2",
+        help="2 adds the paper's second stage in OUTPUT/stage2, after OUTPUT/stage1: batch norm "
+        "frozen, output stride 8, a tenth of the learning rate",
+    )
+    add(
+        "--stage2",
+        type=dict[str, Any],
+        default={},
+        metavar="MAP",
+        help="options of the second stage: --stage2.steps 10000",
+    )
+    add("--resume", action="store_true", help="go on from checkpoints/last.ckpt, if there is one")
+    add(
+        "--validate-only",
+        action="store_true",
+        help="score --weights (or the untrained model) on the validation data, train nothing",
+    )
+    hints = get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = field.default_factory() if callable(field.default_factory) else None
+        note = "" if default in (None, {}, []) else f" (default: {_shown(default)})"
+        metavar = field.metadata["metavar"]
+        add(
+            "--" + field.name.replace("_", "-"),
+            # Not given is told from given: a preset's value goes between.
+            type=hints[field.name] | None,
+            default=None,
+            help=field.metadata["help"] + note,
+            **({"metavar": metavar} if metavar else {}),
+        )
+    return parser
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+
+
+def run(config: Namespace) -> int:
+    from tqdm import tqdm
+
+    from deeplab_fast.backends import BackendUnavailable
+    from deeplab_fast.engine.config import train_config
+    from deeplab_fast.engine.train import TrainingUnavailable, fit_stages, validate
+
+    given = config.as_dict() if hasattr(config, "as_dict") else dict(config)
+    own = ("config", "preset", "stages", "stage2", "resume", "validate_only")
+    options = {k: v for k, v in given.items() if k not in own and v is not None}
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    try:
+        plan = train_config(config.preset, **options)
+        if config.validate_only:
+            metrics = validate(plan, progress=sys.stderr.isatty())
+            print(metrics.table())
+            return 1 if metrics.not_finite else 0
+        results = fit_stages(
+            plan,
+            stages=config.stages,
+            stage2=dict(config.stage2 or {}),
+            resume=config.resume,
+            # Above a bar, where there is one.
+            tell=(lambda text: tqdm.write(text, file=sys.stdout)) if first else None,
+            progress=first and sys.stderr.isatty(),
+        )
+    except (TrainingUnavailable, BackendUnavailable, ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
+    except (MemoryError, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError) and text.startswith("[Errno") and error.errno == errno.ENOSPC:
+            text = (
+                f"{text}: {config.output}; its checkpoints are whole: make room, then go on with "
+                "--resume"
+            )
+        tell("train", text)
+        return 1
+    except RuntimeError as error:
+        from deeplab_fast.engine.module import NonFiniteLoss
+
+        if not isinstance(error, NonFiniteLoss):
+            raise
+        tell("train", str(error))
+        return 1
+    result = results[-1]
+    if first and result.metrics is not None:
+        print(result.metrics.table())
+    if result.finished:
+        if first:
+            print(f"{result.steps} steps done, the model is {result.weights}")
+        return 1 if result.metrics is not None and result.metrics.not_finite else 0
+    if first:
+        print(f"{result.stopped}, {result.steps} steps done; --resume goes on in {result.folder}")
+    return {"SIGINT": 130, "SIGTERM": 143}.get((result.stopped or "").rsplit(" ", 1)[-1], 0)
