@@ -408,12 +408,12 @@ DOUBTS = (
     ),
     Doubt(
         "bandwidth",
-        "Do the batch norm passes fill the memory (kNormResident, 16 warps)?",
+        "Do the batch norm passes fill the memory?",
         "time bn_act bfloat16 relu, pytorch ceilings",
         _bandwidth,
         {
             YES: "the constants stay",
-            NO: "kNormResident 3 and kUnroll 8 are tried, and BYTES_IN_FLIGHT doubled",
+            NO: "BYTES_IN_FLIGHT is doubled",
         },
     ),
     Doubt(

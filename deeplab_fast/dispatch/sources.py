@@ -39,13 +39,11 @@ _TRITON = {
 # Compiled sources by the names that build.json has them under.
 COMPILED = {
     "upsample": "csrc/cuda/upsample.cu",
-    "batch_norm": "csrc/cuda/batch_norm.cu",
     "aspp": "csrc/cuda/aspp.cu",
     "aspp_sm90": "csrc/cuda/aspp_sm90.cu",
 }
 _CUDA_HOST = {
     "upsample": ("deeplab_fast/ops/_upsample.py",),
-    "batch_norm": ("deeplab_fast/ops/_compiled_batch_norm.py",),
     "aspp": ("deeplab_fast/ops/_aspp_cuda.py", *_ASPP),
     "aspp_sm90": ("deeplab_fast/ops/_aspp_cuda.py", *_ASPP),
 }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from . import _compiled_batch_norm
+from . import _cpu_batch_norm
 from ._aspp_triton import kernel as triton_kernel
 from ._registry import (
     FLOAT_DTYPES,
@@ -263,10 +263,4 @@ for _op in ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward"):
         triton_kernel("batch_norm", _op),
         triton_kernel("batch_norm", "not_supported_reasons"),
     )
-    for _compiled in (_compiled_batch_norm.CPU, _compiled_batch_norm.CUDA):
-        backends.register(
-            _op,
-            _compiled.device,
-            getattr(_compiled, _op),
-            _compiled.reasons,
-        )
+    backends.register(_op, "cpu", getattr(_cpu_batch_norm, _op), _cpu_batch_norm.reasons)

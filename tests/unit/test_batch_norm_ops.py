@@ -595,7 +595,7 @@ class TestErrors:
 
     @pytest.mark.skipif(not SETS, reason="without the extension")
     def test_of_the_extension(self) -> None:
-        """What ops/_compiled_batch_norm.py never passes on."""
+        """What ops/_cpu_batch_norm.py never passes on."""
         case = Case.make()
         x = case.x.contiguous(memory_format=torch.channels_last)
         with pytest.raises(ValueError, match="x must be a dense float32 or float64 map"):
