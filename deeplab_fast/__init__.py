@@ -21,7 +21,6 @@ from . import _ext as _ext
 from . import backends, models, ops, reference
 from ._version import __version__
 from .backends import use_backend, why
-from .inference.optimize import OptimizedDeepLabV3, optimize
 from .models import (
     DeepLabV3,
     deeplabv3_cascaded_resnet50,
@@ -43,7 +42,8 @@ from .models import (
     get_model_weights,
     list_models,
 )
-from .nn.fused import fuse
+from .program.optimize import OptimizedDeepLabV3, optimize
+from .program.training import fuse
 from .tuning.api import tune
 from .weights import from_checkpoint, load, load_weights, save_weights
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import fused
+from ..program import training
 
 
 class IntermediateLayerGetter(nn.ModuleDict):
@@ -44,7 +44,7 @@ class IntermediateLayerGetter(nn.ModuleDict):
         return out
 
 
-fused.rule(IntermediateLayerGetter)(fused.features)
+training.rule(IntermediateLayerGetter)(training.features)
 
 
 @dataclass(frozen=True)

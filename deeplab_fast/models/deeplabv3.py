@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.preprocess import Preprocess
-from ..inference.fast_path import FastPath
-from ..nn import fused
 from ..nn.aspp import ASPPConv
-from ..nn.formats import in_plain_format, is_channels_last
 from ..nn.heads import DeepLabV2Head
+from ..program import training
+from ..program.fast_path import FastPath
+from ..program.formats import in_plain_format, is_channels_last
 from ._backbone import Geometry, set_dilation
 
 OUTPUT_STRIDES = (8, 16)
@@ -50,12 +50,12 @@ class DeepLabV3(nn.Module):
     call does not take the fast path; hooks on inner modules, autocast, compilation, scripting,
     tracing, export, deterministic mode and `use_backend("reference")` are such reasons.
 
-    Where gradients are needed, calls take the fused training forms (`deeplab_fast.nn.fused`):
-    the same gradients and running statistics within rounding, about half of the saved activations.
-    Second derivatives (create_graph=True) come from PyTorch's operations. Hooks on a module, and
-    whatever else makes it compute something of its own, make that module run as it is; scripting,
-    tracing, export and torch.func transforms make all of them. So does a GPU on which no kernel of
-    batch norm has earned its place (`deeplab_fast.tune`).
+    Where gradients are needed, calls take the fused training forms
+    (`deeplab_fast.program.training`): the same gradients and running statistics within rounding,
+    about half of the saved activations. Second derivatives (create_graph=True) come from PyTorch's
+    operations. Hooks on a module, and whatever else makes it compute something of its own, make
+    that module run as it is; scripting, tracing, export and torch.func transforms make all of them.
+    So does a GPU on which no kernel of batch norm has earned its place (`deeplab_fast.tune`).
 
     Input: float [N, 3, H, W], any layout, H and W of at least 1, normalised as by `preprocess`.
     Output: OrderedDict "out" [N, num_classes, H, W] and "aux" where there is an auxiliary head.
@@ -153,12 +153,16 @@ class DeepLabV3(nn.Module):
         # torch.fx traces with a Proxy, and other ranks have PyTorch's own messages.
         if not self.fused or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
             return None
-        if not fused.needs_gradients(self, x) or fused.transformed() or not fused.has_kernels(x):
+        if (
+            not training.needs_gradients(self, x)
+            or training.transformed()
+            or not training.has_kernels(x)
+        ):
             return None
-        features = fused.run(self.backbone, x.contiguous(memory_format=torch.channels_last))
-        logits = OrderedDict(out=fused.run(self.classifier, features["out"]))
+        features = training.run(self.backbone, x.contiguous(memory_format=torch.channels_last))
+        logits = OrderedDict(out=training.run(self.classifier, features["out"]))
         if aux and self.aux_classifier is not None:
-            logits["aux"] = fused.run(self.aux_classifier, features["aux"])
+            logits["aux"] = training.run(self.aux_classifier, features["aux"])
         first = next(iter(self.backbone.parameters()), None)
         return in_plain_format(logits, x, first is not None and is_channels_last(first))
 
@@ -201,7 +205,7 @@ class DeepLabV3(nn.Module):
     @property
     def atrous_rates(self) -> tuple[int, ...]:
         """Dilations of the head's atrous branches, in order."""
-        return tuple(fused.pair(conv.dilation)[0] for conv in _atrous_convs(self.classifier))
+        return tuple(training.pair(conv.dilation)[0] for conv in _atrous_convs(self.classifier))
 
     def set_output_stride(self, output_stride: int) -> DeepLabV3:
         """Change the output stride of a model, trained or not, in place; weights stay as they are.

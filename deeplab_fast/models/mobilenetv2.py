@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import fused
+from ..program import training
 from ._backbone import IntermediateLayerGetter, set_dilation, set_stride
 from .mobilenetv3 import make_divisible
 
@@ -131,10 +131,10 @@ class InvertedResidual(nn.Module):
         set_dilation(conv, dilation)
 
 
-@fused.rule(InvertedResidual)
+@training.rule(InvertedResidual)
 def _fused_inverted_residual(block: InvertedResidual, x: Tensor) -> Tensor:
     parts = [p for p in (block.expand, block.depthwise, block.project) if p is not None]
-    return fused.sequence(parts, x, x if block.use_res_connect else None)
+    return training.sequence(parts, x, x if block.use_res_connect else None)
 
 
 class MobileNetV2Backbone(IntermediateLayerGetter):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import fused
+from ..program import training
 from ._backbone import IntermediateLayerGetter, set_dilation, set_stride
 
 
@@ -128,9 +128,9 @@ class InvertedResidual(nn.Module):
         set_dilation(conv, dilation)
 
 
-@fused.rule(InvertedResidual)
+@training.rule(InvertedResidual)
 def _fused_inverted_residual(block: InvertedResidual, x: Tensor) -> Tensor:
-    return fused.sequence([block.block], x, x if block.use_res_connect else None)
+    return training.sequence([block.block], x, x if block.use_res_connect else None)
 
 
 class MobileNetV3Backbone(IntermediateLayerGetter):

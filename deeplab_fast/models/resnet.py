@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nn import fused
+from ..program import training
 from ._backbone import IntermediateLayerGetter, plan_stages, set_dilation, set_stride
 
 STEMS = ("torchvision", "deep")
@@ -88,16 +88,18 @@ class Bottleneck(nn.Module):
         set_dilation(self.conv2, dilations[0])
 
 
-@fused.rule(BasicBlock)
+@training.rule(BasicBlock)
 def _fused_basic_block(block: BasicBlock, x: Tensor) -> Tensor:
     modules = (block.conv1, block.bn1, block.relu, block.conv2, block.bn2)
-    return fused.residual_block(modules, block.downsample, block.relu, x)
+    return training.residual_block(modules, block.downsample, block.relu, x)
 
 
-@fused.rule(Bottleneck)
+@training.rule(Bottleneck)
 def _fused_bottleneck(block: Bottleneck, x: Tensor) -> Tensor:
     first = (block.conv1, block.bn1, block.relu, block.conv2, block.bn2, block.relu)
-    return fused.residual_block((*first, block.conv3, block.bn3), block.downsample, block.relu, x)
+    return training.residual_block(
+        (*first, block.conv3, block.bn3), block.downsample, block.relu, x
+    )
 
 
 @dataclass(frozen=True)

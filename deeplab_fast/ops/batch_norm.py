@@ -1,7 +1,7 @@
 """Batch norm in training: statistics, normalise + residual + activation, and their backward passes.
 
 Four ops, each one pass over the map. Nothing that can be computed again from the convolution's
-output is kept for the backward pass; `deeplab_fast.nn.fused` puts them together.
+output is kept for the backward pass; `deeplab_fast.program.training` puts them together.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ def _validate(
 def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
     if needs_grad(*tensors):
         raise RuntimeError(
-            f"{op} records no gradient; use deeplab_fast.nn.fused, or torch.no_grad() around it"
+            f"{op} records no gradient; use deeplab_fast.program.training, or torch.no_grad() "
+            "around it"
         )
 
 

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deeplab_fast as dlf
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
-from deeplab_fast.inference import fast_path, fold, layers
 from deeplab_fast.models.mobilenetv2 import SamePadConv2d
+from deeplab_fast.program import fast_path, inference, layers
 from deeplab_fast.testing import deterministic
 
 # Design 6, fp32 on the CPU: relative error in the 2-norm of the multiplication-saving forms.
@@ -79,13 +79,13 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[layers.Program]:
 def folds(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The model of every preparation."""
     made: list[nn.Module] = []
-    original = fold.fold
+    original = inference.fold
 
     def counted(model: nn.Module, **options: object) -> object:
         made.append(model)
         return original(model, **options)
 
-    monkeypatch.setattr(fold, "fold", counted)
+    monkeypatch.setattr(inference, "fold", counted)
     return made
 
 

@@ -23,7 +23,8 @@ from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.models import DeepLabV3
 from deeplab_fast.models._backbone import IntermediateLayerGetter
 from deeplab_fast.models.resnet import BasicBlock, Bottleneck
-from deeplab_fast.nn import ASPPPooling, DeepLabHead, FCNHead, fused
+from deeplab_fast.nn import ASPPPooling, DeepLabHead, FCNHead
+from deeplab_fast.program import training as fused
 
 SIZE = 33
 # float64 leaves about 1e-16 for each operation, and a hundred layers that amplify it.

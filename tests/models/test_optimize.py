@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import deeplab_fast as dlf
-from deeplab_fast.inference import layers
+from deeplab_fast.program import layers
 
 # Design 6, fp32 on the CPU: relative error in the 2-norm of the multiplication-saving forms.
 RELATIVE = 1e-5

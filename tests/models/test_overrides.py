@@ -18,8 +18,8 @@ from torch.fx import symbolic_trace
 import deeplab_fast as dlf
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.models import DeepLabV3
-from deeplab_fast.nn import fused
-from deeplab_fast.nn.intact import CALLED, functional_is_intact, is_intact, is_intact_class
+from deeplab_fast.program import training as fused
+from deeplab_fast.program.intact import CALLED, functional_is_intact, is_intact, is_intact_class
 from deeplab_fast.testing import import_torchvision
 
 # Of float64: 1e-16 for each operation, amplified by a few dozen layers.

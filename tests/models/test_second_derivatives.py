@@ -18,7 +18,8 @@ from deeplab_fast.models import DeepLabV3
 from deeplab_fast.models._backbone import IntermediateLayerGetter
 from deeplab_fast.models.mobilenetv2 import InvertedResidual
 from deeplab_fast.models.resnet import BasicBlock, Bottleneck
-from deeplab_fast.nn import DeepLabHead, FCNHead, MMSegHead, fused
+from deeplab_fast.nn import DeepLabHead, FCNHead, MMSegHead
+from deeplab_fast.program import training as fused
 
 # float64 leaves about 1e-16 for each operation, and a hundred layers that amplify it.
 EXACT = 1e-9

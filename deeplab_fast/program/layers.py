@@ -2,7 +2,7 @@
 
 A step is called as ``step(x, run)``. Control flow lies in steps, arithmetic in layers; a step runs
 a layer as ``run(layer, *tensors)``, so that one program can be executed (`execute`), timed or
-planned without arithmetic (`deeplab_fast.inference.report`). Programs hold no reference to the
+planned without arithmetic (`deeplab_fast.program.report`). Programs hold no reference to the
 modules that they were made from, except in `PlainLayer`.
 """
 
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.formats import in_plain_format
 from ..ops.prepared import Plan, PreparedAspp, PreparedConv, PreparedProject, activate_
+from .formats import in_plain_format
 
 CHANNELS_LAST = torch.channels_last
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from ..nn.intact import functional_is_intact
+from .intact import functional_is_intact
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -182,7 +182,7 @@ def _fits(state: _State | None, model: Any) -> bool:
 
 
 def _prepare(model: Any) -> _State:
-    from .fold import fold
+    from .inference import fold
     from .staleness import Snapshot
 
     bound = model.max_extra_bytes

@@ -21,9 +21,9 @@ from ..models.mobilenetv3 import InvertedResidual as InvertedResidualV3
 from ..models.mobilenetv3 import SqueezeExcitation
 from ..models.resnet import BasicBlock, Bottleneck
 from ..nn.aspp import ASPP, ASPPPooling, SingleValueBatchNorm2d
-from ..nn.formats import is_channels_last
 from ..nn.heads import DeepLabV2Head
-from ..nn.intact import activation, is_intact
+from .formats import is_channels_last
+from .intact import activation, is_intact
 from .layers import (
     Aspp,
     AsppLayer,

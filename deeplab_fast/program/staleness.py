@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.intact import is_intact_class
+from .intact import is_intact_class
 
 _PARTS = ("backbone", "classifier", "aux_classifier")
 

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, reference
-from ..inference.fast_path import has_global_hooks, transforms
+from ..nn.aspp import ASPP, ASPPPooling
 from ..ops._registry import autocast, differentiable
 from ..ops.aspp_convs import aspp_convs
-from .aspp import ASPP, ASPPPooling
+from .fast_path import has_global_hooks, transforms
 from .intact import activation, functional_is_intact, is_intact
 
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..models.deeplabv3 import DeepLabV3
 from .fast_path import upsampled
-from .fold import fold
+from .inference import fold
 from .layers import Program
 from .report import LayerReport, layer_reports, table
 

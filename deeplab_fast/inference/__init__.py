@@ -1,1 +1,0 @@
-"""Inference with folded batch norms and prepared weights."""

@@ -1,0 +1,1 @@
+"""What networks run by: folded and prepared for inference, in segments for training."""
