@@ -186,15 +186,8 @@ def device_name(name: str) -> str:
 def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
     """The model that ``--weights`` is for, at ``--output-stride``, and its name."""
     from deeplab_fast import backends
-    from deeplab_fast.models import get_model, list_models
-    from deeplab_fast.weights import (
-        embedded_path,
-        inspect_weights,
-        list_embedded,
-        load_weights,
-        restore_settings,
-        warn_of_assumptions,
-    )
+    from deeplab_fast.models import list_models
+    from deeplab_fast.weights import embedded_path, inspect_weights, list_embedded, model_from_file
 
     if config.backend is not None and config.backend not in ("auto", *backends.BACKENDS):
         raise UsageError(
@@ -225,20 +218,17 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
                 f"--weights {config.weights} (layout {found.layout}) does not tell which model it "
                 f"is for; name it with --model: {', '.join(list_models())}"
             )
-        # Options found for one model say nothing about another.
-        options = dict(found.options) if name == found.model else {}
         classes = config.num_classes or found.num_classes
-        if classes is not None:
-            options["num_classes"] = classes
-        model: Any = get_model(name, **options)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if name == found.model:
-                restore_settings(model, found)
-            load_weights(model, weights, part=config.weights_part, reset_head=reset_head)
-            given = () if config.output_stride is None else ("output_stride",)
-            if name == found.model:
-                warn_of_assumptions(model, found, given, str(weights), 1)
+            model: Any = model_from_file(
+                weights,
+                name,
+                part=config.weights_part,
+                reset_head=reset_head,
+                given=() if config.output_stride is None else ("output_stride",),
+                **({} if classes is None else {"num_classes": classes}),
+            )
         # After loading: atrous rates that the file tells belong to the stride it was trained at.
         if config.output_stride is not None:
             model.set_output_stride(config.output_stride)

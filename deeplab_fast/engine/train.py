@@ -107,12 +107,7 @@ def build_model(config: Any, num_classes: int, classes: Any = None) -> nn.Module
         ValueError, OSError: options or weights that do not fit.
     """
     from deeplab_fast.models import get_model
-    from deeplab_fast.weights import (
-        inspect_weights,
-        load_weights,
-        restore_settings,
-        warn_of_assumptions,
-    )
+    from deeplab_fast.weights import inspect_weights, model_from_file
 
     options: dict[str, Any] = {}
     if config.weights is not None:
@@ -132,16 +127,19 @@ def build_model(config: Any, num_classes: int, classes: Any = None) -> nn.Module
         options["weights_backbone"] = config.weights_backbone
     torch.manual_seed(config.seed)
     try:
-        model: Any = get_model(config.model, num_classes=num_classes, **options)
+        if config.weights is None:
+            model: Any = get_model(config.model, num_classes=num_classes, **options)
+        else:
+            model = model_from_file(
+                config.weights,
+                config.model,
+                part=config.weights_part,
+                reset_head=config.reset_head,
+                num_classes=num_classes,
+                **options,
+            )
     except TypeError as error:
         raise ValueError(f"model_options: {error}") from error
-    if config.weights is not None:
-        own = found.model == config.model
-        if own:
-            restore_settings(model, found)
-        load_weights(model, config.weights, part=config.weights_part, reset_head=config.reset_head)
-        if own:
-            warn_of_assumptions(model, found, options, str(config.weights), 2)
     if stride is not None and model.output_stride != stride:
         model.set_output_stride(stride)
     if config.input_size is not None:

@@ -1,17 +1,18 @@
 """Checkpoints: reading files, foreign key layouts, loading with a report, saving."""
 
 from ._common import CheckpointError
-from .embedded import embedded_path, list_embedded, load, model_card
+from .embedded import embedded_path, list_embedded, model_card
 from .files import model_metadata, read_state_dict, save_weights
-from .inspect import WeightsInfo, inspect_weights
-from .layouts import LAYOUTS, Layout, Rule
-from .load import (
-    LoadReport,
+from .from_file import (
     from_checkpoint,
-    load_weights,
+    load,
+    model_from_file,
     restore_settings,
     warn_of_assumptions,
 )
+from .inspect import WeightsInfo, inspect_weights
+from .layouts import LAYOUTS, Layout, Rule
+from .load import LoadReport, load_weights
 
 __all__ = [
     "LAYOUTS",
@@ -27,6 +28,7 @@ __all__ = [
     "load",
     "load_weights",
     "model_card",
+    "model_from_file",
     "model_metadata",
     "read_state_dict",
     "restore_settings",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from .settings import (
     put_back,
     settings_differ,
     stem_settings,
-    under_other_options,
 )
 
 
@@ -96,16 +95,12 @@ def load_weights(
         UserWarning: everything fits, but the model is not as the checkpoint's was (dilation,
             upsampling, values set by hand), so that the numbers differ; the message says what is.
     """
-    chosen = None if layout == "auto" else layout_named(layout)
-    checkpoint = open_checkpoint(source, part)
-    chosen = chosen or detect_layout(checkpoint.state, checkpoint.label)
-    renamed = rename_tensors(checkpoint.state, chosen, checkpoint.label)
-    opened = _Opened(checkpoint, chosen, renamed, inspect_open(checkpoint, chosen, renamed.state))
-    return _load(unwrapped(model), opened, reset_head, strict, opened.info.settings)
+    opened = open_weights(source, layout, part)
+    return load_opened(unwrapped(model), opened, reset_head, strict, opened.info.settings)
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
     """A checkpoint, what it is and its tensors under our names."""
 
     checkpoint: Checkpoint
@@ -114,9 +109,24 @@ class _Opened:
     info: WeightsInfo
 
 
-def _load(
-    model: nn.Module, opened: _Opened, reset_head: bool, strict: bool, settings: Settings
+def open_weights(source: Source, layout: str = "auto", part: str | None = None) -> Opened:
+    """Read a checkpoint and see what it is; arguments and errors as of `load_weights`."""
+    chosen = None if layout == "auto" else layout_named(layout)
+    checkpoint = open_checkpoint(source, part)
+    chosen = chosen or detect_layout(checkpoint.state, checkpoint.label)
+    renamed = rename_tensors(checkpoint.state, chosen, checkpoint.label)
+    return Opened(checkpoint, chosen, renamed, inspect_open(checkpoint, chosen, renamed.state))
+
+
+def load_opened(
+    model: nn.Module,
+    opened: Opened,
+    reset_head: bool,
+    strict: bool,
+    settings: Settings,
+    stacklevel: int = 3,
 ) -> LoadReport:
+    """As `load_weights`; `settings`: what the model has to have to give the file's numbers."""
     checkpoint, chosen = opened.checkpoint, opened.layout
     renamed, info = opened.renamed, opened.info
     if not chosen.rules:
@@ -129,7 +139,7 @@ def _load(
         raise CheckpointError(_does_not_fit(model, opened, fit, problems, reset_head, strict))
     different = _other_numbers(model, chosen, info, checkpoint, reset_head, settings)
     if different:
-        warnings.warn(f"{checkpoint.label}: {different}", UserWarning, stacklevel=3)
+        warnings.warn(f"{checkpoint.label}: {different}", UserWarning, stacklevel=stacklevel)
 
     fresh = _initialised(model, reset)
     model.load_state_dict({**own, **fit.loaded, **fresh})
@@ -187,7 +197,7 @@ def _final_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
     return found
 
 
-_NO_BUILDER = (
+NO_BUILDER = (
     "no builder of this package fits it: there are DeepLabv3 heads on ResNet-18 to 152, "
     "MobileNetV3-Large, EfficientNet-Lite0 and TensorFlow's MobileNetV2"
 )
@@ -255,7 +265,7 @@ def _compare(own: Mapping[str, Tensor], renamed: Renamed, reset: set[str], final
 
 def _does_not_fit(
     model: nn.Module,
-    opened: _Opened,
+    opened: Opened,
     fit: _Fit,
     problems: list[str],
     reset_head: bool,
@@ -294,38 +304,39 @@ def _does_not_fit(
     return "\n  ".join(lines)
 
 
-def _fits_with_reset(model: nn.Module, opened: _Opened, strict: bool) -> bool:
+def _fits_with_reset(model: nn.Module, opened: Opened, strict: bool) -> bool:
     reset = _reset_keys(model, opened.layout)
     fit = _compare(model.state_dict(), opened.renamed, reset, set(_final_convs(model)))
     return not _problems(fit, strict)
 
 
-def _what_fits(opened: _Opened) -> str:
+def _what_fits(opened: Opened) -> str:
     """The builder's call whose model takes the checkpoint, or why there is none."""
     info, layout = opened.info, opened.layout
     if info.model is None:
-        return _NO_BUILDER
+        return NO_BUILDER
     from ..models import get_model
 
     try:
         with torch.device("meta"):
-            model = get_model(info.model, **_found_options(info))
+            model = get_model(info.model, **found_options(info))
             # Before it is put back: afterwards nothing differs.
             stem = stem_settings(model, opened.renamed.state)
             put_back(model, {**stem, **info.settings})
     except (TypeError, ValueError, RuntimeError) as error:
-        return f"{_NO_BUILDER}; the nearest is {info.builder_call()}, and {error}"
+        return f"{NO_BUILDER}; the nearest is {info.builder_call()}, and {error}"
     reset = _reset_keys(model, layout) if layout.lacks else set()
     fit = _compare(model.state_dict(), opened.renamed, reset, set(_final_convs(model)))
     problems = _problems(fit, True)
     if problems:
-        return f"{_NO_BUILDER}; the nearest is {info.builder_call()}, with {'; '.join(problems)}"
+        return f"{NO_BUILDER}; the nearest is {info.builder_call()}, with {'; '.join(problems)}"
     if info.settings or stem:
         return "the model that it fits: deeplab_fast.from_checkpoint(path)"
     return f"the model that it fits: {info.builder_call()}"
 
 
-def _found_options(info: WeightsInfo) -> dict[str, Any]:
+def found_options(info: WeightsInfo) -> dict[str, Any]:
+    """All options of the builder that a checkpoint tells."""
     options = dict(info.options)
     if info.num_classes is not None:
         options["num_classes"] = info.num_classes
@@ -411,69 +422,6 @@ def option_values(model: Any) -> dict[str, Any]:
     return values
 
 
-def restore_settings(model: Any, info: WeightsInfo) -> Settings:
-    """Put on a model, in place, what the checkpoint's model had beyond its builder's options.
-
-    Values that other options of the builder decide stay as they are: what was asked for stands
-    above what the file has.
-
-    Args:
-        model: what the builder `info.model` made.
-        info: of the checkpoint.
-
-    Returns:
-        What was put back, a part of `info.settings`.
-
-    Raises:
-        CheckpointError: settings that the model cannot take.
-
-    Warns:
-        UserWarning: values that were set by hand are left out for the options.
-    """
-    if not info.settings:
-        return {}
-    name, options = model.config
-    settings, dropped = under_other_options(info.settings, name, _found_options(info), options)
-    if dropped:
-        warnings.warn(
-            "the checkpoint's model was changed by hand where the options given decide; left out "
-            f"is {shorten(dropped)}",
-            UserWarning,
-            stacklevel=3,
-        )
-    put_back(model, settings)
-    return settings
-
-
-def warn_of_assumptions(
-    model: nn.Module, info: WeightsInfo, given: Collection[str], label: str, stacklevel: int
-) -> None:
-    """Warn, once, of what a checkpoint does not tell and the builder's defaults stand for.
-
-    Args:
-        model: that was built for it.
-        info: of the checkpoint.
-        given: options that the user chose.
-        label: of the checkpoint, for the message.
-        stacklevel: of `warnings.warn`, seen from the caller.
-    """
-    values = option_values(model)
-    untold = [k for k in info.untold if k not in given and values.get(k, ()) != ()]
-    # The rates follow the output stride, and are not asked for where it was given.
-    if info.layout != "smp" and "output_stride" in {*given, *info.options}:
-        untold = [k for k in untold if k != "atrous_rates"]
-    if not untold:
-        return
-    assumed = ", ".join(f"{k}={values[k]!r}" for k in untold)
-    warnings.warn(
-        f"{label}: nothing in it tells {', '.join(untold)}; assumed is {assumed}. If it was "
-        f"trained otherwise the labels are wrong: pass {untold[0]}=... to "
-        "deeplab_fast.from_checkpoint",
-        UserWarning,
-        stacklevel=stacklevel + 1,
-    )
-
-
 def _initialised(model: nn.Module, keys: set[str]) -> StateDict:
     """Newly drawn values for keys of the model, which stays as it is."""
     from ..nn import DeepLabV2Head
@@ -501,59 +449,3 @@ def _describe(model: Any, info: WeightsInfo) -> None:
         kind = preprocess_kinds().get(info.preprocess_kind or "")
         kind = kind or type(getattr(model, "preprocess", None) or Preprocess())
         model.preprocess = kind(**{k: tuples(v) for k, v in info.preprocess.items()})
-
-
-def from_checkpoint(
-    path: Source,
-    *,
-    layout: str = "auto",
-    part: str | None = None,
-    reset_head: bool = False,
-    strict: bool = True,
-    **overrides: Any,
-) -> nn.Module:
-    """Build the model that a checkpoint fits and load it.
-
-    A file of `save_weights`, and the `state_dict()` of a model of this package, give the model back
-    as it was saved, with what was set or exchanged on it. Of another library's checkpoint what lies
-    beside the tensors is read too: smp's config.json, mmsegmentation's config, published names.
-
-    Args:
-        path: path of a checkpoint or of a folder (see `read_state_dict`), or a state dict.
-        layout, part, reset_head, strict: as `load_weights` has them.
-        **overrides: options of the builder, above those that `inspect_weights` finds; num_classes
-            and aux_loss too.
-
-    Returns:
-        The model, in training mode as builders leave it.
-
-    Raises:
-        As `load_weights`; CheckpointError also where no builder fits, and for a file whose model
-        had what no file can hold (`save_weights(strict=False)`).
-
-    Warns:
-        UserWarning: nothing tells an option on which the numbers depend; the message says what was
-            assumed, and what changes it.
-    """
-    from ..models import get_model
-
-    given = None if layout == "auto" else layout_named(layout)
-    checkpoint = open_checkpoint(path, part)
-    chosen = given or detect_layout(checkpoint.state, checkpoint.label)
-    renamed = rename_tensors(checkpoint.state, chosen, checkpoint.label)
-    info = inspect_open(checkpoint, chosen, renamed.state)
-    if info.model is None:
-        raise CheckpointError(
-            f"{checkpoint.label} ({info.layout} layout): {_NO_BUILDER}. {info.notes}".rstrip()
-        )
-    if info.lost:
-        raise CheckpointError(
-            f"{checkpoint.label} cannot give back the model that it was saved from, which had "
-            f"{shorten(info.lost)}. Build that model yourself, then deeplab_fast.load_weights"
-        )
-    model = get_model(info.model, **{**_found_options(info), **overrides})
-    put_back(model, stem_settings(model, renamed.state))
-    settings = restore_settings(model, info)
-    _load(model, _Opened(checkpoint, chosen, renamed, info), reset_head, strict, settings)
-    warn_of_assumptions(model, info, overrides, checkpoint.label, 2)
-    return model

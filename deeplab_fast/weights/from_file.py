@@ -1,0 +1,203 @@
+"""From a file, or the name of an embedded model, to a model that is ready to run or to train."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from ..models.deeplabv3 import DeepLabV3
+from ._common import CheckpointError, Source, shorten
+from .embedded import embedded_path, list_embedded
+from .inspect import WeightsInfo
+from .load import NO_BUILDER, found_options, load_opened, open_weights, option_values
+from .settings import Settings, put_back, stem_settings, under_other_options
+
+
+def model_from_file(
+    source: Source,
+    name: str | None = None,
+    *,
+    layout: str = "auto",
+    part: str | None = None,
+    reset_head: bool = False,
+    strict: bool = True,
+    given: Collection[str] | None = None,
+    stacklevel: int = 2,
+    **overrides: Any,
+) -> nn.Module:
+    """Build a model for a checkpoint, put on it what the checkpoint's model had, and fill it.
+
+    Args:
+        source: path of a checkpoint or of a folder (see `read_state_dict`), a state dict, or the
+            name of an embedded model where there is no such file.
+        name: of the builder. None: the one that the checkpoint tells, and then the whole model: its
+            auxiliary head, its number of classes and of input channels too.
+        layout, part, reset_head, strict: as `load_weights` has them.
+        given: names of options that the user chose, which are not warned of; default: `overrides`.
+        stacklevel: of `warnings.warn`, seen from here.
+        **overrides: options of the builder, above those of the checkpoint.
+
+    Returns:
+        The model, in training mode as builders leave it.
+
+    Raises:
+        As `from_checkpoint`; TypeError for an option that the builder does not have.
+    """
+    from ..models import get_model
+
+    if isinstance(source, str) and source in list_embedded() and not os.path.exists(source):
+        source = embedded_path(source)
+    opened = open_weights(source, layout, part)
+    info, label = opened.info, opened.checkpoint.label
+    whole = name is None
+    if whole and info.model is None:
+        raise CheckpointError(
+            f"{label} ({info.layout} layout): {NO_BUILDER}. {info.notes}".rstrip()
+        )
+    if whole and info.lost:
+        raise CheckpointError(
+            f"{label} cannot give back the model that it was saved from, which had "
+            f"{shorten(info.lost)}. Build that model yourself, then deeplab_fast.load_weights"
+        )
+    # Options found for one model say nothing about another.
+    own = name in (None, info.model)
+    options = found_options(info) if whole else info.options if own else {}
+    model = get_model(name or info.model, **{**options, **overrides})
+    settings = info.settings
+    if whole:
+        put_back(model, stem_settings(model, opened.renamed.state))
+        settings = restore_settings(model, info)
+    elif own:
+        restore_settings(model, info)
+    load_opened(model, opened, reset_head, strict, settings, stacklevel + 1)
+    if own:
+        warn_of_assumptions(model, info, overrides if given is None else given, label, stacklevel)
+    return model
+
+
+def from_checkpoint(
+    path: Source,
+    *,
+    layout: str = "auto",
+    part: str | None = None,
+    reset_head: bool = False,
+    strict: bool = True,
+    **overrides: Any,
+) -> nn.Module:
+    """Build the model that a checkpoint fits and load it.
+
+    A file of `save_weights`, and the `state_dict()` of a model of this package, give the model back
+    as it was saved, with what was set or exchanged on it. Of another library's checkpoint what lies
+    beside the tensors is read too: smp's config.json, mmsegmentation's config, published names.
+
+    Args:
+        path: path of a checkpoint or of a folder (see `read_state_dict`), or a state dict.
+        layout, part, reset_head, strict: as `load_weights` has them.
+        **overrides: options of the builder, above those that `inspect_weights` finds; num_classes
+            and aux_loss too.
+
+    Returns:
+        The model, in training mode as builders leave it.
+
+    Raises:
+        As `load_weights`; CheckpointError also where no builder fits, and for a file whose model
+        had what no file can hold (`save_weights(strict=False)`).
+
+    Warns:
+        UserWarning: nothing tells an option on which the numbers depend; the message says what was
+            assumed, and what changes it.
+    """
+    return model_from_file(
+        path,
+        layout=layout,
+        part=part,
+        reset_head=reset_head,
+        strict=strict,
+        stacklevel=3,
+        **overrides,
+    )
+
+
+def load(name: str) -> DeepLabV3:
+    """A trained model that comes inside the package, in eval mode, on the CPU, in fp32.
+
+    "camvid": road scenes, the 11 classes of CamVid; `model_card("camvid")` has its data, licence,
+    recipe and scores.
+
+    Returns:
+        `DeepLabV3` with its `classes`, `palette` and `preprocess`; `model.predict(photo)` gives
+        labels at the photo's size.
+
+    Raises:
+        ValueError: no embedded model has that name.
+    """
+    model = from_checkpoint(embedded_path(name)).eval()
+    assert isinstance(model, DeepLabV3)
+    return model
+
+
+def restore_settings(model: Any, info: WeightsInfo) -> Settings:
+    """Put on a model, in place, what the checkpoint's model had beyond its builder's options.
+
+    Values that other options of the builder decide stay as they are: what was asked for stands
+    above what the file has.
+
+    Args:
+        model: what the builder `info.model` made.
+        info: of the checkpoint.
+
+    Returns:
+        What was put back, a part of `info.settings`.
+
+    Raises:
+        CheckpointError: settings that the model cannot take.
+
+    Warns:
+        UserWarning: values that were set by hand are left out for the options.
+    """
+    if not info.settings:
+        return {}
+    name, options = model.config
+    settings, dropped = under_other_options(info.settings, name, found_options(info), options)
+    if dropped:
+        warnings.warn(
+            "the checkpoint's model was changed by hand where the options given decide; left out "
+            f"is {shorten(dropped)}",
+            UserWarning,
+            stacklevel=3,
+        )
+    put_back(model, settings)
+    return settings
+
+
+def warn_of_assumptions(
+    model: nn.Module, info: WeightsInfo, given: Collection[str], label: str, stacklevel: int
+) -> None:
+    """Warn, once, of what a checkpoint does not tell and the builder's defaults stand for.
+
+    Args:
+        model: that was built for it.
+        info: of the checkpoint.
+        given: options that the user chose.
+        label: of the checkpoint, for the message.
+        stacklevel: of `warnings.warn`, seen from the caller.
+    """
+    values = option_values(model)
+    untold = [k for k in info.untold if k not in given and values.get(k, ()) != ()]
+    # The rates follow the output stride, and are not asked for where it was given.
+    if info.layout != "smp" and "output_stride" in {*given, *info.options}:
+        untold = [k for k in untold if k != "atrous_rates"]
+    if not untold:
+        return
+    assumed = ", ".join(f"{k}={values[k]!r}" for k in untold)
+    warnings.warn(
+        f"{label}: nothing in it tells {', '.join(untold)}; assumed is {assumed}. If it was "
+        f"trained otherwise the labels are wrong: pass {untold[0]}=... to "
+        "deeplab_fast.from_checkpoint",
+        UserWarning,
+        stacklevel=stacklevel + 1,
+    )
