@@ -25,7 +25,7 @@ from torch import Tensor
 
 from deeplab_fast import _ext, backends, reference
 from deeplab_fast.ops import _aspp_cuda
-from deeplab_fast.ops.aspp_tiles import Branch, tap_classes
+from deeplab_fast.plan.taps import Branch, tap_classes
 from deeplab_fast.tuning import checks, machine
 from deeplab_fast.tuning.machine import Machine, fault_of, spoiled, suffer
 from deeplab_fast.tuning.runner import Wrong
@@ -91,7 +91,7 @@ class Forced:
 
     def choice(self, x: Tensor, branches: tuple[Branch, ...]) -> _aspp_cuda.Choice:
         """The row's choice for a call."""
-        from deeplab_fast.kernels.conv import device_of
+        from deeplab_fast.plan.device import device_of
 
         n, channels, height, width = x.shape
         # Also those of an architecture that a newer one would displace.
@@ -116,7 +116,7 @@ class Forced:
         dilations: Sequence[int],
     ) -> Tensor:
         """`ops.aspp_branches` on the row."""
-        from deeplab_fast.kernels.aspp import PackedBranches
+        from deeplab_fast.plan.packing import PackedBranches
 
         packed = PackedBranches.pack(weights, scales, shifts, dilations)
         choice = self.choice(x, packed.branches)

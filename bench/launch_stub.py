@@ -28,6 +28,7 @@ from unittest.mock import patch
 import torch
 
 from deeplab_fast import backends
+from deeplab_fast.plan.device import device_like
 from deeplab_fast.testing import cubin_resources
 
 # From compute capability 8.0 on: of a multiprocessor; of a thread, which takes them 8 at a time.
@@ -204,7 +205,7 @@ def pretend(gpu: Gpu) -> Iterator[Launches]:
     Yields:
         The launches, as they come.
     """
-    from deeplab_fast.kernels import aspp, aspp_training, batch_norm, configs, conv, upsample
+    from deeplab_fast.kernels import aspp, aspp_training, batch_norm, conv, upsample
     from triton.runtime import driver
 
     describe = backends.OpDesc.of
@@ -212,7 +213,7 @@ def pretend(gpu: Gpu) -> Iterator[Launches]:
     def on_gpu(op: str, x: torch.Tensor, **params: Any) -> backends.OpDesc:
         return replace(describe(op, x, **params), device="cuda", capability=gpu.capability)
 
-    device = configs.device_like(gpu.properties)
+    device = device_like(gpu.properties)
     # Not driver.active, which looks for a GPU where none was asked for yet.
     before = driver._active
     with ExitStack() as stack:

@@ -116,7 +116,7 @@ class _FusedBranches(nn.Module):
     def _pack(self) -> None:
         """Make the weights views of the layout that the GPU kernels read, as a model would."""
         try:
-            from deeplab_fast.kernels.aspp import PackedBranches
+            from deeplab_fast.plan.packing import PackedBranches
         except ImportError:
             return
         _, *lists, dilations = self.arguments(torch.empty(0))

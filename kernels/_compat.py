@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 
@@ -88,11 +87,10 @@ def not_supported_reasons(desc: OpDesc) -> list[str]:
     return reasons
 
 
-def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Make x's device current: Triton launches on the current device, not on the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def capturing(x: torch.Tensor) -> bool:
-    """Whether x's device is recording a CUDA graph on the current stream."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+def allow_tf32() -> bool:
+    """Whether PyTorch lets matrix products of fp32 operands round them to TF32."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        # Raised once the newer setting has been used.
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -4,168 +4,29 @@
 `deeplab_fast.reference` take, already validated. The kernels, how they share out the work and what
 they cost are in `aspp_kernels.py` and `conv_kernels.py`; importing this module does not import
 Triton.
-
-The branches' kernel reads filters from one matrix. `PackedBranches` makes it once; its `weights`,
-`scales` and `shifts` are views of it in the shapes that the ops take, and an op called with them
-finds the matrix again without a copy. Other weights are packed at every call.
-
-Tile lists are copied to the device at the first call for a shape. That cannot happen while a CUDA
-graph is captured: call once before capturing, as torch.cuda.graphs asks for anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.aspp_tiles import Branch, Int32, Schedule, schedule
-from . import _compat, configs
-from .configs import GemmConfig
-from .conv import (
-    arithmetic,
-    channels_inside,
-    device_of,
-    fp32,
-    grid,
-    is_longest,
-    launch_options,
-    pointwise,
-    precision,
-    vector,
-)
+from ..plan.device import device_of
+from ..plan.gemm import GemmConfig
+from ..plan.packing import PackedBranches, channels_inside, fp32
+from ..plan.schedule import schedule
+from ..plan.tables import device_tables
+from . import _compat, launch
+from .conv import pointwise
+from .launch import arithmetic, grid, is_longest, launch_options, map_strides, precision, vector
+from .tuned import aspp_branches_config
 
 # Rows of a cut tile that one program adds up.
 _SUM_ROWS = 16
 _SHIFT_FILTERS = 16
 _SHIFT_CHANNELS = 128
-
-
-@dataclass(frozen=True)
-class PackedBranches:
-    """Filters, scales and shifts of all branches as the kernel reads them.
-
-    Attributes:
-        weight: [sum taps K, C], contiguous; rows in the order branch, tap, filter.
-        scale, shift: [sum K] fp32, contiguous.
-        branches: geometry of the branches.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    shift: Tensor
-    branches: tuple[Branch, ...]
-
-    @classmethod
-    @torch.no_grad()
-    def pack(
-        cls,
-        weights: Sequence[Tensor],
-        scales: Sequence[Tensor],
-        shifts: Sequence[Tensor],
-        dilations: Sequence[int],
-    ) -> PackedBranches:
-        """Pack the arguments of `ops.aspp_branches`; views of an earlier pack are not copied.
-
-        Args:
-            weights: for each branch [K_b, C, 1, 1] or [K_b, C, 3, 3], one dtype and device.
-            scales, shifts: for each branch [K_b].
-            dilations: for each branch an int.
-        """
-        branches = tuple(
-            Branch(w.shape[0], w.shape[-1], int(d)) for w, d in zip(weights, dilations, strict=True)
-        )
-        return cls(pack_weights(weights), _vector(scales), _vector(shifts), branches)
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """For each branch its filters [K, C, kernel, kernel], a view."""
-        return unpack_weights(self.weight, self.branches)
-
-    @property
-    def scales(self) -> list[Tensor]:
-        """For each branch its scale [K], a view."""
-        return list(self.scale.split([b.channels for b in self.branches]))
-
-    @property
-    def shifts(self) -> list[Tensor]:
-        """For each branch its shift [K], a view."""
-        return list(self.shift.split([b.channels for b in self.branches]))
-
-    @property
-    def dilations(self) -> list[int]:
-        """For each branch its dilation."""
-        return [b.dilation for b in self.branches]
-
-
-def pack_weights(weights: Sequence[Tensor]) -> Tensor:
-    """Filters of all branches as one matrix; views of an earlier one are not copied.
-
-    Args:
-        weights: for each branch [K_b, C, kernel, kernel], one dtype and device.
-
-    Returns:
-        [sum taps K, C], contiguous; rows in the order branch, tap, filter.
-    """
-    # Tap by tap a matrix [K, C] in which channels are contiguous.
-    matrices = [w.permute(2, 3, 0, 1) for w in weights]
-    weight = _joined(matrices)
-    if weight is None:
-        weight = weights[0].new_empty(sum(m.numel() for m in matrices))
-        # Each is read and written once; a concatenation would copy them to make them dense.
-        for part, m in zip(weight.split([m.numel() for m in matrices]), matrices, strict=True):
-            part.view(m.shape).copy_(m)
-    return weight.view(-1, weights[0].shape[1])
-
-
-def unpack_weights(matrix: Tensor, branches: Sequence[Branch]) -> list[Tensor]:
-    """For each branch its filters [K, C, kernel, kernel], a view of `pack_weights`'s matrix."""
-    return [
-        part.view(b.kernel, b.kernel, b.channels, -1).permute(2, 3, 0, 1)
-        for part, b in zip(
-            matrix.split([b.taps * b.channels for b in branches]), branches, strict=True
-        )
-    ]
-
-
-def _vector(parts: Sequence[Tensor]) -> Tensor:
-    """The parts one behind the other, in fp32."""
-    joined = _joined(parts) if parts[0].dtype == torch.float32 else None
-    return torch.cat([fp32(p) for p in parts]) if joined is None else joined
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor | None:
-    """The tensors as one [elements] view, where they lie in one storage without gaps, in order."""
-    first = parts[0]
-    storage = first.untyped_storage().data_ptr()
-    end = first.storage_offset()
-    for part in parts:
-        apart = part.storage_offset() != end or part.untyped_storage().data_ptr() != storage
-        if apart or part.dtype != first.dtype or not part.is_contiguous():
-            return None
-        end += part.numel()
-    return first.as_strided((end - first.storage_offset(),), (1,))
-
-
-@dataclass(frozen=True)
-class Tables:
-    """`aspp_tiles.Schedule` on a device, and in `more` what belongs to it."""
-
-    classes: Tensor
-    parts: Tensor
-    sums: Tensor
-    starts: Tensor
-    slots: int
-    more: tuple[Tensor, ...] = ()
-
-
-# Never emptied: a captured CUDA graph reads the tables through raw pointers for as long as it
-# lives. An entry holds 32 bytes a tile.
-_tables: dict[tuple[Any, ...], Tables] = {}
 
 
 def aspp_branches(
@@ -202,7 +63,7 @@ def aspp_branches_packed(
         packed: the branches.
         out: [N, sum K_b, H, W], the dtype of x, or None for a new tensor; may be a slice of the
             channels of a larger one, channels_last but for that.
-        config: None for the choice of `configs.aspp_branches_config`.
+        config: None for the choice of `tuned.aspp_branches_config`.
 
     Returns:
         out, or the new tensor in channels_last.
@@ -231,14 +92,15 @@ def aspp_branches_packed(
     vec_x = min(vector(x, channels, *x_strides), vector(packed.weight))
     vec_y = vector(out, *y_strides, *(b.channels for b in packed.branches))
     if config is None:
-        config = configs.aspp_branches_config(
+        config = aspp_branches_config(
             n, height, width, channels, packed.branches, arithmetic(x), device,
             aligned=is_longest(x, vec_x, vec_y),
         )  # fmt: skip
-    tables = device_tables(x, packed.branches, config, device.multiprocessors * config.occupancy)
+    programs = device.multiprocessors * config.occupancy
+    tables = device_tables(x, packed.branches, config, programs, schedule)
     y_steps = [s // vec_y for s in y_strides]
     partial = x.new_empty((tables.slots, config.block_m, config.block_n), dtype=torch.float32)
-    with _compat.on_device(x):
+    with launch.on_device(x):
         kernels.aspp_branches_kernel[grid(tables.starts.numel() - 1)](
             x, packed.weight, packed.scale, packed.shift, out, partial,
             tables.classes, tables.parts, tables.starts,
@@ -281,7 +143,7 @@ def aspp_project(
         weight: [K, B + P, 1, 1], the dtype of branches.
         scale, shift: [K], any float dtype; used in fp32.
         classifier: ([classes, K, 1, 1] in the dtype of branches, [classes] any float dtype).
-        config: None for the choice of `configs.pointwise_config`.
+        config: None for the choice of `tuned.pointwise_config`.
 
     Returns:
         [N, K, H, W], or [N, classes, H, W], channels_last.
@@ -310,7 +172,7 @@ def aspp_project(
     shifts = scale.new_empty((n, filters))
     tiles = -(-filters // _SHIFT_FILTERS)
     kernels = _compat.device_module("conv_kernels")
-    with _compat.on_device(branches):
+    with launch.on_device(branches):
         kernels.image_shift_kernel[grid(n * tiles)](
             pooled, matrix[:, channels:], scale, shift, shifts,
             pooled.shape[1], filters, tiles, *pooled.stride(), matrix.stride(0),
@@ -318,63 +180,3 @@ def aspp_project(
         )  # fmt: skip
     pointwise(branches, matrix, scale, shifts, y, classifier=classifier, config=config)
     return y
-
-
-def map_strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of image, row and column; 0 for a dimension of one entry."""
-    image, _, row, col = x.stride()
-    n, _, height, width = x.shape
-    return image * (n > 1), row * (height > 1), col * (width > 1)
-
-
-def device_tables(
-    x: Tensor,
-    branches: tuple[Branch, ...],
-    config: GemmConfig,
-    programs: int,
-    make: Callable[..., Schedule] = schedule,
-    more: Callable[[Any, int], Sequence[Int32]] | None = None,
-) -> Tables:
-    """The tile list of a call on the device of x, copied there at the first call.
-
-    Args:
-        x: [N, C, H, W], the branches' input.
-        branches: the branches.
-        config: tiles, and whether they are cut.
-        programs: thread blocks that run at the same time.
-        make: a function of `aspp_tiles` with the arguments of `schedule`.
-        more: int32 tables that follow from the list and the pixels of a tile, or None.
-
-    Raises:
-        RuntimeError: the shape is new and a CUDA graph is being captured.
-    """
-    n, channels, height, width = x.shape
-    shape = (n, height, width, channels, branches)
-    block = (config.block_m, config.block_n, config.block_c)
-    key = (*shape, *block, programs, config.split, make, more, x.device)
-    tables = _tables.get(key)
-    if tables is not None:
-        return tables
-    if _compat.capturing(x):
-        raise RuntimeError(
-            f"the tile list for {list(x.shape)} is not on {x.device} yet and cannot be copied "
-            "there while a CUDA graph is captured; run the op once at this size before"
-        )
-    work = make(*shape, *block, programs, config.split)
-    others = more(work, config.block_m) if more else ()
-    arrays = [work.classes, work.parts, work.sums, work.starts, *others]
-    # One copy for all of them, each from a multiple of 16 bytes on.
-    sizes = [-(-a.size // 4) * 4 for a in arrays]
-    joined = np.zeros(sum(sizes), np.int32)
-    for part, a in zip(np.split(joined, np.cumsum(sizes)), arrays, strict=False):
-        part[: a.size] = a.ravel()
-    packed = torch.from_numpy(joined).to(x.device)
-    if packed.is_cuda:
-        # The tables outlive this stream's order: any later call may come on another stream.
-        torch.cuda.current_stream(x.device).synchronize()
-    classes, tiles, sums, starts, *rest = (
-        part[: a.size].view(a.shape) for part, a in zip(packed.split(sizes), arrays, strict=True)
-    )
-    tables = Tables(classes, tiles, sums, starts, work.slots, tuple(rest))
-    _tables[key] = tables
-    return tables

@@ -1,7 +1,7 @@
 """Triton device code of the ASPP branches; `aspp.py` launches it.
 
 Work and layout
-    An implicit matrix product over the tiles of deeplab_fast/ops/aspp_tiles.py: pixels of one tap
+    An implicit matrix product over the tiles of deeplab_fast/plan/schedule.py: pixels of one tap
     class by filters of one branch. x is [N, H, W, C] with any strides but C's, which is 1; filters
     are the rows of one matrix [sum taps K, C], so that both operands are contiguous in the channels
     that are summed, as the tensor cores want them for 16-bit and for TF32 operands alike. Rows of
@@ -12,7 +12,7 @@ Work and layout
     each tile, and one copy for each batch size.
 
     A program runs its parts of the list one behind the other. Taps are the inner loop, chunks of
-    channels the outer one (aspp_tiles.py says why), in one flat loop that the compiler pipelines
+    channels the outer one (schedule.py says why), in one flat loop that the compiler pipelines
     across both. The epilogue applies scale, shift and ReLU in float32, rounds once, and writes into
     the branch's channels of the output.
 
@@ -31,7 +31,7 @@ with 6/12/18.
 import triton
 import triton.language as tl
 
-from ..ops.aspp_tiles import CLASS_FIELDS, PART_FIELDS, ClassField, PartField
+from ..plan.schedule import CLASS_FIELDS, PART_FIELDS, ClassField, PartField
 
 _ROW = tl.constexpr(ClassField.ROW.value)
 _ROWS = tl.constexpr(ClassField.ROWS.value)
@@ -198,7 +198,7 @@ def aspp_branches_kernel(
         scale_ptr, shift_ptr: [sum K] fp32.
         y_ptr: [N, H, W, sum K].
         partial_ptr: [slots, BLOCK_M, BLOCK_N] fp32, the sums of cut tiles (SPLIT).
-        classes_ptr, parts_ptr, starts_ptr: the tables of aspp_tiles.Schedule.
+        classes_ptr, parts_ptr, starts_ptr: the tables of schedule.Schedule.
         channels, stride_x*: C and strides of x, in units of VEC_X elements.
         stride_y*: strides of y, in units of VEC_Y elements, which divides every K as well.
         EVEN_C: C is a multiple of BLOCK_C.

@@ -4,9 +4,9 @@
 `deeplab_fast.reference` take, already validated. The kernels, how they share out the work and what
 they cost are in `aspp_training_kernels.py`; importing this module does not import Triton.
 
-The kernels read filters from one matrix and write their gradients to one, `aspp.pack_weights`.
+The kernels read filters from one matrix and write their gradients to one, `packing.pack_weights`.
 Weights change at every step of training, so the matrix is made at every call, but from views of
-such a matrix. Tile lists are copied to the device as `aspp.py` says.
+such a matrix. Tile lists are copied to the device as `plan/tables.py` says.
 """
 
 from __future__ import annotations
@@ -16,21 +16,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import aspp_tiles
-from ..ops.aspp_tiles import Branch, DgradSchedule, Int32, Schedule
-from . import _compat, configs
-from .aspp import Tables, device_tables, map_strides, pack_weights, unpack_weights
-from .configs import GemmConfig
-from .conv import (
-    arithmetic,
-    channels_inside,
-    device_of,
-    grid,
-    is_longest,
-    launch_options,
-    precision,
-    vector,
-)
+from ..plan.device import device_of
+from ..plan.gemm import GemmConfig, aspp_dgrad_config, aspp_wgrad_config
+from ..plan.gradients import DgradSchedule, dgrad_schedule, wgrad_schedule
+from ..plan.packing import channels_inside, pack_weights, unpack_weights
+from ..plan.schedule import Int32, Schedule, schedule, stats_table
+from ..plan.tables import Tables, device_tables
+from ..plan.taps import Branch, tap_rectangles
+from . import _compat, launch
+from .launch import arithmetic, grid, is_longest, launch_options, map_strides, precision, vector
+from .tuned import aspp_branches_config
 
 # Rows of a cut tile that one program adds up; columns where it takes all rows.
 _SUM_ROWS = 16
@@ -54,7 +49,7 @@ def aspp_convs(
         weights: for each branch [K_b, C, 1, 1] or [K_b, C, 3, 3], the dtype of x.
         dilations: for each branch an int of at least 1.
         stats: whether mean and variance are asked for.
-        config: None for the choice of `configs.aspp_branches_config`.
+        config: None for the choice of `tuned.aspp_branches_config`.
 
     Returns:
         y [N, sum K_b, H, W], channels_last, accumulated in fp32 and rounded once; mean and biased
@@ -80,18 +75,18 @@ def aspp_convs(
     vec_x = min(vector(x, channels, *x_strides), vector(matrix))
     vec_y = vector(y, *y_strides, *(b.channels for b in branches))
     if config is None:
-        config = configs.aspp_branches_config(
+        config = aspp_branches_config(
             n, height, width, channels, branches, arithmetic(x), device,
             aligned=is_longest(x, vec_x, vec_y),
         )  # fmt: skip
     programs = device.multiprocessors * config.occupancy
-    tables = device_tables(x, branches, config, programs, more=_stats_tables)
+    tables = device_tables(x, branches, config, programs, schedule, _stats_tables)
     first, counts, ranges, first_channels = tables.more
     widest = max(b.channels for b in branches)
     y_steps = [s // vec_y for s in y_strides]
     partial = _workspace(x, tables, config)
     tiles = x.new_empty((counts.numel() if stats else 0, 2, widest), dtype=torch.float32)
-    with _compat.on_device(x):
+    with launch.on_device(x):
         kernels.aspp_convs_kernel[grid(tables.starts.numel() - 1)](
             x, matrix, y, partial, tiles, tables.classes, tables.parts, tables.starts,
             first, widest,
@@ -153,9 +148,9 @@ def dgrad(
 
     Args:
         grad: [N, sum K_b, H, W] fp16, bf16 or fp32; other layouts than channels_last are copied.
-        matrix: [sum taps K, C], `aspp.pack_weights` of the filters, the dtype of grad.
+        matrix: [sum taps K, C], `packing.pack_weights` of the filters, the dtype of grad.
         branches: the branches.
-        config: None for the choice of `configs.aspp_dgrad_config`.
+        config: None for the choice of `gemm.aspp_dgrad_config`.
 
     Returns:
         [N, C, H, W], channels_last.
@@ -177,17 +172,17 @@ def dgrad(
     vec_g = vector(grad, *g_strides, *(b.channels for b in branches))
     vec_x = min(vector(dx, channels, *x_strides), vector(matrix))
     if config is None:
-        config = configs.aspp_dgrad_config(
+        config = aspp_dgrad_config(
             n, height, width, channels, branches, arithmetic(grad), device,
             aligned=is_longest(grad, vec_g, vec_x),
         )  # fmt: skip
     programs = device.multiprocessors * config.occupancy
-    tables = device_tables(dx, branches, config, programs, aspp_tiles.dgrad_schedule, _dgrad_tables)
+    tables = device_tables(dx, branches, config, programs, dgrad_schedule, _dgrad_tables)
     steps, pixels = tables.more
     sizes = n * height * width, height, width
     x_steps = [s // vec_x for s in x_strides]
     partial = _workspace(grad, tables, config)
-    with _compat.on_device(grad):
+    with launch.on_device(grad):
         kernels.aspp_dgrad_kernel[grid(tables.starts.numel() - 1)](
             grad, matrix, dx, partial, tables.classes, steps, pixels, tables.parts, tables.starts,
             *sizes, channels // vec_x, *(s // vec_g for s in g_strides), *x_steps,
@@ -217,15 +212,15 @@ def wgrad(
         grad: [N, sum K_b, H, W] fp16, bf16 or fp32; other layouts than channels_last are copied.
         x: [N, C, H, W], the dtype of grad, likewise.
         branches: the branches.
-        config: None for the choice of `configs.aspp_wgrad_config`.
+        config: None for the choice of `gemm.aspp_wgrad_config`.
 
     Returns:
-        [sum taps K, C], contiguous; `aspp.unpack_weights` makes the filters' gradients of it. Taps
-        that never touch the map are 0.
+        [sum taps K, C], contiguous; `packing.unpack_weights` makes the filters' gradients of it.
+        Taps that never touch the map are 0.
     """
     n, channels, height, width = x.shape
     size = (sum(b.taps * b.channels for b in branches), channels)
-    live = len(aspp_tiles.tap_rectangles(height, width, branches))
+    live = len(tap_rectangles(height, width, branches))
     if n == 0 or live < sum(b.taps for b in branches):
         dw = grad.new_zeros(size)
     else:
@@ -239,14 +234,14 @@ def wgrad(
     vec_g = vector(grad, *g_strides, *(b.channels for b in branches))
     vec_x = min(vector(x, channels, *x_strides), vector(dw))
     if config is None:
-        config = configs.aspp_wgrad_config(
+        config = aspp_wgrad_config(
             n, height, width, channels, branches, arithmetic(x), device,
             aligned=is_longest(x, vec_g, vec_x),
         )  # fmt: skip
     programs = device.multiprocessors * config.occupancy
-    tables = device_tables(x, branches, config, programs, aspp_tiles.wgrad_schedule)
+    tables = device_tables(x, branches, config, programs, wgrad_schedule)
     partial = _workspace(x, tables, config)
-    with _compat.on_device(x):
+    with launch.on_device(x):
         kernels.aspp_wgrad_kernel[grid(tables.starts.numel() - 1)](
             grad, x, dw, partial, tables.classes, tables.parts, tables.starts,
             channels // vec_x, *(s // vec_g for s in g_strides), *(s // vec_x for s in x_strides),
@@ -283,7 +278,7 @@ def _workspace(x: Tensor, tables: Tables, config: GemmConfig) -> Tensor:
 
 
 def _stats_tables(work: Schedule, block_m: int) -> Sequence[Int32]:
-    table = aspp_tiles.stats_table(work, block_m)
+    table = stats_table(work, block_m)
     return table.first, table.counts, table.ranges, table.channels
 
 

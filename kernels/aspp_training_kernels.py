@@ -1,7 +1,7 @@
 """Triton device code of the ASPP's convolutions in training; `aspp_training.py` launches it.
 
 Work and layout
-    Three matrix products over tile lists of deeplab_fast/ops/aspp_tiles.py, which leave out the
+    Three matrix products over tile lists of deeplab_fast/plan, which leave out the
     taps that no pixel of a tile has inside the map. Maps are channels_last, filters the rows of one
     matrix [sum taps K, C] in the order branch, tap, filter, and so are their gradients.
 
@@ -19,7 +19,7 @@ Work and layout
     wgrad: dW_b[t] = sum of grad_b[p]^T x[p + t d_b] over the pixels p that keep p + t d_b inside.
     Both operands are contiguous across the sum, and their tiles are read transposed. Pixels are
     numbered through the rectangle over the whole batch; two multiplications make an address of a
-    number (aspp_tiles.divider), and only the last pixels of a rectangle are masked.
+    number (gradients.divider), and only the last pixels of a rectangle are masked.
 
     Programs run their parts of a list one behind the other. Cut tiles go through a workspace and a
     second launch, as in aspp_kernels.py: no atomics, results repeat to the bit.
@@ -37,15 +37,8 @@ contiguous across the sum (the filters of dgrad, both of wgrad) are copied 4 byt
 import triton
 import triton.language as tl
 
-from ..ops.aspp_tiles import (
-    CLASS_FIELDS,
-    PART_FIELDS,
-    STEP_FIELDS,
-    ClassField,
-    PartField,
-    StepField,
-    WgradField,
-)
+from ..plan.gradients import STEP_FIELDS, StepField, WgradField
+from ..plan.schedule import CLASS_FIELDS, PART_FIELDS, ClassField, PartField
 from .aspp_kernels import halves, pixel_offsets, tile_sums
 
 # The first five columns of a class are the same for wgrad.
@@ -186,7 +179,7 @@ def aspp_convs_kernel(
         x_ptr, weight_ptr, y_ptr, partial_ptr, the tables, channels, strides and constants: as for
             aspp_kernels.aspp_branches_kernel.
         stats_ptr: [entries, 2, width] fp32, mean and squares of each block of pixels (STATS).
-        entries_ptr: aspp_tiles.StatsTable.first.
+        entries_ptr: schedule.StatsTable.first.
         width: of a row of stats_ptr; the most filters of a branch.
     """
     pid = tl.program_id(0)
@@ -248,7 +241,7 @@ def aspp_stats_kernel(
 
     Args:
         stats_ptr: [entries, 2, width] fp32.
-        counts_ptr, ranges_ptr, channels_ptr: aspp_tiles.StatsTable.
+        counts_ptr, ranges_ptr, channels_ptr: schedule.StatsTable.
         blocks: of COLS columns in a branch.
         pixels: n.
 
@@ -435,7 +428,7 @@ def aspp_dgrad_sum_kernel(
 
 @triton.jit
 def _divided(number, factor, bits):
-    """number // divisor, for the factor and bits of aspp_tiles.divider."""
+    """number // divisor, for the factor and bits of gradients.divider."""
     return (tl.umulhi(number.to(tl.uint32) * 2, factor) >> bits).to(tl.int32)
 
 
@@ -477,7 +470,7 @@ def aspp_wgrad_kernel(
         x_ptr: [N, H, W, C].
         dw_ptr: [sum taps K, C], contiguous; rows in the order branch, tap, filter.
         partial_ptr: [slots, BLOCK_M, BLOCK_N] fp32, the sums of cut tiles (SPLIT).
-        classes_ptr, parts_ptr, starts_ptr: the tables of aspp_tiles.wgrad_schedule.
+        classes_ptr, parts_ptr, starts_ptr: the tables of gradients.wgrad_schedule.
         stride_g*: strides of grad, in units of VEC_G elements, which divides every K as well.
         channels, stride_x*: C and strides of x, in units of VEC_X elements.
         BLOCK_M, BLOCK_N, BLOCK_C: filters, channels and pixels.

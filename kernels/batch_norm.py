@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..backends import OpDesc
-from . import _compat, configs
-from .configs import WARP, BatchNormConfig
-from .conv import channels_inside, device_of, fp32, grid, pixel_strides, vector
+from ..plan.batch_norm import MAX_VALUES, BatchNormConfig, batch_norm_config
+from ..plan.device import WARP, device_of
+from ..plan.packing import channels_inside, fp32
+from . import _compat, launch
+from .launch import grid, pixel_strides, vector
 
 # Channels of a program that combines partials: a sector of each row.
 _COMBINED_CHANNELS = 8
@@ -51,7 +53,7 @@ def batch_stats(x: Tensor, config: BatchNormConfig | None = None) -> tuple[Tenso
     kernels = _compat.device_module("batch_norm_kernels")
     maps = _Maps(config, True, x)
     partial_mean, partial_m2 = (_fp32_like(x, maps.chunks, channels) for _ in range(2))
-    with _compat.on_device(x):
+    with launch.on_device(x):
         kernels.batch_stats_kernel[grid(maps.chunks * maps.tiles_c)](
             *maps.tensors, partial_mean, partial_m2,
             maps.pixels, maps.units, *maps.strides, maps.tiles, maps.chunks, maps.tiles_c,
@@ -93,7 +95,7 @@ def bn_act(
     kernels = _compat.device_module("batch_norm_kernels")
     maps = _Maps(config, False, x, residual)
     read_x, read_residual = maps.tensors
-    with _compat.on_device(x):
+    with launch.on_device(x):
         kernels.bn_act_kernel[grid(maps.tiles * maps.tiles_c)](
             read_x, *map(fp32, (mean, rstd, weight, bias)), read_residual, y,
             maps.pixels, maps.units, *maps.strides, maps.tiles_c,
@@ -134,7 +136,7 @@ def bn_act_reduce(
     maps = _Maps(config, True, grad, x, out if act else None)
     read_grad, read_x, read_out = maps.tensors
     partial, partial_xhat = (_fp32_like(x, maps.chunks, channels) for _ in range(2))
-    with _compat.on_device(x):
+    with launch.on_device(x):
         kernels.bn_act_reduce_kernel[grid(maps.chunks * maps.tiles_c)](
             read_grad, read_x, *map(fp32, (mean, rstd, weight, bias)), read_out,
             partial, partial_xhat,
@@ -186,7 +188,7 @@ def bn_act_backward(
     needs_x = means is not None or (act is not None and out is None)
     maps = _Maps(config, False, grad, x if needs_x else None, out if act else None)
     read_grad, read_x, read_out = maps.tensors
-    with _compat.on_device(x):
+    with launch.on_device(x):
         kernels.bn_act_backward_kernel[grid(maps.tiles * maps.tiles_c)](
             read_grad, read_x, *map(fp32, (mean, rstd, weight, bias)), read_out,
             *(means or (None, None)), dx, residual_grad if to_residual else None,
@@ -223,7 +225,7 @@ class _Maps:
         self.tensors = [None if row is None else row[0] for row in rows]
         self.strides = [0 if row is None else row[1] // self.vector for row in rows]
         if config is None:
-            config = configs.batch_norm_config(
+            config = batch_norm_config(
                 self.pixels, self.channels, len(given), self.vector, first.element_size(),
                 device_of(first), reduces,
             )  # fmt: skip
@@ -231,8 +233,8 @@ class _Maps:
             raise ValueError(
                 f"{config} does not fit {len(given)} maps read {self.vector} channels at a time: "
                 "lanes * block_c must be 32 * num_warps * channels at a time, all powers of two, "
-                f"with at most {configs.MAX_VALUES} values of all maps in a thread; "
-                "see configs.batch_norm_candidates"
+                f"with at most {MAX_VALUES} values of all maps in a thread; "
+                "see plan.batch_norm.batch_norm_candidates"
             )
         self.config = config
         self.tiles, self.chunks, self.tiles_c = config.grid(self.pixels, self.channels)

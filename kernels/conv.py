@@ -1,5 +1,4 @@
-"""1x1 convolutions with what follows them, in Triton: the launchers, and what they share with
-`aspp.py`.
+"""1x1 convolutions with what follows them, in Triton: the launchers.
 
 `conv_bn_act` takes what the reference of the same name in `deeplab_fast.reference` takes, already
 validated. The kernel and its costs are in `conv_kernels.py`; importing this module does not import
@@ -9,19 +8,18 @@ Triton. Convolutions of other sizes are refused: cuDNN has fused kernels for the
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from ..backends import OpDesc
-from . import _compat, configs
-from .configs import Device, GemmConfig
+from ..plan.device import device_of
+from ..plan.gemm import GemmConfig
+from ..plan.packing import channels_inside, fp32
+from . import _compat, launch
+from .launch import arithmetic, grid, is_longest, launch_options, pixel_strides, precision, vector
+from .tuned import pointwise_config
 
-# Grids are one-dimensional; CUDA's limit on the first dimension.
-_MAX_PROGRAMS = 2**31 - 1
 _MAX_PIXELS = 2**31 - 1
-_VECTOR_BYTES = 16
 _LEAST_CLASSES = 16
 _MOST_CLASSES = 32
 
@@ -78,7 +76,7 @@ def conv_bn_act(
         padding, groups: 0 and 1; dilation has no effect.
         residual: [N, K, H', W'], the dtype of x, or None.
         act: "relu" or None.
-        config: None for the choice of `configs.pointwise_config`.
+        config: None for the choice of `tuned.pointwise_config`.
 
     Returns:
         [N, K, H', W'], channels_last, accumulated in fp32 and rounded once.
@@ -122,7 +120,7 @@ def pointwise(
         residual: [N, K, H, W], the dtype of x.
         relu: the activation.
         classifier: ([classes, K] in the dtype of x, [classes] fp32) of a second product.
-        config: None for the choice of `configs.pointwise_config`.
+        config: None for the choice of `tuned.pointwise_config`.
     """
     n, channels, height, width = x.shape
     filters = weight.shape[0]
@@ -149,14 +147,14 @@ def pointwise(
     vec_y = vector(y, *y_strides, *([] if classes else [filters]))
     vec_r = vector(x if residual is None else residual, *r_strides)
     if config is None:
-        config = configs.pointwise_config(
+        config = pointwise_config(
             groups, group_rows, channels, filters, arithmetic(x), device_of(x),
             aligned=is_longest(x, vec_x, vec_x if classes else min(vec_y, vec_r)),
             classes=classes > 0, residual=residual is not None,
         )  # fmt: skip
     tiles_n = -(-filters // config.block_n)
     tiles_m = -(-group_rows // config.block_m)
-    with _compat.on_device(x):
+    with launch.on_device(x):
         kernels.pointwise_kernel[grid(groups * tiles_m * tiles_n)](
             x, weight, scale, shift, residual, class_weight, class_bias, y,
             group_rows, height, width, channels // vec_x, filters // (vec_x if classes else vec_y),
@@ -177,104 +175,3 @@ def class_block(classes: int) -> int:
     """Classes that a program scores at a time: what a matrix product takes, and registers hold
     beside a tile of 256 filters (with 256 at a time they spilled 624 bytes a thread)."""
     return min(max(_LEAST_CLASSES, 1 << (classes - 1).bit_length()), _MOST_CLASSES)
-
-
-def fp32(x: Tensor) -> Tensor:
-    """A contiguous fp32 tensor of the same values."""
-    return x.to(torch.float32).contiguous()
-
-
-def channels_inside(x: Tensor) -> Tensor:
-    """x, copied to channels_last where its channels are not next to each other."""
-    if x.stride(1) == 1 or x.shape[1] == 1:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def pixel_strides(x: Tensor) -> tuple[bool, tuple[int, int, int]]:
-    """(whether pixels lie at equal distances, strides of image, row and column).
-
-    At equal distances, across rows and images, the last stride is that distance. The stride of a
-    dimension of one entry has no meaning and comes out as 0.
-    """
-    n, _, height, width = x.shape
-    image, _, row, col = x.stride()
-    step, size, flat = 0, 1, True
-    for stride, count in ((col, width), (row, height), (image, n)):
-        if count == 1:
-            continue
-        if size == 1:
-            step = stride
-        flat &= stride == step * size
-        size *= count
-    if flat:
-        return True, (0, 0, step)
-    return False, (image * (n > 1), row * (height > 1), col * (width > 1))
-
-
-def vector(x: Tensor, *counts: int) -> int:
-    """Elements of x in the longest access, of 16 bytes at most, that divides all counts and where x
-    starts in memory."""
-    elements = _VECTOR_BYTES // x.element_size()
-    counts = (x.data_ptr() // x.element_size(), *counts)
-    while any(count % elements for count in counts):
-        elements //= 2
-    return elements
-
-
-def is_longest(x: Tensor, *elements: int) -> bool:
-    """Whether accesses of so many elements of x all have 16 bytes."""
-    return min(elements) * x.element_size() == _VECTOR_BYTES
-
-
-def grid(programs: int) -> tuple[int]:
-    """A launch grid.
-
-    Raises:
-        ValueError: it is larger than CUDA allows.
-    """
-    if programs > _MAX_PROGRAMS:
-        raise ValueError(
-            f"{programs} programs are more than a CUDA grid holds ({_MAX_PROGRAMS}); "
-            "split the batch"
-        )
-    return (programs,)
-
-
-def launch_options(config: GemmConfig) -> dict[str, int]:
-    """Triton's launch options of a configuration."""
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if config.register_limit is not None:
-        options["maxnreg"] = config.register_limit
-    return options
-
-
-def allow_tf32() -> bool:
-    """Whether PyTorch lets matrix products of fp32 operands round them to TF32."""
-    try:
-        return torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:
-        # Raised once the newer setting has been used.
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def precision(x: Tensor) -> str:
-    """How products of x's dtype are made: "tf32", or "ieee" (exactly)."""
-    return "tf32" if arithmetic(x) == configs.MMA_TF32 else "ieee"
-
-
-def arithmetic(x: Tensor) -> str:
-    """`configs.MMA_16BIT`, MMA_TF32 or FMA_FP32, for products of x's dtype."""
-    if x.dtype != torch.float32:
-        return configs.MMA_16BIT
-    return configs.MMA_TF32 if allow_tf32() else configs.FMA_FP32
-
-
-def device_of(x: Tensor) -> Device:
-    """What the choice of a configuration needs to know of x's device."""
-    return _device(x.device) if x.is_cuda else configs.H100
-
-
-@cache
-def _device(device: torch.device) -> Device:
-    return configs.device_like(torch.cuda.get_device_properties(device))

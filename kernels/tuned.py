@@ -1,7 +1,7 @@
 """Launch configurations that were measured to be faster than the rule's choice.
 
 They are part of the records of a kernel (`dispatch.records`), by what the rule would rest on
-(`configs.TUNABLE` has the dataclasses of both). One is taken where the record counts on this
+(`TUNABLE` has the dataclasses of both). One is taken where the record counts on this
 compute capability and the configuration is among the kernel's candidates, which the tests compile.
 Nothing is tuned at run time: a choice depends on the sizes of the call and on files that do not
 change, so that results are the same from run to run.
@@ -14,35 +14,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..dispatch import records, trust
-
-if TYPE_CHECKING:
-    from .configs import Device
+from ..plan import gemm, upsample
+from ..plan.device import Device
+from ..plan.gemm import BranchesKey, GemmConfig, PointwiseKey
+from ..plan.taps import Branch
+from ..plan.tunable import Tunable
+from ..plan.upsample import UpsampleConfig, UpsampleKey
 
 logger = logging.getLogger("deeplab_fast")
 
 
-@dataclass(frozen=True)
-class Tunable:
-    """What the configurations of a kernel are.
-
-    Attributes:
-        key: frozen dataclass of the facts of a call.
-        config: frozen dataclass of a configuration.
-        candidates: (key, device) -> configurations that may be chosen.
-        problem: (key, config, device) -> why a configuration cannot run on a device, or "".
-    """
-
-    key: type
-    config: type
-    candidates: Callable[[Any, Device], list[Any]]
-    problem: Callable[[Any, Any, Device], str] = lambda key, config, device: ""
-
+TUNABLE: dict[str, Tunable] = {**upsample.TUNABLE, **gemm.TUNABLE}
 
 # What `forced` asks for, by kernel: the configuration, None for the rule's, and who asked.
 _forced: dict[str, tuple[Any, list[tuple[Any, Any]]]] = {}
@@ -52,7 +39,7 @@ def find(kernel: str, tunable: Tunable, key: Any, device: Device) -> Any | None:
     """The measured configuration of a call; None where there is none.
 
     Args:
-        kernel: name in `configs.TUNABLE`.
+        kernel: name in `TUNABLE`.
         tunable: that entry.
         key: the call, an instance of `tunable.key`.
         device: the GPU.
@@ -71,7 +58,7 @@ def forced(kernel: str, config: Any | None) -> Iterator[list[tuple[Any, Any]]]:
     """Make the launcher of a kernel take a configuration, whatever the call and the records.
 
     Args:
-        kernel: name in `configs.TUNABLE`.
+        kernel: name in `TUNABLE`.
         config: None for the rule's choice.
 
     Yields:
@@ -141,3 +128,101 @@ def _entries(
         made.setdefault(key, config)
     _made[kernel, device] = found, made
     return made
+
+
+def tuned_config(kernel: str, key: Any, device: Device) -> Any | None:
+    """The measured configuration of a call on a device; None where the one by rule is to run.
+
+    Args:
+        kernel: a name of `TUNABLE`.
+        key: the call, of that entry's `key`.
+        device: the GPU.
+    """
+    return find(kernel, TUNABLE[kernel], key, device)
+
+
+def upsample_config(
+    kernel: str,
+    shape: Sequence[int],
+    out_size: tuple[int, int],
+    align_corners: bool,
+    dtype: str,
+    device: Device,
+) -> UpsampleConfig:
+    """The measured configuration, else `forward_config`, or `gradient_config` for the kernel that
+    also sums gradients.
+
+    Args:
+        kernel: a name of `TUNABLE`.
+        shape: of the logits, [N, C, h, w].
+        out_size: (H, W).
+        align_corners: as in torch.nn.functional.interpolate.
+        dtype: of the logits, as "bfloat16".
+        device: the GPU.
+    """
+    n, classes, *in_size = shape
+    sizes = ((in_size[0], in_size[1]), out_size, bool(align_corners))
+    config = tuned_config(kernel, UpsampleKey(n, classes, *sizes, dtype), device)
+    if config is not None:
+        return config
+    return (
+        upsample.gradient_config
+        if TUNABLE[kernel] is upsample.GRADIENT
+        else upsample.forward_config
+    )(*sizes)
+
+
+def aspp_branches_config(
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    branches: tuple[Branch, ...],
+    math: str,
+    device: Device,
+    aligned: bool = True,
+) -> GemmConfig:
+    """The measured configuration, else the first candidate, cut where programs have few tiles.
+
+    Args:
+        batch, height, width, channels: the input map.
+        branches: the branches.
+        math: MMA_16BIT, MMA_TF32 or FMA_FP32.
+        device: the GPU.
+        aligned: operands and result allow accesses of 16 bytes.
+    """
+    shape = (batch, height, width, channels, branches, math)
+    config = tuned_config("aspp_branches", BranchesKey(*shape, aligned), device)
+    return config or gemm.branches_rule(*shape, device, aligned)
+
+
+def pointwise_config(
+    groups: int,
+    pixels: int,
+    channels: int,
+    filters: int,
+    math: str,
+    device: Device,
+    aligned: bool = True,
+    classes: bool = False,
+    residual: bool = False,
+) -> GemmConfig:
+    """The measured configuration, else the first candidate with a tile for every other
+    multiprocessor, or the last.
+
+    Args:
+        groups, pixels: rows of the product, `pixels` in each of `groups` that share no tile.
+        channels, filters: depth and columns of the product.
+        math: MMA_16BIT, MMA_TF32 or FMA_FP32.
+        device: the GPU.
+        aligned: operands and result allow accesses of 16 bytes.
+        classes: a second product follows, for which a tile must hold all filters.
+        residual: one is added; measured configurations depend on it.
+
+    Raises:
+        ValueError: no tile holds them.
+    """
+    shape = (groups, pixels, channels, filters, math)
+    key = PointwiseKey(*shape, aligned, classes, residual)
+    config = tuned_config("pointwise", key, device)
+    return config or gemm.pointwise_rule(*shape, device, aligned, classes)

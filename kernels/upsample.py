@@ -8,8 +8,7 @@ Labels outside [0, C) that are not ignore_index cannot raise on a GPU without st
 treated as ignored and counted; `last_label_errors` gives the count of the last call, and with
 DEEPLAB_FAST_STRICT_LABELS=1 every call waits for it and raises.
 
-Index tables are copied to the device at the first call for a size. That cannot happen while a CUDA
-graph is captured: call once before capturing, as torch.cuda.graphs asks for anyway.
+Index tables are copied to the device as `plan/tables.py` says.
 """
 
 from __future__ import annotations
@@ -23,13 +22,15 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import OpDesc
-from . import _compat, configs
-from .bilinear_index import axis_tables
-from .conv import device_of
+from ..plan import tables
+from ..plan.bilinear import axis_tables
+from ..plan.device import device_of
+from ..plan.upsample import UpsampleConfig, num_confusion_tables
+from . import _compat, launch
+from .launch import grid
+from .tuned import upsample_config
 
 STRICT_LABELS = "DEEPLAB_FAST_STRICT_LABELS"
-# Grids are one-dimensional; CUDA's limit on the first dimension.
-_MAX_PROGRAMS = 2**31 - 1
 # A confusion matrix beyond this takes more memory than the logits it replaces.
 _MAX_CONFUSION_CLASSES = 8192
 _FINISH_BLOCK = 1024
@@ -39,7 +40,7 @@ _MAX_GATHER_COLS = 64
 
 @dataclass(frozen=True)
 class _Axis:
-    """`bilinear_index.AxisTables` on a device."""
+    """`plan.bilinear.AxisTables` on a device."""
 
     low: Tensor
     lam: Tensor
@@ -112,9 +113,9 @@ def upsample_argmax(
     y = _axis(in_rows, rows, align_corners, config.rows, logits)
     x = _axis(in_cols, cols, align_corners, 1, logits)
     col_tiles = -(-cols // config.cols)
-    grid = _grid(n * y.num_blocks * col_tiles)
-    with _compat.on_device(logits):
-        kernels.upsample_argmax_kernel[grid](
+    programs = grid(n * y.num_blocks * col_tiles)
+    with launch.on_device(logits):
+        kernels.upsample_argmax_kernel[programs](
             logits, labels, prob,
             y.first, y.block_low, y.lam, x.low, x.lam,
             classes, in_rows, in_cols, rows, cols, y.num_blocks, col_tiles,
@@ -155,17 +156,17 @@ def upsample_confusion(
     y = _axis(in_rows, rows, align_corners, config.rows, logits)
     x = _axis(in_cols, cols, align_corners, 1, logits)
     col_tiles = -(-cols // config.cols)
-    grid = _grid(n * y.num_blocks * col_tiles)
-    tables = configs.num_confusion_tables(classes, target.numel())
+    programs = grid(n * y.num_blocks * col_tiles)
+    num_tables = num_confusion_tables(classes, target.numel())
     # Any table may get every pixel.
     count_dtype = torch.int32 if target.numel() < 2**31 else torch.int64
-    counts = logits.new_zeros((tables, classes, classes), dtype=count_dtype)
-    bad = logits.new_empty(grid[0], dtype=torch.int32)
-    with _compat.on_device(logits):
-        kernels.upsample_confusion_kernel[grid](
+    counts = logits.new_zeros((num_tables, classes, classes), dtype=count_dtype)
+    bad = logits.new_empty(programs[0], dtype=torch.int32)
+    with launch.on_device(logits):
+        kernels.upsample_confusion_kernel[programs](
             logits, target, counts, bad,
             y.first, y.block_low, y.lam, x.low, x.lam,
-            classes, in_rows, in_cols, cols, y.num_blocks, col_tiles, ignore_index, tables - 1,
+            classes, in_rows, in_cols, cols, y.num_blocks, col_tiles, ignore_index, num_tables - 1,
             *logits.stride(), *target.stride(),
             ROWS=config.rows, COLS=config.cols,
             num_warps=config.num_warps, num_stages=1,
@@ -204,9 +205,9 @@ def upsample_softmax_add(
     y = _axis(in_rows, rows, align_corners, config.rows, logits)
     x = _axis(in_cols, cols, align_corners, 1, logits)
     col_tiles = -(-cols // config.cols)
-    grid = _grid(n * y.num_blocks * col_tiles)
-    with _compat.on_device(logits):
-        kernels.upsample_softmax_add_kernel[grid](
+    programs = grid(n * y.num_blocks * col_tiles)
+    with launch.on_device(logits):
+        kernels.upsample_softmax_add_kernel[programs](
             logits, accumulator,
             y.first, y.block_low, y.lam, x.low, x.lam,
             classes, in_rows, in_cols, cols, y.num_blocks, col_tiles,
@@ -364,12 +365,12 @@ class _CrossEntropy:
         else:
             col_tiles = -(-cols // config.cols)
             partial = logits.new_empty(0, dtype=torch.float32)
-        grid = _grid(n * y.num_blocks * col_tiles)
+        programs = grid(n * y.num_blocks * col_tiles)
         self.rows, self.cols = y, x
-        self.sums = logits.new_empty((2, grid[0]), dtype=torch.float32)
-        self.counts = logits.new_empty((2, grid[0]), dtype=torch.int32)
-        with _compat.on_device(logits):
-            self.kernels.upsample_cross_entropy_kernel[grid](
+        self.sums = logits.new_empty((2, programs[0]), dtype=torch.float32)
+        self.counts = logits.new_empty((2, programs[0]), dtype=torch.int32)
+        with launch.on_device(logits):
+            self.kernels.upsample_cross_entropy_kernel[programs](
                 logits, target, self.weight, pixel_grad,
                 loss_map, self.sums, self.counts, partial,
                 y.first, y.block_low, y.lam, x.first, x.low, x.lam,
@@ -389,7 +390,7 @@ class _CrossEntropy:
         """[2] fp32: the loss, and what the gathered partials are to be multiplied by."""
         result = self.sums.new_empty(2)
         bad = self.counts.new_empty(1, dtype=torch.int64)
-        with _compat.on_device(result):
+        with launch.on_device(result):
             self.kernels.cross_entropy_finish_kernel[(1,)](
                 self.sums, self.counts, grad, result, bad, self.sums.shape[1],
                 MEAN=reduction == "mean", HAS_GRAD=grad is not None, BLOCK=_FINISH_BLOCK,
@@ -405,8 +406,8 @@ class _CrossEntropy:
         col_tiles = -(-in_cols // cols)
         class_tiles = -(-classes // _GATHER_CLASSES)
         y, x = self.rows, self.cols
-        with _compat.on_device(grad_logits):
-            self.kernels.gradient_gather_kernel[_grid(n * in_rows * class_tiles * col_tiles)](
+        with launch.on_device(grad_logits):
+            self.kernels.gradient_gather_kernel[grid(n * in_rows * class_tiles * col_tiles)](
                 partial, factor, grad_logits,
                 y.block_start, y.block_low, x.block_start, x.block_low,
                 classes, in_rows, in_cols, y.num_blocks, x.num_blocks, col_tiles, class_tiles,
@@ -428,26 +429,17 @@ def _report(bad: Tensor, target: Tensor, num_classes: int, ignore_index: int) ->
     """Keep the count of bad labels; in strict mode read it, and raise where there are any."""
     _last_label_errors[bad.device] = bad
     # A capture cannot wait for a result; what it records can be checked through the kept count.
-    strict = os.environ.get(STRICT_LABELS) == "1" and not _compat.capturing(bad)
+    strict = os.environ.get(STRICT_LABELS) == "1" and not tables.capturing(bad)
     if strict and bad.item():
         reference.check_labels(target, num_classes, ignore_index)
 
 
 def _config(
     kernel: str, logits: Tensor, out_size: tuple[int, int], align_corners: bool
-) -> configs.UpsampleConfig:
+) -> UpsampleConfig:
     dtype = str(logits.dtype).removeprefix("torch.")
     device = device_of(logits)
-    return configs.upsample_config(kernel, logits.shape, out_size, align_corners, dtype, device)
-
-
-def _grid(programs: int) -> tuple[int]:
-    if programs > _MAX_PROGRAMS:
-        raise ValueError(
-            f"{programs} programs are more than a CUDA grid holds ({_MAX_PROGRAMS}); "
-            "split the batch"
-        )
-    return (programs,)
+    return upsample_config(kernel, logits.shape, out_size, align_corners, dtype, device)
 
 
 def _axis(in_size: int, out_size: int, align_corners: bool, block: int, like: Tensor) -> _Axis:
@@ -456,33 +448,24 @@ def _axis(in_size: int, out_size: int, align_corners: bool, block: int, like: Te
     axis = _axes.get(key)
     if axis is not None:
         return axis
-    if _compat.capturing(like):
+    if tables.capturing(like):
         raise RuntimeError(
             f"the index tables for {in_size} -> {out_size} are not on {like.device} yet and cannot "
             "be copied there while a CUDA graph is captured; run the op once at this size before"
         )
-    tables = axis_tables(*key[:3], block)
-    parts = (
-        tables.low,
-        tables.lam.view(np.int32),
-        tables.first,
-        tables.block_low,
-        tables.block_start,
+    made = axis_tables(*key[:3], block)
+    low, lam, first, block_low, block_start = tables.to_device(
+        [made.low, made.lam.view(np.int32), made.first, made.block_low, made.block_start],
+        like.device,
     )
-    # One copy for all of them.
-    packed = torch.from_numpy(np.concatenate(parts)).to(like.device)
-    low, lam, first, block_low, block_start = packed.split([len(part) for part in parts])
-    if packed.is_cuda:
-        # The tables outlive this stream's order: any later call may come on another stream.
-        torch.cuda.current_stream(like.device).synchronize()
     axis = _Axis(
         low,
         lam.view(torch.float32),
         first,
         block_low,
         block_start,
-        tables.num_blocks,
-        tables.most_blocks_touching,
+        made.num_blocks,
+        made.most_blocks_touching,
     )
     _axes[key] = axis
     return axis

@@ -2,7 +2,7 @@
 
 Work and layout
     Logits are [N, C, h, w] with any strides. A program takes `ROWS` output rows of one row cell
-    (bilinear_index.py: all of them lie between the same two rows of logits) and `COLS` output
+    (plan/bilinear.py: all of them lie between the same two rows of logits) and `COLS` output
     columns; a thread owns one column for all rows. For one class after the other it loads the four
     corner logits of its column, interpolates them along the row once, and walks its rows. Lanes of
     a warp in the same column cell read the same address. No tensor has both a class and a

@@ -81,7 +81,7 @@ class Config:
     """A launch configuration that was measured to be faster than the rule's choice.
 
     Attributes:
-        kernel: name in `deeplab_fast.kernels.configs.TUNABLE`.
+        kernel: name in `deeplab_fast.kernels.tuned.TUNABLE`.
         key: fields of that entry's key: the call.
         config: fields of its configuration.
         gain: median over rounds of the time by rule over the time with it.

@@ -23,17 +23,22 @@ _CPP_COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _INCLUDED = ("csrc/include", "csrc/cuda")
 
 # The launchers and plans beside the device code: a wrong stride there is a wrong result as well.
-# What chooses among configurations (configs.py) is not: each choice is one that tests compile.
-_ASPP = ("deeplab_fast/ops/aspp_tiles.py",)
+# What chooses among configurations is not: each choice is one that tests compile.
+_PLAN = "deeplab_fast/plan"
+_PRODUCT = ("kernels/launch.py", f"{_PLAN}/packing.py")
+_TILES = (f"{_PLAN}/taps.py", f"{_PLAN}/schedule.py", f"{_PLAN}/tables.py")
 _TRITON = {
-    "upsample": ("kernels/upsample_kernels.py", "kernels/upsample.py", "kernels/bilinear_index.py"),
-    "batch_norm": ("kernels/batch_norm_kernels.py", "kernels/batch_norm.py", "kernels/conv.py"),
-    "pointwise": ("kernels/conv_kernels.py", "kernels/conv.py"),
-    "branches": ("kernels/aspp_kernels.py", "kernels/aspp.py", "kernels/conv.py", *_ASPP),
-    "project": ("kernels/conv_kernels.py", "kernels/conv.py", "kernels/aspp.py"),
+    "upsample": (
+        "kernels/upsample_kernels.py", "kernels/upsample.py", "kernels/launch.py",
+        f"{_PLAN}/bilinear.py", f"{_PLAN}/tables.py",
+    ),
+    "batch_norm": ("kernels/batch_norm_kernels.py", "kernels/batch_norm.py", *_PRODUCT),
+    "pointwise": ("kernels/conv_kernels.py", "kernels/conv.py", *_PRODUCT),
+    "branches": ("kernels/aspp_kernels.py", "kernels/aspp.py", *_PRODUCT, *_TILES),
+    "project": ("kernels/conv_kernels.py", "kernels/conv.py", "kernels/aspp.py", *_PRODUCT),
     "training": (
         "kernels/aspp_training_kernels.py", "kernels/aspp_kernels.py", "kernels/aspp_training.py",
-        "kernels/aspp.py", "kernels/conv.py", *_ASPP,
+        f"{_PLAN}/gradients.py", *_PRODUCT, *_TILES,
     ),
 }  # fmt: skip
 # Compiled sources by the names that build.json has them under.
@@ -44,8 +49,8 @@ COMPILED = {
 }
 _CUDA_HOST = {
     "upsample": ("deeplab_fast/ops/_upsample.py",),
-    "aspp": ("deeplab_fast/ops/_aspp_cuda.py", *_ASPP),
-    "aspp_sm90": ("deeplab_fast/ops/_aspp_cuda.py", *_ASPP),
+    "aspp": ("deeplab_fast/ops/_aspp_cuda.py", f"{_PLAN}/packing.py", *_TILES),
+    "aspp_sm90": ("deeplab_fast/ops/_aspp_cuda.py", f"{_PLAN}/packing.py", *_TILES),
 }
 _FAMILY = {
     "upsample_argmax": "upsample",

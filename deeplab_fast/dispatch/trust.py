@@ -110,7 +110,7 @@ def source(op: str, backend: str, capability: tuple[int, int]) -> str:
 
 def judge(desc: OpDesc, backend: str) -> Judgement:
     """What records say of a backend, "triton" or "cuda", at a call on a CUDA device."""
-    from ..kernels.conv import allow_tf32
+    from ..kernels._compat import allow_tf32
 
     if desc.capability is None:
         return Judgement(False, "the compute capability is not known")
@@ -229,7 +229,7 @@ def first_use_problem(desc: OpDesc, backend: str) -> str:
     """
     import torch
 
-    from ..kernels.conv import allow_tf32
+    from ..kernels._compat import allow_tf32
 
     dtype = dtype_name(desc, allow_tf32())
     key = (desc.op, backend, dtype, form(desc), desc.capability)
@@ -254,7 +254,7 @@ def configs(kernel: str, backend: str, capability: tuple[int, int]) -> tuple[rec
     tuple for as long as the records are the same.
 
     Args:
-        kernel: name in `deeplab_fast.kernels.configs.TUNABLE`.
+        kernel: name in `deeplab_fast.kernels.tuned.TUNABLE`.
         backend: "triton".
         capability: compute capability.
     """

@@ -1,6 +1,6 @@
 """The CUDA C++ implementations of the ASPP's ops: which tile runs, and the reasons against them.
 
-Both ops are one kernel over the tile list of `aspp_tiles`: the projection is a branch of one tap
+Both ops are one kernel over the tile list of `plan.schedule`: the projection is a branch of one tap
 with a shift for each image. There are two kernels: for sm_80 and newer (deeplab_fast._C_cuda), and
 for sm_90a (deeplab_fast._C_sm90), which goes first where it can. Their tiles are the rows of one
 table, which deeplab_fast._C hands out.
@@ -10,19 +10,22 @@ A short rule takes a row for each call (`choose`).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _ext
 from ..backends import OpDesc
+from ..plan.device import SHARED_RESERVE, Device, device_of
+from ..plan.gemm import GemmConfig
+from ..plan.packing import PackedBranches, channels_inside, fp32
+from ..plan.schedule import schedule, tile_counts
+from ..plan.tables import device_tables
+from ..plan.taps import Branch
 from ._upsample import MINIMUM_CAPABILITY, _missing, private
-from .aspp_tiles import Branch, tile_counts
 
 DTYPES = (torch.float16, torch.bfloat16)
 # The only one whose code the sm_90a extension has.
@@ -66,7 +69,7 @@ class Choice:
 
     row: int
     tile: Tile
-    config: Any
+    config: GemmConfig
     programs: int
 
 
@@ -114,7 +117,7 @@ def choose(
     width: int,
     channels: int,
     branches: tuple[Branch, ...],
-    device: Any,
+    device: Device,
     row: int | None = None,
     split: bool | None = None,
 ) -> Choice:
@@ -126,21 +129,20 @@ def choose(
     Args:
         batch, height, width, channels: the input map.
         branches: the branches.
-        device: the GPU, a `deeplab_fast.kernels.configs.Device`.
+        device: the GPU.
         row: choose this row; None for the rule.
-        split: whether tiles may be cut (aspp_tiles.schedule); None for the rule.
+        split: whether tiles may be cut (`plan.schedule.schedule`); None for the rule.
 
     Raises:
         ValueError: the row cannot run on the device.
     """
-    configs = _kernels("configs")
     filters = max(b.channels for b in branches)
     several_taps = any(b.taps > 1 for b in branches)
     choice: Choice | None = None
     for number, tile in enumerate(tiles()):
         if row not in (None, number) or tile.architecture != architecture(device.capability):
             continue
-        blocks = min(tile.occupancy, device.shared // (tile.shared_bytes + configs.SHARED_RESERVE))
+        blocks = min(tile.occupancy, device.shared // (tile.shared_bytes + SHARED_RESERVE))
         # A tile of 256 filters has no use where 128 hold all.
         if blocks == 0 or (row is None and tile.block_n >= 2 * max(filters, 128)):
             continue
@@ -150,7 +152,7 @@ def choose(
         cut = split
         if cut is None:
             cut = several_taps and count < _FEW_TILES * programs
-        config = configs.GemmConfig(*block, tile.threads // 32, tile.stages, blocks, cut)
+        config = GemmConfig(*block, tile.threads // 32, tile.stages, blocks, cut)
         choice = Choice(number, tile, config, programs)
         if 2 * count >= device.multiprocessors:
             break
@@ -176,7 +178,7 @@ def aspp_branches(
         x: [N, C, H, W] fp16 or bf16, C a multiple of 8; other layouts than channels_last are
             copied.
         weights: for each branch [K_b, C, 1, 1] or [K_b, C, 3, 3], the dtype of x. Views of a
-            `kernels.aspp.PackedBranches` are used where they lie, others are packed at every call.
+            `plan.packing.PackedBranches` are used where they lie, others are packed at every call.
         scales, shifts: for each branch [K_b], any float dtype; used in fp32.
         dilations: for each branch an int of at least 1.
 
@@ -186,7 +188,7 @@ def aspp_branches(
     Raises:
         RuntimeError: the shape is new and a CUDA graph is being captured.
     """
-    packed = _kernels("aspp").PackedBranches.pack(weights, scales, shifts, dilations)
+    packed = PackedBranches.pack(weights, scales, shifts, dilations)
     return multiply(x, packed.weight, packed.scale, packed.shift, packed.branches)
 
 
@@ -210,7 +212,6 @@ def aspp_project(
     Raises:
         RuntimeError: the shape is new and a CUDA graph is being captured.
     """
-    fp32 = _kernels("conv").fp32
     channels = branches.shape[1]
     matrix = weight.flatten(1)
     scale = fp32(scale)
@@ -237,7 +238,6 @@ def multiply(
         branches: the branches.
         choice: None for that of `choose`.
     """
-    aspp, conv = _kernels("aspp"), _kernels("conv")
     n, channels, height, width = x.shape
     y = torch.empty(
         (n, sum(b.channels for b in branches), height, width),
@@ -247,15 +247,15 @@ def multiply(
     )
     if y.numel() == 0:
         return y
-    x = conv.channels_inside(x)
+    x = channels_inside(x)
     pixels = [x.stride(dim) for dim in (0, 2, 3) if x.shape[dim] > 1]
     if x.data_ptr() % 16 or any(stride % _VECTOR for stride in pixels):
         x = x.clone(memory_format=torch.channels_last)
     if weight.stride(1) != 1 or weight.stride(0) % _VECTOR or weight.data_ptr() % 16:
         weight = weight.clone(memory_format=torch.contiguous_format)
     if choice is None:
-        choice = choose(n, height, width, channels, branches, conv.device_of(x))
-    tables = aspp.device_tables(x, branches, choice.config, choice.programs)
+        choice = choose(n, height, width, channels, branches, device_of(x))
+    tables = device_tables(x, branches, choice.config, choice.programs, schedule)
     partial = x.new_empty(
         (tables.slots, choice.tile.block_m, choice.tile.block_n), dtype=torch.float32
     )
@@ -266,7 +266,3 @@ def multiply(
         y, choice.row, vectors,
     )  # fmt: skip
     return y
-
-
-def _kernels(name: str) -> Any:
-    return importlib.import_module(f"deeplab_fast.kernels.{name}")

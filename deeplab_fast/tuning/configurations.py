@@ -34,7 +34,7 @@ class Tuned:
     """A kernel whose configuration calls of an op depend on.
 
     Attributes:
-        kernel: name in `deeplab_fast.kernels.configs.TUNABLE`.
+        kernel: name in `deeplab_fast.kernels.tuned.TUNABLE`.
         op: in whose calls exactly one of its configurations is chosen.
         most: candidates that there are at most.
         method: of an op with several functions.
@@ -64,8 +64,7 @@ def candidates(tuned: Tuned, work: Work, dtype: str, device: str, run: Callable[
     Raises:
         RuntimeError: the call does not choose one configuration of the kernel.
     """
-    from ..kernels import configs
-    from ..kernels.tuned import forced
+    from ..kernels.tuned import TUNABLE, forced
 
     step = _sets(tuned, work, dtype, device)[0]
     with checks.precision(dtype), forced(tuned.kernel, None) as asked:
@@ -76,7 +75,7 @@ def candidates(tuned: Tuned, work: Work, dtype: str, device: str, run: Callable[
             f"{tuned.kernel}"
         )
     ((key, gpu),) = asked
-    return key, gpu, configs.TUNABLE[tuned.kernel].candidates(key, gpu)
+    return key, gpu, TUNABLE[tuned.kernel].candidates(key, gpu)
 
 
 def compiled(

@@ -20,14 +20,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deeplab_fast.kernels import configs
-from deeplab_fast.kernels.aspp import PackedBranches
 from torch import Tensor
 
 from deeplab_fast import _ext, ops, reference
 from deeplab_fast.backends import OpDesc
 from deeplab_fast.ops import _aspp_cuda
-from deeplab_fast.ops.aspp_tiles import Branch, PartField, axis_intervals, schedule
+from deeplab_fast.plan.device import A100, H100, Device
+from deeplab_fast.plan.packing import PackedBranches
+from deeplab_fast.plan.schedule import PartField, schedule
+from deeplab_fast.plan.taps import Branch, axis_intervals
 
 pytestmark = pytest.mark.aot
 
@@ -424,7 +425,7 @@ def shape_of(device, n: int, size: int, filters: int = 256, **forced) -> _aspp_c
 
 
 def one_tap(height: int, width: int, filters: int = 256) -> _aspp_cuda.Choice:
-    return _aspp_cuda.choose(1, height, width, 64, (Branch(filters, 1, 1),), configs.H100)
+    return _aspp_cuda.choose(1, height, width, 64, (Branch(filters, 1, 1),), H100)
 
 
 @pytest.fixture
@@ -443,7 +444,7 @@ def on_hopper(on_host: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_tiles_chosen_for_hopper(on_hopper: None, n, size, filters, block, split) -> None:
-    choice = shape_of(configs.H100, n, size, filters)
+    choice = shape_of(H100, n, size, filters)
     assert (choice.tile.block_m, choice.tile.block_n, choice.tile.cluster) == block
     assert choice.config.split == split
     assert choice.programs * choice.tile.cluster == 132
@@ -469,32 +470,32 @@ def test_forced_rows_and_cuts(on_host: Emulated) -> None:
     for row, tile in enumerate(_aspp_cuda.tiles()):
         for split in (True, False):
             if tile.architecture == 80:
-                choice = shape_of(configs.A100, 1, 33, row=row, split=split)
+                choice = shape_of(A100, 1, 33, row=row, split=split)
                 assert (choice.row, choice.tile, choice.config.split) == (row, tile, split)
                 continue
             with pytest.raises(ValueError, match=rf"capability \(8, 0\) .* is row {row}"):
-                shape_of(configs.A100, 1, 33, row=row, split=split)
+                shape_of(A100, 1, 33, row=row, split=split)
 
 
 def test_a_forced_row_may_be_wider_than_the_filters(on_hopper: None) -> None:
     (pair,) = (i for i, t in enumerate(_aspp_cuda.tiles()) if t.cluster == 2)
-    assert shape_of(configs.H100, 16, 65, 48).tile.block_n == 128
-    assert shape_of(configs.H100, 16, 65, 48, row=pair).tile.block_n == 256
+    assert shape_of(H100, 16, 65, 48).tile.block_n == 128
+    assert shape_of(H100, 16, 65, 48, row=pair).tile.block_n == 256
     # Without a row of its own architecture a device has none.
     with pytest.raises(ValueError, match="is row 0"):
-        shape_of(configs.H100, 16, 65, row=0)
+        shape_of(H100, 16, 65, row=0)
 
 
 def test_tiles_fit_the_device(on_host: Emulated) -> None:
     """sm_86 and sm_89 have 100 KB where sm_80 has 164."""
-    small = configs.Device(**{**vars(configs.A100), "name": "sm_89", "shared": 100 * 1024})
-    for device in (configs.A100, small):
+    small = Device(**{**vars(A100), "name": "sm_89", "shared": 100 * 1024})
+    for device in (A100, small):
         for n, size in ((1, 33), (16, 65)):
             choice = shape_of(device, n, size)
             used = choice.config.occupancy * (choice.tile.shared_bytes + 1024)
             assert used <= device.shared
             assert choice.tile.architecture == 80
-    tiny = configs.Device(**{**vars(configs.A100), "shared": 32 * 1024})
+    tiny = Device(**{**vars(A100), "shared": 32 * 1024})
     with pytest.raises(ValueError, match=r"no tile for compute capability .* 32 KB"):
         shape_of(tiny, 1, 33)
     with pytest.raises(ValueError, match=r"100 KB of shared memory is row 0"):

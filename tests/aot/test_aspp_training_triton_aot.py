@@ -21,10 +21,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from deeplab_fast.kernels import configs
-from deeplab_fast.kernels.configs import A100, FMA_FP32, H100, MMA_16BIT, MMA_TF32, GemmConfig
+from deeplab_fast.kernels.tuned import aspp_branches_config
 
-from deeplab_fast.ops.aspp_tiles import Branch
+from deeplab_fast.plan.device import A100, H100, SHARED_RESERVE
+from deeplab_fast.plan.gemm import (
+    FMA_FP32,
+    MMA_16BIT,
+    MMA_TF32,
+    GemmConfig,
+    aspp_dgrad_candidates,
+    aspp_dgrad_config,
+    aspp_wgrad_config,
+    gemm_candidates,
+)
+from deeplab_fast.plan.taps import Branch
 from deeplab_fast.testing import cubin_resources
 
 pytestmark = pytest.mark.aot
@@ -116,7 +126,7 @@ def product(
 
 def candidates(op: str, math: str, capability: int, aligned: bool = True) -> list[GemmConfig]:
     """The configurations without cuts."""
-    make = configs.aspp_dgrad_candidates if op == "dgrad" else configs.gemm_candidates
+    make = aspp_dgrad_candidates if op == "dgrad" else gemm_candidates
     return [c for c in make(math, DEVICES[capability], None, aligned) if not c.split]
 
 
@@ -223,7 +233,7 @@ def test_resources(kernels, variant: Variant, tmp_path: Path) -> None:
         assert got["registers"] <= config.max_registers, got
         itemsize = 4 if variant.dtype == "fp32" else 2
         assert got["shared"] <= config.shared_bytes(itemsize, device.capability), got
-        block = got["shared"] + configs.SHARED_RESERVE
+        block = got["shared"] + SHARED_RESERVE
         assert block * config.occupancy <= device.shared, got
     if variant.math in (MMA_16BIT, MMA_TF32):
         assert ("wgmma.mma_async" in ptx) == (variant.capability == 90)
@@ -279,9 +289,9 @@ def test_what_is_chosen_for_the_models_is_compiled_here(capability: int) -> None
         (v.kernel, replace(v.config, split=False)) for v in VARIANTS if v.capability == capability
     }
     choices = {
-        "aspp_convs_kernel": configs.aspp_branches_config,
-        "aspp_dgrad_kernel": configs.aspp_dgrad_config,
-        "aspp_wgrad_kernel": configs.aspp_wgrad_config,
+        "aspp_convs_kernel": aspp_branches_config,
+        "aspp_dgrad_kernel": aspp_dgrad_config,
+        "aspp_wgrad_kernel": aspp_wgrad_config,
     }
     few = tuple(replace(b, channels=48) for b in OS16)
     for side, rates in ((65, OS8), (33, OS16), (33, few)):

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the Triton ASPP and 1x1 kernels, without a GPU.
 
 Every configuration that a choice can fall on must compile without spills, within the registers and
-the shared memory that let its thread blocks share a multiprocessor as `configs.py` says, to
+the shared memory that let its thread blocks share a multiprocessor as `plan/gemm.py` says, to
 tensor-core instructions on operands copied 16 bytes at a time. Registers, shared memory and
 instructions of the main loop are held against a recorded table, by Triton version, because each
 brings its own compiler. After a change that means to alter them:
@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from deeplab_fast.kernels import configs
-from deeplab_fast.kernels.configs import A100, FMA_FP32, H100, MMA_16BIT, MMA_TF32, GemmConfig
+from deeplab_fast.kernels.tuned import aspp_branches_config, pointwise_config
 
-from deeplab_fast.ops.aspp_tiles import Branch
+from deeplab_fast.plan.device import A100, H100, SHARED_RESERVE
+from deeplab_fast.plan.gemm import FMA_FP32, MMA_16BIT, MMA_TF32, GemmConfig, gemm_candidates
+from deeplab_fast.plan.taps import Branch
 from deeplab_fast.testing import cubin_resources, nvidia_tool
 
 pytestmark = pytest.mark.aot
@@ -130,24 +131,24 @@ def other(name: str, kernel: str, capability: int, **constants) -> Variant:
 def variants() -> list[Variant]:
     found = []
     for capability, device in DEVICES.items():
-        largest = configs.gemm_candidates(MMA_16BIT, device)[0]
+        largest = gemm_candidates(MMA_16BIT, device)[0]
         # The code for whole tiles alone is a part of that for cut ones: compiled for one size.
         found.append(branches(capability, largest))
-        for config in configs.gemm_candidates(MMA_16BIT, device):
+        for config in gemm_candidates(MMA_16BIT, device):
             found.append(branches(capability, replace(config, split=True)))
-        tf32 = replace(configs.gemm_candidates(MMA_TF32, device)[0], split=True)
+        tf32 = replace(gemm_candidates(MMA_TF32, device)[0], split=True)
         found.append(branches(capability, tf32, "fp32", MMA_TF32))
-        odd = replace(configs.gemm_candidates(MMA_16BIT, device, aligned=False)[0], split=True)
+        odd = replace(gemm_candidates(MMA_16BIT, device, aligned=False)[0], split=True)
         found.append(branches(capability, odd, "fp16", vector=1))
-        project = {configs.pointwise_config(*shape, MMA_16BIT, device) for shape in PROJECTIONS}
+        project = {pointwise_config(*shape, MMA_16BIT, device) for shape in PROJECTIONS}
         found += [pointwise(capability, config, "project") for config in sorted(project, key=str)]
-        classify = configs.pointwise_config(16, 4225, 1024, 256, MMA_16BIT, device, classes=True)
+        classify = pointwise_config(16, 4225, 1024, 256, MMA_16BIT, device, classes=True)
         found.append(pointwise(capability, classify, "classify", 32))
         tile = {"BLOCK_M": largest.block_m, "BLOCK_N": largest.block_n}
         found.append(other("sum", "aspp_sum_kernel", capability, **tile, ROWS=16, VEC_Y=8))
     strided = {"FLAT_X": False, "FLAT_R": False, "HAS_RESIDUAL": True, "RELU": False}
-    found.append(pointwise(90, configs.gemm_candidates(MMA_16BIT, H100)[0], "strided", **strided))
-    fma = replace(configs.gemm_candidates(FMA_FP32, H100)[0], split=True)
+    found.append(pointwise(90, gemm_candidates(MMA_16BIT, H100)[0], "strided", **strided))
+    fma = replace(gemm_candidates(FMA_FP32, H100)[0], split=True)
     found.append(branches(90, fma, "fp32", FMA_FP32))
     found.append(other("image-shift", "image_shift_kernel", 90, BLOCK_K=16, BLOCK_P=128))
     return found
@@ -246,7 +247,7 @@ def test_resources(kernels, variant: Variant, tmp_path: Path) -> None:
         assert got["registers"] <= config.max_registers, got
         itemsize = 4 if variant.dtype == "fp32" else 2
         assert got["shared"] <= config.shared_bytes(itemsize, device.capability), got
-        block = got["shared"] + configs.SHARED_RESERVE
+        block = got["shared"] + SHARED_RESERVE
         assert block * config.occupancy <= device.shared, got
     if variant.math in (MMA_16BIT, MMA_TF32):
         assert ("wgmma.mma_async" in ptx) == (variant.capability == 90)
@@ -300,9 +301,9 @@ def test_what_is_chosen_for_the_models_is_compiled_here(capability: int) -> None
     for side, rates in ((65, OS8), (33, OS16)):
         for batch in (1, 16):
             shape = (batch, side, side)
-            chosen = configs.aspp_branches_config(*shape, 2048, rates, MMA_16BIT, device)
+            chosen = aspp_branches_config(*shape, 2048, rates, MMA_16BIT, device)
             assert ("aspp_branches_kernel", chosen) in compiled
-            chosen = configs.pointwise_config(batch, side**2, 1024, 256, MMA_16BIT, device)
+            chosen = pointwise_config(batch, side**2, 1024, 256, MMA_16BIT, device)
             assert ("pointwise_kernel", chosen) in compiled
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from deeplab_fast.kernels import batch_norm, configs
-from deeplab_fast.kernels.configs import A100, H100, BatchNormConfig
+from deeplab_fast.kernels import batch_norm
 
+from deeplab_fast.plan.batch_norm import BatchNormConfig, batch_norm_config
+from deeplab_fast.plan.device import A100, H100
 from deeplab_fast.testing import cubin_resources, nvidia_tool
 
 pytestmark = pytest.mark.aot
@@ -63,7 +64,7 @@ class Variant:
         return self.kernel in REDUCING
 
     def config(self, capability: int) -> BatchNormConfig:
-        return configs.batch_norm_config(
+        return batch_norm_config(
             *self.shape, self.maps, self.vector, ITEMSIZE[self.dtype], DEVICES[capability],
             self.reduces,
         )  # fmt: skip

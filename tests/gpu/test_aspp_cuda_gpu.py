@@ -10,14 +10,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from deeplab_fast.kernels.aspp import PackedBranches
-from deeplab_fast.kernels.conv import device_of
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import _ext, ops, reference
 from deeplab_fast.ops import _aspp_cuda
-from deeplab_fast.ops.aspp_tiles import Branch
+from deeplab_fast.plan.device import device_of
+from deeplab_fast.plan.packing import PackedBranches
+from deeplab_fast.plan.taps import Branch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from deeplab_fast.kernels import aspp, configs, conv
+from deeplab_fast.kernels import aspp, conv, launch
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import ops, reference
 from deeplab_fast.backends import BackendUnavailable
+from deeplab_fast.plan.device import device_of
+from deeplab_fast.plan.gemm import MMA_16BIT, aspp_branches_candidates, gemm_candidates
+from deeplab_fast.plan.packing import PackedBranches
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,8 +100,8 @@ class Branches:
         return self.x, self.weights, self.scales, self.shifts, self.dilations
 
     @property
-    def packed(self) -> aspp.PackedBranches:
-        return aspp.PackedBranches.pack(*self.args()[1:])
+    def packed(self) -> PackedBranches:
+        return PackedBranches.pack(*self.args()[1:])
 
     def torch_path(self) -> Tensor:
         branches = zip(*self.args()[1:], strict=True)
@@ -136,7 +139,7 @@ def test_every_configuration(dtype: torch.dtype) -> None:
     """All that `deeplab-fast tune` may record, cut and whole."""
     case = Branches.make((2, 320, 33, 33, ((256, 3, 12), (96, 1, 1))), dtype)
     exact, torch_path = case.exact(), case.torch_path()
-    found = configs.aspp_branches_candidates(conv.arithmetic(case.x), conv.device_of(case.x))
+    found = aspp_branches_candidates(launch.arithmetic(case.x), device_of(case.x))
     assert found
     for config in found:
         got = aspp.aspp_branches_packed(case.x, case.packed, config=config)
@@ -429,7 +432,7 @@ def test_map_beyond_two_to_the_31_elements() -> None:
     assert x.numel() > 2**31
     x[-1] = case.x[0]
     # The batch of one is not to be cut: its sums would have another order.
-    config = configs.gemm_candidates(configs.MMA_16BIT, conv.device_of(x))[0]
+    config = gemm_candidates(MMA_16BIT, device_of(x))[0]
     got = aspp.aspp_branches_packed(x, case.packed, config=config)
     alone = aspp.aspp_branches_packed(case.x, case.packed, config=config)
     assert torch.equal(got[-1:], alone)
@@ -443,8 +446,8 @@ def test_result_beyond_two_to_the_31_elements() -> None:
     x[-1].normal_()
     weight = torch.randn(2048, 32, 1, 1, device=DEVICE).bfloat16()
     ones = torch.ones(2048, device=DEVICE)
-    config = configs.gemm_candidates(configs.MMA_16BIT, conv.device_of(x))[0]
-    packed = aspp.PackedBranches.pack([weight], [ones], [ones], [1])
+    config = gemm_candidates(MMA_16BIT, device_of(x))[0]
+    packed = PackedBranches.pack([weight], [ones], [ones], [1])
     alone = aspp.aspp_branches_packed(x[-1:].clone(), packed, config=config)
     got = aspp.aspp_branches_packed(x, packed, config=config)
     assert got.numel() > 2**31 and torch.equal(got[-1:], alone)

@@ -11,13 +11,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from deeplab_fast.kernels import aspp, aspp_training, configs, conv
+from deeplab_fast.kernels import aspp_training, launch
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import ops, reference
-from deeplab_fast.ops import aspp_tiles
-from deeplab_fast.ops.aspp_tiles import Branch
+from deeplab_fast.plan.device import device_of
+from deeplab_fast.plan.gemm import (
+    MMA_16BIT,
+    aspp_branches_candidates,
+    aspp_dgrad_candidates,
+    gemm_candidates,
+)
+from deeplab_fast.plan.packing import pack_weights, unpack_weights
+from deeplab_fast.plan.taps import Branch, tap_rectangles
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,7 +129,7 @@ class Case:
         exact, _ = reference.aspp_convs_backward(*self.doubles(), True, False)
         # Its branches are added in the dtype of the call, ours in float32: a rounding each.
         torch_path, _ = reference.aspp_convs_backward(self.grad, *self.forward_args(), True, False)
-        matrix = aspp.pack_weights(self.weights)
+        matrix = pack_weights(self.weights)
         for config in configurations or (None,):
             got = aspp_training.dgrad(self.grad, matrix, self.branches, config)
             assert got.is_contiguous(memory_format=torch.channels_last)
@@ -133,7 +140,7 @@ class Case:
         _, torch_path = reference.aspp_convs_backward(self.grad, *self.forward_args(), False, True)
         for config in configurations or (None,):
             dw = aspp_training.wgrad(self.grad, self.x, self.branches, config)
-            parts = aspp.unpack_weights(dw, self.branches)
+            parts = unpack_weights(dw, self.branches)
             for got, theirs, expected in zip(parts, torch_path, exact, strict=True):
                 assert_as_good(got, theirs, expected)
 
@@ -155,10 +162,10 @@ def test_gradients(size, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_configuration(dtype: torch.dtype) -> None:
     case = Case.make((2, 320, 33, 33, ((256, 3, 12), (96, 1, 1))), dtype)
-    math, device = conv.arithmetic(case.x), conv.device_of(case.x)
-    case.check_forward(*configs.aspp_branches_candidates(math, device))
-    case.check_dgrad(*configs.aspp_dgrad_candidates(math, device))
-    case.check_wgrad(*configs.aspp_branches_candidates(math, device))
+    math, device = launch.arithmetic(case.x), device_of(case.x)
+    case.check_forward(*aspp_branches_candidates(math, device))
+    case.check_dgrad(*aspp_dgrad_candidates(math, device))
+    case.check_wgrad(*aspp_branches_candidates(math, device))
 
 
 def test_tf32_where_pytorch_allows_it() -> None:
@@ -173,7 +180,7 @@ def test_tf32_where_pytorch_allows_it() -> None:
 
 def test_taps_outside_the_map_have_no_gradient_and_no_effect() -> None:
     case = Case.make((2, 256, 33, 33, ((256, 3, 40),)))
-    matrix = aspp.pack_weights(case.weights)
+    matrix = pack_weights(case.weights)
     expected = aspp_training.dgrad(case.grad, matrix, case.branches)
     matrix.view(9, 256, 256)[[0, 1, 2, 3, 5, 6, 7, 8]] = float("nan")
     assert torch.equal(aspp_training.dgrad(case.grad, matrix, case.branches), expected)
@@ -204,7 +211,7 @@ def test_any_strides(layout) -> None:
 def test_results_repeat_to_the_bit() -> None:
     # Batch 1 cuts tiles, whose parts are added in a second launch.
     case = Case.make((1, 2048, 33, 33, OS16))
-    matrix = aspp.pack_weights(case.weights)
+    matrix = pack_weights(case.weights)
 
     def run() -> list[Tensor]:
         return [
@@ -239,7 +246,7 @@ def test_autograd_through_the_op_on_a_side_stream() -> None:
 
 def test_cuda_graph() -> None:
     case = Case.make((1, 512, 33, 33, OS16))
-    matrix = aspp.pack_weights(case.weights)
+    matrix = pack_weights(case.weights)
 
     def run() -> list[Tensor]:
         return [
@@ -271,9 +278,9 @@ def test_more_than_two_to_the_31_elements() -> None:
     weights = [torch.randn(64, 1024, 3, 3, device=DEVICE).bfloat16() / 96]
     grad = channels_last(torch.zeros(n, 64, 128, 128, dtype=torch.bfloat16, device=DEVICE))
     grad[-1].normal_()
-    branches, matrix = (Branch(64, 3, 12),), aspp.pack_weights(weights)
+    branches, matrix = (Branch(64, 3, 12),), pack_weights(weights)
     # Not cut: the sums of the two sizes would have another order.
-    config = configs.gemm_candidates(configs.MMA_16BIT, conv.device_of(x))[-1]
+    config = gemm_candidates(MMA_16BIT, device_of(x))[-1]
     last = x[-1:].clone(), grad[-1:].clone()
     y, _, _ = aspp_training.aspp_convs(x, weights, [12], False, config)
     alone, _, _ = aspp_training.aspp_convs(last[0], weights, [12], False, config)
@@ -300,7 +307,7 @@ def test_backward_needs_its_results_and_the_packed_filters() -> None:
     torch.cuda.synchronize()
     filters = sum(w.numel() for w in dw)
     # And the sums of cut tiles: two parts a program of the largest tile.
-    work = 4 * 2 * conv.device_of(case.x).multiprocessors * 128 * 256
+    work = 4 * 2 * device_of(case.x).multiprocessors * 128 * 256
     limit = 2 * (dx.numel() + 2 * filters) + work + 2**23
     assert torch.cuda.max_memory_allocated() - before <= limit
-    assert len(aspp_tiles.tap_rectangles(33, 33, case.branches)) == 28
+    assert len(tap_rectangles(33, 33, case.branches)) == 28

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from deeplab_fast.kernels import batch_norm, configs, conv
+from deeplab_fast.kernels import batch_norm
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import ops, reference
 from deeplab_fast.backends import BackendUnavailable
+from deeplab_fast.plan.batch_norm import batch_norm_candidates
+from deeplab_fast.plan.device import device_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -205,9 +207,9 @@ def test_every_configuration(dtype: torch.dtype) -> None:
     largest = case.grad.double().abs().sum((0, 2, 3)).max()
     for maps, reduces in ((1, True), (3, True), (2, False)):
         read = batch_norm._Maps(None, reduces, case.x)
-        found = configs.batch_norm_candidates(
+        found = batch_norm_candidates(
             read.pixels, read.channels, maps, read.vector, case.x.element_size(),
-            conv.device_of(case.x), reduces,
+            device_of(case.x), reduces,
         )  # fmt: skip
         assert len(found) > 5
         for config in found:

@@ -13,16 +13,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from deeplab_fast.kernels import aspp, aspp_training, configs
-from deeplab_fast.kernels.configs import GemmConfig
+from deeplab_fast.kernels import aspp_training
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import ops, reference
-from deeplab_fast.ops import aspp_tiles
-from deeplab_fast.ops.aspp_tiles import Branch
+from deeplab_fast.plan.device import H100
+from deeplab_fast.plan.gemm import GemmConfig
+from deeplab_fast.plan.gradients import dgrad_schedule, wgrad_schedule
+from deeplab_fast.plan.packing import pack_weights, unpack_weights
+from deeplab_fast.plan.schedule import schedule
+from deeplab_fast.plan.taps import Branch, tap_rectangles
 
 pytestmark = pytest.mark.interpret
 
@@ -45,7 +48,7 @@ DTYPES = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _three_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = replace(configs.H100, multiprocessors=3)
+    device = replace(H100, multiprocessors=3)
     monkeypatch.setattr(aspp_training, "device_of", lambda x: device)
 
 
@@ -125,7 +128,7 @@ class Case:
 
     def check_backward(self, config: GemmConfig | None) -> None:
         n, _, height, width = self.x.shape
-        matrix = aspp.pack_weights(self.weights)
+        matrix = pack_weights(self.weights)
         dx = aspp_training.dgrad(self.grad, matrix, self.branches, config)
         dw = aspp_training.wgrad(self.grad, self.x, self.branches, config)
         assert dx.dtype == dw.dtype == self.x.dtype
@@ -135,11 +138,11 @@ class Case:
             for absolute in (False, True)
         )
         assert_within(dx, exact[0], magnitudes[0], sum(b.taps * b.channels for b in self.branches))
-        got = aspp.unpack_weights(dw, self.branches)
+        got = unpack_weights(dw, self.branches)
         for g, e, m in zip(got, exact[1], magnitudes[1], strict=True):
             assert_within(g, e, m, n * height * width)
         # Exactly, and where no pixel is.
-        live = {(r.branch, r.tap) for r in aspp_tiles.tap_rectangles(height, width, self.branches)}
+        live = {(r.branch, r.tap) for r in tap_rectangles(height, width, self.branches)}
         for index, g in enumerate(got):
             for tap in range(self.branches[index].taps):
                 if (index, tap) not in live:
@@ -202,7 +205,7 @@ def test_the_choice_by_rule_runs() -> None:
 
 def test_cut_tiles_are_added_in_the_same_order_every_time() -> None:
     case = Case.make((5, 224, 2, 4), [(8, 1, 1)])
-    assert aspp_tiles.schedule(5, 2, 4, 224, case.branches, 32, 32, 16, 3, True).slots
+    assert schedule(5, 2, 4, 224, case.branches, 32, 32, 16, 3, True).slots
     config = replace(CUT, block_c=16)
     first, again = (
         aspp_training.aspp_convs(case.x, case.weights, case.dilations, True, config)
@@ -214,8 +217,8 @@ def test_cut_tiles_are_added_in_the_same_order_every_time() -> None:
 @pytest.mark.parametrize(
     "shape,filters,make",
     [
-        pytest.param((4, 8, 4, 4), 160, aspp_tiles.dgrad_schedule, id="dgrad"),
-        pytest.param((11, 8, 4, 4), 32, aspp_tiles.wgrad_schedule, id="wgrad"),
+        pytest.param((4, 8, 4, 4), 160, dgrad_schedule, id="dgrad"),
+        pytest.param((11, 8, 4, 4), 32, wgrad_schedule, id="wgrad"),
     ],
 )
 def test_cut_tiles_of_gradients_are_added_in_the_same_order(shape, filters, make) -> None:
@@ -223,7 +226,7 @@ def test_cut_tiles_of_gradients_are_added_in_the_same_order(shape, filters, make
     config = replace(CUT, block_c=16)
     n, c, h, w = shape
     assert make(n, h, w, c, case.branches, 32, 32, 16, 3, True).slots
-    matrix = aspp.pack_weights(case.weights)
+    matrix = pack_weights(case.weights)
     runs = [
         (
             aspp_training.dgrad(case.grad, matrix, case.branches, config),

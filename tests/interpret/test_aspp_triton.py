@@ -13,14 +13,17 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from deeplab_fast.kernels import aspp, configs, conv
-from deeplab_fast.kernels.configs import GemmConfig
+from deeplab_fast.kernels import aspp, conv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import ops, reference
+from deeplab_fast.plan import tables
+from deeplab_fast.plan.device import H100
+from deeplab_fast.plan.gemm import GemmConfig
+from deeplab_fast.plan.packing import PackedBranches
 
 pytestmark = pytest.mark.interpret
 
@@ -33,7 +36,7 @@ CUT = replace(WHOLE, split=True)
 
 @pytest.fixture(autouse=True)
 def _three_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = replace(configs.H100, multiprocessors=3)
+    device = replace(H100, multiprocessors=3)
     monkeypatch.setattr(conv, "device_of", lambda x: device)
     monkeypatch.setattr(aspp, "device_of", lambda x: device)
 
@@ -83,8 +86,8 @@ class Branches:
         )
 
     @property
-    def packed(self) -> aspp.PackedBranches:
-        return aspp.PackedBranches.pack(self.weights, self.scales, self.shifts, self.dilations)
+    def packed(self) -> PackedBranches:
+        return PackedBranches.pack(self.weights, self.scales, self.shifts, self.dilations)
 
     def torch_path(self) -> Tensor:
         branches = zip(self.weights, self.scales, self.shifts, self.dilations, strict=True)
@@ -269,7 +272,7 @@ def test_what_is_no_number_stays_none_and_does_not_spread() -> None:
 def test_packed_weights_are_found_again() -> None:
     case = Branches.make((1, 8, 3, 3), [(8, 3, 3), (8, 1, 1)])
     packed = case.packed
-    again = aspp.PackedBranches.pack(packed.weights, packed.scales, packed.shifts, packed.dilations)
+    again = PackedBranches.pack(packed.weights, packed.scales, packed.shifts, packed.dilations)
     assert again.weight.data_ptr() == packed.weight.data_ptr()
     with dlf.use_backend("triton"):
         got = ops.aspp_branches(
@@ -452,7 +455,7 @@ def test_ops_run_here_and_have_gradients() -> None:
 
 
 def test_capture_before_the_first_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aspp._compat, "capturing", lambda x: True)
+    monkeypatch.setattr(tables, "capturing", lambda x: True)
     case = Branches.make((1, 8, 11, 13), [(8, 3, 2)])
     with pytest.raises(RuntimeError, match="run the op once at this size before"):
         aspp.aspp_branches_packed(case.x, case.packed, config=WHOLE)

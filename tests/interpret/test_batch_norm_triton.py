@@ -25,8 +25,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from deeplab_fast.kernels import batch_norm, configs, conv
-from deeplab_fast.kernels.configs import A100, H100, BatchNormConfig
+from deeplab_fast.kernels import batch_norm, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -34,6 +33,8 @@ from torch import Tensor
 import deeplab_fast as dlf
 from deeplab_fast import ops, reference
 from deeplab_fast.backends import OpDesc
+from deeplab_fast.plan.batch_norm import BatchNormConfig, batch_norm_candidates, batch_norm_config
+from deeplab_fast.plan.device import A100, H100
 
 pytestmark = pytest.mark.interpret
 
@@ -68,7 +69,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 def small(x: Tensor, tiles: int = 1) -> BatchNormConfig:
     """Tiles of 16 pixels by 4 accesses of a dense x."""
-    return BatchNormConfig(2, 8, 4 * conv.vector(channels_last(x), x.shape[1]), 1, tiles)
+    return BatchNormConfig(2, 8, 4 * launch.vector(channels_last(x), x.shape[1]), 1, tiles)
 
 
 @dataclass
@@ -500,14 +501,14 @@ def test_choices_and_candidates_are_legal(itemsize, vector, maps, reduces) -> No
             channels *= vector
             for device in (H100, A100):
                 args = (pixels, channels, maps, vector, itemsize, device, reduces)
-                chosen = configs.batch_norm_config(*args)
+                chosen = batch_norm_config(*args)
                 assert chosen.is_legal(vector, maps) and (reduces or chosen.tiles == 1)
-                assert chosen in configs.batch_norm_candidates(*args)
+                assert chosen in batch_norm_candidates(*args)
                 tiles, chunks, tiles_c = chosen.grid(pixels, channels)
                 assert tiles * chosen.block_p >= pixels > (tiles - 1) * chosen.block_p
                 assert chunks * chosen.tiles >= tiles >= chunks
                 assert tiles_c * chosen.block_c >= channels
-    candidates = configs.batch_norm_candidates(*args)
+    candidates = batch_norm_candidates(*args)
     assert len(set(candidates)) == len(candidates) > 5
     assert all(c.is_legal(vector, maps) for c in candidates)
 
@@ -521,7 +522,7 @@ def test_choices_and_candidates_are_legal(itemsize, vector, maps, reduces) -> No
     ],
 )
 def test_large_maps_run_in_one_wave(pixels: int, channels: int) -> None:
-    config = configs.batch_norm_config(pixels, channels, 1, 8, 2, H100, True)
+    config = batch_norm_config(pixels, channels, 1, 8, 2, H100, True)
     _, chunks, tiles_c = config.grid(pixels, channels)
     assert 0.9 * 132 * 4 < chunks * tiles_c <= 132 * 4
     # Partials: two floats of a chunk and channel, against the bytes of the map.

@@ -433,7 +433,7 @@ def test_confusion(shape, nan_poison) -> None:
 def test_confusion_over_several_tables() -> None:
     logits = torch.randn(1, 2, 4, 4)
     target = torch.randint(0, 2, (1, 64, 64), dtype=torch.uint8)
-    assert triton_upsample.configs.num_confusion_tables(2, target.numel()) == 4
+    assert triton_upsample.num_confusion_tables(2, target.numel()) == 4
     labels = triton_upsample.upsample_argmax(logits, (64, 64), False, False)[0]
     got = triton_upsample.upsample_confusion(logits, target, 255, False)
     expected = torch.bincount((target.long() * 2 + labels).flatten(), minlength=4).view(2, 2)
@@ -512,6 +512,6 @@ def test_gradient_in_one_pass_needs_a_scalar_loss() -> None:
 
 
 def test_capture_before_the_first_call_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_upsample._compat, "capturing", lambda x: True)
+    monkeypatch.setattr(triton_upsample.tables, "capturing", lambda x: True)
     with pytest.raises(RuntimeError, match="run the op once at this size before"):
         triton_upsample.upsample_argmax(torch.zeros(1, 2, 6, 7), (13, 17), False, False)

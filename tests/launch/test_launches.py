@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from deeplab_fast.kernels.conv import allow_tf32
+from deeplab_fast.kernels._compat import allow_tf32
 from torch import Tensor
 
 from bench.launch_stub import GPUS, pretend

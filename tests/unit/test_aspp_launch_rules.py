@@ -7,15 +7,27 @@ programs. A branch of one tap on a map that tiles divide has tiles that are coun
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from deeplab_fast.kernels import configs
-from deeplab_fast.kernels.configs import FMA_FP32, H100, MMA_16BIT, MMA_TF32
+from deeplab_fast.kernels.tuned import aspp_branches_config, pointwise_config
 
-from deeplab_fast.ops.aspp_tiles import Branch
+from deeplab_fast import _ext
+from deeplab_fast.plan.device import H100, device_like
+from deeplab_fast.plan.gemm import (
+    FMA_FP32,
+    MMA_16BIT,
+    MMA_TF32,
+    aspp_branches_candidates,
+    aspp_dgrad_candidates,
+    aspp_dgrad_config,
+    aspp_wgrad_config,
+    pointwise_candidates,
+)
+from deeplab_fast.plan.taps import Branch
 
 # The GPUs of the launch tests.
 if "launch_conftest" not in sys.modules:
@@ -24,8 +36,12 @@ if "launch_conftest" not in sys.modules:
     sys.modules["launch_conftest"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["launch_conftest"])
 DEVICES = {
-    gpu.name: configs.device_like(gpu.properties)
-    for gpu in sys.modules["launch_conftest"].GPUS.values()
+    gpu.name: device_like(gpu.properties) for gpu in sys.modules["launch_conftest"].GPUS.values()
+}
+RULES = {
+    "branches": aspp_branches_config,
+    "dgrad": aspp_dgrad_config,
+    "wgrad": aspp_wgrad_config,
 }
 on_every_gpu = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 
@@ -52,21 +68,21 @@ def test_choices_are_legal_candidates(device, math, aligned, filters) -> None:
         options = (math, device, aligned)
         product = (batch, 1089, channels, filters)
         chosen = {
-            configs.aspp_branches_config(*shape, *options): (
-                configs.aspp_branches_candidates(math, device, filters, aligned)
+            aspp_branches_config(*shape, *options): (
+                aspp_branches_candidates(math, device, filters, aligned)
             ),
-            configs.aspp_dgrad_config(*shape, *options): (
-                configs.aspp_dgrad_candidates(math, device, channels, aligned)
+            aspp_dgrad_config(*shape, *options): (
+                aspp_dgrad_candidates(math, device, channels, aligned)
             ),
-            configs.aspp_wgrad_config(*shape, *options): (
-                configs.aspp_branches_candidates(math, device, channels, aligned)
+            aspp_wgrad_config(*shape, *options): (
+                aspp_branches_candidates(math, device, channels, aligned)
             ),
-            configs.pointwise_config(*product, *options): (
-                configs.pointwise_candidates(math, device, filters, aligned)
+            pointwise_config(*product, *options): (
+                pointwise_candidates(math, device, filters, aligned)
             ),
         }
-        if candidates := configs.pointwise_candidates(math, device, filters, aligned, True):
-            chosen[configs.pointwise_config(*product, *options, classes=True)] = candidates
+        if candidates := pointwise_candidates(math, device, filters, aligned, True):
+            chosen[pointwise_config(*product, *options, classes=True)] = candidates
         for config, candidates in chosen.items():
             assert config in candidates and config.is_legal(itemsize, device)
 
@@ -93,7 +109,7 @@ def test_choices_are_legal_candidates(device, math, aligned, filters) -> None:
     ],
 )
 def test_few_or_long_tiles_are_cut(op, shape, branches, split) -> None:
-    config = getattr(configs, f"aspp_{op}_config")(*shape, branches, MMA_16BIT, H100)
+    config = RULES[op](*shape, branches, MMA_16BIT, H100)
     assert config.split == split
 
 
@@ -115,9 +131,7 @@ def test_few_or_long_tiles_are_cut(op, shape, branches, split) -> None:
     ],
 )
 def test_tiles_are_as_wide_as_what_fills_them(op, filters, channels, device, block) -> None:
-    config = getattr(configs, f"aspp_{op}_config")(
-        4, 65, 65, channels, narrow(filters), MMA_16BIT, DEVICES[device]
-    )
+    config = RULES[op](4, 65, 65, channels, narrow(filters), MMA_16BIT, DEVICES[device])
     assert (config.block_m, config.block_n) == block
 
 
@@ -125,7 +139,7 @@ def test_tiles_are_as_wide_as_what_fills_them(op, filters, channels, device, blo
 def test_widest_branch_counts(device) -> None:
     """Of branches of unequal filters, for the forward product and for the filters' gradient."""
     for op in ("branches", "wgrad"):
-        choose = getattr(configs, f"aspp_{op}_config")
+        choose = RULES[op]
         blocks = {
             (c.block_m, c.block_n)
             for branches in (OS16, (*OS16, Branch(21, 3, 2)))
@@ -149,16 +163,42 @@ def test_widest_branch_counts(device) -> None:
     ],
 )
 def test_products_fill_every_other_multiprocessor(groups, pixels, filters, options, block) -> None:
-    config = configs.pointwise_config(groups, pixels, 1024, filters, MMA_16BIT, H100, **options)
+    config = pointwise_config(groups, pixels, 1024, filters, MMA_16BIT, H100, **options)
     assert (config.block_m, config.block_n) == block and not config.split
 
 
 def test_classes_of_more_filters_than_a_tile_holds() -> None:
     with pytest.raises(ValueError, match="no tile holds 300 filters"):
-        configs.pointwise_config(16, 4225, 1024, 300, MMA_16BIT, H100, classes=True)
+        pointwise_config(16, 4225, 1024, 300, MMA_16BIT, H100, classes=True)
 
 
 def test_more_multiprocessors_are_cut_for_longer() -> None:
     shape = (1, 128, 396, 64, one_tap(256), MMA_16BIT)
-    assert not configs.aspp_branches_config(*shape, H100).split
-    assert configs.aspp_branches_config(*shape, replace(H100, multiprocessors=133)).split
+    assert not aspp_branches_config(*shape, H100).split
+    assert aspp_branches_config(*shape, replace(H100, multiprocessors=133)).split
+
+
+def test_the_cuda_backend_needs_no_triton_kernels() -> None:
+    """Its choice, packing and tables, where `deeplab_fast.kernels` cannot be imported."""
+    code = (
+        "import sys; sys.modules['deeplab_fast.kernels'] = sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from deeplab_fast.ops import _aspp_cuda\n"
+        "from deeplab_fast.plan.device import A100\n"
+        "weights = [torch.ones(8, 16, 1, 1), torch.ones(8, 16, 3, 3)]\n"
+        "vectors = [torch.ones(8)] * 2\n"
+        "packed = _aspp_cuda.PackedBranches.pack(weights, vectors, vectors, [1, 2])\n"
+        "choice = _aspp_cuda.choose(1, 9, 9, 16, packed.branches, A100)\n"
+        "x = torch.ones(1, 16, 9, 9)\n"
+        "work = choice.config, choice.programs, _aspp_cuda.schedule\n"
+        "tables = _aspp_cuda.device_tables(x, packed.branches, *work)\n"
+        "assert choice.tile.architecture == 80 and tables.starts.numel() > 1\n"
+        "calls = []\n"
+        "_aspp_cuda._run_sm80 = lambda *args: calls.append(args)\n"
+        "given = packed.weights, packed.scales, packed.shifts, packed.dilations\n"
+        "y = _aspp_cuda.aspp_branches(x, *given)\n"
+        "assert y.shape == (1, 16, 9, 9) and calls[0][1] is not None\n"
+    )
+    if not _ext.CPU.loaded:
+        pytest.skip(f"the table of tiles is in deeplab_fast._C: {_ext.CPU.reason}")
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deeplab_fast.ops import aspp_tiles
-from deeplab_fast.ops.aspp_tiles import Branch, ClassField, Interval, PartField, schedule
+from deeplab_fast.plan.schedule import MIN_PART, ClassField, PartField, schedule, tile_counts
+from deeplab_fast.plan.taps import Branch, Interval, axis_intervals
 
 DEEPLAB = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (12, 24, 36)))
 OS16 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (6, 12, 18)))
@@ -104,7 +104,7 @@ def check_sharing(work, split: bool, programs: int) -> None:
         end = 0
         for part in parts:
             assert part[PartField.SLOT] == slot and part[PartField.BEGIN] == end
-            assert part[PartField.END] - part[PartField.BEGIN] >= aspp_tiles.MIN_PART
+            assert part[PartField.END] - part[PartField.BEGIN] >= MIN_PART
             slot, end = slot + 1, part[PartField.END]
         assert total[PartField.END] == slot and end % taps[total[PartField.CLASS]] == 0
     assert work.slots == slot
@@ -112,7 +112,7 @@ def check_sharing(work, split: bool, programs: int) -> None:
         return
     ideal = work.iterations / work.programs
     if split:
-        assert work.longest <= ideal + 2 * aspp_tiles.MIN_PART
+        assert work.longest <= ideal + 2 * MIN_PART
     else:
         assert not len(work.sums)
         # Dealt to whoever has least: no program is ahead of another by more than a tile.
@@ -157,7 +157,7 @@ def test_every_live_tap_once_and_no_dead_one(
         expected = live(branch, height, width)[None, :, :, :, None, None]
         assert (count == np.broadcast_to(expected, count.shape)).all()
     check_sharing(work, split, programs)
-    tiles = aspp_tiles.tile_counts(batch, height, width, channels, branches, *blocks)
+    tiles = tile_counts(batch, height, width, channels, branches, *blocks)
     assert tiles == (work.tiles, work.iterations)
 
 
@@ -175,9 +175,7 @@ def test_every_live_tap_once_and_no_dead_one(
     ],
 )
 def test_intervals_of_an_axis(size: int, kernel: int, dilation: int, expected: list) -> None:
-    assert aspp_tiles.axis_intervals(size, kernel, dilation) == tuple(
-        Interval(*e) for e in expected
-    )
+    assert axis_intervals(size, kernel, dilation) == tuple(Interval(*e) for e in expected)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +192,7 @@ def test_intervals_of_an_axis(size: int, kernel: int, dilation: int, expected: l
 )
 def test_work_of_the_dilated_branches_against_dense(size, batch, block_m, branches, expected):
     """Multiply-adds in whole tiles over those of all taps, as predicted for tiles in this order."""
-    _, iterations = aspp_tiles.tile_counts(batch, size, size, 2048, branches[1:], block_m, 256, 64)
+    _, iterations = tile_counts(batch, size, size, 2048, branches[1:], block_m, 256, 64)
     dense = 27 * batch * size * size * (2048 // 64)
     assert iterations * block_m / dense == pytest.approx(expected, abs=5e-4)
 

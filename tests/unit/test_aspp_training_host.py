@@ -13,21 +13,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from deeplab_fast.kernels import _compat, aspp_training, configs, conv
-from deeplab_fast.kernels.configs import A100, FMA_FP32, H100, MMA_16BIT, MMA_TF32
+from deeplab_fast.kernels import _compat, aspp_training, launch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deeplab_fast import backends
 from deeplab_fast.backends import OpDesc
-from deeplab_fast.ops import aspp_tiles
-from deeplab_fast.ops.aspp_tiles import (
-    Branch,
-    ClassField,
-    PartField,
+from deeplab_fast.plan.device import A100, H100
+from deeplab_fast.plan.gemm import FMA_FP32, MMA_16BIT, MMA_TF32, aspp_dgrad_candidates
+from deeplab_fast.plan.gradients import (
     StepField,
     WgradField,
+    dgrad_schedule,
+    dgrad_tile_counts,
+    divider,
+    wgrad_schedule,
+    wgrad_tile_counts,
 )
+from deeplab_fast.plan.schedule import ClassField, PartField, schedule, stats_table
+from deeplab_fast.plan.taps import Branch
 
 OS8 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (12, 24, 36)))
 OS16 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (6, 12, 18)))
@@ -111,7 +115,7 @@ def test_dgrad_takes_every_live_pair_once(
     branches = tuple(branches)
     block_m, block_n, block_c = blocks
     args = (batch, height, width, channels, branches, *blocks)
-    work = aspp_tiles.dgrad_schedule(*args, programs, split)
+    work = dgrad_schedule(*args, programs, split)
     assert sorted(work.pixels) == list(range(batch * height * width))
     # How often (pixel of the input, filter of a branch, tap) is multiplied by other than padding,
     # for one block of channels; and how often (pixel, channel) is stored.
@@ -155,7 +159,7 @@ def test_dgrad_takes_every_live_pair_once(
                     live = 0 <= y - down < height and 0 <= x - right < width
                     assert (count[:, y, x, first : first + branch.channels] == live).all()
     check_parts(work, split)
-    assert aspp_tiles.dgrad_tile_counts(*args) == (work.tiles, work.iterations)
+    assert dgrad_tile_counts(*args) == (work.tiles, work.iterations)
 
 
 @shapes
@@ -165,7 +169,7 @@ def test_wgrad_takes_every_live_pair_once(
     branches = tuple(branches)
     block_m, block_n, block_c = blocks
     args = (batch, height, width, channels, branches, *blocks)
-    work = aspp_tiles.wgrad_schedule(*args, programs, split)
+    work = wgrad_schedule(*args, programs, split)
     first_rows = np.cumsum([0, *(b.taps * b.channels for b in branches)])
     first_channels = np.cumsum([0, *(b.channels for b in branches)])
     # How often a pixel of the output enters an entry of the filters' gradient, all taps.
@@ -205,13 +209,13 @@ def test_wgrad_takes_every_live_pair_once(
         rows = stored[first : first + branches[index].channels]
         assert (rows == (first not in dead)).all()
     check_parts(work, split)
-    assert aspp_tiles.wgrad_tile_counts(*args) == (work.tiles, work.iterations)
+    assert wgrad_tile_counts(*args) == (work.tiles, work.iterations)
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 5, 33, 53, 64, 65, 641, 2**30 + 1, 2**31 - 1])
 def test_divider(divisor: int) -> None:
     """At the numbers where a quotient changes, and at the largest."""
-    factor, bits = aspp_tiles.divider(divisor)
+    factor, bits = divider(divisor)
     assert 0 < factor < 2**32
     last = 2**31 - 1
     quotients = {0, 1, 2, 3, 1000, last // divisor - 1, last // divisor}
@@ -225,8 +229,8 @@ def test_divider(divisor: int) -> None:
 def test_statistics_have_an_entry_for_each_block_of_pixels(batch: int) -> None:
     branches = (Branch(3, 3, 2), Branch(5, 1, 1), Branch(2, 3, 9))
     block_m = 4
-    work = aspp_tiles.schedule(batch, 5, 6, 8, branches, block_m, 2, 4, 3)
-    table = aspp_tiles.stats_table(work, block_m)
+    work = schedule(batch, 5, 6, 8, branches, block_m, 2, 4, 3)
+    table = stats_table(work, block_m)
     assert table.channels.tolist() == [0, 3, 8, 10]
     assert table.ranges[0] == 0 and table.ranges[-1] == len(table.counts)
     used = np.zeros(len(table.counts), np.int64)
@@ -242,7 +246,7 @@ def test_statistics_have_an_entry_for_each_block_of_pixels(batch: int) -> None:
     assert sums == [batch * 30] * 3
 
 
-@pytest.mark.parametrize("make", [aspp_tiles.dgrad_schedule, aspp_tiles.wgrad_schedule])
+@pytest.mark.parametrize("make", [dgrad_schedule, wgrad_schedule])
 def test_tables_are_cached_and_cannot_be_written(make) -> None:
     args = (1, 5, 5, 8, (Branch(4, 3, 2),), 4, 4, 4, 3, True)
     work = make(*args)
@@ -269,7 +273,7 @@ def test_tables_are_cached_and_cannot_be_written(make) -> None:
 def test_work_of_dgrad_against_dense(size, batch, block_m, branches, expected) -> None:
     """Multiply-adds in whole tiles over those of all 28 taps."""
     args = (batch, size, size, 2048, branches, block_m, 256, 64)
-    _, iterations = aspp_tiles.dgrad_tile_counts(*args)
+    _, iterations = dgrad_tile_counts(*args)
     dense = 28 * 4 * 8 * batch * size * size
     assert iterations * block_m / dense == pytest.approx(expected, abs=5e-4)
 
@@ -308,7 +312,7 @@ def test_reasons(desc: OpDesc, expected: list[str]) -> None:
 @pytest.mark.parametrize("math", [MMA_16BIT, MMA_TF32, FMA_FP32])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_dgrad_keeps_registers_for_places_of_pixels(device, math, aligned) -> None:
-    found = configs.aspp_dgrad_candidates(math, device, None, aligned)
+    found = aspp_dgrad_candidates(math, device, None, aligned)
     assert found and {c.split for c in found} == {False, True} and len(set(found)) == len(found)
     itemsize = 2 if math == MMA_16BIT else 4
     for c in found:
@@ -335,7 +339,7 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(_compat, "device_module", lambda name: recorder)
-    monkeypatch.setattr(_compat, "on_device", lambda x: nullcontext())
+    monkeypatch.setattr(launch, "on_device", lambda x: nullcontext())
     return recorder
 
 
@@ -367,7 +371,7 @@ def test_launches(recorder: Recorder) -> None:
 def test_fp32_operands_are_rounded_only_where_pytorch_allows_it(
     tf32, recorder, monkeypatch
 ) -> None:
-    monkeypatch.setattr(conv, "allow_tf32", lambda: tf32)
+    monkeypatch.setattr(launch, "allow_tf32", lambda: tf32)
     x, weights = torch.empty(1, 32, 4, 4), [torch.empty(32, 32, 3, 3)]
     y, *_ = aspp_training.aspp_convs(x, weights, [1], False)
     aspp_training.aspp_convs_backward(y, x, weights, [1], True, True)

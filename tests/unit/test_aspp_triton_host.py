@@ -11,21 +11,31 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from deeplab_fast.kernels import _compat, aspp, configs, conv
-from deeplab_fast.kernels.configs import (
-    A100,
-    FMA_FP32,
-    H100,
-    MMA_16BIT,
-    MMA_TF32,
-    Device,
-    GemmConfig,
-)
+from deeplab_fast.kernels import _compat, aspp, conv, launch
+from deeplab_fast.kernels.tuned import aspp_branches_config
 from torch import Tensor
 
 from deeplab_fast import backends
 from deeplab_fast.backends import OpDesc
-from deeplab_fast.ops.aspp_tiles import Branch
+from deeplab_fast.plan.device import (
+    A100,
+    H100,
+    REGISTERS,
+    SHARED_RESERVE,
+    Device,
+    asynchronous,
+    device_like,
+)
+from deeplab_fast.plan.gemm import (
+    FMA_FP32,
+    MMA_16BIT,
+    MMA_TF32,
+    GemmConfig,
+    aspp_branches_candidates,
+    gemm_candidates,
+)
+from deeplab_fast.plan.packing import PackedBranches, channels_inside
+from deeplab_fast.plan.taps import Branch
 
 OS8 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (12, 24, 36)))
 OS16 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (6, 12, 18)))
@@ -103,12 +113,12 @@ def test_in_a_fresh_process() -> None:
     """
     code = (
         "import torch\n"
-        "from deeplab_fast.kernels import aspp, conv\n"
-        "assert not any(hasattr(m, 'triton') for m in (aspp, conv, aspp.configs))\n"
+        "from deeplab_fast.kernels import _compat, aspp, conv, launch\n"
+        "assert not any(hasattr(m, 'triton') for m in (aspp, conv, launch))\n"
         "import sys; assert 'deeplab_fast.kernels.aspp_kernels' not in sys.modules\n"
         "for on in (True, False):\n"
         "    torch.backends.cuda.matmul.fp32_precision = 'tf32' if on else 'ieee'\n"
-        "    assert conv.allow_tf32() is on\n"
+        "    assert _compat.allow_tf32() is on\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -119,9 +129,9 @@ def test_tf32_follows_pytorchs_older_setting(on: bool, monkeypatch: pytest.Monke
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = on
     try:
-        assert conv.allow_tf32() is on
-        assert conv.precision(torch.empty(0)) == ("tf32" if on else "ieee")
-        assert conv.precision(torch.empty(0, dtype=torch.bfloat16)) == "ieee"
+        assert _compat.allow_tf32() is on
+        assert launch.precision(torch.empty(0)) == ("tf32" if on else "ieee")
+        assert launch.precision(torch.empty(0, dtype=torch.bfloat16)) == "ieee"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
@@ -133,18 +143,18 @@ SMALL_GPU = replace(A100, name="small", capability=(8, 6), multiprocessors=28, s
 @pytest.mark.parametrize("math", [MMA_16BIT, MMA_TF32, FMA_FP32])
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 def test_candidates_fit_into_shared_memory_and_registers(device, math, aligned) -> None:
-    found = configs.aspp_branches_candidates(math, device, None, aligned)
+    found = aspp_branches_candidates(math, device, None, aligned)
     assert found and {c.split for c in found} == {False, True}
     itemsize = 2 if math == MMA_16BIT else 4
     for c in found:
-        block = c.shared_bytes(itemsize, device.capability) + configs.SHARED_RESERVE
+        block = c.shared_bytes(itemsize, device.capability) + SHARED_RESERVE
         assert block * c.occupancy <= device.shared
         registers = c.max_registers * c.num_warps * 32 * c.occupancy
-        assert registers <= configs.REGISTERS
+        assert registers <= REGISTERS
         # The accumulator alone.
         assert c.max_registers > c.block_m * c.block_n // (32 * c.num_warps)
     for filters in (1, 21, 48, 256, 2048):
-        assert configs.gemm_candidates(math, device, filters, aligned)
+        assert gemm_candidates(math, device, filters, aligned)
 
 
 def test_a_configuration_that_does_not_fit_is_not_legal() -> None:
@@ -165,7 +175,7 @@ def pack_arguments(
 
 def test_packing() -> None:
     weights, scales, shifts, dilations = pack_arguments()
-    packed = aspp.PackedBranches.pack(weights, scales, shifts, dilations)
+    packed = PackedBranches.pack(weights, scales, shifts, dilations)
     assert packed.branches == (Branch(4, 1, 1), Branch(3, 3, 2), Branch(5, 3, 3))
     assert packed.weight.shape == (4 + 27 + 45, 7) and packed.weight.is_contiguous()
     # Branch 1, tap (1, 2), filter 2.
@@ -183,37 +193,37 @@ def test_packing() -> None:
 
 
 def test_views_of_a_pack_are_not_copied() -> None:
-    packed = aspp.PackedBranches.pack(*pack_arguments(torch.float16))
-    again = aspp.PackedBranches.pack(packed.weights, packed.scales, packed.shifts, packed.dilations)
+    packed = PackedBranches.pack(*pack_arguments(torch.float16))
+    again = PackedBranches.pack(packed.weights, packed.scales, packed.shifts, packed.dilations)
     for name in ("weight", "scale", "shift"):
         assert getattr(again, name).data_ptr() == getattr(packed, name).data_ptr()
         assert torch.equal(getattr(again, name), getattr(packed, name))
     # In another order, or only some of them, they are other weights.
     order = [2, 1, 0]
-    mixed = aspp.PackedBranches.pack(
+    mixed = PackedBranches.pack(
         *([part[i] for i in order] for part in (packed.weights, packed.scales, packed.shifts)),
         [packed.dilations[i] for i in order],
     )
     assert torch.equal(mixed.weights[0], packed.weights[2])
     assert mixed.weight.data_ptr() != packed.weight.data_ptr()
-    tail = aspp.PackedBranches.pack(
+    tail = PackedBranches.pack(
         packed.weights[1:], packed.scales[1:], packed.shifts[1:], packed.dilations[1:]
     )
     assert torch.equal(tail.weight, packed.weight[4:])
     assert tail.weight.data_ptr() == packed.weight[4:].data_ptr()
     # Scales of another dtype are converted, channels_last weights are copied.
     weights, scales, shifts, dilations = pack_arguments()
-    other = aspp.PackedBranches.pack(
+    other = PackedBranches.pack(
         [w.contiguous(memory_format=torch.channels_last) for w in weights],
         [s.double() for s in scales],
         shifts,
         dilations,
     )
     assert other.scale.dtype == torch.float32
-    assert torch.equal(other.weight, aspp.PackedBranches.pack(*pack_like(other)).weight)
+    assert torch.equal(other.weight, PackedBranches.pack(*pack_like(other)).weight)
 
 
-def pack_like(packed: aspp.PackedBranches) -> tuple:
+def pack_like(packed: PackedBranches) -> tuple:
     """The arguments of a pack, as tensors of their own."""
     clones = [[t.clone() for t in ts] for ts in (packed.weights, packed.scales, packed.shifts)]
     return (*clones, packed.dilations)
@@ -249,10 +259,10 @@ def pack_like(packed: aspp.PackedBranches) -> tuple:
 )
 def test_distances_of_pixels(x: Tensor, flat: bool, strides) -> None:
     if strides is None:
-        assert conv.channels_inside(x).is_contiguous(memory_format=torch.channels_last)
+        assert channels_inside(x).is_contiguous(memory_format=torch.channels_last)
         return
-    assert conv.channels_inside(x) is x
-    assert conv.pixel_strides(x) == (flat, strides)
+    assert channels_inside(x) is x
+    assert launch.pixel_strides(x) == (flat, strides)
     base = x.storage_offset()
     image, row, col = strides
     for n, i, j in itertools.product(*(range(size) for size in (x.shape[0], *x.shape[2:]))):
@@ -263,13 +273,13 @@ def test_distances_of_pixels(x: Tensor, flat: bool, strides) -> None:
 
 def test_longest_access() -> None:
     half, single = torch.empty(16, dtype=torch.float16), torch.empty(16)
-    assert [conv.vector(half, n) for n in (8, 24, 4, 6, 7, 0)] == [8, 8, 4, 2, 1, 8]
-    assert conv.vector(half, 2048, 36) == 4
-    assert [conv.vector(single, n) for n in (8, 4, 2, 1)] == [4, 4, 2, 1]
-    assert conv.is_longest(half, 8) and not conv.is_longest(half, 8, 4)
-    assert conv.is_longest(single, 4)
+    assert [launch.vector(half, n) for n in (8, 24, 4, 6, 7, 0)] == [8, 8, 4, 2, 1, 8]
+    assert launch.vector(half, 2048, 36) == 4
+    assert [launch.vector(single, n) for n in (8, 4, 2, 1)] == [4, 4, 2, 1]
+    assert launch.is_longest(half, 8) and not launch.is_longest(half, 8, 4)
+    assert launch.is_longest(single, 4)
     # A slice that starts between two aligned addresses.
-    assert [conv.vector(half[i:], 8) for i in (0, 1, 2, 4, 8)] == [8, 1, 2, 4, 8]
+    assert [launch.vector(half[i:], 8) for i in (0, 1, 2, 4, 8)] == [8, 1, 2, 4, 8]
 
 
 class Recorder:
@@ -292,12 +302,12 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     monkeypatch.setattr(_compat, "device_module", lambda name: recorder)
-    monkeypatch.setattr(_compat, "on_device", lambda x: nullcontext())
+    monkeypatch.setattr(launch, "on_device", lambda x: nullcontext())
     return recorder
 
 
 @pytest.mark.parametrize(
-    ("capability", "asynchronous"),
+    ("capability", "expected"),
     [
         pytest.param((8, 9), False, id="Ada"),
         pytest.param((9, 0), True, id="Hopper"),
@@ -305,7 +315,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
         pytest.param((12, 0), False, id="Blackwell of graphics cards: products as on 8.0"),
     ],
 )
-def test_a_device_keeps_its_capability(capability, asynchronous) -> None:
+def test_a_device_keeps_its_capability(capability, expected) -> None:
     """An H100 stood for a B200 whole, which would have been given code for 9.0a alone."""
     properties = SimpleNamespace(
         name="card",
@@ -314,8 +324,8 @@ def test_a_device_keeps_its_capability(capability, asynchronous) -> None:
         multi_processor_count=7,
         shared_memory_per_multiprocessor=100 * 1024,
     )
-    assert configs.device_like(properties) == Device("card", capability, 7, 100 * 1024)
-    assert configs.asynchronous(capability) is asynchronous
+    assert device_like(properties) == Device("card", capability, 7, 100 * 1024)
+    assert asynchronous(capability) is expected
 
 
 def test_launches_of_the_branches(recorder: Recorder) -> None:
@@ -323,7 +333,7 @@ def test_launches_of_the_branches(recorder: Recorder) -> None:
     weights = [torch.empty(256, 2048, 3, 3, dtype=torch.bfloat16)]
     vectors = [torch.empty(256)]
     aspp.aspp_branches(x, weights, vectors, vectors, [12])
-    config = configs.aspp_branches_config(1, 33, 33, 2048, (Branch(256, 3, 12),), MMA_16BIT, H100)
+    config = aspp_branches_config(1, 33, 33, 2048, (Branch(256, 3, 12),), MMA_16BIT, H100)
     assert config.split
     branches, total = recorder.launches
     assert branches.kernel == "aspp_branches_kernel" and total.kernel == "aspp_sum_kernel"
@@ -340,18 +350,18 @@ def test_launches_of_the_branches(recorder: Recorder) -> None:
 def test_fp32_operands_are_rounded_only_where_pytorch_allows_it(
     tf32, recorder, monkeypatch
 ) -> None:
-    monkeypatch.setattr(conv, "allow_tf32", lambda: tf32)
+    monkeypatch.setattr(launch, "allow_tf32", lambda: tf32)
     x = torch.empty(1, 32, 4, 4)
     vectors = [torch.empty(32)]
     aspp.aspp_branches(x, [torch.empty(32, 32, 3, 3)], vectors, vectors, [1])
     conv.conv_bn_act(x, torch.empty(32, 32, 1, 1), *vectors * 2)
-    for launch in (recorder.launches[0], recorder.launches[-1]):
-        assert launch.options["PRECISION"] == ("tf32" if tf32 else "ieee")
+    for made in (recorder.launches[0], recorder.launches[-1]):
+        assert made.options["PRECISION"] == ("tf32" if tf32 else "ieee")
 
 
 def test_a_grid_that_cuda_does_not_have() -> None:
     with pytest.raises(ValueError, match="split the batch"):
-        conv.grid(2**31)
+        launch.grid(2**31)
 
 
 @pytest.mark.parametrize(
@@ -368,9 +378,7 @@ def test_a_grid_that_cuda_does_not_have() -> None:
     ],
 )
 def test_out_that_does_not_fit(out: Tensor, recorder: Recorder) -> None:
-    packed = aspp.PackedBranches.pack(
-        [torch.empty(4, 2, 3, 3)], [torch.empty(4)], [torch.empty(4)], [1]
-    )
+    packed = PackedBranches.pack([torch.empty(4, 2, 3, 3)], [torch.empty(4)], [torch.empty(4)], [1])
     with pytest.raises(ValueError, match=r"expected torch.float32 \[1, 4, 3, 3\]"):
         aspp.aspp_branches_packed(torch.empty(1, 2, 3, 3), packed, out)
     assert not recorder.launches

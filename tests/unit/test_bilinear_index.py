@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from deeplab_fast.kernels import bilinear_index, configs
-from deeplab_fast.kernels.bilinear_index import axis_tables, source_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from deeplab_fast.plan.bilinear import axis_tables, source_index
+from deeplab_fast.plan.device import WARP
+from deeplab_fast.plan.upsample import (
+    MAX_TABLE_ENTRIES,
+    MAX_WIDTH_WASTE,
+    forward_config,
+    gradient_config,
+    num_confusion_tables,
+)
 
 SIZES = [
     pytest.param(65, 513, id="up-513-from-65-not-integer"),
@@ -105,11 +113,11 @@ def test_sizes_below_one_are_refused() -> None:
     ],
 )
 def test_block_sizes_follow_the_ratio(in_size: int, out_size: int, rows: int, block: int) -> None:
-    config = configs.gradient_config((in_size, in_size), (out_size, out_size), False)
+    config = gradient_config((in_size, in_size), (out_size, out_size), False)
     assert (config.rows, config.block_cols) == (rows, block)
-    assert config.cols == configs.WARP * config.num_warps
+    assert config.cols == WARP * config.num_warps
     assert config.col_blocks * config.block_cols == config.cols
-    assert configs.forward_config((in_size, in_size), (out_size, out_size), False).rows == rows
+    assert forward_config((in_size, in_size), (out_size, out_size), False).rows == rows
 
 
 @pytest.mark.parametrize(
@@ -122,10 +130,10 @@ def test_block_sizes_follow_the_ratio(in_size: int, out_size: int, rows: int, bl
     ],
 )
 def test_programs_are_as_wide_as_wastes_little(cols: int, warps: int) -> None:
-    config = configs.forward_config((1, 1), (8, cols), False)
+    config = forward_config((1, 1), (8, cols), False)
     least = -(-cols // 32) * 32
     padded = -(-cols // config.cols) * config.cols
-    assert padded <= configs.MAX_WIDTH_WASTE * least
+    assert padded <= MAX_WIDTH_WASTE * least
     assert config.num_warps == warps
 
 
@@ -139,12 +147,12 @@ def test_programs_are_as_wide_as_wastes_little(cols: int, warps: int) -> None:
     ],
 )
 def test_number_of_confusion_tables(classes: int, pixels: int, expected: int) -> None:
-    tables = configs.num_confusion_tables(classes, pixels)
+    tables = num_confusion_tables(classes, pixels)
     assert tables == expected
     assert tables & (tables - 1) == 0
-    assert tables == 1 or tables * classes**2 <= configs.MAX_TABLE_ENTRIES
+    assert tables == 1 or tables * classes**2 <= MAX_TABLE_ENTRIES
 
 
 def test_tables_are_computed_once() -> None:
     assert axis_tables(5, 11, False, 4) is axis_tables(5, 11, False, 4)
-    assert bilinear_index.axis_tables(5, 11, True, 4) is not axis_tables(5, 11, False, 4)
+    assert axis_tables(5, 11, True, 4) is not axis_tables(5, 11, False, 4)

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from deeplab_fast.kernels import configs
+from deeplab_fast.kernels.tuned import TUNABLE, tuned_config
 
 from deeplab_fast import backends
 from deeplab_fast.ops.upsample_cross_entropy import CrossEntropy
+from deeplab_fast.plan.device import H100, WARP
+from deeplab_fast.plan.gemm import MMA_16BIT, PointwiseKey
+from deeplab_fast.plan.upsample import forward_candidates, gradient_candidates
 from deeplab_fast.tuning import configurations
 from deeplab_fast.tuning.configurations import LEAST_GAIN, RULE, TUNED, candidates, fastest
 from deeplab_fast.tuning.runner import Wrong
@@ -39,8 +42,8 @@ class Launcher:
 
     def __call__(self, *args: Any) -> torch.Tensor:
         for i in range(self.asks):
-            key = configs.PointwiseKey(2, 20, 64, 256 >> i, configs.MMA_16BIT, True, False, False)
-            self.chosen = configs.tuned_config("pointwise", key, configs.H100)
+            key = PointwiseKey(2, 20, 64, 256 >> i, MMA_16BIT, True, False, False)
+            self.chosen = tuned_config("pointwise", key, H100)
         if self.chosen is not None and self.chosen in self.failing:
             raise RuntimeError("out of resource: shared memory")
         y = backends.implementations("conv_bn_act")["reference"].run(*args)
@@ -112,15 +115,15 @@ def test_a_call_must_choose_one_configuration(asks, launcher) -> None:
 
 
 def test_every_kernel_that_has_configurations_is_measured() -> None:
-    assert {t.kernel for t in TUNED} == set(configs.TUNABLE)
+    assert {t.kernel for t in TUNED} == set(TUNABLE)
     for tuned in TUNED:
         run = backends.implementations(tuned.op)["triton"].run
         assert bool(tuned.method) == isinstance(run, CrossEntropy)
 
 
 def test_candidates_of_the_upsampling_kernels_are_legal() -> None:
-    for found in (configs.forward_candidates(), configs.gradient_candidates()):
+    for found in (forward_candidates(), gradient_candidates()):
         assert len(set(found)) == len(found) > 1
         for c in found:
-            assert c.cols == c.num_warps * configs.WARP
+            assert c.cols == c.num_warps * WARP
             assert c.block_cols == 0 or c.cols % c.block_cols == 0

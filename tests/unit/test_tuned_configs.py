@@ -18,21 +18,28 @@ from typing import Any
 
 import pytest
 import torch
-from deeplab_fast.kernels import _compat, aspp, configs, conv, tuned, upsample
-from deeplab_fast.kernels.configs import (
-    FMA_FP32,
-    H100,
-    MMA_16BIT,
-    BranchesKey,
-    GemmConfig,
-    PointwiseKey,
-    UpsampleConfig,
-    UpsampleKey,
+from deeplab_fast.kernels import _compat, aspp, conv, launch, tuned, upsample
+from deeplab_fast.kernels.tuned import (
+    TUNABLE,
+    aspp_branches_config,
+    pointwise_config,
+    upsample_config,
 )
 
 from deeplab_fast.dispatch import records, trust
 from deeplab_fast.dispatch.records import Record
-from deeplab_fast.ops.aspp_tiles import Branch
+from deeplab_fast.plan.device import H100
+from deeplab_fast.plan.gemm import (
+    FMA_FP32,
+    MMA_16BIT,
+    BranchesKey,
+    GemmConfig,
+    PointwiseKey,
+    branches_rule,
+    pointwise_rule,
+)
+from deeplab_fast.plan.taps import Branch
+from deeplab_fast.plan.upsample import UpsampleConfig, UpsampleKey, forward_config, gradient_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = replace(H100, name="NVIDIA H100 80GB HBM3")
@@ -58,7 +65,7 @@ def _upsample(kernel: str, config: UpsampleConfig) -> Case:
     def choose(key=LOGITS, device=GPU) -> UpsampleConfig:
         shape = (key.n, key.classes, *key.in_size)
         options = (key.out_size, key.align_corners, key.dtype, device)
-        return configs.upsample_config(kernel, shape, *options)
+        return upsample_config(kernel, shape, *options)
 
     return Case(kernel, LOGITS, config, choose)
 
@@ -68,7 +75,7 @@ def _branches() -> Case:
 
     def choose(key=key, device=GPU) -> GemmConfig:
         *shape, aligned = (getattr(key, f.name) for f in dataclasses.fields(key))
-        return configs.aspp_branches_config(*shape, device, aligned)
+        return aspp_branches_config(*shape, device, aligned)
 
     return Case("aspp_branches", key, replace(TILE, split=True), choose)
 
@@ -78,7 +85,7 @@ def _pointwise() -> Case:
 
     def choose(key=key, device=GPU) -> GemmConfig:
         *shape, aligned, classes, residual = (getattr(key, f.name) for f in dataclasses.fields(key))
-        return configs.pointwise_config(*shape, device, aligned, classes, residual)
+        return pointwise_config(*shape, device, aligned, classes, residual)
 
     return Case("pointwise", key, TILE, choose)
 
@@ -139,21 +146,19 @@ def by_rule(case: Case) -> Any:
 
 
 def test_there_is_a_case_for_every_kernel() -> None:
-    assert {case.kernel for case in CASES} == set(configs.TUNABLE)
+    assert {case.kernel for case in CASES} == set(TUNABLE)
 
 
 @every_kernel
 def test_without_records_the_rule_chooses(case: Case, caplog) -> None:
     expected = {
         "UpsampleKey": lambda key: (
-            configs.gradient_config
-            if case.kernel == "upsample_cross_entropy"
-            else configs.forward_config
+            gradient_config if case.kernel == "upsample_cross_entropy" else forward_config
         )(key.in_size, key.out_size, key.align_corners),
-        "BranchesKey": lambda key: configs.branches_rule(
+        "BranchesKey": lambda key: branches_rule(
             key.batch, key.height, key.width, key.channels, key.branches, key.math, GPU, True
         ),
-        "PointwiseKey": lambda key: configs.pointwise_rule(
+        "PointwiseKey": lambda key: pointwise_rule(
             key.groups, key.pixels, key.channels, key.filters, key.math, GPU, True, False
         ),
     }
@@ -232,7 +237,7 @@ def test_a_missing_field_is_named() -> None:
     made = entry(POINTWISE)
     config = {k: v for k, v in made.config.items() if k != "split"}
     with pytest.raises(ValueError, match="GemmConfig: missing field split"):
-        tuned.read(replace(made, config=config), configs.TUNABLE["pointwise"], GPU)
+        tuned.read(replace(made, config=config), TUNABLE["pointwise"], GPU)
 
 
 @pytest.mark.parametrize(
@@ -246,13 +251,13 @@ def test_a_missing_field_is_named() -> None:
 def test_nested_values_are_checked(key: dict[str, Any], reason: str) -> None:
     case = _branches()
     with pytest.raises(ValueError) as error:
-        tuned.read(entry(case, key), configs.TUNABLE[case.kernel], GPU)
+        tuned.read(entry(case, key), TUNABLE[case.kernel], GPU)
     assert reason in str(error.value)
 
 
 def test_sizes_have_two_values() -> None:
     with pytest.raises(ValueError, match=r"in_size is \[9, 9, 9\], expected 2 values"):
-        tuned.read(entry(ARGMAX, {"in_size": [9, 9, 9]}), configs.TUNABLE["upsample_argmax"], GPU)
+        tuned.read(entry(ARGMAX, {"in_size": [9, 9, 9]}), TUNABLE["upsample_argmax"], GPU)
 
 
 def test_what_does_not_fit_a_smaller_device_is_left_out_there(file: Path, caplog) -> None:
@@ -274,7 +279,7 @@ def test_the_file_is_read_once(file: Path) -> None:
 
 def test_one_s_own_go_before_shipped_ones(file: Path) -> None:
     other = replace(TILE, num_stages=3)
-    candidates = configs.TUNABLE["pointwise"].candidates(POINTWISE.key, GPU)
+    candidates = TUNABLE["pointwise"].candidates(POINTWISE.key, GPU)
     other = next(c for c in candidates if c not in (TILE, by_rule(POINTWISE)))
     shipped = entry(POINTWISE, config=dataclasses.asdict(other))
     write(records.SHIPPED, record(POINTWISE, (shipped,)))
@@ -314,7 +319,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
             return Kernel(name)
 
     monkeypatch.setattr(_compat, "device_module", lambda name: Kernels())
-    monkeypatch.setattr(_compat, "on_device", lambda x: nullcontext())
+    monkeypatch.setattr(launch, "on_device", lambda x: nullcontext())
     for module in (conv, aspp, upsample):
         monkeypatch.setattr(module, "device_of", lambda x: GPU)
     return made
@@ -340,7 +345,7 @@ def test_launchers_of_upsampling_kernels_take_it(file: Path, launches) -> None:
     assert found == [case.config for case in (*CASES[:3], CASES[4], CASES[3])]
     # Other logits: the rule's choice.
     upsample.upsample_argmax(logits[:1], (33, 33), False, False)
-    assert launches[-1].ROWS == configs.forward_config((9, 9), (33, 33), False).rows != 2
+    assert launches[-1].ROWS == forward_config((9, 9), (33, 33), False).rows != 2
 
 
 def test_launchers_of_products_take_it(file: Path, launches) -> None:
@@ -374,8 +379,8 @@ def test_a_projection_asks_for_its_product(file: Path, launches) -> None:
     key = PointwiseKey(2, 35, 64, 32, FMA_FP32, True, False, False)
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv, "allow_tf32", lambda: False)
-        patch.setattr(configs, "tuned_config", lambda *facts: asked.append(facts))
+        patch.setattr(launch, "allow_tf32", lambda: False)
+        patch.setattr(tuned, "tuned_config", lambda *facts: asked.append(facts))
         aspp.aspp_project(
             torch.empty(2, 64, 5, 7),
             torch.empty(2, 16),
@@ -387,16 +392,14 @@ def test_a_projection_asks_for_its_product(file: Path, launches) -> None:
 
 def test_keys_and_configurations_are_frozen() -> None:
     for case in CASES:
-        for made in (case.key, case.config, configs.TUNABLE[case.kernel]):
+        for made in (case.key, case.config, TUNABLE[case.kernel]):
             with pytest.raises(dataclasses.FrozenInstanceError):
                 setattr(made, dataclasses.fields(made)[0].name, 0)
 
 
 def test_triton_is_not_imported() -> None:
     code = (
-        "import sys\n"
-        "from deeplab_fast.kernels import configs, tuned\n"
-        "assert 'triton' not in sys.modules\n"
+        "import sys\nfrom deeplab_fast.kernels import tuned\nassert 'triton' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -406,4 +409,4 @@ def test_configurations_that_ship_fit() -> None:
     for found in records.read(shipped):
         device = replace(GPU, capability=found.capability)
         for config in found.configs:
-            assert tuned.read(config, configs.TUNABLE[config.kernel], device)
+            assert tuned.read(config, TUNABLE[config.kernel], device)

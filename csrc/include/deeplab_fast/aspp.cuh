@@ -1,7 +1,7 @@
 // What the CUDA kernels of the ASPP share on every architecture: the tile list as they read it, the
 // addresses of its pixels and taps, and the epilogue. Without torch.
 //
-// The work is the list of deeplab_fast/ops/aspp_tiles.py, which says what a tap class, a part and
+// The work is the list of deeplab_fast/plan/schedule.py, which says what a tap class, a part and
 // an iteration are. x is [images, rows, columns, channels] with neighbouring channels, filters are
 // rows of channels. Every tap of a class lies inside the map for all its pixels, so that a tap
 // moves all rows of a tile by the same distance and no row needs a mask.

@@ -1,0 +1,1 @@
+"""Geometry, schedules and launch rules: what GPU code computes, before any runs."""
