@@ -123,10 +123,10 @@ def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     from deeplab_fast.tuning import tune
 
-    from . import gpu, sanitize
+    from . import gpu_loan, sanitize
     from .everything import registry
 
-    yield from tune.launches(gpu.plan(gpu.nominal()))
+    yield from tune.launches(gpu_loan.plan(gpu_loan.nominal()))
     for dtype in (torch.bfloat16, torch.float32):
         for case in sanitize.small_cases():
             yield from _calls_of(case, dtype)

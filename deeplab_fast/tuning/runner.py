@@ -51,6 +51,8 @@ _MOST_READS = 64
 _KEPT = 3000
 _LEFT_OUT = b"\n[...]\n"
 _EXIT_FAILED = 1
+# Why a unit was not begun.
+NO_TIME = "no time was left"
 
 
 class Wrong(Exception):
@@ -408,7 +410,7 @@ def _outcomes(units: Sequence[Unit], jobs: int, end: float) -> Iterator[Outcome]
                 unit = waiting.pop(0)
                 left = end - time.monotonic()
                 if left < unit.least:
-                    yield _not_run(unit, "no time was left")
+                    yield _not_run(unit, NO_TIME)
                 else:
                     running.append(_Child(unit, end))
             for child in list(running):

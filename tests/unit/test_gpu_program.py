@@ -20,9 +20,12 @@ import pytest
 # `pytest` alone, unlike `python -m pytest`, does not look for bench/ in the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import apply_gpu, doubts, gpu, gpu_programs, gpu_store, report
+from bench import apply_gpu, doubts, gpu, gpu_programs, gpu_rows, gpu_store, report
+from bench.gpu_loan import CHECK_SECONDS, Loan, Phase
 from bench.gpu_measure import CUT_SHORT
+from bench.gpu_op_units import first_configurations, more_configurations
 from bench.gpu_store import Answer
+from bench.gpu_units import more_autotuned, units_of
 from deeplab_fast.dispatch import records
 from deeplab_fast.tuning.machine import STAND_IN, Machine
 from deeplab_fast.tuning.runner import (
@@ -177,7 +180,7 @@ def test_the_budget_holds_whatever_hangs_and_the_second_run_goes_on(rehearsal) -
     subprocess.run([sys.executable, "-c", "from bench import gpu"], cwd=ROOT, check=True)
     importing = time.monotonic() - begin
     # Longer on a busy machine, but shorter than the limit of what hangs, which begins afterwards.
-    budget = round(gpu.CHECK_SECONDS + importing)
+    budget = round(CHECK_SECONDS + importing)
     rehearsal.run(only, "--budget", str(budget), faults=faults)
     assert time.monotonic() - begin - importing < budget + 10 + importing
     first = rehearsal.outcomes
@@ -368,11 +371,11 @@ def test_without_an_answer_for_every_row_there_is_no_record_of_the_cuda_aspp(mis
 
 def every_row() -> list[Outcome]:
     """Passes of all rows of sm_90a."""
-    numbers = gpu.gpu_rows.rows(gpu.gpu_rows.SM90)
+    numbers = gpu_rows.rows(gpu_rows.SM90)
     names = [
         f"row {row} {dtype} {case}"
         for row in numbers
-        for dtype in gpu.gpu_rows.DTYPES
+        for dtype in gpu_rows.DTYPES
         for case in ("whole", "cut", "few filters")
     ]
     names += [f"repeat row {row}" for row in numbers]
@@ -389,7 +392,7 @@ def convolution(last: float) -> Outcome:
     return rows("pytorch convolution b16 65x65", **{name.format(12): 1.0, name.format(36): last})
 
 
-FEW = [f"row {row} {dtype} few filters" for row in range(3, 7) for dtype in gpu.gpu_rows.DTYPES]
+FEW = [f"row {row} {dtype} few filters" for row in range(3, 7) for dtype in gpu_rows.DTYPES]
 
 
 @pytest.mark.parametrize(
@@ -543,11 +546,11 @@ def test_profiles_are_read() -> None:
 
 
 def test_a_phase_that_cannot_be_planned_ends_no_other(tmp_path, capsys) -> None:
-    def broken(loan: gpu.Loan) -> list[Unit]:
+    def broken(loan: Loan) -> list[Unit]:
         raise AttributeError("no table")
 
-    loan = gpu.Loan(MACHINE, tmp_path, gpu.Budget(9), [])
-    assert gpu.units_of(gpu.Phase("rows", "", 1, broken), loan) == []
+    loan = Loan(MACHINE, tmp_path, Budget(9), [])
+    assert units_of(Phase("rows", "", 1, broken), loan) == []
     assert "rows: cannot be planned" in capsys.readouterr().out
 
 
@@ -582,11 +585,11 @@ def test_the_script_needs_a_gpu_and_says_so(tmp_path) -> None:
 
 
 def test_configurations_are_measured_of_what_comes_near_pytorch(tmp_path) -> None:
-    loan = gpu.Loan(MACHINE, tmp_path, Budget(1), [])
+    loan = Loan(MACHINE, tmp_path, Budget(1), [])
     near, far = timed(0.9), timed(0.5)
-    assert gpu.first_configurations(loan) == []
+    assert first_configurations(loan) == []
     loan.outcomes = {o.unit: o for o in (checked(), near)}
-    units = gpu.first_configurations(loan)
+    units = first_configurations(loan)
     configured = [u.name for u in units if u.phase == "configure"]
     # At the smallest and the largest map, each after its candidates were compiled.
     assert len(configured) == 2 and all("aspp_branches bfloat16 plain" in n for n in configured)
@@ -595,27 +598,27 @@ def test_configurations_are_measured_of_what_comes_near_pytorch(tmp_path) -> Non
         name.removeprefix("configure ") for name in configured
     }
     assert all(u.alone for u in units[-2:])
-    assert gpu.more_configurations(loan) == []
+    assert more_configurations(loan) == []
     loan.outcomes[far.unit] = far
-    assert gpu.first_configurations(loan) == []
+    assert first_configurations(loan) == []
     loan.outcomes[near.unit] = timed(1.2)
-    assert len([u for u in gpu.more_configurations(loan) if u.phase == "configure"]) == len(
+    assert len([u for u in more_configurations(loan) if u.phase == "configure"]) == len(
         [w for w in loan.plan.works if w.op == "aspp_branches"]
     )
     # What has an answer is not compiled for again.
-    done = gpu.first_configurations(loan)[-1]
+    done = first_configurations(loan)[-1]
     loan.outcomes[done.name] = outcome(done.name, phase="configure", facts=done.facts)
     about = done.name.removeprefix("configure ")
-    assert not [u for u in gpu.first_configurations(loan) if u.name.startswith(f"compile {about}")]
+    assert not [u for u in first_configurations(loan) if u.name.startswith(f"compile {about}")]
 
 
 def test_heads_are_autotuned_where_our_branches_win(tmp_path) -> None:
-    loan = gpu.Loan(MACHINE, tmp_path, Budget(1), [])
+    loan = Loan(MACHINE, tmp_path, Budget(1), [])
     won = timed(1.2)
     won.result["speeds"][0]["sizes"] = [1, 2048, 65, 65, 256]
     for gain, expected in ((won, ["pytorch autotuned head b1 65x65"]), (timed(1.2), [])):
         loan.outcomes = {o.unit: o for o in (checked(), gain)}
-        assert [u.name for u in gpu.more_autotuned(loan)] == expected
+        assert [u.name for u in more_autotuned(loan)] == expected
 
 
 def test_what_hangs_or_crashes_says_where(tmp_path) -> None:
