@@ -253,8 +253,8 @@ def _run(job: _Job) -> int:
     from deeplab_fast import use_backend
     from deeplab_fast.backends import BackendUnavailable
     from deeplab_fast.data.images import ImageReadError
-    from deeplab_fast.engine.evaluate import is_out_of_memory
     from deeplab_fast.engine.finite import NotFiniteWarning
+    from deeplab_fast.engine.runner import is_out_of_memory
 
     failed = spoiled = 0
     bar = tqdm(

@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import numpy as np
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "ImageLike",
     "ImageReadError",
     "as_rgb_array",
     "exif_orientation",
@@ -47,6 +48,10 @@ IMAGE_SUFFIXES = frozenset((
 _EXIF_ORIENTATION = 0x0112
 # Photometric tag of TIFF; 0 is "white is zero".
 _TIFF_PHOTOMETRIC = 262
+
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | np.ndarray | Image.Image"
+"""What :func:`as_rgb_array` takes."""
 
 
 class ImageReadError(ValueError):
@@ -97,7 +102,7 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> np.ndarray:
         raise ImageReadError(name, _one_line(error)) from error
 
 
-def as_rgb_array(obj: Any) -> np.ndarray:
+def as_rgb_array(obj: ImageLike) -> np.ndarray:
     """Turns a picture in any accepted form into a contiguous uint8 RGB array [H, W, 3].
 
     Args:
@@ -204,7 +209,7 @@ def _walk(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _name_of(source: Any) -> str:
+def _name_of(source: str | os.PathLike[str] | BinaryIO) -> str:
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
         return name if isinstance(name, str) else f"<{type(source).__name__}>"
@@ -374,15 +379,17 @@ def _from_array(array: np.ndarray, name: str) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _read_with_tifffile(source: Any, name: str, cause: Exception) -> np.ndarray:
+def _read_with_tifffile(
+    source: str | os.PathLike[str] | BinaryIO, name: str, cause: Exception
+) -> np.ndarray:
     unknown = "not a picture in a format that Pillow reads"
-    if hasattr(source, "seek"):
+    if isinstance(source, (str, os.PathLike)):
+        with open(source, "rb") as file:
+            head = file.read(4)
+    else:
         source.seek(0)
         head = source.read(4)
         source.seek(0)
-    else:
-        with open(source, "rb") as file:
-            head = file.read(4)
     if head == b"":
         raise ImageReadError(name, "the file is empty (0 bytes)") from cause
     if head not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):

@@ -18,7 +18,7 @@ from deeplab_fast.data.preprocess import IMAGENET_MEAN
 from deeplab_fast.data.transforms import AugmentedDataset
 from deeplab_fast.engine.bootstrap import bootstrap_indices
 from deeplab_fast.engine.config import TrainConfig
-from deeplab_fast.engine.evaluate import ShardSampler, _Items
+from deeplab_fast.engine.evaluate import IndexedItems, ShardSampler
 from deeplab_fast.engine.sources import open_training, open_validation, training_transform
 
 __all__ = ["Batch", "SegmentationData", "TrainBatches", "TrainLoader"]
@@ -159,7 +159,7 @@ class SegmentationData(lightning.LightningDataModule):
             return []
         rank, world = _processes(self.trainer)
         return DataLoader(
-            _Items(self.val),
+            IndexedItems(self.val),
             batch_size=self.config.val_batch_size,
             sampler=ShardSampler(len(self.val), rank, world),
             num_workers=self.config.workers,

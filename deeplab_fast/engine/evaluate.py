@@ -8,10 +8,9 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,62 +21,42 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from deeplab_fast import ops
 from deeplab_fast.data.classes import ClassSet, label_count, same_name
 from deeplab_fast.data.preprocess import Preprocess
-from deeplab_fast.data.transforms import check_labels, resize_pair, to_tensors
+from deeplab_fast.data.transforms import check_labels, to_tensors
 from deeplab_fast.engine.finite import NotFiniteWarning
-from deeplab_fast.engine.metrics import Metrics
-from deeplab_fast.engine.outputs import overlay, write_atomically
-from deeplab_fast.engine.predict import (
+from deeplab_fast.engine.metrics import ImageScore, Metrics
+from deeplab_fast.engine.outputs import write_atomically
+from deeplab_fast.engine.pictures import (
+    Panel,
+    confusion_image,
+    draw_panel,
+    panel_name,
+    png_writer,
+)
+from deeplab_fast.engine.runner import (
+    Pixels,
     PredictOptions,
-    _check_model,
-    _eval_mode,
-    _Pixels,
-    _preprocess_of,
-    _Runner,
+    Runner,
+    at_output_stride,
     check_device,
     check_dtype,
+    check_model,
+    eval_mode,
+    is_out_of_memory,
+    preprocess_of,
 )
 
 __all__ = [
     "Evaluation",
+    "ImageCounter",
     "ImageScore",
+    "IndexedItems",
     "Panel",
     "ShardSampler",
     "confusion_image",
+    "equal_sizes",
     "evaluate",
     "is_out_of_memory",
 ]
-
-# Longer side of one picture of a panel, in pixels.
-_PANEL_SIDE = 640
-
-
-@dataclass(frozen=True)
-class ImageScore:
-    """One image's scores: IoU is the mean over the classes in its labels or prediction.
-
-    ``pixels`` counts those that are not ignored; without any the scores are nan. ``not_finite``
-    counts the pixels, ignored ones too, whose logits are NaN or infinite: what was predicted there
-    means nothing.
-    """
-
-    index: int
-    name: str
-    miou: float
-    pixel_accuracy: float
-    pixels: int
-    not_finite: int = 0
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A photo with its labels and its prediction: the ``rank``-th (from 1) "worst" or "best"."""
-
-    kind: str
-    rank: int
-    score: ImageScore
-    image: np.ndarray
-    truth: np.ndarray
-    prediction: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -113,7 +92,7 @@ class Evaluation:
                 for score in self.images
             ],
             "panels": [
-                {"file": f"panels/{_panel_name(panel)}", "index": panel.score.index}
+                {"file": f"panels/{panel_name(panel)}", "index": panel.score.index}
                 for panel in self.panels
             ],
         }
@@ -135,14 +114,14 @@ class Evaluation:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         picture = confusion_image(self.confusion, self.classes.classes)
         paths = {
-            **{_panel_name(p): folder / "panels" / _panel_name(p) for p in self.panels},
+            **{panel_name(p): folder / "panels" / panel_name(p) for p in self.panels},
             "confusion": folder / "confusion.png",
             "metrics": folder / "metrics.json",
         }
-        pictures = [(paths[_panel_name(p)], _draw_panel(p, self.classes)) for p in self.panels]
+        pictures = [(paths[panel_name(p)], draw_panel(p, self.classes)) for p in self.panels]
         pictures.append((paths["confusion"], picture))
         (folder / "panels" if self.panels else folder).mkdir(parents=True, exist_ok=True)
-        files = [(path, _png_writer(image)) for path, image in pictures]
+        files = [(path, png_writer(image)) for path, image in pictures]
         files.append((paths["metrics"], lambda file: file.write(text.encode("utf-8"))))
         write_atomically(files)
         return paths
@@ -231,7 +210,7 @@ def evaluate(
         MemoryError: not enough memory; names the images and what to lower.
     """
     options = PredictOptions.checked(scales, flip, tile, overlap, batch_size, threshold=threshold)
-    _check_model(model)
+    check_model(model)
     options.check_classes(model)
     wanted_dtype, wanted_device = check_dtype(dtype), check_device(device)
     if not isinstance(panels, int) or isinstance(panels, bool) or panels < 0:
@@ -240,10 +219,10 @@ def evaluate(
     if len(dataset) == 0:
         raise ValueError(f"the data set {dataset!r} is empty")
     preprocess = getattr(model, "preprocess", None)
-    with _at_output_stride(model, output_stride):
-        runner = _Runner.prepare(model, None, preprocess, options, wanted_device, wanted_dtype)
-        with _eval_mode(model), torch.inference_mode():
-            counter = _Counter(runner, dataset, classes)
+    with at_output_stride(model, output_stride):
+        runner = Runner.prepare(model, None, preprocess, options, wanted_device, wanted_dtype)
+        with eval_mode(model), torch.inference_mode():
+            counter = ImageCounter(runner, dataset, classes)
             confusion, images = _gathered(counter, lambda: counter.run(workers, progress))
             rank, world = _rank_and_world()
             kept = _panels(counter, images, panels) if rank == 0 else ()
@@ -280,60 +259,9 @@ def evaluate(
     )
 
 
-def confusion_image(confusion: np.ndarray, classes: Sequence[str]) -> Any:
-    """A PIL picture of the matrix: row i shows where the pixels of class i went, in percent.
-
-    Light is 0 %, dark blue 100 %; up to 30 classes with the figures. A class without pixels has a
-    grey row.
-    """
-    from PIL import Image, ImageDraw
-
-    count = len(classes)
-    figures = count <= 30
-    cell = 36 if figures else 14
-    font = _font(12 if figures else 10)
-    rows = confusion.sum(axis=1, keepdims=True)
-    shares = np.divide(confusion, rows, out=np.zeros(confusion.shape), where=rows > 0)
-    # White to dark blue; the square root shows small confusions.
-    light, dark = np.array((255.0, 255.0, 255.0)), np.array((8.0, 48.0, 107.0))
-    colours = light + (dark - light) * np.sqrt(shares)[..., None]
-    colours[rows[:, 0] == 0] = 224
-    heat = Image.fromarray(np.rint(colours).astype(np.uint8)).resize(
-        (count * cell, count * cell), Image.Resampling.NEAREST
-    )
-    margin = 8 + max(int(font.getlength(name)) for name in classes)
-    title = 22
-    image = Image.new(
-        "RGB", (margin + count * cell + 8, title + margin + count * cell + 8), "white"
-    )
-    image.paste(heat, (margin, title + margin))
-    draw = ImageDraw.Draw(image)
-    draw.text((4, 4), "rows: labels, columns: predictions, % of the row", fill="black", font=font)
-    for i, name in enumerate(classes):
-        middle = title + margin + i * cell + cell // 2
-        draw.text((margin - 4, middle), name, fill="black", font=font, anchor="rm")
-        upright = Image.new("RGB", (margin - 4, cell), "white")
-        ImageDraw.Draw(upright).text((0, cell // 2), name, fill="black", font=font, anchor="lm")
-        image.paste(upright.rotate(90, expand=True), (margin + i * cell, title + 4))
-    if figures:
-        for i, j in zip(*np.nonzero(shares >= 0.005), strict=True):
-            place = (margin + j * cell + cell // 2, title + margin + i * cell + cell // 2)
-            colour = "white" if shares[i, j] > 0.3 else "black"
-            text = f"{100 * shares[i, j]:.0f}"
-            draw.text(place, text, fill=colour, font=font, anchor="mm")
-    return image
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or the host."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
 @dataclass(frozen=True)
-class _Counter:
-    runner: _Runner
+class ImageCounter:
+    runner: Runner
     dataset: Any
     classes: ClassSet
 
@@ -346,7 +274,7 @@ class _Counter:
         step = 1 if self.runner.options.tile is not None else self.runner.options.batch_size or 1
         sampler = ShardSampler(len(self.dataset))
         loader = DataLoader(
-            _Items(self.dataset),
+            IndexedItems(self.dataset),
             batch_size=step,
             sampler=sampler,
             num_workers=workers,
@@ -360,7 +288,7 @@ class _Counter:
                 for _, item in items:
                     if isinstance(item, Exception):
                         raise item
-                for group in _equal_sizes(items):
+                for group in equal_sizes(items):
                     matrices, spoiled = self.matrices(group)
                     total += matrices.sum(0)
                     order += [index for index, _ in group]
@@ -417,17 +345,17 @@ class _Counter:
         """Labels [H, W] of one photo."""
         return self.runner.run(self.pixels(data[None])).labels[0].cpu().numpy()
 
-    def pixels(self, data: Tensor) -> _Pixels:
+    def pixels(self, data: Tensor) -> Pixels:
         if data.is_floating_point():
-            return _Pixels(data, None)
-        return _Pixels(data, _preprocess_of(self.runner.model))
+            return Pixels(data, None)
+        return Pixels(data, preprocess_of(self.runner.model))
 
     def name(self, index: int) -> str:
         samples = getattr(self.dataset, "samples", None)
         return f"sample {index}" if samples is None else samples[index].name
 
 
-class _Items(Dataset[Any]):
+class IndexedItems(Dataset[Any]):
     """(index, pair of tensors), or (index, the error): a worker would send only its text."""
 
     def __init__(self, dataset: Any) -> None:
@@ -447,7 +375,7 @@ class _Items(Dataset[Any]):
 
 
 def _gathered(
-    counter: _Counter, run: Callable[[], tuple[Tensor, list[ImageScore]]]
+    counter: ImageCounter, run: Callable[[], tuple[Tensor, list[ImageScore]]]
 ) -> tuple[Tensor, list[ImageScore]]:
     """The sum over processes, on the CPU, and all images in the data set's order."""
     _, world = _rank_and_world()
@@ -484,26 +412,6 @@ def _rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-@contextmanager
-def _at_output_stride(model: Any, output_stride: int | None) -> Iterator[None]:
-    before = getattr(model, "output_stride", None)
-    if output_stride is None or output_stride == before:
-        yield
-        return
-    if before is None or not hasattr(model, "set_output_stride"):
-        raise ValueError(
-            f"output_stride={output_stride}: {type(model).__name__} cannot change its output "
-            "stride; leave it out"
-        )
-    config = getattr(model, "config", None)
-    model.set_output_stride(output_stride)
-    try:
-        yield
-    finally:
-        model.set_output_stride(before)
-        model.config = config
-
-
 def _classes_of(dataset: Any, model: Any) -> ClassSet:
     classes = getattr(dataset, "classes", None)
     missing = [name for name in ("num_classes", "ignore_index") if not hasattr(dataset, name)]
@@ -534,7 +442,7 @@ def _classes_of(dataset: Any, model: Any) -> ClassSet:
     return classes
 
 
-def _equal_sizes(items: Sequence[Any]) -> Iterator[list[Any]]:
+def equal_sizes(items: Sequence[Any]) -> Iterator[list[Any]]:
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for entry in items:
         image, label = entry[1]
@@ -557,7 +465,7 @@ def _image_scores(matrices: Tensor) -> Tensor:
     return torch.stack([(hits / union).nanmean(1), hits.sum(1) / pixels, pixels], dim=1)
 
 
-def _panels(counter: _Counter, images: Sequence[ImageScore], count: int) -> tuple[Panel, ...]:
+def _panels(counter: ImageCounter, images: Sequence[ImageScore], count: int) -> tuple[Panel, ...]:
     ranked = [image for image in images if not math.isnan(image.miou)]
     ranked.sort(key=lambda image: (image.miou, image.index))
     worst = ranked[:count]
@@ -575,46 +483,3 @@ def _panels(counter: _Counter, images: Sequence[ImageScore], count: int) -> tupl
             photo = image.permute(1, 2, 0).contiguous().numpy()
             panels.append(Panel(kind, rank, score, photo, label.numpy(), prediction))
     return tuple(panels)
-
-
-def _panel_name(panel: Panel) -> str:
-    stem = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(panel.score.name).stem)
-    return f"{panel.kind}_{panel.rank:02d}_{stem}.png"
-
-
-def _draw_panel(panel: Panel, classes: ClassSet) -> Any:
-    from PIL import Image, ImageDraw
-
-    # Negative or large labels have no colour: ignored pixels get the first free id, drawn black.
-    shown = replace(classes, ignore_index=len(classes))
-    truth = panel.truth.astype(np.int32)
-    truth[panel.truth == classes.ignore_index] = len(classes)
-    prediction = panel.prediction.astype(np.int32)
-    height, width = truth.shape
-    factor = min(1.0, _PANEL_SIDE / max(height, width))
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    photo, truth = resize_pair(panel.image, truth, size)
-    _, prediction = resize_pair(panel.image, prediction, size)
-    parts = [photo, overlay(photo, truth, shown, alpha=0.6)]
-    parts.append(overlay(photo, prediction, shown, alpha=0.6))
-    gap, head = 6, 20
-    canvas = Image.new("RGB", (3 * size[1] + 2 * gap, size[0] + head), "white")
-    for i, part in enumerate(parts):
-        canvas.paste(Image.fromarray(part), (i * (size[1] + gap), head))
-    draw = ImageDraw.Draw(canvas)
-    score = panel.score
-    titles = (score.name, "labels", f"prediction, mIoU {100 * score.miou:.1f}")
-    for i, title in enumerate(titles):
-        place = (i * (size[1] + gap) + 2, head // 2)
-        draw.text(place, title, fill="black", font=_font(12), anchor="lm")
-    return canvas
-
-
-def _font(size: int) -> Any:
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
-
-
-def _png_writer(image: Any) -> Callable[[BinaryIO], Any]:
-    return lambda file: image.save(file, format="PNG")

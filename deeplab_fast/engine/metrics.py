@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Metrics"]
+__all__ = ["ImageScore", "Metrics"]
 
 
 @dataclass(frozen=True)
@@ -203,3 +203,20 @@ def _or_none(value: float) -> float | None:
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """One image's scores: IoU is the mean over the classes in its labels or prediction.
+
+    ``pixels`` counts those that are not ignored; without any the scores are nan. ``not_finite``
+    counts the pixels, ignored ones too, whose logits are NaN or infinite: what was predicted there
+    means nothing.
+    """
+
+    index: int
+    name: str
+    miou: float
+    pixel_accuracy: float
+    pixels: int
+    not_finite: int = 0

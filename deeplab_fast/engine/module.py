@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from deeplab_fast.data.classes import ClassSet, generic_classes
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.engine.config import TrainConfig
-from deeplab_fast.engine.evaluate import (
-    _at_output_stride,
-    _Counter,
-    _equal_sizes,
-    is_out_of_memory,
-)
+from deeplab_fast.engine.evaluate import ImageCounter, equal_sizes
 from deeplab_fast.engine.losses import SegmentationLoss
 from deeplab_fast.engine.metrics import Metrics
-from deeplab_fast.engine.predict import PredictOptions, _preprocess_of, _Runner
+from deeplab_fast.engine.runner import (
+    PredictOptions,
+    Runner,
+    at_output_stride,
+    is_out_of_memory,
+    preprocess_of,
+)
 from deeplab_fast.engine.schedule import parameter_groups, poly_lr
 from deeplab_fast.weights.files import model_metadata
 
@@ -130,7 +131,7 @@ class SegmentationModule(lightning.LightningModule):
         self.not_finite: dict[str, int] = {}
         # A function: deepcopy would follow a bound method to its object, the data.
         self._name = None if name is None else lambda index: name(index)
-        self._counter: _Counter | None = None
+        self._counter: ImageCounter | None = None
         self._confusion: Tensor | None = None
         self._spoiled: list[tuple[str, Tensor]] = []
         # Losses and samples since the last step of the optimizer: the last is what went wrong.
@@ -202,7 +203,7 @@ class SegmentationModule(lightning.LightningModule):
     def inputs(self, images: Tensor) -> Tensor:
         """Images of a batch as the model takes them."""
         if images.dtype == torch.uint8:
-            preprocess = _preprocess_of(self.model)
+            preprocess = preprocess_of(self.model)
             # The size of the crop is the network's: model.preprocess.size is for photos.
             size = (images.shape[-2], images.shape[-1])
             images = preprocess.batch(images, size=size, device=self.device)
@@ -283,22 +284,22 @@ class SegmentationModule(lightning.LightningModule):
         self._spoiled = []
         self.end_validation()
         self._restore = ExitStack()
-        self._restore.enter_context(_at_output_stride(self.model, self.config.eval_output_stride))
+        self._restore.enter_context(at_output_stride(self.model, self.config.eval_output_stride))
         # Photos of many sizes: each would be tuned for anew.
         self._restore.enter_context(_no_cudnn_benchmark())
         options = PredictOptions.checked()
-        runner = _Runner.prepare(
+        runner = Runner.prepare(
             self.model, None, getattr(self.model, "preprocess", None), options, self.device, None
         )
         loader: Any = self.trainer.val_dataloaders
-        self._counter = _Counter(runner, loader.dataset.dataset, self.classes)
+        self._counter = ImageCounter(runner, loader.dataset.dataset, self.classes)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         assert self._counter is not None and self._confusion is not None
         for _, item in batch:
             if isinstance(item, Exception):
                 raise item
-        for group in _equal_sizes(batch):
+        for group in equal_sizes(batch):
             matrices, spoiled = self._counter.matrices(group)
             self._confusion += matrices.sum(0)
             names = [self._counter.name(index) for index, _ in group]

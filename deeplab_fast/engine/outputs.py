@@ -7,11 +7,14 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from deeplab_fast.data.classes import ClassSet, pascal_colour_map
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = ["class_areas", "output_paths", "overlay", "write_atomically", "write_outputs"]
 
@@ -158,7 +161,7 @@ def class_areas(labels: np.ndarray, classes: ClassSet) -> list[dict[str, Any]]:
     ]
 
 
-def write_atomically(files: Sequence[tuple[Path, Callable[[BinaryIO], Any]]]) -> None:
+def write_atomically(files: Sequence[tuple[Path, Callable[[BinaryIO], object]]]) -> None:
     """Writes files under temporary names beside their own, then renames them in order.
 
     Args:
@@ -220,7 +223,7 @@ def _boundaries(labels: np.ndarray) -> Iterable[tuple[np.ndarray, tuple[slice, s
     yield labels[1:] != labels[:-1], (slice(None, -1), slice(None))
 
 
-def _label_image(labels: np.ndarray, classes: ClassSet) -> Any:
+def _label_image(labels: np.ndarray, classes: ClassSet) -> Image.Image:
     high = int(labels.max())
     if len(classes) > 256 or high > 255:
         if high > 65535:
@@ -233,7 +236,7 @@ def _label_image(labels: np.ndarray, classes: ClassSet) -> Any:
     return image
 
 
-def _image(array: np.ndarray) -> Any:
+def _image(array: np.ndarray) -> Image.Image:
     from PIL import Image
 
     return Image.fromarray(array)

@@ -203,7 +203,7 @@ def fit(
     if data is None:
         data = SegmentationData(config)
     # The other processes end with this one.
-    if config.check_data and _is_first():
+    if config.check_data and is_first():
         tell(f"checking {data.train}" + (f" and {data.val}" if data.val is not None else ""))
         data.check(progress=progress, tell=tell)
     data.bootstrap()
@@ -629,7 +629,7 @@ def _export(
     config: Any, folder: Path, module: Any, saver: Any, tell: Callable[[str], None]
 ) -> Path:
     """Writes model.safetensors, at the output stride of the validation."""
-    from deeplab_fast.engine.evaluate import _at_output_stride
+    from deeplab_fast.engine.runner import at_output_stride
     from deeplab_fast.weights import load_weights, save_weights
 
     model = module.model
@@ -639,7 +639,7 @@ def _export(
         else:
             tell("warning: no validation had a mIoU, so the last weights are saved, not the best")
     stride = config.eval_output_stride
-    with _at_output_stride(model, stride), _without_class_weights(config, module):
+    with at_output_stride(model, stride), _without_class_weights(config, module):
         try:
             return save_weights(model, folder / "model.safetensors", strict=False)
         except OSError as error:
@@ -688,7 +688,7 @@ def _unsettled_share(model: nn.Module, steps: int) -> float:
     return max(shares, default=0.0)
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Whether this is the first of several processes, before they are joined."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 

@@ -296,7 +296,7 @@ def test_a_failed_write_leaves_nothing_half_written(tmp_path, monkeypatch):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_png_writer", lambda image: full)
+    monkeypatch.setattr(module, "png_writer", lambda image: full)
     with pytest.raises(OSError, match="No space left"):
         result.save(tmp_path)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -16,7 +16,7 @@ import deeplab_fast as dlf
 from deeplab_fast import ops
 from deeplab_fast.data.images import ImageReadError
 from deeplab_fast.data.preprocess import Preprocess
-from deeplab_fast.engine import predict as module
+from deeplab_fast.engine import runner as module
 from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.predict import predict
 
@@ -350,8 +350,8 @@ def test_overlapping_windows_are_blended():
 @settings(max_examples=200, deadline=None)
 def test_windows_cover_the_line(length, window, overlap):
     window = min(window, length)
-    starts = module._window_starts(length, window, overlap)
-    weights = module._window_weights(starts, window, length, torch.device("cpu"))
+    starts = module.window_starts(length, window, overlap)
+    weights = module.window_weights(starts, window, length, torch.device("cpu"))
     assert starts[0] == 0 and starts[-1] == length - window and sorted(set(starts)) == starts
     # At least the overlap asked for, of which a pixel's fraction is cut in favour of more overlap;
     # a window of one pixel cannot overlap.
@@ -366,7 +366,7 @@ def test_windows_cover_the_line(length, window, overlap):
 
 
 def test_a_pixel_of_every_border_is_certain_in_a_single_window():
-    (weight,) = module._window_weights([0], 7, 7, torch.device("cpu"))
+    (weight,) = module.window_weights([0], 7, 7, torch.device("cpu"))
     assert torch.equal(weight, torch.ones(7))
 
 

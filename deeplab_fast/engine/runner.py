@@ -1,0 +1,598 @@
+"""Runs of a model over photos or tensors: whole, in several scales, flipped, in windows."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deeplab_fast import ops, reference
+from deeplab_fast.data.images import ImageLike, as_rgb_array
+from deeplab_fast.data.preprocess import Preprocess
+from deeplab_fast.engine.finite import not_finite_pixels
+
+if TYPE_CHECKING:
+    from deeplab_fast.models import DeepLabV3
+
+__all__ = [
+    "Pixels",
+    "PredictOptions",
+    "Result",
+    "Runner",
+    "Segmenter",
+    "at_output_stride",
+    "check_device",
+    "check_dtype",
+    "check_model",
+    "eval_mode",
+    "is_out_of_memory",
+    "preprocess_of",
+    "window_starts",
+    "window_weights",
+]
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Checked arguments of :func:`predict`; made by :meth:`checked`."""
+
+    scales: tuple[float, ...]
+    flip: bool
+    tile: tuple[int, int] | None
+    overlap: float
+    batch_size: int | None
+    return_prob: bool
+    threshold: float | None
+
+    @property
+    def passes(self) -> int:
+        """Runs of the network over every pixel."""
+        return len(self.scales) * (2 if self.flip else 1)
+
+    @classmethod
+    def checked(
+        cls,
+        scales: object = (1.0,),
+        flip: object = False,
+        tile: object = None,
+        overlap: object = 0.25,
+        batch_size: object = None,
+        return_prob: object = False,
+        threshold: object = None,
+    ) -> PredictOptions:
+        """The arguments of :func:`predict`, as they are kept.
+
+        Raises:
+            ValueError: one that is not allowed.
+        """
+        factors = (scales,) if isinstance(scales, (int, float)) else scales
+        factors = tuple(factors) if isinstance(factors, Iterable) else ()
+        if not factors or not all(_is_number(s) and 0 < s < math.inf for s in factors):
+            raise ValueError(
+                f"scales is {scales!r}, expected one or more factors above 0, e.g. (0.5, 1.0, 1.5)"
+            )
+        window = (tile, tile) if _is_int(tile) else tile
+        if window is not None:
+            window = tuple(window) if isinstance(window, Iterable) else ()
+            if len(window) != 2 or not all(_is_int(n) and n > 0 for n in window):
+                raise ValueError(
+                    f"tile is {tile!r}, expected (height, width) in pixels, both above 0, or None"
+                )
+            window = (int(window[0]), int(window[1]))
+        if not _is_number(overlap) or not 0 <= overlap < 1:
+            raise ValueError(
+                f"overlap is {overlap!r}, expected a fraction of the tile in [0, 1), e.g. 0.25"
+            )
+        if batch_size is not None and (not _is_int(batch_size) or batch_size < 1):
+            raise ValueError(f"batch_size is {batch_size!r}, expected an integer above 0 or None")
+        if threshold is not None and not (_is_number(threshold) and 0 < threshold < 1):
+            raise ValueError(
+                f"threshold is {threshold!r}, expected a probability between 0 and 1, e.g. 0.5, or "
+                "None"
+            )
+        return cls(
+            tuple(float(s) for s in factors),
+            bool(flip),
+            window,
+            float(overlap),
+            None if batch_size is None else int(batch_size),
+            bool(return_prob),
+            None if threshold is None else float(threshold),
+        )
+
+    def check_classes(self, model: nn.Module) -> None:
+        """Raises ValueError for a threshold and a model of several classes."""
+        count = getattr(model, "num_classes", 1)
+        if self.threshold is not None and count != 1:
+            raise ValueError(
+                f"threshold is {self.threshold} and the model has {count} classes, of which the "
+                "largest is taken; a threshold is for models of one class: leave it out"
+            )
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """N pictures of one size: uint8 with the step to an input, or floats that are one already."""
+
+    data: Tensor
+    preprocess: Preprocess | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.data.shape[-2], self.data.shape[-1]
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Pixels:
+        window = self.data[..., top : top + height, left : left + width]
+        return Pixels(window, self.preprocess)
+
+    def inputs(self, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+        if self.preprocess is not None:
+            return self.preprocess.batch(self.data, size=size, device=device).to(dtype)
+        x = self.data.to(device, dtype)
+        if size == self.size:
+            return x
+        # The antialiasing filter exists for fp32 and fp64 only on a CPU.
+        x = x if dtype == torch.float64 else x.float()
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return x.to(dtype)
+
+
+class Result(NamedTuple):
+    """Labels [N, H, W], probabilities alike, pixels [N] whose logits are NaN or infinite."""
+
+    labels: Tensor
+    prob: Tensor | None
+    spoiled: Tensor
+
+
+class Segmenter(Protocol):
+    """What a runner calls of a model."""
+
+    align_corners: bool
+
+    def forward_logits(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, C, h, w]."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model with what was asked of it, on its device; made by :meth:`prepare`.
+
+    ``preprocess`` turns 8-bit pictures into inputs; ``dtype`` is the parameters' own, ``autocast``
+    another one to run in.
+    """
+
+    model: Segmenter
+    preprocess: Preprocess | None
+    options: PredictOptions
+    device: torch.device
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+
+    @classmethod
+    def prepare(
+        cls,
+        model: nn.Module,
+        images: object,
+        preprocess: Preprocess | None,
+        options: PredictOptions,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+    ) -> Runner:
+        """A runner of a model that :func:`check_model` took, moved to ``device``.
+
+        Raises:
+            ValueError: a dtype that the model cannot run in.
+        """
+        state = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        own = state[0].dtype if state else torch.float32
+        autocast = None
+        if dtype is not None and dtype != own:
+            if own != torch.float32 or dtype == torch.float32:
+                raise ValueError(
+                    f"dtype {_name(dtype)} was asked for and the model's parameters are "
+                    f"{_name(own)}; leave dtype out, or convert with model.to({dtype}) first"
+                )
+            autocast = dtype
+        if device is None:
+            if state:
+                device = state[0].device
+            else:
+                device = images.device if isinstance(images, Tensor) else torch.device("cpu")
+        elif state and not _same_device(state[0].device, device):
+            model.to(device)
+        return cls(cast(Segmenter, model), preprocess, options, device, own, autocast)
+
+    def tensor(self, images: Tensor) -> tuple[Tensor, Tensor | None, list[int]]:
+        batch = images if images.ndim == 4 else images[None]
+        size = (0, *batch.shape[-2:])
+        if batch.shape[0] == 0:
+            classes = getattr(self.model, "num_classes", 0)
+            labels = torch.empty(size, dtype=_label_dtype(classes), device=self.device)
+            return labels, torch.empty(size, dtype=torch.float32, device=self.device), []
+        step = self.options.batch_size or batch.shape[0]
+        if self.options.tile is not None:
+            # There batch_size counts windows.
+            step = 1
+        results = [
+            self.run(Pixels(batch[i : i + step], self.preprocess))
+            for i in range(0, batch.shape[0], step)
+        ]
+        labels, prob = _joined(results, dim=0)
+        if images.ndim == 3:
+            labels, prob = labels[0], None if prob is None else prob[0]
+        return labels, prob, _counted(results)
+
+    def images(
+        self, images: Sequence[ImageLike]
+    ) -> tuple[list[np.ndarray], list[np.ndarray | None], list[int]]:
+        step = 1 if self.options.tile is not None else self.options.batch_size or 1
+        all_labels: list[np.ndarray] = []
+        all_prob: list[np.ndarray | None] = []
+        spoiled: list[int] = []
+        for group in _groups((as_rgb_array(image) for image in images), step):
+            pixels = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)
+            result = self.run(Pixels(pixels, self.preprocess))
+            all_labels += list(result.labels.cpu().numpy())
+            prob = result.prob
+            all_prob += [None] * len(group) if prob is None else list(prob.cpu().numpy())
+            spoiled += result.spoiled.tolist()
+        return all_labels, all_prob, spoiled
+
+    def run(self, pixels: Pixels) -> Result:
+        window = self.window(pixels)
+        if window is not None:
+            return self.tiled(pixels, window)
+        logits = self.single_pass(pixels)
+        if logits is not None:
+            return self.reduced(logits, pixels.size)
+        summed, spoiled = self.summed_prob(pixels, self.base(pixels))
+        return Result(*self.best(summed), _per_image(spoiled, summed))
+
+    def reduced(self, logits: Tensor, size: tuple[int, int]) -> Result:
+        """Labels of :meth:`single_pass`'s logits."""
+        options, align_corners = self.options, self.model.align_corners
+        spoiled = self.spoiled(logits, size)
+        if logits.shape[1] == 1:
+            full = reference.upsample(logits, size, align_corners)[:, 0]
+            labels = (full > self.cut).to(torch.uint8)
+            return Result(labels, full.sigmoid() if options.return_prob else None, spoiled)
+        result = ops.upsample_argmax(
+            logits, size, align_corners=align_corners, return_prob=options.return_prob
+        )
+        labels, prob = (result, None) if isinstance(result, Tensor) else result
+        return Result(labels, prob, spoiled)
+
+    def not_finite(self, logits: Tensor, size: tuple[int, int]) -> Tensor | None:
+        """As :func:`not_finite_pixels`, upsampled as the model has it."""
+        return not_finite_pixels(logits, size, self.model.align_corners)
+
+    def spoiled(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Pixels [N] that have no finite logits."""
+        return _per_image(self.not_finite(logits, size), logits)
+
+    @property
+    def threshold(self) -> float:
+        """The probability above which a pixel is of the one class."""
+        return 0.5 if self.options.threshold is None else self.options.threshold
+
+    @property
+    def cut(self) -> float:
+        """The logit of :attr:`threshold`."""
+        return math.log(self.threshold / (1 - self.threshold))
+
+    def single_pass(self, pixels: Pixels) -> Tensor | None:
+        """Logits [N, C, h, w] that alone make the result; None where passes or windows are merged.
+
+        Upsampled to the picture's size they are what :meth:`run` takes the labels from.
+        """
+        if self.options.passes != 1 or self.window(pixels) is not None:
+            return None
+        size = self.scaled(self.base(pixels), self.options.scales[0])
+        return self.logits(pixels.inputs(size, self.device, self.dtype))
+
+    def window(self, pixels: Pixels) -> tuple[int, int] | None:
+        """Height and width of the sliding windows; None where the picture is run whole."""
+        if self.options.tile is None:
+            return None
+        height, width = pixels.size
+        window = (min(self.options.tile[0], height), min(self.options.tile[1], width))
+        return None if window == (height, width) else window
+
+    def base(self, pixels: Pixels) -> tuple[int, int]:
+        """The input size of a picture that is run whole, at scale 1."""
+        if self.options.tile is not None or pixels.preprocess is None:
+            return pixels.size
+        return pixels.preprocess.target_size(*pixels.size)
+
+    def tiled(self, pixels: Pixels, window: tuple[int, int]) -> Result:
+        options = self.options
+        (height, width), (tile_h, tile_w) = pixels.size, window
+        tops = window_starts(height, tile_h, options.overlap)
+        lefts = window_starts(width, tile_w, options.overlap)
+        row_weights = window_weights(tops, tile_h, height, self.device)
+        column_weights = window_weights(lefts, tile_w, width, self.device)
+        together = options.batch_size or 1
+        bands: list[tuple[Tensor, Tensor | None]] = []
+        # Probabilities of the rows that later windows may still add to.
+        band: Tensor | None = None
+        spoiled: Tensor | None = None
+        for row, top in enumerate(tops):
+            for first in range(0, len(lefts), together):
+                chunk = range(first, min(first + together, len(lefts)))
+                crops = [pixels.crop(top, lefts[c], tile_h, tile_w).data for c in chunk]
+                batch = Pixels(torch.cat(crops), pixels.preprocess)
+                prob, bad = self.summed_prob(batch, window)
+                if band is None:
+                    band = prob.new_zeros(1, prob.shape[1], tile_h, width)
+                if bad is not None and spoiled is None:
+                    spoiled = bad.new_zeros(1, height, width)
+                for i, column in enumerate(chunk):
+                    weight = row_weights[row][:, None] * column_weights[column][None, :]
+                    left = lefts[column]
+                    band[..., left : left + tile_w].addcmul_(prob[i : i + 1], weight)
+                    if bad is not None and spoiled is not None:
+                        spoiled[0, top : top + tile_h, left : left + tile_w] |= bad[i]
+            assert band is not None
+            done = (tops[row + 1] if row + 1 < len(tops) else height) - top
+            bands.append(self.best(band[:, :, :done]))
+            kept = band[:, :, done:].clone()
+            band.zero_()
+            band[:, :, : kept.shape[2]] = kept
+        labels, joined = _joined(bands, dim=1)
+        return Result(labels, joined, _per_image(spoiled, labels))
+
+    def summed_prob(self, pixels: Pixels, base: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Sum over scales and flips of the probabilities [N, C, H, W] at the picture's size.
+
+        Also the pixels [N, H, W] that a pass has no finite logits for, as :meth:`not_finite`.
+        """
+        total: Tensor | None = None
+        spoiled: Tensor | None = None
+        for scale in self.options.scales:
+            x = pixels.inputs(self.scaled(base, scale), self.device, self.dtype)
+            for flip in (False, True) if self.options.flip else (False,):
+                logits = self.logits(x.flip(-1) if flip else x)
+                if total is None:
+                    shape = (*logits.shape[:2], *pixels.size)
+                    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+                    total = torch.zeros(shape, dtype=wide, device=logits.device)
+                bad = self.not_finite(logits, pixels.size)
+                if bad is not None:
+                    bad = bad.flip(-1) if flip else bad
+                    spoiled = bad if spoiled is None else spoiled | bad
+                if logits.shape[1] == 1:
+                    prob = reference.upsample(logits, pixels.size, self.model.align_corners)
+                    total += prob.sigmoid_().flip(-1) if flip else prob.sigmoid_()
+                    continue
+                total = ops.upsample_softmax_add(
+                    total, logits, flip=flip, align_corners=self.model.align_corners
+                )
+        assert total is not None
+        return total, spoiled
+
+    def best(self, summed: Tensor) -> tuple[Tensor, Tensor | None]:
+        if summed.shape[1] == 1:
+            total = summed[:, 0]
+            labels = (total > self.threshold * self.options.passes).to(torch.uint8)
+            return labels, total / self.options.passes if self.options.return_prob else None
+        # The largest of the sums: the division by the number of passes could make two equal.
+        top, labels = summed.max(dim=1)
+        prob = top / self.options.passes if self.options.return_prob else None
+        return labels.to(_label_dtype(summed.shape[1])), prob
+
+    def logits(self, x: Tensor) -> Tensor:
+        mixed = (
+            nullcontext()
+            if self.autocast is None
+            else torch.autocast(self.device.type, dtype=self.autocast)
+        )
+        with mixed:
+            return self.model.forward_logits(x)
+
+    def scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
+        # With aligned corners the distance between the corner pixels scales, not the pixel count.
+        fixed = 1 if self.model.align_corners else 0
+        height, width = (max(1, math.floor((n - fixed) * scale + 0.5) + fixed) for n in size)
+        return height, width
+
+
+def _joined(
+    parts: Sequence[Result | tuple[Tensor, Tensor | None]], dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """Labels and probabilities, the first two of each part, one behind the other."""
+    labels = torch.cat([part[0] for part in parts], dim)
+    probs = [part[1] for part in parts if part[1] is not None]
+    return labels, torch.cat(probs, dim) if probs else None
+
+
+def _per_image(spoiled: Tensor | None, like: Tensor) -> Tensor:
+    """Pixels [N] that are True; zeros on the device of ``like`` [N, ...] where there is no map."""
+    if spoiled is None:
+        return torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
+    return spoiled.sum((1, 2))
+
+
+def _counted(results: Sequence[Result]) -> list[int]:
+    """Pixels that are not finite of each image, on the host."""
+    counts = torch.cat([result.spoiled for result in results])
+    # A capture of a CUDA graph cannot wait for them.
+    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
+        return []
+    return counts.tolist()
+
+
+def _groups(images: Iterator[np.ndarray], step: int) -> Iterator[list[np.ndarray]]:
+    group: list[np.ndarray] = []
+    for image in images:
+        if group and (len(group) == step or image.shape != group[0].shape):
+            yield group
+            group = []
+        group.append(image)
+    if group:
+        yield group
+
+
+def window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """First pixels of the fewest evenly spaced windows that overlap by at least ``overlap``."""
+    stride = max(1, math.floor(window * (1 - overlap)))
+    count = math.ceil((length - window) / stride) + 1
+    return [(length - window) * i // max(1, count - 1) for i in range(count)]
+
+
+def window_weights(
+    starts: Sequence[int], window: int, length: int, device: torch.device
+) -> list[Tensor]:
+    """Weights along one axis, one [window] tensor a start; at every pixel they sum to 1."""
+    weights = [torch.ones(window, dtype=torch.float64, device="cpu") for _ in starts]
+    for i in range(1, len(starts)):
+        shared = starts[i - 1] + window - starts[i]
+        ramp = torch.sin(
+            (torch.arange(shared, dtype=torch.float64, device="cpu") + 0.5)
+            * (math.pi / 2 / max(1, shared))
+        )
+        weights[i][:shared] *= ramp**2
+        weights[i - 1][window - shared :] *= ramp.flip(0) ** 2
+    total = torch.zeros(length, dtype=torch.float64, device="cpu")
+    for start, weight in zip(starts, weights, strict=True):
+        total[start : start + window] += weight
+    return [
+        (weight / total[start : start + window]).float().to(device)
+        for start, weight in zip(starts, weights, strict=True)
+    ]
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; every submodule gets its own mode back."""
+    # Submodules may differ in mode, e.g. frozen batch norms of a model in training.
+    training = [module for module in model.modules() if module.training]
+    if not training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def at_output_stride(model: nn.Module, output_stride: int | None) -> Iterator[None]:
+    """The model at another output stride, None for its own; it gets its own back."""
+    before = getattr(model, "output_stride", None)
+    if output_stride is None or output_stride == before:
+        yield
+        return
+    if before is None or not hasattr(model, "set_output_stride"):
+        raise ValueError(
+            f"output_stride={output_stride}: {type(model).__name__} cannot change its output "
+            "stride; leave it out"
+        )
+    strided = cast("DeepLabV3", model)
+    config = getattr(model, "config", None)
+    strided.set_output_stride(output_stride)
+    try:
+        yield
+    finally:
+        strided.set_output_stride(before)
+        strided.config = config
+
+
+def check_model(model: object) -> None:
+    """Raises ValueError for what is no model, or lacks what a runner calls."""
+    missing = [name for name in ("forward_logits", "align_corners") if not hasattr(model, name)]
+    if missing or not isinstance(model, nn.Module):
+        raise ValueError(
+            f"the model is a {type(model).__name__} without {' and '.join(missing) or 'modules'}; "
+            "predict takes the models that deeplab_fast builds, e.g. "
+            "deeplab_fast.deeplabv3_resnet50(...)"
+        )
+
+
+def preprocess_of(model: object) -> Preprocess:
+    """``model.preprocess``; ValueError where it is none."""
+    preprocess = getattr(model, "preprocess", None)
+    if not isinstance(preprocess, Preprocess):
+        raise ValueError(
+            f"model.preprocess is {preprocess!r}: images need a deeplab_fast.data.Preprocess; set "
+            "one, or pass a normalised float tensor [N,3,H,W]"
+        )
+    return preprocess
+
+
+def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The torch dtype that ``dtype`` names, None for None.
+
+    Raises:
+        ValueError: it names none that :func:`predict` takes.
+    """
+    if dtype is None or dtype in (torch.float64, *_DTYPES.values()):
+        return dtype
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise ValueError(
+        f"dtype is {dtype!r}, expected None, fp32, bf16 or fp16, or the torch dtype of that name"
+    )
+
+
+def check_device(device: torch.device | str | None) -> torch.device | None:
+    """The device that ``device`` names, None for None.
+
+    Raises:
+        ValueError: no device is called that, or this machine has none of the kind.
+    """
+    if device is None:
+        return None
+    try:
+        checked = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:<index>") from error
+    if checked.type == "cuda":
+        count = torch.cuda.device_count()
+        if (checked.index or 0) >= count:
+            raise ValueError(
+                f"device is {device!r} and this process sees {count} CUDA devices; use device='cpu'"
+                + (f" or cuda:0..cuda:{count - 1}" if count else "")
+            )
+    return checked
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or the host."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _same_device(have: torch.device, want: torch.device) -> bool:
+    return have.type == want.type and want.index in (None, have.index)
+
+
+def _label_dtype(classes: int) -> torch.dtype:
+    return torch.uint8 if classes <= 256 else torch.int64
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next((name for name, value in _DTYPES.items() if value == dtype), str(dtype))
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    # NumPy's numbers are registered there.
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
