@@ -1,6 +1,6 @@
 """Whether a result is right: no speed-up is told of one that is not.
 
-`deeplab_fast.tuning.errors` says what the error of a result is.
+`deeplab_fast.dispatch.errors` says what the error of a result is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deeplab_fast.tuning.errors import count_error, label_error, norm_error, norms_error
+from deeplab_fast.dispatch.errors import count_error, label_error, norm_error, norms_error
 
 from .registry import COUNTS, GRADIENT, LABELS, VALUES, Case
 

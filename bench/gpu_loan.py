@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from deeplab_fast.dispatch import records
+from deeplab_fast.dispatch.declare import find
+from deeplab_fast.dispatch.examples import Size
 from deeplab_fast.models import get_model
-from deeplab_fast.tuning import checks, runner, tune, workloads
+from deeplab_fast.tuning import runner, tune, workloads
 from deeplab_fast.tuning.machine import Machine
 from deeplab_fast.tuning.runner import NOT_RUN, PASSED, Budget, Outcome, Unit
-from deeplab_fast.tuning.steps import Size
 from deeplab_fast.tuning.workloads import Work
 
 from . import gpu_store
@@ -205,7 +206,7 @@ def plan(machine: Machine) -> tune.Plan:
         elif op.startswith("aspp"):
             found += _at_output_stride_16(found, op, form)
     if tiny(machine):
-        found = [Work(op, form, checks.sizes(op)[0]) for op, form in forms]
+        found = [Work(op, form, find(op).examples.sizes[0]) for op, form in forms]
     return tune.Plan(tuple(dict.fromkeys(found)), dtypes=DTYPES)
 
 

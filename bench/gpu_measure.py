@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from deeplab_fast.dispatch import sources
+from deeplab_fast.dispatch.errors import Wrong
 from deeplab_fast.tuning import runner
 from deeplab_fast.tuning.machine import Machine, fault_of, suffer
-from deeplab_fast.tuning.runner import Wrong
 from deeplab_fast.tuning.timing import SAMPLE_SECONDS, captured, clock, interleaved
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from deeplab_fast import _ext
+from deeplab_fast.dispatch.declare import find
 from deeplab_fast.ops import _aspp_cuda
-from deeplab_fast.tuning import checks, tune
+from deeplab_fast.tuning import tune
 from deeplab_fast.tuning.machine import Machine
 from deeplab_fast.tuning.runner import PASSED, Outcome, Unit
 from deeplab_fast.tuning.workloads import Work
@@ -36,7 +37,7 @@ VARIANT = "DEEPLAB_FAST_SM90_VARIANT"
 def smoke(loan: Loan) -> list[Unit]:
     """Every op, backend, dtype and form at two small sizes."""
     forms = tune.forms_of(loan.plan.works)
-    works = tuple(Work(op, form, checks.sizes(op)[0]) for op, form in forms)
+    works = tuple(Work(op, form, find(op).examples.sizes[0]) for op, form in forms)
     if not loan.smoke:
         loan.smoke = tune.check_units(loan.machine, replace(loan.plan, works=works, quick=True))
     return sorted((replace(u, limit=CHECK_SECONDS) for u in loan.smoke), key=_risk)

@@ -15,8 +15,8 @@ import torch
 
 from deeplab_fast import backends, optimize
 from deeplab_fast.dispatch import records, trust
+from deeplab_fast.dispatch.errors import Wrong
 from deeplab_fast.tuning.machine import Machine
-from deeplab_fast.tuning.runner import Wrong
 
 from .gpu_measure import Row, graphed, kernels, one_line, rows_of, times, tiny, wall_ms
 from .gpu_pytorch import DTYPE, TINY_MODEL, prepared, step, step_case, step_row

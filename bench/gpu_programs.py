@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from deeplab_fast.dispatch.errors import Wrong
 from deeplab_fast.tuning.machine import Machine
-from deeplab_fast.tuning.runner import Wrong
 
 from .gpu_measure import CUT_OFF, CUT_SHORT, ROOT, program, tiny
 

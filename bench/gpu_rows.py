@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from deeplab_fast import _ext, backends, reference
+from deeplab_fast.dispatch import checks
+from deeplab_fast.dispatch.declare import exact, pytorch_forms, steps
+from deeplab_fast.dispatch.errors import Wrong
+from deeplab_fast.dispatch.examples import VALUES, Size, Step
 from deeplab_fast.ops import _aspp_cuda
 from deeplab_fast.plan.taps import Branch, tap_classes
-from deeplab_fast.tuning import checks, machine
+from deeplab_fast.tuning import machine
 from deeplab_fast.tuning.machine import Machine, fault_of, spoiled, suffer
-from deeplab_fast.tuning.runner import Wrong
-from deeplab_fast.tuning.steps import VALUES, Size, Step, pytorch_forms, steps
 
 from .gpu_measure import Row, graphed, rows_of, times, tiny
 
@@ -186,11 +188,11 @@ def check(
 
 def _tap_class(step: Step, run: Callable[..., Any], device: str, dtype: str) -> str:
     """What the first wrong value and all wrong values have in common, as far as taps go."""
-    (exact,) = step.exact()
+    (expected,) = exact(step)
     with checks.precision(dtype):
         (out,) = (t.cpu().double() for t in step.moved(device).run(run))
-    size = float(exact.square().mean().sqrt())
-    wrong = ~((out - exact).abs() <= 0.05 * size + 0.02 * exact.abs())
+    size = float(expected.square().mean().sqrt())
+    wrong = ~((out - expected).abs() <= 0.05 * size + 0.02 * expected.abs())
     if not bool(wrong.any()):
         return "; a second run is right"
     s = step.size

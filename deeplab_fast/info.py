@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from . import __version__, _ext, backends, ops
+from . import __version__, _ext, backends
 from .dispatch import records
+from .dispatch.declare import find, steps
+from .dispatch.examples import Shapes, Size
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,6 @@ STANDARD_SHAPES = (
     StandardShape("cityscapes-1024x2048", 1, (1024, 2048), (128, 256), classes=19),
 )
 
-# Ops whose backward pass is an op that is called by autograd alone, and what it is asked for.
-_BACKWARD: dict[str, dict[str, bool]] = {
-    "aspp_convs": {},
-    "conv2d": {"to_x": True, "to_weight": True},
-}
 _PACKAGES = ("torch", "triton", "numpy", "torchvision", "lightning", "pillow", "safetensors")
 _ENVIRONMENT = (
     (backends.ENVIRONMENT_VARIABLE, "backend of every op: auto, cuda, triton, cpu, reference"),
@@ -63,40 +59,20 @@ _ENVIRONMENT = (
 )
 
 
-def calls(shape: StandardShape, dtype: torch.dtype, device: str) -> Iterator[tuple[str, tuple]]:
-    """Each op of the model with meta-device arguments of a standard shape: nothing is computed.
-
-    The description of a call is made for `device`, wherever this runs.
-    """
-
-    def empty(*size: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.empty(size, dtype=of, device="meta")
-
-    n, (h, w), c, k = shape.batch, shape.map, shape.channels, 256
-    x, logits = empty(n, c, h, w), empty(n, shape.classes, h, w)
-    vectors = [empty(k, of=torch.float32)] * (len(shape.rates) + 1)
-    kernels = [empty(k, c, 1, 1), *(empty(k, c, 3, 3) for _ in shape.rates)]
-    labels = empty(n, *shape.image, of=torch.uint8)
-    full = empty(n, shape.classes, *shape.image, of=torch.float32)
-    branches = k * len(kernels)
-    per_channel = empty(c, of=torch.float32)
-    yield "conv_bn_act", (empty(n, 512, h, w), empty(c, 512, 1, 1), per_channel, per_channel)
-    yield "conv2d", (empty(n, 512, h, w), empty(c, 512, 1, 1))
-    norm = (x, *[per_channel] * 4)
-    yield "batch_stats", (x,)
-    yield "bn_act", norm
-    yield "bn_act_reduce", (x, *norm)
-    yield "bn_act_backward", (x, *norm)
-    yield "aspp_convs", (x, kernels, [1, *shape.rates])
-    yield "aspp_branches", (x, kernels, vectors, vectors, [1, *shape.rates])
-    yield (
-        "aspp_project",
-        (empty(n, branches, h, w), empty(n, k), empty(k, branches + k, 1, 1), *vectors[:2]),
+def calls(shape: StandardShape, dtype: torch.dtype) -> Iterator[backends.OpDesc]:
+    """The commonest call of each op at a standard shape, described on the meta device: nothing is
+    computed."""
+    n, (h, w), c = shape.batch, shape.map, shape.channels
+    shapes = Shapes(
+        logits=Size(n, shape.classes, h, w, *shape.image),
+        norms=(Size(n, c, h, w),),
+        pointwise=(Size(n, 512, h, w, filters=c),),
+        aspp=Size(n, c, h, w, filters=256, rates=shape.rates),
     )
-    yield "upsample_argmax", (logits, shape.image)
-    yield "upsample_cross_entropy", (logits, labels)
-    yield "upsample_confusion", (logits, labels)
-    yield "upsample_softmax_add", (full, logits)
+    for op in backends.registered_ops():
+        examples = find(op).examples
+        _, size = examples.works(shapes)[0]
+        yield steps(op, examples.forms[0], size, dtype, "meta")[0].desc
 
 
 def what_runs(shape: StandardShape, dtype: torch.dtype, device: str) -> list[backends.Why]:
@@ -104,16 +80,10 @@ def what_runs(shape: StandardShape, dtype: torch.dtype, device: str) -> list[bac
     capability, gpu = None, ""
     if device == "cuda":
         capability, gpu = torch.cuda.get_device_capability(), torch.cuda.get_device_name()
-    found = []
-    for op, args in calls(shape, dtype, device):
-        desc = ops.describe(op, *args)
-        desc = dataclasses.replace(desc, device=device, capability=capability, gpu=gpu)
-        found.append(backends.explain(desc))
-        if op in _BACKWARD:
-            params = desc.params | _BACKWARD[op]
-            desc = dataclasses.replace(desc, op=f"{op}_backward", params=params)
-            found.append(backends.explain(desc))
-    return found
+    return [
+        backends.explain(dataclasses.replace(desc, device=device, capability=capability, gpu=gpu))
+        for desc in calls(shape, dtype)
+    ]
 
 
 def report() -> str:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import OpDesc
+from ..dispatch import limits
+from ..dispatch.describe import OpDesc
 from ..plan.batch_norm import MAX_VALUES, BatchNormConfig, batch_norm_config
 from ..plan.device import WARP, device_of
 from ..plan.packing import channels_inside, fp32
@@ -33,7 +34,7 @@ def not_supported_reasons(desc: OpDesc) -> list[str]:
     Args:
         desc: a call of batch_stats, bn_act, bn_act_reduce or bn_act_backward.
     """
-    return _compat.not_supported_reasons(desc)
+    return limits.triton(desc)
 
 
 def batch_stats(x: Tensor, config: BatchNormConfig | None = None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import OpDesc
+from ..dispatch import limits
+from ..dispatch.describe import OpDesc
 from ..plan.device import device_of
 from ..plan.gemm import GemmConfig
 from ..plan.packing import channels_inside, fp32
@@ -44,7 +45,7 @@ def not_supported_reasons(desc: OpDesc) -> list[str]:
 
 def product_reasons(desc: OpDesc) -> list[str]:
     """Why no matrix product of Triton can run a call of any op; empty where they can."""
-    reasons = _compat.not_supported_reasons(desc)
+    reasons = limits.triton(desc)
     n, _, height, width = desc.shape
     if n * height * width > _MAX_PIXELS:
         reasons.append(

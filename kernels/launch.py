@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from ..dispatch.limits import allow_tf32
 from ..plan.gemm import FMA_FP32, MMA_16BIT, MMA_TF32, GemmConfig
-from ._compat import allow_tf32
 
 # Grids are one-dimensional; CUDA's limit on the first dimension.
 _MAX_PROGRAMS = 2**31 - 1

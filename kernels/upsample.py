@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import OpDesc
+from ..dispatch import limits
+from ..dispatch.describe import OpDesc
 from ..plan import tables
 from ..plan.bilinear import axis_tables
 from ..plan.device import device_of
@@ -63,7 +64,7 @@ def not_supported_reasons(desc: OpDesc) -> list[str]:
     Args:
         desc: a call of one of the upsampling ops.
     """
-    reasons = _compat.not_supported_reasons(desc)
+    reasons = limits.triton(desc)
     if desc.params.get("accumulator_dtype") == torch.float64:
         reasons.append("adds in float32, the accumulator is float64")
     if desc.op == "upsample_confusion" and desc.shape[1] > _MAX_CONFUSION_CLASSES:

@@ -27,7 +27,7 @@ _INCLUDED = ("csrc/include", "csrc/cuda")
 _PLAN = "deeplab_fast/plan"
 _PRODUCT = ("kernels/launch.py", f"{_PLAN}/packing.py")
 _TILES = (f"{_PLAN}/taps.py", f"{_PLAN}/schedule.py", f"{_PLAN}/tables.py")
-_TRITON = {
+TRITON = {
     "upsample": (
         "kernels/upsample_kernels.py", "kernels/upsample.py", "kernels/launch.py",
         f"{_PLAN}/bilinear.py", f"{_PLAN}/tables.py",
@@ -52,27 +52,11 @@ _CUDA_HOST = {
     "aspp": ("deeplab_fast/ops/_aspp_cuda.py", f"{_PLAN}/packing.py", *_TILES),
     "aspp_sm90": ("deeplab_fast/ops/_aspp_cuda.py", f"{_PLAN}/packing.py", *_TILES),
 }
-_FAMILY = {
-    "upsample_argmax": "upsample",
-    "upsample_cross_entropy": "upsample",
-    "upsample_confusion": "upsample",
-    "upsample_softmax_add": "upsample",
-    "batch_stats": "batch_norm",
-    "bn_act": "batch_norm",
-    "bn_act_reduce": "batch_norm",
-    "bn_act_backward": "batch_norm",
-    "conv_bn_act": "pointwise",
-    "aspp_branches": "branches",
-    "aspp_project": "project",
-    "aspp_convs": "training",
-    "aspp_convs_backward": "training",
-}
 _CUDA_FAMILY = {"branches": "aspp", "project": "aspp"}
 
 
-def family(op: str, backend: str) -> str:
-    """Name of the sources that an op runs on a backend, "triton" or "cuda"; "" for none."""
-    name = _FAMILY.get(op, "")
+def family(name: str, backend: str) -> str:
+    """What an op whose sources are a family of `TRITON` runs on "triton" or "cuda"; "" for none."""
     if backend == "triton":
         return name
     name = _CUDA_FAMILY.get(name, name)
@@ -82,7 +66,7 @@ def family(op: str, backend: str) -> str:
 @cache
 def of_triton(name: str) -> str:
     """Fingerprint of a Triton family; "" where its sources cannot be read."""
-    return _of_package(_TRITON[name])
+    return _of_package(TRITON[name])
 
 
 def of_cuda(name: str, compiled: str) -> str:

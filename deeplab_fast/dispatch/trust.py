@@ -24,26 +24,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import records, sources
+import torch
+
+from .. import _ext
+from . import checks, describe, records, sources
+from .declare import is_product, sources_of
+from .describe import OpDesc
+from .limits import allow_tf32
 from .records import FAILED, OWN_ORIGIN, PASSED, Record, Time
-
-if TYPE_CHECKING:
-    from ..backends import OpDesc
 
 logger = logging.getLogger("deeplab_fast")
 
 # Of a call, what changes neither the kernel's code nor its arithmetic, or is checked together.
 _NO_FORM = ("reduction", "align_corners")
-# Matrix products, whose fp32 operands PyTorch may let them round to TF32.
-PRODUCTS = (
-    "conv_bn_act",
-    "aspp_branches",
-    "aspp_project",
-    "aspp_convs",
-    "aspp_convs_backward",
-)
 TUNE = "`deeplab-fast tune` checks and measures it here"
 
 
@@ -88,19 +83,17 @@ def sizes(desc: OpDesc) -> tuple[int, ...]:
 
 def dtype_name(desc: OpDesc, tf32: bool) -> str:
     """A call's dtype by the name that records have: "bfloat16", "float16", "float32", "tf32"."""
-    name = str(desc.dtype).removeprefix("torch.")
-    return "tf32" if name == "float32" and tf32 and desc.op in PRODUCTS else name
+    name = describe.dtype_name(desc.dtype)
+    return "tf32" if name == "float32" and tf32 and is_product(desc.op) else name
 
 
 def source(op: str, backend: str, capability: tuple[int, int]) -> str:
     """Fingerprint of what an op would run on a backend; "" where it is not known."""
-    name = sources.family(op, backend)
+    name = sources.family(sources_of(op), backend)
     if not name:
         return ""
     if backend == "triton":
         return sources.of_triton(name)
-    from .. import _ext
-
     extension = _ext.CUDA
     # The branches have code of their own for 9.0, in an extension that may be missing.
     if name == "aspp" and capability == (9, 0) and _ext.SM90.loaded:
@@ -110,8 +103,6 @@ def source(op: str, backend: str, capability: tuple[int, int]) -> str:
 
 def judge(desc: OpDesc, backend: str) -> Judgement:
     """What records say of a backend, "triton" or "cuda", at a call on a CUDA device."""
-    from ..kernels._compat import allow_tf32
-
     if desc.capability is None:
         return Judgement(False, "the compute capability is not known")
     # Asked at every call of an op: what follows from the facts is worked out once.
@@ -130,8 +121,6 @@ def forget() -> None:
 def _judge_facts(
     backend: str, facts: tuple[Any, ...], capability: tuple[int, int], gpu: str, tf32: bool
 ) -> Judgement:
-    from ..backends import OpDesc
-
     op, device, dtype, shape, params = facts
     desc = OpDesc(op, device, dtype, shape, dict(params))
     return _judge(op, backend, dtype_name(desc, tf32), form(desc), sizes(desc), capability, gpu)
@@ -218,7 +207,7 @@ def nearest(times: Sequence[Time], sizes: Sequence[int]) -> Time | None:
 
 
 # Kernels that passed or failed their check at first use in this process, by what was checked.
-_first_uses: dict[tuple[str, str, str, str, Any], str] = {}
+_first_uses: dict[tuple[object, ...], str] = {}
 
 
 def first_use_problem(desc: OpDesc, backend: str) -> str:
@@ -227,18 +216,12 @@ def first_use_problem(desc: OpDesc, backend: str) -> str:
     Returns:
         Why it may not run, "" where it may.
     """
-    import torch
-
-    from ..kernels._compat import allow_tf32
-
     dtype = dtype_name(desc, allow_tf32())
     key = (desc.op, backend, dtype, form(desc), desc.capability)
     if key in _first_uses:
         return _first_uses[key]
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "its check at first use cannot run while a CUDA graph is captured; call it before"
-    from ..tuning import checks
-
     # A check calls ops of its own; meanwhile this kernel is not chosen.
     _first_uses[key] = "its check at first use is under way"
     problem = checks.first_use_problem(desc.op, backend, dtype, form(desc))
@@ -269,7 +252,7 @@ def configs(kernel: str, backend: str, capability: tuple[int, int]) -> tuple[rec
     return tuple(found)
 
 
-def _numbers(value: Any) -> list[int]:
+def _numbers(value: object) -> list[int]:
     if isinstance(value, bool):
         return []
     if isinstance(value, int):

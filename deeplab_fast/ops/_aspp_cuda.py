@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from .. import _ext
-from ..backends import OpDesc
+from ..dispatch import limits
+from ..dispatch.declare import compiled
+from ..dispatch.describe import OpDesc
 from ..plan.device import SHARED_RESERVE, Device, device_of
 from ..plan.gemm import GemmConfig
 from ..plan.packing import PackedBranches, channels_inside, fp32
 from ..plan.schedule import schedule, tile_counts
 from ..plan.tables import device_tables
 from ..plan.taps import Branch
-from ._upsample import MINIMUM_CAPABILITY, _missing, private
 
 DTYPES = (torch.float16, torch.bfloat16)
 # The only one whose code the sm_90a extension has.
@@ -36,9 +37,9 @@ _MAX_PIXELS = 2**31 - 1
 # Tiles of a program: with fewer, programs wait for the longest, and tiles are cut.
 _FEW_TILES = 2
 
-_run_sm80 = private("_aspp_cuda")
-_run_sm90 = private("_aspp_sm90")
-_image_shift = private("_image_shift_cuda")
+_run_sm80 = compiled("_aspp_cuda")
+_run_sm90 = compiled("_aspp_sm90")
+_image_shift = compiled("_image_shift_cuda")
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,8 @@ def tiles() -> tuple[Tile, ...]:
 
 def reasons(desc: OpDesc) -> list[str]:
     """Why the CUDA C++ implementation cannot run a call of either op; empty where it can."""
-    found = []
-    if desc.device != "cuda":
-        found.append(f"needs CUDA tensors, the input is on {desc.device}")
-    elif desc.capability is not None and desc.capability < MINIMUM_CAPABILITY:
-        have, least = (".".join(map(str, c)) for c in (desc.capability, MINIMUM_CAPABILITY))
-        found.append(f"needs compute capability {least}, the device has {have}")
-    if desc.dtype not in DTYPES:
-        dtype = str(desc.dtype).removeprefix("torch.")
-        found.append(f"multiplies float16 and bfloat16 only, the input is {dtype}")
+    found = limits.cuda(desc)
+    found += limits.dtype(desc, DTYPES, "multiplies float16 and bfloat16 only")
     n, channels, height, width = desc.shape
     if channels % _VECTOR:
         found.append(
@@ -97,17 +91,17 @@ def reasons(desc: OpDesc) -> list[str]:
         )
     if n * height * width > _MAX_PIXELS:
         found.append(f"counts at most {_MAX_PIXELS} pixels, {n} maps of {height}x{width} have more")
-    found += _missing(_ext.CUDA, "_aspp_cuda")
+    found += limits.extension(_ext.CUDA, "_aspp_cuda")
     if not _ext.CPU.loaded:
         found.append(f"its table of tiles is in deeplab_fast._C: {_ext.CPU.reason}")
     elif not hasattr(_ext.CPU.module, "aspp_tiles"):
-        found.append(f"{_ext.CPU.name} was compiled from older sources; rebuild it")
+        found.append(limits.older(_ext.CPU))
     return found
 
 
 def architecture(capability: tuple[int, int]) -> int:
     """The rows of the table that a device of this compute capability runs: 80 or 90."""
-    return 90 if capability == _SM90 and not _missing(_ext.SM90, "_aspp_sm90") else 80
+    return 90 if capability == _SM90 and not limits.extension(_ext.SM90, "_aspp_sm90") else 80
 
 
 @lru_cache(maxsize=512)

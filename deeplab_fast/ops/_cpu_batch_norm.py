@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from .. import _ext, reference
-from ..backends import OpDesc
-from ._upsample import _missing
+from ..dispatch import limits
+from ..dispatch.describe import OpDesc
 
 
 def reasons(desc: OpDesc) -> list[str]:
     """Why a call of any of the ops cannot run here; empty where it can."""
-    found = []
-    if desc.device != "cpu":
-        found.append(f"needs CPU tensors, the input is on {desc.device}")
-    if desc.dtype not in (torch.float32, torch.float64):
-        dtype = str(desc.dtype).removeprefix("torch.")
-        found.append(f"takes float32 and float64 only, the input is {dtype}")
-    return found + _missing(_ext.CPU, "_batch_stats_cpu")
+    allowed = (torch.float32, torch.float64)
+    return [
+        *limits.device(desc, "cpu"),
+        *limits.dtype(desc, allowed, "takes float32 and float64 only"),
+        *limits.extension(_ext.CPU, "_batch_stats_cpu"),
+    ]
 
 
 def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ext, reference
-from ..backends import OpDesc, current_backend
+from ..dispatch import limits
+from ..dispatch.choice import current_backend
+from ..dispatch.describe import OpDesc
 from . import _cpu_forms
 from ._cpu_forms import TileForm
 from .prepared import PreparedAspp, PreparedConv, PreparedProject
@@ -22,19 +24,11 @@ from .prepared import PreparedAspp, PreparedConv, PreparedProject
 
 def reasons(desc: OpDesc) -> list[str]:
     """Why the call cannot run here; empty where it can."""
-    found = []
-    if desc.device != "cpu":
-        found.append(f"needs CPU tensors, the input is on {desc.device}")
-    if desc.dtype != torch.float32:
-        dtype = str(desc.dtype).removeprefix("torch.")
-        found.append(f"takes float32 only, the input is {dtype}")
-    if not _ext.CPU.loaded:
-        found.append(_ext.CPU.reason)
-    elif not hasattr(torch.ops.deeplab_fast, "_conv_tiles_cpu"):
-        found.append(
-            f"{_ext.CPU.name} was compiled from older sources, without this op; rebuild it"
-        )
-    return found
+    return [
+        *limits.device(desc, "cpu"),
+        *limits.dtype(desc, (torch.float32,), "takes float32 only"),
+        *limits.extension(_ext.CPU, "_conv_tiles_cpu"),
+    ]
 
 
 def conv_bn_act(

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import OpDesc
+from ..dispatch import limits
+from ..dispatch.describe import OpDesc
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -40,19 +41,10 @@ _has_kernel: dict[tuple[object, ...], bool] = {}
 
 def reasons(desc: OpDesc) -> list[str]:
     """Why cuDNN cannot run a call of conv_bn_act; empty where it can."""
-    found = []
-    if desc.device != "cuda":
-        found.append(f"needs CUDA tensors, the input is on {desc.device}")
-    if desc.dtype not in DTYPES:
-        dtype = str(desc.dtype).removeprefix("torch.")
-        found.append(f"takes float16, bfloat16 and float32, the input is {dtype}")
-    if (
-        desc.dtype == torch.bfloat16
-        and desc.capability is not None
-        and desc.capability < _BFLOAT16_CAPABILITY
-    ):
-        have, least = (".".join(map(str, c)) for c in (desc.capability, _BFLOAT16_CAPABILITY))
-        found.append(f"bfloat16 needs compute capability {least}, the device has {have}")
+    found = limits.device(desc, "cuda")
+    found += limits.dtype(desc, DTYPES, "takes float16, bfloat16 and float32")
+    if desc.dtype == torch.bfloat16:
+        found += limits.capability(desc, _BFLOAT16_CAPABILITY, "bfloat16")
     if torch.version.hip is not None or not torch.backends.cudnn.is_available():
         found.append(f"PyTorch {torch.__version__} has no cuDNN")
     elif not torch.backends.cudnn.enabled:

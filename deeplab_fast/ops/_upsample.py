@@ -1,41 +1,38 @@
-"""What the upsampling ops share: their implementations on each backend and the reasons against
-them. Nothing here imports Triton before one of its kernels runs.
+"""What the upsampling ops share: reasons against their implementations, bad labels, and the sizes
+of their examples.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ext, reference
-from ..backends import OpDesc, current_backend
+from ..dispatch import limits
+from ..dispatch.choice import current_backend
+from ..dispatch.declare import triton_kernel
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import Examples, Forms, Maker, Shapes, Size, Step
 
 STRICT_LABELS = "DEEPLAB_FAST_STRICT_LABELS"
-# Nothing older is compiled for.
-MINIMUM_CAPABILITY = (8, 0)
-
-
-def private(name: str) -> Callable[..., Any]:
-    """The private op `deeplab_fast::<name>` of an extension, looked up when it is called."""
-
-    def run(*args: Any) -> Any:
-        return getattr(torch.ops.deeplab_fast, name)(*args)
-
-    return run
-
-
-def triton(name: str) -> Callable[..., Any]:
-    """`name` of deeplab_fast.kernels.upsample, imported when it is called."""
-
-    def run(*args: Any) -> Any:
-        return getattr(_kernels(), name)(*args)
-
-    return run
+# Name of the sources of their GPU kernels.
+SOURCES = "upsample"
+_SIZES = (
+    # A ratio that is no integer, odd numbers of everything.
+    Size(2, 5, 5, 7, 33, 41),
+    # Fewer pixels than logits.
+    Size(1, 3, 9, 8, 5, 4),
+    # A map of one pixel; labels next to what 16 bytes hold.
+    Size(3, 19, 1, 1, 8, 17),
+    # Several blocks of rows and columns, as at output stride 8.
+    Size(1, 21, 17, 33, 129, 257),
+    # More classes than a block of them.
+    Size(1, 150, 5, 6, 33, 40),
+)
 
 
 def cpu_reasons(desc: OpDesc) -> list[str]:
@@ -43,9 +40,7 @@ def cpu_reasons(desc: OpDesc) -> list[str]:
 
     The automatic choice also leaves it out where it was measured to be the slower one.
     """
-    reasons = []
-    if desc.device != "cpu":
-        reasons.append(f"needs CPU tensors, the input is on {desc.device}")
+    reasons = limits.device(desc, "cpu")
     (height, width), (out_height, out_width) = desc.shape[-2:], desc.params["size"]
     # Nothing is shared between outputs then; bench/NOTES.md has the measurement.
     if out_height * out_width <= height * width and current_backend() == "auto":
@@ -53,31 +48,15 @@ def cpu_reasons(desc: OpDesc) -> list[str]:
             f"PyTorch's own ops are as fast where nothing is enlarged ({height}x{width} to "
             f"{out_height}x{out_width}); use_backend('cpu') runs it all the same"
         )
-    return reasons + _missing(_ext.CPU, "_upsample_argmax_cpu")
+    return reasons + limits.extension(_ext.CPU, "_upsample_argmax_cpu")
 
 
-def triton_reasons(desc: OpDesc) -> list[str]:
-    """Why the Triton implementation cannot run the call; empty where it can."""
-    return _kernels().not_supported_reasons(desc)
+triton_reasons = triton_kernel("upsample", "not_supported_reasons")
 
 
 def cuda_reasons(desc: OpDesc) -> list[str]:
     """Why the CUDA C++ implementation cannot run the call; empty where it can."""
-    reasons = []
-    if desc.device != "cuda":
-        reasons.append(f"needs CUDA tensors, the input is on {desc.device}")
-    elif desc.capability is not None and desc.capability < MINIMUM_CAPABILITY:
-        have, least = (".".join(map(str, c)) for c in (desc.capability, MINIMUM_CAPABILITY))
-        reasons.append(f"needs compute capability {least}, the device has {have}")
-    return reasons + _missing(_ext.CUDA, "_upsample_argmax_cuda")
-
-
-def _missing(extension: _ext.Extension, op: str) -> list[str]:
-    if not extension.loaded:
-        return [extension.reason]
-    if not hasattr(torch.ops.deeplab_fast, op):
-        return [f"{extension.name} was compiled from older sources, without this op; rebuild it"]
-    return []
+    return limits.cuda(desc) + limits.extension(_ext.CUDA, "_upsample_argmax_cuda")
 
 
 def report_bad_labels(count: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -93,5 +72,27 @@ def report_bad_labels(count: Tensor, target: Tensor, num_classes: int, ignore_in
         reference.check_labels(target, num_classes, ignore_index)
 
 
-def _kernels() -> Any:
-    return importlib.import_module("deeplab_fast.kernels.upsample")
+def example(make: Maker, size: Size) -> tuple[Tensor, Tensor]:
+    """Logits [n, c, h, w] and labels [n, height, width]."""
+    logits = make.map(size.n, size.c, size.h, size.w)
+    return logits, make.labels(size.n, size.height, size.width, size.c)
+
+
+def examples(
+    forms: tuple[str, ...],
+    build: Callable[[Maker, str, Size], list[Step]],
+    pytorch: Callable[[Step], Forms],
+    exact: Callable[[Step], list[Tensor]] | None = None,
+    capturable: bool = True,
+) -> Examples:
+    """Those of an upsampling op; arguments as in `Examples`."""
+
+    def works(shapes: Shapes) -> list[tuple[str, Size]]:
+        return [(form, shapes.logits) for form in forms]
+
+    return Examples(forms, build, pytorch, _SIZES, works, exact, True, capturable)
+
+
+def interpolated(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """The upsampled logits, by PyTorch."""
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)

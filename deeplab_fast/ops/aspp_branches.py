@@ -8,20 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, reference
-from . import _aspp_cuda, _cpu_conv
-from ._aspp_triton import kernel as triton_kernel
-from ._registry import (
+from .. import reference
+from ..dispatch.choice import run
+from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, on, triton_kernel
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import VALUES, Examples, Forms, Maker, Size, Step
+from . import _aspp, _aspp_cuda, _cpu_conv
+from ._common import (
     FLOAT_DTYPES,
     autocast,
     check_device,
     check_dtype,
     check_map,
     check_shape,
-    define,
     differentiable,
     needs_grad,
 )
+from ._composed import fused_layer, norm_of
 
 OP = "aspp_branches"
 
@@ -74,7 +77,7 @@ def describe(
     scales: Sequence[Tensor],
     shifts: Sequence[Tensor],
     dilations: Sequence[int],
-) -> backends.OpDesc:
+) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `aspp_branches`."""
     _validate(x, weights, scales, shifts, dilations)
     return _describe(x, weights, dilations)
@@ -131,25 +134,16 @@ def _validate(
     for b, (weight, scale, shift, dilation) in enumerate(
         zip(weights, scales, shifts, dilations, strict=True)
     ):
-        check_map(OP, f"weights[{b}]", weight)
-        check_dtype(OP, f"weights[{b}]", weight, (x.dtype,))
-        if weight.shape[1] != x.shape[1] or tuple(weight.shape[2:]) not in ((1, 1), (3, 3)):
-            raise ValueError(
-                f"{OP}: weights[{b}] has shape {list(weight.shape)}, expected "
-                f"[K, {x.shape[1]}, 1, 1] or [K, {x.shape[1]}, 3, 3]"
-            )
+        _aspp.check_branch(OP, b, x, weight, dilation)
         for name, vector in ((f"scales[{b}]", scale), (f"shifts[{b}]", shift)):
             check_shape(OP, name, vector, weight.shape[:1], "one value for each output channel")
             check_dtype(OP, name, vector, FLOAT_DTYPES)
-        check_device(OP, x, **{f"weights[{b}]": weight, f"scales[{b}]": scale})
-        check_device(OP, x, **{f"shifts[{b}]": shift})
-        if dilation < 1:
-            raise ValueError(f"{OP}: dilations[{b}] must be at least 1, got {dilation}")
+            check_device(OP, x, **{name: vector})
 
 
-def _describe(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> backends.OpDesc:
+def _describe(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> OpDesc:
     kernels = tuple(tuple(w.shape) for w in weights)
-    return backends.OpDesc.of(OP, x, weights=kernels, dilations=tuple(dilations))
+    return OpDesc.of(OP, x, weights=kernels, dilations=tuple(dilations))
 
 
 def _run(
@@ -160,7 +154,7 @@ def _run(
     dilations: list[int],
 ) -> Tensor:
     desc = _describe(x, weights, dilations)
-    return backends.run(desc, x, weights, scales, shifts, dilations)
+    return run(desc, x, weights, scales, shifts, dilations)
 
 
 def _fake(
@@ -193,23 +187,66 @@ def _fake_backward(
     return [x.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
-define(
-    "aspp_branches(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] shifts, int[] dilations) "
-    "-> Tensor",
-    _run,
-    _fake,
+def _example(make: Maker, form: str, s: Size) -> list[Step]:
+    x, weights, dilations = _aspp.example(make, s)
+    scales = [make.vector(s.filters) for _ in weights]
+    shifts = [make.vector(s.filters, -0.5, 0.5) for _ in weights]
+    args = (x, weights, scales, shifts, dilations)
+    return [Step(form, s, args, (VALUES,), describe(*args))]
+
+
+def _pytorch(step: Step) -> Forms:
+    x, weights, scales, shifts, dilations = step.args
+    layers = list(zip(weights, scales, shifts, dilations, strict=True))
+
+    def composed() -> Tensor:
+        found = [
+            norm_of(_aspp.convolution(x, weight, d), scale, shift).relu_()
+            for weight, scale, shift, d in layers
+        ]
+        return torch.cat(found, 1)
+
+    forms: Forms = {"convolutions, batch norms, cat": composed}
+    if x.is_cuda:
+        fused = [
+            fused_layer(w, scale, shift, padding=reference.branch_padding(w, d), dilation=d)
+            for w, scale, shift, d in layers
+        ]
+        forms["cuDNN fused, cat"] = lambda: torch.cat([run(x) for run in fused], 1)
+    return forms
+
+
+declare(
+    Op(
+        OP,
+        describe,
+        functions=(
+            Function(
+                "aspp_branches(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] shifts, "
+                "int[] dilations) -> Tensor",
+                _run,
+                _fake,
+            ),
+            Function(
+                "aspp_branches_backward(Tensor grad, Tensor y, Tensor x, Tensor[] weights, "
+                "Tensor[] scales, int[] dilations) -> Tensor[]",
+                _run_backward,
+                _fake_backward,
+            ),
+        ),
+        implementations=(
+            on("reference", reference.aspp_branches),
+            # Behind PyTorch: weights given to a call are prepared for that call alone, which took
+            # longer than it saved (suite quick, aspp_branches/os16-33x33-b1: 0.7x PyTorch's).
+            # Models prepare theirs once.
+            on("cpu", _cpu_conv.aspp_branches, _cpu_conv.reasons, priority=-1),
+            on("triton", triton_kernel("aspp", OP), triton_kernel("conv", "product_reasons")),
+            on("cuda", _aspp_cuda.aspp_branches, _aspp_cuda.reasons),
+        ),
+        use=INFERENCE,
+        examples=Examples(("plain",), _example, _pytorch, _aspp.SIZES, _aspp.works),
+        sources="branches",
+        is_product=True,
+        tuned=(Tuned(OP, OP, 10),),
+    )
 )
-define(
-    "aspp_branches_backward(Tensor grad, Tensor y, Tensor x, Tensor[] weights, Tensor[] scales, "
-    "int[] dilations) -> Tensor[]",
-    _run_backward,
-    _fake_backward,
-)
-backends.register(OP, "reference", reference.aspp_branches)
-# Behind PyTorch: weights given to a call are prepared for that call alone, which took longer than
-# it saved (suite quick, aspp_branches/os16-33x33-b1: 0.7x PyTorch's). Models prepare theirs once.
-backends.register(OP, "cpu", _cpu_conv.aspp_branches, _cpu_conv.reasons, priority=-1)
-backends.register(
-    OP, "triton", triton_kernel("aspp", "aspp_branches"), triton_kernel("conv", "product_reasons")
-)
-backends.register(OP, "cuda", _aspp_cuda.aspp_branches, _aspp_cuda.reasons)

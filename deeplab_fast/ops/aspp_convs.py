@@ -8,21 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, reference
-from . import _cpu_conv
-from ._aspp_triton import kernel as triton_kernel
-from ._registry import (
-    autocast,
-    check_device,
-    check_dtype,
-    check_map,
-    define,
-    differentiable,
-    needs_grad,
-)
+from .. import reference
+from ..dispatch.choice import run
+from ..dispatch.declare import TRAINING, Function, Op, declare, on, triton_kernel
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import VALUES, Examples, Forms, Maker, Size, Step
+from . import _aspp, _cpu_conv
+from ._common import autocast, check_map, differentiable, needs_grad
+from ._composed import EPS
 from .conv2d import weight_format
 
 OP = "aspp_convs"
+BACKWARD = "aspp_convs_backward"
 
 
 def aspp_convs(
@@ -68,10 +65,16 @@ def aspp_convs(
 
 def describe(
     x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], *, stats: bool = False
-) -> backends.OpDesc:
+) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `aspp_convs`."""
     _validate(x, weights, dilations)
     return _describe(OP, x, weights, dilations)
+
+
+def describe_backward(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> OpDesc:
+    """The same for its backward pass."""
+    _validate(x, weights, dilations)
+    return _describe(BACKWARD, x, weights, dilations)
 
 
 class _AsppConvs(torch.autograd.Function):
@@ -115,29 +118,18 @@ def _validate(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) ->
             f"{len(weights)} and {len(dilations)}"
         )
     for b, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
-        check_map(OP, f"weights[{b}]", weight)
-        check_dtype(OP, f"weights[{b}]", weight, (x.dtype,))
-        if weight.shape[1] != x.shape[1] or tuple(weight.shape[2:]) not in ((1, 1), (3, 3)):
-            raise ValueError(
-                f"{OP}: weights[{b}] has shape {list(weight.shape)}, expected "
-                f"[K, {x.shape[1]}, 1, 1] or [K, {x.shape[1]}, 3, 3]"
-            )
-        check_device(OP, x, **{f"weights[{b}]": weight})
-        if dilation < 1:
-            raise ValueError(f"{OP}: dilations[{b}] must be at least 1, got {dilation}")
+        _aspp.check_branch(OP, b, x, weight, dilation)
 
 
-def _describe(
-    op: str, x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]
-) -> backends.OpDesc:
+def _describe(op: str, x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> OpDesc:
     kernels = tuple(tuple(w.shape) for w in weights)
-    return backends.OpDesc.of(op, x, weights=kernels, dilations=tuple(dilations))
+    return OpDesc.of(op, x, weights=kernels, dilations=tuple(dilations))
 
 
 def _run(
     x: Tensor, weights: list[Tensor], dilations: list[int], stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.run(_describe(OP, x, weights, dilations), x, weights, dilations, stats)
+    return run(_describe(OP, x, weights, dilations), x, weights, dilations, stats)
 
 
 def _fake(
@@ -167,8 +159,8 @@ def _run_backward(
     to_x: bool,
     to_weights: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    desc = _describe(f"{OP}_backward", x, weights, dilations)
-    grad_x, grad_weights = backends.run(desc, grad, x, weights, dilations, to_x, to_weights)
+    desc = _describe(BACKWARD, x, weights, dilations)
+    grad_x, grad_weights = run(desc, grad, x, weights, dilations, to_x, to_weights)
     if to_x:
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
     return grad_x, [
@@ -190,24 +182,89 @@ def _fake_backward(
     return grad_x, grads if to_weights else []
 
 
-define(
-    "aspp_convs(Tensor x, Tensor[] weights, int[] dilations, bool stats) "
-    "-> (Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
-)
-define(
-    "aspp_convs_backward(Tensor grad, Tensor x, Tensor[] weights, int[] dilations, bool to_x, "
-    "bool to_weights) -> (Tensor, Tensor[])",
-    _run_backward,
-    _fake_backward,
-)
-for _op in (OP, f"{OP}_backward"):
-    backends.register(_op, "reference", getattr(reference, _op))
-    backends.register(_op, "cpu", getattr(_cpu_conv, _op), _cpu_conv.reasons)
-    backends.register(
-        _op,
-        "triton",
-        triton_kernel("aspp_training", _op),
-        triton_kernel("conv", "product_reasons"),
+def _example(make: Maker, form: str, s: Size) -> list[Step]:
+    x, weights, dilations = _aspp.example(make, s)
+    desc = describe(x, weights, dilations)
+    return [
+        Step(form, s, (x, weights, dilations, stats), (VALUES,) * 3, desc)
+        for stats in (True, False)
+    ]
+
+
+def _example_backward(make: Maker, form: str, s: Size) -> list[Step]:
+    x, weights, dilations = _aspp.example(make, s)
+    grad = make.map(s.n, s.filters * len(weights), s.h, s.w)
+    args = (grad, x, weights, dilations, True, True)
+    desc = describe_backward(x, weights, dilations)
+    return [Step(form, s, args, (VALUES,) * (1 + len(weights)), desc)]
+
+
+def _pytorch(step: Step) -> Forms:
+    x, weights, dilations, stats = step.args
+
+    def composed() -> tuple[Tensor, ...]:
+        found = [_aspp.convolution(x, w, d) for w, d in zip(weights, dilations, strict=True)]
+        y = torch.cat(found, 1)
+        if not stats:
+            return y, y.new_empty(0), y.new_empty(0)
+        if x.is_cuda:
+            mean, rstd = torch.batch_norm_stats(y, EPS)
+            return y, mean, rstd**-2
+        return (y, *torch.var_mean(y, (0, 2, 3), correction=0)[::-1])
+
+    return {"convolutions, cat": composed}
+
+
+def _pytorch_backward(step: Step) -> Forms:
+    return {"convolution_backward, sums": lambda: reference.aspp_convs_backward(*step.args)}
+
+
+_product_reasons = triton_kernel("conv", "product_reasons")
+declare(
+    Op(
+        OP,
+        describe,
+        functions=(
+            Function(
+                "aspp_convs(Tensor x, Tensor[] weights, int[] dilations, bool stats) "
+                "-> (Tensor, Tensor, Tensor)",
+                _run,
+                _fake,
+            ),
+        ),
+        implementations=(
+            on("reference", reference.aspp_convs),
+            on("cpu", _cpu_conv.aspp_convs, _cpu_conv.reasons),
+            on("triton", triton_kernel("aspp_training", OP), _product_reasons),
+        ),
+        use=TRAINING,
+        examples=Examples(("plain",), _example, _pytorch, _aspp.SIZES, _aspp.works),
+        sources="training",
+        is_product=True,
     )
+)
+declare(
+    Op(
+        BACKWARD,
+        describe_backward,
+        functions=(
+            Function(
+                "aspp_convs_backward(Tensor grad, Tensor x, Tensor[] weights, int[] dilations, "
+                "bool to_x, bool to_weights) -> (Tensor, Tensor[])",
+                _run_backward,
+                _fake_backward,
+            ),
+        ),
+        implementations=(
+            on("reference", reference.aspp_convs_backward),
+            on("cpu", _cpu_conv.aspp_convs_backward, _cpu_conv.reasons),
+            on("triton", triton_kernel("aspp_training", BACKWARD), _product_reasons),
+        ),
+        use=TRAINING,
+        examples=Examples(
+            ("plain",), _example_backward, _pytorch_backward, _aspp.SIZES, _aspp.works
+        ),
+        sources="training",
+        is_product=True,
+    )
+)

@@ -8,22 +8,35 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
+from .. import reference
+from ..dispatch.choice import run
+from ..dispatch.declare import (
+    INFERENCE,
+    Function,
+    Op,
+    Tuned,
+    declare,
+    implementations,
+    on,
+    triton_kernel,
+)
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step
 from . import _aspp_cuda, _cpu_conv
-from ._aspp_triton import kernel as triton_kernel
-from ._registry import (
+from ._common import (
     FLOAT_DTYPES,
     autocast,
     check_device,
     check_dtype,
     check_map,
     check_shape,
-    define,
     differentiable,
     needs_grad,
 )
+from ._composed import fused_layer, norm_of
 from .conv_bn_act import OP as CONV
 from .conv_bn_act import conv_bn_act
 
@@ -93,7 +106,7 @@ def describe(
     shift: Tensor,
     *,
     classifier: tuple[Tensor, Tensor] | None = None,
-) -> backends.OpDesc:
+) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `aspp_project`."""
     class_weight, class_bias = (None, None) if classifier is None else _split(classifier)
     _validate(branches, pooled, weight, scale, shift, class_weight, class_bias)
@@ -178,11 +191,9 @@ def _validate(
 
 def _describe(
     branches: Tensor, pooled: Tensor, weight: Tensor, class_weight: Tensor | None
-) -> backends.OpDesc:
+) -> OpDesc:
     classes = {} if class_weight is None else {"classes": class_weight.shape[0]}
-    return backends.OpDesc.of(
-        OP, branches, pooled=pooled.shape[1], outputs=weight.shape[0], **classes
-    )
+    return OpDesc.of(OP, branches, pooled=pooled.shape[1], outputs=weight.shape[0], **classes)
 
 
 def _run(
@@ -195,7 +206,7 @@ def _run(
     class_bias: Tensor | None = None,
 ) -> Tensor:
     desc = _describe(branches, pooled, weight, class_weight)
-    return backends.run(desc, branches, pooled, weight, scale, shift, class_weight, class_bias)
+    return run(desc, branches, pooled, weight, scale, shift, class_weight, class_bias)
 
 
 def _fake(
@@ -232,14 +243,14 @@ def _then_classify(backend: str, project: Callable[..., Tensor]) -> Callable[...
         y = project(branches, pooled, weight, scale, shift)
         if class_weight is None or class_bias is None:
             return y
-        classify = backends.implementations(CONV)[backend].run
+        classify = implementations(CONV)[backend].run
         ones = torch.ones_like(class_bias)
         return classify(y, class_weight, ones, class_bias, 1, 0, 1, 1, None, None)
 
     return run
 
 
-_triton_project = triton_kernel("aspp", "aspp_project")
+_triton_project = triton_kernel("aspp", OP)
 _triton_in_two = _then_classify("triton", _triton_project)
 
 
@@ -275,28 +286,92 @@ def _fake_backward(
     return tuple(branches.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-define(
-    "aspp_project(Tensor branches, Tensor pooled, Tensor weight, Tensor scale, Tensor shift, "
-    "Tensor? class_weight=None, Tensor? class_bias=None) -> Tensor",
-    _run,
-    _fake,
+_SIZES = (
+    Size(2, 40, 9, 11, filters=24, pooled=24, classes=5),
+    Size(2, 7, 9, 11, filters=5, pooled=3, classes=150),
+    Size(2, 320, 33, 17, filters=256, pooled=256, classes=21),
 )
-define(
-    "aspp_project_backward(Tensor grad, Tensor y, Tensor branches, Tensor pooled, Tensor weight, "
-    "Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
-)
-backends.register(OP, "reference", _then_classify("reference", reference.aspp_project))
-# Behind PyTorch: weights given to a call are prepared for that call alone, which took longer than
-# it saved (suite quick, aspp_project/os16-33x33-b1: 0.9x PyTorch's). Models prepare theirs once.
-backends.register(
-    OP, "cpu", _then_classify("cpu", _cpu_conv.aspp_project), _cpu_conv.reasons, priority=-1
-)
-backends.register(OP, "triton", _triton, triton_kernel("conv", "product_reasons"))
-backends.register(
-    OP,
-    "cuda",
-    _then_classify("cuda", _aspp_cuda.aspp_project),
-    _aspp_cuda.reasons,
+
+
+def _works(shapes: Shapes) -> list[tuple[str, Size]]:
+    if shapes.aspp is None:
+        return []
+    s, classes = shapes.aspp, shapes.logits.c
+    channels, k = s.filters * (1 + len(s.rates)), s.filters
+    size = Size(s.n, channels, s.h, s.w, filters=k, pooled=k, classes=classes)
+    return [("plain", size), ("classes", size)]
+
+
+def _example(make: Maker, form: str, s: Size) -> list[Step]:
+    branches, pooled = make.map(s.n, s.c, s.h, s.w).relu_(), make.matrix(s.n, s.pooled).relu_()
+    weight = make.weight(s.filters, s.c + s.pooled, 1)
+    scale, shift = make.vector(s.filters), make.vector(s.filters, -0.5, 0.5)
+    args = (branches, pooled, weight, scale, shift)
+    if form != "classes":
+        return [Step(form, s, args, (VALUES,), describe(*args))]
+    classifier = make.weight(s.classes, s.filters, 1), make.vector(s.classes)
+    desc = describe(*args, classifier=classifier)
+    return [Step(form, s, (*args, *classifier), (VALUES,), desc)]
+
+
+def _pytorch(step: Step) -> Forms:
+    branches, pooled, weight, scale, shift, *classifier = step.args
+    spatial = branches.shape[2:]
+
+    def joined() -> Tensor:
+        return torch.cat([branches, pooled[:, :, None, None].expand(-1, -1, *spatial)], 1)
+
+    def classified(y: Tensor) -> Tensor:
+        if not classifier:
+            return y
+        return F.conv2d(y, classifier[0], classifier[1].to(y.dtype))
+
+    def composed() -> Tensor:
+        return classified(norm_of(F.conv2d(joined(), weight), scale, shift).relu_())
+
+    forms: Forms = {"cat, convolution, batch norm": composed}
+    if branches.is_cuda:
+        fused = fused_layer(weight, scale, shift)
+        forms["cat, cuDNN fused"] = lambda: classified(fused(joined()))
+    return forms
+
+
+declare(
+    Op(
+        OP,
+        describe,
+        functions=(
+            Function(
+                "aspp_project(Tensor branches, Tensor pooled, Tensor weight, Tensor scale, "
+                "Tensor shift, Tensor? class_weight=None, Tensor? class_bias=None) -> Tensor",
+                _run,
+                _fake,
+            ),
+            Function(
+                "aspp_project_backward(Tensor grad, Tensor y, Tensor branches, Tensor pooled, "
+                "Tensor weight, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+                _run_backward,
+                _fake_backward,
+            ),
+        ),
+        implementations=(
+            on("reference", _then_classify("reference", reference.aspp_project)),
+            # Behind PyTorch: weights given to a call are prepared for that call alone, which took
+            # longer than it saved (suite quick, aspp_project/os16-33x33-b1: 0.9x PyTorch's).
+            # Models prepare theirs once.
+            on(
+                "cpu",
+                _then_classify("cpu", _cpu_conv.aspp_project),
+                _cpu_conv.reasons,
+                priority=-1,
+            ),
+            on("triton", _triton, triton_kernel("conv", "product_reasons")),
+            on("cuda", _then_classify("cuda", _aspp_cuda.aspp_project), _aspp_cuda.reasons),
+        ),
+        use=INFERENCE,
+        examples=Examples(("plain", "classes"), _example, _pytorch, _SIZES, _works),
+        sources="project",
+        is_product=True,
+        tuned=(Tuned("pointwise", OP, 5),),
+    )
 )

@@ -10,20 +10,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
-from . import _cpu_batch_norm
-from ._aspp_triton import kernel as triton_kernel
-from ._registry import (
-    FLOAT_DTYPES,
-    check_device,
-    check_dtype,
-    check_map,
-    check_shape,
-    define,
-    needs_grad,
+from .. import reference
+from ..dispatch.choice import run
+from ..dispatch.declare import (
+    TRAINING,
+    Function,
+    Implementation,
+    Op,
+    declare,
+    on,
+    triton_kernel,
 )
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step, spread
+from . import _cpu_batch_norm
+from ._common import FLOAT_DTYPES, check_device, check_dtype, check_map, check_shape, needs_grad
+from ._composed import EPS, activated
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -152,23 +157,23 @@ def bn_act_backward(
     return dx, residual if to_residual else None
 
 
-def describe_stats(x: Tensor) -> backends.OpDesc:
+def describe_stats(x: Tensor) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `batch_stats`."""
-    return backends.OpDesc.of("batch_stats", x)
+    return OpDesc.of("batch_stats", x)
 
 
 def describe_bn_act(
     x: Tensor, *args: Any, residual: Tensor | None = None, act: str | None = "relu"
-) -> backends.OpDesc:
+) -> OpDesc:
     """The same for `bn_act`."""
-    return backends.OpDesc.of("bn_act", x, act=act, residual=residual is not None)
+    return OpDesc.of("bn_act", x, act=act, residual=residual is not None)
 
 
 def describe_reduce(
     grad: Tensor, x: Tensor, *args: Any, out: Tensor | None = None, act: str | None = "relu"
-) -> backends.OpDesc:
+) -> OpDesc:
     """The same for `bn_act_reduce`."""
-    return backends.OpDesc.of("bn_act_reduce", x, act=act, residual=out is not None)
+    return OpDesc.of("bn_act_reduce", x, act=act, residual=out is not None)
 
 
 def describe_backward(
@@ -178,9 +183,9 @@ def describe_backward(
     out: Tensor | None = None,
     act: str | None = "relu",
     to_residual: bool = False,
-) -> backends.OpDesc:
+) -> OpDesc:
     """The same for `bn_act_backward`."""
-    return backends.OpDesc.of("bn_act_backward", x, act=act, residual=out is not None)
+    return OpDesc.of("bn_act_backward", x, act=act, residual=out is not None)
 
 
 def _validate(
@@ -225,43 +230,208 @@ def _per_channel(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _runs(op: str, x_at: int, act_at: int | None, out_at: int | None) -> Callable[..., Any]:
-    """What asks `backends` which implementation runs: the places of x, act and out or residual."""
+    """What asks which implementation runs: the places of x, act and out or residual."""
 
-    def run(*args: Any) -> Any:
+    def call(*args: Any) -> Any:
         params = {}
         if act_at is not None and out_at is not None:
             params = {"act": args[act_at], "residual": args[out_at] is not None}
-        return backends.run(backends.OpDesc.of(op, args[x_at], **params), *args)
+        return run(OpDesc.of(op, args[x_at], **params), *args)
 
-    return run
+    return call
+
+
+_SIZES = (
+    # Accesses of 16 bytes, and of one element.
+    Size(2, 40, 9, 11),
+    Size(2, 7, 9, 11),
+    # One pixel of each image.
+    Size(3, 256, 1, 1),
+    # Several tiles of pixels and of channels.
+    Size(2, 320, 33, 65),
+)
+_ACT_FORMS = ("relu", "relu+residual", "relu6", "hardswish", "plain", "residual")
+
+
+def _example(op: str) -> Callable[[Maker, str, Size], list[Step]]:
+    def build(make: Maker, form: str, s: Size) -> list[Step]:
+        parts = form.split("+")
+        act = next((a for a in parts if a in ACTIVATIONS), None)
+        x, grad, given = (make.map(s.n, s.c, s.h, s.w) for _ in range(3))
+        other = given if "residual" in parts else None
+        mean, bias = make.vector(s.c, -0.5, 0.5), make.vector(s.c, -0.5, 0.5)
+        rstd, weight = make.vector(s.c), make.vector(s.c)
+        vectors = (mean, rstd, weight, bias)
+        if op == "batch_stats":
+            return [Step(form, s, (x,), (VALUES, VALUES), describe_stats(x))]
+        if op == "bn_act":
+            desc = describe_bn_act(x, residual=other, act=act)
+            return [Step(form, s, (x, *vectors, other, act), (VALUES,), desc)]
+        rest: tuple[object, ...] = (act,)
+        if op == "bn_act_reduce":
+            desc = describe_reduce(grad, x, out=other, act=act)
+        else:
+            means = make.vector(s.c, -0.1, 0.1), make.vector(s.c, -0.1, 0.1)
+            desc = describe_backward(grad, x, out=other, act=act)
+            rest = (*means, act, other is not None)
+        return [Step(form, s, (grad, x, *vectors, other, *rest), (VALUES, VALUES), desc)]
+
+    return build
+
+
+def _works(shapes: Shapes) -> list[tuple[str, Size]]:
+    forms = (*shapes.acts, "plain", "residual", "relu+residual")
+    return [(form, size) for size in spread(shapes.norms) for form in forms]
+
+
+def _stats_works(shapes: Shapes) -> list[tuple[str, Size]]:
+    return [("plain", size) for size in spread(shapes.norms)]
+
+
+def _pytorch_stats(step: Step) -> Forms:
+    (x,) = step.args
+    found: Forms = {"var_mean": lambda: torch.var_mean(x, (0, 2, 3), correction=0)[::-1]}
+    if x.is_cuda:
+        found["batch_norm_stats"] = lambda: torch.batch_norm_stats(x, EPS)
+    return found
+
+
+def _pytorch_act(step: Step) -> Forms:
+    x, mean, rstd, weight, bias, residual, act = step.args
+    variance = rstd**-2
+
+    def plain() -> Tensor:
+        y = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, EPS)
+        return activated(y, residual, act)
+
+    def element_wise() -> Tensor:
+        y = torch.batch_norm_elemt(x, weight, bias, mean, rstd, EPS)
+        return activated(y, residual, act)
+
+    return {"batch_norm": plain, **({"batch_norm_elemt": element_wise} if x.is_cuda else {})}
+
+
+# The split passes of synchronised batch norm are the steps of the backward pass. They take the
+# gradient behind a ReLU, for which PyTorch has a pass that reads its result.
+def _has_split_passes(grad: Tensor, out: Tensor | None, act: str | None) -> bool:
+    return grad.is_cuda and act in (None, "relu") and (act is None or out is not None)
+
+
+def _behind(grad: Tensor, out: Tensor | None, act: str | None) -> Tensor:
+    return grad if act is None else torch.ops.aten.threshold_backward(grad, out, 0)
+
+
+def _pytorch_reduce(step: Step) -> Forms:
+    grad, x, mean, rstd, weight, _, out, act = step.args
+    forms: Forms = {"elementwise": lambda: reference.bn_act_reduce(*step.args)}
+    if not _has_split_passes(grad, out, act):
+        return forms
+
+    def reduce() -> tuple[Tensor, ...]:
+        g = _behind(grad, out, act)
+        sums = torch.batch_norm_backward_reduce(g, x, mean, rstd, weight, False, True, True)
+        return sums[2:][::-1]
+
+    return {"batch_norm_backward_reduce": reduce, **forms}
+
+
+def _pytorch_backward(step: Step) -> Forms:
+    grad, x, mean, rstd, weight, _, out, mean_grad, mean_grad_xhat, act, to_residual = step.args
+    forms: Forms = {"elementwise": lambda: reference.bn_act_backward(*step.args)}
+    if not _has_split_passes(grad, out, act):
+        return forms
+    pixels = x.numel() // x.shape[1]
+    count = torch.tensor([pixels], dtype=torch.int32, device=x.device)
+    sums = mean_grad * pixels, mean_grad_xhat * pixels / rstd
+
+    def backward() -> Tensor | tuple[Tensor, Tensor]:
+        g = _behind(grad, out, act)
+        dx = torch.batch_norm_backward_elemt(g, x, mean, rstd, weight, *sums, count)
+        return (dx, g) if to_residual else dx
+
+    return {"batch_norm_backward_elemt": backward, **forms}
+
+
+def _implementations(op: str) -> tuple[Implementation, ...]:
+    return (
+        on("reference", getattr(reference, op)),
+        on("cpu", getattr(_cpu_batch_norm, op), _cpu_batch_norm.reasons),
+        on(
+            "triton",
+            triton_kernel("batch_norm", op),
+            triton_kernel("batch_norm", "not_supported_reasons"),
+        ),
+    )
 
 
 _VECTORS = "Tensor mean, Tensor rstd, Tensor weight, Tensor bias"
-define(
-    "batch_stats(Tensor x) -> (Tensor, Tensor)", _runs("batch_stats", 0, None, None), _per_channel
-)
-define(
-    f"bn_act(Tensor x, {_VECTORS}, Tensor? residual, str? act) -> Tensor",
-    _runs("bn_act", 0, 6, 5),
-    lambda x, *rest: _like(x),
-)
-define(
-    f"bn_act_reduce(Tensor grad, Tensor x, {_VECTORS}, Tensor? out, str? act) -> (Tensor, Tensor)",
-    _runs("bn_act_reduce", 1, 7, 6),
-    lambda grad, x, *rest: _per_channel(x),
-)
-define(
-    f"bn_act_backward(Tensor grad, Tensor x, {_VECTORS}, Tensor? out, Tensor? mean_grad, "
-    "Tensor? mean_grad_xhat, str? act, bool to_residual) -> (Tensor, Tensor)",
-    _runs("bn_act_backward", 1, 9, 6),
-    lambda grad, x, *rest: (_like(x), _like(x) if rest[-1] else x.new_empty(0)),
-)
-for _op in ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward"):
-    backends.register(_op, "reference", getattr(reference, _op))
-    backends.register(
-        _op,
-        "triton",
-        triton_kernel("batch_norm", _op),
-        triton_kernel("batch_norm", "not_supported_reasons"),
-    )
-    backends.register(_op, "cpu", getattr(_cpu_batch_norm, _op), _cpu_batch_norm.reasons)
+for _op in (
+    Op(
+        "batch_stats",
+        describe_stats,
+        functions=(
+            Function(
+                "batch_stats(Tensor x) -> (Tensor, Tensor)",
+                _runs("batch_stats", 0, None, None),
+                _per_channel,
+            ),
+        ),
+        implementations=_implementations("batch_stats"),
+        use=TRAINING,
+        examples=Examples(
+            ("plain",), _example("batch_stats"), _pytorch_stats, _SIZES, _stats_works
+        ),
+        sources="batch_norm",
+    ),
+    Op(
+        "bn_act",
+        describe_bn_act,
+        functions=(
+            Function(
+                f"bn_act(Tensor x, {_VECTORS}, Tensor? residual, str? act) -> Tensor",
+                _runs("bn_act", 0, 6, 5),
+                lambda x, *rest: _like(x),
+            ),
+        ),
+        implementations=_implementations("bn_act"),
+        use=TRAINING,
+        examples=Examples(_ACT_FORMS, _example("bn_act"), _pytorch_act, _SIZES, _works),
+        sources="batch_norm",
+    ),
+    Op(
+        "bn_act_reduce",
+        describe_reduce,
+        functions=(
+            Function(
+                f"bn_act_reduce(Tensor grad, Tensor x, {_VECTORS}, Tensor? out, str? act) "
+                "-> (Tensor, Tensor)",
+                _runs("bn_act_reduce", 1, 7, 6),
+                lambda grad, x, *rest: _per_channel(x),
+            ),
+        ),
+        implementations=_implementations("bn_act_reduce"),
+        use=TRAINING,
+        examples=Examples(_ACT_FORMS, _example("bn_act_reduce"), _pytorch_reduce, _SIZES, _works),
+        sources="batch_norm",
+    ),
+    Op(
+        "bn_act_backward",
+        describe_backward,
+        functions=(
+            Function(
+                f"bn_act_backward(Tensor grad, Tensor x, {_VECTORS}, Tensor? out, "
+                "Tensor? mean_grad, Tensor? mean_grad_xhat, str? act, bool to_residual) "
+                "-> (Tensor, Tensor)",
+                _runs("bn_act_backward", 1, 9, 6),
+                lambda grad, x, *rest: (_like(x), _like(x) if rest[-1] else x.new_empty(0)),
+            ),
+        ),
+        implementations=_implementations("bn_act_backward"),
+        use=TRAINING,
+        examples=Examples(
+            _ACT_FORMS, _example("bn_act_backward"), _pytorch_backward, _SIZES, _works
+        ),
+        sources="batch_norm",
+    ),
+):
+    declare(_op)

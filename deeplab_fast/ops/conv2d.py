@@ -6,21 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
+from .. import reference
+from ..dispatch.choice import run
+from ..dispatch.declare import TRAINING, Function, Op, declare, on
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step, spread
 from . import _cpu_conv
-from ._registry import (
-    autocast,
-    check_device,
-    check_dtype,
-    check_map,
-    define,
-    differentiable,
-    needs_grad,
-)
+from ._common import autocast, check_device, check_dtype, check_map, differentiable, needs_grad
 
 OP = "conv2d"
+BACKWARD = "conv2d_backward"
 
 
 def conv2d(
@@ -62,11 +60,26 @@ def describe(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> backends.OpDesc:
+) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `conv2d`."""
     options = _pair(stride), _pair(padding), _pair(dilation), groups
     _validate(x, weight, *options)
     return _describe(OP, x, weight, *options)
+
+
+def describe_backward(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> OpDesc:
+    """The same for its backward pass to x and weight."""
+    options = _pair(stride), _pair(padding), _pair(dilation), groups
+    _validate(x, weight, *options)
+    return _describe(BACKWARD, x, weight, *options, to_x=True, to_weight=True)
 
 
 class _Conv2d(torch.autograd.Function):
@@ -148,8 +161,8 @@ def _describe(
     dilation: Sequence[int],
     groups: int,
     **more: Any,
-) -> backends.OpDesc:
-    return backends.OpDesc.of(
+) -> OpDesc:
+    return OpDesc.of(
         op,
         x,
         weight=tuple(weight.shape),
@@ -162,7 +175,7 @@ def _describe(
 
 
 def _run(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    y = backends.run(_describe(OP, x, weight, *options), x, weight, *options)
+    y = run(_describe(OP, x, weight, *options), x, weight, *options)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -173,8 +186,8 @@ def _fake(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
 
 def _run_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *options, to_x, to_weight = rest
-    desc = _describe("conv2d_backward", x, weight, *options, to_x=to_x, to_weight=to_weight)
-    grad_x, grad_weight = backends.run(desc, grad, x, weight, *rest)
+    desc = _describe(BACKWARD, x, weight, *options, to_x=to_x, to_weight=to_weight)
+    grad_x, grad_weight = run(desc, grad, x, weight, *rest)
     if to_x:
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
     if to_weight:
@@ -198,17 +211,80 @@ def weight_format(weight: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-_OPTIONS = "int[] stride, int[] padding, int[] dilation, int groups"
-define(f"conv2d(Tensor x, Tensor weight, {_OPTIONS}) -> Tensor", _run, _fake)
-define(
-    f"conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_OPTIONS}, bool to_x, bool to_weight) "
-    "-> (Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
+_SIZES = (
+    Size(2, 40, 9, 11, filters=24),
+    Size(2, 7, 9, 11, filters=5, rates=(2,)),
+    Size(1, 64, 33, 17, filters=256, stride=2),
 )
-backends.register(OP, "reference", reference.conv2d)
-backends.register(OP, "cpu", _cpu_conv.conv2d, _cpu_conv.conv2d_reasons)
-backends.register("conv2d_backward", "reference", reference.conv2d_backward)
-backends.register(
-    "conv2d_backward", "cpu", _cpu_conv.conv2d_backward, _cpu_conv.conv2d_backward_reasons
+
+
+def _works(shapes: Shapes) -> list[tuple[str, Size]]:
+    return [("plain", size) for size in spread(shapes.pointwise)]
+
+
+def _inputs(make: Maker, s: Size) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """x, weight and options: of a 3x3 convolution where there is a rate, else of a 1x1 one."""
+    (rate,) = s.rates or (0,)
+    x, weight = make.map(s.n, s.c, s.h, s.w), make.weight(s.filters, s.c, 3 if rate else 1)
+    return x, weight, {"stride": s.stride, "padding": rate, "dilation": rate or 1}
+
+
+def _example(make: Maker, form: str, s: Size) -> list[Step]:
+    x, weight, options = _inputs(make, s)
+    pairs = [_pair(value) for value in options.values()]
+    return [Step(form, s, (x, weight, *pairs, 1), (VALUES,), describe(x, weight, **options))]
+
+
+def _example_backward(make: Maker, form: str, s: Size) -> list[Step]:
+    x, weight, options = _inputs(make, s)
+    pairs = [_pair(value) for value in options.values()]
+    grad = make.map(*_output_shape(x, weight, *pairs))
+    args = (grad, x, weight, *pairs, 1, True, True)
+    return [Step(form, s, args, (VALUES, VALUES), describe_backward(x, weight, **options))]
+
+
+def _pytorch(step: Step) -> Forms:
+    x, weight, *options = step.args
+    return {"convolution": lambda: F.conv2d(x, weight, None, *options)}
+
+
+def _pytorch_backward(step: Step) -> Forms:
+    return {"convolution_backward": lambda: reference.conv2d_backward(*step.args)}
+
+
+_OPTIONS = "int[] stride, int[] padding, int[] dilation, int groups"
+declare(
+    Op(
+        OP,
+        describe,
+        functions=(
+            Function(f"conv2d(Tensor x, Tensor weight, {_OPTIONS}) -> Tensor", _run, _fake),
+        ),
+        implementations=(
+            on("reference", reference.conv2d),
+            on("cpu", _cpu_conv.conv2d, _cpu_conv.conv2d_reasons),
+        ),
+        use=TRAINING,
+        examples=Examples(("plain",), _example, _pytorch, _SIZES, _works),
+    )
+)
+declare(
+    Op(
+        BACKWARD,
+        describe_backward,
+        functions=(
+            Function(
+                f"conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_OPTIONS}, bool to_x, "
+                "bool to_weight) -> (Tensor, Tensor)",
+                _run_backward,
+                _fake_backward,
+            ),
+        ),
+        implementations=(
+            on("reference", reference.conv2d_backward),
+            on("cpu", _cpu_conv.conv2d_backward, _cpu_conv.conv2d_backward_reasons),
+        ),
+        use=TRAINING,
+        examples=Examples(("plain",), _example_backward, _pytorch_backward, _SIZES, _works),
+    )
 )

@@ -5,22 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
+from .. import reference
+from ..dispatch.choice import run
+from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, on, triton_kernel
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step, spread
 from . import _cpu_conv, _cudnn
-from ._aspp_triton import kernel as triton_kernel
-from ._registry import (
+from ._common import (
     FLOAT_DTYPES,
     autocast,
     check_device,
     check_dtype,
     check_map,
     check_shape,
-    define,
     differentiable,
     needs_grad,
 )
+from ._composed import activated, fused_layer, norm_of
 
 OP = "conv_bn_act"
 
@@ -84,7 +88,7 @@ def describe(
     groups: int = 1,
     residual: Tensor | None = None,
     act: str | None = "relu",
-) -> backends.OpDesc:
+) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `conv_bn_act`."""
     _validate(x, weight, scale, shift, stride, padding, dilation, groups, residual, act)
     return _describe(x, weight, residual, stride, padding, dilation, groups, act)
@@ -207,8 +211,8 @@ def _describe(
     dilation: int,
     groups: int,
     act: str | None,
-) -> backends.OpDesc:
-    return backends.OpDesc.of(
+) -> OpDesc:
+    return OpDesc.of(
         OP,
         x,
         weight=tuple(weight.shape),
@@ -234,9 +238,7 @@ def _run(
     act: str | None,
 ) -> Tensor:
     desc = _describe(x, weight, residual, stride, padding, dilation, groups, act)
-    return backends.run(
-        desc, x, weight, scale, shift, stride, padding, dilation, groups, residual, act
-    )
+    return run(desc, x, weight, scale, shift, stride, padding, dilation, groups, residual, act)
 
 
 def _fake(
@@ -267,25 +269,94 @@ def _fake_backward(
     return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+_SIZES = (
+    Size(2, 40, 9, 11, filters=24),
+    Size(2, 7, 9, 11, filters=5),
+    # Pixels that are not next to each other.
+    Size(1, 64, 33, 17, filters=256, stride=2),
+    Size(2, 136, 33, 17, filters=144),
+)
+
+
+def _works(shapes: Shapes) -> list[tuple[str, Size]]:
+    narrow = spread(s for s in shapes.pointwise if s.filters <= s.c)
+    wide = spread(s for s in shapes.pointwise if s.filters > s.c)
+    return [
+        *(("relu", size) for size in narrow),
+        *(("relu+residual", size) for size in wide),
+        *((form, size) for form in ("plain", "residual") for size in wide[:1]),
+    ]
+
+
+def _example(make: Maker, form: str, s: Size) -> list[Step]:
+    x, weight = make.map(s.n, s.c, s.h, s.w).relu_(), make.weight(s.filters, s.c, 1)
+    scale, shift = make.vector(s.filters), make.vector(s.filters, -0.5, 0.5)
+    parts, residual = form.split("+"), None
+    if "residual" in parts:
+        residual = make.map(s.n, s.filters, -(-s.h // s.stride), -(-s.w // s.stride))
+    act = "relu" if "relu" in parts else None
+    desc = describe(x, weight, scale, shift, stride=s.stride, residual=residual, act=act)
+    args = (x, weight, scale, shift, s.stride, 0, 1, 1, residual, act)
+    return [Step(form, s, args, (VALUES,), desc)]
+
+
+def _pytorch(step: Step) -> Forms:
+    x, weight, scale, shift, stride, _, _, _, residual, act = step.args
+
+    def composed() -> Tensor:
+        return activated(norm_of(F.conv2d(x, weight, None, stride), scale, shift), residual, act)
+
+    forms: Forms = {"convolution, batch norm": composed}
+    if not x.is_cuda:
+        return forms
+    fused = fused_layer(weight, scale, shift, stride=stride, residual=residual, act=act)
+    forms["cuDNN"] = lambda: fused(x)
+    if residual is None and stride == 1 and act == "relu":
+        n, c, h, w = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(-1, c)
+        matrix = _cudnn.fold(weight, scale).flatten(1).t()
+        bias = shift.to(x.dtype)
+        forms["cuBLASLt with epilogue"] = lambda: (
+            torch._addmm_activation(bias, rows, matrix).view(n, h, w, -1).permute(0, 3, 1, 2)
+        )
+    return forms
+
+
 _OPTIONS = "int stride, int padding, int dilation, int groups, str? act"
-define(
-    f"conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
-    f"{_OPTIONS}) -> Tensor",
-    _run,
-    _fake,
+declare(
+    Op(
+        OP,
+        describe,
+        functions=(
+            Function(
+                "conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, "
+                f"Tensor? residual, {_OPTIONS}) -> Tensor",
+                _run,
+                _fake,
+            ),
+            Function(
+                "conv_bn_act_backward(Tensor grad, Tensor y, Tensor x, Tensor weight, "
+                f"Tensor scale, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+                _run_backward,
+                _fake_backward,
+            ),
+        ),
+        implementations=(
+            on("reference", reference.conv_bn_act),
+            on("cpu", _cpu_conv.conv_bn_act, _cpu_conv.reasons),
+            on(
+                "triton",
+                triton_kernel("conv", OP),
+                triton_kernel("conv", "not_supported_reasons"),
+            ),
+            on("cuda", _cudnn.conv_bn_act, _cudnn.reasons, is_pytorch=True),
+        ),
+        use=INFERENCE,
+        examples=Examples(
+            ("relu", "relu+residual", "plain", "residual"), _example, _pytorch, _SIZES, _works
+        ),
+        sources="pointwise",
+        is_product=True,
+        tuned=(Tuned("pointwise", OP, 5),),
+    )
 )
-define(
-    f"conv_bn_act_backward(Tensor grad, Tensor y, Tensor x, Tensor weight, Tensor scale, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
-    _fake_backward,
-)
-backends.register(OP, "reference", reference.conv_bn_act)
-backends.register(OP, "cpu", _cpu_conv.conv_bn_act, _cpu_conv.reasons)
-backends.register(
-    OP,
-    "triton",
-    triton_kernel("conv", "conv_bn_act"),
-    triton_kernel("conv", "not_supported_reasons"),
-)
-backends.register(OP, "cuda", _cudnn.conv_bn_act, _cudnn.reasons, is_pytorch=True)

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ext
+from ..dispatch import limits
 from . import _cpu_forms
 from ._cpu_forms import TileForm
 
@@ -634,8 +635,7 @@ def _has_onednn() -> bool:
 
 
 def _has_kernels() -> bool:
-    # The op is missing from an extension that was compiled from older sources.
-    return _ext.CPU.loaded and hasattr(torch.ops.deeplab_fast, "_conv_tiles_cpu")
+    return not limits.extension(_ext.CPU, "_conv_tiles_cpu")
 
 
 def _pixels_are_faster(channels: int, outputs: int) -> bool:

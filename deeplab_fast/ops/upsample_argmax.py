@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import reference
+from ..dispatch.choice import run
+from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, on, triton_kernel
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import LABELS, VALUES, Forms, Maker, Size, Step
 from . import _upsample
-from ._registry import check_map, check_size, define
+from ._common import check_map, check_size
 
 OP = "upsample_argmax"
 
@@ -59,7 +63,7 @@ def describe(
     *,
     align_corners: bool = False,
     return_prob: bool = False,
-) -> backends.OpDesc:
+) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `upsample_argmax`."""
     return _describe(logits, *_validate(logits, size), align_corners, return_prob)
 
@@ -71,8 +75,8 @@ def _validate(logits: Tensor, size: Sequence[int]) -> tuple[int, int]:
 
 def _describe(
     logits: Tensor, height: int, width: int, align_corners: bool, return_prob: bool
-) -> backends.OpDesc:
-    return backends.OpDesc.of(
+) -> OpDesc:
+    return OpDesc.of(
         OP, logits, size=(height, width), align_corners=align_corners, return_prob=return_prob
     )
 
@@ -81,7 +85,7 @@ def _run(
     logits: Tensor, height: int, width: int, align_corners: bool, return_prob: bool
 ) -> tuple[Tensor, Tensor]:
     desc = _describe(logits, height, width, align_corners, return_prob)
-    return backends.run(desc, logits, (height, width), align_corners, return_prob)
+    return run(desc, logits, (height, width), align_corners, return_prob)
 
 
 def _fake(
@@ -105,13 +109,51 @@ def _cuda(
     return torch.ops.deeplab_fast._upsample_argmax_cuda(logits, *size, align_corners, return_prob)
 
 
-define(
-    "upsample_argmax(Tensor logits, SymInt height, SymInt width, bool align_corners, "
-    "bool return_prob) -> (Tensor, Tensor)",
-    _run,
-    _fake,
+def _example(make: Maker, form: str, s: Size) -> list[Step]:
+    logits, size, prob = make.map(s.n, s.c, s.h, s.w), (s.height, s.width), form == "return_prob"
+    desc = describe(logits, size, return_prob=prob)
+    kinds = (LABELS, VALUES) if prob else (LABELS,)
+    return [Step(form, s, (logits, size, False, prob), kinds, desc)]
+
+
+def _exact(step: Step) -> list[Tensor]:
+    logits, size, align_corners, return_prob = step.args
+    full = reference.upsample(logits, size, align_corners)
+    return [full, full.softmax(1).amax(1)] if return_prob else [full]
+
+
+def _pytorch(step: Step) -> Forms:
+    logits, size, align_corners, return_prob = step.args
+
+    def composed() -> Tensor | tuple[Tensor, Tensor]:
+        full = _upsample.interpolated(logits, size, align_corners)
+        labels = full.argmax(1)
+        return (labels, full.softmax(1).amax(1)) if return_prob else labels
+
+    return {"interpolate, argmax": composed}
+
+
+declare(
+    Op(
+        OP,
+        describe,
+        functions=(
+            Function(
+                "upsample_argmax(Tensor logits, SymInt height, SymInt width, bool align_corners, "
+                "bool return_prob) -> (Tensor, Tensor)",
+                _run,
+                _fake,
+            ),
+        ),
+        implementations=(
+            on("reference", reference.upsample_argmax),
+            on("cpu", _cpu, _upsample.cpu_reasons),
+            on("triton", triton_kernel("upsample", OP), _upsample.triton_reasons),
+            on("cuda", _cuda, _upsample.cuda_reasons),
+        ),
+        use=INFERENCE,
+        examples=_upsample.examples(("plain", "return_prob"), _example, _pytorch, _exact),
+        sources=_upsample.SOURCES,
+        tuned=(Tuned(OP, OP, 20),),
+    )
 )
-backends.register(OP, "reference", reference.upsample_argmax)
-backends.register(OP, "cpu", _cpu, _upsample.cpu_reasons)
-backends.register(OP, "triton", _upsample.triton(OP), _upsample.triton_reasons)
-backends.register(OP, "cuda", _cuda, _upsample.cuda_reasons)

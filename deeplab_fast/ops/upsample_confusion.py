@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import reference
+from ..dispatch.choice import run
+from ..dispatch.declare import TRAINING, Function, Op, Tuned, compiled, declare, on, triton_kernel
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import COUNTS, IGNORED, Forms, Maker, Size, Step
 from . import _upsample
-from ._registry import check_map, check_target, define
+from ._common import check_map, check_target
 
 OP = "upsample_confusion"
 
@@ -44,7 +48,7 @@ def upsample_confusion(
 
 def describe(
     logits: Tensor, target: Tensor, *, ignore_index: int = 255, align_corners: bool = False
-) -> backends.OpDesc:
+) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `upsample_confusion`."""
     _validate(logits, target)
     return _describe(logits, target, ignore_index, align_corners)
@@ -55,10 +59,8 @@ def _validate(logits: Tensor, target: Tensor) -> None:
     check_target(OP, logits, target)
 
 
-def _describe(
-    logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool
-) -> backends.OpDesc:
-    return backends.OpDesc.of(
+def _describe(logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> OpDesc:
+    return OpDesc.of(
         OP,
         logits,
         size=tuple(target.shape[-2:]),
@@ -69,7 +71,7 @@ def _describe(
 
 def _run(logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> Tensor:
     desc = _describe(logits, target, ignore_index, align_corners)
-    return backends.run(desc, logits, target, ignore_index, align_corners)
+    return run(desc, logits, target, ignore_index, align_corners)
 
 
 def _fake(logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> Tensor:
@@ -85,13 +87,50 @@ def _cuda(logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool
     return matrix
 
 
-define(
-    "upsample_confusion(Tensor logits, Tensor target, int ignore_index, bool align_corners) "
-    "-> Tensor",
-    _run,
-    _fake,
+def _example(make: Maker, form: str, size: Size) -> list[Step]:
+    logits, target = _upsample.example(make, size)
+    args = (logits, target, IGNORED, False)
+    return [Step(form, size, args, (COUNTS,), describe(logits, target))]
+
+
+def _pytorch(step: Step) -> Forms:
+    logits, target, ignored, align_corners = step.args
+    classes = logits.shape[1]
+
+    def composed() -> Tensor:
+        labels = _upsample.interpolated(logits, target.shape[-2:], align_corners).argmax(1)
+        # Without a selection, whose size the host would wait for: ignored pixels go to a row more.
+        rows = torch.where(target == ignored, classes, target)
+        pairs = (rows * classes + labels).flatten()
+        return torch.bincount(pairs, minlength=classes * (classes + 1))[: classes**2].view(
+            classes, classes
+        )
+
+    return {"interpolate, argmax, bincount": composed}
+
+
+declare(
+    Op(
+        OP,
+        describe,
+        functions=(
+            Function(
+                "upsample_confusion(Tensor logits, Tensor target, int ignore_index, "
+                "bool align_corners) -> Tensor",
+                _run,
+                _fake,
+            ),
+        ),
+        implementations=(
+            on("reference", reference.upsample_confusion),
+            on("cpu", compiled("_upsample_confusion_cpu"), _upsample.cpu_reasons),
+            on("triton", triton_kernel("upsample", OP), _upsample.triton_reasons),
+            on("cuda", _cuda, _upsample.cuda_reasons),
+        ),
+        use=TRAINING,
+        # PyTorch's bincount asks the device for the largest value.
+        examples=_upsample.examples(("plain",), _example, _pytorch, capturable=False),
+        sources=_upsample.SOURCES,
+        tuned=(Tuned(OP, OP, 20),),
+    )
 )
-backends.register(OP, "reference", reference.upsample_confusion)
-backends.register(OP, "cpu", _upsample.private("_upsample_confusion_cpu"), _upsample.cpu_reasons)
-backends.register(OP, "triton", _upsample.triton(OP), _upsample.triton_reasons)
-backends.register(OP, "cuda", _cuda, _upsample.cuda_reasons)

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends, reference
+from .. import reference
+from ..dispatch.choice import select
+from ..dispatch.declare import TRAINING, Function, Op, Tuned, compiled, declare, on, triton_kernel
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import IGNORED, VALUES, Forms, Maker, Size, Step
 from . import _upsample
-from ._registry import (
+from ._common import (
     check_device,
     check_map,
     check_shape,
     check_target,
-    define,
     differentiable,
     needs_grad,
 )
@@ -79,7 +83,7 @@ def describe(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     align_corners: bool = False,
-) -> backends.OpDesc:
+) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `upsample_cross_entropy`."""
     _validate(logits, target, weight, label_smoothing, reduction)
     return _describe(logits, target, reduction)
@@ -156,8 +160,8 @@ def _validate(
         raise ValueError(f"{OP}: label_smoothing must be in [0, 1], got {label_smoothing}")
 
 
-def _describe(logits: Tensor, target: Tensor, reduction: str) -> backends.OpDesc:
-    return backends.OpDesc.of(
+def _describe(logits: Tensor, target: Tensor, reduction: str) -> OpDesc:
+    return OpDesc.of(
         OP,
         logits,
         size=tuple(target.shape[-2:]),
@@ -167,7 +171,7 @@ def _describe(logits: Tensor, target: Tensor, reduction: str) -> backends.OpDesc
 
 
 def _implementation(logits: Tensor, target: Tensor, reduction: str) -> CrossEntropy:
-    return cast(CrossEntropy, backends.select(_describe(logits, target, reduction)).run)
+    return cast(CrossEntropy, select(_describe(logits, target, reduction)).run)
 
 
 def _run(
@@ -213,12 +217,13 @@ def _run_backward(
     )
 
 
-def _cuda_entry(name: str, has_grad: bool = False) -> Callable[..., Any]:
+def _cuda_entry(name: str) -> Callable[..., Any]:
     """A private CUDA op, whose last result counts bad labels."""
 
     def run(*args: Any) -> Any:
         *results, bad = getattr(torch.ops.deeplab_fast, name)(*args)
-        logits, target, _, ignore_index = args[has_grad : has_grad + 4]
+        # The gradient comes first where there is one.
+        logits, target, _, ignore_index = args[-7:-3]
         _upsample.report_bad_labels(bad, target, logits.shape[1], ignore_index)
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -249,49 +254,88 @@ def _fake_backward(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+def _example(make: Maker, form: str, s: Size) -> list[Step]:
+    logits, target = _upsample.example(make, s)
+    weight = make.vector(s.c)
+    desc = describe(logits, target)
+    pixels = make.vector(target.numel()).view(target.shape)
+
+    def step(method: str, *args: object) -> Step:
+        return Step(form, s, args, (VALUES, VALUES), desc, method)
+
+    plain = (logits, target, None, IGNORED, 0.0, "mean", False)
+    each = (logits, target, weight, IGNORED, 0.1, "none", False)
+    return [
+        step("with_grad", *plain),
+        step("forward", *plain),
+        step("with_grad", logits, target, weight, IGNORED, 0.1, "sum", True),
+        step("forward", *each),
+        step("backward", pixels, *each),
+    ]
+
+
+def _pytorch(step: Step) -> Forms:
+    args = step.args[1:] if step.method == "backward" else step.args
+    logits, target, weight, ignored, smoothing, reduction, align_corners = args
+
+    def loss(x: Tensor) -> Tensor:
+        full = _upsample.interpolated(x, target.shape[-2:], align_corners).float()
+        return F.cross_entropy(
+            full, target, weight, ignore_index=ignored, label_smoothing=smoothing,
+            reduction=reduction,
+        )  # fmt: skip
+
+    def with_gradient() -> Tensor | tuple[Tensor, Tensor]:
+        x = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            value = loss(x)
+            given = step.args[0] if step.method == "backward" else None
+            (grad,) = torch.autograd.grad(value, x, given)
+        return grad if step.method == "backward" else (value.detach(), grad)
+
+    name = "interpolate, cross_entropy"
+    return {name: (lambda: loss(logits)) if step.method == "forward" else with_gradient}
+
+
 _OPTIONS = (
     "Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
     "str reduction, bool align_corners"
 )
-define(f"{OP}({_OPTIONS}) -> Tensor", _run, _fake)
-define(f"{OP}_with_grad({_OPTIONS}) -> (Tensor, Tensor)", _run_with_grad, _fake_with_grad)
-define(f"{OP}_backward(Tensor grad, {_OPTIONS}) -> Tensor", _run_backward, _fake_backward)
-backends.register(
-    OP,
-    "reference",
-    CrossEntropy(
-        reference.upsample_cross_entropy,
-        reference.upsample_cross_entropy_with_grad,
-        reference.upsample_cross_entropy_backward,
-    ),
-)
-backends.register(
-    OP,
-    "cpu",
-    CrossEntropy(
-        _upsample.private("_upsample_cross_entropy_cpu"),
-        _upsample.private("_upsample_cross_entropy_with_grad_cpu"),
-        _upsample.private("_upsample_cross_entropy_backward_cpu"),
-    ),
-    _upsample.cpu_reasons,
-)
-backends.register(
-    OP,
-    "triton",
-    CrossEntropy(
-        _upsample.triton(OP),
-        _upsample.triton(f"{OP}_with_grad"),
-        _upsample.triton(f"{OP}_backward"),
-    ),
-    _upsample.triton_reasons,
-)
-backends.register(
-    OP,
-    "cuda",
-    CrossEntropy(
-        _cuda_entry("_upsample_cross_entropy_cuda"),
-        _cuda_entry("_upsample_cross_entropy_with_grad_cuda"),
-        _cuda_entry("_upsample_cross_entropy_backward_cuda", has_grad=True),
-    ),
-    _upsample.cuda_reasons,
+_NAMES = (OP, f"{OP}_with_grad", f"{OP}_backward")
+declare(
+    Op(
+        OP,
+        describe,
+        functions=(
+            Function(f"{OP}({_OPTIONS}) -> Tensor", _run, _fake),
+            Function(
+                f"{OP}_with_grad({_OPTIONS}) -> (Tensor, Tensor)", _run_with_grad, _fake_with_grad
+            ),
+            Function(
+                f"{OP}_backward(Tensor grad, {_OPTIONS}) -> Tensor", _run_backward, _fake_backward
+            ),
+        ),
+        implementations=(
+            on("reference", CrossEntropy(*(getattr(reference, name) for name in _NAMES))),
+            on(
+                "cpu",
+                CrossEntropy(*(compiled(f"_{name}_cpu") for name in _NAMES)),
+                _upsample.cpu_reasons,
+            ),
+            on(
+                "triton",
+                CrossEntropy(*(triton_kernel("upsample", name) for name in _NAMES)),
+                _upsample.triton_reasons,
+            ),
+            on(
+                "cuda",
+                CrossEntropy(*(_cuda_entry(f"_{name}_cuda") for name in _NAMES)),
+                _upsample.cuda_reasons,
+            ),
+        ),
+        use=TRAINING,
+        examples=_upsample.examples(("plain",), _example, _pytorch),
+        sources=_upsample.SOURCES,
+        tuned=(Tuned(OP, OP, 36, "with_grad"), Tuned(f"{OP}_forward", OP, 20, "forward")),
+    )
 )

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import reference
+from ..dispatch.choice import run
+from ..dispatch.declare import INFERENCE, Function, Op, Tuned, compiled, declare, on, triton_kernel
+from ..dispatch.describe import OpDesc
+from ..dispatch.examples import VALUES, Forms, Maker, Size, Step
 from . import _upsample
-from ._registry import check_device, check_dtype, check_map, define, needs_grad
+from ._common import check_device, check_dtype, check_map, needs_grad
 
 OP = "upsample_softmax_add"
 
@@ -45,7 +49,7 @@ def upsample_softmax_add(
 
 def describe(
     accumulator: Tensor, logits: Tensor, *, flip: bool = False, align_corners: bool = False
-) -> backends.OpDesc:
+) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `upsample_softmax_add`."""
     _validate(accumulator, logits)
     return _describe(accumulator, logits, flip, align_corners)
@@ -71,10 +75,8 @@ def _validate(accumulator: Tensor, logits: Tensor) -> None:
         )
 
 
-def _describe(
-    accumulator: Tensor, logits: Tensor, flip: bool, align_corners: bool
-) -> backends.OpDesc:
-    return backends.OpDesc.of(
+def _describe(accumulator: Tensor, logits: Tensor, flip: bool, align_corners: bool) -> OpDesc:
+    return OpDesc.of(
         OP,
         logits,
         size=tuple(accumulator.shape[-2:]),
@@ -86,22 +88,51 @@ def _describe(
 
 def _run(accumulator: Tensor, logits: Tensor, flip: bool, align_corners: bool) -> None:
     desc = _describe(accumulator, logits, flip, align_corners)
-    backends.run(desc, accumulator, logits, flip, align_corners)
+    run(desc, accumulator, logits, flip, align_corners)
 
 
 def _fake(accumulator: Tensor, logits: Tensor, flip: bool, align_corners: bool) -> None:
     return None
 
 
-define(
-    "upsample_softmax_add(Tensor(a!) accumulator, Tensor logits, bool flip, bool align_corners) "
-    "-> ()",
-    _run,
-    _fake,
-)
-backends.register(OP, "reference", reference.upsample_softmax_add)
-backends.register(OP, "cpu", _upsample.private("_upsample_softmax_add_cpu"), _upsample.cpu_reasons)
-backends.register(OP, "triton", _upsample.triton(OP), _upsample.triton_reasons)
-backends.register(
-    OP, "cuda", _upsample.private("_upsample_softmax_add_cuda"), _upsample.cuda_reasons
+def _example(make: Maker, form: str, s: Size) -> list[Step]:
+    logits, flip = make.map(s.n, s.c, s.h, s.w), form == "flip"
+    total = make.of(torch.float32).map(s.n, s.c, s.height, s.width).contiguous()
+    desc = describe(total, logits, flip=flip)
+    return [Step(form, s, (total, logits, flip, False), (VALUES,), desc, changed=0)]
+
+
+def _pytorch(step: Step) -> Forms:
+    total, logits, flip, align_corners = step.args
+
+    def composed() -> Tensor:
+        prob = _upsample.interpolated(logits, total.shape[-2:], align_corners).softmax(1)
+        return total.add_(prob.flip(-1) if flip else prob)
+
+    return {"interpolate, softmax, add": composed}
+
+
+declare(
+    Op(
+        OP,
+        describe,
+        functions=(
+            Function(
+                "upsample_softmax_add(Tensor(a!) accumulator, Tensor logits, bool flip, "
+                "bool align_corners) -> ()",
+                _run,
+                _fake,
+            ),
+        ),
+        implementations=(
+            on("reference", reference.upsample_softmax_add),
+            on("cpu", compiled("_upsample_softmax_add_cpu"), _upsample.cpu_reasons),
+            on("triton", triton_kernel("upsample", OP), _upsample.triton_reasons),
+            on("cuda", compiled("_upsample_softmax_add_cuda"), _upsample.cuda_reasons),
+        ),
+        use=INFERENCE,
+        examples=_upsample.examples(("plain", "flip"), _example, _pytorch),
+        sources=_upsample.SOURCES,
+        tuned=(Tuned(OP, OP, 20),),
+    )
 )

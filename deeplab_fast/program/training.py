@@ -30,7 +30,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, reference
 from ..nn.aspp import ASPP, ASPPPooling
-from ..ops._registry import autocast, differentiable
+from ..ops._common import autocast, differentiable
 from ..ops.aspp_convs import aspp_convs
 from .fast_path import has_global_hooks, transforms
 from .intact import activation, functional_is_intact, is_intact

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from ..dispatch import records, trust
+from ..dispatch.checks import DTYPES
+from ..dispatch.examples import Size
 from . import runner, workloads
-from .checks import DTYPES
 from .machine import Machine, why_none
-from .steps import Size
 from .tune import BACKENDS, CHECK_THREADS, NoDevice, Plan, Tuning, records_of, tune_here
 from .workloads import Work
 

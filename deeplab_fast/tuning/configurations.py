@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from ..dispatch import records
-from . import checks, speeds
-from .errors import norm_error
-from .runner import Wrong, progress
-from .steps import COUNTS, LABELS, Step, flat
+from ..dispatch import checks, records
+from ..dispatch.declare import Tuned, gpu_ops
+from ..dispatch.errors import Wrong, norm_error
+from ..dispatch.examples import COUNTS, LABELS, Run, Step, flat
+from . import speeds
+from .runner import progress
 from .timing import SAMPLE_SECONDS, clock, interleaved, ratio
 from .workloads import Work
 
@@ -29,36 +29,10 @@ _ROUNDS = (5, 15)
 _APART = 2.0
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """A kernel whose configuration calls of an op depend on.
-
-    Attributes:
-        kernel: name in `deeplab_fast.kernels.tuned.TUNABLE`.
-        op: in whose calls exactly one of its configurations is chosen.
-        most: candidates that there are at most.
-        method: of an op with several functions.
-    """
-
-    kernel: str
-    op: str
-    most: int
-    method: str = ""
+TUNED = tuple(tuned for op in gpu_ops() for tuned in op.tuned)
 
 
-TUNED = (
-    Tuned("aspp_branches", "aspp_branches", 10),
-    Tuned("pointwise", "aspp_project", 5),
-    Tuned("pointwise", "conv_bn_act", 5),
-    Tuned("upsample_argmax", "upsample_argmax", 20),
-    Tuned("upsample_confusion", "upsample_confusion", 20),
-    Tuned("upsample_softmax_add", "upsample_softmax_add", 20),
-    Tuned("upsample_cross_entropy", "upsample_cross_entropy", 36, "with_grad"),
-    Tuned("upsample_cross_entropy_forward", "upsample_cross_entropy", 20, "forward"),
-)
-
-
-def candidates(tuned: Tuned, work: Work, dtype: str, device: str, run: Callable[..., Any]) -> Any:
+def candidates(tuned: Tuned, work: Work, dtype: str, device: str, run: Run) -> Any:
     """(key, device, configurations) of a call; launches it once.
 
     Raises:
@@ -79,7 +53,7 @@ def candidates(tuned: Tuned, work: Work, dtype: str, device: str, run: Callable[
 
 
 def compiled(
-    tuned: Tuned, work: Work, dtype: str, device: str, run: Callable[..., Any], part: range
+    tuned: Tuned, work: Work, dtype: str, device: str, run: Run, part: range
 ) -> dict[str, Any]:
     """Run some of the candidates once, so that Triton keeps what it compiled for them."""
     from ..kernels.tuned import forced
@@ -104,7 +78,7 @@ def fastest(
     work: Work,
     dtype: str,
     device: str,
-    run: Callable[..., Any],
+    run: Run,
     *,
     seconds: float = 2.0,
 ) -> tuple[records.Config | None, dict[str, float]]:

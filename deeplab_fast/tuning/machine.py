@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..dispatch.errors import Wrong
+from ..dispatch.examples import Run
 from ..dispatch.records import Versions
-from .runner import Wrong
 
 STAND_IN = "DEEPLAB_FAST_STAND_IN"
 _STAND_IN_CAPABILITY = (0, 0)
@@ -151,7 +151,7 @@ def suffer(fault: str) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def spoiled(run: Callable[..., Any], fault: str) -> Callable[..., Any]:
+def spoiled(run: Run, fault: str) -> Run:
     """An implementation whose results are wrong or late, or that raises."""
     if fault not in ("wrong", "slow", "error"):
         return run

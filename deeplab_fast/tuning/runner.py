@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..dispatch.errors import Wrong
+
 PASSED = "passed"
 FAILED = "failed"
 CRASHED = "crashed"
@@ -53,18 +55,6 @@ _LEFT_OUT = b"\n[...]\n"
 _EXIT_FAILED = 1
 # Why a unit was not begun.
 NO_TIME = "no time was left"
-
-
-class Wrong(Exception):
-    """Raised by a unit whose check failed; the message names the check.
-
-    Attributes:
-        facts: what is known beside it, for the outcome.
-    """
-
-    def __init__(self, message: str, **facts: Any) -> None:
-        super().__init__(message)
-        self.facts = facts
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from ..dispatch.trust import PRODUCTS
-from . import checks
-from .errors import norm_error
-from .runner import Wrong, progress
-from .steps import LABELS, VALUES, Size, Step, flat, pytorch_forms, steps
+from ..dispatch import checks
+from ..dispatch.declare import find, pytorch_forms, steps
+from ..dispatch.errors import Wrong, norm_error
+from ..dispatch.examples import LABELS, VALUES, Run, Size, Step, flat
+from .runner import progress
 from .timing import SAMPLE_SECONDS, captured, clock, interleaved, ratio
 
 # Sets of inputs together should exceed what the second-level cache holds between calls.
@@ -39,8 +39,6 @@ _LABELS_APART = 1e-4
 # Assumed of PyTorch's fp32 path. At the sizes of checks it is off by less than 1e-6 (asserted in
 # tests/unit/test_tuning.py); sums of 100 times as many values by ten times that.
 _FP32 = 1e-5
-# PyTorch's bincount asks the device for the largest value.
-NOT_CAPTURABLE = ("upsample_confusion",)
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def compare(
     size: Size,
     dtype: str,
     device: str,
-    implementations: Mapping[str, Callable[..., Any]],
+    implementations: Mapping[str, Run],
     sizes: tuple[int, ...],
     *,
     seconds: float = 0.4,
@@ -130,7 +128,7 @@ def compare(
                 found[name] = Contestant(problem=_one_line(error))
                 _recover(device)
         ran = {name: own for name, own in calls.items() if not found[name].problem}
-        timed, graphed = repeatable(ran, device, op not in NOT_CAPTURABLE)
+        timed, graphed = repeatable(ran, device, find(op).examples.capturable)
         samples = interleaved(timed, clock(device), seconds, _ROUNDS, SAMPLE_SECONDS[device])
     for name, own_samples in samples.items():
         calls_of = len(sets)
@@ -152,7 +150,7 @@ def check_at(
     size: Size,
     dtype: str,
     device: str,
-    run: Callable[..., Any],
+    run: Run,
     name: str,
 ) -> None:
     """One call at a size, held against PyTorch's; arguments as for `compare`.
@@ -193,7 +191,7 @@ def input_sets(
     return [first, *(one(seed) for seed in range(1, count))]
 
 
-def check_near(step: Step, run: Callable[..., Any], dtype: str, name: str) -> None:
+def check_near(step: Step, run: Run, dtype: str, name: str) -> None:
     """Hold a backend's result against PyTorch's: float64 takes too long at the sizes of models.
 
     Raises:
@@ -209,7 +207,7 @@ def check_near(step: Step, run: Callable[..., Any], dtype: str, name: str) -> No
         if kind == VALUES:
             anchor = checks.OPERANDS.get(dtype, _FP32)
             # PyTorch's own may be rounded to the dtype of the call: statistics of a batch are.
-            if step.op not in PRODUCTS and out.dtype == ref.dtype == torch.float32:
+            if not find(step.op).is_product and out.dtype == ref.dtype == torch.float32:
                 anchor = _FP32
             bound = _APART * max(checks.allowed(step, kind, out, dtype, anchor), anchor)
             apart = norm_error(out, ref)

@@ -11,17 +11,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..dispatch import records, trust
+from ..dispatch import checks, records, trust
+from ..dispatch.declare import Tuned, find, is_product, steps
+from ..dispatch.errors import Wrong
+from ..dispatch.examples import Run, Step
 from ..dispatch.records import Record
-from ..ops.upsample_cross_entropy import CrossEntropy
-from . import checks, configurations, speeds
-from .configurations import TUNED, Tuned
+from . import configurations, speeds
+from .configurations import TUNED
 from .machine import Machine, fault_of, identity, spoiled, suffer
 from .runner import (
     ANSWERS,
@@ -32,10 +34,9 @@ from .runner import (
     Budget,
     Outcome,
     Unit,
-    Wrong,
+    progress,
     run,
 )
-from .steps import steps
 from .workloads import Work
 
 BACKENDS = ("triton", "cuda")
@@ -178,16 +179,16 @@ def launches(plan: Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
             continue
         works = [work.size for work in plan.works if (work.op, work.form) == (op, form)]
         for dtype in plan.dtypes:
-            if dtype == "tf32" and op not in trust.PRODUCTS:
+            if dtype == "tf32" and not is_product(op):
                 continue
-            for size in dict.fromkeys((*checks.sizes(op), *works)):
+            for size in dict.fromkeys((*find(op).examples.sizes, *works)):
                 made = steps(op, form, size, checks.DTYPES[dtype], "meta")
                 for number, step in enumerate(made):
                     name = f"{op} {form} {dtype} {size} call {number}"
                     yield name, partial(_launch, step, implementation.run, dtype)
 
 
-def _launch(step: Any, run: Callable[..., Any], dtype: str) -> None:
+def _launch(step: Step, run: Run, dtype: str) -> None:
     with checks.precision(dtype):
         step.launch(run)
 
@@ -206,7 +207,7 @@ def check_units(machine: Machine, plan: Plan) -> list[Unit]:
     for op, form in forms_of(plan.works):
         for backend in plan.backends:
             for dtype in plan.dtypes:
-                if dtype == "tf32" and op not in trust.PRODUCTS:
+                if dtype == "tf32" and not is_product(op):
                     continue
                 works = [w for w in plan.works if (w.op, w.form) == (op, form)]
                 if not _runnable(machine, op, backend, dtype, works):
@@ -394,7 +395,7 @@ def _runnable(machine: Machine, op: str, backend: str, dtype: str, works: Sequen
     if found is None or found.is_pytorch:
         return False
     form = works[0].form
-    for size in (*checks.sizes(op), *(work.size for work in works)):
+    for size in (*find(op).examples.sizes, *(work.size for work in works)):
         step = steps(op, form, size, checks.DTYPES[dtype], "meta")[0]
         if not machine.reasons(op, backend, step.desc):
             return True
@@ -419,8 +420,9 @@ def _check(
         dtype,
         form,
         machine.device,
-        at=checks.sizes(op)[:2] if quick else None,
+        at=find(op).examples.sizes[:2] if quick else None,
         reasons=lambda step: machine.reasons(op, backend, step.desc),
+        progress=progress,
     )
     for work in works:
         speeds.check_at(op, form, work.size, dtype, machine.device, implementation, backend)
@@ -500,19 +502,17 @@ def _configure(name: str, machine: Machine, tuned: Tuned, work: Work, dtype: str
     return found
 
 
-def _implementation(machine: Machine, unit: str, op: str, backend: str) -> Callable[..., Any]:
+def _implementation(machine: Machine, unit: str, op: str, backend: str) -> Run:
     """What runs; in a rehearsal with the fault that is asked for."""
     fault = fault_of(unit)
     suffer(fault)
     found = machine.implementation(op, backend).run
     if not fault:
         return found
-    if isinstance(found, CrossEntropy):
-        return CrossEntropy(
-            spoiled(found.forward, fault),
-            spoiled(found.with_grad, fault),
-            spoiled(found.backward, fault),
-        )
+    if is_dataclass(found) and not isinstance(found, type):
+        # Of several functions.
+        each = {f.name: spoiled(getattr(found, f.name), fault) for f in fields(found)}
+        return replace(found, **each)
     return spoiled(found, fault)
 
 

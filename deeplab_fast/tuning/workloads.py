@@ -14,27 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .steps import FORMS, Size
+from ..dispatch.declare import INFERENCE, find, gpu_ops
+from ..dispatch.examples import Shapes, Size, elements
 
-INFERENCE = (
-    "aspp_branches",
-    "aspp_project",
-    "conv_bn_act",
-    "upsample_argmax",
-    "upsample_softmax_add",
-)
-TRAINING = (
-    "aspp_convs",
-    "aspp_convs_backward",
-    "batch_stats",
-    "bn_act",
-    "bn_act_reduce",
-    "bn_act_backward",
-    "upsample_cross_entropy",
-    "upsample_confusion",
-)
-OPS = (*INFERENCE, *TRAINING)
-_NORM_OPS = ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward")
+OPS = tuple(op.name for op in gpu_ops())
 _ACTS: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
@@ -61,10 +44,10 @@ def of_model(model: nn.Module, image: tuple[int, int], batches: Sequence[int]) -
     """
     found: list[Work] = []
     for batch in batches:
-        seen = _Seen.of(model, (batch, 3, *image))
-        found += seen.inference()
-        if batch == batches[-1]:
-            found += seen.training()
+        shapes = _shapes(model, (batch, 3, *image))
+        for op in gpu_ops():
+            if op.use == INFERENCE or batch == batches[-1]:
+                found += [Work(op.name, *work) for work in op.examples.works(shapes)]
     return list(dict.fromkeys(found))
 
 
@@ -81,129 +64,52 @@ def selected(works: Iterable[Work], ops: Sequence[str] | None, quick: bool) -> l
         return found
     chosen: dict[str, Work] = {}
     # The commonest of its forms that the models have.
-    for work in sorted(found, key=lambda w: (FORMS[w.op].index(w.form), -_elements(w.size))):
+    for work in sorted(found, key=_commonness):
         chosen.setdefault(work.op, work)
     return list(chosen.values())
 
 
-@dataclass
-class _Seen:
-    """What went through a model.
+def _commonness(work: Work) -> tuple[int, int]:
+    return find(work.op).examples.forms.index(work.form), -elements(work.size)
 
-    Attributes:
-        input: shape of the images.
-        logits: shape of the main logits before upsampling.
-        norms: maps that batch norms saw.
-        pointwise: of 1x1 convolutions.
-        aspp: of the branches and the projection; None for a model without.
-        acts: activations that the model has.
-    """
 
-    input: tuple[int, int, int, int]
-    logits: tuple[int, ...]
-    norms: list[Size]
-    pointwise: list[Size]
-    aspp: Size | None
-    acts: list[str]
+def _shapes(model: nn.Module, shape: tuple[int, int, int, int]) -> Shapes:
+    """What goes through a copy of a model on the meta device, at a shape of the images."""
+    from ..nn.aspp import ASPP
 
-    @classmethod
-    def of(cls, model: nn.Module, shape: tuple[int, int, int, int]) -> _Seen:
-        """Run a copy of a model on the meta device."""
-        from ..nn.aspp import ASPP
+    meta: Any = copy.deepcopy(model).to("meta").eval()
+    meta.fast = meta.fused = False
+    norms: list[Size] = []
+    pointwise: list[Size] = []
+    aspp: list[Size] = []
 
-        meta: Any = copy.deepcopy(model).to("meta").eval()
-        meta.fast = meta.fused = False
-        norms: list[Size] = []
-        pointwise: list[Size] = []
-        aspp: list[Size] = []
+    def at(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        n, c, h, w = inputs[0].shape
+        if isinstance(module, nn.BatchNorm2d) and h * w > 1:
+            norms.append(Size(n, c, h, w))
+        elif isinstance(module, ASPP):
+            aspp.append(_aspp_size(module, (n, c, h, w)))
+        elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and h * w > 1:
+            if module.groups == 1 and module.bias is None:
+                k, stride = module.out_channels, module.stride[0]
+                pointwise.append(Size(n, c, h, w, filters=k, stride=stride))
 
-        def at(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-            n, c, h, w = inputs[0].shape
-            if isinstance(module, nn.BatchNorm2d) and h * w > 1:
-                norms.append(Size(n, c, h, w))
-            elif isinstance(module, ASPP):
-                aspp.append(_aspp_size(module, (n, c, h, w)))
-            elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and h * w > 1:
-                if module.groups == 1 and module.bias is None:
-                    k, stride = module.out_channels, module.stride[0]
-                    pointwise.append(Size(n, c, h, w, filters=k, stride=stride))
-
-        for module in meta.modules():
-            if isinstance(module, (nn.BatchNorm2d, nn.Conv2d, ASPP)):
-                module.register_forward_hook(at)
-        with torch.no_grad():
-            logits = meta.forward_logits(torch.empty(shape, device="meta"))
-        acts = [act for kind, act in _ACTS.items() if any(type(m) is kind for m in meta.modules())]
-        return cls(
-            shape,
-            tuple(logits.shape),
-            norms,
-            pointwise,
-            aspp[0] if aspp else None,
-            acts or ["relu"],
-        )
-
-    def inference(self) -> list[Work]:
-        """The ops of eval mode."""
-        found = []
-        if self.aspp is not None:
-            found.append(Work("aspp_branches", "plain", self.aspp))
-            found += [Work("aspp_project", form, self._project()) for form in ("plain", "classes")]
-        wide = [s for s in self.pointwise if s.filters > s.c]
-        narrow = [s for s in self.pointwise if s.filters <= s.c]
-        found += [Work("conv_bn_act", "relu", s) for s in _spread(narrow)]
-        found += [Work("conv_bn_act", "relu+residual", s) for s in _spread(wide)]
-        found += [Work("conv_bn_act", "plain", s) for s in _spread(wide)[:1]]
-        found += [Work("conv_bn_act", "residual", s) for s in _spread(wide)[:1]]
-        for op in ("upsample_argmax", "upsample_softmax_add"):
-            found += [Work(op, form, self._upsampled()) for form in FORMS[op]]
-        return found
-
-    def training(self) -> list[Work]:
-        """The ops of a training step and of an evaluation."""
-        found = []
-        if self.aspp is not None:
-            found += [Work(op, "plain", self.aspp) for op in ("aspp_convs", "aspp_convs_backward")]
-        for size in _spread(self.norms):
-            found.append(Work("batch_stats", "plain", size))
-            for op in _NORM_OPS[1:]:
-                forms = [*self.acts, "plain", "residual", "relu+residual"]
-                found += [Work(op, form, size) for form in forms]
-        for op in ("upsample_cross_entropy", "upsample_confusion"):
-            found.append(Work(op, "plain", self._upsampled()))
-        return found
-
-    def _upsampled(self) -> Size:
-        n, c, h, w = self.logits
-        return Size(n, c, h, w, self.input[2], self.input[3])
-
-    def _project(self) -> Size:
-        assert self.aspp is not None
-        s = self.aspp
-        return Size(
-            s.n,
-            s.filters * (1 + len(s.rates)),
-            s.h,
-            s.w,
-            filters=s.filters,
-            pooled=s.filters,
-            classes=self.logits[1],
-        )
+    for module in meta.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.Conv2d, ASPP)):
+            module.register_forward_hook(at)
+    with torch.no_grad():
+        n, c, h, w = meta.forward_logits(torch.empty(shape, device="meta")).shape
+    acts = [act for kind, act in _ACTS.items() if any(type(m) is kind for m in meta.modules())]
+    return Shapes(
+        Size(n, c, h, w, shape[2], shape[3]),
+        tuple(norms),
+        tuple(pointwise),
+        aspp[0] if aspp else None,
+        tuple(acts or ["relu"]),
+    )
 
 
 def _aspp_size(module: nn.Module, shape: tuple[int, int, int, int]) -> Size:
     convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
     rates = tuple(m.dilation[0] for m in convs if m.kernel_size == (3, 3) and m.dilation[0] > 1)
     return Size(*shape, filters=convs[0].out_channels, rates=rates)
-
-
-def _elements(size: Size) -> int:
-    return size.n * max(size.c * size.h * size.w, size.c * size.height * size.width)
-
-
-def _spread(sizes: Iterable[Size]) -> list[Size]:
-    """The largest, the smallest and the one in the middle, each once."""
-    ordered = sorted(set(sizes), key=lambda s: (_elements(s), s.filters, s.stride), reverse=True)
-    if not ordered:
-        return []
-    return list(dict.fromkeys((ordered[0], ordered[len(ordered) // 2], ordered[-1])))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deeplab_fast import _ext, ops, reference
 from deeplab_fast.backends import OpDesc
+from deeplab_fast.dispatch import limits
 from deeplab_fast.ops import _aspp_cuda
 from deeplab_fast.plan.device import A100, H100, Device
 from deeplab_fast.plan.packing import PackedBranches
@@ -503,7 +504,7 @@ def test_tiles_fit_the_device(on_host: Emulated) -> None:
 
 
 def test_reasons_name_what_is_wrong(on_host: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_aspp_cuda, "_missing", lambda extension, op: [])
+    monkeypatch.setattr(limits, "extension", lambda extension, op: [])
     monkeypatch.setattr(_ext, "CPU", type("Built", (), {"loaded": True, "module": ROOT}))
     monkeypatch.setattr(Path, "aspp_tiles", None, raising=False)
 

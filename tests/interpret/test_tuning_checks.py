@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 
 from deeplab_fast import backends
-from deeplab_fast.tuning import checks
-from deeplab_fast.tuning.runner import Wrong
-from deeplab_fast.tuning.steps import FORMS
+from deeplab_fast.dispatch import checks
+from deeplab_fast.dispatch.declare import find
+from deeplab_fast.dispatch.errors import Wrong
 
 pytestmark = pytest.mark.interpret
 
@@ -29,7 +29,7 @@ CASES = [
         ("aspp_project", 1),
         ("conv_bn_act", 1),
     )
-    for form in FORMS[op]
+    for form in find(op).examples.forms
 ]
 
 
@@ -37,7 +37,7 @@ CASES = [
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_kernel_passes(op: str, form: str, number: int, dtype: str) -> None:
     implementation = backends.implementations(op)["triton"]
-    size = checks.sizes(op)[number]
+    size = find(op).examples.sizes[number]
     found = checks.check(op, implementation.run, dtype, form, "cpu", at=[size])
     assert found.error <= found.bound
 
@@ -54,4 +54,6 @@ def test_a_wrong_kernel_does_not(monkeypatch) -> None:
         return y
 
     with pytest.raises(Wrong, match="values are wrong, first at image 0, row 0, column 0"):
-        checks.check("bn_act", wrong, "float16", "plain", "cpu", at=checks.sizes("bn_act")[1:2])
+        checks.check(
+            "bn_act", wrong, "float16", "plain", "cpu", at=find("bn_act").examples.sizes[1:2]
+        )

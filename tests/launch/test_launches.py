@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from deeplab_fast.kernels._compat import allow_tf32
 from torch import Tensor
 
 from bench.launch_stub import GPUS, pretend
 from deeplab_fast import backends, kernels, ops
+from deeplab_fast.dispatch.declare import find
+from deeplab_fast.dispatch.examples import Size
+from deeplab_fast.dispatch.limits import allow_tf32
 from deeplab_fast.testing import tf32
 from deeplab_fast.tuning import api, configurations, tune, workloads
-from deeplab_fast.tuning.steps import FORMS, Size
 
 pytestmark = pytest.mark.launch
 
@@ -488,7 +489,7 @@ def test_configurations_are_launched(tuned, launches, monkeypatch) -> None:
     products = Size(1, 64, 33, 33, filters=64, pooled=64, classes=21)
     sizes |= dict.fromkeys(("aspp_project", "conv_bn_act"), products)
     size = sizes.get(tuned.op, Size(1, 21, 17, 17, 65, 65))
-    work = workloads.Work(tuned.op, FORMS[tuned.op][0], size)
+    work = workloads.Work(tuned.op, find(tuned.op).examples.forms[0], size)
     run = backends.implementations(tuned.op)["triton"].run
     given = (tuned, work, "bfloat16", "cpu", run)
     _, _, found = configurations.candidates(*given)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deeplab_fast import backends
 from deeplab_fast.backends import OpDesc
+from deeplab_fast.dispatch import limits
 from deeplab_fast.plan.device import (
     A100,
     H100,
@@ -113,12 +114,13 @@ def test_in_a_fresh_process() -> None:
     """
     code = (
         "import torch\n"
-        "from deeplab_fast.kernels import _compat, aspp, conv, launch\n"
+        "from deeplab_fast.dispatch import limits\n"
+        "from deeplab_fast.kernels import aspp, conv, launch\n"
         "assert not any(hasattr(m, 'triton') for m in (aspp, conv, launch))\n"
         "import sys; assert 'deeplab_fast.kernels.aspp_kernels' not in sys.modules\n"
         "for on in (True, False):\n"
         "    torch.backends.cuda.matmul.fp32_precision = 'tf32' if on else 'ieee'\n"
-        "    assert _compat.allow_tf32() is on\n"
+        "    assert limits.allow_tf32() is on\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -129,7 +131,7 @@ def test_tf32_follows_pytorchs_older_setting(on: bool, monkeypatch: pytest.Monke
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = on
     try:
-        assert _compat.allow_tf32() is on
+        assert limits.allow_tf32() is on
         assert launch.precision(torch.empty(0)) == ("tf32" if on else "ieee")
         assert launch.precision(torch.empty(0, dtype=torch.bfloat16)) == "ieee"
     finally:
@@ -405,7 +407,7 @@ def test_classes_behind_the_projection(classes: int, block: int, recorder: Recor
 
 
 def test_without_triton_the_reason_and_the_error_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compat, "missing_triton", lambda: "Triton is not installed")
+    monkeypatch.setattr(limits, "missing_triton", lambda: "Triton is not installed")
     assert conv.product_reasons(branches_desc()) == ["Triton is not installed"]
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         conv.conv_bn_act(torch.empty(1, 2, 3, 3), torch.empty(4, 2, 1, 1), *[torch.empty(4)] * 2)

@@ -12,13 +12,14 @@ import torch
 
 import deeplab_fast as dlf
 from deeplab_fast import _ext, backends, info, ops
+from deeplab_fast.dispatch import choice, declare
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch):
     """An op with three implementations: one for nothing, one for even sizes, the reference."""
-    monkeypatch.setattr(backends, "_implementations", {})
-    monkeypatch.setattr(backends, "_fallthrough_logged", set())
+    monkeypatch.setattr(declare, "_implementations", {})
+    monkeypatch.setattr(choice, "_fallthrough_logged", set())
     monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
 
     def even_only(desc: backends.OpDesc) -> list[str]:
@@ -85,7 +86,7 @@ def test_automatic_choice_logs_a_fallthrough_once(toy, caplog) -> None:
 
 
 def test_nothing_can_run(toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(backends._implementations["toy"], "reference")
+    monkeypatch.delitem(declare._implementations["toy"], "reference")
     with pytest.raises(backends.BackendUnavailable, match="cpu: size 3 is odd"):
         backends.run(toy(3))
 

@@ -10,14 +10,14 @@ import torch
 from deeplab_fast.kernels.tuned import TUNABLE, tuned_config
 
 from deeplab_fast import backends
+from deeplab_fast.dispatch.errors import Wrong
+from deeplab_fast.dispatch.examples import Size
 from deeplab_fast.ops.upsample_cross_entropy import CrossEntropy
 from deeplab_fast.plan.device import H100, WARP
 from deeplab_fast.plan.gemm import MMA_16BIT, PointwiseKey
 from deeplab_fast.plan.upsample import forward_candidates, gradient_candidates
 from deeplab_fast.tuning import configurations
 from deeplab_fast.tuning.configurations import LEAST_GAIN, RULE, TUNED, candidates, fastest
-from deeplab_fast.tuning.runner import Wrong
-from deeplab_fast.tuning.steps import Size
 from deeplab_fast.tuning.workloads import Work
 
 (POINTWISE,) = (t for t in TUNED if (t.kernel, t.op) == ("pointwise", "conv_bn_act"))

@@ -18,7 +18,7 @@ import torch
 
 import deeplab_fast as dlf
 from deeplab_fast import backends, info, kernels, ops
-from deeplab_fast.dispatch import records, sources, trust
+from deeplab_fast.dispatch import declare, records, sources, trust
 from deeplab_fast.dispatch.records import Record, Time
 
 H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
@@ -42,7 +42,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for name, found in backends.implementations(OP).items()
         if name != "cpu"
     }
-    monkeypatch.setitem(backends._implementations, OP, table)
+    monkeypatch.setitem(declare._implementations, OP, table)
     trust.forget()
     yield path
     trust.forget()
@@ -205,7 +205,7 @@ def test_pytorch_s_own_kernels_need_no_record() -> None:
 
 @pytest.mark.parametrize("problem", ["", "off by 1"])
 def test_triton_that_passed_elsewhere_is_checked_once(problem, own, monkeypatch, caplog) -> None:
-    from deeplab_fast.tuning import checks
+    from deeplab_fast.dispatch import checks
 
     asked: list[tuple[str, ...]] = []
 
@@ -236,7 +236,7 @@ def test_no_check_during_a_capture(own: Path, monkeypatch) -> None:
     write(own, record())
     assert chosen(gpu=A100) == "reference"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    from deeplab_fast.tuning import checks
+    from deeplab_fast.dispatch import checks
 
     monkeypatch.setattr(checks, "first_use_problem", lambda *given: "")
     assert chosen(gpu=A100) == "triton"
@@ -244,14 +244,14 @@ def test_no_check_during_a_capture(own: Path, monkeypatch) -> None:
 
 def test_the_check_at_first_use_computes(monkeypatch) -> None:
     """On the CPU, with a right and a wrong implementation."""
-    from deeplab_fast.tuning import checks
+    from deeplab_fast.dispatch import checks
 
     table = backends.implementations("batch_stats")
     right = table["reference"].run
     monkeypatch.setattr(checks, "FIRST_USE_DEVICE", "cpu")
     for run, text in ((right, ""), (lambda x: [t + 1 for t in right(x)], "is off by")):
         fake = replace(table["reference"], run=run)
-        monkeypatch.setitem(backends._implementations, "batch_stats", {**table, "triton": fake})
+        monkeypatch.setitem(declare._implementations, "batch_stats", {**table, "triton": fake})
         problem = checks.first_use_problem("batch_stats", "triton", "bfloat16", "plain")
         assert text in problem and bool(text) == bool(problem)
 
@@ -467,17 +467,17 @@ def test_every_gpu_kernel_has_sources(monkeypatch) -> None:
     for op in backends.registered_ops():
         for backend, implementation in backends.implementations(op).items():
             if backend in ("triton", "cuda") and not implementation.is_pytorch:
-                assert sources.family(op, backend), f"{op} {backend}"
+                assert sources.family(declare.sources_of(op), backend), f"{op} {backend}"
     root = Path(sources.__file__).resolve().parents[2]
     if (root / "csrc").is_dir():
         assert all(sources.compiled(root).values())
-    assert all(sources.of_triton(name) for name in sources._TRITON)
+    assert all(sources.of_triton(name) for name in sources.TRITON)
 
 
 def test_sources_of_triton_kernels_are_closed_under_imports() -> None:
     """Device code of another module is a part of the kernel, as are the indices it computes."""
     folder = Path(kernels.__file__).parent
-    for name, files in sources._TRITON.items():
+    for name, files in sources.TRITON.items():
         for file in files:
             if not file.endswith("_kernels.py"):
                 continue

@@ -20,11 +20,13 @@ import torch
 
 import deeplab_fast as dlf
 from deeplab_fast import backends, cli
-from deeplab_fast.dispatch import records, trust
-from deeplab_fast.tuning import api, checks, machine, runner, speeds, tune, workloads
+from deeplab_fast.dispatch import checks, records, trust
+from deeplab_fast.dispatch.declare import exact, find, pytorch_forms, steps
+from deeplab_fast.dispatch.errors import Wrong
+from deeplab_fast.dispatch.examples import Size
+from deeplab_fast.tuning import api, machine, runner, speeds, tune, workloads
 from deeplab_fast.tuning.machine import Machine
-from deeplab_fast.tuning.runner import Budget, Outcome, Unit, Wrong
-from deeplab_fast.tuning.steps import FORMS, Size, pytorch_forms, steps
+from deeplab_fast.tuning.runner import Budget, Outcome, Unit
 from deeplab_fast.tuning.workloads import OPS, Work
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,8 +253,10 @@ def _implementation(op: str) -> Any:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_reference_passes(op: str, dtype: str) -> None:
-    for form in FORMS[op]:
-        found = checks.check(op, _implementation(op), dtype, form, "cpu", at=checks.sizes(op)[:2])
+    for form in find(op).examples.forms:
+        found = checks.check(
+            op, _implementation(op), dtype, form, "cpu", at=find(op).examples.sizes[:2]
+        )
         assert found.error <= found.bound
 
 
@@ -304,9 +308,9 @@ def test_what_is_wrong_is_found(op: str, fault: str, text: str) -> None:
     if op == "upsample_cross_entropy":
         kinds = {name: _under(right, name, wrong) for name in ("forward", "with_grad", "backward")}
         implementation = replace(right, **kinds)
-    size = checks.sizes(op)[0]
+    size = find(op).examples.sizes[0]
     with pytest.raises(Wrong) as error:
-        checks.check(op, implementation, "float32", FORMS[op][0], "cpu", at=[size])
+        checks.check(op, implementation, "float32", find(op).examples.forms[0], "cpu", at=[size])
     assert text in str(error.value)
 
 
@@ -350,19 +354,19 @@ def test_what_cannot_run_at_any_size_is_no_verdict() -> None:
 def test_pytorch_s_forms_compute_the_step(op: str) -> None:
     """Their errors are what kernels are allowed, so they must be those of roundings."""
     size = Size(2, 16, 9, 11, 33, 41, filters=24, rates=(2, 4, 12), pooled=12, classes=5)
-    for form in FORMS[op]:
+    for form in find(op).examples.forms:
         for step in steps(op, form, size, torch.float32):
-            exact = step.exact()
+            expected = exact(step)
             for run in pytorch_forms(step.converted(torch.clone)).values():
                 results = speeds.flat(run())
-                for kind, out, ref in zip(step.kinds, results, exact, strict=False):
+                for kind, out, ref in zip(step.kinds, results, expected, strict=False):
                     assert checks.error_of(kind, out, ref) < 1e-6
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_forms_of_steps_are_those_that_records_are_asked_by(op: str) -> None:
     size = Size(1, 8, 5, 7, 9, 11, filters=8, rates=(2,), pooled=8, classes=3)
-    for form in FORMS[op]:
+    for form in find(op).examples.forms:
         for step in steps(op, form, size, torch.bfloat16, "meta"):
             assert trust.form(step.on((9, 0))) == form
 
@@ -374,7 +378,7 @@ def test_every_op_with_a_gpu_kernel_is_tuned() -> None:
         for backend, found in backends.implementations(op).items()
         if backend in tune.BACKENDS and not found.is_pytorch
     }
-    assert mine == set(OPS) == set(FORMS)
+    assert mine == set(OPS)
 
 
 # Times.
@@ -404,11 +408,11 @@ def test_a_result_that_is_far_from_pytorch_s_is_no_time() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("op", FORMS)
+@pytest.mark.parametrize("op", OPS)
 def test_what_is_right_is_near_pytorch_s(op: str, dtype: str) -> None:
     """Also where PyTorch's own result is rounded to the dtype of the call."""
-    for form in FORMS[op]:
-        for size in checks.sizes(op)[:2]:
+    for form in find(op).examples.forms:
+        for size in find(op).examples.sizes[:2]:
             speeds.check_at(op, form, size, dtype, "cpu", _implementation(op), "reference")
 
 
@@ -425,7 +429,7 @@ def test_what_a_norm_hides_at_the_sizes_of_models(op: str, fault: Any) -> None:
     """Right in bf16, whose PyTorch path interpolates with errors that move many labels, and wrong
     in a part."""
     size = Size(1, 64, 33, 33, 129, 129)
-    form = FORMS[op][0]
+    form = find(op).examples.forms[0]
 
     def wrong(*args: Any) -> Any:
         results = _implementation(op)(*args)
@@ -450,7 +454,7 @@ def test_a_lack_of_memory_is_no_verdict(error: Exception) -> None:
     def lacks(*args: Any) -> Any:
         raise error
 
-    size = checks.sizes("bn_act")[0]
+    size = find("bn_act").examples.sizes[0]
     with pytest.raises(type(error), match=str(error).split()[-1]):
         checks.check("bn_act", lacks, "float32", "relu", "cpu", at=[size])
     speeds.check_at("bn_act", "relu", size, "float32", "cpu", lacks, "a")
@@ -580,27 +584,27 @@ def test_faults_are_their_units_verdicts_and_nobody_else_s(stand_in) -> None:
         "check batch_stats triton": "crash",
         "check bn_act triton": "wrong",
         "check upsample_argmax cuda": "error",
-        "time bn_act_reduce cuda": "crash",
+        "time upsample_softmax_add cuda": "crash",
         "time upsample_confusion triton": "slow",
     }
-    ops = "[batch_stats,bn_act,bn_act_reduce,upsample_argmax,upsample_confusion]"
+    ops = "[batch_stats,bn_act,upsample_argmax,upsample_confusion,upsample_softmax_add]"
     status, output, found = stand_in(faults, "--ops", ops, "--quick", "--budget", "100")
     assert status == 1
     verdicts = {name: r.verdict for name, r in found.items()}
     failed = {name for name, verdict in verdicts.items() if verdict == "failed"}
     assert failed == {
         "batch_stats triton plain", "bn_act triton relu", "upsample_argmax cuda plain",
-        "bn_act_reduce cuda relu",
+        "upsample_softmax_add cuda plain",
     }  # fmt: skip
-    assert len(verdicts) == 10
+    assert len(verdicts) == 8
     assert "SIGSEGV" in found["batch_stats triton plain"].reason
     assert "values are wrong, first at" in found["bn_act triton relu"].reason
     assert "illegal memory access" in found["upsample_argmax cuda plain"].reason
-    assert found["bn_act_reduce cuda relu"].reason.startswith("while timed: crashed")
+    assert found["upsample_softmax_add cuda plain"].reason.startswith("while timed: crashed")
     # What was timed beside it was timed again.
-    assert found["bn_act_reduce triton relu"].times
+    assert found["upsample_softmax_add triton plain"].times
     assert found["upsample_confusion triton plain"].times[0].gain < 1
-    assert "10 kernels checked, 6 passed" in output
+    assert "8 kernels checked, 4 passed" in output
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
-from deeplab_fast.kernels import _compat, upsample
+from deeplab_fast.kernels import upsample
 
 from deeplab_fast.backends import OpDesc
+from deeplab_fast.dispatch import limits
 
 FP32 = OpDesc("upsample_argmax", "cuda", torch.float32, (2, 21, 9, 9), {}, (9, 0))
 
@@ -68,7 +69,7 @@ def test_reasons_in_the_interpreter(
 
 def test_without_triton_the_reason_and_the_error_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = "Triton is not installed"
-    monkeypatch.setattr(_compat, "missing_triton", lambda: missing)
+    monkeypatch.setattr(limits, "missing_triton", lambda: missing)
     assert upsample.not_supported_reasons(FP32) == [missing]
     with pytest.raises(RuntimeError, match=missing):
         upsample.upsample_argmax(torch.zeros(1, 2, 3, 3), (5, 5), False, False)
@@ -88,8 +89,9 @@ def test_import_works_where_triton_is_missing() -> None:
         "import importlib.util as u\n"
         "find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "from deeplab_fast.dispatch import limits\n"
         "from deeplab_fast.kernels import _compat, upsample\n"
-        "assert 'not installed' in _compat.missing_triton()\n"
+        "assert 'not installed' in limits.missing_triton()\n"
         "try:\n    _compat.device_module('upsample_kernels')\n"
         "except RuntimeError as error:\n    assert 'not installed' in str(error)\n"
         "else:\n    sys.exit(1)\n"
@@ -100,8 +102,8 @@ def test_import_works_where_triton_is_missing() -> None:
 
 def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: "3.2.0")
-    _compat.missing_triton.cache_clear()
+    limits.missing_triton.cache_clear()
     try:
-        assert "Triton 3.2.0 is older than 3.6" in _compat.missing_triton()
+        assert "Triton 3.2.0 is older than 3.6" in limits.missing_triton()
     finally:
-        _compat.missing_triton.cache_clear()
+        limits.missing_triton.cache_clear()

@@ -20,6 +20,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+
+class Wrong(Exception):
+    """A result is wrong; the message names the check.
+
+    Attributes:
+        facts: what is known beside it, for whoever keeps the answer.
+    """
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.facts = facts
+
+
 # Six deviations of each of two logits.
 DEVIATIONS = 12.0
 

@@ -16,16 +16,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends, testing
-from ..dispatch import trust
-from .errors import DEVIATIONS, count_error, label_error, norm_error
-from .runner import Wrong, progress
-from .steps import COUNTS, LABELS, Size, Step, flat, pytorch_forms, steps
+from .. import testing
+from .declare import exact, find, implementations, pytorch_forms, steps
+from .errors import DEVIATIONS, Wrong, count_error, label_error, norm_error
+from .examples import COUNTS, LABELS, Run, Size, Step, flat
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -42,62 +40,6 @@ OPERANDS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11}
 _FP32 = 2e-6
 # Independent roundings of both operands, and how far above their expected size errors may be.
 _PRODUCT = 4 * math.sqrt(2)
-# Upsampling computes in fp32 whatever the dtype of the logits.
-_IN_FP32 = "upsample_"
-
-_UPSAMPLED = (
-    # A ratio that is no integer, odd numbers of everything.
-    Size(2, 5, 5, 7, 33, 41),
-    # Fewer pixels than logits.
-    Size(1, 3, 9, 8, 5, 4),
-    # A map of one pixel; labels next to what 16 bytes hold.
-    Size(3, 19, 1, 1, 8, 17),
-    # Several blocks of rows and columns, as at output stride 8.
-    Size(1, 21, 17, 33, 129, 257),
-    # More classes than a block of them.
-    Size(1, 150, 5, 6, 33, 40),
-)
-_NORMED = (
-    # Accesses of 16 bytes, and of one element.
-    Size(2, 40, 9, 11),
-    Size(2, 7, 9, 11),
-    # One pixel of each image.
-    Size(3, 256, 1, 1),
-    # Several tiles of pixels and of channels.
-    Size(2, 320, 33, 65),
-)
-_BRANCHES = (
-    # Rate 12 on 9 rows has no tap but the centre; filters that fill no tile.
-    Size(2, 40, 9, 11, filters=24, rates=(2, 4, 12)),
-    # Accesses of one element.
-    Size(2, 7, 9, 11, filters=5, rates=(2, 4, 12)),
-    # Every class of taps, tiles of 256 filters, rows of several images in a tile.
-    Size(2, 64, 21, 20, filters=256, rates=(6, 12, 18)),
-    # Channels that end within a chunk, filters that end within a tile.
-    Size(1, 136, 33, 17, filters=144, rates=(6, 12, 18)),
-)
-_PROJECTED = (
-    Size(2, 40, 9, 11, filters=24, pooled=24, classes=5),
-    Size(2, 7, 9, 11, filters=5, pooled=3, classes=150),
-    Size(2, 320, 33, 17, filters=256, pooled=256, classes=21),
-)
-_POINTWISE = (
-    Size(2, 40, 9, 11, filters=24),
-    Size(2, 7, 9, 11, filters=5),
-    # Pixels that are not next to each other.
-    Size(1, 64, 33, 17, filters=256, stride=2),
-    Size(2, 136, 33, 17, filters=144),
-)
-# By the beginning of the op's name.
-_SIZES: dict[str, tuple[Size, ...]] = {
-    "upsample": _UPSAMPLED,
-    "batch_stats": _NORMED,
-    "bn_act": _NORMED,
-    "aspp_branches": _BRANCHES,
-    "aspp_convs": _BRANCHES,
-    "aspp_project": _PROJECTED,
-    "conv_bn_act": _POINTWISE,
-}
 
 
 @dataclass(frozen=True)
@@ -111,11 +53,6 @@ class Found:
         """The one of both that uses more of its bound."""
         share = [f.error / f.bound if f.bound else 0.0 for f in (self, other)]
         return self if share[0] > share[1] else other
-
-
-def sizes(op: str) -> tuple[Size, ...]:
-    """The sizes that an op is checked at."""
-    return next(found for name, found in _SIZES.items() if op.startswith(name))
 
 
 @contextmanager
@@ -134,13 +71,14 @@ def poisoned() -> Iterator[None]:
 
 def check(
     op: str,
-    implementation: Callable[..., Any],
+    implementation: Run,
     dtype: str,
     form: str,
     device: str,
     *,
     at: Sequence[Size] | None = None,
     reasons: Callable[[Step], Sequence[str]] = lambda step: (),
+    progress: Callable[[], None] = lambda: None,
 ) -> Found:
     """Check a form of an op.
 
@@ -151,13 +89,14 @@ def check(
         device: "cuda", or "cpu" to rehearse.
         at: sizes; those of the op where None is given.
         reasons: why the implementation cannot run a step, which is then left out.
+        progress: called before each step.
 
     Raises:
         Wrong: the first result that is wrong; says where.
         ValueError: no size is one that the implementation can run.
     """
     found, ran = Found(), False
-    for size in sizes(op) if at is None else at:
+    for size in find(op).examples.sizes if at is None else at:
         for step in steps(op, form, size, DTYPES[dtype]):
             if reasons(step):
                 continue
@@ -169,9 +108,7 @@ def check(
     return found
 
 
-def check_step(
-    step: Step, implementation: Callable[..., Any], dtype: str, device: str, repeats: int = 1
-) -> Found:
+def check_step(step: Step, implementation: Run, dtype: str, device: str, repeats: int = 1) -> Found:
     """Check one call, in channels_last and in NCHW.
 
     Args:
@@ -182,10 +119,10 @@ def check_step(
     Raises:
         Wrong: a result is not what it should be.
     """
-    exact = step.exact()
+    expected = exact(step)
     moved = step.moved(device)
     with precision(dtype):
-        anchors = _anchors(step, exact, device)
+        anchors = _anchors(step, expected, device)
     found = Found()
     layouts = {"channels_last": moved, "NCHW": moved.converted(_nchw)}
     for layout, given in layouts.items():
@@ -198,7 +135,7 @@ def check_step(
                 again = run_guarded(given, implementation, where)
                 _check_same(results, again, f"call {number + 2} differs at {where}")
         results = [t.cpu() for t in results]
-        found = found.worst(_compare(step, results, exact, anchors, dtype, where))
+        found = found.worst(_compare(step, results, expected, anchors, dtype, where))
     return found
 
 
@@ -210,7 +147,7 @@ def lacks_memory(error: BaseException) -> bool:
     )
 
 
-def run_guarded(step: Step, implementation: Callable[..., Any], where: str) -> list[Tensor]:
+def run_guarded(step: Step, implementation: Run, where: str) -> list[Tensor]:
     """The results of a call that is waited for.
 
     Raises:
@@ -234,9 +171,9 @@ def first_use_problem(op: str, backend: str, dtype: str, form: str) -> str:
 
     For a kernel that passed on another compute capability: the first of its sizes.
     """
-    implementation = backends.implementations(op)[backend]
+    implementation = implementations(op)[backend]
     try:
-        check(op, implementation.run, dtype, form, FIRST_USE_DEVICE, at=sizes(op)[:1])
+        check(op, implementation.run, dtype, form, FIRST_USE_DEVICE, at=find(op).examples.sizes[:1])
     except Wrong as wrong:
         return str(wrong)
     except Exception as error:
@@ -261,7 +198,7 @@ def allowed(step: Step, kind: str, out: Tensor, dtype: str, anchor: float) -> fl
     if kind == LABELS:
         return max(2 * anchor, _FP32)
     bound = max(2 * anchor, _FP32)
-    if step.op in trust.PRODUCTS and dtype in OPERANDS:
+    if find(step.op).is_product and dtype in OPERANDS:
         bound = min(bound, _PRODUCT * OPERANDS[dtype])
     return bound + _ROUNDOFF.get(out.dtype, 0.0)
 
@@ -269,17 +206,18 @@ def allowed(step: Step, kind: str, out: Tensor, dtype: str, anchor: float) -> fl
 def measure(step: Step) -> Step:
     """The step as PyTorch's path for it is run that results are held against: of upsampling ops,
     which compute in fp32, in fp32; on a copy of what the call changes."""
-    if step.op.startswith(_IN_FP32):
+    if find(step.op).examples.in_fp32:
         step = step.converted(lambda t: t.float())
     return step.converted(torch.clone) if step.changed >= 0 else step
 
 
-def _anchors(step: Step, exact: Sequence[Tensor], device: str) -> list[float]:
+def _anchors(step: Step, expected: Sequence[Tensor], device: str) -> list[float]:
     """Errors of PyTorch's own path, one for each result."""
     run = next(iter(pytorch_forms(measure(step.moved(device))).values()))
     results = [t.cpu() for t in flat(run())]
     return [
-        error_of(kind, out, ref) for kind, out, ref in zip(step.kinds, results, exact, strict=False)
+        error_of(kind, out, ref)
+        for kind, out, ref in zip(step.kinds, results, expected, strict=False)
     ]
 
 
@@ -295,17 +233,17 @@ def error_of(kind: str, out: Tensor, ref: Tensor) -> float:
 def _compare(
     step: Step,
     results: Sequence[Tensor],
-    exact: Sequence[Tensor],
+    expected: Sequence[Tensor],
     anchors: Sequence[float],
     dtype: str,
     where: str,
 ) -> Found:
     found = Found()
     results = [t for t in results if t.numel()]
-    exact = [t for t in exact if t.numel()]
-    if len(results) != len(exact):
-        raise Wrong(f"{len(results)} results in place of {len(exact)} at {where}")
-    for number, (out, ref) in enumerate(zip(results, exact, strict=True)):
+    expected = [t for t in expected if t.numel()]
+    if len(results) != len(expected):
+        raise Wrong(f"{len(results)} results in place of {len(expected)} at {where}")
+    for number, (out, ref) in enumerate(zip(results, expected, strict=True)):
         kind, anchor = step.kinds[number], anchors[number]
         which = f"result {number} of {where}"
         shape = (ref.shape[0], *ref.shape[2:]) if kind == LABELS else ref.shape

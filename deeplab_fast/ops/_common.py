@@ -1,9 +1,4 @@
-"""How ops enter PyTorch's dispatcher, and the checks they share.
-
-Each op is one opaque boundary: a schema, a fake that gives the exact strides, and a Python function
-that asks `backends` which implementation runs. The choice happens inside the boundary, where
-torch.compile does not look, so logging and process-wide choices are safe there.
-"""
+"""What ops share: checks of their arguments, autocast, and gradients of gradients."""
 
 from __future__ import annotations
 
@@ -13,33 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("deeplab_fast", "FRAGMENT")
+from ..dispatch.declare import autocasts
+from ..dispatch.describe import dtype_name
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
-
-
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register an op under `deeplab_fast::`.
-
-    Args:
-        schema: in torch.library's language.
-        run: the implementation for every device, called below autograd and outside autocast.
-        fake: shapes, dtypes and strides of the outputs without computing them.
-    """
-    name = schema[: schema.index("(")]
-    LIBRARY.define(schema)
-
-    def outside_autocast(*args: Any) -> Any:
-        device = _device_type(args)
-        # An op casts its inputs itself; its fp32 accumulation must not be cast again.
-        if _autocasts(device):
-            with torch.autocast(device, enabled=False):
-                return run(*args)
-        return run(*args)
-
-    LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"deeplab_fast::{name}", fake, lib=LIBRARY)
 
 
 def autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -48,15 +21,10 @@ def autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     float64 stays, as it does in PyTorch.
     """
     device = x.device.type
-    if not _autocasts(device):
+    if not autocasts(device):
         return (x, *tensors)
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *tensors))
-
-
-def _autocasts(device: str) -> bool:
-    # The meta device has no autocast and raises when asked whether it is on.
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -136,8 +104,7 @@ def check_map(op: str, name: str, x: Tensor) -> None:
 def check_dtype(op: str, name: str, x: Tensor, allowed: Sequence[torch.dtype]) -> None:
     """One of the allowed dtypes."""
     if x.dtype not in allowed:
-        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        got = str(x.dtype).removeprefix("torch.")
+        names, got = ", ".join(map(dtype_name, allowed)), dtype_name(x.dtype)
         raise TypeError(f"{op}: {name} has dtype {got}; allowed: {names}; convert it with .to()")
 
 
@@ -181,10 +148,3 @@ def check_target(op: str, logits: Tensor, target: Tensor) -> None:
             f"{op}: target {list(target.shape)} does not fit logits {list(logits.shape)}; "
             "expected one non-empty label map [H, W] for each of the N images"
         )
-
-
-def _device_type(args: Sequence[Any]) -> str:
-    for a in args:
-        if isinstance(a, Tensor):
-            return a.device.type
-    return "cpu"
