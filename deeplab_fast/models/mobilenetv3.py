@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..program import training
+from ..weights.inspect import recogniser
+from ..weights.registry import ModelEntry
+from ..weights.rules import Rule
 from ._backbone import IntermediateLayerGetter, set_dilation, set_stride
+from .builders import Family, builder
 
 
 @dataclass(frozen=True)
@@ -210,3 +214,31 @@ def _initialise(net: nn.Module) -> None:
         elif isinstance(m, nn.Linear):
             # Only the stream of random numbers matters: these weights are not kept.
             torch.nn.init.normal_(m.weight, 0, 0.01)
+
+
+deeplabv3_mobilenet_v3_large = builder(
+    "deeplabv3_mobilenet_v3_large",
+    Family(
+        backbone=MobileNetV3Backbone,
+        output_stride=16,
+        # torchvision's rates at output stride 16 are those that the paper has at 8.
+        rates={16: (12, 24, 36), 8: (24, 48, 72)},
+        backbone_enum="MobileNet_V3_Large_Weights",
+    ),
+    __name__,
+    """DeepLabv3 on MobileNetV3-Large; arguments as of `deeplabv3_resnet50`.
+
+    The output stride is 16 and the rates 12, 24, 36 by default, as torchvision has them.
+    """,
+)
+
+ENTRY = ModelEntry(
+    builders=(deeplabv3_mobilenet_v3_large,),
+    recognise=recogniser(
+        "deeplabv3_mobilenet_v3_large", "backbone.0.0.weight", "backbone.16.0.weight"
+    ),
+    foreign={"imagenet": (Rule(r"features\.(.+)", r"backbone.\1"),)},
+    classifier=r"features\.0\.0\.weight",
+    enums={"deeplabv3_mobilenet_v3_large": "DeepLabV3_MobileNet_V3_Large_Weights"},
+    backbone="MobileNetV3-Large",
+)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..program import training
+from ..weights.inspect import head_options
+from ..weights.libraries import basic_blocks, stage_blocks
+from ..weights.registry import Found, ModelEntry
+from ..weights.rules import Rule
 from ._backbone import IntermediateLayerGetter, plan_stages, set_dilation, set_stride
+from .builders import Family, builder
 
 STEMS = ("torchvision", "deep")
 
@@ -262,3 +268,147 @@ def _initialise(net: nn.Module) -> None:
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+
+_OPTIONS = ("multi_grid", "contract_dilation", "stem", "replace_stride_with_dilation")
+
+
+def _atrous(depth: int) -> Family:
+    return Family(
+        backbone=functools.partial(ResNetBackbone, depth),
+        output_stride=8,
+        rates={8: (12, 24, 36), 16: (6, 12, 18)},
+        backbone_options=_OPTIONS,
+        backbone_enum=f"ResNet{depth}_Weights",
+    )
+
+
+def _cascaded(depth: int) -> Family:
+    return Family(
+        backbone=functools.partial(ResNetBackbone, depth, cascaded=3),
+        output_stride=16,
+        rates=None,
+        backbone_options=_OPTIONS,
+        backbone_enum=f"ResNet{depth}_Weights",
+    )
+
+
+deeplabv3_resnet50 = builder(
+    "deeplabv3_resnet50",
+    _atrous(50),
+    __name__,
+    """DeepLabv3 on ResNet-50: torchvision's `deeplabv3_resnet50`, and more.
+
+    Args:
+        weights: torchvision's `DeepLabV3_ResNet50_Weights` or the name of one (then torchvision
+            must be installed: the weights and their download are its own), the path of a checkpoint
+            in any layout that `load_weights` knows, or None.
+        progress: show the progress of a download.
+        num_classes: 21 by default; with weights, what they have, and another number is an error.
+        aux_loss: build the auxiliary head; with weights, what they have.
+        weights_backbone: torchvision's `ResNet50_Weights`, the name of one, a path, or None.
+            None is the default, unlike torchvision's: nothing is downloaded that was not asked for.
+        **options: see `DeepLabOptions`.
+
+    Returns:
+        `DeepLabV3` in training mode, as every module starts.
+
+    Raises:
+        ValueError: a value that does not fit the weights or the model; the message says which.
+        TypeError: weights of another model, or an option that does not exist.
+
+    Source: arXiv 1706.05587.
+    """,
+)
+deeplabv3_resnet101 = builder(
+    "deeplabv3_resnet101",
+    _atrous(101),
+    __name__,
+    "DeepLabv3 on ResNet-101; arguments as of `deeplabv3_resnet50`.",
+)
+deeplabv3_resnet18 = builder(
+    "deeplabv3_resnet18",
+    _atrous(18),
+    __name__,
+    "DeepLabv3 on ResNet-18; as `deeplabv3_resnet50`, without published weights.",
+)
+deeplabv3_resnet34 = builder(
+    "deeplabv3_resnet34",
+    _atrous(34),
+    __name__,
+    "DeepLabv3 on ResNet-34; as `deeplabv3_resnet50`, without published weights.",
+)
+deeplabv3_resnet152 = builder(
+    "deeplabv3_resnet152",
+    _atrous(152),
+    __name__,
+    "DeepLabv3 on ResNet-152; as `deeplabv3_resnet50`, without published weights.",
+)
+deeplabv3_cascaded_resnet50 = builder(
+    "deeplabv3_cascaded_resnet50",
+    _cascaded(50),
+    __name__,
+    """The paper's cascaded model on ResNet-50; arguments as of `deeplabv3_resnet50`.
+
+    Behind layer4 stand three copies of it, layer5 to layer7 (the paper's block5 to block7), each
+    with twice the dilation of the one before, all with multi_grid (1, 2, 1), and a 1x1 classifier
+    in place of the ASPP. The output stride is 16 by default. `weights_backbone` fills the stem and
+    layer1 to layer4. Options of the ASPP do not exist here.
+
+    Source: arXiv 1706.05587, section 3.2.
+    """,
+)
+deeplabv3_cascaded_resnet101 = builder(
+    "deeplabv3_cascaded_resnet101",
+    _cascaded(101),
+    __name__,
+    "The paper's cascaded model on ResNet-101; see `deeplabv3_cascaded_resnet50`.",
+)
+
+
+def resnet_depth(state: Mapping[str, Tensor]) -> int | None:
+    """Depth of the ResNet in a state dict; None where there is none of those known."""
+    kind = BasicBlock if basic_blocks(state) else Bottleneck
+    blocks = tuple(stage_blocks(state, stage) for stage in (1, 2, 3, 4))
+    specs = RESNETS.items()
+    return next((d for d, s in specs if s.block is kind and s.blocks == blocks), None)
+
+
+def _recognise(state: Mapping[str, Tensor]) -> Found | None:
+    depth, options = resnet_depth(state), head_options(state)
+    cascaded = stage_blocks(state, 5) > 0
+    if options is None and cascaded and "classifier.0.weight" in state:
+        # The cascaded model's classifier is one 1x1 convolution.
+        options = {}
+    if depth is None or options is None:
+        return None
+    if "backbone.conv1.6.weight" in state:
+        options["stem"] = "deep"
+    return f"deeplabv3_{'cascaded_' if cascaded else ''}resnet{depth}", options
+
+
+ENTRY = ModelEntry(
+    builders=(
+        deeplabv3_resnet50,
+        deeplabv3_resnet101,
+        deeplabv3_resnet18,
+        deeplabv3_resnet34,
+        deeplabv3_resnet152,
+        deeplabv3_cascaded_resnet50,
+        deeplabv3_cascaded_resnet101,
+    ),
+    recognise=_recognise,
+    foreign={
+        "mmseg": (
+            Rule(r"backbone\.stem\.([013-6])\.(.+)", r"backbone.conv1.\1.\2"),
+            Rule(r"backbone\.stem\.7\.(.+)", r"backbone.bn1.\1"),
+        ),
+        "imagenet": (Rule(r"((?:conv1|bn1|layer\d+)\..+)", r"backbone.\1"),),
+    },
+    classifier=r"conv1\.(?:0\.)?weight",
+    enums={
+        "deeplabv3_resnet50": "DeepLabV3_ResNet50_Weights",
+        "deeplabv3_resnet101": "DeepLabV3_ResNet101_Weights",
+    },
+    backbone="ResNet-18 to 152",
+)

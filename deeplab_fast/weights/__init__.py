@@ -2,7 +2,7 @@
 
 from ._common import CheckpointError
 from .embedded import embedded_path, list_embedded, model_card
-from .files import model_metadata, read_state_dict, save_weights
+from .files import read_state_dict
 from .from_file import (
     from_checkpoint,
     load,
@@ -11,8 +11,10 @@ from .from_file import (
     warn_of_assumptions,
 )
 from .inspect import WeightsInfo, inspect_weights
-from .layouts import LAYOUTS, Layout, Rule
+from .layouts import LAYOUTS, Layout
 from .load import LoadReport, load_weights
+from .rules import Rule
+from .save import model_metadata, save_weights
 
 __all__ = [
     "LAYOUTS",

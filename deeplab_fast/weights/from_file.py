@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from ..models.deeplabv3 import DeepLabV3
 from ._common import CheckpointError, Source, shorten
 from .embedded import embedded_path, list_embedded
 from .inspect import WeightsInfo
-from .load import NO_BUILDER, found_options, load_opened, open_weights, option_values
+from .load import Opened, found_options, load_opened, open_weights, option_values
+from .registry import get_model, no_builder
 from .settings import Settings, put_back, stem_settings, under_other_options
+
+if TYPE_CHECKING:
+    from ..models import DeepLabV3
 
 
 def model_from_file(
@@ -47,16 +50,15 @@ def model_from_file(
     Raises:
         As `from_checkpoint`; TypeError for an option that the builder does not have.
     """
-    from ..models import get_model
-
     if isinstance(source, str) and source in list_embedded() and not os.path.exists(source):
         source = embedded_path(source)
     opened = open_weights(source, layout, part)
     info, label = opened.info, opened.checkpoint.label
     whole = name is None
-    if whole and info.model is None:
+    chosen = info.model if name is None else name
+    if chosen is None:
         raise CheckpointError(
-            f"{label} ({info.layout} layout): {NO_BUILDER}. {info.notes}".rstrip()
+            f"{label} ({info.layout} layout): {no_builder()}. {info.notes}".rstrip()
         )
     if whole and info.lost:
         raise CheckpointError(
@@ -64,19 +66,42 @@ def model_from_file(
             f"{shorten(info.lost)}. Build that model yourself, then deeplab_fast.load_weights"
         )
     # Options found for one model say nothing about another.
-    own = name in (None, info.model)
+    own = chosen == info.model
     options = found_options(info) if whole else info.options if own else {}
-    model = get_model(name or info.model, **{**options, **overrides})
-    settings = info.settings
-    if whole:
-        put_back(model, stem_settings(model, opened.renamed.state))
-        settings = restore_settings(model, info)
-    elif own:
-        restore_settings(model, info)
+    model = get_model(chosen, **{**options, **overrides})
+    given = overrides if given is None else given
+    if not whole:
+        fill(model, opened, own, given, reset_head, strict, stacklevel + 1)
+        return model
+    put_back(model, stem_settings(model, opened.renamed.state))
+    settings = restore_settings(model, info)
     load_opened(model, opened, reset_head, strict, settings, stacklevel + 1)
-    if own:
-        warn_of_assumptions(model, info, overrides if given is None else given, label, stacklevel)
+    warn_of_assumptions(model, info, given, label, stacklevel)
     return model
+
+
+def fill(
+    model: nn.Module,
+    opened: Opened,
+    own: bool,
+    given: Collection[str],
+    reset_head: bool = False,
+    strict: bool = True,
+    stacklevel: int = 2,
+) -> None:
+    """Fill a model from an open checkpoint and put on it what the checkpoint's model had.
+
+    Args:
+        model: built for the checkpoint.
+        opened: the checkpoint.
+        own: whether the model is of the builder that the checkpoint tells.
+        given, reset_head, strict, stacklevel: as `model_from_file` has them.
+    """
+    if own:
+        restore_settings(model, opened.info)
+    load_opened(model, opened, reset_head, strict, opened.info.settings, stacklevel + 1)
+    if own:
+        warn_of_assumptions(model, opened.info, given, opened.checkpoint.label, stacklevel)
 
 
 def from_checkpoint(
@@ -135,9 +160,7 @@ def load(name: str) -> DeepLabV3:
     Raises:
         ValueError: no embedded model has that name.
     """
-    model = from_checkpoint(embedded_path(name)).eval()
-    assert isinstance(model, DeepLabV3)
-    return model
+    return cast("DeepLabV3", from_checkpoint(embedded_path(name)).eval())
 
 
 def restore_settings(model: Any, info: WeightsInfo) -> Settings:

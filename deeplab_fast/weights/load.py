@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..data.preprocess import Preprocess
+from ..nn import DeepLabV2Head
 from ._common import CheckpointError, Source, StateDict, call, listed, shorten, tuples, unwrapped
-from .files import Checkpoint, builders_config, open_checkpoint, preprocess_kinds
+from .files import Checkpoint, open_checkpoint
 from .inspect import WeightsInfo, inspect_open
 from .layouts import Layout, Renamed, detect_layout, layout_named, rename_tensors
+from .registry import get_model, no_builder, preprocess_kinds
+from .save import builders_config
 from .settings import (
     Settings,
     put_back,
@@ -178,8 +181,6 @@ def _problems(fit: _Fit, strict: bool) -> list[str]:
 
 def _final_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
     """The convolutions that give logits, by name."""
-    from ..nn import DeepLabV2Head
-
     found: dict[str, nn.Conv2d] = {}
     for head in ("classifier", "aux_classifier"):
         module = getattr(model, head, None)
@@ -195,12 +196,6 @@ def _final_convs(model: nn.Module) -> dict[str, nn.Conv2d]:
             names = names[-1:]
         found.update({name: convs[name] for name in names})
     return found
-
-
-NO_BUILDER = (
-    "no builder of this package fits it: there are DeepLabv3 heads on ResNet-18 to 152, "
-    "MobileNetV3-Large, EfficientNet-Lite0 and TensorFlow's MobileNetV2"
-)
 
 
 @dataclass(frozen=True)
@@ -314,9 +309,7 @@ def _what_fits(opened: Opened) -> str:
     """The builder's call whose model takes the checkpoint, or why there is none."""
     info, layout = opened.info, opened.layout
     if info.model is None:
-        return NO_BUILDER
-    from ..models import get_model
-
+        return no_builder()
     try:
         with torch.device("meta"):
             model = get_model(info.model, **found_options(info))
@@ -324,12 +317,12 @@ def _what_fits(opened: Opened) -> str:
             stem = stem_settings(model, opened.renamed.state)
             put_back(model, {**stem, **info.settings})
     except (TypeError, ValueError, RuntimeError) as error:
-        return f"{NO_BUILDER}; the nearest is {info.builder_call()}, and {error}"
+        return f"{no_builder()}; the nearest is {info.builder_call()}, and {error}"
     reset = _reset_keys(model, layout) if layout.lacks else set()
     fit = _compare(model.state_dict(), opened.renamed, reset, set(_final_convs(model)))
     problems = _problems(fit, True)
     if problems:
-        return f"{NO_BUILDER}; the nearest is {info.builder_call()}, with {'; '.join(problems)}"
+        return f"{no_builder()}; the nearest is {info.builder_call()}, with {'; '.join(problems)}"
     if info.settings or stem:
         return "the model that it fits: deeplab_fast.from_checkpoint(path)"
     return f"the model that it fits: {info.builder_call()}"
@@ -424,8 +417,6 @@ def option_values(model: Any) -> dict[str, Any]:
 
 def _initialised(model: nn.Module, keys: set[str]) -> StateDict:
     """Newly drawn values for keys of the model, which stays as it is."""
-    from ..nn import DeepLabV2Head
-
     modules = dict(model.named_modules())
     v2_heads = [name for name, m in modules.items() if isinstance(m, DeepLabV2Head)]
     fresh: StateDict = {}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as layers
+from . import registry
 from ._common import CheckpointError, tuples
 
 Settings = dict[str, "dict[str, Any] | None"]
@@ -33,8 +34,6 @@ _DERIVED_PADDING = "_reversed_padding_repeated_twice"
 
 def _leaves() -> dict[str, type[nn.Module]]:
     """Modules without children that a file may name: their attributes are their arguments."""
-    from ..models.mobilenetv2 import SamePadConv2d
-
     names = (
         "AdaptiveAvgPool2d AdaptiveMaxPool2d AvgPool2d BatchNorm2d CELU Conv2d ConvTranspose2d "
         "Dropout Dropout2d ELU GELU GroupNorm Hardsigmoid Hardswish Hardtanh Identity "
@@ -42,11 +41,8 @@ def _leaves() -> dict[str, type[nn.Module]]:
         "SiLU Sigmoid Softmax Softplus SyncBatchNorm Tanh Upsample"
     )
     found = {name: getattr(nn, name) for name in names.split()}
-    return {
-        **found,
-        "SamePadConv2d": SamePadConv2d,
-        "SingleValueBatchNorm2d": layers.SingleValueBatchNorm2d,
-    }
+    found["SingleValueBatchNorm2d"] = layers.SingleValueBatchNorm2d
+    return {**found, **registry.leaves()}
 
 
 def _shells() -> dict[str, type[nn.Module]]:
@@ -236,12 +232,6 @@ def _heads(model: Any) -> dict[str, Any]:
     return heads
 
 
-def _build(name: str, options: Mapping[str, Any]) -> nn.Module:
-    from ..models import get_model
-
-    return get_model(name, **options)
-
-
 def _of_builder(name: str, options: Mapping[str, Any]) -> dict[str, _Facts]:
     return _cached_facts(name, json.dumps(plain(options), sort_keys=True))
 
@@ -254,7 +244,7 @@ def _restored(name: str, options: Mapping[str, Any], settings: Settings) -> dict
 @functools.lru_cache(maxsize=16)
 def _cached_facts(name: str, options: str, settings: str = "{}") -> dict[str, _Facts]:
     with _on_meta():
-        model = _build(name, {k: tuples(v) for k, v in json.loads(options).items()})
+        model = registry.get_model(name, **{k: tuples(v) for k, v in json.loads(options).items()})
         # What cannot be put back is a difference afterwards.
         for module, entry in json.loads(settings).items():
             with contextlib.suppress(CheckpointError):

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import deeplab_fast as dlf
-from deeplab_fast.models._registry import _builders
 from deeplab_fast.testing import import_torchvision
 
 
@@ -202,7 +201,7 @@ def test_config_builds_the_model_again() -> None:
 
 def test_models_by_name() -> None:
     # Other tests register models of their own.
-    names = [n for n in dlf.list_models() if _builders[n].__module__.startswith("deeplab_fast.")]
+    names = dlf.list_models(module=dlf.models)
     assert "deeplabv3_resnet50" in names and "deeplabv3_mobilenet_v2_tf" in names
     for name in names:
         assert getattr(dlf.models, name).__name__ == name

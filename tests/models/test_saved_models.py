@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import re
@@ -435,12 +436,12 @@ def test_names_and_colours_as_arrays(classes: Any, palette: Any, tmp_path: Path)
 
 
 def test_a_changed_model_is_built_once_for_all_its_state_dicts(monkeypatch) -> None:
-    import deeplab_fast.weights.settings as under_test
+    from deeplab_fast.weights import registry
 
     model = small()
     model.backbone.Conv.bn.eps = 0.017
     first = model.state_dict()._metadata[""]["deeplab_fast"]
-    monkeypatch.setattr(under_test, "_build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(registry, "get_model", lambda *_, **__: pytest.fail("built again"))
     second = model.state_dict()._metadata[""]["deeplab_fast"]
     assert first == second and "lost" not in first
     assert first["settings"]["backbone.Conv.bn"]["values"]["eps"] == 0.017
@@ -472,6 +473,27 @@ def test_every_builders_tensors_tell_the_builder(name: str) -> None:
         model = dlf.get_model(name, num_classes=5)
     info = inspect_weights({k: torch.empty_like(v) for k, v in model.state_dict().items()})
     assert (info.model, info.num_classes) == (name, 5)
+
+
+@pytest.mark.parametrize("way", [through_state_dict, through_safetensors])
+@pytest.mark.parametrize("name", dlf.list_models(module=dlf.models))
+def test_every_builders_model_comes_back(
+    name: str, way: Callable[[nn.Module, Path], Any], tmp_path: Path
+) -> None:
+    with torch.device("meta"):
+        model = dlf.get_model(name, num_classes=5, output_stride=16)
+    model.to_empty(device="cpu")
+    for number, value in enumerate(model.state_dict().values()):
+        value.fill_(number)
+    model.preprocess = dataclasses.replace(model.preprocess, size=224)
+    again = from_checkpoint(way(model, tmp_path))
+    assert again.config == model.config and again.preprocess == model.preprocess
+    assert model_metadata(again) == model_metadata(model)
+    kinds = [[(n, type(m)) for n, m in one.named_modules()] for one in (again, model)]
+    assert kinds[0] == kinds[1]
+    state = model.state_dict()
+    assert list(state) == list(again.state_dict())
+    assert all(torch.equal(v, state[k]) for k, v in again.state_dict().items())
 
 
 def test_the_embedded_models_own_state_dict(tmp_path: Path) -> None:

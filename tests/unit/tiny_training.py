@@ -16,8 +16,8 @@ from torch import nn
 from deeplab_fast import testing
 from deeplab_fast.models import DeepLabV3
 from deeplab_fast.models._backbone import set_dilation, set_stride
-from deeplab_fast.models._registry import register_model
 from deeplab_fast.nn import HEADS, FCNHead
+from deeplab_fast.weights.registry import register_model
 
 CLASSES = 4
 NAMES = ("grey", "red", "green", "blue")
