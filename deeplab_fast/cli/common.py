@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -45,8 +45,8 @@ def add_data_arguments(add: Callable[..., object]) -> None:
         "--data",
         type=str | None,
         metavar="NAME|FILE",
-        help="voc, cityscapes, ade20k, camvid, coco-voc, folder (images/ and masks/), a .csv of "
-        "pairs, or a YAML file with name, root, classes, label_map (required)",
+        help=f"{_data_names()} (images/ and masks/), a .csv of pairs, or a YAML file with name, "
+        "root, classes, label_map (required)",
     )
     add("--root", type=str | None, metavar="DIR", help="folder of the data")
     add(
@@ -70,6 +70,12 @@ def add_data_arguments(add: Callable[..., object]) -> None:
     )
     add("--ignore-index", type=int | None, metavar="N", help="label that is not counted")
     add("--workers", type=int, default=0, metavar="N", help="processes that read")
+
+
+def _data_names() -> str:
+    from deeplab_fast.data.datasets import DATASETS
+
+    return ", ".join(name for name in DATASETS if name != "csv")
 
 
 def add_model_arguments(add: Callable[..., object]) -> None:
@@ -222,7 +228,7 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
         options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model: Any = model_from_file(
+            built = model_from_file(
                 weights,
                 name,
                 part=config.weights_part,
@@ -230,6 +236,7 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
                 given=() if config.output_stride is None else ("output_stride",),
                 **options,
             )
+        model = cast("DeepLabV3", built)
         # After loading: atrous rates that the file tells belong to the stride it was trained at.
         if config.output_stride is not None:
             model.set_output_stride(config.output_stride)
@@ -253,10 +260,7 @@ def open_data(config: Namespace) -> SegmentationDataset:
     from deeplab_fast.data.datasets import open_dataset, parse_label_map
 
     if not config.data:
-        raise UsageError(
-            "--data NAME is missing: voc, cityscapes, ade20k, camvid, coco-voc, folder, a .csv of "
-            "pairs or a YAML file"
-        )
+        raise UsageError(f"--data NAME is missing: {_data_names()}, a .csv of pairs or a YAML file")
     if config.workers < 0:
         raise UsageError(f"--workers is {config.workers}, expected 0 or more")
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from deeplab_fast.data.datasets import (
+from deeplab_fast.data.datasets.base import (
     LabelError,
     Sample,
     SegmentationDataset,

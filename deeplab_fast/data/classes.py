@@ -235,7 +235,7 @@ def _from_file(path: Path) -> ClassSet:
         raise ValueError(f"class list {path}: {error}") from error
 
 
-def _names(content: Any, path: Path) -> tuple[str, ...]:
+def _names(content: object, path: Path) -> tuple[str, ...]:
     if isinstance(content, Mapping):
         try:
             by_id = {int(key): value for key, value in content.items()}
@@ -259,7 +259,7 @@ def _names(content: Any, path: Path) -> tuple[str, ...]:
     return tuple(item.strip() for item in content)
 
 
-def _colour(colour: Any, name: str) -> Colour:
+def _colour(colour: Iterable[int], name: str) -> Colour:
     try:
         parts = tuple(colour)
     except TypeError:

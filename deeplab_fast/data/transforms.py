@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from deeplab_fast.data.datasets import LabelError, bad_labels
+from deeplab_fast.data.datasets import LabelError, LabelledData, bad_labels
 from deeplab_fast.data.preprocess import IMAGENET_MEAN
 
 __all__ = [
@@ -273,8 +273,8 @@ class AugmentedDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __init__(
         self,
-        dataset: Any,
-        transform: Any = None,
+        dataset: LabelledData,
+        transform: object = None,
         *,
         seed: int = 0,
         style: str | None = None,
@@ -317,7 +317,7 @@ class AugmentedDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return to_tensors(image, label)
 
 
-def check_labels(dataset: Any, index: int, label: np.ndarray) -> None:
+def check_labels(dataset: LabelledData, index: int, label: np.ndarray) -> None:
     """Raises LabelError, with the mask's path, where ``label`` has values that are no class."""
     found = bad_labels(label, dataset.num_classes, dataset.ignore_index)
     if found:
@@ -339,7 +339,7 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
-def adapt(transform: Any, *, style: str | None = None) -> Transform:
+def adapt(transform: object, *, style: str | None = None) -> Transform:
     """Any library's transform as ``(image, label, generator) -> (image, label)``.
 
     ============== ========================================================================
@@ -372,10 +372,10 @@ def adapt(transform: Any, *, style: str | None = None) -> Transform:
 
 
 class _Adapted:
-    def __init__(self, transform: Any, style: str) -> None:
+    def __init__(self, transform: Callable[..., Any], style: str) -> None:
         self.transform, self.style = transform, style
 
-    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Any:
+    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
         seed = _integer(generator, 0, 2**31 - 1)
         with _seeded(seed):
             if self.style == "albumentations":
@@ -396,7 +396,7 @@ class _Adapted:
         return f"{self.transform!r} ({self.style})"
 
 
-def _style_of(transform: Any) -> str:
+def _style_of(transform: Callable[..., Any]) -> str:
     module = type(transform).__module__ or ""
     if module.startswith(("torchvision.transforms.v2", "torchvision.prototype")):
         return "torchvision"
@@ -440,7 +440,9 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-def to_tensors(image: Any, label: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def to_tensors(
+    image: np.ndarray | torch.Tensor, label: np.ndarray | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A pair as tensors: [3, h, w] uint8 or float, and [h, w] uint8, int32 or int64.
 
     Args:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
@@ -25,15 +27,24 @@ from torch import Tensor
 from deeplab_fast.engine.finite import describe_not_finite
 from deeplab_fast.engine.metrics import Metrics
 
+if TYPE_CHECKING:
+    from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+    from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+    from deeplab_fast.engine.module import SegmentationModule
+
 __all__ = [
+    "LIGHTNING_VERSIONS",
     "AtomicCheckpointIO",
     "CheckpointNotWritten",
-    "ExponentialAverage",
     "MetricsFile",
     "Progress",
     "RunCheckpoint",
     "Stopped",
 ]
+
+
+LIGHTNING_VERSIONS = ">=2.6,<3"
 
 
 class CheckpointNotWritten(OSError):
@@ -59,7 +70,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: object = None,
     ) -> None:
         """Writes it.
 
@@ -155,7 +169,7 @@ class RunCheckpoint(Checkpoint):
         self.out_of_time = False
         self._signal: int | None = None
         self._started = self._saved = self._cost = 0.0
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     @property
     def last_path(self) -> Path:
@@ -173,24 +187,30 @@ class RunCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = self._saved = time.monotonic()
         self.out_of_time = False
         # One that came since Lightning took over, which would act in the middle of a step.
         self._signal = signal.SIGTERM if trainer.received_sigterm else None
-        trainer._signal_connector.received_sigterm = False
-        self._catch_signals(trainer)
+        signals, environment = _inner_parts(trainer)
+        signals.received_sigterm = False
+        self._catch_signals(environment)
         if self.max_steps is not None and trainer.global_step >= self.max_steps:
             trainer.should_stop = True
 
     def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
         # A resumed epoch has no start.
-        self._validate_last(trainer, trainer.current_epoch + 1 >= trainer.max_epochs)
+        self._validate_last(trainer, _is_last_epoch(trainer))
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         done, parts = batch_idx + 1, trainer.accumulate_grad_batches
         if done % parts:
@@ -215,10 +235,10 @@ class RunCheckpoint(Checkpoint):
 
     def on_validation_batch_end(
         self,
-        trainer: Any,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -226,7 +246,7 @@ class RunCheckpoint(Checkpoint):
         if self._signal is not None and trainer.world_size == 1:
             raise Stopped(self._signal)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         score = trainer.callback_metrics.get(self.monitor)
@@ -235,9 +255,9 @@ class RunCheckpoint(Checkpoint):
         self.best_score, self.best_step = float(score), trainer.global_step
         self._save(trainer, self.best_path)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         signum, _, unsaved, cheap = self._agreed(trainer)
-        last = trainer.should_stop or trainer.current_epoch + 1 >= trainer.max_epochs
+        last = trainer.should_stop or _is_last_epoch(trainer)
         due = signum is not None or last or cheap or unsaved >= 60 * self.minutes
         # A part of an epoch, stopped for its length, would count as a whole one.
         if due and trainer.fit_loop.batch_idx + 1 >= trainer.num_training_batches:
@@ -245,30 +265,32 @@ class RunCheckpoint(Checkpoint):
         if signum is not None:
             raise Stopped(signum)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release_signals()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._release_signals()
 
-    def _save(self, trainer: Any, path: Path) -> None:
+    def _save(self, trainer: Trainer, path: Path) -> None:
         begin = time.monotonic()
         trainer.save_checkpoint(path)
         if path == self.last_path:
             self._saved = time.monotonic()
             self._cost = self._saved - begin
 
-    def _validate_last(self, trainer: Any, last: bool) -> None:
+    def _validate_last(self, trainer: Trainer, last: bool) -> None:
         """The last epoch is validated, also where ``check_val_every_n_epoch`` passes over it."""
         if last and trainer.enable_validation and trainer.check_val_every_n_epoch:
             trainer.check_val_every_n_epoch = 1
 
-    def _validates(self, trainer: Any) -> bool:
+    def _validates(self, trainer: Trainer) -> bool:
         """Whether the present epoch ends with a validation."""
-        every = trainer.check_val_every_n_epoch
-        return trainer.enable_validation and bool(every) and not (trainer.current_epoch + 1) % every
+        every = trainer.check_val_every_n_epoch or 0
+        return trainer.enable_validation and every > 0 and not (trainer.current_epoch + 1) % every
 
-    def _agreed(self, trainer: Any) -> tuple[int | None, float, float, bool]:
+    def _agreed(self, trainer: Trainer) -> tuple[int | None, float, float, bool]:
         """Signal, seconds since the start and the last checkpoint, whether one more is cheap.
 
         The same on all processes: they must agree on when to save and stop, both collective calls.
@@ -281,20 +303,17 @@ class RunCheckpoint(Checkpoint):
             values = shared.tolist()
         return int(values[0]) or None, values[1], values[2], values[2] >= 20 * values[3]
 
-    def _catch_signals(self, trainer: Any) -> None:
+    def _catch_signals(self, environment: ClusterEnvironment) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        from lightning.pytorch.plugins.environments import SLURMEnvironment
-
         wanted = [signal.SIGINT]
-        environment = trainer._accelerator_connector.cluster_environment
         # There Lightning saves and requeues the job.
         if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
             wanted.append(signal.SIGTERM)
         for signum in wanted:
             self._handlers[signum] = signal.signal(signum, self._on_signal)
 
-    def _on_signal(self, signum: int, frame: Any) -> None:
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._signal is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = signum
@@ -303,67 +322,6 @@ class RunCheckpoint(Checkpoint):
         handlers, self._handlers = self._handlers, {}
         for signum, handler in handlers.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
-
-
-class ExponentialAverage(WeightAveraging):
-    """Exponential moving average of all parameters and batch norm statistics.
-
-        a <- a + (1 - d) (w - a),  d = min(decay, (1 + n) / (10 + n))
-
-    after step n of the optimizer; the smaller d of the first steps forgets the initial weights, as
-    TensorFlow's ExponentialMovingAverage with num_updates does. Running statistics of batch norms
-    are averaged like parameters, so that they belong to the averaged weights; counters are copied.
-    Validation runs on the average, checkpoints hold it as the model's state, and it is the model's
-    after training.
-
-    Args:
-        decay: in (0, 1).
-    """
-
-    def __init__(self, decay: float = 0.999) -> None:
-        self.decay = decay
-        super().__init__(use_buffers=True, multi_avg_fn=self._update)
-
-    @property
-    def averaged(self) -> Any:
-        """The module with the averaged weights."""
-        return None if self._average_model is None else self._average_model.module
-
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # The module is still on the CPU.
-        self._device = trainer.strategy.root_device
-        super().setup(trainer, pl_module, stage)
-
-    @torch.no_grad()
-    def _swap_models(self, pl_module: Any) -> None:
-        # Not through .data, as Lightning has it: that leaves the version counters as they are, by
-        # which a model notices that weights prepared for inference are stale.
-        for average, current in self._pairs(pl_module):
-            before = average.clone()
-            average.copy_(current)
-            current.copy_(before)
-
-    @torch.no_grad()
-    def _copy_average_to_current(self, pl_module: Any) -> None:
-        for average, current in self._pairs(pl_module):
-            current.copy_(average)
-
-    def _pairs(self, pl_module: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        mine, theirs = (
-            itertools.chain(module.parameters(), module.buffers())
-            for module in (self.averaged, pl_module)
-        )
-        return zip(mine, theirs, strict=True)
-
-    @torch.no_grad()
-    def _update(self, averaged: Any, current: Any, count: Any) -> None:
-        if not torch.is_floating_point(averaged[0]):
-            torch._foreach_copy_(averaged, current)
-            return
-        # Of the optimizer's steps, which the host knows: count lies on the device.
-        n = self._latest_update_step
-        decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
 class MetricsFile(Callback):
@@ -392,7 +350,7 @@ class MetricsFile(Callback):
         self._lines, self._known = state_dict["lines"], True
 
     @rank_zero_only
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lines = []
         if self.path.is_file() and trainer.global_step:
             lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -405,20 +363,25 @@ class MetricsFile(Callback):
 
     @rank_zero_only
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.every == 0:
-            self._write(trainer, pl_module.last_step)
+            self._write(trainer, cast("SegmentationModule", pl_module).last_step)
 
     @rank_zero_only
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = trainer.callback_metrics
             self._write(trainer, {k: v for k, v in metrics.items() if k.startswith("val/")})
 
-    def _write(self, trainer: Any, values: Mapping[str, Any]) -> None:
-        row: dict[str, Any] = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+    def _write(self, trainer: Trainer, values: Mapping[str, Tensor | float]) -> None:
+        row: dict[str, float | None] = {"step": trainer.global_step, "epoch": trainer.current_epoch}
         for name, value in values.items():
             number = float(value)
             row[name] = number if math.isfinite(number) else None
@@ -446,41 +409,48 @@ class Progress(Callback):
         self._loss: Tensor | None = None
         self._count = 0
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first = self._mark = trainer.global_step
         self._time = self._start = time.monotonic()
         self._loss, self._count = None, 0
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: object,
+        batch_idx: int,
     ) -> None:
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        loss = (
+            cast(Mapping[str, Tensor], outputs)["loss"].detach() * trainer.accumulate_grad_batches
+        )
         self._loss = loss if self._loss is None else self._loss + loss
         self._count += 1
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or self._loss is None:
             return
+        module = cast("SegmentationModule", pl_module)
         now, step = time.monotonic(), trainer.global_step
         rate = (now - self._start) / max(1, step - self._first)
         parts = [
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
             f"step {step}/{self.total_steps}",
             f"loss {float(self._loss) / self._count:.4f}",
-            f"lr {pl_module.learning_rate:.5f}",
+            f"lr {module.learning_rate:.5f}",
         ]
         metrics = trainer.callback_metrics
-        if "val/miou" in metrics and pl_module.validated_step == step:
+        validated = module.metrics if module.validated_step == step else None
+        if "val/miou" in metrics and validated is not None:
             best = self.saver.best_score
             shown = "" if best is None else f" (best {100 * best:.2f})"
-            parts.append(f"val mIoU {_miou_text(pl_module.metrics)}{shown}")
+            parts.append(f"val mIoU {_miou_text(validated)}{shown}")
         parts.append(f"{rate:.2f} s/step, {_clock_text(rate * (self.total_steps - step))} left")
         self.tell(", ".join(parts))
-        if pl_module.validated_step == step and pl_module.metrics.note:
-            found = describe_not_finite(pl_module.not_finite)
-            self.tell(
-                f"warning: validation: {pl_module.metrics.note}" + (f" ({found})" if found else "")
-            )
+        if validated is not None and validated.note:
+            found = describe_not_finite(module.not_finite)
+            self.tell(f"warning: validation: {validated.note}" + (f" ({found})" if found else ""))
         self._loss, self._count = None, 0
 
 
@@ -498,11 +468,22 @@ def _clock_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def new_trainer(**arguments: Any) -> Any:
-    """``lightning.Trainer``; its errors about arguments become ValueError."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
+def _is_last_epoch(trainer: Trainer) -> bool:
+    return trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
 
+
+def _inner_parts(trainer: Trainer) -> tuple[_SignalConnector, ClusterEnvironment]:
+    """What Lightning has no public way to: that a SIGTERM was seen, and the environment.
+
+    Raises:
+        RuntimeError: a Lightning that has them elsewhere; says which versions are supported.
+    """
     try:
-        return lightning.Trainer(**arguments)
-    except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
-        raise ValueError(f"trainer: {error}") from error
+        signals = trainer._signal_connector
+        environment = trainer._accelerator_connector.cluster_environment
+    except AttributeError as error:
+        raise RuntimeError(
+            f"Lightning {lightning.__version__} is not one that training works with ({error}); "
+            f"install lightning{LIGHTNING_VERSIONS}"
+        ) from error
+    return signals, environment

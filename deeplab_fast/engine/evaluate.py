@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deeplab_fast import ops
 from deeplab_fast.data.classes import ClassSet, label_count, same_name
+from deeplab_fast.data.datasets import LabelledData
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.data.transforms import check_labels, to_tensors
 from deeplab_fast.engine.finite import NotFiniteWarning
@@ -49,6 +50,7 @@ __all__ = [
     "Evaluation",
     "ImageCounter",
     "ImageScore",
+    "IndexedItem",
     "IndexedItems",
     "Panel",
     "ShardSampler",
@@ -161,7 +163,7 @@ class ShardSampler(Sampler[int]):
 
 def evaluate(
     model: torch.nn.Module,
-    dataset: Any,
+    dataset: LabelledData,
     *,
     output_stride: int | None = None,
     scales: Sequence[float] = (1.0,),
@@ -262,7 +264,7 @@ def evaluate(
 @dataclass(frozen=True)
 class ImageCounter:
     runner: Runner
-    dataset: Any
+    dataset: LabelledData
     classes: ClassSet
 
     def run(self, workers: int, progress: bool) -> tuple[Tensor, list[ImageScore]]:
@@ -285,9 +287,6 @@ class ImageCounter:
         hidden = None if progress and sampler.rank == 0 else True
         with tqdm(total=len(sampler), unit="image", desc="evaluating", disable=hidden) as bar:
             for items in loader:
-                for _, item in items:
-                    if isinstance(item, Exception):
-                        raise item
                 for group in equal_sizes(items):
                     matrices, spoiled = self.matrices(group)
                     total += matrices.sum(0)
@@ -309,14 +308,18 @@ class ImageCounter:
         data = torch.stack([item[0] for _, item in group])
         target = torch.stack([item[1] for _, item in group]).to(self.runner.device)
         pixels = self.pixels(data)
-        options: Any = {"ignore_index": self.dataset.ignore_index}
+        ignore_index = self.dataset.ignore_index
         try:
             logits = self.runner.single_pass(pixels)
             if logits is not None and logits.shape[1] > 1:
                 spoiled = self.runner.spoiled(logits, pixels.size)
-                options["align_corners"] = self.runner.model.align_corners
                 parts = [
-                    ops.upsample_confusion(logits[i : i + 1], target[i : i + 1], **options)
+                    ops.upsample_confusion(
+                        logits[i : i + 1],
+                        target[i : i + 1],
+                        ignore_index=ignore_index,
+                        align_corners=self.runner.model.align_corners,
+                    )
                     for i in range(len(group))
                 ]
             else:
@@ -327,7 +330,7 @@ class ImageCounter:
                 )
                 labels, spoiled = result.labels, result.spoiled
                 parts = [
-                    _count(labels[i], target[i], len(self.classes), **options)
+                    _count(labels[i], target[i], len(self.classes), ignore_index)
                     for i in range(len(group))
                 ]
         except (MemoryError, RuntimeError) as error:
@@ -355,16 +358,20 @@ class ImageCounter:
         return f"sample {index}" if samples is None else samples[index].name
 
 
-class IndexedItems(Dataset[Any]):
+IndexedItem = tuple[int, tuple[Tensor, Tensor] | Exception]
+"""Index of a sample, its photo and labels, or why they cannot be had."""
+
+
+class IndexedItems(Dataset[IndexedItem]):
     """(index, pair of tensors), or (index, the error): a worker would send only its text."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: LabelledData) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int, tuple[Tensor, Tensor] | Exception]:
+    def __getitem__(self, index: int) -> IndexedItem:
         try:
             image, label = self.dataset[index]
             # On CUDA a label that is no class would silently count as ignored.
@@ -412,7 +419,7 @@ def _rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def _classes_of(dataset: Any, model: Any) -> ClassSet:
+def _classes_of(dataset: LabelledData, model: torch.nn.Module) -> ClassSet:
     classes = getattr(dataset, "classes", None)
     missing = [name for name in ("num_classes", "ignore_index") if not hasattr(dataset, name)]
     if not isinstance(classes, ClassSet) or missing:
@@ -442,11 +449,16 @@ def _classes_of(dataset: Any, model: Any) -> ClassSet:
     return classes
 
 
-def equal_sizes(items: Sequence[Any]) -> Iterator[list[Any]]:
-    groups: dict[tuple[Any, ...], list[Any]] = {}
-    for entry in items:
-        image, label = entry[1]
-        groups.setdefault((image.shape, image.dtype, label.dtype), []).append(entry)
+def equal_sizes(
+    items: Sequence[IndexedItem],
+) -> Iterator[list[tuple[int, tuple[Tensor, Tensor]]]]:
+    """The items grouped by the size and dtypes of their pictures; raises an item's error."""
+    groups: dict[object, list[tuple[int, tuple[Tensor, Tensor]]]] = {}
+    for index, item in items:
+        if isinstance(item, Exception):
+            raise item
+        image, label = item
+        groups.setdefault((image.shape, image.dtype, label.dtype), []).append((index, item))
     yield from groups.values()
 
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning
 import numpy as np
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from deeplab_fast.data.classes import ClassSet, generic_classes
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.engine.config import TrainConfig
-from deeplab_fast.engine.evaluate import ImageCounter, equal_sizes
-from deeplab_fast.engine.losses import SegmentationLoss
+from deeplab_fast.engine.evaluate import ImageCounter, IndexedItem, equal_sizes
+from deeplab_fast.engine.losses import LabelSize, LossKind, SegmentationLoss
 from deeplab_fast.engine.metrics import Metrics
 from deeplab_fast.engine.runner import (
     PredictOptions,
@@ -29,6 +29,12 @@ from deeplab_fast.engine.runner import (
 )
 from deeplab_fast.engine.schedule import parameter_groups, poly_lr
 from deeplab_fast.weights import model_metadata
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+
+    from deeplab_fast.engine.datamodule import Batch
+    from deeplab_fast.models import DeepLabV3
 
 __all__ = ["NonFiniteLoss", "SegmentationModule"]
 
@@ -76,7 +82,7 @@ class SegmentationModule(lightning.LightningModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: DeepLabV3,
         config: TrainConfig,
         *,
         classes: ClassSet | None = None,
@@ -87,18 +93,17 @@ class SegmentationModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.config = config
-        any_model: Any = model
-        if config.output_stride is not None and config.output_stride != any_model.output_stride:
-            any_model.set_output_stride(config.output_stride)
+        if config.output_stride is not None and config.output_stride != model.output_stride:
+            model.set_output_stride(config.output_stride)
         if config.batch_norm_momentum is not None:
             for layer in model.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                     layer.momentum = config.batch_norm_momentum
         if config.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        any_model.fused = config.fused
-        self.model = any_model
-        self.classes = (classes or generic_classes(any_model.num_classes)).of_labels()
+        model.fused = config.fused
+        self.model = model
+        self.classes = (classes or generic_classes(model.num_classes)).of_labels()
         if ignore_index is None:
             ignore_index = 255 if config.ignore_index is None else config.ignore_index
         self.ignore_index = ignore_index
@@ -109,10 +114,8 @@ class SegmentationModule(lightning.LightningModule):
                 f"class_weights has {len(class_weights)} weights for {len(self.classes)} classes "
                 f"({', '.join(self.classes.classes[:5])}, ...); give one weight a class"
             )
-        kind: Any = config.loss
-        labels: Any = config.loss_labels
         self.loss = SegmentationLoss(
-            kind=kind,
+            kind=cast(LossKind, config.loss),
             ignore_index=ignore_index,
             class_weights=class_weights,
             label_smoothing=config.label_smoothing,
@@ -120,8 +123,8 @@ class SegmentationModule(lightning.LightningModule):
             min_kept=config.min_kept,
             focal_gamma=config.focal_gamma,
             dice_weight=config.dice_weight,
-            labels=labels,
-            align_corners=bool(any_model.align_corners),
+            labels=cast(LabelSize, config.loss_labels),
+            align_corners=bool(model.align_corners),
         )
         self.total_steps = total_steps if total_steps is not None else config.steps
         self._freeze()
@@ -135,7 +138,7 @@ class SegmentationModule(lightning.LightningModule):
         self._confusion: Tensor | None = None
         self._spoiled: list[tuple[str, Tensor]] = []
         # Losses and samples since the last step of the optimizer: the last is what went wrong.
-        self.last_step: dict[str, Any] = {}
+        self.last_step: dict[str, Tensor | float] = {}
         self._window: list[tuple[dict[str, Tensor], Tensor]] = []
         self._restore = ExitStack()
 
@@ -159,7 +162,7 @@ class SegmentationModule(lightning.LightningModule):
         # The trainer's SyncBatchNorm layers are new ones.
         self._freeze()
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         config = self.config
         groups = parameter_groups(
             self.model,
@@ -233,13 +236,13 @@ class SegmentationModule(lightning.LightningModule):
     def on_train_start(self) -> None:
         self._window.clear()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         words = [self.config.seed & 0xFFFFFFFFFFFFFFFF, self.current_epoch, batch_idx]
         words += [self.global_rank, _STREAM]
         state = np.random.SeedSequence(words).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0]))
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels, indices = batch
         with self._memory_explained(batch[2]):
             losses = self.losses(self.inputs(images), labels)
@@ -250,7 +253,7 @@ class SegmentationModule(lightning.LightningModule):
         self.log("lr", self.learning_rate, batch_size=count)
         return losses["loss"]
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
         with self._memory_explained(self._window[-1][1]):
             super().backward(loss, *args, **kwargs)
 
@@ -291,14 +294,12 @@ class SegmentationModule(lightning.LightningModule):
         runner = Runner.prepare(
             self.model, None, getattr(self.model, "preprocess", None), options, self.device, None
         )
-        loader: Any = self.trainer.val_dataloaders
+        loader = self.trainer.val_dataloaders
+        assert loader is not None
         self._counter = ImageCounter(runner, loader.dataset.dataset, self.classes)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: list[IndexedItem], batch_idx: int) -> None:
         assert self._counter is not None and self._confusion is not None
-        for _, item in batch:
-            if isinstance(item, Exception):
-                raise item
         for group in equal_sizes(batch):
             matrices, spoiled = self._counter.matrices(group)
             self._confusion += matrices.sum(0)

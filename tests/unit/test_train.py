@@ -35,6 +35,7 @@ from deeplab_fast.engine.datamodule import (  # noqa: E402
 )
 from deeplab_fast.engine.evaluate import evaluate  # noqa: E402
 from deeplab_fast.engine.module import SegmentationModule  # noqa: E402
+from deeplab_fast.engine.run_folder import check_resumable  # noqa: E402
 from deeplab_fast.engine.sources import open_training, training_transform  # noqa: E402
 from deeplab_fast.engine.train import build_model, fit, fit_stages, second_stage  # noqa: E402
 from deeplab_fast.models import DeepLabV3  # noqa: E402
@@ -844,7 +845,7 @@ def test_options_of_a_later_version_are_no_change(config, tmp_path):
     path = tmp_path / "last.ckpt"
     torch.save({"train_config": plain}, path)
     told = []
-    engine._check_resumable(path, config, told.append)
+    check_resumable(path, config, told.append)
     assert told == []
-    engine._check_resumable(path, config.replace(focal_gamma=1.0), told.append)
+    check_resumable(path, config.replace(focal_gamma=1.0), told.append)
     assert "focal_gamma 2.0 -> 1.0" in told[0] and "label_map" not in told[0]

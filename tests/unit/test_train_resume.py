@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from deeplab_fast import testing
 
 testing.import_torchvision()
 
+import lightning  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
+from packaging.specifiers import SpecifierSet  # noqa: E402
 
 from deeplab_fast import cli  # noqa: E402
 from deeplab_fast.engine import callbacks as parts  # noqa: E402
@@ -28,6 +31,7 @@ from deeplab_fast.engine.module import NonFiniteLoss  # noqa: E402
 from deeplab_fast.engine.train import fit, fit_stages  # noqa: E402
 from deeplab_fast.weights import read_state_dict  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("tiny_training.py")
 if "tiny_training" not in sys.modules:
     _spec = importlib.util.spec_from_file_location("tiny_training", SCRIPT)
@@ -406,3 +410,16 @@ def test_out_of_memory_says_what_to_lower(plan, tmp_path, monkeypatch, capsys, w
     assert "not enough memory at epoch 0, step 0 for 2 images a pass (crop 32x32" in message
     assert message.count(".png") == 2
     assert "Raise accumulate (now 2" in message and "lower batch_size (now 4)" in message
+
+
+def test_supported_lightning_is_the_one_that_is_asked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    groups = project["optional-dependencies"].values()
+    asked = {each for group in groups for each in group if each.startswith("lightning")}
+    assert asked == {f"lightning{parts.LIGHTNING_VERSIONS}"}
+    assert lightning.__version__ in SpecifierSet(parts.LIGHTNING_VERSIONS)
+
+
+def test_lightning_without_the_inner_parts_is_refused():
+    with pytest.raises(RuntimeError, match=r"_signal_connector.*install lightning>=2\.6,<3"):
+        parts._inner_parts(object())

@@ -1,0 +1,123 @@
+"""Photos and masks in folders, found by their names."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from deeplab_fast.data.datasets.base import Sample
+from deeplab_fast.data.images import IMAGE_SUFFIXES
+
+# Formats that keep every value; .npy and .mat hold arrays.
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy", ".mat")
+
+
+# Formats that change values (some have lossless forms, which the file name does not tell).
+_LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".jp2", ".avif")
+
+
+def folder_with(name: str, root: Path, inside: Sequence[str], needed: Sequence[str]) -> Path:
+    """The first of ``root / inside`` that holds all the folders ``needed``."""
+    places = [root / place if place else root for place in inside]
+    for place in places:
+        if all((place / part).is_dir() for part in needed):
+            return place
+    raise FileNotFoundError(
+        f"{name}: no data below {root}: looked for the folders {' and '.join(needed)} in "
+        f"{', '.join(map(str, places))}"
+    )
+
+
+def lines_of(name: str, path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: the list of images {path} is missing")
+    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+
+
+def nfc(name: str) -> str:
+    """One form of a name that Unicode can write in several."""
+    return unicodedata.normalize("NFC", name)
+
+
+def on_disk(path: Path, listings: dict[Path, dict[str, str]]) -> Path:
+    """The file of this name in whichever form of Unicode it has; the path itself without one.
+
+    ``listings`` keeps what was read of folders.
+    """
+    if os.fspath(path).isascii() or path.exists():
+        return path
+    folder = on_disk(path.parent, listings)
+    if folder not in listings:
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        listings[folder] = {nfc(name): name for name in names}
+    return folder / listings[folder].get(nfc(path.name), path.name)
+
+
+def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
+    """Files by stem in NFC; where suffixes clash the one that ``suffixes`` names first."""
+    rank = {suffix: i for i, suffix in enumerate(suffixes)}
+    found: dict[str, Path] = {}
+    if folder.is_dir():
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            path = Path(entry.path)
+            order = rank.get(path.suffix.lower())
+            if order is None or path.name.startswith("."):
+                continue
+            have = found.get(nfc(path.stem))
+            if have is not None and have.stem != path.stem:
+                raise ValueError(
+                    f"{have} and {path} have the same name in two forms of Unicode; remove one"
+                )
+            if have is None or order < rank[have.suffix.lower()]:
+                found[nfc(path.stem)] = path
+    return found
+
+
+# A missing file stays in the list, under the name it should have: reading it names it, and
+# check_dataset reports all of them at once. So does one of a format that masks cannot have.
+def listed_path(found: Mapping[str, Path], folder: Path, stem: str, suffix: str) -> Path:
+    return found.get(nfc(stem), folder / f"{stem}{suffix}")
+
+
+def masks_by_stem(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Masks by stem, and with those that cannot be any where there is no other."""
+    found = by_stem(folder, MASK_SUFFIXES)
+    return found, {**by_stem(folder, _LOSSY_SUFFIXES), **found}
+
+
+def pairs_of(name: str, photos: Path, masks: Path) -> list[Sample]:
+    """Every photo with the mask of the same stem; at least one must have one."""
+    found, listed = masks_by_stem(masks)
+    files: dict[str, Path] = {}
+    for path in sorted(photos.iterdir()) if photos.is_dir() else []:
+        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        stem = nfc(path.stem)
+        if stem in files:
+            raise ValueError(
+                f"{name}: {files[stem]} and {path} have the same stem, so one mask would "
+                "belong to both; rename one, or use a csv of pairs"
+            )
+        files[stem] = path
+    if not set(files) & set(found):
+        raise FileNotFoundError(
+            f"{name}: no pair of a photo and a mask with the same stem: {len(files)} photos in "
+            f"{photos} (looked for {' '.join(sorted(IMAGE_SUFFIXES))}), {len(found)} masks in "
+            f"{masks} (looked for {' '.join(MASK_SUFFIXES)})" + _why_lossy(listed, found)
+        )
+    return [
+        Sample(path.stem, path, listed_path(listed, masks, path.stem, ".png"))
+        for _, path in sorted(files.items())
+    ]
+
+
+def _why_lossy(listed: Mapping[str, Path], found: Mapping[str, Path]) -> str:
+    lossy = [listed[stem].suffix for stem in listed if stem not in found]
+    if not lossy:
+        return ""
+    return (
+        f"; {len(lossy)} files there ({' '.join(sorted(set(lossy)))}) count for nothing, as such "
+        "formats change class numbers: store masks as PNG"
+    )

@@ -1,0 +1,190 @@
+"""The folder of a training run: what it holds, what it can be resumed from, how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deeplab_fast.engine.config import TrainConfig, to_yaml
+from deeplab_fast.engine.outputs import write_atomically
+
+if TYPE_CHECKING:
+    from deeplab_fast.engine.metrics import Metrics
+
+__all__ = [
+    "TrainResult",
+    "check_resumable",
+    "checkpoint_to_resume",
+    "is_finished",
+    "write_result",
+    "write_run_files",
+]
+
+
+# Of the options only these may differ in a resumed run without changing its result.
+_FREE = frozenset(
+    {
+        "output",
+        "workers",
+        "max_time",
+        "checkpoint_minutes",
+        "export",
+        "log_every",
+        "tensorboard",
+        "check_data",
+        "val_batch_size",
+        "backend",
+        "trainer",
+        "root",
+        "val_root",
+        "weights",
+        "weights_part",
+        "weights_backbone",
+        "reset_head",
+    }
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What ``fit`` made.
+
+    ``miou`` and ``best_miou`` are of the last and the best validation, None without one.
+    ``finished`` is False where the wall time or a signal ended the run; it goes on with
+    ``resume=True``.
+    """
+
+    folder: Path
+    weights: Path | None
+    last_checkpoint: Path
+    best_checkpoint: Path | None
+    steps: int
+    miou: float | None
+    best_miou: float | None
+    finished: bool
+    stopped: str | None = None
+    metrics: Metrics | None = None
+
+
+def checkpoint_to_resume(folder: Path, resume: bool | str | os.PathLike[str]) -> Path | None:
+    last = folder / "checkpoints" / "last.ckpt"
+    if isinstance(resume, (str, os.PathLike)):
+        if not Path(resume).is_file():
+            raise FileNotFoundError(f"resume: no such checkpoint: {resume}")
+        return Path(resume)
+    if resume:
+        return last if last.exists() else None
+    if last.exists() or (folder / "model.safetensors").exists():
+        raise ValueError(
+            f"{folder} holds a run already; go on with it (--resume), or name another folder"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file; name a folder")
+    return None
+
+
+def check_resumable(path: Path, config: TrainConfig, tell: Callable[[str], None]) -> None:
+    """Tells which options differ from the checkpoint's."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        before = dict(content["train_config"])
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no checkpoint of a training run ({' '.join(str(error).split())[:200]})"
+        ) from error
+    now = json.loads(json.dumps(config.as_dict()))
+    # An option that the run's version did not have was what is now its default.
+    before = json.loads(json.dumps({**type(config)().as_dict(), **before}))
+    changed = [
+        f"{name} {before.get(name)!r} -> {value!r}"
+        for name, value in now.items()
+        if name not in _FREE and before.get(name) != value
+    ]
+    if changed:
+        tell(
+            "warning: other options than the run began with, its result will differ from an "
+            f"uninterrupted one: {', '.join(changed)}"
+        )
+
+
+def write_run_files(folder: Path, config: TrainConfig) -> None:
+
+    folder.mkdir(parents=True, exist_ok=True)
+    text = to_yaml(config.as_dict())
+    versions = json.dumps(_versions(), indent=2) + "\n"
+    write_atomically(
+        [
+            (folder / "config.yaml", lambda file: file.write(text.encode("utf-8"))),
+            (folder / "versions.json", lambda file: file.write(versions.encode("utf-8"))),
+        ]
+    )
+
+
+def write_result(result: TrainResult) -> None:
+
+    values = {
+        "finished": result.finished,
+        "stopped": result.stopped,
+        "steps": result.steps,
+        "val_miou": result.miou,
+        "best_val_miou": result.best_miou,
+        "metrics": None if result.metrics is None else result.metrics.as_dict(),
+    }
+    # JSON has no nan, the mIoU of no labels.
+    known = {k: None if v != v else v for k, v in values.items()}
+    text = json.dumps(known, indent=2, allow_nan=False) + "\n"
+    path = result.folder / "result.json"
+    write_atomically([(path, lambda file: file.write(text.encode("utf-8")))])
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run in this folder came to its end."""
+    try:
+        return bool(json.loads((folder / "result.json").read_text())["finished"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _versions() -> dict[str, Any]:
+    import lightning
+    import numpy
+
+    from deeplab_fast import __version__
+
+    found: dict[str, Any] = {
+        "deeplab_fast": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "lightning": lightning.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda,
+        "system": f"{platform.system()} {platform.machine()}",
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        or [f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"],
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that the package lies in, with "+changes"; None without one."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent.parent / ".git").exists():
+        return None
+    try:
+        run: dict[str, Any] = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run, check=True).stdout.strip()
+        status = ["git", "status", "--porcelain", "--untracked-files=no"]
+        changes = subprocess.run(status, **run, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changes else "")
