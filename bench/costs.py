@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deeplab_fast.plan.taps import live_taps, output_size
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -46,26 +48,6 @@ class Cost:
         return Cost(2 * self.dense_macs, 2 * self.live_macs, 2 * self.bytes, self.convolutions)
 
 
-def out_size(size: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> int:
-    """Length of a convolution's output along one axis."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def live_taps(size: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> int:
-    """Pairs of (output pixel, tap) along an axis of `size` pixels whose tap is inside the map.
-
-    Tap k of output o reads pixel o * stride + k * dilation - padding.
-    """
-    last = out_size(size, kernel, stride, padding, dilation) - 1
-    count = 0
-    for k in range(kernel):
-        offset = k * dilation - padding
-        low = max(0, -(offset // stride))
-        high = min(last, (size - 1 - offset) // stride)
-        count += max(0, high - low + 1)
-    return count
-
-
 def conv_macs(
     x: Sequence[int],
     w: Sequence[int],
@@ -83,7 +65,7 @@ def conv_macs(
     axes = list(zip(x[2:], w[2:], stride, padding, dilation, strict=True))
     dense = live = x[0] * w[0] * w[1]
     for axis in axes:
-        dense *= out_size(*axis) * axis[1]
+        dense *= output_size(*axis) * axis[1]
         live *= live_taps(*axis)
     return dense, live
 

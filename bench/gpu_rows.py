@@ -29,7 +29,7 @@ from deeplab_fast.dispatch.declare import exact, pytorch_forms, steps
 from deeplab_fast.dispatch.errors import Wrong
 from deeplab_fast.dispatch.examples import VALUES, Size, Step
 from deeplab_fast.ops import _aspp_cuda
-from deeplab_fast.plan.taps import Branch, tap_classes
+from deeplab_fast.plan.taps import Branch, Problem, tap_classes
 from deeplab_fast.tuning import machine
 from deeplab_fast.tuning.machine import Machine, fault_of, spoiled, suffer
 
@@ -102,9 +102,8 @@ class Forced:
         _aspp_cuda.architecture = lambda capability: architecture
         _aspp_cuda.choose.cache_clear()
         try:
-            return _aspp_cuda.choose(
-                n, height, width, channels, branches, device_of(x), self.row, self.split
-            )
+            problem = Problem(n, height, width, channels, branches)
+            return _aspp_cuda.choose(problem, device_of(x), self.row, self.split)
         finally:
             _aspp_cuda.architecture = before
             _aspp_cuda.choose.cache_clear()

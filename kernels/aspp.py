@@ -16,12 +16,13 @@ from torch import Tensor
 from ..plan.device import device_of
 from ..plan.gemm import GemmConfig
 from ..plan.packing import PackedBranches, channels_inside, fp32
+from ..plan.rules import BRANCHES, BranchesKey
 from ..plan.schedule import schedule
-from ..plan.tables import device_tables
+from ..plan.tables import device_tables, workspace
 from . import _compat, launch
 from .conv import pointwise
 from .launch import arithmetic, grid, is_longest, launch_options, map_strides, precision, vector
-from .tuned import aspp_branches_config
+from .tuned import choose
 
 # Rows of a cut tile that one program adds up.
 _SUM_ROWS = 16
@@ -63,7 +64,7 @@ def aspp_branches_packed(
         packed: the branches.
         out: [N, sum K_b, H, W], the dtype of x, or None for a new tensor; may be a slice of the
             channels of a larger one, channels_last but for that.
-        config: None for the choice of `tuned.aspp_branches_config`.
+        config: None for the choice of `rules.BRANCHES`.
 
     Returns:
         out, or the new tensor in channels_last.
@@ -92,14 +93,13 @@ def aspp_branches_packed(
     vec_x = min(vector(x, channels, *x_strides), vector(packed.weight))
     vec_y = vector(out, *y_strides, *(b.channels for b in packed.branches))
     if config is None:
-        config = aspp_branches_config(
-            n, height, width, channels, packed.branches, arithmetic(x), device,
-            aligned=is_longest(x, vec_x, vec_y),
-        )  # fmt: skip
+        aligned = is_longest(x, vec_x, vec_y)
+        key = BranchesKey(n, height, width, channels, packed.branches, arithmetic(x), aligned)
+        config = choose(BRANCHES, key, device)
     programs = device.multiprocessors * config.occupancy
     tables = device_tables(x, packed.branches, config, programs, schedule)
     y_steps = [s // vec_y for s in y_strides]
-    partial = x.new_empty((tables.slots, config.block_m, config.block_n), dtype=torch.float32)
+    partial = workspace(x, tables, config)
     with launch.on_device(x):
         kernels.aspp_branches_kernel[grid(tables.starts.numel() - 1)](
             x, packed.weight, packed.scale, packed.shift, out, partial,
@@ -143,7 +143,7 @@ def aspp_project(
         weight: [K, B + P, 1, 1], the dtype of branches.
         scale, shift: [K], any float dtype; used in fp32.
         classifier: ([classes, K, 1, 1] in the dtype of branches, [classes] any float dtype).
-        config: None for the choice of `tuned.pointwise_config`.
+        config: None for the choice of `rules.POINTWISE`.
 
     Returns:
         [N, K, H, W], or [N, classes, H, W], channels_last.

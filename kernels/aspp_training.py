@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from ..plan.device import device_of
-from ..plan.gemm import GemmConfig, aspp_dgrad_config, aspp_wgrad_config
+from ..plan.gemm import GemmConfig
 from ..plan.gradients import DgradSchedule, dgrad_schedule, wgrad_schedule
-from ..plan.packing import channels_inside, pack_weights, unpack_weights
+from ..plan.packing import branches_of, channels_inside, pack_weights, unpack_weights
+from ..plan.rules import BRANCHES, BranchesKey, dgrad_rule, wgrad_rule
 from ..plan.schedule import Int32, Schedule, schedule, stats_table
-from ..plan.tables import Tables, device_tables
+from ..plan.tables import device_tables, workspace
 from ..plan.taps import Branch, tap_rectangles
 from . import _compat, launch
 from .launch import arithmetic, grid, is_longest, launch_options, map_strides, precision, vector
-from .tuned import aspp_branches_config
+from .tuned import choose
 
 # Rows of a cut tile that one program adds up; columns where it takes all rows.
 _SUM_ROWS = 16
@@ -49,7 +50,7 @@ def aspp_convs(
         weights: for each branch [K_b, C, 1, 1] or [K_b, C, 3, 3], the dtype of x.
         dilations: for each branch an int of at least 1.
         stats: whether mean and variance are asked for.
-        config: None for the choice of `tuned.aspp_branches_config`.
+        config: None for the choice of `rules.BRANCHES`.
 
     Returns:
         y [N, sum K_b, H, W], channels_last, accumulated in fp32 and rounded once; mean and biased
@@ -59,7 +60,7 @@ def aspp_convs(
         RuntimeError: the shape is new and a CUDA graph is being captured.
     """
     n, channels, height, width = x.shape
-    branches = _branches(weights, dilations)
+    branches = branches_of(weights, dilations)
     filters = sum(b.channels for b in branches)
     shape = (n, filters, height, width)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -75,16 +76,15 @@ def aspp_convs(
     vec_x = min(vector(x, channels, *x_strides), vector(matrix))
     vec_y = vector(y, *y_strides, *(b.channels for b in branches))
     if config is None:
-        config = aspp_branches_config(
-            n, height, width, channels, branches, arithmetic(x), device,
-            aligned=is_longest(x, vec_x, vec_y),
-        )  # fmt: skip
+        aligned = is_longest(x, vec_x, vec_y)
+        key = BranchesKey(n, height, width, channels, branches, arithmetic(x), aligned)
+        config = choose(BRANCHES, key, device)
     programs = device.multiprocessors * config.occupancy
     tables = device_tables(x, branches, config, programs, schedule, _stats_tables)
     first, counts, ranges, first_channels = tables.more
     widest = max(b.channels for b in branches)
     y_steps = [s // vec_y for s in y_strides]
-    partial = _workspace(x, tables, config)
+    partial = workspace(x, tables, config)
     tiles = x.new_empty((counts.numel() if stats else 0, 2, widest), dtype=torch.float32)
     with launch.on_device(x):
         kernels.aspp_convs_kernel[grid(tables.starts.numel() - 1)](
@@ -134,7 +134,7 @@ def aspp_convs_backward(
     Raises:
         RuntimeError: the shape is new and a CUDA graph is being captured.
     """
-    branches = _branches(weights, dilations)
+    branches = branches_of(weights, dilations)
     grad = channels_inside(grad)
     dx = dgrad(grad, pack_weights(weights), branches) if to_x else x.new_empty(0)
     dw = unpack_weights(wgrad(grad, x, branches), branches) if to_weights else []
@@ -150,7 +150,7 @@ def dgrad(
         grad: [N, sum K_b, H, W] fp16, bf16 or fp32; other layouts than channels_last are copied.
         matrix: [sum taps K, C], `packing.pack_weights` of the filters, the dtype of grad.
         branches: the branches.
-        config: None for the choice of `gemm.aspp_dgrad_config`.
+        config: None for the choice of `rules.dgrad_rule`.
 
     Returns:
         [N, C, H, W], channels_last.
@@ -172,16 +172,15 @@ def dgrad(
     vec_g = vector(grad, *g_strides, *(b.channels for b in branches))
     vec_x = min(vector(dx, channels, *x_strides), vector(matrix))
     if config is None:
-        config = aspp_dgrad_config(
-            n, height, width, channels, branches, arithmetic(grad), device,
-            aligned=is_longest(grad, vec_g, vec_x),
-        )  # fmt: skip
+        aligned = is_longest(grad, vec_g, vec_x)
+        key = BranchesKey(n, height, width, channels, branches, arithmetic(grad), aligned)
+        config = dgrad_rule(key, device)
     programs = device.multiprocessors * config.occupancy
     tables = device_tables(dx, branches, config, programs, dgrad_schedule, _dgrad_tables)
     steps, pixels = tables.more
     sizes = n * height * width, height, width
     x_steps = [s // vec_x for s in x_strides]
-    partial = _workspace(grad, tables, config)
+    partial = workspace(grad, tables, config)
     with launch.on_device(grad):
         kernels.aspp_dgrad_kernel[grid(tables.starts.numel() - 1)](
             grad, matrix, dx, partial, tables.classes, steps, pixels, tables.parts, tables.starts,
@@ -212,7 +211,7 @@ def wgrad(
         grad: [N, sum K_b, H, W] fp16, bf16 or fp32; other layouts than channels_last are copied.
         x: [N, C, H, W], the dtype of grad, likewise.
         branches: the branches.
-        config: None for the choice of `gemm.aspp_wgrad_config`.
+        config: None for the choice of `rules.wgrad_rule`.
 
     Returns:
         [sum taps K, C], contiguous; `packing.unpack_weights` makes the filters' gradients of it.
@@ -234,13 +233,12 @@ def wgrad(
     vec_g = vector(grad, *g_strides, *(b.channels for b in branches))
     vec_x = min(vector(x, channels, *x_strides), vector(dw))
     if config is None:
-        config = aspp_wgrad_config(
-            n, height, width, channels, branches, arithmetic(x), device,
-            aligned=is_longest(x, vec_g, vec_x),
-        )  # fmt: skip
+        aligned = is_longest(x, vec_g, vec_x)
+        key = BranchesKey(n, height, width, channels, branches, arithmetic(x), aligned)
+        config = wgrad_rule(key, device)
     programs = device.multiprocessors * config.occupancy
     tables = device_tables(x, branches, config, programs, wgrad_schedule)
-    partial = _workspace(x, tables, config)
+    partial = workspace(x, tables, config)
     with launch.on_device(x):
         kernels.aspp_wgrad_kernel[grid(tables.starts.numel() - 1)](
             grad, x, dw, partial, tables.classes, tables.parts, tables.starts,
@@ -260,21 +258,10 @@ def wgrad(
     return dw
 
 
-def _branches(weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Branch, ...]:
-    return tuple(
-        Branch(w.shape[0], w.shape[-1], int(d)) for w, d in zip(weights, dilations, strict=True)
-    )
-
-
 def _is_wide(x: Tensor, vec: int) -> bool:
     """Whether a pixel is so far from the first that its distance in units takes 64 bits."""
     sizes = zip((x.shape[0], *x.shape[2:]), map_strides(x), strict=True)
     return sum((size - 1) * stride for size, stride in sizes) // vec >= 2**31
-
-
-def _workspace(x: Tensor, tables: Tables, config: GemmConfig) -> Tensor:
-    """For the sums of the parts of cut tiles."""
-    return x.new_empty((tables.slots, config.block_m, config.block_n), dtype=torch.float32)
 
 
 def _stats_tables(work: Schedule, block_m: int) -> Sequence[Int32]:

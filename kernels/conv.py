@@ -16,9 +16,10 @@ from ..dispatch.describe import OpDesc
 from ..plan.device import device_of
 from ..plan.gemm import GemmConfig
 from ..plan.packing import channels_inside, fp32
+from ..plan.rules import POINTWISE, PointwiseKey
 from . import _compat, launch
 from .launch import arithmetic, grid, is_longest, launch_options, pixel_strides, precision, vector
-from .tuned import pointwise_config
+from .tuned import choose
 
 _MAX_PIXELS = 2**31 - 1
 _LEAST_CLASSES = 16
@@ -77,7 +78,7 @@ def conv_bn_act(
         padding, groups: 0 and 1; dilation has no effect.
         residual: [N, K, H', W'], the dtype of x, or None.
         act: "relu" or None.
-        config: None for the choice of `tuned.pointwise_config`.
+        config: None for the choice of `rules.POINTWISE`.
 
     Returns:
         [N, K, H', W'], channels_last, accumulated in fp32 and rounded once.
@@ -121,7 +122,7 @@ def pointwise(
         residual: [N, K, H, W], the dtype of x.
         relu: the activation.
         classifier: ([classes, K] in the dtype of x, [classes] fp32) of a second product.
-        config: None for the choice of `tuned.pointwise_config`.
+        config: None for the choice of `rules.POINTWISE`.
     """
     n, channels, height, width = x.shape
     filters = weight.shape[0]
@@ -148,11 +149,12 @@ def pointwise(
     vec_y = vector(y, *y_strides, *([] if classes else [filters]))
     vec_r = vector(x if residual is None else residual, *r_strides)
     if config is None:
-        config = pointwise_config(
-            groups, group_rows, channels, filters, arithmetic(x), device_of(x),
-            aligned=is_longest(x, vec_x, vec_x if classes else min(vec_y, vec_r)),
+        aligned = is_longest(x, vec_x, vec_x if classes else min(vec_y, vec_r))
+        key = PointwiseKey(
+            groups, group_rows, channels, filters, arithmetic(x), aligned,
             classes=classes > 0, residual=residual is not None,
         )  # fmt: skip
+        config = choose(POINTWISE, key, device_of(x))
     tiles_n = -(-filters // config.block_n)
     tiles_m = -(-group_rows // config.block_m)
     with launch.on_device(x):

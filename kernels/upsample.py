@@ -24,12 +24,14 @@ from .. import reference
 from ..dispatch import limits
 from ..dispatch.describe import OpDesc
 from ..plan import tables
+from ..plan import upsample as plan
 from ..plan.bilinear import axis_tables
 from ..plan.device import device_of
-from ..plan.upsample import UpsampleConfig, num_confusion_tables
+from ..plan.tunable import Tunable
+from ..plan.upsample import UpsampleConfig, UpsampleKey, num_confusion_tables
 from . import _compat, launch
 from .launch import grid
-from .tuned import upsample_config
+from .tuned import choose
 
 STRICT_LABELS = "DEEPLAB_FAST_STRICT_LABELS"
 # A confusion matrix beyond this takes more memory than the logits it replaces.
@@ -110,11 +112,7 @@ def upsample_argmax(
     prob = logits.new_empty((n, rows, cols) if return_prob else (0,), dtype=torch.float32)
     if n == 0:
         return labels, prob
-    config = _config("upsample_argmax", logits, (rows, cols), align_corners)
-    y = _axis(in_rows, rows, align_corners, config.rows, logits)
-    x = _axis(in_cols, cols, align_corners, 1, logits)
-    col_tiles = -(-cols // config.cols)
-    programs = grid(n * y.num_blocks * col_tiles)
+    config, y, x, col_tiles, programs = _layout(plan.ARGMAX, logits, (rows, cols), align_corners)
     with launch.on_device(logits):
         kernels.upsample_argmax_kernel[programs](
             logits, labels, prob,
@@ -153,11 +151,7 @@ def upsample_confusion(
     rows, cols = target.shape[-2:]
     if n == 0:
         return logits.new_zeros((classes, classes), dtype=torch.int64)
-    config = _config("upsample_confusion", logits, (rows, cols), align_corners)
-    y = _axis(in_rows, rows, align_corners, config.rows, logits)
-    x = _axis(in_cols, cols, align_corners, 1, logits)
-    col_tiles = -(-cols // config.cols)
-    programs = grid(n * y.num_blocks * col_tiles)
+    config, y, x, col_tiles, programs = _layout(plan.CONFUSION, logits, (rows, cols), align_corners)
     num_tables = num_confusion_tables(classes, target.numel())
     # Any table may get every pixel.
     count_dtype = torch.int32 if target.numel() < 2**31 else torch.int64
@@ -202,11 +196,9 @@ def upsample_softmax_add(
     rows, cols = accumulator.shape[-2:]
     if n == 0:
         return
-    config = _config("upsample_softmax_add", logits, (rows, cols), align_corners)
-    y = _axis(in_rows, rows, align_corners, config.rows, logits)
-    x = _axis(in_cols, cols, align_corners, 1, logits)
-    col_tiles = -(-cols // config.cols)
-    programs = grid(n * y.num_blocks * col_tiles)
+    config, y, x, col_tiles, programs = _layout(
+        plan.SOFTMAX_ADD, logits, (rows, cols), align_corners
+    )
     with launch.on_device(logits):
         kernels.upsample_softmax_add_kernel[programs](
             logits, accumulator,
@@ -354,19 +346,12 @@ class _CrossEntropy:
         n, classes, in_rows, in_cols = logits.shape
         rows, cols = target.shape[-2:]
         with_grad = grad_logits is not None
-        kernel = "upsample_cross_entropy" if with_grad else "upsample_cross_entropy_forward"
-        config = _config(kernel, logits, (rows, cols), self.align_corners)
-        y = _axis(in_rows, rows, self.align_corners, config.rows, logits)
-        x = _axis(in_cols, cols, self.align_corners, config.block_cols or 1, logits)
-        if with_grad:
-            col_tiles = -(-x.num_blocks // config.col_blocks)
-            partial = logits.new_empty(
-                (n, y.num_blocks, 4, classes, x.num_blocks), dtype=torch.float32
-            )
-        else:
-            col_tiles = -(-cols // config.cols)
-            partial = logits.new_empty(0, dtype=torch.float32)
-        programs = grid(n * y.num_blocks * col_tiles)
+        kernel = plan.LOSS_AND_GRADIENT if with_grad else plan.LOSS
+        config, y, x, col_tiles, programs = _layout(
+            kernel, logits, (rows, cols), self.align_corners
+        )
+        shape = (n, y.num_blocks, 4, classes, x.num_blocks) if with_grad else (0,)
+        partial = logits.new_empty(shape, dtype=torch.float32)
         self.rows, self.cols = y, x
         self.sums = logits.new_empty((2, programs[0]), dtype=torch.float32)
         self.counts = logits.new_empty((2, programs[0]), dtype=torch.int32)
@@ -435,12 +420,24 @@ def _report(bad: Tensor, target: Tensor, num_classes: int, ignore_index: int) ->
         reference.check_labels(target, num_classes, ignore_index)
 
 
-def _config(
-    kernel: str, logits: Tensor, out_size: tuple[int, int], align_corners: bool
-) -> UpsampleConfig:
+def _layout(
+    tunable: Tunable[UpsampleKey, UpsampleConfig],
+    logits: Tensor,
+    out_size: tuple[int, int],
+    align_corners: bool,
+) -> tuple[UpsampleConfig, _Axis, _Axis, int, tuple[int]]:
+    """(configuration, rows, columns, programs side by side, grid) of a pass over output pixels."""
+    n, classes, *in_size = logits.shape
     dtype = str(logits.dtype).removeprefix("torch.")
-    device = device_of(logits)
-    return upsample_config(kernel, logits.shape, out_size, align_corners, dtype, device)
+    sizes = ((in_size[0], in_size[1]), out_size, bool(align_corners))
+    config = choose(tunable, UpsampleKey(n, classes, *sizes, dtype), device_of(logits))
+    y = _axis(in_size[0], out_size[0], align_corners, config.rows, logits)
+    x = _axis(in_size[1], out_size[1], align_corners, config.block_cols or 1, logits)
+    if config.block_cols:
+        col_tiles = -(-x.num_blocks // config.col_blocks)
+    else:
+        col_tiles = -(-out_size[1] // config.cols)
+    return config, y, x, col_tiles, grid(n * y.num_blocks * col_tiles)
 
 
 def _axis(in_size: int, out_size: int, align_corners: bool, block: int, like: Tensor) -> _Axis:
@@ -449,15 +446,11 @@ def _axis(in_size: int, out_size: int, align_corners: bool, block: int, like: Te
     axis = _axes.get(key)
     if axis is not None:
         return axis
-    if tables.capturing(like):
-        raise RuntimeError(
-            f"the index tables for {in_size} -> {out_size} are not on {like.device} yet and cannot "
-            "be copied there while a CUDA graph is captured; run the op once at this size before"
-        )
     made = axis_tables(*key[:3], block)
     low, lam, first, block_low, block_start = tables.to_device(
         [made.low, made.lam.view(np.int32), made.first, made.block_low, made.block_start],
-        like.device,
+        like,
+        f"the index tables for {in_size} -> {out_size} are",
     )
     axis = _Axis(
         low,

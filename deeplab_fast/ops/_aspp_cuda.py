@@ -11,7 +11,7 @@ A short rule takes a row for each call (`choose`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
@@ -25,8 +25,8 @@ from ..plan.device import SHARED_RESERVE, Device, device_of
 from ..plan.gemm import GemmConfig
 from ..plan.packing import PackedBranches, channels_inside, fp32
 from ..plan.schedule import schedule, tile_counts
-from ..plan.tables import device_tables
-from ..plan.taps import Branch
+from ..plan.tables import device_tables, workspace
+from ..plan.taps import Branch, Problem
 
 DTYPES = (torch.float16, torch.bfloat16)
 # The only one whose code the sm_90a extension has.
@@ -106,14 +106,7 @@ def architecture(capability: tuple[int, int]) -> int:
 
 @lru_cache(maxsize=512)
 def choose(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    branches: tuple[Branch, ...],
-    device: Device,
-    row: int | None = None,
-    split: bool | None = None,
+    problem: Problem, device: Device, row: int | None = None, split: bool | None = None
 ) -> Choice:
     """The first row of the table of tiles with a tile for every other multiprocessor, or the last.
 
@@ -121,8 +114,7 @@ def choose(
     are cut where programs have few of them, but those of one tap, which are short.
 
     Args:
-        batch, height, width, channels: the input map.
-        branches: the branches.
+        problem: the branches and their map.
         device: the GPU.
         row: choose this row; None for the rule.
         split: whether tiles may be cut (`plan.schedule.schedule`); None for the rule.
@@ -130,8 +122,8 @@ def choose(
     Raises:
         ValueError: the row cannot run on the device.
     """
-    filters = max(b.channels for b in branches)
-    several_taps = any(b.taps > 1 for b in branches)
+    filters = max(b.channels for b in problem.branches)
+    several_taps = any(b.taps > 1 for b in problem.branches)
     choice: Choice | None = None
     for number, tile in enumerate(tiles()):
         if row not in (None, number) or tile.architecture != architecture(device.capability):
@@ -141,13 +133,13 @@ def choose(
         if blocks == 0 or (row is None and tile.block_n >= 2 * max(filters, 128)):
             continue
         block = (tile.block_m, tile.block_n, tile.block_c)
-        count, _ = tile_counts(batch, height, width, channels, branches, *block)
+        config = GemmConfig(*block, tile.threads // 32, tile.stages, blocks)
+        count, _ = tile_counts(problem, config)
         programs = device.multiprocessors // tile.cluster * blocks
         cut = split
         if cut is None:
             cut = several_taps and count < _FEW_TILES * programs
-        config = GemmConfig(*block, tile.threads // 32, tile.stages, blocks, cut)
-        choice = Choice(number, tile, config, programs)
+        choice = Choice(number, tile, replace(config, split=cut), programs)
         if 2 * count >= device.multiprocessors:
             break
     if choice is None:
@@ -248,11 +240,9 @@ def multiply(
     if weight.stride(1) != 1 or weight.stride(0) % _VECTOR or weight.data_ptr() % 16:
         weight = weight.clone(memory_format=torch.contiguous_format)
     if choice is None:
-        choice = choose(n, height, width, channels, branches, device_of(x))
+        choice = choose(Problem(n, height, width, channels, branches), device_of(x))
     tables = device_tables(x, branches, choice.config, choice.programs, schedule)
-    partial = x.new_empty(
-        (tables.slots, choice.tile.block_m, choice.tile.block_n), dtype=torch.float32
-    )
+    partial = workspace(x, tables, choice.config)
     run = _run_sm90 if choice.tile.architecture == 90 else _run_sm80
     vectors = all(b.channels % _VECTOR == 0 for b in branches)
     run(

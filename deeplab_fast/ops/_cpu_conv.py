@@ -17,6 +17,7 @@ from .. import _ext, reference
 from ..dispatch import limits
 from ..dispatch.choice import current_backend
 from ..dispatch.describe import OpDesc
+from ..plan.taps import live_taps
 from . import _cpu_forms
 from ._cpu_forms import TileForm
 from .prepared import PreparedAspp, PreparedConv, PreparedProject
@@ -130,7 +131,7 @@ def _direct_seconds(shape: Sequence[int], outputs: int, dilation: int, threads: 
     n, channels, height, width = shape
     taps = 1
     for length in (height, width):
-        taps *= _cpu_forms.taps_inside(length, length, 3, 1, dilation, dilation)
+        taps *= live_taps(length, 3, 1, dilation, dilation)
     return _cpu_forms.onednn_seconds(n * channels * outputs * taps, threads)
 
 

@@ -219,19 +219,5 @@ def onednn_seconds(macs: int, threads: int) -> float:
     return ONEDNN_CALL_SECONDS + macs / (ONEDNN_RATE * threads)
 
 
-def taps_inside(
-    length: int, out: int, kernel: int, stride: int, padding: int, dilation: int
-) -> int:
-    """Sum over the outputs along one axis of the taps that lie inside the map."""
-    total = 0
-    for tap in range(kernel):
-        # Output i reads i * stride + offset.
-        offset = tap * dilation - padding
-        first = max(0, math.ceil(-offset / stride))
-        last = min(out - 1, (length - 1 - offset) // stride)
-        total += max(0, last - first + 1)
-    return total
-
-
 def _lines(channels: int) -> int:
     return -(-channels // _PANEL)

@@ -13,6 +13,7 @@ from ..dispatch.choice import run
 from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, on, triton_kernel
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step, spread
+from ..plan.taps import output_size
 from . import _cpu_conv, _cudnn
 from ._common import (
     FLOAT_DTYPES,
@@ -153,7 +154,7 @@ def _output_shape(
     x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int
 ) -> tuple[int, int, int, int]:
     height, width = (
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        output_size(size, kernel, stride, padding, dilation)
         for size, kernel in zip(x.shape[2:], weight.shape[2:], strict=True)
     )
     return x.shape[0], weight.shape[0], height, width

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .. import _ext
 from ..dispatch import limits
+from ..plan.taps import live_taps, output_size
 from . import _cpu_forms
 from ._cpu_forms import TileForm
 
@@ -250,8 +251,8 @@ class PreparedConv:
 
     def _output_size(self, height: int, width: int) -> tuple[int, int]:
         h, w = (
-            (size + 2 * p - d * (r - 1) - 1) // s + 1
-            for size, r, s, p, d in zip(
+            output_size(*axis)
+            for axis in zip(
                 (height, width),
                 self._weight.shape[2:],
                 self.stride,
@@ -291,9 +292,8 @@ class PreparedConv:
         n, _, height, width = shape
         macs = n * self._weight.numel()
         for axis, length in enumerate((height, width)):
-            macs *= _cpu_forms.taps_inside(
+            macs *= live_taps(
                 length,
-                self._output_size(height, width)[axis],
                 self._weight.shape[2 + axis],
                 self.stride[axis],
                 self.padding[axis],

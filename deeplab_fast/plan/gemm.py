@@ -1,17 +1,11 @@
-"""Launch configurations of matrix products, chosen by short rules: the ASPP branches and their
-gradients, the projection, 1x1 convolutions."""
+"""Launch configurations of matrix products: the ASPP branches and their gradients, the projection,
+1x1 convolutions. `rules.py` chooses among them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any
 
 from .device import MAX_REGISTERS, REGISTERS, SHARED_RESERVE, WARP, Device, asynchronous
-from .gradients import dgrad_tile_counts, wgrad_tile_counts
-from .schedule import tile_counts
-from .taps import Branch
-from .tunable import Tunable
 
 MMA_16BIT = "16-bit"
 MMA_TF32 = "tf32"
@@ -124,84 +118,6 @@ _FMA: _Table = ((64, 64, 128, 4, 3, 2),)
 # Copies of less than 4 bytes do not exist: operands then pass through registers.
 _UNALIGNED: _Table = ((64, 64, 64, 4, 3, 2),)
 
-# The rules below were compared with a model of times (bench/NOTES.md, 2026-11-27), not on a GPU.
-# Tiles of a program: with fewer, programs wait for the longest, and tiles are cut.
-FEW_TILES = 3
-# Iterations of a tile of the gradient to filters: with fewer, adding up its parts takes too long.
-LONG_TILE = 24
-
-
-@lru_cache(maxsize=512)
-def branches_rule(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    branches: tuple[Branch, ...],
-    math: str,
-    device: Device,
-    aligned: bool,
-) -> GemmConfig:
-    filters = max(b.channels for b in branches)
-    config = gemm_candidates(math, device, filters, aligned)[0]
-    shape = (batch, height, width, channels, branches)
-    tiles, _ = tile_counts(*shape, config.block_m, config.block_n, config.block_c)
-    return replace(config, split=_are_few(tiles, config, device))
-
-
-@lru_cache(maxsize=512)
-def aspp_dgrad_config(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    branches: tuple[Branch, ...],
-    math: str,
-    device: Device,
-    aligned: bool = True,
-) -> GemmConfig:
-    """The configuration of the gradient to the branches' input: the first candidate, cut where
-    programs have few tiles.
-
-    Tiles are pixels by input channels, `block_c` filters are summed at a time. Arguments as for
-    `BranchesKey`.
-    """
-    shape = (batch, height, width, channels, branches)
-    config = aspp_dgrad_candidates(math, device, channels, aligned)[0]
-    tiles, _ = dgrad_tile_counts(*shape, config.block_m, config.block_n, config.block_c)
-    return replace(config, split=_are_few(tiles, config, device))
-
-
-def _are_few(tiles: int, config: GemmConfig, device: Device) -> bool:
-    return tiles < FEW_TILES * device.multiprocessors * config.occupancy
-
-
-@lru_cache(maxsize=512)
-def aspp_wgrad_config(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    branches: tuple[Branch, ...],
-    math: str,
-    device: Device,
-    aligned: bool = True,
-) -> GemmConfig:
-    """The configuration of the gradients to the branches' filters: the first candidate that is no
-    taller than the filters need, cut where its tiles are long.
-
-    Tiles are filters by input channels, `block_c` pixels are summed at a time. They are alike: cut,
-    all programs end together, however many tiles there are. Arguments as for
-    `BranchesKey`.
-    """
-    shape = (batch, height, width, channels, branches)
-    tallest = max(64, *(b.channels for b in branches))
-    found = gemm_candidates(math, device, channels, aligned)
-    config = next(c for c in found if c.block_m < 2 * tallest)
-    blocks = (config.block_m, config.block_n, config.block_c)
-    tiles, iterations = wgrad_tile_counts(*shape, *blocks)
-    return replace(config, split=iterations >= LONG_TILE * tiles)
-
 
 def aspp_branches_candidates(
     math: str, device: Device, filters: int | None = None, aligned: bool = True
@@ -233,33 +149,10 @@ def aspp_dgrad_candidates(
     return whole + [replace(config, split=True) for config in whole]
 
 
-@lru_cache(maxsize=1024)
-def pointwise_rule(
-    groups: int,
-    pixels: int,
-    channels: int,
-    filters: int,
-    math: str,
-    device: Device,
-    aligned: bool,
-    classes: bool,
-) -> GemmConfig:
-    found = pointwise_candidates(math, device, filters, aligned, classes)
-    if not found:
-        raise ValueError(
-            f"no tile holds {filters} filters and their classes; project first, then classify"
-        )
-    for config in found:
-        tiles = groups * -(-pixels // config.block_m) * -(-filters // config.block_n)
-        if 2 * tiles >= device.multiprocessors:
-            return config
-    return found[-1]
-
-
 def pointwise_candidates(
     math: str, device: Device, filters: int, aligned: bool = True, classes: bool = False
 ) -> list[GemmConfig]:
-    """Legal configurations of pointwise_config, whose arguments these are; may be none."""
+    """Legal configurations of `rules.PointwiseKey`, whose attributes these are; may be none."""
     found = gemm_candidates(math, device, filters, aligned)
     if not classes:
         return found
@@ -267,77 +160,3 @@ def pointwise_candidates(
     # operands of 4 bytes.
     most = 16384 if math == MMA_16BIT else 8192
     return [c for c in found if c.block_n >= filters and c.block_m * c.block_n <= most]
-
-
-@dataclass(frozen=True)
-class BranchesKey:
-    """A call of aspp_branches; float16 and bfloat16 are one arithmetic.
-
-    Attributes:
-        batch, height, width, channels: the input map.
-        branches: the branches.
-        math: MMA_16BIT, MMA_TF32 or FMA_FP32.
-        aligned: operands and result allow accesses of 16 bytes.
-    """
-
-    batch: int
-    height: int
-    width: int
-    channels: int
-    branches: tuple[Branch, ...]
-    math: str
-    aligned: bool
-
-
-@dataclass(frozen=True)
-class PointwiseKey:
-    """A product of aspp_project or of a 1x1 convolution.
-
-    Attributes:
-        groups, pixels: rows of the product, `pixels` in each of `groups` that share no tile.
-        channels, filters: depth and columns of the product.
-        math, aligned: as for `BranchesKey`.
-        classes: a second product follows, for which a tile must hold all filters.
-        residual: one is added; measured configurations depend on it.
-    """
-
-    groups: int
-    pixels: int
-    channels: int
-    filters: int
-    math: str
-    aligned: bool
-    classes: bool
-    residual: bool
-
-
-def _shared_memory_problem(key: Any, config: GemmConfig, device: Device) -> str:
-    itemsize = 2 if key.math == MMA_16BIT else 4
-    if config.is_legal(itemsize, device):
-        return ""
-    block = config.shared_bytes(itemsize, device.capability) + SHARED_RESERVE
-    return (
-        f"{config.occupancy} blocks of {block} bytes of shared memory are more than the "
-        f"{device.shared} bytes of a multiprocessor"
-    )
-
-
-# By the names of the kernels: a product is the same one whatever op asks for it.
-TUNABLE: dict[str, Tunable] = {
-    "aspp_branches": Tunable(
-        BranchesKey,
-        GemmConfig,
-        lambda key, device: aspp_branches_candidates(
-            key.math, device, max((b.channels for b in key.branches), default=1), key.aligned
-        ),
-        _shared_memory_problem,
-    ),
-    "pointwise": Tunable(
-        PointwiseKey,
-        GemmConfig,
-        lambda key, device: pointwise_candidates(
-            key.math, device, key.filters, key.aligned, key.classes
-        ),
-        _shared_memory_problem,
-    ),
-}

@@ -20,17 +20,20 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from .gemm import GemmConfig
 from .schedule import (
     CLASS_FIELDS,
     PART_FIELDS,
     Int32,
     PartField,
     Schedule,
+    Size,
     check_pixels,
+    counted,
     shared,
     whole_tiles,
 )
-from .taps import Branch, TapRectangle, joint_classes, tap_rectangles
+from .taps import Branch, Problem, TapRectangle, joint_classes, tap_rectangles
 
 STEP_FIELDS = 8
 
@@ -105,81 +108,50 @@ def divider(divisor: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def dgrad_schedule(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    branches: tuple[Branch, ...],
-    block_m: int,
-    block_n: int,
-    block_c: int,
-    programs: int,
-    split: bool = False,
-) -> DgradSchedule:
+def dgrad_schedule(problem: Problem, config: GemmConfig, programs: int) -> DgradSchedule:
     """Share the tiles of the gradient to the input out over at most `programs` programs.
 
     A tile is `block_m` pixels by `block_n` channels of the input. It takes an iteration for each
     branch, chunk of `block_c` of its filters, and tap that lives for a pixel of the tile; taps are
     innermost, as in `schedule`. Arguments and errors are those of `schedule`.
     """
-    check_pixels(batch, height, width)
-    lists, owner = _dgrad_blocks(batch, height, width, branches, block_m)
-    steps = [_dgrad_steps(taps, branches, block_c) for taps in lists]
+    check_pixels(problem)
+    lists, owner = _dgrad_blocks(problem, config.block_m)
+    steps = [_dgrad_steps(taps, problem.branches, config.block_c) for taps in lists]
     lengths = np.array([len(part) for part in steps], np.int64)
     # Longest first; channels fastest, because they share pixels.
     blocks = np.argsort(-lengths[owner], kind="stable")
-    filters = np.arange(0, channels, block_n)
+    filters = np.arange(0, problem.channels, config.block_n)
     tiles = np.zeros((len(blocks) * len(filters), PART_FIELDS), np.int32)
     tiles[:, PartField.CLASS] = np.repeat(owner[blocks], len(filters))
-    tiles[:, PartField.FIRST] = np.repeat(blocks * block_m, len(filters))
+    tiles[:, PartField.FIRST] = np.repeat(blocks * config.block_m, len(filters))
     tiles[:, PartField.FILTER] = np.tile(filters, len(blocks))
     tiles[:, PartField.END] = np.repeat(lengths[owner[blocks]], len(filters))
     tiles[:, PartField.SLOT] = -1
+    first = (np.cumsum(lengths) - lengths)[:, None].astype(np.int32)
     result = DgradSchedule(
-        classes=(np.cumsum(lengths) - lengths)[:, None].astype(np.int32),
-        **shared(tiles, programs, split),
+        **vars(shared(first, tiles, programs, config.split)),
         steps=np.concatenate([*steps, np.zeros((1, STEP_FIELDS), np.int32)]),
-        pixels=_dgrad_pixels(batch, height, width, branches),
+        pixels=_dgrad_pixels(problem),
     )
-    for table in (result.classes, result.steps, result.pixels):
+    for table in (result.steps, result.pixels):
         table.setflags(write=False)
     return result
 
 
-def dgrad_tile_counts(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    branches: tuple[Branch, ...],
-    block_m: int,
-    block_n: int,
-    block_c: int,
-) -> tuple[int, int]:
+def dgrad_tile_counts(problem: Problem, config: GemmConfig) -> tuple[int, int]:
     """(tiles, iterations) that `dgrad_schedule` shares out, without making them."""
-    lists, owner = _dgrad_blocks(batch, height, width, branches, block_m)
-    chunks = [-(-b.channels // block_c) for b in branches]
+    lists, owner = _dgrad_blocks(problem, config.block_m)
+    chunks = [-(-b.channels // config.block_c) for b in problem.branches]
     lengths = np.array(
         [sum(len(t) * k for t, k in zip(taps, chunks, strict=True)) for taps in lists], np.int64
     )
-    across = -(-channels // block_n)
+    across = -(-problem.channels // config.block_n)
     return len(owner) * across, int(lengths[owner].sum()) * across
 
 
 @lru_cache(maxsize=256)
-def wgrad_schedule(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    branches: tuple[Branch, ...],
-    block_m: int,
-    block_n: int,
-    block_c: int,
-    programs: int,
-    split: bool = False,
-) -> Schedule:
+def wgrad_schedule(problem: Problem, config: GemmConfig, programs: int) -> Schedule:
     """Share the tiles of the gradients to the filters out over at most `programs` programs.
 
     A tile is `block_m` filters (FIRST) by `block_n` input channels (FILTER) of a `TapRectangle`; an
@@ -187,35 +159,14 @@ def wgrad_schedule(
     has the columns `WgradField`. Arguments and errors are those of `schedule`; taps outside the map
     and an empty batch have no tiles.
     """
-    check_pixels(batch, height, width)
-    rectangles = sorted(tap_rectangles(height, width, branches), key=lambda r: -r.pixels)
-    if not batch:
-        rectangles = []
-    sizes = [
-        (branches[r.branch].channels, channels, -(-batch * r.pixels // block_c)) for r in rectangles
-    ]
-    tiles = whole_tiles(sizes, block_m, block_n)
-    table = _wgrad_table(batch, rectangles, branches)
-    return Schedule(table, **shared(tiles, programs, split))
+    check_pixels(problem)
+    tiles = whole_tiles(_wgrad_sizes(problem, config.block_c), config)
+    return shared(_wgrad_table(problem), tiles, programs, config.split)
 
 
-def wgrad_tile_counts(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    branches: Sequence[Branch],
-    block_m: int,
-    block_n: int,
-    block_c: int,
-) -> tuple[int, int]:
+def wgrad_tile_counts(problem: Problem, config: GemmConfig) -> tuple[int, int]:
     """(tiles, iterations) that `wgrad_schedule` shares out, without making them."""
-    tiles = iterations = 0
-    for r in tap_rectangles(height, width, branches) if batch else ():
-        count = -(-branches[r.branch].channels // block_m) * -(-channels // block_n)
-        tiles += count
-        iterations += count * -(-batch * r.pixels // block_c)
-    return tiles, iterations
+    return counted(_wgrad_sizes(problem, config.block_c), config)
 
 
 # For each branch the taps of a class or of a tile, as they read the outputs' gradient.
@@ -223,12 +174,10 @@ _Taps = tuple[tuple[int, ...], ...]
 
 
 @lru_cache(maxsize=256)
-def _dgrad_blocks(
-    batch: int, height: int, width: int, branches: tuple[Branch, ...], block_m: int
-) -> tuple[tuple[_Taps, ...], NDArray[np.int64]]:
+def _dgrad_blocks(problem: Problem, block_m: int) -> tuple[tuple[_Taps, ...], NDArray[np.int64]]:
     """(lists of taps, the list of each block of block_m pixels in the order of the classes)."""
-    classes = joint_classes(height, width, branches)
-    ends = np.cumsum([batch * c.pixels for c in classes])
+    classes = joint_classes(problem.height, problem.width, problem.branches)
+    ends = np.cumsum([problem.batch * c.pixels for c in classes])
     start = np.arange(0, ends[-1], block_m)
     first = np.searchsorted(ends, start, side="right")
     last = np.searchsorted(ends, np.minimum(start + block_m, ends[-1]) - 1, side="right")
@@ -236,7 +185,7 @@ def _dgrad_blocks(
     lists = []
     for run in runs.tolist():
         a, b = divmod(run, len(classes))
-        together = zip(*(c.live(branches) for c in classes[a : b + 1]), strict=True)
+        together = zip(*(c.live(problem.branches) for c in classes[a : b + 1]), strict=True)
         lists.append(tuple(tuple(sorted(set().union(*taps))) for taps in together))
     return tuple(lists), owner.reshape(-1).astype(np.int64)
 
@@ -268,19 +217,37 @@ def _dgrad_steps(lists: _Taps, branches: Sequence[Branch], block_c: int) -> Int3
     return np.concatenate(steps)
 
 
-def _dgrad_pixels(batch: int, height: int, width: int, branches: Sequence[Branch]) -> Int32:
-    image = np.arange(batch, dtype=np.int64)[:, None, None] * (height * width)
+def _dgrad_pixels(problem: Problem) -> Int32:
+    height, width = problem.height, problem.width
+    image = np.arange(problem.batch, dtype=np.int64)[:, None, None] * (height * width)
     found = []
-    for c in joint_classes(height, width, branches):
+    for c in joint_classes(height, width, problem.branches):
         rows = np.arange(c.rows[0].first, c.rows[0].first + c.rows[0].size)[:, None] * width
         cols = np.arange(c.cols[0].first, c.cols[0].first + c.cols[0].size)
         found.append((image + rows + cols).ravel())
     return np.concatenate(found).astype(np.int32)
 
 
-def _wgrad_table(
-    batch: int, rectangles: Sequence[TapRectangle], branches: Sequence[Branch]
-) -> Int32:
+def _wgrad_rectangles(problem: Problem) -> list[TapRectangle]:
+    if not problem.batch:
+        return []
+    found = tap_rectangles(problem.height, problem.width, problem.branches)
+    return sorted(found, key=lambda r: -r.pixels)
+
+
+def _wgrad_sizes(problem: Problem, block_c: int) -> list[Size]:
+    return [
+        Size(
+            problem.branches[r.branch].channels,
+            problem.channels,
+            -(-problem.batch * r.pixels // block_c),
+        )
+        for r in _wgrad_rectangles(problem)
+    ]
+
+
+def _wgrad_table(problem: Problem) -> Int32:
+    branches, rectangles = problem.branches, _wgrad_rectangles(problem)
     first_channel = np.cumsum([0, *(b.channels for b in branches)])
     first_row = np.cumsum([0, *(b.taps * b.channels for b in branches)])
     table = np.zeros((len(rectangles), CLASS_FIELDS), np.int64)
@@ -289,7 +256,7 @@ def _wgrad_table(
         row[WgradField.ROWS] = r.rows
         row[WgradField.COL] = r.col
         row[WgradField.COLS] = r.cols
-        row[WgradField.PIXELS] = batch * r.pixels
+        row[WgradField.PIXELS] = problem.batch * r.pixels
         row[WgradField.ROW_SHIFT] = r.row_shift
         row[WgradField.COL_SHIFT] = r.col_shift
         row[WgradField.CHANNEL] = first_channel[r.branch]
@@ -300,6 +267,4 @@ def _wgrad_table(
         row[WgradField.BRANCH] = r.branch
         row[WgradField.TAP] = r.tap
     # Factors are unsigned: their bits are kept.
-    bits: Int32 = table.astype(np.uint32).view(np.int32)
-    bits.setflags(write=False)
-    return bits
+    return table.astype(np.uint32).view(np.int32)

@@ -47,9 +47,7 @@ class PackedBranches:
             scales, shifts: for each branch [K_b].
             dilations: for each branch an int.
         """
-        branches = tuple(
-            Branch(w.shape[0], w.shape[-1], int(d)) for w, d in zip(weights, dilations, strict=True)
-        )
+        branches = branches_of(weights, dilations)
         return cls(pack_weights(weights), _vector(scales), _vector(shifts), branches)
 
     @property
@@ -71,6 +69,13 @@ class PackedBranches:
     def dilations(self) -> list[int]:
         """For each branch its dilation."""
         return [b.dilation for b in self.branches]
+
+
+def branches_of(weights: Sequence[Tensor], dilations: Sequence[int]) -> tuple[Branch, ...]:
+    """The geometry of branches with these weights [K_b, C, kernel, kernel]."""
+    return tuple(
+        Branch(w.shape[0], w.shape[-1], int(d)) for w, d in zip(weights, dilations, strict=True)
+    )
 
 
 def pack_weights(weights: Sequence[Tensor]) -> Tensor:

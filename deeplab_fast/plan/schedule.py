@@ -23,12 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .taps import Branch, TapClass, tap_classes
+from .gemm import GemmConfig
+from .taps import Problem, TapClass, tap_classes
 
 Int32 = NDArray[np.int32]
 
@@ -87,6 +88,14 @@ CLASS_FIELDS = 16
 PART_FIELDS = 8
 
 
+class Size(NamedTuple):
+    """What the tiles of a class cover together, and the iterations of each."""
+
+    pixels: int
+    filters: int
+    iterations: int
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The work of one call, shared out over programs.
@@ -134,59 +143,28 @@ class StatsTable:
     channels: Int32
 
 
-def tile_counts(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    branches: Sequence[Branch],
-    block_m: int,
-    block_n: int,
-    block_c: int,
-) -> tuple[int, int]:
+def tile_counts(problem: Problem, config: GemmConfig) -> tuple[int, int]:
     """(tiles, iterations) that `schedule` shares out, without making them."""
-    tiles = iterations = 0
-    for c in tap_classes(height, width, branches):
-        count = -(-batch * c.pixels // block_m) * -(-branches[c.branch].channels // block_n)
-        tiles += count
-        iterations += count * c.taps * -(-channels // block_c)
-    return tiles, iterations
+    return counted(_sizes(problem, config.block_c), config)
 
 
 @lru_cache(maxsize=256)
-def schedule(
-    batch: int,
-    height: int,
-    width: int,
-    channels: int,
-    branches: tuple[Branch, ...],
-    block_m: int,
-    block_n: int,
-    block_c: int,
-    programs: int,
-    split: bool = False,
-) -> Schedule:
+def schedule(problem: Problem, config: GemmConfig, programs: int) -> Schedule:
     """Share the tiles of all branches out over at most `programs` programs.
 
     Args:
-        batch, height, width, channels: the input map [batch, channels, height, width].
-        branches: the branches, in the order of their output channels.
-        block_m, block_n, block_c: pixels, filters and input channels of a tile.
+        problem: the branches and their map.
+        config: pixels, filters and input channels of a tile; with `split` tiles are cut so that all
+            programs have the same number of iterations, but for cuts that would leave a part of
+            fewer than MIN_PART.
         programs: thread blocks that run at the same time.
-        split: cut tiles so that all programs have the same number of iterations, but for cuts that
-            would leave a part of fewer than MIN_PART.
 
     Raises:
         ValueError: there are more pixels than an int32 counts.
     """
-    check_pixels(batch, height, width)
-    classes = tap_classes(height, width, branches)
-    chunks = -(-channels // block_c)
-    sizes = [
-        (batch * c.pixels, branches[c.branch].channels, c.taps * chunks) for c in classes
-    ]  # fmt: skip
-    tiles = whole_tiles(sizes, block_m, block_n)
-    return Schedule(_class_table(batch, classes, branches), **shared(tiles, programs, split))
+    check_pixels(problem)
+    tiles = whole_tiles(_sizes(problem, config.block_c), config)
+    return shared(_class_table(problem), tiles, programs, config.split)
 
 
 def stats_table(work: Schedule, block_m: int) -> StatsTable:
@@ -212,34 +190,68 @@ def stats_table(work: Schedule, block_m: int) -> StatsTable:
     )
 
 
-def check_pixels(batch: int, height: int, width: int) -> None:
+def check_pixels(problem: Problem) -> None:
+    """Raises ValueError where there are more pixels than an int32 counts."""
+    batch, height, width = problem.batch, problem.height, problem.width
     if batch * height * width > _INT32_MAX:
         raise ValueError(
             f"{batch} maps of {height}x{width} have more than {_INT32_MAX} pixels; split the batch"
         )
 
 
-def shared(tiles: Int32, programs: int, split: bool) -> dict[str, Any]:
-    """All attributes of a `Schedule` but `classes`."""
+def counted(sizes: Sequence[Size], config: GemmConfig) -> tuple[int, int]:
+    """(tiles, iterations) of `whole_tiles`."""
+    tiles = [-(-s.pixels // config.block_m) * -(-s.filters // config.block_n) for s in sizes]
+    return sum(tiles), sum(n * s.iterations for n, s in zip(tiles, sizes, strict=True))
+
+
+def whole_tiles(sizes: Sequence[Size], config: GemmConfig) -> Int32:
+    """All tiles as whole parts, in order; filters fastest, because they share pixels.
+
+    Args:
+        sizes: of each class, most iterations first.
+        config: pixels and filters of a tile.
+    """
+    found = [np.zeros((0, PART_FIELDS), np.int32)]
+    for index, size in enumerate(sizes):
+        first = np.arange(0, size.pixels, config.block_m)
+        filters = np.arange(0, size.filters, config.block_n)
+        tiles = np.zeros((len(first) * len(filters), PART_FIELDS), np.int32)
+        tiles[:, PartField.CLASS] = index
+        tiles[:, PartField.FIRST] = np.repeat(first, len(filters))
+        tiles[:, PartField.FILTER] = np.tile(filters, len(first))
+        tiles[:, PartField.END] = size.iterations
+        tiles[:, PartField.SLOT] = -1
+        found.append(tiles)
+    return np.concatenate(found)
+
+
+def shared(classes: Int32, tiles: Int32, programs: int, split: bool) -> Schedule:
+    """The tiles of a table of classes, shared out over programs."""
     iterations = int(tiles[:, PartField.END].sum(dtype=np.int64))
-    share = _cut if split else _deal
-    parts, starts, sums, slots = share(tiles, iterations, programs)
+    parts, starts, sums, slots = (_cut if split else _deal)(tiles, iterations, programs)
     lengths = parts[:, PartField.END] - parts[:, PartField.BEGIN]
     loads = np.diff(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[starts])
-    for table in (parts, starts, sums):
+    for table in (classes, parts, starts, sums):
         table.setflags(write=False)
-    return {
-        "parts": parts,
-        "starts": starts,
-        "sums": sums,
-        "slots": slots,
-        "tiles": len(tiles),
-        "iterations": iterations,
-        "longest": int(loads.max(initial=0)),
-    }
+    longest = int(loads.max(initial=0))
+    return Schedule(classes, parts, starts, sums, slots, len(tiles), iterations, longest)
 
 
-def _class_table(batch: int, classes: Sequence[TapClass], branches: Sequence[Branch]) -> Int32:
+def _classes(problem: Problem) -> tuple[TapClass, ...]:
+    return tap_classes(problem.height, problem.width, problem.branches)
+
+
+def _sizes(problem: Problem, block_c: int) -> list[Size]:
+    chunks = -(-problem.channels // block_c)
+    return [
+        Size(problem.batch * c.pixels, problem.branches[c.branch].channels, c.taps * chunks)
+        for c in _classes(problem)
+    ]
+
+
+def _class_table(problem: Problem) -> Int32:
+    branches, classes = problem.branches, _classes(problem)
     first_channel = np.cumsum([0, *(b.channels for b in branches)])
     first_row = np.cumsum([0, *(b.taps * b.channels for b in branches)])
     table = np.zeros((len(classes), CLASS_FIELDS), np.int32)
@@ -252,7 +264,7 @@ def _class_table(batch: int, classes: Sequence[TapClass], branches: Sequence[Bra
         row[ClassField.ROWS] = c.rows.size
         row[ClassField.COL] = c.cols.first
         row[ClassField.COLS] = c.cols.size
-        row[ClassField.PIXELS] = batch * c.pixels
+        row[ClassField.PIXELS] = problem.batch * c.pixels
         row[ClassField.ROW_SHIFT] = (c.rows.tap - half) * step
         row[ClassField.COL_SHIFT] = (c.cols.tap - half) * step
         row[ClassField.ROW_TAPS] = c.rows.taps
@@ -265,28 +277,7 @@ def _class_table(batch: int, classes: Sequence[TapClass], branches: Sequence[Bra
         row[ClassField.CHANNEL] = first_channel[c.branch]
         row[ClassField.CHANNELS] = branch.channels
         row[ClassField.BRANCH] = c.branch
-    table.setflags(write=False)
     return table
-
-
-def whole_tiles(sizes: Sequence[tuple[int, int, int]], block_m: int, block_n: int) -> Int32:
-    """All tiles as whole parts, in order; filters fastest, because they share pixels.
-
-    Args:
-        sizes: for each class its pixels, filters and iterations; most iterations first.
-    """
-    found = [np.zeros((0, PART_FIELDS), np.int32)]
-    for index, (pixels, filters, iterations) in enumerate(sizes):
-        first = np.arange(0, pixels, block_m)
-        filter_ = np.arange(0, filters, block_n)
-        tiles = np.zeros((len(first) * len(filter_), PART_FIELDS), np.int32)
-        tiles[:, PartField.CLASS] = index
-        tiles[:, PartField.FIRST] = np.repeat(first, len(filter_))
-        tiles[:, PartField.FILTER] = np.tile(filter_, len(first))
-        tiles[:, PartField.END] = iterations
-        tiles[:, PartField.SLOT] = -1
-        found.append(tiles)
-    return np.concatenate(found)
 
 
 def _deal(tiles: Int32, _: int, programs: int) -> tuple[Int32, Int32, Int32, int]:

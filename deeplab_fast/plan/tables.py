@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .gemm import GemmConfig
 from .schedule import Int32, Schedule
-from .taps import Branch
+from .taps import Branch, Problem
 
 _Schedule = TypeVar("_Schedule", bound=Schedule)
 
@@ -26,16 +26,30 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def to_device(arrays: Sequence[Int32], device: torch.device) -> list[Tensor]:
-    """Tables on a device: one copy for all of them, each from a multiple of 16 bytes on."""
+def to_device(arrays: Sequence[Int32], x: Tensor, what: str) -> list[Tensor]:
+    """Tables on the device of x: one copy for all of them, each from a multiple of 16 bytes on.
+
+    Args:
+        arrays: the tables.
+        x: any tensor of the device.
+        what: names them in the error, with "is" or "are".
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if capturing(x):
+        raise RuntimeError(
+            f"{what} not on {x.device} yet and cannot be copied there while a CUDA graph is "
+            "captured; run the op once at this size before"
+        )
     sizes = [-(-a.size // 4) * 4 for a in arrays]
     joined = np.zeros(sum(sizes), np.int32)
     for part, a in zip(np.split(joined, np.cumsum(sizes)), arrays, strict=False):
         part[: a.size] = a.ravel()
-    packed = torch.from_numpy(joined).to(device)
+    packed = torch.from_numpy(joined).to(x.device)
     if packed.is_cuda:
         # The tables outlive this stream's order: any later call may come on another stream.
-        torch.cuda.current_stream(device).synchronize()
+        torch.cuda.current_stream(x.device).synchronize()
     return [
         part[: a.size].view(a.shape) for part, a in zip(packed.split(sizes), arrays, strict=True)
     ]
@@ -53,6 +67,11 @@ class Tables:
     more: tuple[Tensor, ...] = ()
 
 
+def workspace(x: Tensor, tables: Tables, config: GemmConfig) -> Tensor:
+    """For the sums of the parts of cut tiles, on the device of x."""
+    return x.new_empty((tables.slots, config.block_m, config.block_n), dtype=torch.float32)
+
+
 # Never emptied: a captured CUDA graph reads the tables through raw pointers for as long as it
 # lives. An entry holds 32 bytes a tile.
 _tables: dict[tuple[object, ...], Tables] = {}
@@ -63,7 +82,7 @@ def device_tables(
     branches: tuple[Branch, ...],
     config: GemmConfig,
     programs: int,
-    make: Callable[..., _Schedule],
+    make: Callable[[Problem, GemmConfig, int], _Schedule],
     more: Callable[[_Schedule, int], Sequence[Int32]] | None = None,
 ) -> Tables:
     """The tile list of a call on the device of x, copied there at the first call.
@@ -80,22 +99,15 @@ def device_tables(
         RuntimeError: the shape is new and a CUDA graph is being captured.
     """
     n, channels, height, width = x.shape
-    shape = (n, height, width, channels, branches)
-    block = (config.block_m, config.block_n, config.block_c)
-    key = (*shape, *block, programs, config.split, make, more, x.device)
+    problem = Problem(n, height, width, channels, branches)
+    key = (problem, config, programs, make, more, x.device)
     tables = _tables.get(key)
     if tables is not None:
         return tables
-    if capturing(x):
-        raise RuntimeError(
-            f"the tile list for {list(x.shape)} is not on {x.device} yet and cannot be copied "
-            "there while a CUDA graph is captured; run the op once at this size before"
-        )
-    work = make(*shape, *block, programs, config.split)
+    work = make(problem, config, programs)
     others = more(work, config.block_m) if more else ()
-    classes, parts, sums, starts, *rest = to_device(
-        [work.classes, work.parts, work.sums, work.starts, *others], x.device
-    )
+    arrays = [work.classes, work.parts, work.sums, work.starts, *others]
+    classes, parts, sums, starts, *rest = to_device(arrays, x, f"the tile list for {[*x.shape]} is")
     tables = Tables(classes, parts, sums, starts, work.slots, tuple(rest))
     _tables[key] = tables
     return tables

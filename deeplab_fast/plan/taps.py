@@ -37,6 +37,22 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class Problem:
+    """Branches and the map that they read.
+
+    Attributes:
+        batch, height, width, channels: the map [batch, channels, height, width].
+        branches: the branches, in the order of their output channels.
+    """
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
 class Interval:
     """Consecutive pixels of an axis whose live taps are the same.
 
@@ -121,6 +137,28 @@ class TapRectangle:
     def pixels(self) -> int:
         """Pixels of an image."""
         return self.rows * self.cols
+
+
+def output_size(
+    size: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1
+) -> int:
+    """Length of a convolution's output along one axis."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def live_taps(size: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> int:
+    """Pairs of (output pixel, tap) along an axis of `size` pixels whose tap is inside the map.
+
+    Tap k of output o reads pixel o * stride + k * dilation - padding.
+    """
+    last = output_size(size, kernel, stride, padding, dilation) - 1
+    count = 0
+    for k in range(kernel):
+        offset = k * dilation - padding
+        low = max(0, -(offset // stride))
+        high = min(last, (size - 1 - offset) // stride)
+        count += max(0, high - low + 1)
+    return count
 
 
 def axis_intervals(size: int, kernel: int, dilation: int) -> tuple[Interval, ...]:

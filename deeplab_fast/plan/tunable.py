@@ -1,26 +1,33 @@
-"""What measured configurations of a kernel are looked up by, and what may be found."""
+"""What a kernel's configurations are chosen by, and which may be measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 from .device import Device
 
+Key = TypeVar("Key")
+Config = TypeVar("Config")
+
 
 @dataclass(frozen=True)
-class Tunable:
+class Tunable(Generic[Key, Config]):
     """What the configurations of a kernel are.
 
     Attributes:
+        kernel: its name in records.
         key: frozen dataclass of the facts of a call.
         config: frozen dataclass of a configuration.
         candidates: (key, device) -> configurations that may be chosen.
+        rule: (key, device) -> the configuration where none was measured.
         problem: (key, config, device) -> why a configuration cannot run on a device, or "".
     """
 
-    key: type
-    config: type
-    candidates: Callable[[Any, Device], list[Any]]
-    problem: Callable[[Any, Any, Device], str] = lambda key, config, device: ""
+    kernel: str
+    key: type[Key]
+    config: type[Config]
+    candidates: Callable[[Key, Device], list[Config]]
+    rule: Callable[[Key, Device], Config]
+    problem: Callable[[Key, Config, Device], str] = lambda key, config, device: ""

@@ -156,14 +156,25 @@ class UpsampleKey:
     dtype: str
 
 
-FORWARD = Tunable(UpsampleKey, UpsampleConfig, lambda key, device: forward_candidates())
-GRADIENT = Tunable(UpsampleKey, UpsampleConfig, lambda key, device: gradient_candidates())
-# By the names of the kernels, which are named after their op; the loss alone, without a gradient,
-# is a kernel of its own.
-TUNABLE: dict[str, Tunable] = {
-    "upsample_argmax": FORWARD,
-    "upsample_confusion": FORWARD,
-    "upsample_softmax_add": FORWARD,
-    "upsample_cross_entropy": GRADIENT,
-    "upsample_cross_entropy_forward": FORWARD,
-}
+def _forward(kernel: str) -> Tunable[UpsampleKey, UpsampleConfig]:
+    return Tunable(
+        kernel,
+        UpsampleKey,
+        UpsampleConfig,
+        lambda key, device: forward_candidates(),
+        lambda key, device: forward_config(key.in_size, key.out_size, key.align_corners),
+    )
+
+
+ARGMAX = _forward("upsample_argmax")
+CONFUSION = _forward("upsample_confusion")
+SOFTMAX_ADD = _forward("upsample_softmax_add")
+# The loss alone is a kernel of its own.
+LOSS = _forward("upsample_cross_entropy_forward")
+LOSS_AND_GRADIENT = Tunable(
+    "upsample_cross_entropy",
+    UpsampleKey,
+    UpsampleConfig,
+    lambda key, device: gradient_candidates(),
+    lambda key, device: gradient_config(key.in_size, key.out_size, key.align_corners),
+)

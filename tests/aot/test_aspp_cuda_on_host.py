@@ -26,7 +26,9 @@ from deeplab_fast import _ext, ops, reference
 from deeplab_fast.backends import OpDesc
 from deeplab_fast.dispatch import limits
 from deeplab_fast.ops import _aspp_cuda
+from deeplab_fast.plan import taps
 from deeplab_fast.plan.device import A100, H100, Device
+from deeplab_fast.plan.gemm import GemmConfig
 from deeplab_fast.plan.packing import PackedBranches
 from deeplab_fast.plan.schedule import PartField, schedule
 from deeplab_fast.plan.taps import Branch, axis_intervals
@@ -166,7 +168,9 @@ class Problem:
         block_m, block_n = emulated.tile[row, 1:3].tolist()
         n, c, rows, width = self.x.shape
         height = height or rows
-        work = schedule(n, height, width, c, self.branches, block_m, block_n, 64, programs, split)
+        problem = taps.Problem(n, height, width, c, self.branches)
+        config = GemmConfig(block_m, block_n, 64, 4, 3, 1, split)
+        work = schedule(problem, config, programs)
         assert not split or work.slots > 0
         tables = (work.classes, work.parts, work.starts, work.sums)
         packed = PackedBranches.pack(self.weights, self.scales, self.shifts, self.dilations)
@@ -274,7 +278,9 @@ def test_lists_cover_every_product_once(emulated: Emulated) -> None:
         strides = [height * width * 200 + 8, width * 200, 200]
         block_m, block_n = rng.choice(emulated.tile[:, 1:3].tolist())
         programs, split = rng.randint(1, 9), rng.random() < 0.5
-        work = schedule(n, height, width, channels, branches, block_m, block_n, 64, programs, split)
+        problem = taps.Problem(n, height, width, channels, branches)
+        config = GemmConfig(block_m, block_n, 64, 4, 3, 1, split)
+        work = schedule(problem, config, programs)
         assert work.starts[0] == 0 and work.starts[-1] == len(work.parts)
         found: dict[tuple, int] = {}
         for part in work.parts:
@@ -320,7 +326,9 @@ def products(n, height, width, channels, branches, strides, block_n):
 
 def test_offsets_are_64_bits_wide(emulated: Emulated) -> None:
     """A pixel and a tap that lie more than 2^32 elements away."""
-    work = schedule(2, 3, 3, 64, (Branch(8, 3, 1),), 64, 128, 64, 1)
+    work = schedule(
+        taps.Problem(2, 3, 3, 64, (Branch(8, 3, 1),)), GemmConfig(64, 128, 64, 4, 3, 1), 1
+    )
     last = next(p for p in work.parts if work.classes[p[0], 0] == 2 and work.classes[p[0], 2] == 2)
     strides = [2**36, 2**34, 2**33]
     rows, reads = torch.zeros(2, dtype=torch.int64), torch.zeros(last[4], 3, dtype=torch.int64)
@@ -422,11 +430,11 @@ def test_maps_without_images(on_host: Emulated) -> None:
 def shape_of(device, n: int, size: int, filters: int = 256, **forced) -> _aspp_cuda.Choice:
     rates = (12, 24, 36) if size > 40 else (6, 12, 18)
     branches = (Branch(filters, 1, 1), *(Branch(filters, 3, d) for d in rates))
-    return _aspp_cuda.choose(n, size, size, 2048, branches, device, **forced)
+    return _aspp_cuda.choose(taps.Problem(n, size, size, 2048, branches), device, **forced)
 
 
 def one_tap(height: int, width: int, filters: int = 256) -> _aspp_cuda.Choice:
-    return _aspp_cuda.choose(1, height, width, 64, (Branch(filters, 1, 1),), H100)
+    return _aspp_cuda.choose(taps.Problem(1, height, width, 64, (Branch(filters, 1, 1),)), H100)
 
 
 @pytest.fixture

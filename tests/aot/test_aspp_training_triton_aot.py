@@ -21,7 +21,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from deeplab_fast.kernels.tuned import aspp_branches_config
 
 from deeplab_fast.plan.device import A100, H100, SHARED_RESERVE
 from deeplab_fast.plan.gemm import (
@@ -30,10 +29,9 @@ from deeplab_fast.plan.gemm import (
     MMA_TF32,
     GemmConfig,
     aspp_dgrad_candidates,
-    aspp_dgrad_config,
-    aspp_wgrad_config,
     gemm_candidates,
 )
+from deeplab_fast.plan.rules import BranchesKey, branches_rule, dgrad_rule, wgrad_rule
 from deeplab_fast.plan.taps import Branch
 from deeplab_fast.testing import cubin_resources
 
@@ -289,16 +287,16 @@ def test_what_is_chosen_for_the_models_is_compiled_here(capability: int) -> None
         (v.kernel, replace(v.config, split=False)) for v in VARIANTS if v.capability == capability
     }
     choices = {
-        "aspp_convs_kernel": aspp_branches_config,
-        "aspp_dgrad_kernel": aspp_dgrad_config,
-        "aspp_wgrad_kernel": aspp_wgrad_config,
+        "aspp_convs_kernel": branches_rule,
+        "aspp_dgrad_kernel": dgrad_rule,
+        "aspp_wgrad_kernel": wgrad_rule,
     }
     few = tuple(replace(b, channels=48) for b in OS16)
     for side, rates in ((65, OS8), (33, OS16), (33, few)):
         for batch, channels in ((1, 2048), (8, 2048), (8, 64)):
-            shape = (batch, side, side, channels, rates)
+            key = BranchesKey(batch, side, side, channels, rates, MMA_16BIT)
             for kernel, choose in choices.items():
-                chosen = choose(*shape, MMA_16BIT, device)
+                chosen = choose(key, device)
                 assert (kernel, replace(chosen, split=False)) in compiled
 
 

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from deeplab_fast.kernels.tuned import aspp_branches_config, pointwise_config
 
 from deeplab_fast.plan.device import A100, H100, SHARED_RESERVE
 from deeplab_fast.plan.gemm import FMA_FP32, MMA_16BIT, MMA_TF32, GemmConfig, gemm_candidates
+from deeplab_fast.plan.rules import BranchesKey, PointwiseKey, branches_rule, pointwise_rule
 from deeplab_fast.plan.taps import Branch
 from deeplab_fast.testing import cubin_resources, nvidia_tool
 
@@ -140,9 +140,10 @@ def variants() -> list[Variant]:
         found.append(branches(capability, tf32, "fp32", MMA_TF32))
         odd = replace(gemm_candidates(MMA_16BIT, device, aligned=False)[0], split=True)
         found.append(branches(capability, odd, "fp16", vector=1))
-        project = {pointwise_config(*shape, MMA_16BIT, device) for shape in PROJECTIONS}
+        project = {pointwise_rule(PointwiseKey(*shape, MMA_16BIT), device) for shape in PROJECTIONS}
         found += [pointwise(capability, config, "project") for config in sorted(project, key=str)]
-        classify = pointwise_config(16, 4225, 1024, 256, MMA_16BIT, device, classes=True)
+        key = PointwiseKey(16, 4225, 1024, 256, MMA_16BIT, classes=True)
+        classify = pointwise_rule(key, device)
         found.append(pointwise(capability, classify, "classify", 32))
         tile = {"BLOCK_M": largest.block_m, "BLOCK_N": largest.block_n}
         found.append(other("sum", "aspp_sum_kernel", capability, **tile, ROWS=16, VEC_Y=8))
@@ -301,9 +302,10 @@ def test_what_is_chosen_for_the_models_is_compiled_here(capability: int) -> None
     for side, rates in ((65, OS8), (33, OS16)):
         for batch in (1, 16):
             shape = (batch, side, side)
-            chosen = aspp_branches_config(*shape, 2048, rates, MMA_16BIT, device)
+            chosen = branches_rule(BranchesKey(*shape, 2048, rates, MMA_16BIT), device)
             assert ("aspp_branches_kernel", chosen) in compiled
-            chosen = pointwise_config(batch, side**2, 1024, 256, MMA_16BIT, device)
+            key = PointwiseKey(batch, side**2, 1024, 256, MMA_16BIT)
+            chosen = pointwise_rule(key, device)
             assert ("pointwise_kernel", chosen) in compiled
 
 

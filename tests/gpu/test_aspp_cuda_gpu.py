@@ -17,7 +17,7 @@ from deeplab_fast import _ext, ops, reference
 from deeplab_fast.ops import _aspp_cuda
 from deeplab_fast.plan.device import device_of
 from deeplab_fast.plan.packing import PackedBranches
-from deeplab_fast.plan.taps import Branch
+from deeplab_fast.plan.taps import Branch, Problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -97,7 +97,7 @@ class Case:
     def choice(self, row: int | None = None, split: bool | None = None) -> _aspp_cuda.Choice:
         n, c, height, width = self.x.shape
         device = device_of(self.x)
-        return _aspp_cuda.choose(n, height, width, c, self.branches, device, row, split)
+        return _aspp_cuda.choose(Problem(n, height, width, c, self.branches), device, row, split)
 
     def run(self, row: int | None = None, split: bool | None = None) -> Tensor:
         packed = PackedBranches.pack(*self.args[1:])
@@ -297,6 +297,6 @@ def test_programs_of_a_list_run_at_the_same_time(architecture, row, dtype):
     if architecture != 90:
         pytest.skip("blocks without clusters go wherever there is room")
     device = device_of(torch.empty(0, device=DEVICE))
-    assumed = _aspp_cuda.choose(1, 65, 65, 2048, OS8, device, row).programs
+    assumed = _aspp_cuda.choose(Problem(1, 65, 65, 2048, OS8), device, row).programs
     resident = torch.ops.deeplab_fast._aspp_sm90_residency(row, dtype == torch.float16)
     assert resident >= assumed, f"{assumed} programs are made, the device holds {resident} at once"

@@ -25,7 +25,7 @@ from deeplab_fast.plan.gemm import GemmConfig
 from deeplab_fast.plan.gradients import dgrad_schedule, wgrad_schedule
 from deeplab_fast.plan.packing import pack_weights, unpack_weights
 from deeplab_fast.plan.schedule import schedule
-from deeplab_fast.plan.taps import Branch, tap_rectangles
+from deeplab_fast.plan.taps import Branch, Problem, tap_rectangles
 
 pytestmark = pytest.mark.interpret
 
@@ -205,7 +205,7 @@ def test_the_choice_by_rule_runs() -> None:
 
 def test_cut_tiles_are_added_in_the_same_order_every_time() -> None:
     case = Case.make((5, 224, 2, 4), [(8, 1, 1)])
-    assert schedule(5, 2, 4, 224, case.branches, 32, 32, 16, 3, True).slots
+    assert schedule(Problem(5, 2, 4, 224, case.branches), replace(CUT, block_c=16), 3).slots
     config = replace(CUT, block_c=16)
     first, again = (
         aspp_training.aspp_convs(case.x, case.weights, case.dilations, True, config)
@@ -225,7 +225,7 @@ def test_cut_tiles_of_gradients_are_added_in_the_same_order(shape, filters, make
     case = Case.make(shape, [(filters, 1, 1)])
     config = replace(CUT, block_c=16)
     n, c, h, w = shape
-    assert make(n, h, w, c, case.branches, 32, 32, 16, 3, True).slots
+    assert make(Problem(n, h, w, c, case.branches), config, 3).slots
     matrix = pack_weights(case.weights)
     runs = [
         (

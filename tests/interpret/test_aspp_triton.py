@@ -24,6 +24,8 @@ from deeplab_fast.plan import tables
 from deeplab_fast.plan.device import H100
 from deeplab_fast.plan.gemm import GemmConfig
 from deeplab_fast.plan.packing import PackedBranches
+from deeplab_fast.plan.schedule import schedule
+from deeplab_fast.plan.taps import Problem
 
 pytestmark = pytest.mark.interpret
 
@@ -159,7 +161,7 @@ def test_the_choice_by_rule_runs() -> None:
 
 def test_cut_tiles_are_added_in_the_same_order_every_time() -> None:
     case = Branches.make((5, 480, 2, 4), [(8, 1, 1)])
-    work = aspp.schedule(5, 2, 4, 480, case.packed.branches, 32, 32, 32, 3, True)
+    work = schedule(Problem(5, 2, 4, 480, case.packed.branches), CUT, 3)
     assert (work.tiles, work.slots) == (2, 4)
     first = aspp.aspp_branches_packed(case.x, case.packed, config=CUT)
     assert torch.equal(first, aspp.aspp_branches_packed(case.x, case.packed, config=CUT))
@@ -238,7 +240,7 @@ def test_slots_beyond_int32() -> None:
     """A tile of two slots behind 2^31 sums that are never touched."""
     case = Branches.make((1, 8, 1, 1), [(8, 1, 1)])
     packed, block = case.packed, 32
-    work = aspp.schedule(1, 1, 1, 8, packed.branches, block, block, block, 1)
+    work = schedule(Problem(1, 1, 1, 8, packed.branches), WHOLE, 1)
     sums = torch.from_numpy(work.parts.copy())
     first = 2**31 // block**2
     sums[:, 3], sums[:, 4] = first, first + 2

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from deeplab_fast.kernels.tuned import aspp_branches_config, pointwise_config
 
 from deeplab_fast import _ext
 from deeplab_fast.plan.device import H100, device_like
@@ -23,9 +22,15 @@ from deeplab_fast.plan.gemm import (
     MMA_TF32,
     aspp_branches_candidates,
     aspp_dgrad_candidates,
-    aspp_dgrad_config,
-    aspp_wgrad_config,
     pointwise_candidates,
+)
+from deeplab_fast.plan.rules import (
+    BranchesKey,
+    PointwiseKey,
+    branches_rule,
+    dgrad_rule,
+    pointwise_rule,
+    wgrad_rule,
 )
 from deeplab_fast.plan.taps import Branch
 
@@ -39,9 +44,9 @@ DEVICES = {
     gpu.name: device_like(gpu.properties) for gpu in sys.modules["launch_conftest"].GPUS.values()
 }
 RULES = {
-    "branches": aspp_branches_config,
-    "dgrad": aspp_dgrad_config,
-    "wgrad": aspp_wgrad_config,
+    "branches": branches_rule,
+    "dgrad": dgrad_rule,
+    "wgrad": wgrad_rule,
 }
 on_every_gpu = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 
@@ -64,25 +69,16 @@ def narrow(filters: int) -> tuple[Branch, ...]:
 def test_choices_are_legal_candidates(device, math, aligned, filters) -> None:
     itemsize = 2 if math == MMA_16BIT else 4
     for batch, channels in ((1, 320), (1, 2048), (16, 64), (16, 960)):
-        shape = (batch, 33, 33, channels, narrow(filters))
-        options = (math, device, aligned)
-        product = (batch, 1089, channels, filters)
+        key = BranchesKey(batch, 33, 33, channels, narrow(filters), math, aligned)
+        product = PointwiseKey(batch, 1089, channels, filters, math, aligned)
         chosen = {
-            aspp_branches_config(*shape, *options): (
-                aspp_branches_candidates(math, device, filters, aligned)
-            ),
-            aspp_dgrad_config(*shape, *options): (
-                aspp_dgrad_candidates(math, device, channels, aligned)
-            ),
-            aspp_wgrad_config(*shape, *options): (
-                aspp_branches_candidates(math, device, channels, aligned)
-            ),
-            pointwise_config(*product, *options): (
-                pointwise_candidates(math, device, filters, aligned)
-            ),
+            branches_rule(key, device): (aspp_branches_candidates(math, device, filters, aligned)),
+            dgrad_rule(key, device): (aspp_dgrad_candidates(math, device, channels, aligned)),
+            wgrad_rule(key, device): (aspp_branches_candidates(math, device, channels, aligned)),
+            pointwise_rule(product, device): (pointwise_candidates(math, device, filters, aligned)),
         }
         if candidates := pointwise_candidates(math, device, filters, aligned, True):
-            chosen[pointwise_config(*product, *options, classes=True)] = candidates
+            chosen[pointwise_rule(replace(product, classes=True), device)] = candidates
         for config, candidates in chosen.items():
             assert config in candidates and config.is_legal(itemsize, device)
 
@@ -109,7 +105,7 @@ def test_choices_are_legal_candidates(device, math, aligned, filters) -> None:
     ],
 )
 def test_few_or_long_tiles_are_cut(op, shape, branches, split) -> None:
-    config = RULES[op](*shape, branches, MMA_16BIT, H100)
+    config = RULES[op](BranchesKey(*shape, branches, MMA_16BIT), H100)
     assert config.split == split
 
 
@@ -131,7 +127,8 @@ def test_few_or_long_tiles_are_cut(op, shape, branches, split) -> None:
     ],
 )
 def test_tiles_are_as_wide_as_what_fills_them(op, filters, channels, device, block) -> None:
-    config = RULES[op](4, 65, 65, channels, narrow(filters), MMA_16BIT, DEVICES[device])
+    key = BranchesKey(4, 65, 65, channels, narrow(filters), MMA_16BIT)
+    config = RULES[op](key, DEVICES[device])
     assert (config.block_m, config.block_n) == block
 
 
@@ -143,7 +140,7 @@ def test_widest_branch_counts(device) -> None:
         blocks = {
             (c.block_m, c.block_n)
             for branches in (OS16, (*OS16, Branch(21, 3, 2)))
-            for c in [choose(4, 33, 33, 2048, branches, MMA_16BIT, device)]
+            for c in [choose(BranchesKey(4, 33, 33, 2048, branches, MMA_16BIT), device)]
         }
         assert len(blocks) == 1
 
@@ -163,19 +160,20 @@ def test_widest_branch_counts(device) -> None:
     ],
 )
 def test_products_fill_every_other_multiprocessor(groups, pixels, filters, options, block) -> None:
-    config = pointwise_config(groups, pixels, 1024, filters, MMA_16BIT, H100, **options)
+    key = PointwiseKey(groups, pixels, 1024, filters, MMA_16BIT, **options)
+    config = pointwise_rule(key, H100)
     assert (config.block_m, config.block_n) == block and not config.split
 
 
 def test_classes_of_more_filters_than_a_tile_holds() -> None:
     with pytest.raises(ValueError, match="no tile holds 300 filters"):
-        pointwise_config(16, 4225, 1024, 300, MMA_16BIT, H100, classes=True)
+        pointwise_rule(PointwiseKey(16, 4225, 1024, 300, MMA_16BIT, classes=True), H100)
 
 
 def test_more_multiprocessors_are_cut_for_longer() -> None:
-    shape = (1, 128, 396, 64, one_tap(256), MMA_16BIT)
-    assert not aspp_branches_config(*shape, H100).split
-    assert aspp_branches_config(*shape, replace(H100, multiprocessors=133)).split
+    key = BranchesKey(1, 128, 396, 64, one_tap(256), MMA_16BIT)
+    assert not branches_rule(key, H100).split
+    assert branches_rule(key, replace(H100, multiprocessors=133)).split
 
 
 def test_the_cuda_backend_needs_no_triton_kernels() -> None:
@@ -188,7 +186,7 @@ def test_the_cuda_backend_needs_no_triton_kernels() -> None:
         "weights = [torch.ones(8, 16, 1, 1), torch.ones(8, 16, 3, 3)]\n"
         "vectors = [torch.ones(8)] * 2\n"
         "packed = _aspp_cuda.PackedBranches.pack(weights, vectors, vectors, [1, 2])\n"
-        "choice = _aspp_cuda.choose(1, 9, 9, 16, packed.branches, A100)\n"
+        "choice = _aspp_cuda.choose(_aspp_cuda.Problem(1, 9, 9, 16, packed.branches), A100)\n"
         "x = torch.ones(1, 16, 9, 9)\n"
         "work = choice.config, choice.programs, _aspp_cuda.schedule\n"
         "tables = _aspp_cuda.device_tables(x, packed.branches, *work)\n"

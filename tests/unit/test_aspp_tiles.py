@@ -7,11 +7,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from deeplab_fast.plan.gemm import GemmConfig
 from deeplab_fast.plan.schedule import MIN_PART, ClassField, PartField, schedule, tile_counts
-from deeplab_fast.plan.taps import Branch, Interval, axis_intervals
+from deeplab_fast.plan.taps import Branch, Interval, Problem, axis_intervals
 
 DEEPLAB = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (12, 24, 36)))
 OS16 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (6, 12, 18)))
+
+
+def tile(block_m: int, block_n: int, block_c: int, split: bool = False) -> GemmConfig:
+    return GemmConfig(block_m, block_n, block_c, 4, 3, 1, split)
 
 
 def work_done(work, batch, height, width, branches, block_m, block_n, chunks):
@@ -150,14 +155,16 @@ def test_every_live_tap_once_and_no_dead_one(
 ) -> None:
     branches = tuple(branches)
     block_m, block_n, block_c = blocks
-    work = schedule(batch, height, width, channels, branches, *blocks, programs, split)
+    problem = Problem(batch, height, width, channels, branches)
+    config = tile(*blocks, split)
+    work = schedule(problem, config, programs)
     chunks = -(-channels // block_c)
     counts = work_done(work, batch, height, width, branches, block_m, block_n, chunks)
     for branch, count in zip(branches, counts, strict=True):
         expected = live(branch, height, width)[None, :, :, :, None, None]
         assert (count == np.broadcast_to(expected, count.shape)).all()
     check_sharing(work, split, programs)
-    tiles = tile_counts(batch, height, width, channels, branches, *blocks)
+    tiles = tile_counts(problem, config)
     assert tiles == (work.tiles, work.iterations)
 
 
@@ -192,7 +199,9 @@ def test_intervals_of_an_axis(size: int, kernel: int, dilation: int, expected: l
 )
 def test_work_of_the_dilated_branches_against_dense(size, batch, block_m, branches, expected):
     """Multiply-adds in whole tiles over those of all taps, as predicted for tiles in this order."""
-    _, iterations = tile_counts(batch, size, size, 2048, branches[1:], block_m, 256, 64)
+    _, iterations = tile_counts(
+        Problem(batch, size, size, 2048, branches[1:]), tile(block_m, 256, 64)
+    )
     dense = 27 * batch * size * size * (2048 // 64)
     assert iterations * block_m / dense == pytest.approx(expected, abs=5e-4)
 
@@ -207,14 +216,14 @@ def test_work_of_the_dilated_branches_against_dense(size, batch, block_m, branch
     ],
 )
 def test_132_multiprocessors_are_kept_busy(size, batch, branches, split, least) -> None:
-    work = schedule(batch, size, size, 2048, branches, 128, 256, 64, 132, split)
+    work = schedule(Problem(batch, size, size, 2048, branches), tile(128, 256, 64, split), 132)
     assert work.programs == 132
     assert work.iterations / 132 >= least * work.longest
     check_sharing(work, split, 132)
 
 
 def test_tables_are_cached_and_cannot_be_written() -> None:
-    args = (1, 5, 5, 8, (Branch(4, 3, 2),), 4, 4, 4, 3, True)
+    args = Problem(1, 5, 5, 8, (Branch(4, 3, 2),)), tile(4, 4, 4, True), 3
     work = schedule(*args)
     assert schedule(*args) is work
     for table in (work.classes, work.parts, work.starts, work.sums):
@@ -225,4 +234,4 @@ def test_tables_are_cached_and_cannot_be_written() -> None:
 
 def test_more_pixels_than_an_int32_counts() -> None:
     with pytest.raises(ValueError, match="more than 2147483647 pixels; split the batch"):
-        schedule(2**11, 1024, 1024, 8, (Branch(4, 3, 2),), 128, 64, 64, 132)
+        schedule(Problem(2**11, 1024, 1024, 8, (Branch(4, 3, 2),)), tile(128, 64, 64), 132)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from deeplab_fast import backends
 from deeplab_fast.backends import OpDesc
 from deeplab_fast.plan.device import A100, H100
-from deeplab_fast.plan.gemm import FMA_FP32, MMA_16BIT, MMA_TF32, aspp_dgrad_candidates
+from deeplab_fast.plan.gemm import FMA_FP32, MMA_16BIT, MMA_TF32, GemmConfig, aspp_dgrad_candidates
 from deeplab_fast.plan.gradients import (
     StepField,
     WgradField,
@@ -31,7 +31,7 @@ from deeplab_fast.plan.gradients import (
     wgrad_tile_counts,
 )
 from deeplab_fast.plan.schedule import ClassField, PartField, schedule, stats_table
-from deeplab_fast.plan.taps import Branch
+from deeplab_fast.plan.taps import Branch, Problem
 
 OS8 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (12, 24, 36)))
 OS16 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (6, 12, 18)))
@@ -41,6 +41,10 @@ OS16 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (6, 12, 18)))
 def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, whatever this process was started with."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def tile(block_m: int, block_n: int, block_c: int, split: bool = False) -> GemmConfig:
+    return GemmConfig(block_m, block_n, block_c, 4, 3, 1, split)
 
 
 def offsets(branch: Branch, tap: int) -> tuple[int, int]:
@@ -114,8 +118,8 @@ def test_dgrad_takes_every_live_pair_once(
 ) -> None:
     branches = tuple(branches)
     block_m, block_n, block_c = blocks
-    args = (batch, height, width, channels, branches, *blocks)
-    work = dgrad_schedule(*args, programs, split)
+    args = Problem(batch, height, width, channels, branches), tile(*blocks, split)
+    work = dgrad_schedule(*args, programs)
     assert sorted(work.pixels) == list(range(batch * height * width))
     # How often (pixel of the input, filter of a branch, tap) is multiplied by other than padding,
     # for one block of channels; and how often (pixel, channel) is stored.
@@ -168,8 +172,8 @@ def test_wgrad_takes_every_live_pair_once(
 ) -> None:
     branches = tuple(branches)
     block_m, block_n, block_c = blocks
-    args = (batch, height, width, channels, branches, *blocks)
-    work = wgrad_schedule(*args, programs, split)
+    args = Problem(batch, height, width, channels, branches), tile(*blocks, split)
+    work = wgrad_schedule(*args, programs)
     first_rows = np.cumsum([0, *(b.taps * b.channels for b in branches)])
     first_channels = np.cumsum([0, *(b.channels for b in branches)])
     # How often a pixel of the output enters an entry of the filters' gradient, all taps.
@@ -229,7 +233,7 @@ def test_divider(divisor: int) -> None:
 def test_statistics_have_an_entry_for_each_block_of_pixels(batch: int) -> None:
     branches = (Branch(3, 3, 2), Branch(5, 1, 1), Branch(2, 3, 9))
     block_m = 4
-    work = schedule(batch, 5, 6, 8, branches, block_m, 2, 4, 3)
+    work = schedule(Problem(batch, 5, 6, 8, branches), tile(block_m, 2, 4), 3)
     table = stats_table(work, block_m)
     assert table.channels.tolist() == [0, 3, 8, 10]
     assert table.ranges[0] == 0 and table.ranges[-1] == len(table.counts)
@@ -248,7 +252,7 @@ def test_statistics_have_an_entry_for_each_block_of_pixels(batch: int) -> None:
 
 @pytest.mark.parametrize("make", [dgrad_schedule, wgrad_schedule])
 def test_tables_are_cached_and_cannot_be_written(make) -> None:
-    args = (1, 5, 5, 8, (Branch(4, 3, 2),), 4, 4, 4, 3, True)
+    args = Problem(1, 5, 5, 8, (Branch(4, 3, 2),)), tile(4, 4, 4, True), 3
     work = make(*args)
     assert make(*args) is work
     for table in (work.classes, work.parts, work.starts, work.sums, getattr(work, "steps", None)):
@@ -257,7 +261,7 @@ def test_tables_are_cached_and_cannot_be_written(make) -> None:
             with pytest.raises(ValueError, match="read-only"):
                 table[...] = 0
     with pytest.raises(ValueError, match="more than 2147483647 pixels; split the batch"):
-        make(2**11, 1024, 1024, 8, (Branch(4, 3, 2),), 128, 64, 64, 132)
+        make(Problem(2**11, 1024, 1024, 8, (Branch(4, 3, 2),)), tile(128, 64, 64), 132)
 
 
 @pytest.mark.parametrize(
@@ -272,8 +276,8 @@ def test_tables_are_cached_and_cannot_be_written(make) -> None:
 )
 def test_work_of_dgrad_against_dense(size, batch, block_m, branches, expected) -> None:
     """Multiply-adds in whole tiles over those of all 28 taps."""
-    args = (batch, size, size, 2048, branches, block_m, 256, 64)
-    _, iterations = dgrad_tile_counts(*args)
+    problem = Problem(batch, size, size, 2048, branches)
+    _, iterations = dgrad_tile_counts(problem, tile(block_m, 256, 64))
     dense = 28 * 4 * 8 * batch * size * size
     assert iterations * block_m / dense == pytest.approx(expected, abs=5e-4)
 

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deeplab_fast.kernels import _compat, aspp, conv, launch
-from deeplab_fast.kernels.tuned import aspp_branches_config
 from torch import Tensor
 
 from deeplab_fast import backends
@@ -36,6 +35,7 @@ from deeplab_fast.plan.gemm import (
     gemm_candidates,
 )
 from deeplab_fast.plan.packing import PackedBranches, channels_inside
+from deeplab_fast.plan.rules import BranchesKey, branches_rule
 from deeplab_fast.plan.taps import Branch
 
 OS8 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (12, 24, 36)))
@@ -335,7 +335,7 @@ def test_launches_of_the_branches(recorder: Recorder) -> None:
     weights = [torch.empty(256, 2048, 3, 3, dtype=torch.bfloat16)]
     vectors = [torch.empty(256)]
     aspp.aspp_branches(x, weights, vectors, vectors, [12])
-    config = aspp_branches_config(1, 33, 33, 2048, (Branch(256, 3, 12),), MMA_16BIT, H100)
+    config = branches_rule(BranchesKey(1, 33, 33, 2048, (Branch(256, 3, 12),), MMA_16BIT), H100)
     assert config.split
     branches, total = recorder.launches
     assert branches.kernel == "aspp_branches_kernel" and total.kernel == "aspp_sum_kernel"

@@ -32,6 +32,7 @@ from bench import (
 )
 from bench.costs import UpsampleSize
 from bench.registry import FORWARD, FORWARD_BACKWARD, Provider, Suite
+from deeplab_fast.plan.taps import live_taps, output_size
 from deeplab_fast.tuning import timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,12 +62,12 @@ def small_project(**options) -> op_cases.AsppProject:
     ],
 )
 def test_live_taps_by_brute_force(size, kernel, stride, padding, dilation) -> None:
-    outputs = range(costs.out_size(size, kernel, stride, padding, dilation))
+    outputs = range(output_size(size, kernel, stride, padding, dilation))
     inside = [
         0 <= o * stride + k * dilation - padding < size
         for o, k in itertools.product(outputs, range(kernel))
     ]
-    assert costs.live_taps(size, kernel, stride, padding, dilation) == sum(inside)
+    assert live_taps(size, kernel, stride, padding, dilation) == sum(inside)
 
 
 def test_conv_macs_against_a_convolution_of_ones() -> None:

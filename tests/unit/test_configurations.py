@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from deeplab_fast.kernels.tuned import TUNABLE, tuned_config
+from deeplab_fast.kernels.tuned import TUNABLE, measured
 
 from deeplab_fast import backends
 from deeplab_fast.dispatch.errors import Wrong
 from deeplab_fast.dispatch.examples import Size
 from deeplab_fast.ops.upsample_cross_entropy import CrossEntropy
 from deeplab_fast.plan.device import H100, WARP
-from deeplab_fast.plan.gemm import MMA_16BIT, PointwiseKey
+from deeplab_fast.plan.gemm import MMA_16BIT
+from deeplab_fast.plan.rules import POINTWISE as POINTWISE_PRODUCT
+from deeplab_fast.plan.rules import PointwiseKey
 from deeplab_fast.plan.upsample import forward_candidates, gradient_candidates
 from deeplab_fast.tuning import configurations
 from deeplab_fast.tuning.configurations import LEAST_GAIN, RULE, TUNED, candidates, fastest
@@ -43,7 +45,7 @@ class Launcher:
     def __call__(self, *args: Any) -> torch.Tensor:
         for i in range(self.asks):
             key = PointwiseKey(2, 20, 64, 256 >> i, MMA_16BIT, True, False, False)
-            self.chosen = tuned_config("pointwise", key, H100)
+            self.chosen = measured(POINTWISE_PRODUCT, key, H100)
         if self.chosen is not None and self.chosen in self.failing:
             raise RuntimeError("out of resource: shared memory")
         y = backends.implementations("conv_bn_act")["reference"].run(*args)

@@ -16,6 +16,7 @@ from deeplab_fast import _ext, ops, reference
 from deeplab_fast.ops import _cpu_forms
 from deeplab_fast.ops._cpu_forms import FORMS
 from deeplab_fast.ops.aspp_convs import aspp_convs
+from deeplab_fast.plan.taps import live_taps, output_size
 from deeplab_fast.testing import cpu_instruction_sets, threads
 
 OPS = torch.ops.deeplab_fast
@@ -133,13 +134,13 @@ class TestForms:
     )
     def test_taps_inside(self, geometry: tuple[int, ...]) -> None:
         length, kernel, stride, padding, dilation = geometry
-        out = (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        out = output_size(*geometry)
         expected = sum(
             0 <= i * stride + t * dilation - padding < length
             for i in range(out)
             for t in range(kernel)
         )
-        assert _cpu_forms.taps_inside(length, out, kernel, stride, padding, dilation) == expected
+        assert live_taps(*geometry) == expected
 
 
 # (N, C, K, H, W), dilation, row forms, column forms

@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,25 +18,18 @@ from typing import Any
 import pytest
 import torch
 from deeplab_fast.kernels import _compat, aspp, conv, launch, tuned, upsample
-from deeplab_fast.kernels.tuned import (
-    TUNABLE,
-    aspp_branches_config,
-    pointwise_config,
-    upsample_config,
-)
+from deeplab_fast.kernels.tuned import TUNABLE
 
 from deeplab_fast.dispatch import records, trust
 from deeplab_fast.dispatch.records import Record
-from deeplab_fast.plan.device import H100
+from deeplab_fast.plan.device import H100, Device
 from deeplab_fast.plan.gemm import (
     FMA_FP32,
     MMA_16BIT,
-    BranchesKey,
     GemmConfig,
-    PointwiseKey,
-    branches_rule,
-    pointwise_rule,
 )
+from deeplab_fast.plan.rules import POINTWISE as POINTWISE_PRODUCT
+from deeplab_fast.plan.rules import BranchesKey, PointwiseKey, branches_rule, pointwise_rule
 from deeplab_fast.plan.taps import Branch
 from deeplab_fast.plan.upsample import UpsampleConfig, UpsampleKey, forward_config, gradient_config
 
@@ -52,52 +44,28 @@ TILE = GemmConfig(64, 64, 64, 4, 4, 3)
 
 @dataclass(frozen=True)
 class Case:
-    """A call, a legal configuration that the rule does not choose for it, and how its
-    launcher asks."""
+    """A call, and a legal configuration that the rule does not choose for it."""
 
     kernel: str
     key: Any
     config: Any
-    choose: Callable[..., Any]
 
-
-def _upsample(kernel: str, config: UpsampleConfig) -> Case:
-    def choose(key=LOGITS, device=GPU) -> UpsampleConfig:
-        shape = (key.n, key.classes, *key.in_size)
-        options = (key.out_size, key.align_corners, key.dtype, device)
-        return upsample_config(kernel, shape, *options)
-
-    return Case(kernel, LOGITS, config, choose)
-
-
-def _branches() -> Case:
-    key = BranchesKey(2, 33, 33, 256, BRANCHES, MMA_16BIT, True)
-
-    def choose(key=key, device=GPU) -> GemmConfig:
-        *shape, aligned = (getattr(key, f.name) for f in dataclasses.fields(key))
-        return aspp_branches_config(*shape, device, aligned)
-
-    return Case("aspp_branches", key, replace(TILE, split=True), choose)
-
-
-def _pointwise() -> Case:
-    key = PointwiseKey(1, 4225, 256, 512, MMA_16BIT, True, False, True)
-
-    def choose(key=key, device=GPU) -> GemmConfig:
-        *shape, aligned, classes, residual = (getattr(key, f.name) for f in dataclasses.fields(key))
-        return pointwise_config(*shape, device, aligned, classes, residual)
-
-    return Case("pointwise", key, TILE, choose)
+    def choose(self, key: Any = None, device: Device = GPU) -> Any:
+        return tuned.choose(TUNABLE[self.kernel], key or self.key, device)
 
 
 CASES = [
-    _upsample("upsample_argmax", FOUR_WARPS),
-    _upsample("upsample_confusion", FOUR_WARPS),
-    _upsample("upsample_softmax_add", FOUR_WARPS),
-    _upsample("upsample_cross_entropy", BLOCKS),
-    _upsample("upsample_cross_entropy_forward", FOUR_WARPS),
-    _branches(),
-    _pointwise(),
+    Case("upsample_argmax", LOGITS, FOUR_WARPS),
+    Case("upsample_confusion", LOGITS, FOUR_WARPS),
+    Case("upsample_softmax_add", LOGITS, FOUR_WARPS),
+    Case("upsample_cross_entropy", LOGITS, BLOCKS),
+    Case("upsample_cross_entropy_forward", LOGITS, FOUR_WARPS),
+    Case(
+        "aspp_branches",
+        BranchesKey(2, 33, 33, 256, BRANCHES, MMA_16BIT),
+        replace(TILE, split=True),
+    ),
+    Case("pointwise", PointwiseKey(1, 4225, 256, 512, MMA_16BIT, residual=True), TILE),
 ]
 every_kernel = pytest.mark.parametrize("case", CASES, ids=lambda c: c.kernel)
 ARGMAX, POINTWISE = CASES[0], CASES[-1]
@@ -155,12 +123,8 @@ def test_without_records_the_rule_chooses(case: Case, caplog) -> None:
         "UpsampleKey": lambda key: (
             gradient_config if case.kernel == "upsample_cross_entropy" else forward_config
         )(key.in_size, key.out_size, key.align_corners),
-        "BranchesKey": lambda key: branches_rule(
-            key.batch, key.height, key.width, key.channels, key.branches, key.math, GPU, True
-        ),
-        "PointwiseKey": lambda key: pointwise_rule(
-            key.groups, key.pixels, key.channels, key.filters, key.math, GPU, True, False
-        ),
+        "BranchesKey": lambda key: branches_rule(key, GPU),
+        "PointwiseKey": lambda key: pointwise_rule(key, GPU),
     }
     assert case.choose() == expected[type(case.key).__name__](case.key) != case.config
     assert not caplog.records
@@ -249,7 +213,7 @@ def test_a_missing_field_is_named() -> None:
     ],
 )
 def test_nested_values_are_checked(key: dict[str, Any], reason: str) -> None:
-    case = _branches()
+    case = CASES[-2]
     with pytest.raises(ValueError) as error:
         tuned.read(entry(case, key), TUNABLE[case.kernel], GPU)
     assert reason in str(error.value)
@@ -380,14 +344,14 @@ def test_a_projection_asks_for_its_product(file: Path, launches) -> None:
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "allow_tf32", lambda: False)
-        patch.setattr(tuned, "tuned_config", lambda *facts: asked.append(facts))
+        patch.setattr(tuned, "measured", lambda *facts: asked.append(facts))
         aspp.aspp_project(
             torch.empty(2, 64, 5, 7),
             torch.empty(2, 16),
             torch.empty(32, 80, 1, 1),
             *torch.empty(2, 32),
         )
-    assert asked == [("pointwise", key, GPU)]
+    assert asked == [(POINTWISE_PRODUCT, key, GPU)]
 
 
 def test_keys_and_configurations_are_frozen() -> None:
