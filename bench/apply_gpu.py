@@ -30,7 +30,7 @@ from deeplab_fast.tuning.machine import Machine
 from deeplab_fast.tuning.runner import PASSED, Outcome
 
 from . import doubts, gpu_rows, gpu_store, report
-from .gpu_measure import ROOT
+from .files import ROOT, write_text
 from .gpu_store import Answer
 
 BEGIN = "<!-- gpu:begin -->"
@@ -142,7 +142,7 @@ def apply(results: Sequence[Path], files: Files, commit: str = "") -> list[Answe
         records.write(files.shipped, shipped, _note(shipped))
     for path, old, new in ((files.readme, readme, new_readme), (files.page, page, new_page)):
         if new != old:
-            report.write_text(path, new)
+            write_text(path, new)
     return kept
 
 

@@ -22,8 +22,9 @@ from deeplab_fast.tuning import timing
 
 from . import gate, measure
 from .everything import registry
+from .files import ROOT
 from .registry import Case, Provider, Suite
-from .worker import ROOT, Worker, WorkerError
+from .worker import Worker, WorkerError
 
 PREPARE_SECONDS = 600.0
 

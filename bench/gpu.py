@@ -53,8 +53,9 @@ from deeplab_fast.tuning.machine import why_none  # noqa: E402
 from deeplab_fast.tuning.runner import NOT_RUN, PASSED, TIMED_OUT, Budget, Unit  # noqa: E402
 
 from . import gpu_programs, gpu_store, rows  # noqa: E402
+from .files import ROOT  # noqa: E402
 from .gpu_loan import LEAST_SECONDS, Loan, nominal  # noqa: E402
-from .gpu_measure import ROOT, carried_out  # noqa: E402
+from .gpu_measure import carried_out  # noqa: E402
 from .gpu_summary import listed, table  # noqa: E402
 from .gpu_units import PHASES, RULES, units_of  # noqa: E402
 

@@ -21,7 +21,8 @@ from deeplab_fast.tuning.runner import NOT_RUN, PASSED, Budget, Outcome, Unit
 from deeplab_fast.tuning.workloads import Work
 
 from . import gpu_store
-from .gpu_measure import ROOT, tiny
+from .files import ROOT
+from .gpu_measure import tiny
 from .gpu_store import Answer, answers
 
 # Of a unit in the first phases: a kernel that hangs costs all of it.

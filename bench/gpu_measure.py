@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from deeplab_fast.dispatch import sources
-from deeplab_fast.dispatch.errors import Wrong
-from deeplab_fast.tuning import runner
+from deeplab_fast.dispatch.errors import Wrong, one_line
 from deeplab_fast.tuning.machine import Machine, fault_of, suffer
-from deeplab_fast.tuning.timing import SAMPLE_SECONDS, captured, clock, interleaved
+from deeplab_fast.tuning.runner import die_with_parent
+from deeplab_fast.tuning.timing import SAMPLE_SECONDS, captured, clock, interleaved, peak_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
+from .files import ROOT
+
 Row = dict[str, Any]
 
 # (fewest, most) rounds, by device.
@@ -78,7 +79,7 @@ def synchronize(device: str) -> None:
 
 
 def times(
-    calls: Mapping[str, Callable[[], Any]], device: str, *, seconds: float = 0.5
+    calls: Mapping[str, Callable[[], object]], device: str, *, seconds: float = 0.5
 ) -> dict[str, Row]:
     """Times of calls in turns; what fails has a "problem" and no time.
 
@@ -91,7 +92,7 @@ def times(
         name -> ms, with low and high (20th and 80th percentile) and, on a GPU, peak_mb.
     """
     found: dict[str, Row] = {}
-    running: dict[str, Callable[[int], Any]] = {}
+    running: dict[str, Callable[[int], object]] = {}
     for name, call in calls.items():
         try:
             found[name] = {} if device != "cuda" else {"peak_mb": peak_mb(call)}
@@ -117,23 +118,18 @@ def rows_of(prefix: str, found: Mapping[str, Row], **facts: Any) -> list[Row]:
     return [{"what": f"{prefix}: {name}", **facts, **row} for name, row in found.items()]
 
 
-def graphed(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+def graphed(call: Callable[[], object], device: str) -> Callable[[], object]:
     """A replay of a call from a CUDA graph; the call itself where there is no GPU."""
     return captured([call]).replay if device == "cuda" else call
 
 
-def peak_mb(call: Callable[[], Any]) -> float:
+def peak_mb(call: Callable[[], object]) -> float:
     """Most memory of a second call on the GPU beyond what was there before, MiB."""
     call()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peak_bytes(call) / 2**20
 
 
-def wall_ms(call: Callable[[], Any], device: str, calls: int) -> float:
+def wall_ms(call: Callable[[], object], device: str, calls: int) -> float:
     """Milliseconds of a call by the host's clock, of many behind each other."""
     synchronize(device)
     start = time.perf_counter()
@@ -143,7 +139,7 @@ def wall_ms(call: Callable[[], Any], device: str, calls: int) -> float:
     return (time.perf_counter() - start) * 1e3 / calls
 
 
-def kernels(call: Callable[[], Any], device: str) -> Row:
+def kernels(call: Callable[[], object], device: str) -> Row:
     """What a call runs on the device.
 
     Returns:
@@ -203,7 +199,7 @@ def program(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         # Whatever ends this unit ends it.
-        preexec_fn=runner._die_with_parent,
+        preexec_fn=die_with_parent,
     )
     try:
         text, _ = process.communicate(timeout=limit)
@@ -255,10 +251,5 @@ def answered(command: Sequence[str], end: float, environment: Mapping[str, str])
 CUT_SHORT = "cut short"
 
 
-def one_line(error: BaseException) -> str:
-    """An error as a line of text."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _numbered(call: Callable[[], Any]) -> Callable[[int], Any]:
+def _numbered(call: Callable[[], object]) -> Callable[[int], object]:
     return lambda i: call()

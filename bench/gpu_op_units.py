@@ -17,8 +17,9 @@ from deeplab_fast.tuning.runner import PASSED, Outcome, Unit
 from deeplab_fast.tuning.workloads import Work
 
 from . import gpu_measure, gpu_programs, gpu_rows
+from .files import ROOT
 from .gpu_loan import CHECK_SECONDS, DTYPES, LEAST_SECONDS, MEASURE_SECONDS, Loan
-from .gpu_measure import ROOT, carried_out, tiny
+from .gpu_measure import carried_out, tiny
 from .gpu_store import answers
 
 _CONFIGURED_SIZES = 4

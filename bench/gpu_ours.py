@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from deeplab_fast import backends, optimize
 from deeplab_fast.dispatch import records, trust
-from deeplab_fast.dispatch.errors import Wrong
+from deeplab_fast.dispatch.errors import Wrong, one_line
 from deeplab_fast.tuning.machine import Machine
 
-from .gpu_measure import Row, graphed, kernels, one_line, rows_of, times, tiny, wall_ms
-from .gpu_pytorch import DTYPE, TINY_MODEL, prepared, step, step_case, step_row
+from .everything import registry
+from .gpu_measure import Row, graphed, kernels, rows_of, times, tiny, wall_ms
+from .gpu_pytorch import DTYPE, model_sizes, prepared, step, step_case, step_row
 from .model_cases import ModelLabels, Predict
 from .providers import NHWC
+from .registry import FORWARD
 
 # Of two bf16 networks with random weights; logits near each other are drawn the other way.
 _LABELS_APART = 0.05
@@ -55,51 +59,29 @@ def model(
     _with_records(recorded)
     prepared(machine)
     group = f"labels {backbone} os{output_stride} b{batch} {side}"
-    if tiny(machine):
-        backbone, output_stride, batch, side = TINY_MODEL
-    case = ModelLabels(
-        op="model_labels",
-        shape=group,
-        suites=(),
-        backbone=backbone,
-        output_stride=output_stride,
-        n=batch,
-        height=side,
-        width=side,
-    )
+    given = model_sizes(machine, backbone, output_stride, batch, side)
+    case = ModelLabels(op="model_labels", suites=(), **given)
     device = machine.device
     args = case.setup(device, DTYPE)
     (images,) = args.converted(DTYPE, NHWC)[0]
     own = case.own_model(args).to(DTYPE).to(memory_format=NHWC).eval()
-    plain = args.module.to(DTYPE).to(memory_format=NHWC).eval()
-
-    def theirs() -> Any:
-        with torch.inference_mode():
-            return plain(images)
-
-    def captured() -> Any:
-        with torch.no_grad():
-            return plain(images)
-
-    def ours() -> Any:
-        with torch.inference_mode():
-            return own.predict(images)
-
-    calls: dict[str, Callable[[], Any]] = {
+    plain = registry.provider("channels_last").build(case, FORWARD, device, DTYPE, args)
+    theirs, ours = partial(plain, 0), _predicting(own, images)
+    calls: dict[str, Callable[[], object]] = {
         "PyTorch channels_last bf16": theirs,
         "deeplab_fast predict": ours,
     }
     problems: dict[str, Row] = {}
-    more: dict[str, Callable[[], Callable[[], Any]]] = {
-        "PyTorch channels_last bf16, CUDA graph": lambda: graphed(captured, device),
-        "deeplab_fast optimize, predict": lambda: _optimized(own, images),
+    more: dict[str, Callable[[], Callable[[], object]]] = {
+        "PyTorch channels_last bf16, CUDA graph": lambda: graphed(theirs, device),
+        "deeplab_fast optimize, predict": lambda: _predicting(optimize(own), images),
     }
     for name, make in more.items():
         try:
             calls[name] = make()
         except Exception as error:
             problems[name] = {"problem": one_line(error)}
-    apart = float((theirs() != _labels(ours())).float().mean())
+    apart = float((theirs() != ours()).float().mean())
     found = times(calls, device) | problems
     for name in ("deeplab_fast predict", "PyTorch channels_last bf16"):
         if "ms" in found[name]:
@@ -111,19 +93,14 @@ def model(
     return result
 
 
-def _optimized(own: Any, images: torch.Tensor) -> Callable[[], Any]:
-    module = Predict(optimize(own))
+def _predicting(own: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+    module = Predict(own)
 
-    def run() -> Any:
+    def run() -> Tensor:
         with torch.inference_mode():
             return module(images)
 
     return run
-
-
-def _labels(found: Any) -> torch.Tensor:
-    """The label maps of whatever `predict` returns for a tensor."""
-    return found if isinstance(found, torch.Tensor) else torch.stack(list(found))
 
 
 def training(
@@ -143,7 +120,7 @@ def training(
     args = case.setup(machine.device, torch.float32)
     own = case.own(args)
     found = {"deeplab_fast": step_row(step(case, machine, args, own), machine)}
-    plain: Any = case.own(args)
+    plain = case.own(args)
     plain.model.fused = False
     found["deeplab_fast, plain modules"] = step_row(step(case, machine, args, plain), machine)
     for row in found.values():

@@ -15,7 +15,8 @@ from typing import Any
 from deeplab_fast.dispatch.errors import Wrong
 from deeplab_fast.tuning.machine import Machine
 
-from .gpu_measure import CUT_OFF, CUT_SHORT, ROOT, program, tiny
+from .files import ROOT
+from .gpu_measure import CUT_OFF, CUT_SHORT, program, tiny
 
 TESTS = ROOT / "tests" / "gpu"
 # Parts of a file's tests that are units of their own, by what their names have; a test is in the

@@ -6,25 +6,25 @@ searched for. On a CPU sizes are tiny, so that the code is tried where there is 
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplab_fast.testing import import_torchvision
+from deeplab_fast.dispatch.errors import one_line
 from deeplab_fast.tuning.machine import Machine
 
+from .everything import registry
 from .gpu_measure import (
     Row,
     graphed,
     kernels,
-    one_line,
     peak_mb,
     rows_of,
     synchronize,
@@ -32,14 +32,15 @@ from .gpu_measure import (
     tiny,
     wall_ms,
 )
-from .model_cases import FullLogits, ModelTrain, torchvision_model
-from .op_cases import OS8_RATES, OS16_RATES
-from .providers import NHWC, Runnable, runnable
-from .registry import STEP, spread_batch_norm
+from .model_cases import ModelLogits, ModelTrain
+from .op_cases import OS8_RATES, OS16_RATES, AsppHead
+from .providers import NHWC, Context, Runnable, runnable
+from .registry import FORWARD, STEP, Arguments, Case
 
 DTYPE = torch.bfloat16
+Result = dict[str, Any]
 # (backbone, output stride, batch, side) of models in a rehearsal.
-TINY_MODEL = ("mbv3", 16, 2, 33)
+_TINY_MODEL = ("mbv3", 16, 2, 33)
 _IGNORED = 255
 
 
@@ -61,7 +62,7 @@ def _map(machine: Machine, *shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(shape, device=machine.device, dtype=dtype).contiguous(memory_format=NHWC)
 
 
-def ceilings(machine: Machine) -> dict[str, Any]:
+def ceilings(machine: Machine) -> Result:
     """A matrix product and a copy: the rates that the machine itself reaches."""
     prepared(machine)
     n, size = (64, 2**16) if tiny(machine) else (8192, 2**31)
@@ -73,7 +74,7 @@ def ceilings(machine: Machine) -> dict[str, Any]:
     return {"rows": rows_of("ceiling", found)}
 
 
-def convolutions(machine: Machine, batch: int, side: int, rates: tuple[int, ...]) -> dict[str, Any]:
+def convolutions(machine: Machine, batch: int, side: int, rates: tuple[int, ...]) -> Result:
     """cuDNN's convolutions of the ASPP: forward and both gradients, at each rate and 1x1."""
     prepared(machine)
     channels, filters = (16, 8) if tiny(machine) else (2048, 256)
@@ -90,14 +91,16 @@ def convolutions(machine: Machine, batch: int, side: int, rates: tuple[int, ...]
         geometry = ([1, 1], [rate, rate], [d, d])
 
         def backward(
-            which: int, weight: Tensor = weight, geometry: Any = geometry
-        ) -> Callable[[], Any]:
+            which: int,
+            weight: Tensor = weight,
+            geometry: tuple[list[int], list[int], list[int]] = geometry,
+        ) -> Callable[[], object]:
             mask = [which == 0, which == 1, False]
             return lambda: torch.ops.aten.convolution_backward(
                 grad, x, weight, None, *geometry, False, [0, 0], 1, mask
             )
 
-        calls: dict[str, Callable[[], Any]] = {
+        calls: dict[str, Callable[[], object]] = {
             "forward": lambda w=weight, r=rate, d=d: F.conv2d(x, w, None, 1, r, d),
             "dgrad": backward(0),
             "wgrad": backward(1),
@@ -116,128 +119,98 @@ def convolutions(machine: Machine, batch: int, side: int, rates: tuple[int, ...]
     return {"rows": found}
 
 
-def head(machine: Machine, batch: int, side: int, output_stride: int) -> dict[str, Any]:
+def head(machine: Machine, batch: int, side: int, output_stride: int) -> Result:
     """torchvision's head."""
     prepared(machine)
-    group = f"head b{batch} {side}x{side}"
-    module = _head(machine, output_stride)
-    x = _head_input(machine, batch, side)
-    return {"rows": rows_of(group, times(_inference(machine, module, x), machine.device))}
+    found = _inference(machine, _head(machine, batch, side, output_stride))
+    return {"rows": rows_of(f"head b{batch} {side}x{side}", found)}
 
 
-def _head(machine: Machine, output_stride: int) -> nn.Module:
-    deeplabv3 = import_torchvision().models.segmentation.deeplabv3
-    channels = 32 if tiny(machine) else 2048
-    module = deeplabv3.DeepLabHead(channels, 21, rates_of(output_stride)).eval()
-    spread_batch_norm(module)
-    return module.to(machine.device)
+def _head(machine: Machine, batch: int, side: int, output_stride: int) -> AsppHead:
+    rates, channels = rates_of(output_stride), 2048
+    if tiny(machine):
+        batch, channels, side = 1, 32, 5
+    return AsppHead(
+        op="aspp_head", shape="", suites=(), n=batch, h=side, w=side, rates=rates, channels=channels
+    )
 
 
-def _head_input(machine: Machine, batch: int, side: int) -> Tensor:
-    batch, channels, side = (1, 32, 5) if tiny(machine) else (batch, 2048, side)
-    return _map(machine, batch, channels, side, side, dtype=torch.float32).relu_()
-
-
-def model(
-    machine: Machine, backbone: str, output_stride: int, batch: int, side: int
-) -> dict[str, Any]:
+def model(machine: Machine, backbone: str, output_stride: int, batch: int, side: int) -> Result:
     """torchvision's model up to full-resolution logits."""
     prepared(machine)
     group = f"model {backbone} os{output_stride} b{batch} {side}"
+    given = model_sizes(machine, backbone, output_stride, batch, side)
+    found = _inference(machine, ModelLogits(op="model_logits", suites=(), **given))
+    return {"rows": rows_of(group, found)}
+
+
+def model_sizes(
+    machine: Machine, backbone: str, output_stride: int, batch: int, side: int
+) -> dict[str, Any]:
+    """What a case of a model is made of, small in a rehearsal."""
     if tiny(machine):
-        backbone, output_stride, batch, side = TINY_MODEL
-    module = FullLogits(torchvision_model(backbone, output_stride, 21)).eval()
-    spread_batch_norm(module)
-    x = _map(machine, batch, 3, side, side, dtype=torch.float32)
+        backbone, output_stride, batch, side = _TINY_MODEL
     return {
-        "rows": rows_of(
-            group, times(_inference(machine, module.to(machine.device), x), machine.device)
-        )
+        "shape": f"{backbone}-os{output_stride}-{side}-b{batch}",
+        "backbone": backbone,
+        "output_stride": output_stride,
+        "n": batch,
+        "height": side,
+        "width": side,
     }
 
 
-def _inference(machine: Machine, module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """PyTorch's ways to run a module: as it is shipped, and what those do who want speed."""
+def _inference(machine: Machine, case: Case) -> dict[str, Row]:
+    """PyTorch's ways to run a case: as it is shipped, and what those do who want speed."""
     device = machine.device
-    half = copy.deepcopy(module).to(DTYPE).to(memory_format=NHWC)
-    wide = copy.deepcopy(module).to(memory_format=NHWC)
-    given, nchw = x.to(DTYPE), x.contiguous()
+    args = case.setup(device, DTYPE)
 
-    def plain() -> Any:
+    def built(name: str) -> Callable[[], object]:
+        run = registry.provider(name).build(case, FORWARD, device, DTYPE, args)
+        return partial(run, 0)
+
+    shipped, last = built("eager"), built("channels_last")
+
+    def plain() -> None:
         # Nobody is told to search.
-        with (
-            torch.inference_mode(),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True),
-        ):
-            return module(nchw)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
+            shipped()
 
-    def autocast() -> Any:
-        with torch.inference_mode(), torch.autocast(device, DTYPE):
-            return wide(x)
-
-    def last() -> Any:
-        with torch.inference_mode():
-            return half(given)
-
-    def captured() -> Any:
-        with torch.no_grad():
-            return half(given)
-
-    found: dict[str, Callable[[], Any]] = {
+    calls: dict[str, Callable[[], object]] = {
         "channels_last bf16": last,
-        "autocast bf16 channels_last": autocast,
+        "autocast bf16 channels_last": built("autocast"),
         "eager NCHW fp32 (tf32)": plain,
     }
     last()
     synchronize(device)
+    graph, problems = "channels_last bf16, CUDA graph", {}
     try:
-        found["channels_last bf16, CUDA graph"] = graphed(captured, device)
+        calls[graph] = graphed(last, device)
     except RuntimeError as error:
-        found["channels_last bf16, CUDA graph"] = _failing(one_line(error))
-    return found
-
-
-def _failing(text: str) -> Callable[[], Any]:
-    def fail() -> None:
-        raise RuntimeError(text)
-
-    return fail
+        problems[graph] = {"problem": one_line(error)}
+    return times(calls, device) | problems
 
 
 def step_case(
     machine: Machine, backbone: str, output_stride: int, batch: int, side: int
 ) -> ModelTrain:
     """A training step, small in a rehearsal."""
-    if tiny(machine):
-        backbone, output_stride, batch, side = TINY_MODEL
-    return ModelTrain(
-        op="model_train",
-        shape=f"{backbone}-os{output_stride}-{side}-b{batch}",
-        suites=(),
-        modes=(STEP,),
-        backbone=backbone,
-        output_stride=output_stride,
-        n=batch,
-        height=side,
-        width=side,
-    )
+    given = model_sizes(machine, backbone, output_stride, batch, side)
+    return ModelTrain(op="model_train", suites=(), modes=(STEP,), **given)
 
 
-def step(case: ModelTrain, machine: Machine, args: Any, module: nn.Module) -> Runnable:
+def step(case: ModelTrain, machine: Machine, args: Arguments, module: nn.Module) -> Runnable:
     """A step of a module: fp32 weights in channels_last, autocast, SGD."""
 
-    def context() -> Any:
-        return nullcontext() if tiny(machine) else torch.autocast(machine.device, DTYPE)
-
+    context: Context = nullcontext
+    if not tiny(machine):
+        context = partial(torch.autocast, machine.device, DTYPE)
     return runnable(case, STEP, args, module, torch.float32, NHWC, context)
 
 
-def step_row(run: Callable[[int], Any], machine: Machine) -> Row:
+def step_row(run: Callable[[int], object], machine: Machine) -> Row:
     """Time of a step by the host's clock and of its kernels, and its memory."""
-
-    def once() -> Any:
-        return run(0)
-
+    once = partial(run, 0)
     row: Row = {}
     for _ in range(1 if tiny(machine) else 3):
         once()
@@ -247,9 +220,7 @@ def step_row(run: Callable[[int], Any], machine: Machine) -> Row:
     return row | kernels(once, machine.device)
 
 
-def training(
-    machine: Machine, backbone: str, output_stride: int, batch: int, side: int
-) -> dict[str, Any]:
+def training(machine: Machine, backbone: str, output_stride: int, batch: int, side: int) -> Result:
     """torchvision's model in a training step: eager, channels_last, autocast."""
     prepared(machine)
     group = f"training step {backbone} os{output_stride} b{batch} {side}"
@@ -259,9 +230,7 @@ def training(
     return {"rows": rows_of(group, {"eager channels_last autocast": row})}
 
 
-def upsampling(
-    machine: Machine, batch: int, classes: int, small: int, large: int
-) -> dict[str, Any]:
+def upsampling(machine: Machine, batch: int, classes: int, small: int, large: int) -> Result:
     """Compositions of interpolation with argmax and with the loss, forward and backward."""
     prepared(machine)
     group = f"upsampling b{batch} {classes} classes {small} to {large}"
@@ -284,7 +253,7 @@ def upsampling(
     return {"rows": rows_of(group, times(calls, machine.device))}
 
 
-def batch_norm(machine: Machine, n: int, c: int, h: int, w: int) -> dict[str, Any]:
+def batch_norm(machine: Machine, n: int, c: int, h: int, w: int) -> Result:
     """Batch norm in training, addition and ReLU: forward, and forward with backward."""
     prepared(machine)
     group = f"batch norm {n}x{c}x{h}x{w}"
@@ -309,7 +278,7 @@ def batch_norm(machine: Machine, n: int, c: int, h: int, w: int) -> dict[str, An
 
 def autotuned_head(
     machine: Machine, batch: int, side: int, output_stride: int, warm: bool
-) -> dict[str, Any]:
+) -> Result:
     """The head by torch.compile with max-autotune and frozen weights.
 
     Args:
@@ -320,8 +289,9 @@ def autotuned_head(
     import torch._inductor.config as inductor
 
     prepared(machine)
-    module = _head(machine, output_stride).to(DTYPE).to(memory_format=NHWC)
-    x = _head_input(machine, batch, side).to(DTYPE)
+    args = _head(machine, batch, side, output_stride).setup(machine.device, DTYPE)
+    module = args.module.to(DTYPE).to(memory_format=NHWC)
+    (x,) = args.converted(DTYPE, NHWC)[0]
     mode = "default" if tiny(machine) else "max-autotune"
     kept: dict[str, Any] = {"freezing": True}
     if warm:
@@ -337,9 +307,9 @@ def autotuned_head(
         if warm:
             return {"compile_seconds": seconds}
 
-        def run() -> Any:
+        def run() -> None:
             with torch.no_grad():
-                return compiled(x)
+                compiled(x)
 
         found = times({"torch.compile max-autotune": run}, machine.device)
     group = f"head b{batch} {side}x{side}"

@@ -9,7 +9,6 @@ answers are the same file.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,6 +19,7 @@ from deeplab_fast.dispatch.sources import of_files
 from deeplab_fast.tuning.machine import Machine
 from deeplab_fast.tuning.runner import ANSWERS, PASSED, TIMED_OUT, Outcome, Unit, read
 
+from .files import ROOT, write_text
 from .gpu_measure import CUT_SHORT
 
 STORE = Path(__file__).with_name("gpu_results.jsonl")
@@ -77,12 +77,11 @@ class Answer:
 @cache
 def harness() -> str:
     """Fingerprint of what checks and measures, apart from what is checked."""
-    root = Path(__file__).resolve().parent.parent
     files = [
-        *sorted((root / "deeplab_fast" / "tuning").glob("*.py")),
-        *sorted((root / "bench").glob("gpu*.py")),
-        root / "bench" / "sanitize.py",
-        root / "tests" / "gpu" / "conftest.py",
+        *sorted((ROOT / "deeplab_fast" / "tuning").glob("*.py")),
+        *sorted((ROOT / "bench").glob("gpu*.py")),
+        ROOT / "bench" / "sanitize.py",
+        ROOT / "tests" / "gpu" / "conftest.py",
     ]
     return of_files(files)
 
@@ -163,13 +162,7 @@ def write(path: Path, kept: Sequence[Answer]) -> None:
             run = here
             lines.append(_line(here))
         lines.append(_line(replace(answer.outcome, output=answer.outcome.output[-_KEPT_OUTPUT:])))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text("".join(lines), "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "".join(lines))
 
 
 def _line(outcome: Outcome) -> str:

@@ -14,8 +14,9 @@ from deeplab_fast.tuning import tune, workloads
 from deeplab_fast.tuning.runner import Unit
 
 from . import doubts, gpu_ours, gpu_programs, gpu_pytorch
+from .files import ROOT
 from .gpu_loan import LEAST_SECONDS, MEASURE_SECONDS, NORMED, UPSAMPLED, Loan, Phase
-from .gpu_measure import ROOT, carried_out, digest, fingerprint, tiny
+from .gpu_measure import carried_out, digest, fingerprint, tiny
 from .gpu_op_units import (
     first_configurations,
     full_checks,

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
+from deeplab_fast.dispatch.errors import one_line
 from deeplab_fast.tuning.timing import (
     SAMPLE_SECONDS,
     captured,
     clock,
     cuda_clock,
     interleaved,
+    peak_bytes,
 )
 
 from . import gate
@@ -206,7 +208,8 @@ def _prepare(
     found = gate.errors(case, mode, gate.outputs(run.probe()), exact)
     r.errors = {kind: (error, math.nan) for kind, error in found.items()}
     if suite.device == "cuda":
-        r.peak_bytes = _cuda_peak(run) + _pool_bytes() - before
+        run(0)
+        r.peak_bytes = peak_bytes(partial(run, 0)) + _pool_bytes() - before
     return run
 
 
@@ -258,16 +261,6 @@ def _time_replays(results: Sequence[Result], runs: Mapping[str, Runnable], suite
     for r in results:
         if r.provider.name in found:
             r.device_samples = [s / sets[r.provider.name] for s in found[r.provider.name]]
-
-
-def _cuda_peak(run: Runnable) -> int:
-    run(0)
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run(0)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _pool_bytes() -> int:
@@ -340,9 +333,3 @@ def _free(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's type and the beginning of its message."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"

@@ -35,7 +35,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
-ROOT = Path(__file__).resolve().parent.parent
+from .files import ROOT, write_text
+
 EXTENSIONS = ("_C", "_C_cuda", "_C_sm90", "_C_sm90_nofence", "_C_sm90_acquire_cluster")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 # xz would halve it, and some Pythons are built without.
@@ -306,9 +307,7 @@ def keep_facts(new: Path, to: Path) -> None:
         facts = json.loads(to.read_text("utf-8"))
     except (OSError, ValueError):
         facts = {}
-    temporary = to.with_suffix(".tmp")
-    temporary.write_text(json.dumps(facts | json.loads(new.read_text("utf-8")), indent=2) + "\n")
-    os.replace(temporary, to)
+    write_text(to, json.dumps(facts | json.loads(new.read_text("utf-8")), indent=2) + "\n")
 
 
 def unpack(folder: Path, package: Path, cache: Path) -> tuple[str, str]:

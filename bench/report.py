@@ -12,7 +12,6 @@ Rows whose results do not agree are left out of every table and plot, and named 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 from . import rows
 from .everything import registry
+from .files import replacing, write_text
 from .rows import Row
 
 BEGIN = "<!-- bench:begin -->"
@@ -344,14 +344,11 @@ def plots(found: Sequence[Row], folder: Path) -> list[Path]:
 def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(temporary, format="svg", metadata={"Date": None}, bbox_inches="tight")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None}, bbox_inches="tight")
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)
 
 
 def _colours() -> dict[str, Any]:
@@ -483,17 +480,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.report: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Put a text in place of a file, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, "utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

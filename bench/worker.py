@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from .files import ROOT
 
 # glibc's malloptions: blocks from this size on are mapped by themselves, and return to the system
 # when freed, so that the resident size between calls is what is really held.
@@ -255,7 +255,9 @@ def _answer(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except WorkerError as error:
         return {"error": str(error)}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        from deeplab_fast.dispatch.errors import one_line
+
+        return {"error": one_line(error)}
 
 
 def main() -> int:

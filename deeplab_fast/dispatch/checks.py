@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import testing
 from .declare import exact, find, implementations, pytorch_forms, steps
-from .errors import DEVIATIONS, Wrong, count_error, label_error, norm_error
+from .errors import DEVIATIONS, Wrong, count_error, label_error, norm_error, one_line
 from .examples import COUNTS, LABELS, Run, Size, Step, flat
 
 DTYPES = {
@@ -177,7 +177,7 @@ def first_use_problem(op: str, backend: str, dtype: str, form: str) -> str:
     except Wrong as wrong:
         return str(wrong)
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return one_line(error)
     return ""
 
 

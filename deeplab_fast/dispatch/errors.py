@@ -33,6 +33,11 @@ class Wrong(Exception):
         self.facts = facts
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """An exception's type and the beginning of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:most]}"
+
+
 # Six deviations of each of two logits.
 DEVIATIONS = 12.0
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..dispatch.errors import Wrong
+from ..dispatch.errors import Wrong, one_line
 
 PASSED = "passed"
 FAILED = "failed"
@@ -348,7 +348,7 @@ def _in_child(unit: Unit, deadline: float, answer: int, printed: int) -> None:
     code = _EXIT_FAILED
     try:
         os.setsid()
-        _die_with_parent()
+        die_with_parent()
         # The standard handlers: this process's ask for a clean end, which children have no part in.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
@@ -368,8 +368,7 @@ def _in_child(unit: Unit, deadline: float, answer: int, printed: int) -> None:
             content = {"verdict": FAILED, "reason": str(wrong), "result": wrong.facts}
         except Exception as error:
             traceback.print_exc()
-            text = " ".join(str(error).split())
-            content = {"verdict": ERROR, "reason": f"{type(error).__name__}: {text[:500]}"}
+            content = {"verdict": ERROR, "reason": one_line(error, 500)}
         sys.stdout.flush()
         with open(answer, "w", encoding="utf-8") as file:
             json.dump(content, file, default=str)
@@ -383,7 +382,7 @@ def _in_child(unit: Unit, deadline: float, answer: int, printed: int) -> None:
         os._exit(code)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the system kill this process when the one that forked it is gone (Linux): a kernel that
     hangs would keep the GPU for ever."""
     set_death_signal = 1

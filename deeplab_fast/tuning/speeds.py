@@ -20,10 +20,10 @@ import torch
 
 from ..dispatch import checks
 from ..dispatch.declare import find, pytorch_forms, steps
-from ..dispatch.errors import Wrong, norm_error
+from ..dispatch.errors import Wrong, norm_error, one_line
 from ..dispatch.examples import LABELS, VALUES, Run, Size, Step, flat
 from .runner import progress
-from .timing import SAMPLE_SECONDS, captured, clock, interleaved, ratio
+from .timing import SAMPLE_SECONDS, captured, clock, interleaved, peak_bytes, ratio
 
 # Sets of inputs together should exceed what the second-level cache holds between calls.
 _CACHE_BYTES = 128 << 20
@@ -124,8 +124,8 @@ def compare(
                 # A form that PyTorch has not for this call, or no room; of ours anything else is an
                 # answer.
                 if name in implementations and not checks.lacks_memory(error):
-                    raise Wrong(f"{name} at {size}: {_one_line(error)}") from error
-                found[name] = Contestant(problem=_one_line(error))
+                    raise Wrong(f"{name} at {size}: {one_line(error)}") from error
+                found[name] = Contestant(problem=one_line(error))
                 _recover(device)
         ran = {name: own for name, own in calls.items() if not found[name].problem}
         timed, graphed = repeatable(ran, device, find(op).examples.capturable)
@@ -268,12 +268,7 @@ def _peak_mb(calls: Sequence[Callable[[], Any]], device: str) -> float:
         call()
     if device != "cuda":
         return -1.0
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    calls[0]()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peak_bytes(calls[0]) / 2**20
 
 
 def _searching() -> Any:
@@ -292,7 +287,3 @@ def _recover(device: str) -> None:
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

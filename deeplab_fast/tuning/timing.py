@@ -98,6 +98,16 @@ def ratio(baseline: Sequence[float], samples: Sequence[float]) -> float:
     return statistics.median(b / s for b, s in zip(baseline, samples, strict=True))
 
 
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most memory of a call on the GPU beyond what was there before; it was called before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     """A CUDA graph of the calls, one behind the other.
 
