@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -262,7 +261,7 @@ def _define(function: Function) -> None:
     name = function.schema[: function.schema.index("(")]
     LIBRARY.define(function.schema)
 
-    def outside_autocast(*args: Any) -> Any:
+    def outside_autocast(*args: object) -> object:
         device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
         # An op casts its inputs itself; its fp32 accumulation must not be cast again.
         if autocasts(device):

@@ -118,15 +118,18 @@ class Step:
 
     def converted(self, convert: Callable[[Tensor], Tensor]) -> Step:
         """The step with every floating-point tensor replaced."""
-        return replace(self, args=_mapped(self.args, convert))
+        return self._with(convert, lambda t: t)
 
     def moved(self, device: str) -> Step:
         """The step with its tensors on a device."""
-        return replace(self, args=_mapped(self.args, *[lambda t: t.to(device)] * 2))
+        return self._with(*[lambda t: t.to(device)] * 2)
 
     def wide(self) -> Step:
         """The step in float64, on the CPU."""
-        return replace(self, args=_mapped(self.args, lambda t: t.cpu().double(), Tensor.cpu))
+        return self._with(lambda t: t.cpu().double(), Tensor.cpu)
+
+    def _with(self, floats: Callable[[Tensor], Tensor], others: Callable[[Tensor], Tensor]) -> Step:
+        return replace(self, args=tuple(_mapped(arg, floats, others) for arg in self.args))
 
     def on(self, capability: tuple[int, int], gpu: str = "") -> OpDesc:
         """The description of the call on a GPU."""
@@ -258,10 +261,10 @@ def _tensors(args: object) -> list[Tensor]:
 
 
 def _mapped(
-    value: Any,
+    value: object,
     floats: Callable[[Tensor], Tensor],
-    others: Callable[[Tensor], Tensor] = lambda t: t,
-) -> Any:
+    others: Callable[[Tensor], Tensor],
+) -> object:
     if isinstance(value, Tensor):
         return floats(value) if value.is_floating_point() else others(value)
     if isinstance(value, (tuple, list)):

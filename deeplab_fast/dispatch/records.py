@@ -34,7 +34,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -309,7 +309,14 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def made(kind: type, given: Any, optional: bool = False) -> Any:
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+_D = TypeVar("_D", bound=_Dataclass)
+
+
+def made(kind: type[_D], given: object, optional: bool = False) -> _D:
     """An instance of a dataclass from what JSON made of another.
 
     Args:
@@ -333,7 +340,7 @@ def made(kind: type, given: Any, optional: bool = False) -> Any:
     return kind(**{name: _value(name, hints[name], v, optional) for name, v in given.items()})
 
 
-def _value(name: str, hint: Any, given: Any, optional: bool) -> Any:
+def _value(name: str, hint: object, given: object, optional: bool) -> object:
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
         return made(hint, given, optional)

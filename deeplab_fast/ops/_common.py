@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,12 +32,24 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+class Context(Protocol):
+    """What autograd hands to a Function; an op says what else it keeps there."""
+
+    saved_tensors: tuple[Any, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors until the backward pass."""
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None:
+        """Results that have no gradient."""
+
+
 Again = tuple[Callable[..., Tensor], Sequence[Any]]
+Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
-def differentiable(
-    again: Callable[[Any], Again],
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def differentiable(again: Callable[[Any], Again]) -> Callable[[Backward], Backward]:
     """Make the backward of an autograd.Function with one differentiable output one that can be
     differentiated itself, as often as PyTorch's operations can.
 
@@ -52,8 +64,8 @@ def differentiable(
             are those that were saved, which carry their history.
     """
 
-    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(ctx: Any, *grads: Any) -> Any:
+    def decorate(backward: Backward) -> Backward:
+        def wrapper(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
             # torch.compile refuses second derivatives by itself.
             compiling = torch.compiler.is_compiling()
             create_graph = torch.is_grad_enabled() and not compiling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from ..dispatch.examples import VALUES, Examples, Forms, Maker, Size, Step
 from . import _aspp, _aspp_cuda, _cpu_conv
 from ._common import (
     FLOAT_DTYPES,
+    Again,
+    Context,
     autocast,
     check_device,
     check_dtype,
@@ -83,9 +85,14 @@ def describe(
     return _describe(x, weights, dilations)
 
 
+class _Context(Context, Protocol):
+    dilations: tuple[int, ...]
+    dtypes: list[torch.dtype]
+
+
 class _AsppBranches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dilations: tuple[int, ...], *tensors: Tensor) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, dilations: tuple[int, ...], *tensors: Tensor) -> Tensor:
         weights, scales, shifts = _thirds(tensors)
         y = torch.ops.deeplab_fast.aspp_branches(x, weights, scales, shifts, list(dilations))
         ctx.save_for_backward(y, x, *tensors)
@@ -95,7 +102,7 @@ class _AsppBranches(torch.autograd.Function):
 
     @staticmethod
     @differentiable(lambda ctx: _again(*ctx.saved_tensors[1:], dilations=ctx.dilations))
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, x, *tensors = ctx.saved_tensors
         weights, scales, _ = _thirds(tensors)
         grad_x, *grads = torch.ops.deeplab_fast.aspp_branches_backward(
@@ -105,7 +112,7 @@ class _AsppBranches(torch.autograd.Function):
         return grad_x.to(x.dtype), None, *cast
 
 
-def _again(x: Tensor, *tensors: Tensor, dilations: tuple[int, ...]) -> Any:
+def _again(x: Tensor, *tensors: Tensor, dilations: tuple[int, ...]) -> Again:
     def run(x: Tensor, dilations: tuple[int, ...], *tensors: Tensor) -> Tensor:
         return reference.aspp_branches(x, *_thirds(tensors), dilations)
 
@@ -169,8 +176,15 @@ def _fake(
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _run_backward(*args: Any) -> list[Tensor]:
-    grad_x, *lists = reference.aspp_branches_backward(*args)
+def _run_backward(
+    grad: Tensor,
+    y: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    dilations: list[int],
+) -> list[Tensor]:
+    grad_x, *lists = reference.aspp_branches_backward(grad, y, x, weights, scales, dilations)
     return [grad_x.contiguous(), *(g.contiguous() for grads in lists for g in grads)]
 
 

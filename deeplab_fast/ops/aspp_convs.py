@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..dispatch.declare import TRAINING, Function, Op, declare, on, triton_kerne
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Size, Step
 from . import _aspp, _cpu_conv
-from ._common import autocast, check_map, differentiable, needs_grad
+from ._common import Again, Context, autocast, check_map, differentiable, needs_grad
 from ._composed import EPS
 from .conv2d import weight_format
 
@@ -77,10 +77,14 @@ def describe_backward(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[
     return _describe(BACKWARD, x, weights, dilations)
 
 
+class _Context(Context, Protocol):
+    dilations: tuple[int, ...]
+
+
 class _AsppConvs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dilations: tuple[int, ...], stats: bool, *weights: Tensor
+        ctx: _Context, x: Tensor, dilations: tuple[int, ...], stats: bool, *weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, *weights)
         ctx.dilations = dilations
@@ -92,7 +96,7 @@ class _AsppConvs(torch.autograd.Function):
 
     @staticmethod
     @differentiable(lambda ctx: _again(*ctx.saved_tensors, dilations=ctx.dilations))
-    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         to_x, to_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:])
         grad_x, grad_weights = torch.ops.deeplab_fast.aspp_convs_backward(
@@ -103,7 +107,7 @@ class _AsppConvs(torch.autograd.Function):
         return grad_x if to_x else None, None, None, *grad_weights
 
 
-def _again(x: Tensor, *weights: Tensor, dilations: tuple[int, ...]) -> Any:
+def _again(x: Tensor, *weights: Tensor, dilations: tuple[int, ...]) -> Again:
     def run(x: Tensor, dilations: tuple[int, ...], stats: bool, *weights: Tensor) -> Tensor:
         return reference.aspp_convs(x, weights, dilations, stats)[0]
 

@@ -5,7 +5,7 @@ classifier behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, St
 from . import _aspp_cuda, _cpu_conv
 from ._common import (
     FLOAT_DTYPES,
+    Context,
     autocast,
     check_device,
     check_dtype,
@@ -113,19 +114,21 @@ def describe(
     return _describe(branches, pooled, weight, class_weight)
 
 
+class _Context(Context, Protocol):
+    dtypes: list[torch.dtype]
+
+
 class _AsppProject(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor, shift: Tensor
-    ) -> Tensor:
-        y = torch.ops.deeplab_fast.aspp_project(branches, pooled, weight, scale, shift)
-        ctx.save_for_backward(y, branches, pooled, weight, scale, shift)
-        ctx.dtypes = [t.dtype for t in (branches, pooled, weight, scale, shift)]
+    def forward(ctx: _Context, *tensors: Tensor) -> Tensor:
+        y = torch.ops.deeplab_fast.aspp_project(*tensors)
+        ctx.save_for_backward(y, *tensors)
+        ctx.dtypes = [t.dtype for t in tensors]
         return y
 
     @staticmethod
     @differentiable(lambda ctx: (reference.aspp_project, ctx.saved_tensors[1:]))
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, ...]:
         grads = torch.ops.deeplab_fast.aspp_project_backward(grad, *ctx.saved_tensors[:-1])
         return tuple(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
 
@@ -274,8 +277,11 @@ def _triton(
         return _triton_in_two(*args, class_weight, class_bias)
 
 
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(g.contiguous() for g in reference.aspp_project_backward(*args))
+def _run_backward(
+    grad: Tensor, y: Tensor, branches: Tensor, pooled: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, ...]:
+    grads = reference.aspp_project_backward(grad, y, branches, pooled, weight, scale)
+    return tuple(g.contiguous() for g in grads)
 
 
 def _fake_backward(

@@ -7,7 +7,6 @@ output is kept for the backward pass; `deeplab_fast.program.training` puts them 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from ..dispatch.declare import (
     triton_kernel,
 )
 from ..dispatch.describe import OpDesc
-from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step, spread
+from ..dispatch.examples import VALUES, Examples, Forms, Maker, Run, Shapes, Size, Step, spread
 from . import _cpu_batch_norm
 from ._common import FLOAT_DTYPES, check_device, check_dtype, check_map, check_shape, needs_grad
 from ._composed import EPS, activated
@@ -163,14 +162,14 @@ def describe_stats(x: Tensor) -> OpDesc:
 
 
 def describe_bn_act(
-    x: Tensor, *args: Any, residual: Tensor | None = None, act: str | None = "relu"
+    x: Tensor, *args: Tensor, residual: Tensor | None = None, act: str | None = "relu"
 ) -> OpDesc:
     """The same for `bn_act`."""
     return OpDesc.of("bn_act", x, act=act, residual=residual is not None)
 
 
 def describe_reduce(
-    grad: Tensor, x: Tensor, *args: Any, out: Tensor | None = None, act: str | None = "relu"
+    grad: Tensor, x: Tensor, *args: Tensor, out: Tensor | None = None, act: str | None = "relu"
 ) -> OpDesc:
     """The same for `bn_act_reduce`."""
     return OpDesc.of("bn_act_reduce", x, act=act, residual=out is not None)
@@ -179,7 +178,7 @@ def describe_reduce(
 def describe_backward(
     grad: Tensor,
     x: Tensor,
-    *args: Any,
+    *args: Tensor,
     out: Tensor | None = None,
     act: str | None = "relu",
     to_residual: bool = False,
@@ -229,14 +228,16 @@ def _per_channel(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 
 
-def _runs(op: str, x_at: int, act_at: int | None, out_at: int | None) -> Callable[..., Any]:
+def _runs(op: str, x_at: int, act_at: int | None, out_at: int | None) -> Run:
     """What asks which implementation runs: the places of x, act and out or residual."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: object) -> object:
+        x = args[x_at]
+        assert isinstance(x, Tensor)
         params = {}
         if act_at is not None and out_at is not None:
             params = {"act": args[act_at], "residual": args[out_at] is not None}
-        return run(OpDesc.of(op, args[x_at], **params), *args)
+        return run(OpDesc.of(op, x, **params), *args)
 
     return call
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,20 @@ from ..dispatch.declare import TRAINING, Function, Op, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step, spread
 from . import _cpu_conv
-from ._common import autocast, check_device, check_dtype, check_map, differentiable, needs_grad
+from ._common import (
+    Context,
+    autocast,
+    check_device,
+    check_dtype,
+    check_map,
+    differentiable,
+    needs_grad,
+)
 
 OP = "conv2d"
 BACKWARD = "conv2d_backward"
+# stride, padding, dilation, groups
+Options = tuple[list[int], list[int], list[int], int]
 
 
 def conv2d(
@@ -64,7 +74,7 @@ def describe(
     """What a choice of backend rests on, for the arguments of `conv2d`."""
     options = _pair(stride), _pair(padding), _pair(dilation), groups
     _validate(x, weight, *options)
-    return _describe(OP, x, weight, *options)
+    return _describe(OP, x, weight, options)
 
 
 def describe_backward(
@@ -79,19 +89,23 @@ def describe_backward(
     """The same for its backward pass to x and weight."""
     options = _pair(stride), _pair(padding), _pair(dilation), groups
     _validate(x, weight, *options)
-    return _describe(BACKWARD, x, weight, *options, to_x=True, to_weight=True)
+    return _describe(BACKWARD, x, weight, options, to_x=True, to_weight=True)
+
+
+class _Context(Context, Protocol):
+    options: Options
 
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, *options: *Options) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.options = options
         return torch.ops.deeplab_fast.conv2d(x, weight, *options)
 
     @staticmethod
     @differentiable(lambda ctx: (reference.conv2d, (*ctx.saved_tensors, *ctx.options)))
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         to_x, to_weight = ctx.needs_input_grad[:2]
         grad_x, grad_weight = torch.ops.deeplab_fast.conv2d_backward(
@@ -105,14 +119,8 @@ def _pair(value: int | Sequence[int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def _validate(
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> None:
+def _validate(x: Tensor, weight: Tensor, *options: *Options) -> None:
+    stride, padding, dilation, groups = options
     check_map(OP, "x", x)
     check_map(OP, "weight", weight)
     check_dtype(OP, "weight", weight, (x.dtype,))
@@ -152,16 +160,8 @@ def _output_shape(
     return x.shape[0], weight.shape[0], height, width
 
 
-def _describe(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    **more: Any,
-) -> OpDesc:
+def _describe(op: str, x: Tensor, weight: Tensor, options: Options, **more: bool) -> OpDesc:
+    stride, padding, dilation, groups = options
     return OpDesc.of(
         op,
         x,
@@ -174,19 +174,21 @@ def _describe(
     )
 
 
-def _run(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
-    y = run(_describe(OP, x, weight, *options), x, weight, *options)
+def _run(x: Tensor, weight: Tensor, *options: *Options) -> Tensor:
+    y = run(_describe(OP, x, weight, options), x, weight, *options)
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def _fake(x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, *options: *Options) -> Tensor:
     shape = _output_shape(x, weight, *options[:3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _run_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *options, to_x, to_weight = rest
-    desc = _describe(BACKWARD, x, weight, *options, to_x=to_x, to_weight=to_weight)
+def _run_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, *rest: *tuple[*Options, bool, bool]
+) -> tuple[Tensor, Tensor]:
+    *_, to_x, to_weight = rest
+    desc = _describe(BACKWARD, x, weight, rest[:4], to_x=to_x, to_weight=to_weight)
     grad_x, grad_weight = run(desc, grad, x, weight, *rest)
     if to_x:
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
@@ -195,8 +197,10 @@ def _run_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[
     return grad_x, grad_weight
 
 
-def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    to_x, to_weight = rest[-2:]
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, *rest: *tuple[*Options, bool, bool]
+) -> tuple[Tensor, Tensor]:
+    *_, to_x, to_weight = rest
     grad_x = torch.empty_like(x, memory_format=torch.channels_last) if to_x else x.new_empty(0)
     grad_weight = x.new_empty(0)
     if to_weight:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from ..plan.taps import output_size
 from . import _cpu_conv, _cudnn
 from ._common import (
     FLOAT_DTYPES,
+    Again,
+    Context,
     autocast,
     check_device,
     check_dtype,
@@ -28,6 +30,8 @@ from ._common import (
 from ._composed import activated, fused_layer, norm_of
 
 OP = "conv_bn_act"
+# stride, padding, dilation, groups, act
+Options = tuple[int, int, int, int, str | None]
 
 
 def conv_bn_act(
@@ -70,8 +74,8 @@ def conv_bn_act(
     x, weight = autocast(x, weight)
     if residual is not None:
         (residual,) = autocast(residual)
-    _validate(x, weight, scale, shift, stride, padding, dilation, groups, residual, act)
     args = (x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
+    _validate(*args)
     if needs_grad(x, weight, scale, shift, residual):
         return _ConvBnAct.apply(*args)
     return torch.ops.deeplab_fast.conv_bn_act(*args)
@@ -91,11 +95,18 @@ def describe(
     act: str | None = "relu",
 ) -> OpDesc:
     """What a choice of backend rests on, for the arguments of `conv_bn_act`."""
-    _validate(x, weight, scale, shift, stride, padding, dilation, groups, residual, act)
-    return _describe(x, weight, residual, stride, padding, dilation, groups, act)
+    options = (stride, padding, dilation, groups, act)
+    _validate(x, weight, scale, shift, residual, *options)
+    return _describe(x, weight, residual, *options)
 
 
-def _again(ctx: Any) -> Any:
+class _Context(Context, Protocol):
+    options: Options
+    shift_dtype: torch.dtype
+    has_residual: bool
+
+
+def _again(ctx: _Context) -> Again:
     y, x, weight, scale = ctx.saved_tensors
     stride, padding, dilation, groups, act = ctx.options
     # Gradients depend on neither the shift nor the residual but for where the activation lets them
@@ -103,7 +114,12 @@ def _again(ctx: Any) -> Any:
     passes = ~(y.detach() <= 0) if act == "relu" else None
 
     def run(
-        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, *rest: Any
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        *options: *Options,
     ) -> Tensor:
         z = reference.conv_bn_act(
             x, weight, scale, shift, stride, padding, dilation, groups, residual, None
@@ -118,13 +134,13 @@ def _again(ctx: Any) -> Any:
 class _ConvBnAct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         x: Tensor,
         weight: Tensor,
         scale: Tensor,
         shift: Tensor,
         residual: Tensor | None,
-        *options: Any,
+        *options: *Options,
     ) -> Tensor:
         y = torch.ops.deeplab_fast.conv_bn_act(x, weight, scale, shift, residual, *options)
         ctx.save_for_backward(y, x, weight, scale)
@@ -135,7 +151,7 @@ class _ConvBnAct(torch.autograd.Function):
 
     @staticmethod
     @differentiable(_again)
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, x, weight, scale = ctx.saved_tensors
         to_x, to_weight, to_scale, to_shift, to_residual = (
             torch.ops.deeplab_fast.conv_bn_act_backward(grad, y, x, weight, scale, *ctx.options)
@@ -165,13 +181,10 @@ def _validate(
     weight: Tensor,
     scale: Tensor,
     shift: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
     residual: Tensor | None,
-    act: str | None,
+    *options: *Options,
 ) -> None:
+    stride, padding, dilation, groups, act = options
     check_map(OP, "x", x)
     check_map(OP, "weight", weight)
     check_dtype(OP, "weight", weight, (x.dtype,))
@@ -203,16 +216,8 @@ def _validate(
         check_dtype(OP, "residual", residual, (x.dtype,))
 
 
-def _describe(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    act: str | None,
-) -> OpDesc:
+def _describe(x: Tensor, weight: Tensor, residual: Tensor | None, *options: *Options) -> OpDesc:
+    stride, padding, dilation, groups, act = options
     return OpDesc.of(
         OP,
         x,
@@ -232,14 +237,11 @@ def _run(
     scale: Tensor,
     shift: Tensor,
     residual: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    act: str | None,
+    *options: *Options,
 ) -> Tensor:
-    desc = _describe(x, weight, residual, stride, padding, dilation, groups, act)
-    return run(desc, x, weight, scale, shift, stride, padding, dilation, groups, residual, act)
+    *geometry, act = options
+    desc = _describe(x, weight, residual, *options)
+    return run(desc, x, weight, scale, shift, *geometry, residual, act)
 
 
 def _fake(
@@ -248,22 +250,21 @@ def _fake(
     scale: Tensor,
     shift: Tensor,
     residual: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    groups: int,
-    act: str | None,
+    *options: *Options,
 ) -> Tensor:
-    shape = _output_shape(x, weight, stride, padding, dilation)
+    shape = _output_shape(x, weight, *options[:3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _run_backward(*args: Any) -> tuple[Tensor, ...]:
-    return tuple(g.contiguous() for g in reference.conv_bn_act_backward(*args))
+def _run_backward(
+    grad: Tensor, y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *options: *Options
+) -> tuple[Tensor, ...]:
+    grads = reference.conv_bn_act_backward(grad, y, x, weight, scale, *options)
+    return tuple(g.contiguous() for g in grads)
 
 
 def _fake_backward(
-    grad: Tensor, y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *options: Any
+    grad: Tensor, y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *options: *Options
 ) -> tuple[Tensor, ...]:
     dtype = reference.compute_dtype(x.dtype)
     shapes = (x.shape, weight.shape, scale.shape, scale.shape, grad.shape)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -140,8 +140,8 @@ class PreparedConv:
         # No sum of what is not finite is finite. One of huge weights may overflow, which costs them
         # a slower algorithm and nothing else.
         self._finite = math.isfinite(self._weight.sum().item())
-        self._forms: dict[Any, Tensor] = {}
-        self._choices: dict[Any, _Choice] = {}
+        self._forms: dict[Hashable, Tensor] = {}
+        self._choices: dict[Hashable, _Choice] = {}
         self._lock = threading.Lock()
 
     def __call__(
@@ -336,7 +336,7 @@ class PreparedConv:
                     )
         return direct
 
-    def _allows(self, key: Any, size: int) -> bool:
+    def _allows(self, key: Hashable, size: int) -> bool:
         if key == "onednn" and not self.reuse:
             # oneDNN reorders the weights of a call itself.
             return False
@@ -352,7 +352,7 @@ class PreparedConv:
         size = sum(row.products * column.products * lines for row, column in missing)
         return self.extra_bytes + size <= self.max_extra_bytes
 
-    def _form(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def _form(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """The prepared weights of this key, made by the first thread that needs them."""
         form = self._forms.get(key)
         if form is None:

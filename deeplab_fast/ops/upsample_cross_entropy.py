@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,10 @@ from .. import reference
 from ..dispatch.choice import select
 from ..dispatch.declare import TRAINING, Function, Op, Tuned, compiled, declare, on, triton_kernel
 from ..dispatch.describe import OpDesc
-from ..dispatch.examples import IGNORED, VALUES, Forms, Maker, Size, Step
+from ..dispatch.examples import IGNORED, VALUES, Forms, Maker, Run, Size, Step
 from . import _upsample
 from ._common import (
+    Context,
     check_device,
     check_map,
     check_shape,
@@ -27,6 +28,8 @@ from ._common import (
 
 OP = "upsample_cross_entropy"
 REDUCTIONS = ("none", "mean", "sum")
+# weight, ignore_index, label_smoothing, reduction, align_corners
+Options = tuple[Tensor | None, int, float, str, bool]
 
 
 def upsample_cross_entropy(
@@ -103,24 +106,20 @@ class CrossEntropy:
     with_grad: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Tensor]
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: object) -> Tensor:
         return self.forward(*args)
+
+
+class _Context(Context, Protocol):
+    options: tuple[int, float, str, bool]
+    dtype: torch.dtype
 
 
 class _UpsampleCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: str,
-        align_corners: bool,
-    ) -> Tensor:
-        options = (ignore_index, label_smoothing, reduction, align_corners)
-        ctx.options = options
+    def forward(ctx: _Context, logits: Tensor, target: Tensor, *given: *Options) -> Tensor:
+        weight, *_, reduction, _ = given
+        options = ctx.options = given[1:]
         ctx.dtype = logits.dtype
         if reduction == "none":
             ctx.save_for_backward(logits, target, weight)
@@ -135,7 +134,7 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
     @differentiable(
         lambda ctx: (reference.upsample_cross_entropy, (*ctx.saved_tensors[:3], *ctx.options))
     )
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.options[2] == "none":
             grad_logits = torch.ops.deeplab_fast.upsample_cross_entropy_backward(
                 grad, *ctx.saved_tensors, *ctx.options
@@ -174,53 +173,22 @@ def _implementation(logits: Tensor, target: Tensor, reduction: str) -> CrossEntr
     return cast(CrossEntropy, select(_describe(logits, target, reduction)).run)
 
 
-def _run(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    align_corners: bool,
-) -> Tensor:
-    return _implementation(logits, target, reduction).forward(
-        logits, target, weight, ignore_index, label_smoothing, reduction, align_corners
-    )
+def _run(logits: Tensor, target: Tensor, *options: *Options) -> Tensor:
+    return _implementation(logits, target, options[3]).forward(logits, target, *options)
 
 
-def _run_with_grad(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    align_corners: bool,
-) -> tuple[Tensor, Tensor]:
-    return _implementation(logits, target, reduction).with_grad(
-        logits, target, weight, ignore_index, label_smoothing, reduction, align_corners
-    )
+def _run_with_grad(logits: Tensor, target: Tensor, *options: *Options) -> tuple[Tensor, Tensor]:
+    return _implementation(logits, target, options[3]).with_grad(logits, target, *options)
 
 
-def _run_backward(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    align_corners: bool,
-) -> Tensor:
-    return _implementation(logits, target, reduction).backward(
-        grad, logits, target, weight, ignore_index, label_smoothing, reduction, align_corners
-    )
+def _run_backward(grad: Tensor, logits: Tensor, target: Tensor, *options: *Options) -> Tensor:
+    return _implementation(logits, target, options[3]).backward(grad, logits, target, *options)
 
 
-def _cuda_entry(name: str) -> Callable[..., Any]:
+def _cuda_entry(name: str) -> Run:
     """A private CUDA op, whose last result counts bad labels."""
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any) -> Tensor | tuple[Tensor, ...]:
         *results, bad = getattr(torch.ops.deeplab_fast, name)(*args)
         # The gradient comes first where there is one.
         logits, target, _, ignore_index = args[-7:-3]
@@ -230,27 +198,17 @@ def _cuda_entry(name: str) -> Callable[..., Any]:
     return run
 
 
-def _fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    align_corners: bool,
-) -> Tensor:
-    shape = target.shape if reduction == "none" else ()
+def _fake(logits: Tensor, target: Tensor, *options: *Options) -> Tensor:
+    shape = target.shape if options[3] == "none" else ()
     return logits.new_empty(shape, dtype=reference.compute_dtype(logits.dtype))
 
 
-def _fake_with_grad(
-    logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
-) -> tuple[Tensor, Tensor]:
+def _fake_with_grad(logits: Tensor, target: Tensor, *options: *Options) -> tuple[Tensor, Tensor]:
     dtype = reference.compute_dtype(logits.dtype)
     return logits.new_empty((), dtype=dtype), logits.new_empty(logits.shape, dtype=dtype)
 
 
-def _fake_backward(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+def _fake_backward(grad: Tensor, logits: Tensor, target: Tensor, *options: *Options) -> Tensor:
     return logits.new_empty(logits.shape)
 
 

@@ -6,16 +6,18 @@ Each candidate's result is held against that of the rule's choice, and all are t
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..dispatch import checks, records
 from ..dispatch.declare import Tuned, gpu_ops
 from ..dispatch.errors import Wrong, norm_error
-from ..dispatch.examples import COUNTS, LABELS, Run, Step, flat
+from ..dispatch.examples import COUNTS, LABELS, Run, Step
+from ..plan.device import Device
 from . import speeds
 from .runner import progress
 from .timing import SAMPLE_SECONDS, clock, interleaved, ratio
@@ -29,10 +31,12 @@ _ROUNDS = (5, 15)
 _APART = 2.0
 
 
+# (key, device, configurations) of a call.
+Candidates = tuple[object, Device, list[Any]]
 TUNED = tuple(tuned for op in gpu_ops() for tuned in op.tuned)
 
 
-def candidates(tuned: Tuned, work: Work, dtype: str, device: str, run: Run) -> Any:
+def candidates(tuned: Tuned, work: Work, dtype: str, device: str, run: Run) -> Candidates:
     """(key, device, configurations) of a call; launches it once.
 
     Raises:
@@ -88,8 +92,8 @@ def fastest(
 
     key, _, found = candidates(tuned, work, dtype, device, run)
     sets = _sets(tuned, work, dtype, device)
-    choices: dict[str, Any] = {RULE: None, **{str(config): config for config in found}}
-    timed: dict[str, Callable[[int], Any]] = {}
+    choices: dict[str, object] = {RULE: None, **{str(config): config for config in found}}
+    timed: dict[str, Callable[[int], object]] = {}
     with checks.precision(dtype), torch.no_grad():
         expected = sets[0].run(run)
         for name, config in choices.items():
@@ -120,10 +124,10 @@ def fastest(
     return entry(key, choices[best], tuned.kernel, gain), ms
 
 
-def _under(kernel: str, config: Any, call: Callable[[int], Any]) -> Callable[[int], Any]:
+def _under(kernel: str, config: object, call: Callable[[int], object]) -> Callable[[int], object]:
     from ..kernels.tuned import forced
 
-    def run(i: int) -> Any:
+    def run(i: int) -> object:
         with forced(kernel, config):
             return call(i)
 
@@ -134,8 +138,10 @@ def _sets(tuned: Tuned, work: Work, dtype: str, device: str) -> list[Step]:
     return speeds.input_sets(work.op, work.form, work.size, dtype, device, tuned.method)
 
 
-def _check_near(step: Step, results: Any, expected: Any, dtype: str, name: str) -> None:
-    for number, (out, ref) in enumerate(zip(flat(results), flat(expected), strict=True)):
+def _check_near(
+    step: Step, results: Sequence[Tensor], expected: Sequence[Tensor], dtype: str, name: str
+) -> None:
+    for number, (out, ref) in enumerate(zip(results, expected, strict=True)):
         kind = step.kinds[number]
         if kind in (LABELS, COUNTS):
             # Upsampling computes a pixel in one order, whatever the configuration.

@@ -156,7 +156,7 @@ def spoiled(run: Run, fault: str) -> Run:
     if fault not in ("wrong", "slow", "error"):
         return run
 
-    def wrong(*args: Any) -> Any:
+    def wrong(*args: object) -> object:
         if fault == "error":
             raise RuntimeError("CUDA error: an illegal memory access was encountered (rehearsed)")
         if fault == "slow":

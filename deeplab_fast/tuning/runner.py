@@ -140,7 +140,7 @@ class Outcome:
         return {k: _finite(v) for k, v in fields.items() if v or k in ("unit", "verdict")}
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """A value as JSON can hold it: nan and inf, which it cannot, as text."""
     if isinstance(value, dict):
         return {str(k): _finite(v) for k, v in value.items()}

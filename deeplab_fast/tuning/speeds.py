@@ -12,6 +12,7 @@ import gc
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -271,7 +272,7 @@ def _peak_mb(calls: Sequence[Callable[[], Any]], device: str) -> float:
     return peak_bytes(calls[0]) / 2**20
 
 
-def _searching() -> Any:
+def _searching() -> AbstractContextManager[None]:
     """cuDNN measures its algorithms, as those who want speed let it."""
     return torch.backends.cudnn.flags(
         enabled=torch.backends.cudnn.enabled,

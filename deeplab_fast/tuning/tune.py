@@ -341,7 +341,7 @@ def records_of(outcomes: Iterable[Outcome], machine: Machine, commit: str = "") 
         elif o.phase == "configure" and o.verdict == PASSED and o.result.get("config"):
             if (record := found.get(_key(o))) is not None:
                 config = records.Config(**o.result["config"])
-                found[_key(o)] = _with(record, configs=(*record.configs, config))
+                found[_key(o)] = replace(record, configs=(*record.configs, config))
     return list(found.values())
 
 
@@ -531,7 +531,7 @@ def _add_times(found: dict[tuple[str, str, str, str], Record], o: Outcome) -> No
         (key,) = keys.values()
         if key in found:
             reason = f"while timed: {_reason(o)}"
-            found[key] = _with(found[key], verdict=records.FAILED, reason=reason)
+            found[key] = replace(found[key], verdict=records.FAILED, reason=reason)
         return
     for speed in o.result.get("speeds", ()):
         plain = speed["contestants"][speed["pytorch"]]
@@ -544,17 +544,13 @@ def _add_times(found: dict[tuple[str, str, str, str], Record], o: Outcome) -> No
                 own["peak_mb"], plain["peak_mb"],
             )  # fmt: skip
             others = [t for t in found[key].times if t.sizes != timed.sizes]
-            found[key] = _with(found[key], times=(*others, timed))
+            found[key] = replace(found[key], times=(*others, timed))
 
 
-def _with(record: Record, **changes: Any) -> Record:
-    return replace(record, **changes)
-
-
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     """A number of an outcome, in which nan and inf are text."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = float(str(value))
+    except ValueError:
         return -1.0
     return number if abs(number) < float("inf") else -1.0
