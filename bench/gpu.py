@@ -199,12 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def preload() -> None:
     """Import once what children would each import: it makes no CUDA context."""
-    from deeplab_fast.kernels import _compat
+    from deeplab_fast.kernels import launch
 
     for name in ("aspp", "aspp_training", "batch_norm", "conv", "upsample"):
         # Units say what is missing.
         with suppress(RuntimeError):
-            _compat.device_module(f"{name}_kernels")
+            launch.device_module(f"{name}_kernels")
     with suppress(ImportError):
         _ = import_torchvision().models.segmentation
 

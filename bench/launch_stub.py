@@ -205,7 +205,7 @@ def pretend(gpu: Gpu) -> Iterator[Launches]:
     Yields:
         The launches, as they come.
     """
-    from deeplab_fast.kernels import aspp, aspp_training, batch_norm, conv, upsample
+    from deeplab_fast.kernels import launch
     from triton.runtime import driver
 
     describe = backends.OpDesc.of
@@ -218,8 +218,7 @@ def pretend(gpu: Gpu) -> Iterator[Launches]:
     before = driver._active
     with ExitStack() as stack:
         stack.enter_context(patch.object(backends.OpDesc, "of", on_gpu))
-        for module in (aspp, aspp_training, batch_norm, conv, upsample):
-            stack.enter_context(patch.object(module, "device_of", lambda x: device))
+        stack.enter_context(patch.object(launch, "device_of", lambda x: device))
         stack.callback(setattr, driver, "_active", before)
         driver.set_active(DRIVER)
         DRIVER.launches = Launches(gpu)

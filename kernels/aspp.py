@@ -8,18 +8,18 @@ Triton.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from ..plan.device import device_of
+from ..plan.device import Device
 from ..plan.gemm import GemmConfig
-from ..plan.packing import PackedBranches, channels_inside, fp32
+from ..plan.packing import PackedBranches, channels_inside, empty_map, fp32
 from ..plan.rules import BRANCHES, BranchesKey
-from ..plan.schedule import schedule
-from ..plan.tables import device_tables, workspace
-from . import _compat, launch
+from ..plan.schedule import Int32, schedule
+from ..plan.tables import AnySchedule, Tables, device_tables, workspace
+from ..plan.taps import Branch, Problem
+from . import launch
 from .conv import pointwise
 from .launch import arithmetic, grid, is_longest, launch_options, map_strides, precision, vector
 from .tuned import choose
@@ -77,7 +77,7 @@ def aspp_branches_packed(
     filters = sum(b.channels for b in packed.branches)
     shape = (n, filters, height, width)
     if out is None:
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        out = empty_map(x, filters)
     elif tuple(out.shape) != shape or out.dtype != x.dtype or (out.stride(1) != 1 and filters > 1):
         raise ValueError(
             f"aspp_branches: out is {out.dtype} {list(out.shape)} with strides {out.stride()}; "
@@ -85,21 +85,15 @@ def aspp_branches_packed(
         )
     if n == 0:
         return out
-    kernels = _compat.device_module("aspp_kernels")
-    device = device_of(x)
+    kernels = launch.device_module("aspp_kernels")
     x = channels_inside(x)
     x_strides = map_strides(x)
     y_strides = map_strides(out)
     vec_x = min(vector(x, channels, *x_strides), vector(packed.weight))
     vec_y = vector(out, *y_strides, *(b.channels for b in packed.branches))
-    if config is None:
-        aligned = is_longest(x, vec_x, vec_y)
-        key = BranchesKey(n, height, width, channels, packed.branches, arithmetic(x), aligned)
-        config = choose(BRANCHES, key, device)
-    programs = device.multiprocessors * config.occupancy
-    tables = device_tables(x, packed.branches, config, programs, schedule)
+    aligned = is_longest(x, vec_x, vec_y)
+    config, tables, partial = work(x, packed.branches, aligned, config, branches_config, schedule)
     y_steps = [s // vec_y for s in y_strides]
-    partial = workspace(x, tables, config)
     with launch.on_device(x):
         kernels.aspp_branches_kernel[grid(tables.starts.numel() - 1)](
             x, packed.weight, packed.scale, packed.shift, out, partial,
@@ -151,19 +145,14 @@ def aspp_project(
     Raises:
         ValueError: with a classifier, more filters than a tile holds.
     """
-    n, channels, height, width = branches.shape
+    n, channels, _, _ = branches.shape
     matrix = weight.flatten(1)
     filters = matrix.shape[0]
     outputs = filters
     if classifier is not None:
         outputs = classifier[0].shape[0]
         classifier = classifier[0].flatten(1), fp32(classifier[1])
-    y = torch.empty(
-        (n, outputs, height, width),
-        dtype=branches.dtype,
-        device=branches.device,
-        memory_format=torch.channels_last,
-    )
+    y = empty_map(branches, outputs)
     if n == 0:
         return y
     if matrix.stride(1) != 1:
@@ -171,7 +160,7 @@ def aspp_project(
     scale, shift = fp32(scale), fp32(shift)
     shifts = scale.new_empty((n, filters))
     tiles = -(-filters // _SHIFT_FILTERS)
-    kernels = _compat.device_module("conv_kernels")
+    kernels = launch.device_module("conv_kernels")
     with launch.on_device(branches):
         kernels.image_shift_kernel[grid(n * tiles)](
             pooled, matrix[:, channels:], scale, shift, shifts,
@@ -180,3 +169,40 @@ def aspp_project(
         )  # fmt: skip
     pointwise(branches, matrix, scale, shifts, y, classifier=classifier, config=config)
     return y
+
+
+def branches_config(key: BranchesKey, device: Device) -> GemmConfig:
+    """The choice for a product of the branches."""
+    return choose(BRANCHES, key, device)
+
+
+def work(
+    x: Tensor,
+    branches: tuple[Branch, ...],
+    aligned: bool,
+    config: GemmConfig | None,
+    rule: Callable[[BranchesKey, Device], GemmConfig],
+    make: Callable[[Problem, GemmConfig, int], AnySchedule],
+    more: Callable[[AnySchedule, int], Sequence[Int32]] | None = None,
+) -> tuple[GemmConfig, Tables, Tensor]:
+    """(configuration, tile list, workspace for cut tiles) of a call.
+
+    Args:
+        x: [N, C, H, W], the branches' input or its gradient.
+        branches: the branches.
+        aligned: operands and result allow accesses of 16 bytes.
+        config: None for the choice of `rule`.
+        rule: (key, device) -> configuration.
+        make, more: as for `tables.device_tables`.
+
+    Raises:
+        RuntimeError: the shape is new and a CUDA graph is being captured.
+    """
+    device = launch.device_of(x)
+    if config is None:
+        n, channels, height, width = x.shape
+        key = BranchesKey(n, height, width, channels, branches, arithmetic(x), aligned)
+        config = rule(key, device)
+    programs = device.multiprocessors * config.occupancy
+    tables = device_tables(x, branches, config, programs, make, more)
+    return config, tables, workspace(x, tables, config)

@@ -16,17 +16,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..plan.device import device_of
 from ..plan.gemm import GemmConfig
 from ..plan.gradients import DgradSchedule, dgrad_schedule, wgrad_schedule
-from ..plan.packing import branches_of, channels_inside, pack_weights, unpack_weights
-from ..plan.rules import BRANCHES, BranchesKey, dgrad_rule, wgrad_rule
+from ..plan.packing import branches_of, channels_inside, empty_map, pack_weights, unpack_weights
+from ..plan.rules import dgrad_rule, wgrad_rule
 from ..plan.schedule import Int32, Schedule, schedule, stats_table
-from ..plan.tables import device_tables, workspace
 from ..plan.taps import Branch, tap_rectangles
-from . import _compat, launch
-from .launch import arithmetic, grid, is_longest, launch_options, map_strides, precision, vector
-from .tuned import choose
+from . import launch
+from .aspp import branches_config, work
+from .launch import grid, is_longest, launch_options, map_strides, precision, vector
 
 # Rows of a cut tile that one program adds up; columns where it takes all rows.
 _SUM_ROWS = 16
@@ -62,29 +60,24 @@ def aspp_convs(
     n, channels, height, width = x.shape
     branches = branches_of(weights, dilations)
     filters = sum(b.channels for b in branches)
-    shape = (n, filters, height, width)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = empty_map(x, filters)
     make = x.new_zeros if n == 0 else x.new_empty
     mean, variance = (make(filters if stats else 0, dtype=torch.float32) for _ in range(2))
     if n == 0:
         return y, mean, variance
-    kernels = _compat.device_module("aspp_training_kernels")
-    device = device_of(x)
+    kernels = launch.device_module("aspp_training_kernels")
     matrix = pack_weights(weights)
     x = channels_inside(x)
     x_strides, y_strides = map_strides(x), map_strides(y)
     vec_x = min(vector(x, channels, *x_strides), vector(matrix))
     vec_y = vector(y, *y_strides, *(b.channels for b in branches))
-    if config is None:
-        aligned = is_longest(x, vec_x, vec_y)
-        key = BranchesKey(n, height, width, channels, branches, arithmetic(x), aligned)
-        config = choose(BRANCHES, key, device)
-    programs = device.multiprocessors * config.occupancy
-    tables = device_tables(x, branches, config, programs, schedule, _stats_tables)
+    aligned = is_longest(x, vec_x, vec_y)
+    config, tables, partial = work(
+        x, branches, aligned, config, branches_config, schedule, _stats_tables
+    )
     first, counts, ranges, first_channels = tables.more
     widest = max(b.channels for b in branches)
     y_steps = [s // vec_y for s in y_strides]
-    partial = workspace(x, tables, config)
     tiles = x.new_empty((counts.numel() if stats else 0, 2, widest), dtype=torch.float32)
     with launch.on_device(x):
         kernels.aspp_convs_kernel[grid(tables.starts.numel() - 1)](
@@ -157,30 +150,21 @@ def dgrad(
     """
     n, _, height, width = grad.shape
     channels = matrix.shape[1]
-    dx = torch.empty(
-        (n, channels, height, width),
-        dtype=grad.dtype,
-        device=grad.device,
-        memory_format=torch.channels_last,
-    )
+    dx = empty_map(grad, channels)
     if n == 0:
         return dx
-    kernels = _compat.device_module("aspp_training_kernels")
-    device = device_of(grad)
+    kernels = launch.device_module("aspp_training_kernels")
     grad = channels_inside(grad)
     g_strides, x_strides = map_strides(grad), map_strides(dx)
     vec_g = vector(grad, *g_strides, *(b.channels for b in branches))
     vec_x = min(vector(dx, channels, *x_strides), vector(matrix))
-    if config is None:
-        aligned = is_longest(grad, vec_g, vec_x)
-        key = BranchesKey(n, height, width, channels, branches, arithmetic(grad), aligned)
-        config = dgrad_rule(key, device)
-    programs = device.multiprocessors * config.occupancy
-    tables = device_tables(dx, branches, config, programs, dgrad_schedule, _dgrad_tables)
+    aligned = is_longest(grad, vec_g, vec_x)
+    config, tables, partial = work(
+        dx, branches, aligned, config, dgrad_rule, dgrad_schedule, _dgrad_tables
+    )
     steps, pixels = tables.more
     sizes = n * height * width, height, width
     x_steps = [s // vec_x for s in x_strides]
-    partial = workspace(grad, tables, config)
     with launch.on_device(grad):
         kernels.aspp_dgrad_kernel[grid(tables.starts.numel() - 1)](
             grad, matrix, dx, partial, tables.classes, steps, pixels, tables.parts, tables.starts,
@@ -226,19 +210,13 @@ def wgrad(
         dw = grad.new_empty(size)
     if n == 0:
         return dw
-    kernels = _compat.device_module("aspp_training_kernels")
-    device = device_of(x)
+    kernels = launch.device_module("aspp_training_kernels")
     grad, x = channels_inside(grad), channels_inside(x)
     g_strides, x_strides = map_strides(grad), map_strides(x)
     vec_g = vector(grad, *g_strides, *(b.channels for b in branches))
     vec_x = min(vector(x, channels, *x_strides), vector(dw))
-    if config is None:
-        aligned = is_longest(x, vec_g, vec_x)
-        key = BranchesKey(n, height, width, channels, branches, arithmetic(x), aligned)
-        config = wgrad_rule(key, device)
-    programs = device.multiprocessors * config.occupancy
-    tables = device_tables(x, branches, config, programs, wgrad_schedule)
-    partial = workspace(x, tables, config)
+    aligned = is_longest(x, vec_g, vec_x)
+    config, tables, partial = work(x, branches, aligned, config, wgrad_rule, wgrad_schedule)
     with launch.on_device(x):
         kernels.aspp_wgrad_kernel[grid(tables.starts.numel() - 1)](
             grad, x, dw, partial, tables.classes, tables.parts, tables.starts,

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..dispatch import limits
 from ..dispatch.describe import OpDesc
 from ..plan.batch_norm import MAX_VALUES, BatchNormConfig, batch_norm_config
-from ..plan.device import WARP, device_of
+from ..plan.device import WARP
 from ..plan.packing import channels_inside, fp32
-from . import _compat, launch
+from . import launch
 from .launch import grid, pixel_strides, vector
 
 # Channels of a program that combines partials: a sector of each row.
@@ -51,7 +51,7 @@ def batch_stats(x: Tensor, config: BatchNormConfig | None = None) -> tuple[Tenso
     mean, variance = _fp32_like(x, channels), _fp32_like(x, channels)
     if not x.numel():
         return mean.zero_(), variance.zero_()
-    kernels = _compat.device_module("batch_norm_kernels")
+    kernels = launch.device_module("batch_norm_kernels")
     maps = _Maps(config, True, x)
     partial_mean, partial_m2 = (_fp32_like(x, maps.chunks, channels) for _ in range(2))
     with launch.on_device(x):
@@ -93,7 +93,7 @@ def bn_act(
     y = _map_like(x)
     if not x.numel():
         return y
-    kernels = _compat.device_module("batch_norm_kernels")
+    kernels = launch.device_module("batch_norm_kernels")
     maps = _Maps(config, False, x, residual)
     read_x, read_residual = maps.tensors
     with launch.on_device(x):
@@ -133,7 +133,7 @@ def bn_act_reduce(
     sums, sums_xhat = _fp32_like(x, channels), _fp32_like(x, channels)
     if not x.numel():
         return sums.zero_(), sums_xhat.zero_()
-    kernels = _compat.device_module("batch_norm_kernels")
+    kernels = launch.device_module("batch_norm_kernels")
     maps = _Maps(config, True, grad, x, out if act else None)
     read_grad, read_x, read_out = maps.tensors
     partial, partial_xhat = (_fp32_like(x, maps.chunks, channels) for _ in range(2))
@@ -182,7 +182,7 @@ def bn_act_backward(
     residual_grad = _map_like(x) if to_residual else x.new_empty(0)
     if not x.numel():
         return dx, residual_grad
-    kernels = _compat.device_module("batch_norm_kernels")
+    kernels = launch.device_module("batch_norm_kernels")
     means = None
     if mean_grad is not None and mean_grad_xhat is not None:
         means = fp32(mean_grad), fp32(mean_grad_xhat)
@@ -228,7 +228,7 @@ class _Maps:
         if config is None:
             config = batch_norm_config(
                 self.pixels, self.channels, len(given), self.vector, first.element_size(),
-                device_of(first), reduces,
+                launch.device_of(first), reduces,
             )  # fmt: skip
         elif not config.is_legal(self.vector, len(given)):
             raise ValueError(

@@ -8,16 +8,14 @@ Triton. Convolutions of other sizes are refused: cuDNN has fused kernels for the
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..dispatch import limits
 from ..dispatch.describe import OpDesc
-from ..plan.device import device_of
 from ..plan.gemm import GemmConfig
-from ..plan.packing import channels_inside, fp32
+from ..plan.packing import channels_inside, empty_map, fp32
 from ..plan.rules import POINTWISE, PointwiseKey
-from . import _compat, launch
+from . import launch
 from .launch import arithmetic, grid, is_longest, launch_options, pixel_strides, precision, vector
 from .tuned import choose
 
@@ -85,13 +83,7 @@ def conv_bn_act(
     """
     if stride != 1:
         x = x[:, :, ::stride, ::stride]
-    n, _, height, width = x.shape
-    y = torch.empty(
-        (n, weight.shape[0], height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    y = empty_map(x, weight.shape[0])
     pointwise(
         x, weight.flatten(1), fp32(scale), fp32(shift)[None], y,
         residual=residual, relu=act == "relu", config=config,
@@ -128,7 +120,7 @@ def pointwise(
     filters = weight.shape[0]
     if n == 0:
         return
-    kernels = _compat.device_module("conv_kernels")
+    kernels = launch.device_module("conv_kernels")
     groups = shift.shape[0]
     group_rows = n * height * width // groups
     x = channels_inside(x)
@@ -154,7 +146,7 @@ def pointwise(
             groups, group_rows, channels, filters, arithmetic(x), aligned,
             classes=classes > 0, residual=residual is not None,
         )  # fmt: skip
-        config = choose(POINTWISE, key, device_of(x))
+        config = choose(POINTWISE, key, launch.device_of(x))
     tiles_n = -(-filters // config.block_n)
     tiles_m = -(-group_rows // config.block_m)
     with launch.on_device(x):

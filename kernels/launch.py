@@ -1,18 +1,42 @@
-"""What the launchers of the Triton kernels share; importing it does not import Triton."""
+"""What the launchers of the Triton kernels share.
+
+Nothing here imports Triton: a package without it must import, list its backends and say why the
+Triton ones cannot run. Device code lives in modules that import Triton at their top and that
+launchers import through `device_module` when a kernel is first needed.
+"""
 
 from __future__ import annotations
 
+import importlib
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from ..dispatch import limits
 from ..dispatch.limits import allow_tf32
+from ..plan.device import device_of as device_of
 from ..plan.gemm import FMA_FP32, MMA_16BIT, MMA_TF32, GemmConfig
 
 # Grids are one-dimensional; CUDA's limit on the first dimension.
 _MAX_PROGRAMS = 2**31 - 1
 _VECTOR_BYTES = 16
+
+
+def device_module(name: str) -> ModuleType:
+    """Import `deeplab_fast.kernels.<name>`, a module with device code.
+
+    Raises:
+        RuntimeError: Triton is missing, too old, or does not import; the message says which.
+    """
+    reason = limits.missing_triton()
+    if reason:
+        raise RuntimeError(f"this backend needs Triton: {reason}")
+    try:
+        return importlib.import_module(f".{name}", __package__)
+    except ImportError as error:
+        raise RuntimeError(f"this backend needs Triton, which does not import: {error}") from error
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

@@ -26,10 +26,9 @@ from ..dispatch.describe import OpDesc
 from ..plan import tables
 from ..plan import upsample as plan
 from ..plan.bilinear import axis_tables
-from ..plan.device import device_of
 from ..plan.tunable import Tunable
 from ..plan.upsample import UpsampleConfig, UpsampleKey, num_confusion_tables
-from . import _compat, launch
+from . import launch
 from .launch import grid
 from .tuned import choose
 
@@ -105,7 +104,7 @@ def upsample_argmax(
         labels [N, H, W], uint8 up to 256 classes, else int64; prob [N, H, W] fp32, or empty where
         it is not asked for.
     """
-    kernels = _compat.device_module("upsample_kernels")
+    kernels = launch.device_module("upsample_kernels")
     n, classes, in_rows, in_cols = logits.shape
     rows, cols = size
     labels = logits.new_empty((n, rows, cols), dtype=reference.label_dtype(classes))
@@ -146,7 +145,7 @@ def upsample_confusion(
         ValueError: with DEEPLAB_FAST_STRICT_LABELS=1, a label outside [0, C) that is not
             ignore_index; otherwise such pixels are not counted.
     """
-    kernels = _compat.device_module("upsample_kernels")
+    kernels = launch.device_module("upsample_kernels")
     n, classes, in_rows, in_cols = logits.shape
     rows, cols = target.shape[-2:]
     if n == 0:
@@ -184,7 +183,7 @@ def upsample_softmax_add(
     Raises:
         ValueError: elements of the accumulator share memory.
     """
-    kernels = _compat.device_module("upsample_kernels")
+    kernels = launch.device_module("upsample_kernels")
     steps = zip(accumulator.stride(), accumulator.shape, strict=True)
     if any(step == 0 and size > 1 for step, size in steps):
         raise ValueError(
@@ -327,7 +326,7 @@ class _CrossEntropy:
         label_smoothing: float,
         align_corners: bool,
     ) -> None:
-        self.kernels = _compat.device_module("upsample_kernels")
+        self.kernels = launch.device_module("upsample_kernels")
         self.logits = logits
         self.target = target
         self.weight = None if weight is None else weight.to(torch.float32).contiguous()
@@ -430,7 +429,7 @@ def _layout(
     n, classes, *in_size = logits.shape
     dtype = str(logits.dtype).removeprefix("torch.")
     sizes = ((in_size[0], in_size[1]), out_size, bool(align_corners))
-    config = choose(tunable, UpsampleKey(n, classes, *sizes, dtype), device_of(logits))
+    config = choose(tunable, UpsampleKey(n, classes, *sizes, dtype), launch.device_of(logits))
     y = _axis(in_size[0], out_size[0], align_corners, config.rows, logits)
     x = _axis(in_size[1], out_size[1], align_corners, config.block_cols or 1, logits)
     if config.block_cols:

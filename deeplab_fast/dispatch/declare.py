@@ -93,7 +93,7 @@ class Tuned:
     """A Triton kernel whose launch configuration calls of an op depend on.
 
     Attributes:
-        kernel: name in `deeplab_fast.kernels.configs.TUNABLE`.
+        kernel: name in `deeplab_fast.kernels.tuned.TUNABLE`.
         op: in whose calls exactly one of its configurations is chosen.
         most: candidates that there are at most.
         method: of an op with several functions.

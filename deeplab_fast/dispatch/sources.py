@@ -38,7 +38,7 @@ TRITON = {
     "project": ("kernels/conv_kernels.py", "kernels/conv.py", "kernels/aspp.py", *_PRODUCT),
     "training": (
         "kernels/aspp_training_kernels.py", "kernels/aspp_kernels.py", "kernels/aspp_training.py",
-        f"{_PLAN}/gradients.py", *_PRODUCT, *_TILES,
+        "kernels/aspp.py", f"{_PLAN}/gradients.py", *_PRODUCT, *_TILES,
     ),
 }  # fmt: skip
 # Compiled sources by the names that build.json has them under.

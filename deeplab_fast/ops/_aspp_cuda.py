@@ -23,7 +23,7 @@ from ..dispatch.declare import compiled
 from ..dispatch.describe import OpDesc
 from ..plan.device import SHARED_RESERVE, Device, device_of
 from ..plan.gemm import GemmConfig
-from ..plan.packing import PackedBranches, channels_inside, fp32
+from ..plan.packing import PackedBranches, channels_inside, empty_map, fp32
 from ..plan.schedule import schedule, tile_counts
 from ..plan.tables import device_tables, workspace
 from ..plan.taps import Branch, Problem
@@ -225,12 +225,7 @@ def multiply(
         choice: None for that of `choose`.
     """
     n, channels, height, width = x.shape
-    y = torch.empty(
-        (n, sum(b.channels for b in branches), height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    y = empty_map(x, sum(b.channels for b in branches))
     if y.numel() == 0:
         return y
     x = channels_inside(x)

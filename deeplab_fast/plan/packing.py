@@ -137,3 +137,14 @@ def channels_inside(x: Tensor) -> Tensor:
     if x.stride(1) == 1 or x.shape[1] == 1:
         return x
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_map(x: Tensor, channels: int) -> Tensor:
+    """A map [N, channels, H, W] for a result of x [N, C, H, W], channels_last."""
+    n, _, height, width = x.shape
+    return torch.empty(
+        (n, channels, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )

@@ -18,7 +18,7 @@ from .gemm import GemmConfig
 from .schedule import Int32, Schedule
 from .taps import Branch, Problem
 
-_Schedule = TypeVar("_Schedule", bound=Schedule)
+AnySchedule = TypeVar("AnySchedule", bound=Schedule)
 
 
 def capturing(x: Tensor) -> bool:
@@ -82,8 +82,8 @@ def device_tables(
     branches: tuple[Branch, ...],
     config: GemmConfig,
     programs: int,
-    make: Callable[[Problem, GemmConfig, int], _Schedule],
-    more: Callable[[_Schedule, int], Sequence[Int32]] | None = None,
+    make: Callable[[Problem, GemmConfig, int], AnySchedule],
+    more: Callable[[AnySchedule, int], Sequence[Int32]] | None = None,
 ) -> Tables:
     """The tile list of a call on the device of x, copied there at the first call.
 

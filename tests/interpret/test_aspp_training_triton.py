@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from deeplab_fast.kernels import aspp_training
+from deeplab_fast.kernels import aspp_training, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -49,7 +49,7 @@ DTYPES = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _three_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     device = replace(H100, multiprocessors=3)
-    monkeypatch.setattr(aspp_training, "device_of", lambda x: device)
+    monkeypatch.setattr(launch, "device_of", lambda x: device)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from deeplab_fast.kernels import aspp, conv
+from deeplab_fast.kernels import aspp, conv, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,8 +39,7 @@ CUT = replace(WHOLE, split=True)
 @pytest.fixture(autouse=True)
 def _three_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     device = replace(H100, multiprocessors=3)
-    monkeypatch.setattr(conv, "device_of", lambda x: device)
-    monkeypatch.setattr(aspp, "device_of", lambda x: device)
+    monkeypatch.setattr(launch, "device_of", lambda x: device)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -250,7 +249,7 @@ def test_slots_beyond_int32() -> None:
         pytest.skip(f"no address space for 2^31 elements: {error}")
     partial[first:] = torch.randn(2, block, block)
     y = channels_last(torch.empty(1, 8, 1, 1))
-    kernels = aspp._compat.device_module("aspp_kernels")
+    kernels = launch.device_module("aspp_kernels")
     classes = torch.from_numpy(work.classes.copy())
     kernels.aspp_sum_kernel[(2,)](
         partial, packed.scale, packed.shift, y, classes, sums, 0, 0, 0,

@@ -60,7 +60,7 @@ RAGGED = (2, 20, 3, 7)
 @pytest.fixture(autouse=True)
 def _one_multiprocessor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice by rule then gives a program several tiles."""
-    monkeypatch.setattr(batch_norm, "device_of", lambda x: replace(H100, multiprocessors=1))
+    monkeypatch.setattr(launch, "device_of", lambda x: replace(H100, multiprocessors=1))
 
 
 def channels_last(x: Tensor) -> Tensor:

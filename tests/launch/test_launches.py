@@ -454,10 +454,10 @@ def test_second_launch_finds_the_globals_of_the_first(family: str, name: str, la
 
 def test_pretending_ends_with_the_block() -> None:
     def patched() -> list[Any]:
-        from deeplab_fast.kernels import aspp
+        from deeplab_fast.kernels import launch
         from triton.runtime import driver
 
-        return [vars(backends.OpDesc)["of"], aspp.device_of, driver._active]
+        return [vars(backends.OpDesc)["of"], launch.device_of, driver._active]
 
     before = patched()
     with pretend(GPUS["H100"]) as launches:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from deeplab_fast.kernels import _compat, aspp_training, launch
+from deeplab_fast.kernels import aspp_training, launch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -342,7 +342,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(_compat, "device_module", lambda name: recorder)
+    monkeypatch.setattr(launch, "device_module", lambda name: recorder)
     monkeypatch.setattr(launch, "on_device", lambda x: nullcontext())
     return recorder
 

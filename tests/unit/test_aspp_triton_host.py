@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from deeplab_fast.kernels import _compat, aspp, conv, launch
+from deeplab_fast.kernels import aspp, conv, launch
 from torch import Tensor
 
 from deeplab_fast import backends
@@ -303,7 +303,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(_compat, "device_module", lambda name: recorder)
+    monkeypatch.setattr(launch, "device_module", lambda name: recorder)
     monkeypatch.setattr(launch, "on_device", lambda x: nullcontext())
     return recorder
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from deeplab_fast.kernels import _compat, aspp, conv, launch, tuned, upsample
+from deeplab_fast.kernels import aspp, conv, launch, tuned, upsample
 from deeplab_fast.kernels.tuned import TUNABLE
 
 from deeplab_fast.dispatch import records, trust
@@ -282,10 +282,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         def __getattr__(self, name: str) -> Kernel:
             return Kernel(name)
 
-    monkeypatch.setattr(_compat, "device_module", lambda name: Kernels())
+    monkeypatch.setattr(launch, "device_module", lambda name: Kernels())
     monkeypatch.setattr(launch, "on_device", lambda x: nullcontext())
-    for module in (conv, aspp, upsample):
-        monkeypatch.setattr(module, "device_of", lambda x: GPU)
+    monkeypatch.setattr(launch, "device_of", lambda x: GPU)
     return made
 
 

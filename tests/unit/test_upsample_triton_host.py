@@ -90,9 +90,9 @@ def test_import_works_where_triton_is_missing() -> None:
         "find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
         "from deeplab_fast.dispatch import limits\n"
-        "from deeplab_fast.kernels import _compat, upsample\n"
+        "from deeplab_fast.kernels import launch, upsample\n"
         "assert 'not installed' in limits.missing_triton()\n"
-        "try:\n    _compat.device_module('upsample_kernels')\n"
+        "try:\n    launch.device_module('upsample_kernels')\n"
         "except RuntimeError as error:\n    assert 'not installed' in str(error)\n"
         "else:\n    sys.exit(1)\n"
     )
