@@ -11,9 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from deeplab_fast import DeepLabV3
+    from deeplab_fast.data import ClassSet
 
 __all__ = ["main"]
 
@@ -79,15 +86,14 @@ def _segment_photos(weights: str | None, output: Path, quick: bool) -> None:
     from deeplab_fast.data import ClassSet, class_set, generic_classes, read_image
     from deeplab_fast.engine.outputs import class_areas, overlay, write_atomically, write_outputs
 
-    model: Any
     if weights is None:
         model = dlf.load(_EMBEDDED)
         print(
             f'\nModel: deeplab_fast.load("{_EMBEDDED}"), road scenes, {model.num_classes} classes: '
-            f"{', '.join(model.classes)}"
+            f"{', '.join(model.classes or ())}"
         )
     else:
-        model = dlf.from_checkpoint(weights).eval()
+        model = cast(dlf.DeepLabV3, dlf.from_checkpoint(weights).eval())
         print(f"\nModel: {weights}, {model.num_classes} classes")
     if model.classes is not None and model.palette is not None:
         name = _EMBEDDED if weights is None else "own"
@@ -98,6 +104,7 @@ def _segment_photos(weights: str | None, output: Path, quick: bool) -> None:
         names = model.classes
         count = model.num_classes if names is None else len(names)
         classes = generic_classes(count, names).of_labels()
+    assert model.config is not None
     photos = _photos(quick)
     if not photos:
         print("No photos: neither scikit-image nor scikit-learn is installed with its pictures.")
@@ -139,7 +146,7 @@ def _segment_photos(weights: str | None, output: Path, quick: bool) -> None:
     )
 
 
-def _backend_of(model: Any, size: tuple[int, int]) -> str | None:
+def _backend_of(model: DeepLabV3, size: tuple[int, int]) -> str | None:
     import torch
 
     import deeplab_fast as dlf
@@ -154,7 +161,7 @@ def _backend_of(model: Any, size: tuple[int, int]) -> str | None:
 _ROW_HEIGHT, _MARGIN, _LEGEND_WIDTH = 260, 12, 230
 
 
-def _contact_sheet(done: Sequence[_Segmented], classes: Any) -> Any:
+def _contact_sheet(done: Sequence[_Segmented], classes: ClassSet) -> Image.Image:
     """Rows of photo | overlay | legend, two photos a row."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -244,7 +251,7 @@ def _time_beside_torchvision(quick: bool) -> None:
     _print_backends()
 
 
-def _timing_input(size: int) -> Any:
+def _timing_input(size: int) -> torch.Tensor:
     import torch
 
     from deeplab_fast.data import Preprocess, read_image
@@ -256,7 +263,7 @@ def _timing_input(size: int) -> Any:
     return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def _spread_labels(model: Any, x: Any) -> None:
+def _spread_labels(model: DeepLabV3, x: torch.Tensor) -> None:
     """Makes an untrained model's labels differ over the picture, so that comparing them means much.
 
     Batch norm statistics come from a small batch, and the last bias makes all classes equal on
@@ -268,11 +275,13 @@ def _spread_labels(model: Any, x: Any) -> None:
     with torch.no_grad(), _momentum_one(model):
         model.train()(torch.cat([small, small.flip(-1)]))
         model.eval()
-        model.classifier[-1].bias -= model.forward_logits(small).mean((0, 2, 3))
+        last = [m for m in model.classifier.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+        assert last.bias is not None
+        last.bias -= model.forward_logits(small).mean((0, 2, 3))
 
 
 @contextmanager
-def _momentum_one(model: Any) -> Iterator[None]:
+def _momentum_one(model: DeepLabV3) -> Iterator[None]:
     import torch
 
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]

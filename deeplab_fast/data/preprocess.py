@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +125,7 @@ def _as_nchw(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
 
 
-def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
+def _three_floats(name: str, value: Iterable[float]) -> tuple[float, float, float]:
     try:
         numbers = tuple(float(item) for item in value)
     except (TypeError, ValueError):
@@ -136,7 +135,7 @@ def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
     return numbers
 
 
-def _checked_size(size: Any) -> int | tuple[int, int] | None:
+def _checked_size(size: object) -> int | tuple[int, int] | None:
     if size is None:
         return None
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:

@@ -7,16 +7,19 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = ["PRESETS", "TrainConfig", "train_config"]
+
+
+T = TypeVar("T")
 
 
 def _help(text: str, metavar: str | None = None) -> dict[str, Any]:
     return {"help": text, "metavar": metavar}
 
 
-def _option(default: Any, text: str, metavar: str | None = None) -> Any:
+def _option(default: T, text: str, metavar: str | None = None) -> T:
     return field(default=default, metadata=_help(text, metavar))
 
 
@@ -460,7 +463,7 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     class Dumper(yaml.SafeDumper):
         pass
 
-    def text(dumper: Any, value: str) -> Any:
+    def text(dumper: Dumper, value: str) -> yaml.ScalarNode:
         # YAML 1.2 readers take 0016E5 for a number, PyYAML does not.
         style = None if re.fullmatch(r"[A-Za-z/._][\w/.-]*", value) else '"'
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
@@ -471,9 +474,9 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     )
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)

@@ -18,7 +18,7 @@ from deeplab_fast.data.preprocess import IMAGENET_MEAN
 from deeplab_fast.data.transforms import AugmentedDataset
 from deeplab_fast.engine.bootstrap import bootstrap_indices
 from deeplab_fast.engine.config import TrainConfig
-from deeplab_fast.engine.evaluate import IndexedItems, ShardSampler
+from deeplab_fast.engine.evaluate import IndexedItem, IndexedItems, ShardSampler
 from deeplab_fast.engine.sources import open_training, open_validation, training_transform
 
 __all__ = ["Batch", "SegmentationData", "TrainBatches", "TrainLoader"]
@@ -154,7 +154,7 @@ class SegmentationData(lightning.LightningDataModule):
             )
         return self._loader
 
-    def val_dataloader(self) -> Any:
+    def val_dataloader(self) -> DataLoader[IndexedItem] | list[IndexedItem]:
         if self.val is None:
             return []
         rank, world = _processes(self.trainer)
@@ -342,9 +342,9 @@ def _class_list(names: Sequence[str]) -> list[int | str] | None:
     return [int(name) if str(name).isdecimal() else name for name in names]
 
 
-def _processes(trainer: Any) -> tuple[int, int]:
+def _processes(trainer: lightning.Trainer | None) -> tuple[int, int]:
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
-def _on_gpu(trainer: Any) -> bool:
+def _on_gpu(trainer: lightning.Trainer | None) -> bool:
     return trainer is not None and trainer.strategy.root_device.type == "cuda"

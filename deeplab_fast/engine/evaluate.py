@@ -99,7 +99,7 @@ class Evaluation:
             ],
         }
 
-    def save(self, folder: str | os.PathLike[str], **extra: Any) -> dict[str, Path]:
+    def save(self, folder: str | os.PathLike[str], **extra: object) -> dict[str, Path]:
         """Writes ``metrics.json``, ``confusion.png`` and ``panels/*.png``; returns their paths.
 
         All files are complete before the first gets its name, and the JSON gets its name last.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 __all__ = ["ImageScore", "Metrics"]
 
@@ -46,7 +47,11 @@ class Metrics:
 
     @classmethod
     def from_confusion(
-        cls, confusion: Any, classes: Sequence[str] | None = None, *, not_finite: int = 0
+        cls,
+        confusion: np.ndarray | Tensor | Sequence[Sequence[int]],
+        classes: Sequence[str] | None = None,
+        *,
+        not_finite: int = 0,
     ) -> Metrics:
         """The scores of a matrix.
 
@@ -59,7 +64,7 @@ class Metrics:
         Raises:
             ValueError: another shape or dtype, negative counts, or another number of names.
         """
-        if hasattr(confusion, "detach"):
+        if isinstance(confusion, Tensor):
             confusion = confusion.detach().cpu().numpy()
         matrix = np.asarray(confusion)
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:

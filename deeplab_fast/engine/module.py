@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deeplab_fast.data.classes import ClassSet, generic_classes
-from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.engine.config import TrainConfig
 from deeplab_fast.engine.evaluate import ImageCounter, IndexedItem, equal_sizes
 from deeplab_fast.engine.losses import LabelSize, LossKind, SegmentationLoss
@@ -28,6 +27,7 @@ from deeplab_fast.engine.runner import (
     preprocess_of,
 )
 from deeplab_fast.engine.schedule import parameter_groups, poly_lr
+from deeplab_fast.nn.batch_norm import freeze_batch_norm
 from deeplab_fast.weights import model_metadata
 
 if TYPE_CHECKING:

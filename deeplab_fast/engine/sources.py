@@ -8,7 +8,13 @@ from typing import Any
 
 from deeplab_fast.data.datasets import SegmentationDataset, open_dataset, parse_label_map
 from deeplab_fast.data.preprocess import IMAGENET_MEAN
-from deeplab_fast.data.transforms import Compose, adapt, paper_training, torchvision_training
+from deeplab_fast.data.transforms import (
+    Compose,
+    Transform,
+    adapt,
+    paper_training,
+    torchvision_training,
+)
 from deeplab_fast.engine.augment import ColourJitter
 from deeplab_fast.engine.config import TrainConfig
 
@@ -17,7 +23,7 @@ __all__ = ["open_training", "open_validation", "training_transform"]
 
 def training_transform(
     config: TrainConfig, mean: Sequence[float] = IMAGENET_MEAN, ignore_index: int = 255
-) -> Any:
+) -> Transform | None:
     """The transform that a config asks for, as ``AugmentedDataset`` takes it.
 
     Raises:
@@ -25,7 +31,7 @@ def training_transform(
     """
     if config.transform == "paper":
         low, high = config.scale
-        transform: Any = paper_training(
+        transform: Transform | None = paper_training(
             config.crop_size,
             scale=(low, high),
             scale_step=config.scale_step,
@@ -61,15 +67,16 @@ def open_training(config: TrainConfig) -> SegmentationDataset:
 
 def open_validation(config: TrainConfig) -> SegmentationDataset:
     """The data set to validate on."""
-    if not (config.val_data or config.data):
+    source = config.val_data or config.data
+    if not source:
         raise ValueError("data is missing: which data set shall be validated on?")
     root = config.val_root if config.val_root or config.val_data else config.root
     options = config.val_options if config.val_options or config.val_data else {}
-    return _open(config, config.val_data or config.data, root, config.val_split, options)
+    return _open(config, source, root, config.val_split, options)
 
 
 def _open(
-    config: TrainConfig, source: Any, root: str | None, split: str | None, options: dict[str, Any]
+    config: TrainConfig, source: str, root: str | None, split: str | None, options: dict[str, Any]
 ) -> SegmentationDataset:
     split = None if split == "all" else split
     numbers = [each for each in options.get("sequences", ()) if not isinstance(each, str)]
@@ -84,7 +91,7 @@ def _open(
     return open_dataset(source, root, split, **{**given, **options})
 
 
-def _imported(path: str, options: dict[str, Any]) -> Any:
+def _imported(path: str, options: dict[str, Any]) -> object:
     module, _, name = path.rpartition(".")
     if not module:
         raise ValueError(

@@ -98,7 +98,7 @@ class _Facts:
 
 def _facts(model: nn.Module) -> dict[str, _Facts]:
     """The facts of every module, by name, parents first."""
-    from ..engine.batch_norm import thawed_class
+    from ..nn.batch_norm import thawed_class
 
     seen: dict[int, str] = {}
     found = {}
@@ -127,7 +127,7 @@ def _kind(cls: type[nn.Module]) -> str:
 
 
 def _attributes(module: nn.Module, left_out: tuple[str, ...]) -> dict[str, Any]:
-    from ..engine.batch_norm import FROZEN_STATE
+    from ..nn.batch_norm import FROZEN_STATE
 
     found: dict[str, Any] = {k: None for k, v in module._modules.items() if v is None}
     # Freezing acts in training only.
