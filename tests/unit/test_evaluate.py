@@ -32,14 +32,7 @@ from deeplab_fast.engine.predict import predict
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = 4
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny convolutions on a busy machine: 17 ms with one thread, 740 ms with two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Small(nn.Module):

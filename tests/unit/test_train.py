@@ -1,6 +1,5 @@
 """Training end to end on tiny data: it learns, it averages, it follows the recipe it was given."""
 
-import importlib.util
 import json
 import math
 import os
@@ -41,45 +40,17 @@ from deeplab_fast.engine.train import build_model, fit, fit_stages, second_stage
 from deeplab_fast.models import DeepLabV3  # noqa: E402
 from deeplab_fast.weights import from_checkpoint, read_state_dict  # noqa: E402
 
-SCRIPT = Path(__file__).with_name("tiny_training.py")
-if "tiny_training" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("tiny_training", SCRIPT)
-    sys.modules["tiny_training"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["tiny_training"])
-tiny = sys.modules["tiny_training"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny convolutions are faster without a second thread, and sum in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return tiny.write_scenes(tmp_path_factory.mktemp("scenes"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def config(scenes, tmp_path):
+def config(tiny, scenes, tmp_path):
     """12 images, 3 steps an epoch."""
     return train_config(
-        data="folder",
-        root=str(scenes),
-        split="all",
-        val_split="all",
-        classes=str(scenes / "classes.txt"),
-        model="tiny_deeplabv3",
-        crop=32,
+        **tiny.recipe(scenes),
         scale=[1.0, 1.0],
-        batch_size=4,
         epochs=2,
         lr=0.1,
-        check_data=False,
-        tensorboard=False,
         log_every=1,
         output=str(tmp_path / "run"),
     )
@@ -114,7 +85,7 @@ def test_overfits_four_images(config):
     assert result.finished and result.steps == 80
 
 
-def test_a_run_leaves_what_it_takes_to_run_it_again(config, tmp_path):
+def test_a_run_leaves_what_it_takes_to_run_it_again(tiny, config, tmp_path):
     result = fit(config.replace(ema=0.9, check_data=True, eval_output_stride=8))
     folder = result.folder
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -409,7 +380,7 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(config):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(config, tmp_path):
+def test_two_processes_equal_one(tiny, config, tmp_path):
     """DDP over gloo: gradients through the weights, the confusion matrix through exact scores."""
     # The batch norms are frozen (PyTorch has no SyncBatchNorm for CPUs), labels fill the crops.
     config = config.replace(
@@ -447,7 +418,7 @@ def test_two_processes_equal_one(config, tmp_path):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), "train", "--config", str(plan)],
+            [sys.executable, tiny.__file__, "train", "--config", str(plan)],
             env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -519,7 +490,7 @@ def test_augmentation_is_the_same_with_workers(config):
     assert same(read_state_dict(plain.weights), read_state_dict(workers.weights))
 
 
-def test_transform_by_import_path(config):
+def test_transform_by_import_path(tiny, config):
     made = training_transform(
         config.replace(
             transform="deeplab_fast.data.transforms.Crop", transform_options={"size": [8, 16]}
@@ -537,7 +508,7 @@ def test_transform_by_import_path(config):
             training_transform(config.replace(transform=path))
 
 
-def test_colour_jitter():
+def test_colour_jitter(tiny):
     image, label = tiny.scene(1)
     generator = torch.Generator().manual_seed(0)
     same_image, same_label = ColourJitter()(image, label, generator)
@@ -637,7 +608,7 @@ def test_wall_times(text, seconds):
     assert TrainConfig(max_time=text).max_seconds == seconds
 
 
-def test_wrong_labels_stop_before_anything_is_written(config, tmp_path):
+def test_wrong_labels_stop_before_anything_is_written(tiny, config, tmp_path):
     root = tiny.write_scenes(tmp_path / "bad", 4)
     from PIL import Image
 
@@ -699,24 +670,12 @@ def test_mixed_precision(config):
     }
 
 
-def binary_scenes(root, foreground):
-    """The scenes with class 1 against the rest, as masks of 0 and ``foreground``."""
-    from PIL import Image
-
-    tiny.write_scenes(root, 8)
-    for path in (root / "masks").iterdir():
-        label = np.asarray(Image.open(path))
-        label = np.where(label == 1, foreground, 0).astype(np.uint8)
-        Image.fromarray(label).save(path)
-    return root
-
-
 @pytest.mark.parametrize(
     "loss",
     ["cross_entropy", "focal", "dice", pytest.param("cross_entropy+dice", id="both")],
 )
-def test_one_class_learns(config, tmp_path, loss):
-    root = binary_scenes(tmp_path / "binary", 255)
+def test_one_class_learns(tiny, config, tmp_path, loss):
+    root = tiny.binary_scenes(tmp_path / "binary", 255)
     config = config.replace(
         root=str(root),
         classes="1",
@@ -745,8 +704,8 @@ def test_one_class_learns(config, tmp_path, loss):
     )
 
 
-def test_a_binary_mask_of_255_is_not_trained_on_in_silence(config, tmp_path):
-    root = binary_scenes(tmp_path / "binary", 255)
+def test_a_binary_mask_of_255_is_not_trained_on_in_silence(tiny, config, tmp_path):
+    root = tiny.binary_scenes(tmp_path / "binary", 255)
     for classes in ("1", "2"):
         bad = config.replace(root=str(root), classes=classes, epochs=1, check_data=True)
         with pytest.raises(DataError, match="--label-map 255=1"):
@@ -762,18 +721,20 @@ def test_a_binary_mask_of_255_is_not_trained_on_in_silence(config, tmp_path):
     assert json.loads((result.folder / "result.json").read_text())["val_miou"] is None
 
 
-def test_validation_data_of_one_class_are_told_and_have_no_score(config, tmp_path):
-    root = binary_scenes(tmp_path / "binary", 1)
+def test_validation_data_of_one_class_are_told_and_have_no_score(tiny, config, tmp_path):
+    root = tiny.binary_scenes(tmp_path / "binary", 1)
     train = open_training(config.replace(root=str(root), classes="2"))
-    val = open_training(config.replace(root=str(binary_scenes(tmp_path / "empty", 0)), classes="2"))
+    val = open_training(
+        config.replace(root=str(tiny.binary_scenes(tmp_path / "empty", 0)), classes="2")
+    )
     told = []
     data = SegmentationData(config, train=train, val=val)
     data.check(tell=told.append)
     assert any("every labelled pixel of all masks is 'class 0'" in line for line in told)
 
 
-def test_class_weights_of_one_class_are_taken_back(config, tmp_path):
-    root = binary_scenes(tmp_path / "binary", 1)
+def test_class_weights_of_one_class_are_taken_back(tiny, config, tmp_path):
+    root = tiny.binary_scenes(tmp_path / "binary", 1)
     config = config.replace(root=str(root), classes="1", epochs=1)
     with pytest.raises(ValueError, match="3 weights for 2 classes"):
         fit(config.replace(class_weights=[1.0, 2.0, 3.0]))
@@ -810,7 +771,7 @@ def test_validation_without_finite_logits_is_told(config, monkeypatch, val_batch
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_a_turned_photo_beside_a_mask_that_is_not(config, tmp_path, check):
+def test_a_turned_photo_beside_a_mask_that_is_not(tiny, config, tmp_path, check):
     from PIL import Image
 
     root = tiny.write_scenes(tmp_path / "turned", 4)

@@ -4,10 +4,8 @@ import importlib.abc
 import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from deeplab_fast import cli, testing
@@ -21,45 +19,13 @@ from deeplab_fast.engine.finite import NotFiniteWarning  # noqa: E402
 from deeplab_fast.models import DeepLabV3  # noqa: E402
 from deeplab_fast.weights import from_checkpoint  # noqa: E402
 
-SCRIPT = Path(__file__).with_name("tiny_training.py")
-if "tiny_training" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("tiny_training", SCRIPT)
-    sys.modules["tiny_training"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["tiny_training"])
-tiny = sys.modules["tiny_training"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny convolutions are faster without a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return tiny.write_scenes(tmp_path_factory.mktemp("scenes"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def recipe(scenes, tmp_path):
+def recipe(tiny, scenes, tmp_path):
     file = tmp_path / "recipe.yaml"
-    values = {
-        "data": "folder",
-        "root": str(scenes),
-        "split": "all",
-        "val_split": "all",
-        "classes": str(scenes / "classes.txt"),
-        "model": "tiny_deeplabv3",
-        "crop": 32,
-        "batch_size": 4,
-        "epochs": 1,
-        "tensorboard": False,
-        "check_data": False,
-    }
-    file.write_text(to_yaml(values))
+    file.write_text(to_yaml({**tiny.recipe(scenes), "epochs": 1}))
     return file
 
 

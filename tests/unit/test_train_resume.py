@@ -1,7 +1,6 @@
 """Interrupted training: the same result as uninterrupted, whole checkpoints, clear messages."""
 
 import errno
-import importlib.util
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import time
 import tomllib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -32,45 +30,22 @@ from deeplab_fast.engine.train import fit, fit_stages  # noqa: E402
 from deeplab_fast.weights import read_state_dict  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).with_name("tiny_training.py")
-if "tiny_training" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("tiny_training", SCRIPT)
-    sys.modules["tiny_training"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["tiny_training"])
-tiny = sys.modules["tiny_training"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny convolutions are faster without a second thread, and sum in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory):
+def plan(tiny, tmp_path_factory):
     """8 steps in 2 epochs of 4, each of 2 parts; every state that a step depends on is in use."""
     root = tiny.write_scenes(tmp_path_factory.mktemp("scenes"), 16)
     return train_config(
-        data="folder",
-        root=str(root),
-        split="all",
-        val_split="all",
-        classes=str(root / "classes.txt"),
-        model="tiny_deeplabv3",
+        **tiny.recipe(root),
         model_options={"dropout": 0.5},
-        crop=32,
         scale=[0.5, 2.0],
         colour_jitter=0.3,
-        batch_size=4,
         accumulate=2,
         epochs=2,
         lr=0.1,
         ema=0.8,
-        check_data=False,
-        tensorboard=False,
         log_every=1,
     )
 
@@ -188,12 +163,12 @@ def test_time_is_up_and_more_workers_go_on(plan, uninterrupted, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(plan, uninterrupted, tmp_path):
+def test_killed_at_any_moment(tiny, plan, uninterrupted, tmp_path):
     config = plan.replace(output=str(tmp_path / "run"), checkpoint_minutes=0.0)
     file = tmp_path / "plan.yaml"
     file.write_text(to_yaml(config.as_dict()))
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "train", "--config", str(file)],
+        [sys.executable, tiny.__file__, "train", "--config", str(file)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -321,15 +296,6 @@ def test_a_checkpoint_is_the_new_or_the_former_one(tmp_path, monkeypatch, moment
         AtomicCheckpointIO().save_checkpoint({}, path)
 
 
-def with_nan(image, label, generator):
-    """Normalised photos; one of them, s05, has a hole."""
-    pixels = torch.from_numpy(np.ascontiguousarray(image[4:36, 8:40])).permute(2, 0, 1) / 255.0
-    own, _ = tiny.scene(5)
-    if np.array_equal(image, own):
-        pixels[0, 3, 3] = float("nan")
-    return pixels, label[4:36, 8:40]
-
-
 class Recorded(Callback):
     def __init__(self):
         self.before = None
@@ -342,8 +308,7 @@ class Recorded(Callback):
         self.after = {k: v.clone() for k, v in pl_module.model.named_parameters()}
 
 
-def test_a_loss_that_is_nan_stops_with_the_batch_named(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny, "with_nan", with_nan, raising=False)
+def test_a_loss_that_is_nan_stops_with_the_batch_named(plan, tmp_path):
     config = plan.replace(
         output=str(tmp_path / "run"),
         transform="tiny_training.with_nan",
@@ -384,7 +349,7 @@ def test_a_gradient_that_is_infinite_stops(plan, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_out_of_memory_says_what_to_lower(plan, tmp_path, monkeypatch, capsys, where):
+def test_out_of_memory_says_what_to_lower(tiny, plan, tmp_path, monkeypatch, capsys, where):
     config = plan.replace(output=str(tmp_path / "run"))
     file = tmp_path / "plan.yaml"
     file.write_text(to_yaml(config.as_dict()))
