@@ -20,7 +20,8 @@ from ..dispatch.describe import OpDesc
 from ..plan.taps import live_taps
 from . import _cpu_forms
 from ._cpu_forms import TileForm
-from .prepared import PreparedAspp, PreparedConv, PreparedProject
+from .prepared import PreparedConv
+from .prepared_aspp import PreparedAspp, PreparedProject
 
 
 def reasons(desc: OpDesc) -> list[str]:

@@ -119,7 +119,7 @@ class PreparedConv:
         reuse: bool = True,
         coarse: bool = False,
     ) -> None:
-        _check_weight("PreparedConv", weight)
+        check_weight("PreparedConv", weight)
         self.out_channels = weight.shape[0]
         self.in_channels = weight.shape[1] * groups
         self.stride = _pair("stride", stride, 1)
@@ -136,7 +136,7 @@ class PreparedConv:
         self.max_extra_bytes = max_extra_bytes
         self.reuse = reuse
         self.coarse = coarse
-        self._weight, self._shift = _fold("PreparedConv", weight, scale, shift)
+        self._weight, self.shift = fold("PreparedConv", weight, scale, shift)
         # No sum of what is not finite is finite. One of huge weights may overflow, which costs them
         # a slower algorithm and nothing else.
         self._finite = math.isfinite(self._weight.sum().item())
@@ -170,7 +170,7 @@ class PreparedConv:
         Raises:
             ValueError: shapes, dtypes, devices or a layout that do not fit.
         """
-        shape = self._check_input(x)
+        shape = self.check_input(x)
         if residual is not None:
             _check_map("PreparedConv", "residual", residual, shape)
         into = None if out is None else _slice("PreparedConv", out, channel_offset, shape)
@@ -186,15 +186,30 @@ class PreparedConv:
             )
             if choice.kernel in ("tiles", "pixels"):
                 if out is None:
-                    out, channel_offset = residual if overwrite else _empty(shape), 0
+                    out, channel_offset = residual if overwrite else empty(shape), 0
                     assert out is not None
-                self._run_own(choice, x, self._shift, residual, out, channel_offset)
+                self._run_own(choice, x, self.shift, residual, out, channel_offset)
                 return out.narrow(1, channel_offset, self.out_channels) if into is None else into
-            y = self._run_pytorch(choice, x, self._shift, residual, overwrite and into is None)
+            y = self._run_pytorch(choice, x, self.shift, residual, overwrite and into is None)
             if into is None:
                 return y.contiguous(memory_format=torch.channels_last)
             into.copy_(y)
         return into
+
+    def shifted(self, x: Tensor, shifts: Tensor) -> Tensor:
+        """As a call on x, with shifts [N, K] of the images in place of the own shift."""
+        shape = self.check_input(x)
+        with torch.no_grad():
+            x = x.contiguous(memory_format=torch.channels_last)
+            choice = self._choose(x.shape, torch.get_num_threads(), True)
+            y = empty(shape)
+            if choice.kernel == "pixels":
+                self._run_own(choice, x, shifts, None, y, 0)
+                return y
+            for image in range(shape[0]):
+                one = slice(image, image + 1)
+                y[one] = self._run_pytorch(choice, x[one], shifts[image], None)
+            return y
 
     def plan(
         self, shape: Sequence[int], threads: int | None = None, *, into_slice: bool = False
@@ -269,7 +284,12 @@ class PreparedConv:
             )
         return h, w
 
-    def _check_input(self, x: Tensor) -> tuple[int, int, int, int]:
+    def check_input(self, x: Tensor) -> tuple[int, int, int, int]:
+        """The shape of the result for x.
+
+        Raises:
+            ValueError: x does not fit.
+        """
         _check_map("PreparedConv", "x", x)
         if x.shape[1] != self.in_channels:
             raise ValueError(
@@ -446,181 +466,6 @@ class PreparedConv:
         return self._form("onednn", lambda: reorder(self._weight, *geometry, list(shape)))
 
 
-class PreparedAspp:
-    """All ASPP branches, each 1x1 or 3x3 with its dilation, written into slices of one buffer.
-
-    y = concat over branches b of relu(scale_b * conv(x, weight_b, dilation_b) + shift_b).
-
-    Args:
-        weights, scales, shifts, dilations: as for `ops.aspp_branches`, fp32 on the CPU.
-        max_extra_bytes: as for `PreparedConv`, of all branches together.
-        reuse: as for `PreparedConv`.
-
-    Raises:
-        ValueError: tensors or options that do not fit.
-    """
-
-    def __init__(
-        self,
-        weights: Sequence[Tensor],
-        scales: Sequence[Tensor],
-        shifts: Sequence[Tensor],
-        dilations: Sequence[int],
-        max_extra_bytes: int | None = None,
-        *,
-        reuse: bool = True,
-    ) -> None:
-        counts = [len(weights), len(scales), len(shifts), len(dilations)]
-        if min(counts) < 1 or len(set(counts)) > 1:
-            raise ValueError(
-                "PreparedAspp: weights, scales, shifts and dilations must have one entry for each "
-                f"of at least one branch, got {counts}"
-            )
-        for b, weight in enumerate(weights):
-            _check_weight(f"PreparedAspp: weights[{b}]", weight)
-            if weight.shape[1] != weights[0].shape[1] or tuple(weight.shape[2:]) not in (
-                (1, 1),
-                (3, 3),
-            ):
-                raise ValueError(
-                    f"PreparedAspp: weights[{b}] has shape {list(weight.shape)}, expected "
-                    f"[K, {weights[0].shape[1]}, 1, 1] or [K, {weights[0].shape[1]}, 3, 3]"
-                )
-        self.branches = tuple(
-            PreparedConv(
-                w,
-                a,
-                b,
-                padding=d * (w.shape[-1] // 2),
-                dilation=d,
-                act="relu",
-                reuse=reuse,
-                coarse=True,
-            )
-            for w, a, b, d in zip(weights, scales, shifts, dilations, strict=True)
-        )
-        self.in_channels = self.branches[0].in_channels
-        self.out_channels = sum(b.out_channels for b in self.branches)
-        self.max_extra_bytes = max_extra_bytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W], fp32, any strides -> [N, sum K_b, H, W] in channels_last."""
-        shape = self.branches[0]._check_input(x)
-        y = _empty((shape[0], self.out_channels, *shape[2:]))
-        x = x.contiguous(memory_format=torch.channels_last)
-        offset = 0
-        for branch in self.branches:
-            self._share_bound(branch)
-            branch(x, out=y, channel_offset=offset)
-            offset += branch.out_channels
-        return y
-
-    def _share_bound(self, branch: PreparedConv) -> None:
-        # What the other branches do not hold is left to this one.
-        if self.max_extra_bytes is not None:
-            others = self.extra_bytes - branch.extra_bytes
-            branch.max_extra_bytes = max(0, self.max_extra_bytes - others)
-
-    def plan(self, shape: Sequence[int], threads: int | None = None) -> tuple[Plan, ...]:
-        """What each branch runs; arguments as for `PreparedConv.plan`."""
-        for branch in self.branches:
-            self._share_bound(branch)
-        return tuple(branch.plan(shape, threads, into_slice=True) for branch in self.branches)
-
-    def prepare(self, shape: Sequence[int]) -> None:
-        """Prepare the weights that a call on an input of this shape needs."""
-        for branch in self.branches:
-            self._share_bound(branch)
-            branch.prepare(shape, into_slice=True)
-
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes of prepared weights now held beyond the original ones."""
-        return sum(branch.extra_bytes for branch in self.branches)
-
-
-class PreparedProject:
-    """y = act(scale * (W . concat(branches, upsample(pooled))) + shift), without the concat.
-
-    Args:
-        weight: [K, B + P, 1, 1], fp32 on the CPU, input channels of the branches, then of pooled.
-        scale, shift: [K], or None for one and zero.
-        branch_channels: B.
-        act: as for `PreparedConv`.
-        max_extra_bytes, reuse: as for `PreparedConv`.
-
-    Raises:
-        ValueError: tensors or options that do not fit.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        *,
-        branch_channels: int,
-        act: str | None = "relu",
-        max_extra_bytes: int | None = None,
-        reuse: bool = True,
-    ) -> None:
-        _check_weight("PreparedProject", weight)
-        if tuple(weight.shape[2:]) != (1, 1) or not 0 < branch_channels <= weight.shape[1]:
-            raise ValueError(
-                f"PreparedProject: weight has shape {list(weight.shape)}, expected "
-                f"[K, B + P, 1, 1] with B = branch_channels={branch_channels}"
-            )
-        folded, shift = _fold("PreparedProject", weight, scale, shift)
-        self.branch_channels = branch_channels
-        self.pooled_channels = weight.shape[1] - branch_channels
-        self.out_channels = weight.shape[0]
-        self._to_pooled = folded[:, branch_channels:, 0, 0].t().contiguous()
-        self._conv = PreparedConv(
-            folded[:, :branch_channels],
-            None,
-            shift,
-            act=act,
-            max_extra_bytes=max_extra_bytes,
-            reuse=reuse,
-        )
-
-    def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
-        """branches [N, B, H, W], pooled [N, P], fp32 -> [N, K, H, W] in channels_last."""
-        shape = self._conv._check_input(branches)
-        if tuple(pooled.shape) != (shape[0], self.pooled_channels):
-            raise ValueError(
-                f"PreparedProject: pooled has shape {list(pooled.shape)}, expected "
-                f"[{shape[0]}, {self.pooled_channels}]"
-            )
-        _check_fp32_cpu("PreparedProject", "pooled", pooled)
-        conv = self._conv
-        with torch.no_grad():
-            shifts = torch.addmm(conv._shift, pooled, self._to_pooled)
-            branches = branches.contiguous(memory_format=torch.channels_last)
-            choice = conv._choose(branches.shape, torch.get_num_threads(), True)
-            y = _empty(shape)
-            if choice.kernel == "pixels":
-                conv._run_own(choice, branches, shifts, None, y, 0)
-                return y
-            for image in range(shape[0]):
-                one = slice(image, image + 1)
-                y[one] = conv._run_pytorch(choice, branches[one], shifts[image], None)
-            return y
-
-    def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
-        """What a call runs for branches of this shape; arguments as for `PreparedConv.plan`."""
-        return self._conv.plan(shape, threads, into_slice=True)
-
-    def prepare(self, shape: Sequence[int]) -> None:
-        """Prepare the weights that a call on branches of this shape needs."""
-        self._conv.prepare(shape, into_slice=True)
-
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes of prepared weights now held beyond the original ones."""
-        return self._conv.extra_bytes
-
-
 _PANEL = 16
 _KEPT_CHOICES = 64
 
@@ -657,7 +502,8 @@ def _panels(weight: Tensor) -> Tensor:
     return padded.view(-1, _PANEL, channels).transpose(1, 2).contiguous()
 
 
-def _empty(shape: Sequence[int]) -> Tensor:
+def empty(shape: Sequence[int]) -> Tensor:
+    """A new fp32 map in channels_last."""
     return torch.empty(
         tuple(shape), dtype=torch.float32, device="cpu", memory_format=torch.channels_last
     )
@@ -686,7 +532,8 @@ def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _check_fp32_cpu(who: str, name: str, tensor: Tensor) -> None:
+def check_fp32_cpu(who: str, name: str, tensor: Tensor) -> None:
+    """A tensor in float32 on the CPU."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{who}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
@@ -696,20 +543,21 @@ def _check_fp32_cpu(who: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_weight(who: str, weight: Tensor) -> None:
-    _check_fp32_cpu(who, "weight", weight)
+def check_weight(who: str, weight: Tensor) -> None:
+    """A weight [K, C, R, S] in float32 on the CPU."""
+    check_fp32_cpu(who, "weight", weight)
     if weight.dim() != 4 or weight.numel() == 0:
         raise ValueError(f"{who}: weight has shape {list(weight.shape)}, expected [K, C, R, S]")
 
 
 def _check_map(who: str, name: str, x: Tensor, expected: Sequence[int] | None = None) -> None:
-    _check_fp32_cpu(who, name, x)
+    check_fp32_cpu(who, name, x)
     if x.dim() != 4 or (expected is not None and tuple(x.shape) != tuple(expected)):
         wanted = "[N, C, H, W]" if expected is None else list(expected)
         raise ValueError(f"{who}: {name} has shape {list(x.shape)}, expected {wanted}")
 
 
-def _fold(
+def fold(
     who: str, weight: Tensor, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(weight * scale, shift), as new tensors that belong to no graph and no inference mode."""
@@ -734,7 +582,7 @@ def _fold(
 
 def _slice(who: str, out: Tensor, offset: int, shape: Sequence[int]) -> Tensor:
     n, channels, height, width = shape
-    _check_fp32_cpu(who, "out", out)
+    check_fp32_cpu(who, "out", out)
     fits = out.dim() == 4 and (out.shape[0], *out.shape[2:]) == (n, height, width)
     if not fits or not 0 <= offset <= out.shape[1] - channels:
         raise ValueError(

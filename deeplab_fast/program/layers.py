@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.prepared import Plan, PreparedAspp, PreparedConv, PreparedProject, activate_
+from ..ops.prepared import Plan, PreparedConv, activate_
+from ..ops.prepared_aspp import PreparedAspp, PreparedProject
 from .formats import in_plain_format
 
 CHANNELS_LAST = torch.channels_last

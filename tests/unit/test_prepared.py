@@ -16,7 +16,8 @@ from torch import Tensor
 
 from deeplab_fast import _ext, reference
 from deeplab_fast.ops import _cpu_forms, prepared
-from deeplab_fast.ops.prepared import PreparedAspp, PreparedConv, PreparedProject
+from deeplab_fast.ops.prepared import PreparedConv
+from deeplab_fast.ops.prepared_aspp import PreparedAspp, PreparedProject
 from deeplab_fast.testing import threads
 
 # design.md 6: 2-norm against float64, of forms that save multiplications and of the others.
