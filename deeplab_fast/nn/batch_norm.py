@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,7 +24,18 @@ _PARAMETERS = ("weight", "bias")
 FROZEN_STATE = ("frozen_statistics", "frozen_parameters", "asked_mode")
 
 
-class _Frozen:
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    class _Joined(_BatchNorm):
+        frozen_statistics: bool
+        frozen_parameters: tuple[str, ...]
+        asked_mode: bool
+else:
+    _Joined = object
+
+
+class _Frozen(_Joined):
     """What a frozen batch norm has on top of its own class; `_frozen_class` joins the two.
 
     Attributes, without annotations, which would hide the layer's own from torch.jit.script:
@@ -43,7 +54,7 @@ class _Frozen:
             value = value and not self.__dict__["frozen_statistics"]
         super().__setattr__(name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # The class is made at run time, where pickle cannot find it by name.
         state = self.__getstate__()  # type: ignore[attr-defined, unused-ignore]
         return _remake, (self.thawed,), state
@@ -92,13 +103,12 @@ def freeze_batch_norm(
                 "statistics=False"
             )
     for _, layer in layers:
-        if not isinstance(layer, _Frozen):
-            _make_frozen(layer)
+        frozen = layer if isinstance(layer, _Frozen) else _made_frozen(layer)
         if statistics:
-            layer.frozen_statistics = True
-            layer.training = layer.asked_mode
+            frozen.frozen_statistics = True
+            frozen.training = frozen.asked_mode
         if parameters:
-            _freeze_parameters(layer)
+            _freeze_parameters(frozen)
     return len(layers)
 
 
@@ -127,7 +137,9 @@ def thawed_class(layer: nn.Module) -> type[nn.Module]:
     return layer.thawed if isinstance(layer, _Frozen) else type(layer)
 
 
-def convert_sync_batch_norm(module: nn.Module, process_group: Any = None) -> nn.Module:
+def convert_sync_batch_norm(
+    module: nn.Module, process_group: ProcessGroup | None = None
+) -> nn.Module:
     """torch.nn.SyncBatchNorm.convert_sync_batchnorm, after which what was frozen still is.
 
     Args:
@@ -144,28 +156,26 @@ def convert_sync_batch_norm(module: nn.Module, process_group: Any = None) -> nn.
     }
     module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
     for name, state in kept.items():
-        layer: Any = module.get_submodule(name)
-        _make_frozen(layer)
+        layer = _made_frozen(module.get_submodule(name))
         layer.__dict__.update(state)
         layer.training = layer.asked_mode
     return module
 
 
-def _batch_norms(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
     for name, child in module.named_modules():
         if isinstance(child, _BatchNorm):
             yield name, child
 
 
-def _make_frozen(layer: Any) -> None:
+def _made_frozen(layer: nn.Module) -> _Frozen:
     thawed: Any = type(layer)
-    layer.frozen_statistics = False
-    layer.frozen_parameters = ()
-    layer.asked_mode = layer.training
+    layer.__dict__.update(frozen_statistics=False, frozen_parameters=(), asked_mode=layer.training)
     layer.__class__ = _frozen_class(thawed)
+    return cast(_Frozen, layer)
 
 
-def _freeze_parameters(layer: Any) -> None:
+def _freeze_parameters(layer: _Frozen) -> None:
     for name in _PARAMETERS:
         parameter = getattr(layer, name)
         if parameter is not None and parameter.requires_grad:
@@ -174,22 +184,23 @@ def _freeze_parameters(layer: Any) -> None:
             layer.frozen_parameters = (*layer.frozen_parameters, name)
 
 
-def _thaw(layer: Any) -> None:
+def _thaw(layer: _Frozen) -> None:
     mode = layer.asked_mode
     for name in layer.frozen_parameters:
         getattr(layer, name).requires_grad_(True)
     for key in FROZEN_STATE:
         del layer.__dict__[key]
-    layer.__class__ = layer.thawed
-    layer.training = mode
+    plain: nn.Module = layer
+    plain.__class__ = layer.thawed
+    plain.training = mode
 
 
 @functools.cache
-def _frozen_class(thawed: Any) -> Any:
+def _frozen_class(thawed: Any) -> type[_Frozen]:
     return type(f"Frozen{thawed.__name__}", (_Frozen, thawed), {"thawed": thawed})
 
 
-def _remake(thawed: Any) -> Any:
+def _remake(thawed: Any) -> _Frozen:
     """An empty frozen layer, for pickle and deepcopy to fill."""
     cls = _frozen_class(thawed)
     return cls.__new__(cls)

@@ -13,6 +13,7 @@ import torch
 
 import deeplab_fast as dlf
 from deeplab_fast import _ext
+from deeplab_fast.engine.config import TrainConfig, train_config
 from deeplab_fast.testing import cpu_instruction_sets
 
 OPS = torch.ops.deeplab_fast
@@ -67,3 +68,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tiny: ModuleType, scenes: Path, tmp_path: Path) -> TrainConfig:
+    """A run of the tiny model on the 12 scenes, 3 steps an epoch."""
+    return train_config(
+        **tiny.recipe(scenes),
+        scale=[1.0, 1.0],
+        epochs=2,
+        lr=0.1,
+        log_every=1,
+        output=str(tmp_path / "run"),
+    )

@@ -1,0 +1,227 @@
+"""Options of training: what they stand for, and what is said of those that do not fit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deeplab_fast import testing
+
+testing.import_torchvision()
+
+
+from deeplab_fast.data.check import DataError  # noqa: E402
+from deeplab_fast.data.transforms import AugmentedDataset  # noqa: E402
+from deeplab_fast.engine.augment import ColourJitter  # noqa: E402
+from deeplab_fast.engine.config import PRESETS, TrainConfig, train_config  # noqa: E402
+from deeplab_fast.engine.datamodule import (  # noqa: E402
+    SegmentationData,
+    TrainBatches,
+    permutation,
+)
+from deeplab_fast.engine.run_folder import check_resumable  # noqa: E402
+from deeplab_fast.engine.sources import open_training, training_transform  # noqa: E402
+from deeplab_fast.engine.train import fit, fit_stages, second_stage  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_second_stage_of_a_preset():
+    plan = train_config("paper", data="voc", root="somewhere", output="run")
+    two = second_stage(plan, "run/stage1/model.safetensors", {"steps": 10_000})
+    assert (two.lr, two.output_stride, two.steps) == (pytest.approx(0.0007), 8, 10_000)
+    # multi_grid belongs to the model, whatever the stride.
+    assert two.model_options == {"head": "paper", "multi_grid": [1, 2, 4]}
+    assert two.weights_backbone is None
+
+
+def test_batches_are_the_same_images_for_any_number_of_processes():
+    def parts_of(world, accumulate, epoch):
+        batches = [
+            TrainBatches(26, 8, accumulate=accumulate, rank=rank, world=world, seed=5)
+            for rank in range(world)
+        ]
+        for each in batches:
+            each.set_epoch(epoch)
+        assert {len(each) for each in batches} == {3 * accumulate}
+        lists = [list(each) for each in batches]
+        # Micro-batch by micro-batch, process by process.
+        flat = [i for micro in zip(*lists, strict=True) for share in micro for i in share]
+        assert all(len(share) == 8 // (world * accumulate) for own in lists for share in own)
+        return flat
+
+    whole = parts_of(1, 1, 0)
+    assert len(whole) == len(set(whole)) == 24
+    assert whole == permutation(26, 5, 0)[:24].tolist()
+    for world, accumulate in ((2, 1), (1, 4), (2, 2), (8, 1)):
+        assert parts_of(world, accumulate, 0) == whole
+    assert parts_of(1, 1, 1) != whole
+    # Both other images have their turn.
+    seen = set().union(*(parts_of(1, 1, epoch) for epoch in range(20)))
+    assert seen == set(range(26))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param((10, 6, 4, 1), "a multiple of 4", id="parts"),
+        pytest.param((10, 6, 1, 4), "a multiple of 4", id="processes"),
+        pytest.param((5, 6, 1, 1), "use at most 5", id="more than there are"),
+    ],
+)
+def test_batches_that_do_not_divide(arguments, message):
+    length, size, accumulate, world = arguments
+    with pytest.raises(ValueError, match=message):
+        TrainBatches(length, size, accumulate=accumulate, world=world)
+
+
+def test_transform_by_import_path(tiny, config):
+    made = training_transform(
+        config.replace(
+            transform="deeplab_fast.data.transforms.Crop", transform_options={"size": [8, 16]}
+        )
+    )
+    image, label = tiny.scene(0)
+    assert AugmentedDataset([(image, label)], made)[0][0].shape == (3, 8, 16)
+    for path, message in (
+        ("Crop", "an import path"),
+        ("deeplab_fast.nowhere.Crop", "deeplab_fast.nowhere"),
+        ("deeplab_fast.data.transforms.Crup", "Crup"),
+        ("deeplab_fast.data.transforms.Crop", "size"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training_transform(config.replace(transform=path))
+
+
+def test_colour_jitter(tiny):
+    image, label = tiny.scene(1)
+    generator = torch.Generator().manual_seed(0)
+    same_image, same_label = ColourJitter()(image, label, generator)
+    assert same_image is image and same_label is label
+    grey = np.full((8, 8, 3), 100, np.uint8)
+    for i in range(20):
+        # Grey has no colour to change and equals its mean: all but brightness leave it alone.
+        changed, _ = ColourJitter(0, 0.9, 0.9, 0.5)(grey, label, generator)
+        np.testing.assert_allclose(changed.astype(int), 100, atol=1, err_msg=str(i))
+    bright = [
+        int(ColourJitter(brightness=0.5)(grey, label, generator)[0][0, 0, 0]) for _ in range(200)
+    ]
+    assert 50 <= min(bright) < 60 and 140 < max(bright) <= 150
+    assert abs(np.mean(bright) - 100) < 10
+    with pytest.raises(ValueError, match=r"hue is 0\.6"):
+        ColourJitter(hue=0.6)
+
+
+def test_presets_are_the_published_numbers():
+    paper = train_config("paper", data="voc")
+    assert (paper.lr, paper.momentum, paper.power, paper.batch_size) == (0.007, 0.9, 0.9, 16)
+    assert (paper.steps, paper.epochs, paper.crop, paper.scale) == (30_000, None, 513, [0.5, 2.0])
+    assert (paper.output_stride, paper.eval_output_stride) == (16, 8)
+    assert paper.batch_norm_momentum == pytest.approx(1 - 0.9997)
+    two = train_config("paper-stage2", data="voc")
+    assert two.freeze_batch_norm and two.output_stride == 8 and two.lr == 0.001
+    city = train_config("paper", data="cityscapes")
+    assert (city.crop, city.steps) == (769, 90_000)
+    tv = train_config("torchvision")
+    assert (tv.aux_weight, tv.aux_lr_factor, tv.crop, tv.base_size) == (0.5, 10.0, 480, 520)
+    # What is given goes before; another model has none of the preset's builder options.
+    own = train_config("paper", epochs=5, lr=0.1, model="tiny_deeplabv3")
+    assert (own.epochs, own.steps, own.lr, own.model_options) == (5, None, 0.1, {})
+    for name in PRESETS:
+        assert isinstance(train_config(name), TrainConfig)
+    with pytest.raises(ValueError, match="no preset is named 'papr'"):
+        train_config("papr")
+    with pytest.raises(ValueError, match="unknown options learning_rate"):
+        train_config(learning_rate=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("batch_size", 0, "batch_size is 0, expected 1 or more"),
+        ("accumulate", 3, "must divide into equal parts"),
+        ("lr", 0, "lr is 0, expected above 0"),
+        ("lr", float("nan"), "lr is nan"),
+        ("ema", 1.0, "ema is 1.0"),
+        ("output_stride", 4, "expected 8 or 16"),
+        ("crop", [8], None),
+        ("crop", [8, 8, 8], "crop is"),
+        ("scale", [2.0, 0.5], "scale is"),
+        ("steps", 5, "give one of them"),
+        ("optimizer", "lion", "sgd or adamw"),
+        ("max_time", "soon", "max_time is 'soon'"),
+        ("flip", 1.5, "flip is 1.5"),
+        ("clip_norm", 0.0, "clip_norm"),
+        ("batch_norm_momentum", 2.0, "batch_norm_momentum"),
+        ("export", "first", "last or best"),
+        ("undo_class_weights", 1.5, "0 to 1"),
+        ("input_size", 0, "1 or more"),
+    ],
+)
+def test_options_out_of_range(config, option, value, message):
+    if message is None:
+        assert config.replace(**{option: value}) is not None
+        return
+    with pytest.raises(ValueError, match=message):
+        config.replace(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90m", 5400), ("1.5h", 5400), ("3600s", 3600), ("01:30:00", 5400), ("2:30", 150), ("7", 7)],
+)
+def test_wall_times(text, seconds):
+    assert TrainConfig(max_time=text).max_seconds == seconds
+
+
+def test_wrong_labels_stop_before_anything_is_written(tiny, config, tmp_path):
+    root = tiny.write_scenes(tmp_path / "bad", 4)
+    from PIL import Image
+
+    label = np.asarray(Image.open(root / "masks" / "s02.png")).copy()
+    label[10, 10] = 9
+    Image.fromarray(label).save(root / "masks" / "s02.png")
+    bad = config.replace(root=str(root), check_data=True)
+    with pytest.raises(DataError, match=r"s02\.png: label 9 \(1 pixel\)"):
+        fit(bad)
+    assert not Path(bad.output).exists()
+    # Without the check the batch that has it stops the run, with the same path.
+    with pytest.raises(ValueError, match=r"s02\.png: label 9"):
+        fit(bad.replace(check_data=False))
+
+
+def test_things_that_do_not_fit_together(config, tmp_path):
+    with pytest.raises(ValueError, match="output is missing"):
+        fit(config.replace(output=None))
+    with pytest.raises(ValueError, match="epochs or steps is missing"):
+        fit(config.replace(epochs=None))
+    with pytest.raises(ValueError, match="use at most 12"):
+        fit(config.replace(batch_size=16))
+    with pytest.raises(ValueError, match=r"trainer\.max_epochs: use the options"):
+        fit(config.replace(trainer={"max_epochs": 3}))
+    with pytest.raises(ValueError, match="trainer"):
+        fit(config.replace(trainer={"precison": "bf16-mixed"}))
+    with pytest.raises(ValueError, match="stages is 3"):
+        fit_stages(config, stages=3)
+    with pytest.raises(ValueError, match="stages is 1"):
+        fit_stages(config, stage2={"lr": 1.0})
+    other = tmp_path / "names.txt"
+    other.write_text("a\nb\nc\nd\n")
+    data = open_training(config.replace(classes=str(other)))
+    with pytest.raises(ValueError, match="they must be the same"):
+        SegmentationData(config, train=open_training(config), val=data)
+    fit(config.replace(epochs=1))
+    with pytest.raises(ValueError, match="holds a run already"):
+        fit(config)
+
+
+def test_options_of_a_later_version_are_no_change(config, tmp_path):
+    plain = {k: v for k, v in config.as_dict().items() if k not in ("focal_gamma", "label_map")}
+    path = tmp_path / "last.ckpt"
+    torch.save({"train_config": plain}, path)
+    told = []
+    check_resumable(path, config, told.append)
+    assert told == []
+    check_resumable(path, config.replace(focal_gamma=1.0), told.append)
+    assert "focal_gamma 2.0 -> 1.0" in told[0] and "label_map" not in told[0]
