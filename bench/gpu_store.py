@@ -82,6 +82,7 @@ def harness() -> str:
         *sorted((ROOT / "bench").glob("gpu*.py")),
         ROOT / "bench" / "sanitize.py",
         ROOT / "tests" / "gpu" / "conftest.py",
+        ROOT / "tests" / "helpers" / "gpu_harness.py",
     ]
     return of_files(files)
 

@@ -9,17 +9,14 @@ rounding of the result and of the sums' additions and no more.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import random
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from aot_harness import OnHost
 from torch import Tensor
 
 from deeplab_fast import _ext, ops, reference
@@ -35,8 +32,6 @@ from deeplab_fast.plan.taps import Branch, axis_intervals
 
 pytestmark = pytest.mark.aot
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCE = Path(__file__).parent / "cuda_on_host" / "aspp.cpp"
 # Unit roundoff.
 U = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 # Half the distance of the smallest numbers.
@@ -58,30 +53,15 @@ every_tile = pytest.mark.parametrize("row", TILES.values(), ids=TILES)
 each_kind = pytest.mark.parametrize("row", [2, 3, 5, 6], ids=["sm80", "pair", "sm90", "side"])
 
 
-class Emulated:
+class Emulated(OnHost):
     """The kernels on the host."""
 
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.last_error.restype = ctypes.c_char_p
-        self.tile = np.zeros((32, 8), np.int64)
-        count = self.library.tiles(self.tile.ctypes.data_as(ctypes.c_void_p))
-        self.tile = self.tile[:count]
+    def __init__(self, folder: Path) -> None:
+        # longjmp moves between stacks, which its checked form takes for an error.
+        super().__init__("aspp", folder, "-U_FORTIFY_SOURCE")
+        tile = torch.zeros(32, 8, dtype=torch.int64)
+        self.tile = tile[: self.run("tiles", tile)]
         self.timing, self.seed = RANDOM, 1
-
-    def call(self, name: str, *args) -> None:
-        """Tensors go as pointers, lists as int64 arrays."""
-        kept = [torch.tensor(a) if isinstance(a, list) else a for a in args]
-        values = [
-            ctypes.c_void_p(a.data_ptr())
-            if isinstance(a, Tensor)
-            else ctypes.c_bool(a)
-            if isinstance(a, bool)
-            else ctypes.c_int64(a)
-            for a in kept
-        ]
-        if getattr(self.library, name)(*values):
-            raise RuntimeError(self.library.last_error().decode())
 
     def aspp(
         self, x, weight, scale, shift, classes, parts, starts, sums, partial, y, row, vectors
@@ -92,13 +72,13 @@ class Emulated:
             weight, weight.shape[0], weight.stride(0), scale, shift,
             shift.stride(0) if shift.dim() == 2 else 0, y, pitch(y), vectors and whole_vectors(y),
             partial, classes, parts, starts, starts.numel() - 1, sums, sums.shape[0],
-            [extent(x), extent(weight)], self.timing, self.seed,
+            torch.tensor([extent(x), extent(weight)]), self.timing, self.seed,
         )  # fmt: skip
 
     def image_shift(self, pooled, weight, scale, shift) -> Tensor:
         """In the place of the private op `_image_shift_cuda`."""
         out = torch.full((pooled.shape[0], weight.shape[0]), float("nan"))
-        strides = [*pooled.stride(), *weight.stride()]
+        strides = torch.tensor([*pooled.stride(), *weight.stride()])
         self.call(
             "image_shift", pooled.dtype == torch.float16, pooled, weight, strides, scale, shift,
             out, *out.shape, weight.shape[1],
@@ -106,8 +86,8 @@ class Emulated:
         return out
 
 
-def pitch(x: Tensor) -> list[int]:
-    return [x.stride(dim) if x.shape[dim] > 1 else 0 for dim in (0, 2, 3)]
+def pitch(x: Tensor) -> Tensor:
+    return torch.tensor([x.stride(dim) if x.shape[dim] > 1 else 0 for dim in (0, 2, 3)])
 
 
 def extent(x: Tensor) -> int:
@@ -117,20 +97,12 @@ def extent(x: Tensor) -> int:
 
 
 def whole_vectors(y: Tensor) -> bool:
-    return y.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in pitch(y))
+    return y.data_ptr() % 16 == 0 and not (pitch(y) % 8).any()
 
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    path = tmp_path_factory.mktemp("aspp_on_host") / "aspp.so"
-    # longjmp moves between stacks, which its checked form takes for an error.
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
-    include = f"-I{ROOT / 'csrc' / 'include'}"
-    subprocess.run([compiler, *flags, include, str(SOURCE), "-o", str(path)], check=True)
-    return Emulated(path)
+    return Emulated(tmp_path_factory.mktemp("aspp_on_host"))
 
 
 class Problem:
@@ -288,13 +260,7 @@ def test_lists_cover_every_product_once(emulated: Emulated) -> None:
             count = int(part[PartField.END] - part[PartField.BEGIN])
             reads = torch.zeros(count, 3, dtype=torch.int64)
             classes, one = torch.from_numpy(work.classes.copy()), torch.from_numpy(part.copy())
-            emulated.library.walk(
-                *(ctypes.c_void_p(t.data_ptr()) for t in (classes, one)),
-                ctypes.c_void_p((given := torch.tensor(strides)).data_ptr()),
-                ctypes.c_int64(block_m),
-                *(ctypes.c_void_p(t.data_ptr()) for t in (rows, reads)),
-            )
-            assert given.tolist() == strides
+            emulated.run("walk", classes, one, torch.tensor(strides), block_m, rows, reads)
             branch = int(work.classes[part[PartField.CLASS], -1])
             pixels = int(work.classes[part[PartField.CLASS], 4]) - int(part[PartField.FIRST])
             for pixel in rows[: min(block_m, pixels)].tolist():
@@ -330,15 +296,10 @@ def test_offsets_are_64_bits_wide(emulated: Emulated) -> None:
         taps.Problem(2, 3, 3, 64, (Branch(8, 3, 1),)), GemmConfig(64, 128, 64, 4, 3, 1), 1
     )
     last = next(p for p in work.parts if work.classes[p[0], 0] == 2 and work.classes[p[0], 2] == 2)
-    strides = [2**36, 2**34, 2**33]
+    strides = torch.tensor([2**36, 2**34, 2**33])
     rows, reads = torch.zeros(2, dtype=torch.int64), torch.zeros(last[4], 3, dtype=torch.int64)
     tensors = (torch.from_numpy(work.classes.copy()), torch.from_numpy(last.copy()))
-    given = torch.tensor(strides)
-    emulated.library.walk(
-        *(ctypes.c_void_p(t.data_ptr()) for t in (*tensors, given)),
-        ctypes.c_int64(2),
-        *(ctypes.c_void_p(t.data_ptr()) for t in (rows, reads)),
-    )
+    emulated.run("walk", *tensors, strides, 2, rows, reads)
     assert rows.tolist() == [2 * 2**34 + 2 * 2**33, 2**36 + 2 * 2**34 + 2 * 2**33]
     assert reads[0, 0] == -(2**34) - 2**33
 
@@ -513,7 +474,7 @@ def test_tiles_fit_the_device(on_host: Emulated) -> None:
 
 def test_reasons_name_what_is_wrong(on_host: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "extension", lambda extension, op: [])
-    monkeypatch.setattr(_ext, "CPU", type("Built", (), {"loaded": True, "module": ROOT}))
+    monkeypatch.setattr(_ext, "CPU", type("Built", (), {"loaded": True, "module": Path()}))
     monkeypatch.setattr(Path, "aspp_tiles", None, raising=False)
 
     def reasons(dtype=torch.bfloat16, channels=2048, device="cuda", capability=(9, 0), n=16):

@@ -5,146 +5,42 @@ memory of each row of the table of tiles. After a change of the kernels
 
     DEEPLAB_FAST_RECORD_RESOURCES=1 python -m pytest tests/aot/test_aspp_cuda_resources.py
 
-writes the new numbers; look at what they do to the blocks that fit a multiprocessor. The machine
-code is looked at where there is a cuobjdump: the toolkit's, or the one that Triton brings.
+writes the new numbers; look at what they do to the blocks that fit a multiprocessor.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import re
-import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from aot_harness import (
+    REGISTERS,
+    ROOT,
+    CudaKernels,
+    assert_shared_recorded,
+    registers_of_block,
+)
 
 pytestmark = pytest.mark.aot
 
-ROOT = Path(__file__).resolve().parents[2]
-TABLE = Path(__file__).with_name("aspp_cuda_resources.json")
-RECORD = os.environ.get("DEEPLAB_FAST_RECORD_RESOURCES") == "1"
-# Which file, and the architectures it is compiled for.
-BUILDS = {
-    "sm_80": ("aspp.cu", "arch=compute_80,code=sm_80"),
-    "sm_90a": ("aspp_sm90.cu", "arch=compute_90a,code=sm_90a"),
-    # What a Blackwell GPU makes of the PTX that ships.
-    "sm_100": ("aspp.cu", "arch=compute_100,code=sm_100"),
-}
-REGISTERS = 65536
+TABLE = "aspp_cuda_resources.json"
+# Files of csrc/cuda by what they are compiled for; 10.0 is what a Blackwell GPU makes of the PTX
+# that ships.
+SOURCES = {"sm_80": "aspp", "sm_90a": "aspp_sm90", "sm_100": "aspp"}
 # Shared memory of a block and of a multiprocessor, which keeps 1 KB of each block for itself.
 SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024)}
 # Of the smallest device with these kernels, sm_86.
 LEAST_SHARED = 99 * 1024
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    if home and Path(home, "bin", "nvcc").is_file():
-        return str(Path(home, "bin", "nvcc"))
-    return shutil.which("nvcc")
-
-
-def find_cuobjdump() -> str | None:
-    if found := shutil.which("cuobjdump"):
-        return found
-    triton = importlib.util.find_spec("triton")
-    if triton is None or triton.origin is None:
-        return None
-    path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(path) if path.is_file() else None
-
-
-def read_table() -> dict:
-    if TABLE.is_file():
-        return json.loads(TABLE.read_text())
-    return {"nvcc": "", "kernels": {}, "shared": {}}
-
-
-def record(nvcc: str, **entries: dict) -> None:
-    table = read_table()
-    table["nvcc"] = nvcc
-    for name, entry in entries.items():
-        table[name] = table[name] | entry
-    temporary = TABLE.with_suffix(".tmp")
-    temporary.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, TABLE)
-
-
-def demangle(names: list[str]) -> list[str]:
-    done = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
-    )
-    found = []
-    for line in done.stdout.splitlines():
-        name = line.replace("deeplab_fast::cuda::", "").removeprefix("void ")
-        found.append(name.partition("(")[0])
-    return found
-
-
-class Compiled:
-    """One run of nvcc: what it said, ptxas' report of each kernel, and the machine code."""
-
-    def __init__(
-        self, nvcc: str, release: str, architecture: str, folder: Path, *flags: str
-    ) -> None:
-        self.architecture, self.release = architecture, release
-        source, target = BUILDS[architecture]
-        self.cubin = folder / "aspp.cubin"
-        command = [
-            nvcc, "-cubin", f"-gencode={target}", "-std=c++20", "-O3", "--expt-relaxed-constexpr",
-            "-Xptxas", "-v", "-DDEEPLAB_FAST_WITHOUT_TORCH", "-I", str(ROOT / "csrc" / "include"),
-            *flags, "-o", str(self.cubin), str(ROOT / "csrc" / "cuda" / source),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        self.said = done.stderr
-        entry = re.compile(
-            r"Compiling entry function '(\w+)'.*?"
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-            r"Used (\d+) registers(?:.*?(\d+) bytes smem)?[^\n]*",
-            re.DOTALL,
-        )
-        found = entry.findall(done.stderr)
-        names = demangle([match[0] for match in found])
-        self.registers = {n: int(m[4]) for n, m in zip(names, found, strict=True)}
-        self.spilled = {n: m[1:4] for n, m in zip(names, found, strict=True)}
-        self.static_shared = {n: int(m[5] or 0) for n, m in zip(names, found, strict=True)}
-
-    def instructions(self) -> dict[str, Counter[str]]:
-        """For each kernel how often each instruction occurs, modifiers included."""
-        cuobjdump = find_cuobjdump()
-        if cuobjdump is None:
-            pytest.skip("no cuobjdump: neither on PATH nor with Triton")
-        done = subprocess.run(
-            [cuobjdump, "--dump-sass", str(self.cubin)], capture_output=True, text=True, check=True
-        )
-        parts = re.split(r"Function : (\w+)", done.stdout)[1:]
-        line = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)")
-        counts = [Counter(line.findall(code)) for code in parts[1::2]]
-        return dict(zip(demangle(parts[::2]), counts, strict=True))
-
-
-def toolkit() -> tuple[str, str]:
-    """nvcc and its release."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.skip("no nvcc: CUDA_HOME is not set and nvcc is not on PATH")
-    if shutil.which("c++filt") is None:
-        pytest.skip("no c++filt")
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
-    return nvcc, re.search(r"release (\d+\.\d+)", version.stdout).group(1)
-
-
-@pytest.fixture(scope="module", params=BUILDS)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    nvcc, release = toolkit()
-    if request.param == "sm_100" and float(release) < 12.8:
-        pytest.skip(f"nvcc {release} does not know sm_100")
-    return Compiled(nvcc, release, request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module", params=SOURCES)
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> CudaKernels:
+    folder = tmp_path_factory.mktemp(request.param)
+    return CudaKernels(SOURCES[request.param], request.param, folder)
 
 
 class Row:
@@ -180,7 +76,7 @@ def main_kernels(names) -> list[str]:
     return [name for name in names if re.match(r"aspp_sm\d+_kernel", name)]
 
 
-def test_every_kernel_is_compiled_without_complaint(compiled: Compiled) -> None:
+def test_every_kernel_is_compiled_without_complaint(compiled: CudaKernels) -> None:
     # ptxas says so where it runs wgmma one after the other, or ignores setmaxnreg.
     assert not re.findall(r"warning|Performance|ignored|C75\d\d", compiled.said)
     architecture = 90 if compiled.architecture == "sm_90a" else 80
@@ -192,35 +88,26 @@ def test_every_kernel_is_compiled_without_complaint(compiled: Compiled) -> None:
         assert {int(n.rpartition(", ")[2].rstrip(">")) for n in found} == expected
 
 
-def test_no_register_is_spilled(compiled: Compiled) -> None:
-    assert {n: s for n, s in compiled.spilled.items() if s != ("0", "0", "0")} == {}
-    assert set(compiled.static_shared.values()) == {0}
+def test_no_register_is_spilled(compiled: CudaKernels) -> None:
+    compiled.assert_nothing_spills()
 
 
-def test_blocks_fit_a_multiprocessor(compiled: Compiled) -> None:
+def test_blocks_fit_a_multiprocessor(compiled: CudaKernels) -> None:
     for name in main_kernels(compiled.registers):
         row = row_of(name)
-        # Registers are handed out to warps in units of 8 for each thread.
-        taken = -(-compiled.registers[name] // 8) * 8 * row.threads
+        taken = registers_of_block(compiled.registers[name], row.threads)
         assert taken * row.occupancy <= REGISTERS, name
         block, multiprocessor = SHARED[row.architecture]
         assert row.shared <= block, name
         assert (row.shared + 1024) * row.occupancy <= multiprocessor, name
 
 
-def test_registers_are_as_recorded(compiled: Compiled) -> None:
-    if RECORD:
-        shared = {f"row {i}": row.shared for i, row in enumerate(rows())}
-        kernels = {compiled.architecture: compiled.registers}
-        record(compiled.release, kernels=kernels, shared=shared)
-    table = read_table()
-    assert {f"row {i}": row.shared for i, row in enumerate(rows())} == table["shared"]
-    if compiled.release != table["nvcc"]:
-        pytest.skip(f"the table is of nvcc {table['nvcc']}, this is {compiled.release}")
-    assert compiled.registers == table["kernels"][compiled.architecture]
+def test_registers_are_as_recorded(compiled: CudaKernels) -> None:
+    assert_shared_recorded(TABLE, {f"row {i}": row.shared for i, row in enumerate(rows())})
+    compiled.assert_recorded(TABLE, compiled.architecture)
 
 
-def test_instructions_are_those_meant(compiled: Compiled) -> None:
+def test_instructions_are_those_meant(compiled: CudaKernels) -> None:
     every = compiled.instructions()
     assert set(every) == set(compiled.registers)
     for name, found in every.items():
@@ -259,7 +146,7 @@ def test_instructions_are_those_meant(compiled: Compiled) -> None:
 @pytest.mark.parametrize("variant", ["nofence", "acquire_cluster"])
 def test_a_variant_has_one_thing_otherwise(variant: str, tmp_path: Path) -> None:
     flag = f"-DDEEPLAB_FAST_SM90_{variant.upper()}"
-    compiled = Compiled(*toolkit(), "sm_90a", tmp_path, flag)
+    compiled = CudaKernels("aspp_sm90", "sm_90a", tmp_path, flag)
     assert not re.findall(r"warning|Performance|ignored|C75\d\d", compiled.said)
     assert set(compiled.spilled.values()) == {("0", "0", "0")}
     every = compiled.instructions()

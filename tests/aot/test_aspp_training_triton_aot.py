@@ -11,18 +11,15 @@ version. After a change that means to alter them:
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import json
-import os
-import re
-import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 
+import aot_gemm
+import aot_harness
 import pytest
+from aot_gemm import DEVICES, OS8, OS16, Variant, other
+from deeplab_fast.kernels import aspp_training_kernels
 
-from deeplab_fast.plan.device import A100, H100, SHARED_RESERVE
 from deeplab_fast.plan.gemm import (
     FMA_FP32,
     MMA_16BIT,
@@ -32,53 +29,16 @@ from deeplab_fast.plan.gemm import (
     gemm_candidates,
 )
 from deeplab_fast.plan.rules import BranchesKey, branches_rule, dgrad_rule, wgrad_rule
-from deeplab_fast.plan.taps import Branch
-from deeplab_fast.testing import cubin_resources
 
 pytestmark = pytest.mark.aot
 
-# The tools that read a compiled kernel.
-if "aspp_triton_aot" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location(
-        "aspp_triton_aot", Path(__file__).with_name("test_aspp_triton_aot.py")
-    )
-    sys.modules["aspp_triton_aot"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["aspp_triton_aot"])
-inference = sys.modules["aspp_triton_aot"]
-
-TABLE = Path(__file__).with_name("aspp_training_triton_resources.json")
-RECORD = os.environ.get("DEEPLAB_FAST_RECORD_RESOURCES") == "1"
-DEVICES = {90: H100, 80: A100}
-OS8 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (12, 24, 36)))
-OS16 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (6, 12, 18)))
+TABLE = "aspp_training_triton_resources.json"
+KERNELS = aot_harness.triton_kernels(aspp_training_kernels)
 TABLES = {
     "classes_ptr", "lists_ptr", "steps_ptr", "pixels_ptr", "parts_ptr", "starts_ptr", "sums_ptr",
     "entries_ptr", "counts_ptr", "ranges_ptr", "channels_ptr",
 }  # fmt: skip
 OPERANDS = {"x_ptr", "weight_ptr", "y_ptr", "grad_ptr", "dx_ptr", "dw_ptr"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One specialisation of a kernel, as a launch makes it.
-
-    Attributes:
-        math: arithmetic of its main loop, None where it has none.
-        vector: elements of an access.
-    """
-
-    id: str
-    kernel: str
-    capability: int
-    dtype: str
-    config: GemmConfig
-    constants: tuple[tuple[str, object], ...]
-    math: str | None
-    vector: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.id} sm_{self.capability}"
 
 
 def product(
@@ -116,7 +76,7 @@ def product(
         capability,
         dtype,
         config,
-        tuple(constants.items()),
+        constants,
         math,
         vector,
     )
@@ -126,11 +86,6 @@ def candidates(op: str, math: str, capability: int, aligned: bool = True) -> lis
     """The configurations without cuts."""
     make = aspp_dgrad_candidates if op == "dgrad" else gemm_candidates
     return [c for c in make(math, DEVICES[capability], None, aligned) if not c.split]
-
-
-def other(name: str, kernel: str, capability: int, **constants: object) -> Variant:
-    config = GemmConfig(16, 16, 16, 4, 3, 1)
-    return Variant(name, kernel, capability, "bf16", config, tuple(constants.items()), None, 8)
 
 
 def variants() -> list[Variant]:
@@ -165,18 +120,6 @@ def variants() -> list[Variant]:
 VARIANTS = variants()
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    # A missing Triton fails here: the test extra brings it.
-    from deeplab_fast.kernels import aspp_training_kernels
-
-    return {
-        name: kernel
-        for name, kernel in vars(aspp_training_kernels).items()
-        if name.endswith("_kernel")
-    }
-
-
 def element_type(name: str, dtype: str) -> str:
     """Triton's type of a runtime argument."""
     if name in TABLES:
@@ -186,98 +129,25 @@ def element_type(name: str, dtype: str) -> str:
     return "*fp32" if name.endswith("_ptr") else "i32"
 
 
-def compile_variant(kernel, variant: Variant):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    values = dict(variant.constants)
-    assert set(values) <= set(names)
-    signature = {
-        name: "constexpr" if name in values else element_type(name, variant.dtype)
-        for name in names
-    }  # fmt: skip
-    # Tensors from torch's allocators, and tables, are aligned to 16 bytes.
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name.endswith("_ptr") and name not in values
-    }
-    options = {"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages}
-    if variant.config.register_limit is not None:
-        options["maxnreg"] = variant.config.register_limit
-    constants = {(names.index(name),): value for name, value in values.items()}
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", variant.capability, 32),
-        options=options,
-    )
-
-
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.key.replace(" ", "-"))
-def test_resources(kernels, variant: Variant, tmp_path: Path) -> None:
-    import triton
-
-    compiled = compile_variant(kernels[variant.kernel], variant)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    used = cubin_resources(cubin.read_bytes())
-    assert used["STACK"] == 0 and used["LOCAL"] == 0, f"{variant.key} spills: {used}"
-    got = {"registers": used["REG"], "shared": compiled.metadata.shared}
-    config, device = variant.config, DEVICES[variant.capability]
-    ptx = compiled.asm["ptx"]
-    if variant.math is not None:
-        assert got["registers"] <= config.max_registers, got
-        itemsize = 4 if variant.dtype == "fp32" else 2
-        assert got["shared"] <= config.shared_bytes(itemsize, device.capability), got
-        block = got["shared"] + SHARED_RESERVE
-        assert block * config.occupancy <= device.shared, got
-    if variant.math in (MMA_16BIT, MMA_TF32):
-        assert ("wgmma.mma_async" in ptx) == (variant.capability == 90)
-        assert ("mma.sync" in ptx) == (variant.capability == 80)
-        got["loop"] = inference.main_loop(cubin)
-    elif variant.math == FMA_FP32:
-        assert "mma" not in ptx
+def test_resources(variant: Variant) -> None:
+    compiled = aot_gemm.check(
+        KERNELS[variant.kernel], variant, partial(element_type, dtype=variant.dtype), TABLE
+    )
     if variant.math == MMA_16BIT and variant.vector > 1:
-        copies = re.findall(r"cp\.async\.(c[ag])\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)
-        assert copies and set(copies) == {("cg", "0x10")}
+        aot_gemm.assert_operands_are_copied(compiled)
         # All stages are in flight: an operand that went through registers would have one.
-        assert got["shared"] == config.shared_bytes(2, device.capability)
+        capability = DEVICES[variant.capability].capability
+        assert compiled.resources["shared"] == variant.config.shared_bytes(2, capability)
     if variant.vector > 1 and variant.kernel != "aspp_stats_kernel":
-        assert "st.global.v4" in ptx
-
-    version = ".".join(triton.__version__.split(".")[:2])
-    table = json.loads(TABLE.read_text("utf-8")) if TABLE.is_file() else {}
-    if RECORD:
-        table.setdefault(version, {})[variant.key] = got
-        write_table(table)
-    elif version in table:
-        expected = table[version].get(variant.key)
-        assert got == expected, (
-            f"{variant.key} with Triton {version}: {got}, recorded {expected}. If that is meant, "
-            "record it with DEEPLAB_FAST_RECORD_RESOURCES=1"
-        )
+        assert "st.global.v4" in compiled.ptx
 
 
-def write_table(table: dict) -> None:
-    lines = []
-    for version, rows in sorted(table.items()):
-        body = ",\n".join(f"    {json.dumps(k)}: {json.dumps(rows[k])}" for k in sorted(rows))
-        lines.append(f'  "{version}": {{\n{body}\n  }}')
-    temporary = TABLE.with_suffix(".tmp")
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
-    os.replace(temporary, TABLE)
-
-
-def test_the_table_holds_what_is_compiled() -> None:
-    table = json.loads(TABLE.read_text("utf-8"))
-    keys = {variant.key for variant in VARIANTS}
-    assert len(keys) == len(VARIANTS)
-    # The versions beside torch 2.11 and the one that the tests run with.
-    assert {"3.6", "3.7"} <= set(table)
-    for rows in table.values():
-        assert set(rows) == keys
+class TestTable(aot_harness.TritonTests):
+    table = TABLE
+    kernels = KERNELS
+    compiled = tuple(variant.kernel for variant in VARIANTS)
+    keys = tuple(variant.key for variant in VARIANTS)
 
 
 @pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
@@ -298,22 +168,3 @@ def test_what_is_chosen_for_the_models_is_compiled_here(capability: int) -> None
             for kernel, choose in choices.items():
                 chosen = choose(key, device)
                 assert (kernel, replace(chosen, split=False)) in compiled
-
-
-def test_every_kernel_is_compiled_here(kernels) -> None:
-    assert set(kernels) == {variant.kernel for variant in VARIANTS}
-
-
-def test_arguments_that_are_not_specialised_exist(kernels) -> None:
-    """A misspelt name would be specialised without a word."""
-    for kernel in kernels.values():
-        excluded = kernel.do_not_specialize
-        assert excluded and set(excluded) <= set(kernel.arg_names)
-
-
-def test_no_removed_api(kernels) -> None:
-    for kernel in kernels.values():
-        source = inspect.getsource(inspect.getmodule(kernel.fn))
-        # Spelt in parts: a pre-commit hook forbids the name itself.
-        assert "make_" + "block_ptr" not in source
-        assert "libdevice" not in source

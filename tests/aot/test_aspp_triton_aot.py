@@ -11,51 +11,23 @@ brings its own compiler. After a change that means to alter them:
 
 from __future__ import annotations
 
-import inspect
-import json
-import os
-import re
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 
+import aot_gemm
+import aot_harness
 import pytest
+from aot_gemm import DEVICES, OS8, OS16, Variant, other
+from deeplab_fast.kernels import aspp_kernels, conv_kernels
 
-from deeplab_fast.plan.device import A100, H100, SHARED_RESERVE
+from deeplab_fast.plan.device import H100
 from deeplab_fast.plan.gemm import FMA_FP32, MMA_16BIT, MMA_TF32, GemmConfig, gemm_candidates
 from deeplab_fast.plan.rules import BranchesKey, PointwiseKey, branches_rule, pointwise_rule
-from deeplab_fast.plan.taps import Branch
-from deeplab_fast.testing import cubin_resources, nvidia_tool
 
 pytestmark = pytest.mark.aot
 
-TABLE = Path(__file__).with_name("aspp_triton_resources.json")
-RECORD = os.environ.get("DEEPLAB_FAST_RECORD_RESOURCES") == "1"
-DEVICES = {90: H100, 80: A100}
-OS8 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (12, 24, 36)))
-OS16 = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (6, 12, 18)))
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One specialisation of a kernel, as a launch makes it.
-
-    Attributes:
-        math: arithmetic of its main loop, None where it has none.
-        vector: elements of an access.
-    """
-
-    id: str
-    kernel: str
-    capability: int
-    dtype: str
-    config: GemmConfig
-    constants: tuple[tuple[str, object], ...]
-    math: str | None
-    vector: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.id} sm_{self.capability}"
+TABLE = "aspp_triton_resources.json"
+KERNELS = aot_harness.triton_kernels(aspp_kernels, conv_kernels)
 
 
 def size(config: GemmConfig) -> str:
@@ -88,7 +60,7 @@ def branches(
         capability,
         dtype,
         config,
-        tuple(constants.items()),
+        constants,
         math,
         vector,
     )
@@ -119,13 +91,8 @@ def pointwise(
         constants |= {"class_weight_ptr": None, "class_bias_ptr": None}
     return Variant(
         f"{name}-{size(config)}", "pointwise_kernel", capability, "bf16", config,
-        tuple(constants.items()), MMA_16BIT, 8,
+        constants, MMA_16BIT, 8,
     )  # fmt: skip
-
-
-def other(name: str, kernel: str, capability: int, **constants) -> Variant:
-    config = GemmConfig(16, 16, 16, 4, 3, 1)
-    return Variant(name, kernel, capability, "bf16", config, tuple(constants.items()), None, 8)
 
 
 def variants() -> list[Variant]:
@@ -160,19 +127,6 @@ PROJECTIONS = [(n, side * side, 1024, 256) for side in (65, 33) for n in (1, 16)
 VARIANTS = variants()
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    # A missing Triton fails here: the test extra brings it.
-    from deeplab_fast.kernels import aspp_kernels, conv_kernels
-
-    return {
-        name: kernel
-        for module in (aspp_kernels, conv_kernels)
-        for name, kernel in vars(module).items()
-        if name.endswith("_kernel")
-    }
-
-
 def element_type(name: str, variant: Variant) -> str:
     """Triton's type of a runtime argument."""
     tables = ("classes_ptr", "parts_ptr", "starts_ptr", "sums_ptr")
@@ -186,113 +140,22 @@ def element_type(name: str, variant: Variant) -> str:
     return "*fp32" if name.endswith("_ptr") else "i32"
 
 
-def compile_variant(kernel, variant: Variant):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    values = dict(variant.constants)
-    assert set(values) <= set(names)
-    signature = {
-        name: "constexpr" if name in values else element_type(name, variant) for name in names
-    }
-    constants = {(names.index(name),): value for name, value in values.items()}
-    # Tensors from torch's allocators are aligned to 16 bytes.
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name.endswith("_ptr") and name not in values
-    }
-    options = {"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages}
-    if variant.config.register_limit is not None:
-        options["maxnreg"] = variant.config.register_limit
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", variant.capability, 32),
-        options=options,
-    )
-
-
-def main_loop(cubin: Path) -> int:
-    """Instructions of the innermost loop around a tensor-core instruction."""
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in nvidia_tool("nvdisasm", "-c", str(cubin)).splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
-    lengths = []
-    for i, instruction in enumerate(instructions):
-        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
-        first = labels.get(branch[1], i) if branch else i
-        if any("MMA" in inside for inside in instructions[first:i]):
-            lengths.append(i + 1 - first)
-    return min(lengths)
-
-
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.key.replace(" ", "-"))
-def test_resources(kernels, variant: Variant, tmp_path: Path) -> None:
-    import triton
-
-    compiled = compile_variant(kernels[variant.kernel], variant)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    used = cubin_resources(cubin.read_bytes())
-    assert used["STACK"] == 0 and used["LOCAL"] == 0, f"{variant.key} spills: {used}"
-    got = {"registers": used["REG"], "shared": compiled.metadata.shared}
-    config, device = variant.config, DEVICES[variant.capability]
-    ptx = compiled.asm["ptx"]
-    if variant.math is not None:
-        assert got["registers"] <= config.max_registers, got
-        itemsize = 4 if variant.dtype == "fp32" else 2
-        assert got["shared"] <= config.shared_bytes(itemsize, device.capability), got
-        block = got["shared"] + SHARED_RESERVE
-        assert block * config.occupancy <= device.shared, got
-    if variant.math in (MMA_16BIT, MMA_TF32):
-        assert ("wgmma.mma_async" in ptx) == (variant.capability == 90)
-        assert ("mma.sync" in ptx) == (variant.capability == 80)
-        got["loop"] = main_loop(cubin)
-    elif variant.math == FMA_FP32:
-        assert "mma" not in ptx
+def test_resources(variant: Variant) -> None:
+    compiled = aot_gemm.check(
+        KERNELS[variant.kernel], variant, partial(element_type, variant=variant), TABLE
+    )
     if variant.math is not None and variant.vector > 1:
-        copies = re.findall(r"cp\.async\.(c[ag])\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx)
-        assert copies and set(copies) == {("cg", "0x10")}
-    if variant.vector > 1 and "CLASSES" not in dict(variant.constants):
-        assert "st.global.v4" in ptx or variant.kernel == "image_shift_kernel"
-
-    version = ".".join(triton.__version__.split(".")[:2])
-    table = json.loads(TABLE.read_text("utf-8")) if TABLE.is_file() else {}
-    if RECORD:
-        table.setdefault(version, {})[variant.key] = got
-        write_table(table)
-    elif version in table:
-        expected = table[version].get(variant.key)
-        assert got == expected, (
-            f"{variant.key} with Triton {version}: {got}, recorded {expected}. If that is meant, "
-            "record it with DEEPLAB_FAST_RECORD_RESOURCES=1"
-        )
+        aot_gemm.assert_operands_are_copied(compiled)
+    if variant.vector > 1 and "CLASSES" not in variant.constants:
+        assert "st.global.v4" in compiled.ptx or variant.kernel == "image_shift_kernel"
 
 
-def write_table(table: dict) -> None:
-    lines = []
-    for version, rows in sorted(table.items()):
-        body = ",\n".join(f"    {json.dumps(k)}: {json.dumps(rows[k])}" for k in sorted(rows))
-        lines.append(f'  "{version}": {{\n{body}\n  }}')
-    temporary = TABLE.with_suffix(".tmp")
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
-    os.replace(temporary, TABLE)
-
-
-def test_the_table_holds_what_is_compiled() -> None:
-    table = json.loads(TABLE.read_text("utf-8"))
-    keys = {variant.key for variant in VARIANTS}
-    assert len(keys) == len(VARIANTS)
-    # The versions beside torch 2.11 and the one that the tests run with.
-    assert {"3.6", "3.7"} <= set(table)
-    for rows in table.values():
-        assert set(rows) == keys
+class TestTable(aot_harness.TritonTests):
+    table = TABLE
+    kernels = KERNELS
+    compiled = tuple(variant.kernel for variant in VARIANTS)
+    keys = tuple(variant.key for variant in VARIANTS)
 
 
 @pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
@@ -307,22 +170,3 @@ def test_what_is_chosen_for_the_models_is_compiled_here(capability: int) -> None
             key = PointwiseKey(batch, side**2, 1024, 256, MMA_16BIT)
             chosen = pointwise_rule(key, device)
             assert ("pointwise_kernel", chosen) in compiled
-
-
-def test_every_kernel_is_compiled_here(kernels) -> None:
-    assert set(kernels) == {variant.kernel for variant in VARIANTS}
-
-
-def test_arguments_that_are_not_specialised_exist(kernels) -> None:
-    """A misspelt name would be specialised without a word."""
-    for kernel in kernels.values():
-        excluded = kernel.do_not_specialize
-        assert excluded and set(excluded) <= set(kernel.arg_names)
-
-
-def test_no_removed_api(kernels) -> None:
-    for kernel in kernels.values():
-        source = inspect.getsource(inspect.getmodule(kernel.fn))
-        # Spelt in parts: a pre-commit hook forbids the name itself.
-        assert "make_" + "block_ptr" not in source
-        assert "libdevice" not in source

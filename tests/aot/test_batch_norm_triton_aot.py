@@ -11,24 +11,21 @@ its own compiler. After a change that means to alter them:
 
 from __future__ import annotations
 
-import inspect
-import json
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
+import aot_harness
 import pytest
-from deeplab_fast.kernels import batch_norm
+from deeplab_fast.kernels import batch_norm, batch_norm_kernels
 
 from deeplab_fast.plan.batch_norm import BatchNormConfig, batch_norm_config
 from deeplab_fast.plan.device import A100, H100
-from deeplab_fast.testing import cubin_resources, nvidia_tool
 
 pytestmark = pytest.mark.aot
 
-TABLE = Path(__file__).with_name("batch_norm_triton_resources.json")
-RECORD = os.environ.get("DEEPLAB_FAST_RECORD_RESOURCES") == "1"
+TABLE = "batch_norm_triton_resources.json"
+KERNELS = aot_harness.triton_kernels(batch_norm_kernels)
 DEVICES = {80: A100, 90: H100}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Output of the first stage of ResNet-50 at 513x513, batch 16; and a map that nothing divides.
@@ -147,66 +144,12 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    # A missing Triton fails here: the test extra brings it.
-    from deeplab_fast.kernels import batch_norm_kernels
-
-    return batch_norm_kernels
-
-
 def element_type(name: str, variant: Variant) -> str:
     """Triton's type of a runtime argument."""
     maps = ("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "out_ptr", "dx_ptr", "residual_grad_ptr")
     if name in maps:
         return "*" + variant.dtype
     return "*fp32" if name.endswith("_ptr") else "i32"
-
-
-def compile_variant(kernels, variant: Variant, capability: int):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(kernels, variant.kernel)
-    names = kernel.arg_names
-    options = variant.options(capability)
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    values = {**variant.constants, **options}
-    assert set(values) <= set(names)
-    signature = {
-        name: "constexpr" if name in values else element_type(name, variant) for name in names
-    }
-    constants = {(names.index(name),): value for name, value in values.items()}
-    # Tensors from torch's allocators are aligned to 16 bytes.
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name.endswith("_ptr") and name not in values
-    }
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options=launch,
-    )
-
-
-def tile_loop(cubin: Path) -> list[str]:
-    """Instructions of the longest loop: what lies between a backward branch and its target."""
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in nvidia_tool("nvdisasm", "-c", str(cubin)).splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
-    loops = []
-    for i, instruction in enumerate(instructions):
-        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
-        # The last branch, to itself, only fills the code.
-        if branch and labels.get(branch[1], i) < i:
-            loops.append(instructions[labels[branch[1]] : i + 1])
-    return max(loops, key=len)
 
 
 def whole_accesses(ptx: str, kind: str) -> int:
@@ -216,77 +159,40 @@ def whole_accesses(ptx: str, kind: str) -> int:
 
 @pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.id)
-def test_resources(kernels, variant: Variant, capability: int, tmp_path: Path) -> None:
-    import triton
-
-    compiled = compile_variant(kernels, variant, capability)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    used = cubin_resources(cubin.read_bytes())
-    assert used["STACK"] == 0 and used["LOCAL"] == 0, f"{variant.id} spills: {used}"
-    got = {"registers": used["REG"], "shared": compiled.metadata.shared}
-    ptx = compiled.asm["ptx"]
+def test_resources(variant: Variant, capability: int) -> None:
+    constants = variant.constants | variant.options(capability)
+    launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    compiled = aot_harness.compile_triton(
+        KERNELS[variant.kernel],
+        capability,
+        constants,
+        partial(element_type, variant=variant),
+        launch,
+    )
+    got = dict(compiled.resources)
     if variant.maps:
         config = variant.config(capability)
         assert got["registers"] <= config.max_registers, got
         if variant.vector > 1:
             # One for each pixel and map of a thread; vectors of factors come on top.
-            assert whole_accesses(ptx, "ld") >= config.rows * variant.maps
-            assert whole_accesses(ptx, "st") >= config.rows * variant.written
+            assert whole_accesses(compiled.ptx, "ld") >= config.rows * variant.maps
+            assert whole_accesses(compiled.ptx, "st") >= config.rows * variant.written
     if variant.reduces:
-        loop = tile_loop(cubin)
+        # That over tiles.
+        loop = max(compiled.loops, key=len)
         assert not [i for i in loop if re.search(r"\b(BAR|SHFL|STS|LDS|LDSM|STSM)\b", i)]
         got["loop"] = len(loop)
-
-    version = ".".join(triton.__version__.split(".")[:2])
-    key = f"{variant.id} sm_{capability}"
-    table = json.loads(TABLE.read_text("utf-8")) if TABLE.is_file() else {}
-    if RECORD:
-        table.setdefault(version, {})[key] = got
-        write_table(table)
-    elif version in table:
-        expected = table[version].get(key)
-        assert got == expected, (
-            f"{key} with Triton {version}: {got}, recorded {expected}. If that is meant, record it "
-            "with DEEPLAB_FAST_RECORD_RESOURCES=1"
-        )
+    aot_harness.assert_recorded(TABLE, f"{variant.id} sm_{capability}", got)
 
 
-def write_table(table: dict) -> None:
-    lines = []
-    for version, rows in sorted(table.items()):
-        body = ",\n".join(f"    {json.dumps(k)}: {json.dumps(rows[k])}" for k in sorted(rows))
-        lines.append(f'  "{version}": {{\n{body}\n  }}')
-    temporary = TABLE.with_suffix(".tmp")
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
-    os.replace(temporary, TABLE)
+class TestTable(aot_harness.TritonTests):
+    table = TABLE
+    kernels = KERNELS
+    compiled = tuple(variant.kernel for variant in VARIANTS)
+    keys = tuple(f"{variant.id} sm_{capability}" for variant in VARIANTS for capability in (80, 90))
 
-
-def test_the_table_holds_what_is_compiled() -> None:
-    table = json.loads(TABLE.read_text("utf-8"))
-    keys = {f"{v.id} sm_{c}" for v in VARIANTS for c in (80, 90)}
-    # The versions beside torch 2.11 and the one that the tests run with.
-    assert {"3.6", "3.7"} <= set(table)
-    for rows in table.values():
-        assert set(rows) == keys
-
-
-def test_every_kernel_is_compiled_here(kernels) -> None:
-    launched = {name for name in vars(kernels) if name.endswith("_kernel")}
-    assert launched == {variant.kernel for variant in VARIANTS}
-
-
-def test_arguments_that_are_not_specialised_exist(kernels) -> None:
-    """A misspelt name would be specialised without a word."""
-    for name in {variant.kernel for variant in VARIANTS}:
-        kernel = getattr(kernels, name)
-        excluded = kernel.do_not_specialize
-        integers = {n for n in kernel.arg_names if n.islower() and not n.endswith("_ptr")}
-        assert excluded and set(excluded) == integers
-
-
-def test_no_removed_api(kernels) -> None:
-    source = inspect.getsource(kernels)
-    # Spelt in parts: a pre-commit hook forbids the name itself.
-    assert "make_" + "block_ptr" not in source
-    assert "libdevice" not in source
+    def test_arguments_that_are_not_specialised_exist(self) -> None:
+        super().test_arguments_that_are_not_specialised_exist()
+        for kernel in KERNELS.values():
+            names = {n for n in kernel.arg_names if n.islower() and not n.endswith("_ptr")}
+            assert set(kernel.do_not_specialize) == names

@@ -8,24 +8,18 @@ own functions need a GPU.
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
+import aot_harness
 import pytest
 import torch
+from aot_harness import OnHost
 from torch import Tensor
 
 from deeplab_fast import reference
 
 pytestmark = pytest.mark.aot
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCE = Path(__file__).parent / "cuda_on_host" / "upsample.cpp"
 # Unit roundoff of float32.
 U = 2.0**-24
 
@@ -54,39 +48,16 @@ both_alignments = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    path = tmp_path_factory.mktemp("cuda_on_host") / "upsample.so"
-    include = f"-I{ROOT / 'csrc' / 'include'}"
-    flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", include]
-    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(path)], check=True)
-    loaded = ctypes.CDLL(str(path))
-    loaded.last_error.restype = ctypes.c_char_p
-    return loaded
+def library(tmp_path_factory: pytest.TempPathFactory) -> OnHost:
+    return OnHost("upsample", tmp_path_factory.mktemp("cuda_on_host"))
 
 
-def call(library: ctypes.CDLL, name: str, x: Tensor, size: tuple[int, int], *args) -> None:
-    """Runs `<name>_<type>`; tensors go as pointers, None as null."""
+def call(library: OnHost, name: str, x: Tensor, size: tuple[int, int], *args) -> None:
+    """Runs `<name>_<type>`."""
     sizes = torch.tensor([*x.shape, *size])
     strides = torch.tensor(x.stride())
-    given = [x, sizes, strides, *args]
-    values: list = [
-        ctypes.c_void_p(a.data_ptr())
-        if isinstance(a, Tensor)
-        else ctypes.c_void_p()
-        if a is None
-        else ctypes.c_bool(a)
-        if isinstance(a, bool)
-        else ctypes.c_double(a)
-        if isinstance(a, float)
-        else ctypes.c_int64(a)
-        for a in given
-    ]
-    function = getattr(library, f"{name}_{'double' if x.dtype == torch.float64 else 'float'}")
-    if function(*values):
-        raise RuntimeError(library.last_error().decode())
+    kind = "double" if x.dtype == torch.float64 else "float"
+    library.call(f"{name}_{kind}", x, sizes, strides, *args)
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -214,7 +185,7 @@ def test_softmax_add(library, shape, size, align_corners, flip) -> None:
 
 
 def cross_entropy(
-    library: ctypes.CDLL,
+    library: OnHost,
     x: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -375,18 +346,11 @@ def test_shared_memory_is_as_recorded(library) -> None:
 
     test_cuda_resources.py says how to record new numbers.
     """
-    table = Path(__file__).with_name("cuda_resources.json")
     found = {}
     for name, shape in COMMON.items():
         sizes, out = torch.tensor(shape), torch.zeros(2, dtype=torch.int64)
-        library.shared_bytes(ctypes.c_void_p(sizes.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+        library.run("shared_bytes", sizes, out)
         labels, with_grad = out.tolist()
         found[name] = {"labels": labels, "cross_entropy": with_grad}
         assert max(labels, with_grad) <= 48 * 1024
-    recorded = json.loads(table.read_text())
-    if os.environ.get("DEEPLAB_FAST_RECORD_RESOURCES") == "1":
-        recorded["shared"] = found
-        temporary = table.with_suffix(".tmp")
-        temporary.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
-        os.replace(temporary, table)
-    assert found == recorded["shared"]
+    aot_harness.assert_shared_recorded("cuda_resources.json", found)

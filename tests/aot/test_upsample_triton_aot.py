@@ -9,21 +9,17 @@ version, because each brings its own compiler. After a change that means to alte
 
 from __future__ import annotations
 
-import inspect
-import json
-import os
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
+import aot_harness
 import pytest
-
-from deeplab_fast.testing import cubin_resources, nvidia_tool
+from deeplab_fast.kernels import upsample_kernels
 
 pytestmark = pytest.mark.aot
 
-TABLE = Path(__file__).with_name("upsample_triton_resources.json")
-RECORD = os.environ.get("DEEPLAB_FAST_RECORD_RESOURCES") == "1"
+TABLE = "upsample_triton_resources.json"
+KERNELS = aot_harness.triton_kernels(upsample_kernels)
 # Leaves 12 warps to an SM, three for each scheduler. Class weights with label smoothing need it;
 # everything else stays within 128.
 REGISTER_BUDGET = 168
@@ -108,14 +104,6 @@ VARIANTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    # A missing Triton fails here: the test extra brings it.
-    from deeplab_fast.kernels import upsample_kernels
-
-    return upsample_kernels
-
-
 def element_type(name: str, variant: Variant) -> str:
     """Triton's type of a runtime argument."""
     pointers = {
@@ -137,117 +125,29 @@ def element_type(name: str, variant: Variant) -> str:
     return "fp32" if name == "smoothing" else "i32"
 
 
-def compile_variant(kernels, variant: Variant, capability: int):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(kernels, variant.kernel)
-    names = kernel.arg_names
-    assert set(variant.constants) | set(variant.aligned) <= set(names)
-    signature = {
-        name: "constexpr" if name in variant.constants else element_type(name, variant)
-        for name in names
-    }
-    constants = {(names.index(name),): value for name, value in variant.constants.items()}
-    # Tensors from torch's allocators are aligned to 16 bytes.
-    divisible = [
-        i
-        for i, name in enumerate(names)
-        if name not in variant.constants and (name.endswith("_ptr") or name in variant.aligned)
-    ]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.num_warps, "num_stages": 1},
-    )
-
-
-def loop_lengths(cubin: Path) -> list[int]:
-    """Instructions of each loop, in the order of the code: what lies between a backward branch and
-    its target."""
-    labels: dict[str, int] = {}
-    instructions: list[str] = []
-    for line in nvidia_tool("nvdisasm", "-c", str(cubin)).splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            instructions.append(instruction[1])
-    lengths = []
-    for i, instruction in enumerate(instructions):
-        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
-        # The last branch, to itself, only fills the code.
-        if branch and labels.get(branch[1], i) < i:
-            lengths.append(i + 1 - labels[branch[1]])
-    return lengths
-
-
 @pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.id)
-def test_resources(kernels, variant: Variant, capability: int, tmp_path: Path) -> None:
-    import triton
-
-    compiled = compile_variant(kernels, variant, capability)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    used = cubin_resources(cubin.read_bytes())
-    assert used["STACK"] == 0 and used["LOCAL"] == 0, f"{variant.id} spills: {used}"
-    got = {"registers": used["REG"], "shared": compiled.metadata.shared}
+def test_resources(variant: Variant, capability: int) -> None:
+    options = {"num_warps": variant.num_warps, "num_stages": 1}
+    compiled = aot_harness.compile_triton(
+        KERNELS[variant.kernel],
+        capability,
+        variant.constants,
+        partial(element_type, variant=variant),
+        options,
+        variant.aligned,
+    )
+    got = dict(compiled.resources)
     if variant.loops:
-        got["class_loops"] = loop_lengths(cubin)
+        got["class_loops"] = [len(loop) for loop in compiled.loops]
         assert got["class_loops"], "no loop over classes was found"
         assert max(got["class_loops"]) <= LOOP_BUDGET, got
     assert got["registers"] <= REGISTER_BUDGET, got
-
-    version = ".".join(triton.__version__.split(".")[:2])
-    key = f"{variant.id} sm_{capability}"
-    table = json.loads(TABLE.read_text("utf-8")) if TABLE.is_file() else {}
-    if RECORD:
-        table.setdefault(version, {})[key] = got
-        write_table(table)
-    elif version in table:
-        expected = table[version].get(key)
-        assert got == expected, (
-            f"{key} with Triton {version}: {got}, recorded {expected}. If that is meant, record it "
-            "with DEEPLAB_FAST_RECORD_RESOURCES=1"
-        )
+    aot_harness.assert_recorded(TABLE, f"{variant.id} sm_{capability}", got)
 
 
-def write_table(table: dict) -> None:
-    lines = []
-    for version, rows in sorted(table.items()):
-        body = ",\n".join(f"    {json.dumps(k)}: {json.dumps(rows[k])}" for k in sorted(rows))
-        lines.append(f'  "{version}": {{\n{body}\n  }}')
-    temporary = TABLE.with_suffix(".tmp")
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
-    os.replace(temporary, TABLE)
-
-
-def test_the_table_holds_what_is_compiled() -> None:
-    table = json.loads(TABLE.read_text("utf-8"))
-    keys = {f"{v.id} sm_{c}" for v in VARIANTS for c in (80, 90)}
-    # The versions beside torch 2.11 and the one that the tests run with.
-    assert {"3.6", "3.7"} <= set(table)
-    for rows in table.values():
-        assert set(rows) == keys
-
-
-def test_every_kernel_is_compiled_here(kernels) -> None:
-    launched = {name for name in vars(kernels) if name.endswith("_kernel")}
-    assert launched == {variant.kernel for variant in VARIANTS}
-
-
-def test_arguments_that_are_not_specialised_exist(kernels) -> None:
-    """A misspelt name would be specialised without a word."""
-    for name in {variant.kernel for variant in VARIANTS}:
-        kernel = getattr(kernels, name)
-        excluded = kernel.do_not_specialize
-        assert excluded and set(excluded) <= set(kernel.arg_names)
-
-
-def test_no_removed_api(kernels) -> None:
-    source = inspect.getsource(kernels)
-    # Spelt in parts: a pre-commit hook forbids the name itself.
-    assert "make_" + "block_ptr" not in source
-    assert "libdevice" not in source
+class TestTable(aot_harness.TritonTests):
+    table = TABLE
+    kernels = KERNELS
+    compiled = tuple(variant.kernel for variant in VARIANTS)
+    keys = tuple(f"{variant.id} sm_{capability}" for variant in VARIANTS for capability in (80, 90))

@@ -7,9 +7,22 @@ plus one rounding of the largest result. Small odd shapes: tests/aot/test_aspp_c
 
 from __future__ import annotations
 
+import gpu_harness
 import pytest
 import torch
-import torch.nn.functional as F
+from gpu_harness import (
+    DEVICE,
+    assert_as_good,
+    assert_capture_says_what_to_do,
+    branches_by_pytorch,
+    channels_last,
+    conv_bn,
+    half_dtypes,
+    needs_memory,
+    needs_two_devices,
+    on_a_busy_stream,
+    replayed,
+)
 from torch import Tensor
 
 import deeplab_fast as dlf
@@ -20,17 +33,12 @@ from deeplab_fast.plan.packing import PackedBranches
 from deeplab_fast.plan.taps import Branch, Problem
 
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(not _ext.CUDA.loaded, reason=f"CUDA C++ kernels: {_ext.CUDA.reason}"),
     pytest.mark.skipif(not _ext.CPU.loaded, reason=f"their table of tiles: {_ext.CPU.reason}"),
 ]
 
-DEVICE = "cuda"
-HALF_STEP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-both_dtypes = pytest.mark.parametrize("dtype", HALF_STEP, ids=str)
-OS8 = (Branch(256, 1, 1), Branch(256, 3, 12), Branch(256, 3, 24), Branch(256, 3, 36))
-OS16 = (Branch(256, 1, 1), Branch(256, 3, 6), Branch(256, 3, 12), Branch(256, 3, 18))
+OS8 = tuple(Branch(*branch) for branch in gpu_harness.OS8)
+OS16 = tuple(Branch(*branch) for branch in gpu_harness.OS16)
 
 SIZES = [
     pytest.param((1, 2048, 65, 65), OS8, id="os8-65x65-batch-1"),
@@ -111,32 +119,14 @@ class Case:
         )
 
     def torch_path(self) -> Tensor:
-        parts = zip(*self.args[1:], strict=True)
-        return torch.cat([conv(self.x, w, a, b, d) for w, a, b, d in parts], 1)
+        return branches_by_pytorch(*self.args)
 
     def exact(self) -> Tensor:
         doubles = [[t.double() for t in ts] for ts in (self.weights, self.scales, self.shifts)]
         return reference.aspp_branches(self.x.double(), *doubles, self.args[-1])
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def conv(x, weight, scale, shift, dilation) -> Tensor:
-    y = F.conv2d(x, weight, padding=dilation * (weight.shape[-1] // 2), dilation=dilation)
-    return torch.relu(y * scale.to(y.dtype)[:, None, None] + shift.to(y.dtype)[:, None, None])
-
-
-def assert_as_good(got: Tensor, torch_path: Tensor, exact: Tensor) -> None:
-    assert got.shape == exact.shape and got.dtype == torch_path.dtype
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    allowed = 2 * (torch_path.double() - exact).abs().max()
-    allowed += exact.abs().max() * HALF_STEP[got.dtype]
-    assert (got.double() - exact).abs().max() <= allowed
-
-
-@both_dtypes
+@half_dtypes
 @every_size
 def test_branches(shape, branches, dtype, nan_poison: None) -> None:
     case = Case(shape, branches, dtype)
@@ -145,7 +135,7 @@ def test_branches(shape, branches, dtype, nan_poison: None) -> None:
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "cut"])
 @every_kernel
-@both_dtypes
+@half_dtypes
 def test_every_tile(architecture, row, split, dtype, on_architecture, nan_poison: None) -> None:
     """Also those that no choice takes; a pair's second block has no pixels in some tiles."""
     on_architecture(architecture)
@@ -169,7 +159,7 @@ def test_no_race_shows_in_many_runs(architecture, row, on_architecture) -> None:
         assert torch.equal(case.run(row), expected)
 
 
-@both_dtypes
+@half_dtypes
 @pytest.mark.parametrize(
     ("shape", "pooled", "filters"),
     [
@@ -188,7 +178,7 @@ def test_project(shape, pooled, filters, dtype, nan_poison: None) -> None:
     args = (branches, vector, weight, scale, shift)
     exact = reference.aspp_project(*(a.double() for a in args))
     concat = torch.cat([branches, vector[:, :, None, None].expand(-1, -1, *shape[2:])], 1)
-    assert_as_good(_aspp_cuda.aspp_project(*args), conv(concat, weight, scale, shift, 1), exact)
+    assert_as_good(_aspp_cuda.aspp_project(*args), conv_bn(concat, weight, scale, shift), exact)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "slice", "odd-address"])
@@ -218,23 +208,13 @@ def test_backends_agree() -> None:
 
 
 def test_runs_on_the_current_stream() -> None:
-    """On a side stream, after work that keeps it busy: a launch elsewhere would read zeros."""
     case = Case((2, 512, 33, 33), OS16)
     expected = case.run(split=True)
-    x, case.x = case.x, torch.zeros_like(case.x)
-    stream = torch.cuda.Stream()
-    busy = torch.randn(8192, 8192, device=DEVICE)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        for _ in range(8):
-            busy = (busy @ busy).clamp(-1, 1)
-        case.x.copy_(x)
-        got = case.run(split=True)
-    stream.synchronize()
+    [got] = on_a_busy_stream(lambda: [case.run(split=True)], case.x)
     assert torch.equal(got, expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@needs_two_devices
 def test_another_device_than_the_current() -> None:
     case = Case((1, 512, 33, 33), OS16, device="cuda:1")
     assert_as_good(_aspp_cuda.aspp_branches(*case.args), case.torch_path(), case.exact())
@@ -245,26 +225,15 @@ def test_another_device_than_the_current() -> None:
 def test_cuda_graph_replays_on_new_inputs(architecture, row, on_architecture) -> None:
     on_architecture(architecture)
     case, other = Case((2, 512, 33, 33), OS16), Case((2, 512, 33, 33), OS16)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        case.run(row, True)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = case.run(row, True)
-    case.x.copy_(other.x)
-    graph.replay()
-    assert torch.equal(captured, case.run(row, True))
+    [got] = replayed(lambda: [case.run(row, True)], lambda: case.x.copy_(other.x))
+    assert torch.equal(got, case.run(row, True))
 
 
 def test_capture_without_a_call_before_says_what_to_do() -> None:
     case = Case((1, 64, 7, 11), (Branch(8, 3, 2),))
     packed = PackedBranches.pack(*case.args[1:])
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="run the op once at this size before"):
-        with torch.cuda.graph(graph):
-            _aspp_cuda.multiply(case.x, packed.weight, packed.scale, packed.shift, case.branches)
+    parts = (packed.weight, packed.scale, packed.shift)
+    assert_capture_says_what_to_do(lambda: _aspp_cuda.multiply(case.x, *parts, case.branches))
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -278,8 +247,7 @@ def test_compiles_without_graph_breaks() -> None:
 
 
 def test_maps_beyond_two_to_the_31_elements() -> None:
-    if torch.cuda.get_device_properties(DEVICE).total_memory < 24 * 2**30:
-        pytest.skip("needs 24 GiB of GPU memory")
+    needs_memory(24)
     case = Case((1, 2048, 65, 65), (Branch(64, 3, 12),))
     row = case.choice().row
     alone = case.run(row, split=False)
@@ -290,7 +258,7 @@ def test_maps_beyond_two_to_the_31_elements() -> None:
     assert torch.equal(case.run(row, split=False)[-1:], alone)
 
 
-@both_dtypes
+@half_dtypes
 @every_kernel
 def test_programs_of_a_list_run_at_the_same_time(architecture, row, dtype):
     """What lists of tiles assume of sm_90a: as many programs as multiprocessors, or pairs, hold."""

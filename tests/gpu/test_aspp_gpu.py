@@ -13,25 +13,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deeplab_fast.kernels import aspp, conv, launch
+from gpu_harness import (
+    DEVICE,
+    HALF_STEP,
+    OS8,
+    OS16,
+    assert_as_good,
+    assert_capture_says_what_to_do,
+    assert_same,
+    branches_by_pytorch,
+    channels_last,
+    conv_bn,
+    every_dtype,
+    half_dtypes,
+    needs_memory,
+    needs_two_devices,
+    on_a_busy_stream,
+    peak_memory,
+    replayed,
+    use_backend,
+)
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import ops, reference
-from deeplab_fast.backends import BackendUnavailable
 from deeplab_fast.plan.device import device_of
 from deeplab_fast.plan.gemm import MMA_16BIT, aspp_branches_candidates, gemm_candidates
 from deeplab_fast.plan.packing import PackedBranches
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
-DEVICE = "cuda"
-HALF_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-OS8 = ((256, 1, 1), (256, 3, 12), (256, 3, 24), (256, 3, 36))
-OS16 = ((256, 1, 1), (256, 3, 6), (256, 3, 12), (256, 3, 18))
+from deeplab_fast.testing import deterministic, tf32
 
 # N, C, H, W, (filters, kernel, dilation) of each branch
 SIZES = [
@@ -46,28 +55,6 @@ SIZES = [
     pytest.param((2, 321, 21, 13, ((21, 3, 4), (7, 1, 1))), id="odd-channels-and-filters"),
     pytest.param((2, 36, 9, 9, ((20, 3, 2),)), id="accesses-of-8-bytes"),
 ]
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def conv_bn(x, weight, scale, shift, residual=None, relu=True, **options) -> Tensor:
-    """Convolution, batch norm's scale and shift, sum and ReLU as PyTorch has them, one by one."""
-    y = F.conv2d(x, weight, **options)
-    y = y * scale.to(y.dtype)[:, None, None] + shift.to(y.dtype)[:, None, None]
-    if residual is not None:
-        y = y + residual
-    return torch.relu(y) if relu else y
-
-
-def assert_as_good(got: Tensor, torch_path: Tensor, exact: Tensor) -> None:
-    """The rule above, with the shape, dtype and layout that the ops promise."""
-    assert got.shape == exact.shape and got.dtype == torch_path.dtype
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    allowed = 2 * (torch_path.double() - exact).abs().max()
-    allowed += exact.abs().max() * HALF_STEP[got.dtype]
-    assert (got.double() - exact).abs().max() <= allowed
 
 
 @dataclass
@@ -104,21 +91,14 @@ class Branches:
         return PackedBranches.pack(*self.args()[1:])
 
     def torch_path(self) -> Tensor:
-        branches = zip(*self.args()[1:], strict=True)
-        return torch.cat(
-            [
-                conv_bn(self.x, w, a, b, padding=d * (w.shape[-1] // 2), dilation=d)
-                for w, a, b, d in branches
-            ],
-            1,
-        )
+        return branches_by_pytorch(*self.args())
 
     def exact(self) -> Tensor:
         doubles = [[t.double() for t in ts] for ts in (self.weights, self.scales, self.shifts)]
         return reference.aspp_branches(self.x.double(), *doubles, self.dilations)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("size", SIZES)
 def test_branches(size, dtype: torch.dtype) -> None:
     case = Branches.make(size, dtype)
@@ -127,14 +107,13 @@ def test_branches(size, dtype: torch.dtype) -> None:
 
 def test_branches_in_tf32_where_pytorch_allows_it() -> None:
     case = Branches.make((2, 2048, 33, 33, OS16), torch.float32)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    got, torch_path = aspp.aspp_branches(*case.args()), case.torch_path()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with tf32(True):
+        got, torch_path = aspp.aspp_branches(*case.args()), case.torch_path()
     assert_as_good(got, torch_path, case.exact())
     assert not torch.equal(got, aspp.aspp_branches(*case.args()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_every_configuration(dtype: torch.dtype) -> None:
     """All that `deeplab-fast tune` may record, cut and whole."""
     case = Branches.make((2, 320, 33, 33, ((256, 3, 12), (96, 1, 1))), dtype)
@@ -232,7 +211,7 @@ PROJECTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("size", PROJECTS)
 def test_project(size, dtype: torch.dtype) -> None:
     case = Project.make(size, dtype)
@@ -240,7 +219,7 @@ def test_project(size, dtype: torch.dtype) -> None:
     assert_as_good(got, case.torch_path(dtype), case.torch_path(torch.float64))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@half_dtypes
 @pytest.mark.parametrize("size", PROJECTS)
 def test_project_and_classify(size, dtype: torch.dtype) -> None:
     case = Project.make(size, dtype)
@@ -248,7 +227,7 @@ def test_project_and_classify(size, dtype: torch.dtype) -> None:
     assert_as_good(got, case.scores(dtype), case.scores(torch.float64))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize(
     "shape,k,stride,residual,act",
     [
@@ -292,19 +271,14 @@ def head(dtype=torch.bfloat16, n=2) -> tuple[Branches, Project]:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_backends_agree(backend: str, dtype: torch.dtype) -> None:
     case, project = head(dtype)
     with dlf.use_backend("reference"):
         expected = call_all_ops(case, project)
-    try:
-        with dlf.use_backend(backend):
-            got = call_all_ops(case, project)
-    except BackendUnavailable as error:
-        if backend == "cuda":
-            pytest.skip(str(error))
-        raise
+    with use_backend(backend):
+        got = call_all_ops(case, project)
     # Each of the two is off by a rounding of its own; later ops start from these.
     for depth, (a, b) in enumerate(zip(got, expected, strict=True), 1):
         scale = b.double().abs().max()
@@ -317,13 +291,9 @@ def test_results_repeat_to_the_bit() -> None:
     case, project = head(n=1)
     with dlf.use_backend("triton"):
         first = call_all_ops(case, project)
-        torch.use_deterministic_algorithms(True)
-        try:
+        with deterministic():
             second = call_all_ops(case, project)
-        finally:
-            torch.use_deterministic_algorithms(False)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    assert_same(first, second)
 
 
 def test_autocast_runs_in_half_precision() -> None:
@@ -347,50 +317,25 @@ def test_cuda_graph_replays_on_new_inputs(n: int) -> None:
         return call_all_ops(Branches(x, *case.args()[1:]), project)
 
     with dlf.use_backend("triton"):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        x.copy_(other.x)
-        graph.replay()
-        replayed = [t.clone() for t in captured]
-        for got, expected in zip(replayed, step(), strict=True):
-            assert torch.equal(got, expected)
+        got = replayed(step, lambda: x.copy_(other.x))
+        assert_same(got, step())
 
 
 def test_capture_without_a_call_before_says_what_to_do() -> None:
     case = Branches.make((1, 64, 11, 23, ((64, 3, 2),)))
     packed = case.packed
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="run the op once at this size before"):
-        with torch.cuda.graph(graph):
-            aspp.aspp_branches_packed(case.x, packed)
+    assert_capture_says_what_to_do(lambda: aspp.aspp_branches_packed(case.x, packed))
 
 
 def test_runs_on_the_current_stream() -> None:
-    """On a side stream, after work that keeps it busy: a launch elsewhere would read zeros."""
     case, project = head(n=1)
     with dlf.use_backend("triton"):
         expected = call_all_ops(case, project)
-        stream = torch.cuda.Stream()
-        x = torch.zeros_like(case.x)
-        busy = torch.randn(8192, 8192, device=DEVICE)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            for _ in range(8):
-                busy = (busy @ busy).clamp(-1, 1)
-            x.copy_(case.x)
-            got = call_all_ops(Branches(x, *case.args()[1:]), project)
-        stream.synchronize()
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
+        got = on_a_busy_stream(lambda: call_all_ops(case, project), case.x)
+    assert_same(got, expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@needs_two_devices
 def test_runs_on_another_device_than_the_current_one() -> None:
     case = Branches.make((1, 256, 33, 33, OS16), device="cuda:1")
     got = aspp.aspp_branches(*case.args())
@@ -425,8 +370,7 @@ def test_gradients_are_the_references() -> None:
 
 def test_map_beyond_two_to_the_31_elements() -> None:
     n = 250
-    if torch.cuda.get_device_properties(DEVICE).total_memory < 16 * 2**30:
-        pytest.skip("needs 16 GiB of GPU memory")
+    needs_memory(16)
     case = Branches.make((1, 2048, 65, 65, ((32, 3, 12),)))
     x = channels_last(torch.zeros(n, 2048, 65, 65, dtype=torch.bfloat16, device=DEVICE))
     assert x.numel() > 2**31
@@ -440,8 +384,7 @@ def test_map_beyond_two_to_the_31_elements() -> None:
 
 def test_result_beyond_two_to_the_31_elements() -> None:
     n = 65
-    if torch.cuda.get_device_properties(DEVICE).total_memory < 16 * 2**30:
-        pytest.skip("needs 16 GiB of GPU memory")
+    needs_memory(16)
     x = channels_last(torch.zeros(n, 32, 128, 128, dtype=torch.bfloat16, device=DEVICE))
     x[-1].normal_()
     weight = torch.randn(2048, 32, 1, 1, device=DEVICE).bfloat16()
@@ -459,11 +402,7 @@ def test_result_beyond_two_to_the_31_elements() -> None:
 def test_memory_is_that_of_the_result() -> None:
     case = Branches.make((8, 2048, 65, 65, OS8))
     packed = case.packed
-    aspp.aspp_branches_packed(case.x, packed)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     y = aspp.aspp_branches_packed(case.x, packed)
-    torch.cuda.synchronize()
     # The allocator rounds up to 2 MiB.
-    assert torch.cuda.max_memory_allocated() - before <= y.numel() * 2 + 2**22
+    limit = y.numel() * 2 + 2**22
+    assert peak_memory(lambda: aspp.aspp_branches_packed(case.x, packed)) <= limit

@@ -12,6 +12,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 from deeplab_fast.kernels import aspp_training, launch
+from gpu_harness import (
+    DEVICE,
+    OS8,
+    OS16,
+    assert_error,
+    assert_same,
+    channels_last,
+    every_dtype,
+    needs_memory,
+    peak_memory,
+    replayed,
+)
 from torch import Tensor
 
 import deeplab_fast as dlf
@@ -25,17 +37,7 @@ from deeplab_fast.plan.gemm import (
 )
 from deeplab_fast.plan.packing import pack_weights, unpack_weights
 from deeplab_fast.plan.taps import Branch, tap_rectangles
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
-DEVICE = "cuda"
-HALF_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-OS8 = ((256, 1, 1), (256, 3, 12), (256, 3, 24), (256, 3, 36))
-OS16 = ((256, 1, 1), (256, 3, 6), (256, 3, 12), (256, 3, 18))
+from deeplab_fast.testing import tf32
 
 # N, C, H, W, (filters, kernel, dilation) of each branch
 SIZES = [
@@ -48,18 +50,6 @@ SIZES = [
     pytest.param((2, 321, 21, 13, ((21, 3, 4), (7, 1, 1))), id="odd-channels-and-filters"),
     pytest.param((2, 36, 9, 9, ((20, 3, 2),)), id="accesses-of-8-bytes"),
 ]
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def assert_as_good(got: Tensor, torch_path: Tensor, exact: Tensor) -> None:
-    """The rule above, with the shape and dtype that the op promises."""
-    assert got.shape == exact.shape and got.dtype == torch_path.dtype
-    allowed = 2 * (torch_path.double() - exact).abs().max()
-    allowed += exact.abs().max() * HALF_STEP[got.dtype]
-    assert (got.double() - exact).abs().max() <= allowed
 
 
 def assert_statistics_of(y: Tensor, mean: Tensor, variance: Tensor) -> None:
@@ -116,13 +106,21 @@ class Case:
         weights = [w.double() for w in self.weights]
         return self.grad.double(), self.x.double(), weights, self.dilations
 
+    def run(self, matrix: Tensor) -> list[Tensor]:
+        """By all kernels; `matrix` has the weights packed."""
+        return [
+            *aspp_training.aspp_convs(*self.forward_args(), True),
+            aspp_training.dgrad(self.grad, matrix, self.branches),
+            aspp_training.wgrad(self.grad, self.x, self.branches),
+        ]
+
     def check_forward(self, *configurations) -> None:
         exact, *_ = reference.aspp_convs(*self.doubles()[1:], False)
         torch_path, *_ = reference.aspp_convs(*self.forward_args(), False)
         for config in configurations or (None,):
             y, mean, variance = aspp_training.aspp_convs(*self.forward_args(), True, config)
             assert y.is_contiguous(memory_format=torch.channels_last)
-            assert_as_good(y, torch_path, exact)
+            assert_error(y, torch_path, exact)
             assert_statistics_of(y, mean, variance)
 
     def check_dgrad(self, *configurations) -> None:
@@ -133,7 +131,7 @@ class Case:
         for config in configurations or (None,):
             got = aspp_training.dgrad(self.grad, matrix, self.branches, config)
             assert got.is_contiguous(memory_format=torch.channels_last)
-            assert_as_good(got, torch_path, exact)
+            assert_error(got, torch_path, exact)
 
     def check_wgrad(self, *configurations) -> None:
         _, exact = reference.aspp_convs_backward(*self.doubles(), False, True)
@@ -142,16 +140,16 @@ class Case:
             dw = aspp_training.wgrad(self.grad, self.x, self.branches, config)
             parts = unpack_weights(dw, self.branches)
             for got, theirs, expected in zip(parts, torch_path, exact, strict=True):
-                assert_as_good(got, theirs, expected)
+                assert_error(got, theirs, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("size", SIZES)
 def test_forward_and_statistics(size, dtype: torch.dtype) -> None:
     Case.make(size, dtype).check_forward()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("size", SIZES)
 def test_gradients(size, dtype: torch.dtype) -> None:
     case = Case.make(size, dtype)
@@ -159,7 +157,7 @@ def test_gradients(size, dtype: torch.dtype) -> None:
     case.check_wgrad()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_every_configuration(dtype: torch.dtype) -> None:
     case = Case.make((2, 320, 33, 33, ((256, 3, 12), (96, 1, 1))), dtype)
     math, device = launch.arithmetic(case.x), device_of(case.x)
@@ -171,11 +169,12 @@ def test_every_configuration(dtype: torch.dtype) -> None:
 def test_tf32_where_pytorch_allows_it() -> None:
     case = Case.make((2, 512, 33, 33, OS16), torch.float32)
     exactly = aspp_training.aspp_convs(*case.forward_args(), False)[0]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    case.check_forward()
-    case.check_dgrad()
-    case.check_wgrad()
-    assert not torch.equal(aspp_training.aspp_convs(*case.forward_args(), False)[0], exactly)
+    with tf32(True):
+        case.check_forward()
+        case.check_dgrad()
+        case.check_wgrad()
+        rounded = aspp_training.aspp_convs(*case.forward_args(), False)[0]
+    assert not torch.equal(rounded, exactly)
 
 
 def test_taps_outside_the_map_have_no_gradient_and_no_effect() -> None:
@@ -212,17 +211,9 @@ def test_results_repeat_to_the_bit() -> None:
     # Batch 1 cuts tiles, whose parts are added in a second launch.
     case = Case.make((1, 2048, 33, 33, OS16))
     matrix = pack_weights(case.weights)
-
-    def run() -> list[Tensor]:
-        return [
-            *aspp_training.aspp_convs(*case.forward_args(), True),
-            aspp_training.dgrad(case.grad, matrix, case.branches),
-            aspp_training.wgrad(case.grad, case.x, case.branches),
-        ]
-
-    first = run()
+    first = case.run(matrix)
     for _ in range(20):
-        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+        assert_same(case.run(matrix), first)
 
 
 def test_autograd_through_the_op_on_a_side_stream() -> None:
@@ -238,40 +229,27 @@ def test_autograd_through_the_op_on_a_side_stream() -> None:
     assert_statistics_of(y.detach(), mean, variance)
     exact, exact_weights = reference.aspp_convs_backward(*case.doubles(), True, True)
     theirs = reference.aspp_convs_backward(case.grad, *case.forward_args(), True, True)
-    assert_as_good(x.grad, theirs[0], exact)
+    assert_error(x.grad, theirs[0], exact)
     for w, t, e in zip(weights, theirs[1], exact_weights, strict=True):
         assert w.grad.is_contiguous()
-        assert_as_good(w.grad, t, e)
+        assert_error(w.grad, t, e)
 
 
 def test_cuda_graph() -> None:
     case = Case.make((1, 512, 33, 33, OS16))
     matrix = pack_weights(case.weights)
 
-    def run() -> list[Tensor]:
-        return [
-            *aspp_training.aspp_convs(*case.forward_args(), True),
-            aspp_training.dgrad(case.grad, matrix, case.branches),
-            aspp_training.wgrad(case.grad, case.x, case.branches),
-        ]
+    def change() -> None:
+        case.x.copy_(torch.randn_like(case.x))
+        case.grad.copy_(torch.randn_like(case.grad))
 
-    # Tile lists are copied to the device at the first call.
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    case.x.copy_(torch.randn_like(case.x))
-    case.grad.copy_(torch.randn_like(case.grad))
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+    got = replayed(lambda: case.run(matrix), change)
+    assert_same(got, case.run(matrix))
 
 
 def test_more_than_two_to_the_31_elements() -> None:
     n = 130
-    if torch.cuda.get_device_properties(DEVICE).total_memory < 32 * 2**30:
-        pytest.skip("needs 32 GiB of GPU memory")
+    needs_memory(32)
     # The last image alone is not 0, and lies behind 2^31 elements of x.
     x = channels_last(torch.zeros(n, 1024, 128, 128, dtype=torch.bfloat16, device=DEVICE))
     x[-1].normal_()
@@ -299,15 +277,11 @@ def test_backward_needs_its_results_and_the_packed_filters() -> None:
     def run() -> tuple[Tensor, list[Tensor]]:
         return aspp_training.aspp_convs_backward(case.grad, *case.forward_args(), True, True)
 
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     dx, dw = run()
-    torch.cuda.synchronize()
+    peak = peak_memory(run)
     filters = sum(w.numel() for w in dw)
     # And the sums of cut tiles: two parts a program of the largest tile.
     work = 4 * 2 * device_of(case.x).multiprocessors * 128 * 256
     limit = 2 * (dx.numel() + 2 * filters) + work + 2**23
-    assert torch.cuda.max_memory_allocated() - before <= limit
+    assert peak <= limit
     assert len(tap_rectangles(33, 33, case.branches)) == 28

@@ -14,23 +14,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deeplab_fast.kernels import batch_norm
+from gpu_harness import (
+    DEVICE,
+    HALF_STEP,
+    assert_as_good,
+    assert_same,
+    channels_last,
+    every_dtype,
+    needs_memory,
+    needs_two_devices,
+    on_a_busy_stream,
+    peak_memory,
+    replayed,
+    use_backend,
+)
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import ops, reference
-from deeplab_fast.backends import BackendUnavailable
 from deeplab_fast.plan.batch_norm import batch_norm_candidates
 from deeplab_fast.plan.device import device_of
+from deeplab_fast.testing import deterministic
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
-DEVICE = "cuda"
 EPS = 1e-5
-HALF_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Additions that a value meets on its way into a sum: of a thread's rows (8) and tiles (64), of
 # lanes (4 levels), of chunks (16 levels).
 ADDITIONS = 92
@@ -52,10 +58,6 @@ SIZES = [
 LAYER1 = (2, 256, 129, 129)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def norm_act(x, weight, bias, residual, act) -> Tensor:
     """Batch norm with the statistics of x, sum and activation as PyTorch has them, one by one."""
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
@@ -64,20 +66,12 @@ def norm_act(x, weight, bias, residual, act) -> Tensor:
     return reference.ACTIVATIONS[act](y)
 
 
-def assert_as_good(
+def assert_sum_as_good(
     got: Tensor, torch_path: Tensor, exact: Tensor, values: Tensor | float = 0.0
 ) -> None:
-    """The rule above, with the shape, dtype and layout that the ops promise.
-
-    `values`: sum of magnitudes of what was added up.
-    """
-    assert got.shape == exact.shape and got.dtype == torch_path.dtype
-    assert got.dim() != 4 or got.is_contiguous(memory_format=torch.channels_last)
+    """The rule above; `values`: sum of magnitudes of what was added up."""
     roundings = 4 if got.dtype == torch.float32 else 1
-    allowed = 2 * (torch_path.double() - exact).abs().max()
-    allowed += roundings * exact.abs().max() * HALF_STEP[got.dtype]
-    allowed += ADDITIONS * 2.0**-24 * values
-    assert (got.double() - exact).abs().max() <= allowed
+    assert_as_good(got, torch_path, exact, roundings, ADDITIONS * 2.0**-24 * values)
 
 
 @dataclass
@@ -156,17 +150,17 @@ def check(case: Case) -> None:
     xhat = F.batch_norm(case.x.double(), None, None, training=True, eps=EPS).abs()
     sums = {"d_bias": grads.sum((0, 2, 3)).max(), "d_weight": (grads * xhat).sum((0, 2, 3)).max()}
     for name, value in got.items():
-        assert_as_good(value, torch_path[name], exact[name], sums.get(name, 0.0))
+        assert_sum_as_good(value, torch_path[name], exact[name], sums.get(name, 0.0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("with_residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("shape", SIZES)
 def test_relu(shape, with_residual: bool, dtype: torch.dtype) -> None:
     check(Case.make(shape, dtype, "relu", with_residual))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize(
     "act,with_residual",
     [("relu6", False), ("relu6", True), ("hardswish", False), (None, False), (None, True)],
@@ -176,7 +170,7 @@ def test_other_activations(act, with_residual: bool, dtype: torch.dtype) -> None
     check(Case.make((2, 96, 65, 65), dtype, act, with_residual))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("shape", SIZES)
 def test_stats(shape, dtype: torch.dtype) -> None:
     """Held against PyTorch's mean and variance of the values in float32."""
@@ -185,7 +179,7 @@ def test_stats(shape, dtype: torch.dtype) -> None:
     torch_path = reference.batch_stats(x.float())
     largest = x.double().abs().max()
     for a, b, e in zip(batch_norm.batch_stats(x), torch_path, exact, strict=True):
-        assert_as_good(a, b, e, largest)
+        assert_sum_as_good(a, b, e, largest)
 
 
 def test_stats_of_values_far_from_zero() -> None:
@@ -260,19 +254,14 @@ def test_any_strides(layout) -> None:
     torch.testing.assert_close(batch_norm.batch_stats(case.x), reference.batch_stats(case.x))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_backends_agree(backend: str, dtype: torch.dtype) -> None:
     case = Case.make(LAYER1, dtype)
     with dlf.use_backend("reference"):
         expected = case.run()
-    try:
-        with dlf.use_backend(backend):
-            got = case.run()
-    except BackendUnavailable as error:
-        if backend == "cuda":
-            pytest.skip(str(error))
-        raise
+    with use_backend(backend):
+        got = case.run()
     # Each of the two is off by a rounding of its own, and of statistics in another order.
     for name, b in expected.items():
         bound = 2 * (HALF_STEP[got[name].dtype] + 1e-5) * b.double().abs().max()
@@ -284,14 +273,10 @@ def test_results_repeat_to_the_bit() -> None:
     with dlf.use_backend("triton"):
         first = case.run()
         for _ in range(20):
+            assert_same(case.run().values(), first.values())
+        with deterministic():
             again = case.run()
-            assert all(torch.equal(first[name], again[name]) for name in first)
-        torch.use_deterministic_algorithms(True)
-        try:
-            again = case.run()
-        finally:
-            torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert_same(again.values(), first.values())
 
 
 def test_forward_and_backward_agree_on_what_the_relu_lets_through() -> None:
@@ -338,44 +323,25 @@ def test_cuda_graph_replays_on_new_inputs() -> None:
     case, other = Case.make(LAYER1), Case.make(LAYER1)
     names = ("x", "residual", "grad")
     static = Case(**{**case.__dict__, **{name: getattr(case, name).clone() for name in names}})
-    with dlf.use_backend("triton"):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            static.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = static.run()
+
+    def change() -> None:
         for name in names:
             getattr(static, name).copy_(getattr(other, name))
-        graph.replay()
-        replayed = {name: t.clone() for name, t in captured.items()}
-        expected = static.run()
-    for name, t in expected.items():
-        assert torch.equal(replayed[name], t), name
+
+    with dlf.use_backend("triton"):
+        got = replayed(lambda: list(static.run().values()), change)
+        assert_same(got, static.run().values())
 
 
 def test_runs_on_the_current_stream() -> None:
-    """On a side stream, after work that keeps it busy: a launch elsewhere would read zeros."""
     case = Case.make(LAYER1)
     with dlf.use_backend("triton"):
         expected = case.run()
-        stream = torch.cuda.Stream()
-        late = Case(**{**case.__dict__, "x": torch.zeros_like(case.x)})
-        busy = torch.randn(8192, 8192, device=DEVICE)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            for _ in range(8):
-                busy = (busy @ busy).clamp(-1, 1)
-            late.x.copy_(case.x)
-            got = late.run()
-        stream.synchronize()
-    for name, t in expected.items():
-        assert torch.equal(got[name], t), name
+        got = on_a_busy_stream(lambda: list(case.run().values()), case.x)
+    assert_same(got, expected.values())
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@needs_two_devices
 def test_runs_on_another_device_than_the_current_one() -> None:
     case = Case.make((2, 256, 33, 33), device="cuda:1")
     check(case)
@@ -398,8 +364,7 @@ def test_compiles_without_graph_breaks() -> None:
 
 def test_maps_beyond_two_to_the_31_elements() -> None:
     n, c, h, w = 127, 1024, 129, 129
-    if torch.cuda.get_device_properties(DEVICE).total_memory < 48 * 2**30:
-        pytest.skip("needs 48 GiB of GPU memory")
+    needs_memory(48)
     alone = Case.make((1, c, h, w))
 
     def last_of(image: Tensor) -> Tensor:
@@ -433,12 +398,7 @@ def test_memory_is_that_of_the_results() -> None:
     case = Case.make((8, 256, 129, 129))
     with dlf.use_backend("triton"):
         results = case.run()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        again = case.run()
-        torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    size = sum(t.numel() * t.element_size() for t in again.values())
+        peak = peak_memory(case.run)
+    size = sum(t.numel() * t.element_size() for t in results.values())
     # Partials and vectors on top.
-    assert len(results) == len(again) and peak <= 1.02 * size, f"{peak} bytes against {size}"
+    assert peak <= 1.02 * size, f"{peak} bytes against {size}"

@@ -10,20 +10,24 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_harness import (
+    DEVICE,
+    HALF_STEP,
+    assert_as_good,
+    channels_last,
+    conv_bn,
+    every_dtype,
+    half_dtypes,
+    peak_memory,
+    replayed,
+    use_backend,
+)
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import backends, ops, reference
 from deeplab_fast.ops import _cudnn
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
-DEVICE = "cuda"
-HALF_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-DTYPES = list(HALF_STEP)
+from deeplab_fast.testing import deterministic, tf32
 
 
 def make(shape, k, size, dtype, groups=1, nchw=False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,26 +44,14 @@ def make(shape, k, size, dtype, groups=1, nchw=False) -> tuple[Tensor, Tensor, T
     )
 
 
-def torch_path(x, weight, scale, shift, residual=None, act="relu", **options) -> Tensor:
-    """Convolution, batch norm's scale and shift, sum and ReLU as PyTorch has them, one by one."""
-    y = F.conv2d(x, weight, **options)
-    y = y * scale.to(y.dtype)[:, None, None] + shift.to(y.dtype)[:, None, None]
-    y = y if residual is None else y + residual
-    return torch.relu(y) if act else y
-
-
-def assert_as_good(got: Tensor, tensors, residual=None, act="relu", **options) -> None:
-    """The rule above, with the shape, dtype and layout that the op promises."""
+def assert_conv_as_good(got: Tensor, tensors, residual=None, act="relu", **options) -> None:
+    """The rule above."""
     doubles = [None if t is None else t.double() for t in (*tensors, residual)]
     exact = reference.conv_bn_act(*doubles[:4], **options, residual=doubles[4], act=act)
-    assert got.shape == exact.shape and got.dtype == tensors[0].dtype
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    torch_error = torch_path(*tensors, residual, act, **options).double() - exact
-    allowed = 2 * torch_error.abs().max() + exact.abs().max() * HALF_STEP[got.dtype]
-    assert (got.double() - exact).abs().max() <= allowed
+    assert_as_good(got, conv_bn(*tensors, residual, act is not None, **options), exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize(
     ("shape", "k", "size", "options", "residual", "act"),
     [
@@ -93,10 +85,10 @@ def test_error(shape, k, size, options, residual, act, dtype: torch.dtype) -> No
     z = torch.randn_like(F.conv2d(*tensors[:2], **options)) if residual else None
     with dlf.use_backend("cuda"):
         got = ops.conv_bn_act(*tensors, **options, residual=z, act=act)
-    assert_as_good(got, tensors, z, act, **options)
+    assert_conv_as_good(got, tensors, z, act, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_it_runs_by_itself_in_one_fused_kernel(dtype: torch.dtype, monkeypatch) -> None:
     kernels: dict[tuple[object, ...], bool] = {}
     monkeypatch.setattr(_cudnn, "_has_kernel", kernels)
@@ -113,7 +105,7 @@ def test_layouts_give_the_same(residual: bool) -> None:
     z = torch.randn(2, 48, 33, 31, device=DEVICE).bfloat16() if residual else None
     nchw = [t.contiguous() for t in tensors]
     strided = torch.stack([tensors[0], tensors[0]], -1)[..., 0]
-    last = None if z is None else z.contiguous(memory_format=torch.channels_last)
+    last = None if z is None else channels_last(z)
     with dlf.use_backend("cuda"):
         expected = ops.conv_bn_act(*tensors, padding=1, residual=last)
         for given in (nchw, [strided, *tensors[1:]]):
@@ -130,40 +122,33 @@ def test_tf32_follows_pytorch() -> None:
     tensors = make((2, 512, 33, 33), 256, 3, torch.float32)
     with dlf.use_backend("cuda"):
         exact = ops.conv_bn_act(*tensors, padding=1)
-        torch.backends.cudnn.allow_tf32 = True
-        rounded = ops.conv_bn_act(*tensors, padding=1)
-        assert_as_good(rounded, tensors, padding=1)
-        torch.backends.cudnn.allow_tf32 = False
+        with tf32(True):
+            rounded = ops.conv_bn_act(*tensors, padding=1)
+            assert_conv_as_good(rounded, tensors, padding=1)
     assert not torch.equal(exact, rounded)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_deterministic_calls_repeat_to_the_bit(dtype: torch.dtype) -> None:
     tensors = make((2, 256, 33, 33), 256, 3, dtype)
-    torch.use_deterministic_algorithms(True)
-    try:
-        with dlf.use_backend("cuda"):
-            first, *others = (ops.conv_bn_act(*tensors, padding=1) for _ in range(5))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with deterministic(), dlf.use_backend("cuda"):
+        first, *others = (ops.conv_bn_act(*tensors, padding=1) for _ in range(5))
     assert all(torch.equal(first, y) for y in others)
-    assert_as_good(first, tensors, padding=1)
+    assert_conv_as_good(first, tensors, padding=1)
 
 
 def test_in_a_cuda_graph() -> None:
     tensors = make((2, 64, 33, 33), 64, 3, torch.bfloat16)
     z = torch.randn_like(tensors[0])
+
+    def run() -> list[Tensor]:
+        return [ops.conv_bn_act(*tensors, padding=1, residual=z)]
+
     with dlf.use_backend("cuda"):
-        expected = ops.conv_bn_act(*tensors, padding=1, residual=z)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = ops.conv_bn_act(*tensors, padding=1, residual=z)
-    # Values are those of the replay, not of the capture.
-    z.add_(1)
-    graph.replay()
-    torch.cuda.synchronize()
-    with dlf.use_backend("cuda"):
-        assert torch.equal(got, ops.conv_bn_act(*tensors, padding=1, residual=z))
+        [expected] = run()
+        [got] = replayed(run, lambda: z.add_(1))
+        # Values are those of the replay, not of the capture.
+        assert torch.equal(got, *run())
     assert not torch.equal(got, expected)
 
 
@@ -200,21 +185,18 @@ def test_compile_fullgraph() -> None:
         assert torch.equal(compiled(*tensors), call(*tensors))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@half_dtypes
 def test_half_precision_stays_in_half_precision(dtype: torch.dtype) -> None:
     """No copy of a map in fp32, of which the reference makes two at least."""
     tensors = make((16, 64, 129, 129), 64, 3, dtype)
     with dlf.use_backend("cuda"):
         y = ops.conv_bn_act(*tensors, padding=1)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        ops.conv_bn_act(*tensors, padding=1)
+        peak = peak_memory(lambda: ops.conv_bn_act(*tensors, padding=1))
     # The rest is the folded weight and cuDNN's workspace.
-    assert torch.cuda.max_memory_allocated() - before <= 2 * y.nbytes
+    assert peak <= 2 * y.nbytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@half_dtypes
 @pytest.mark.parametrize("classes", [21, 300], ids=["in one kernel", "more than a tile holds"])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_classifier_behind_the_projection(backend, classes, dtype: torch.dtype) -> None:
@@ -224,16 +206,13 @@ def test_classifier_behind_the_projection(backend, classes, dtype: torch.dtype) 
     class_weight = (torch.randn(classes, 256, device=DEVICE) / 16).to(dtype)
     bias = torch.randn(classes, device=DEVICE)
     args = (branches, pooled, weight, scale, shift)
-    try:
-        with dlf.use_backend(backend):
-            got = ops.aspp_project(*args, classifier=(class_weight, bias))
-    except backends.BackendUnavailable as error:
-        pytest.skip(str(error))
+    with use_backend(backend, optional=("triton", "cuda")):
+        got = ops.aspp_project(*args, classifier=(class_weight, bias))
     with dlf.use_backend("reference"):
         doubles = [t.double() for t in (*args, class_weight, bias)]
         exact = ops.aspp_project(*doubles[:5], classifier=(doubles[5], doubles[6]))
     spread = pooled[:, :, None, None].expand(-1, -1, 33, 33)
-    y = torch_path(torch.cat([branches, spread], 1), weight, scale, shift)
+    y = conv_bn(torch.cat([branches, spread], 1), weight, scale, shift)
     torch_error = F.conv2d(y, class_weight[:, :, None, None], bias.to(dtype)).double() - exact
     allowed = 2 * torch_error.abs().max() + exact.abs().max() * HALF_STEP[dtype]
     assert (got.double() - exact).abs().max() <= allowed

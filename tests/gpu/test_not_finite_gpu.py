@@ -7,19 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gpu_harness import DEVICE, use_backend
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import ops, reference
-from deeplab_fast.backends import BackendUnavailable
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
-DEVICE = "cuda"
 DTYPES = [torch.float32, torch.bfloat16]
 DILATIONS = [1, 2]
 
@@ -61,11 +55,8 @@ def test_a_pixel(op: str, backend: str, dtype: torch.dtype, value: float) -> Non
     args, options = arguments(op, dtype)
     args[0][1, 5, 4, 6] = value
     name = op.split()[0]
-    try:
-        with dlf.use_backend(backend):
-            found = getattr(ops, name)(*args, **options)
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
+    with use_backend(backend, optional=("triton", "cuda")):
+        found = getattr(ops, name)(*args, **options)
     expected = getattr(reference, name)(*args, **options)
     assert not expected[1].isfinite().all() or value < 0
     assert_shows(found, expected)

@@ -11,23 +11,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deeplab_fast.kernels import upsample as triton_upsample
+from gpu_harness import (
+    DEVICE,
+    HALF_STEP,
+    assert_capture_says_what_to_do,
+    assert_same,
+    every_dtype,
+    needs_memory,
+    on_a_busy_stream,
+    peak_memory,
+    replayed,
+    use_backend,
+)
 from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import ops, reference
-from deeplab_fast.backends import BackendUnavailable
+from deeplab_fast.testing import deterministic
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
-DEVICE = "cuda"
 # exp2 and log2 of the GPU's special function unit, and the fast division, are good to 2^-22. Four
 # in a row make a pixel's loss, and what they have in common does not average out over pixels.
 SPECIAL = 4 * 2.0**-22
-HALF_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # N, C, h, w, H, W, align_corners
 SIZES = [
@@ -84,7 +88,7 @@ def assert_labels_as_good(labels: Tensor, case: Case) -> None:
     assert (labels.long() == full.argmax(1)).double().mean() > 0.999
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("shape", SIZES)
 def test_argmax(shape, dtype: torch.dtype) -> None:
     case = Case(shape, dtype)
@@ -99,7 +103,7 @@ def test_argmax(shape, dtype: torch.dtype) -> None:
     assert torch.equal(labels, again[0]) and torch.equal(prob, again[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize(
     "weighted,smoothing,reduction",
     [
@@ -190,19 +194,14 @@ def call_all_ops(case: Case) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_backends_agree(backend: str, dtype: torch.dtype) -> None:
     case = Case((2, 21, 65, 65, 513, 513, False), dtype)
     with dlf.use_backend("reference"):
         expected = call_all_ops(case)
-    try:
-        with dlf.use_backend(backend):
-            got = call_all_ops(case)
-    except BackendUnavailable as error:
-        if backend == "cuda":
-            pytest.skip(str(error))
-        raise
+    with use_backend(backend):
+        got = call_all_ops(case)
     # fp32 to fp32, two different orders of summation; positions are off by up to 65 * 2^-23.
     for name in ("loss", "prob", "sum"):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-4)
@@ -219,11 +218,8 @@ def test_results_repeat_to_the_bit() -> None:
     case = Case((4, 21, 65, 65, 513, 513, False), torch.bfloat16)
     with dlf.use_backend("triton"):
         first = call_all_ops(case)
-        torch.use_deterministic_algorithms(True)
-        try:
+        with deterministic():
             second = call_all_ops(case)
-        finally:
-            torch.use_deterministic_algorithms(False)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -264,47 +260,30 @@ def test_cuda_graph_replays_on_new_inputs() -> None:
         triton_upsample.upsample_softmax_add(accumulator, logits, True, False)
         return labels, loss, grad, counts, accumulator
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    logits.copy_(other.logits)
-    target.copy_(other.target)
-    graph.replay()
-    replayed = [t.clone() for t in captured]
-    for got, expected in zip(replayed, step(), strict=True):
-        assert torch.equal(got, expected)
+    def change() -> None:
+        logits.copy_(other.logits)
+        target.copy_(other.target)
+
+    got = replayed(step, change)
+    assert_same(got, step())
 
 
 def test_capture_without_a_call_before_says_what_to_do() -> None:
     logits = torch.zeros(1, 2, 11, 13, device=DEVICE)
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="run the op once at this size before"):
-        with torch.cuda.graph(graph):
-            triton_upsample.upsample_argmax(logits, (83, 97), False, False)
+    assert_capture_says_what_to_do(
+        lambda: triton_upsample.upsample_argmax(logits, (83, 97), False, False)
+    )
 
 
 def test_runs_on_the_current_stream() -> None:
-    """On a side stream, after work that keeps it busy: a launch elsewhere would read zeros."""
     case = Case((2, 21, 65, 65, 513, 513, False))
     args = (case.target, None, 255, 0.0, "mean", False)
-    expected = triton_upsample.upsample_cross_entropy_with_grad(case.logits, *args)
-    stream = torch.cuda.Stream()
-    logits = torch.zeros_like(case.logits)
-    busy = torch.randn(8192, 8192, device=DEVICE)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        for _ in range(8):
-            busy = (busy @ busy).clamp(-1, 1)
-        logits.copy_(case.logits)
-        got = triton_upsample.upsample_cross_entropy_with_grad(logits, *args)
-    stream.synchronize()
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
+
+    def run() -> tuple[Tensor, Tensor]:
+        return triton_upsample.upsample_cross_entropy_with_grad(case.logits, *args)
+
+    expected = run()
+    assert_same(on_a_busy_stream(run, case.logits), expected)
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -337,8 +316,7 @@ def test_labels_outside_do_not_harm_and_are_counted(monkeypatch: pytest.MonkeyPa
     assert triton_upsample.last_label_errors(DEVICE).item() == 3
     expected = triton_upsample.upsample_cross_entropy_with_grad(case.logits, clean, *args)
     assert triton_upsample.last_label_errors(DEVICE).item() == 0
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
+    assert_same(got, expected)
     monkeypatch.setenv(triton_upsample.STRICT_LABELS, "1")
     with pytest.raises(ValueError, match=r"label 21 at \(image 0, row 3, column 4\)"):
         triton_upsample.upsample_confusion(case.logits, case.target, 255, False)
@@ -357,8 +335,7 @@ def test_all_ignored_is_nan_with_no_gradient() -> None:
 
 def test_logits_beyond_two_to_the_31_elements() -> None:
     n, c, h, w = 27, 150, 733, 733
-    if torch.cuda.get_device_properties(DEVICE).total_memory < 24 * 2**30:
-        pytest.skip("needs 24 GiB of GPU memory")
+    needs_memory(24)
     logits = torch.zeros(n, c, h, w, dtype=torch.float16, device=DEVICE)
     assert logits.numel() > 2**31
     logits[-1].normal_()
@@ -374,8 +351,7 @@ def test_logits_beyond_two_to_the_31_elements() -> None:
 
 
 def test_accumulator_beyond_two_to_the_31_elements() -> None:
-    if torch.cuda.get_device_properties(DEVICE).total_memory < 24 * 2**30:
-        pytest.skip("needs 24 GiB of GPU memory")
+    needs_memory(24)
     logits = torch.randn(2, 150, 65, 65, device=DEVICE)
     accumulator = torch.zeros(2, 150, 2700, 2700, device=DEVICE)
     assert accumulator.numel() > 2**31
@@ -400,11 +376,6 @@ def test_memory_of_the_loss_is_a_tenth(classes: int) -> None:
     peaks = []
     for loss in (eager, fused):
         logits = case.logits.clone().requires_grad_()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        loss(logits).backward()
-        torch.cuda.synchronize()
-        peaks.append(torch.cuda.max_memory_allocated() - before)
+        peaks.append(peak_memory(lambda f=loss, x=logits: f(x).backward()))
         del logits
     assert peaks[1] <= 0.1 * peaks[0], f"{peaks[1]} bytes against {peaks[0]}"
