@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from ..program import training
+
+
+class Backbone(Protocol):
+    """What the models and their builders know of a backbone, beside that it is a module."""
+
+    out_channels: int
+    aux_channels: int
+    output_stride: int
+
+    def set_output_stride(self, output_stride: int) -> None:
+        """Exchange strides for dilation or back, in place."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """As of nn.Module."""
 
 
 class IntermediateLayerGetter(nn.ModuleDict):
@@ -108,14 +122,18 @@ def set_dilation(conv: nn.Conv2d, dilation: int) -> None:
     conv._reversed_padding_repeated_twice = [columns, columns, rows, rows]
 
 
+# Of rows and columns; one number where a user set it so.
+_Extent = int | tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Where a convolution reads, and how far apart it writes."""
 
-    stride: Any
-    dilation: Any
-    padding: Any
-    reversed_padding: Any
+    stride: _Extent
+    dilation: _Extent
+    padding: str | tuple[int, ...]
+    reversed_padding: tuple[int, ...]
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Geometry:
@@ -124,12 +142,12 @@ class Geometry:
         return cls(
             conv.stride,
             conv.dilation,
-            padding if isinstance(padding, str) else tuple(_pair(padding)),
+            padding if isinstance(padding, str) else _pair(padding),
             tuple(rest),
         )
 
     def put_on(self, conv: nn.Conv2d) -> None:
-        conv.stride, conv.dilation, conv.padding = self.stride, self.dilation, self.padding
+        vars(conv).update(stride=self.stride, dilation=self.dilation, padding=self.padding)
         conv._reversed_padding_repeated_twice = list(self.reversed_padding)
 
     def moved(self, before: Geometry, after: Geometry) -> Geometry:
@@ -150,18 +168,18 @@ class Geometry:
         return Geometry(
             stride,
             _scaled("dilation", self.dilation, before, after),
-            _scaled("padding", self.padding, before, after),
+            self.padding
+            if isinstance(self.padding, str)
+            else _scaled("padding", self.padding, before, after),
             _scaled("padding", self.reversed_padding, before, after),
         )
 
 
-def _pair(value: Any) -> tuple[int, ...]:
+def _pair(value: int | Iterable[int]) -> tuple[int, ...]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def _scaled(what: str, values: Any, before: Geometry, after: Geometry) -> Any:
-    if isinstance(values, str):
-        return values
+def _scaled(what: str, values: _Extent, before: Geometry, after: Geometry) -> tuple[int, ...]:
     old, new = _pair(before.dilation)[0], _pair(after.dilation)[0]
     if any(v * new % old for v in _pair(values)):
         raise ValueError(f"{what} {values}, which times {new}/{old} is no whole number")

@@ -6,9 +6,9 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, Unpack
+from typing import Any, Protocol, TypedDict, TypeGuard, TypeVar, Unpack, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.classes import class_set
 from ..data.preprocess import Preprocess
@@ -18,9 +18,20 @@ from ..weights.from_file import fill
 from ..weights.layouts import layout_named, rename_tensors
 from ..weights.load import Opened, open_weights
 from ..weights.registry import foreign_rules, published_enum, torchvision_enum
+from ._backbone import Backbone
 from .deeplabv3 import DeepLabV3, check_output_stride
 
 DEFAULT_NUM_CLASSES = 21
+T = TypeVar("T")
+
+
+class _Published(Protocol):
+    """A member of torchvision's enums of weights."""
+
+    meta: dict[str, Any]
+
+    def get_state_dict(self, *, progress: bool, check_hash: bool) -> dict[str, Tensor]:
+        """Downloaded, or from the cache."""
 
 
 class DeepLabOptions(TypedDict, total=False):
@@ -68,7 +79,7 @@ class Family:
         preprocess: what the backbone's ImageNet weights were trained with.
     """
 
-    backbone: Callable[..., Any]
+    backbone: Callable[..., Backbone]
     output_stride: int
     rates: dict[int, tuple[int, ...]] | None
     backbone_options: tuple[str, ...] = ()
@@ -94,12 +105,12 @@ def builder(name: str, family: Family, module: str, doc: str) -> Callable[..., D
     """
 
     def build(
-        *positional: Any,
-        weights: Any = None,
+        *positional: object,
+        weights: object = None,
         progress: bool = True,
         num_classes: int | None = None,
         aux_loss: bool | None = None,
-        weights_backbone: Any = None,
+        weights_backbone: object = None,
         **options: Unpack[DeepLabOptions],
     ) -> DeepLabV3:
         arguments: dict[str, Any] = {
@@ -134,7 +145,7 @@ def builder(name: str, family: Family, module: str, doc: str) -> Callable[..., D
     return build
 
 
-def _positional(name: str, values: tuple[Any, ...]) -> dict[str, Any]:
+def _positional(name: str, values: tuple[object, ...]) -> dict[str, object]:
     if len(values) > len(_POSITIONAL):
         raise TypeError(
             f"{name} takes at most {len(_POSITIONAL)} positional arguments "
@@ -156,11 +167,11 @@ def _warn(message: str) -> None:
 def _build(
     name: str,
     family: Family,
-    weights: Any,
+    weights: object,
     progress: bool,
     num_classes: int | None,
     aux_loss: bool | None,
-    weights_backbone: Any,
+    weights_backbone: object,
     options: dict[str, Any],
 ) -> DeepLabV3:
     # No property of the weights: it is not kept with them.
@@ -185,11 +196,12 @@ def _build(
         aux_loss = agree("aux_loss", aux_loss, True)
     num_classes = check_num_classes(num_classes)
     # With weights for the whole model those of the backbone would be overwritten.
-    backbone_weights = None if weights is not None else weights_backbone
-    if backbone_weights is not None and not _is_path(backbone_weights):
-        backbone_weights = _published(
-            name, family.backbone_enum, "torchvision.models", backbone_weights
-        )
+    wanted = None if weights is not None else weights_backbone
+    backbone_weights: str | os.PathLike[str] | _Published | None = None
+    if _is_path(wanted):
+        backbone_weights = wanted
+    elif wanted is not None:
+        backbone_weights = _published(name, family.backbone_enum, "torchvision.models", wanted)
 
     model = _assemble(family, num_classes, bool(aux_loss), options)
     model.preprocess = family.preprocess
@@ -219,12 +231,15 @@ def _assemble(family: Family, num_classes: int, aux: bool, options: dict[str, An
         rates = family.rates[8 if backbone.output_stride <= 8 else 16]
         classifier = _head(backbone, num_classes, rates, options)
     return DeepLabV3(
-        backbone, classifier, aux_classifier, align_corners=options.get("align_corners", False)
+        cast(nn.Module, backbone),
+        classifier,
+        aux_classifier,
+        align_corners=options.get("align_corners", False),
     )
 
 
 def _head(
-    backbone: Any, num_classes: int, rates: tuple[int, ...], options: dict[str, Any]
+    backbone: Backbone, num_classes: int, rates: tuple[int, ...], options: dict[str, Any]
 ) -> nn.Module:
     name = options.get("head", "torchvision")
     if name == "deeplabv2":
@@ -280,7 +295,7 @@ def check_rates(rates: Sequence[int]) -> None:
         raise ValueError(f"atrous_rates must be at least 1, got {tuple(rates)}")
 
 
-def agree(name: str, given: Any, expected: Any) -> Any:
+def agree(name: str, given: T | None, expected: T) -> T:
     """The value that comes with the weights; another one given is torchvision's error."""
     if given is not None and given != expected:
         raise ValueError(
@@ -289,7 +304,7 @@ def agree(name: str, given: Any, expected: Any) -> Any:
     return expected
 
 
-def _is_path(weights: Any) -> bool:
+def _is_path(weights: object) -> TypeGuard[str | os.PathLike[str]]:
     if isinstance(weights, os.PathLike):
         return True
     suffixes = (".pth", ".pt", ".safetensors", ".npz", ".ckpt")
@@ -298,7 +313,7 @@ def _is_path(weights: Any) -> bool:
     )
 
 
-def _published(name: str, enum: str | None, module: str, weights: Any) -> Any:
+def _published(name: str, enum: str | None, module: str, weights: object) -> _Published:
     """torchvision's entry for published weights: an enum member or the name of one."""
     if enum is None:
         raise ValueError(
@@ -306,7 +321,8 @@ def _published(name: str, enum: str | None, module: str, weights: Any) -> Any:
         )
     entries = torchvision_enum(name, module, enum)
     try:
-        return entries.verify(weights)
+        found: _Published = entries.verify(weights)
+        return found
     except KeyError:
         raise ValueError(
             f"{name}: no weights are named {weights!r}; there are: "
@@ -314,9 +330,11 @@ def _published(name: str, enum: str | None, module: str, weights: Any) -> Any:
         ) from None
 
 
-def _load_backbone(name: str, model: DeepLabV3, weights: Any, progress: bool) -> None:
+def _load_backbone(
+    name: str, model: DeepLabV3, weights: str | os.PathLike[str] | _Published, progress: bool
+) -> None:
     """Fill the backbone from an image classifier's state dict, whose classifier is left out."""
-    if _is_path(weights):
+    if isinstance(weights, (str, os.PathLike)):
         state = read_state_dict(weights)
     else:
         state = weights.get_state_dict(progress=progress, check_hash=True)

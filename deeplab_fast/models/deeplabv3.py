@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.images import ImageLike
 from ..data.preprocess import Preprocess
 from ..nn.aspp import ASPPConv
 from ..nn.heads import DeepLabV2Head
@@ -16,7 +18,7 @@ from ..program import training
 from ..program.fast_path import FastPath
 from ..program.formats import in_plain_format, is_channels_last
 from ..weights.save import model_metadata
-from ._backbone import Geometry, set_dilation
+from ._backbone import Backbone, Geometry, set_dilation
 
 OUTPUT_STRIDES = (8, 16)
 
@@ -139,10 +141,10 @@ class DeepLabV3(nn.Module):
             self._fast_path.drop()
         return super().train(mode)
 
-    def _apply(self, *args: Any, **options: Any) -> DeepLabV3:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeepLabV3:
         # What was prepared for another dtype or device is of no more use.
         self._fast_path.drop()
-        return super()._apply(*args, **options)
+        return super()._apply(fn, recurse)
 
     def _fast_logits(self, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
         if torch.compiler.is_compiling():
@@ -167,14 +169,16 @@ class DeepLabV3(nn.Module):
         first = next(iter(self.backbone.parameters()), None)
         return in_plain_format(logits, x, first is not None and is_channels_last(first))
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Names and shapes do not tell all that `from_checkpoint` needs.
         about = getattr(destination, "_metadata", {}).get(prefix[:-1])
         if about is not None and not torch.compiler.is_compiling():
             about["deeplab_fast"] = model_metadata(self)
 
-    def predict(self, images: Any, **options: Any) -> Any:
+    def predict(self, images: Tensor | ImageLike | Sequence[ImageLike], **options: Any) -> Any:
         """Label maps of photos or tensors; see `deeplab_fast.engine.predict.predict`."""
         from ..engine.predict import predict
 
@@ -198,8 +202,7 @@ class DeepLabV3(nn.Module):
     @property
     def output_stride(self) -> int:
         """Ratio of the input's size to that of the map the head works on."""
-        backbone: Any = self.backbone
-        return backbone.output_stride
+        return cast(Backbone, self.backbone).output_stride
 
     @property
     def atrous_rates(self) -> tuple[int, ...]:
@@ -227,12 +230,12 @@ class DeepLabV3(nn.Module):
         Source: arXiv 1706.05587, section 3.3 ("the rates are doubled when output_stride = 8").
         """
         check_output_stride(output_stride)
-        backbone: Any = self.backbone
-        if not hasattr(backbone, "set_output_stride"):
+        if not hasattr(self.backbone, "set_output_stride"):
             raise ValueError(
-                f"the backbone {type(backbone).__name__} has a fixed output stride; build the "
+                f"the backbone {type(self.backbone).__name__} has a fixed output stride; build the "
                 "model with a builder of deeplab_fast to change it"
             )
+        backbone = cast(Backbone, self.backbone)
         before = backbone.output_stride
         convs = _atrous_convs(self.classifier)
         rates = [rate * before for rate in self.atrous_rates]
@@ -253,17 +256,17 @@ class DeepLabV3(nn.Module):
         return self
 
 
-def _change_backbone(backbone: Any, output_stride: int) -> None:
+def _change_backbone(backbone: Backbone, output_stride: int) -> None:
     """Change its output stride, and move with it what is not as the backbone itself plans it."""
     convs = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d)}
     actual = {name: Geometry.of(conv) for name, conv in convs.items()}
-    kept = {
+    kept: dict[str, object] = {
         name: vars(backbone)[name]
         for name in ("dilated", "output_stride")
         if name in vars(backbone)
     }
     if hasattr(backbone, "set_dilated"):
-        backbone.set_dilated(backbone.dilated)
+        backbone.set_dilated(vars(backbone)["dilated"])
     else:
         backbone.set_output_stride(backbone.output_stride)
     before = {name: Geometry.of(conv) for name, conv in convs.items()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..data.classes import class_set
@@ -31,8 +31,15 @@ class PreprocessBGR(Preprocess):
     fregu856's scripts read photos with OpenCV and apply the means of R, G, B to B, G, R.
     """
 
-    def batch(self, pixels: Tensor, **options: Any) -> Tensor:
-        return super().batch(pixels.flip(1) if pixels.ndim == 4 else pixels, **options)
+    def batch(
+        self,
+        pixels: Tensor,
+        *,
+        size: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        bgr = pixels.flip(1) if pixels.ndim == 4 else pixels
+        return super().batch(bgr, size=size, device=device)
 
 
 class BiasedPaperHead(PaperHead):

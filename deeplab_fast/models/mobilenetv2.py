@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -116,10 +117,10 @@ class InvertedResidual(nn.Module):
     ) -> None:
         super().__init__()
         hidden = in_channels * expansion
-        given: Any = {"norm": norm, "momentum": momentum}
-        self.expand = conv_norm(in_channels, hidden, **given) if expansion > 1 else None
-        self.depthwise = conv_norm(hidden, hidden, kernel, stride, groups=hidden, **given)
-        self.project = conv_norm(hidden, out_channels, act=False, **given)
+        layer = functools.partial(conv_norm, norm=norm, momentum=momentum)
+        self.expand = layer(in_channels, hidden) if expansion > 1 else None
+        self.depthwise = layer(hidden, hidden, kernel, stride, groups=hidden)
+        self.project = layer(hidden, out_channels, act=False)
         self.use_res_connect = stride == 1 and in_channels == out_channels
         self.stride = stride
 
@@ -134,7 +135,7 @@ class InvertedResidual(nn.Module):
 
     def set_atrous(self, stride: int, dilation: int) -> None:
         """Set stride and dilation of the depthwise convolution in place."""
-        conv: Any = self.depthwise.conv
+        conv = cast(nn.Conv2d, self.depthwise.conv)
         set_stride(conv, stride)
         set_dilation(conv, dilation)
 

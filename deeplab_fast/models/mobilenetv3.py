@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +126,7 @@ class InvertedResidual(nn.Module):
 
     def set_atrous(self, stride: int, dilation: int) -> None:
         """Set stride and dilation of the depthwise convolution in place."""
-        depthwise: Any = self.block[self.depthwise_index]
-        conv = depthwise[0]
+        conv = cast(nn.Conv2d, cast(nn.Sequential, self.block[self.depthwise_index])[0])
         set_stride(conv, stride)
         set_dilation(conv, dilation)
 

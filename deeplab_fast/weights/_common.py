@@ -48,6 +48,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def tuples(value: Any) -> Any:
+def tuples(value: object) -> Any:
     """JSON's lists as tuples."""
     return tuple(tuples(v) for v in value) if isinstance(value, (list, tuple)) else value

@@ -131,7 +131,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _meta(content: Any) -> dict[str, Any]:
+def _meta(content: object) -> dict[str, Any]:
     meta = content.get("meta") if isinstance(content, Mapping) else None
     return dict(meta) if isinstance(meta, Mapping) else {}
 
@@ -273,10 +273,10 @@ def _read_torch(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
 class _Inert:
     """Stands in for an object that is of no use here: nothing is imported, looked up or kept."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: object) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
 
@@ -322,7 +322,7 @@ def _harmless_globals() -> Iterator[None]:
 
 
 def _opened(
-    content: Any, label: str, part: str | None, metadata: dict[str, Any], origin: Origin
+    content: object, label: str, part: str | None, metadata: dict[str, Any], origin: Origin
 ) -> Checkpoint:
     wanted = part.split("/") if part else []
     raw = _find_state(content, label, wanted)
@@ -345,7 +345,7 @@ def _opened(
     return Checkpoint(label, {k: state[o] for k, o in originals.items()}, metadata, origin)
 
 
-def _find_state(content: Any, label: str, wanted: list[str]) -> Mapping[Any, Any]:
+def _find_state(content: object, label: str, wanted: list[str]) -> Mapping[Any, Any]:
     """The state dict inside a checkpoint's containers; takes the name that it goes by off."""
     if not isinstance(content, Mapping):
         raise CheckpointError(
@@ -403,7 +403,7 @@ def _tensors(content: Mapping[Any, Any]) -> StateDict:
     }
 
 
-def _parts(content: Any, originals: Mapping[str, str]) -> list[str]:
+def _parts(content: object, originals: Mapping[str, str]) -> list[str]:
     return [*(_networks(content) if isinstance(content, Mapping) else ()), *_groups(originals)]
 
 
@@ -414,7 +414,7 @@ def _has_tensors(content: Mapping[Any, Any]) -> bool:
     )
 
 
-def _as_tensor(value: Any) -> Tensor | None:
+def _as_tensor(value: object) -> Tensor | None:
     if isinstance(value, Tensor):
         return value.detach()
     if type(value).__module__ == "numpy" and getattr(value, "dtype", None) is not None:

@@ -14,6 +14,7 @@ from .embedded import embedded_path, list_embedded
 from .inspect import WeightsInfo
 from .load import Opened, found_options, load_opened, open_weights, option_values
 from .registry import get_model, no_builder
+from .save import builders_config
 from .settings import Settings, put_back, stem_settings, under_other_options
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def model_from_file(
     strict: bool = True,
     given: Collection[str] | None = None,
     stacklevel: int = 2,
-    **overrides: Any,
+    **overrides: object,
 ) -> nn.Module:
     """Build a model for a checkpoint, put on it what the checkpoint's model had, and fill it.
 
@@ -163,7 +164,7 @@ def load(name: str) -> DeepLabV3:
     return cast("DeepLabV3", from_checkpoint(embedded_path(name)).eval())
 
 
-def restore_settings(model: Any, info: WeightsInfo) -> Settings:
+def restore_settings(model: nn.Module, info: WeightsInfo) -> Settings:
     """Put on a model, in place, what the checkpoint's model had beyond its builder's options.
 
     Values that other options of the builder decide stay as they are: what was asked for stands
@@ -184,7 +185,7 @@ def restore_settings(model: Any, info: WeightsInfo) -> Settings:
     """
     if not info.settings:
         return {}
-    name, options = model.config
+    name, options = builders_config(model) or ("", {})
     settings, dropped = under_other_options(info.settings, name, found_options(info), options)
     if dropped:
         warnings.warn(

@@ -6,13 +6,15 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import Tensor
 
 from .settings import Settings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _smp_told(config: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _whole_numbers(value: Any) -> bool:
+def _whole_numbers(value: object) -> TypeGuard[Sequence[int]]:
     return isinstance(value, (list, tuple)) and all(type(v) is int for v in value)
 
 
@@ -145,11 +147,11 @@ class _MMSeg:
         lost: what nothing here gives, as text.
     """
 
-    strides: tuple[int, ...] | None
-    dilations: tuple[int, ...] | None
-    multi_grid: tuple[int, ...] | None
+    strides: Sequence[int] | None
+    dilations: Sequence[int] | None
+    multi_grid: Sequence[int] | None
     contract_dilation: bool
-    rates: tuple[int, ...] | None
+    rates: Sequence[int] | None
     align_corners: bool
     dropout: float = 0.1
     caffe: bool = False
@@ -200,21 +202,26 @@ def _mmseg_config(
 ) -> _MMSeg:
     unread: list[str] = []
 
-    def read(part: str, key: str, default: Any, makes_sense: Callable[[Any], bool]) -> Any:
-        value = {"backbone": backbone, "decode_head": head}[part].get(key, default)
+    def read(
+        part: str, key: str, default: object, makes_sense: Callable[[object], TypeGuard[T]]
+    ) -> T | None:
+        value: object = {"backbone": backbone, "decode_head": head}[part].get(key, default)
         if makes_sense(value):
             return value
         unread.append(f"{part}.{key}")
         return None
 
-    def is_grid(value: Any) -> bool:
+    def is_grid(value: object) -> TypeGuard[Sequence[int] | None]:
         return value is None or _whole_numbers(value)
 
-    def is_number(value: Any) -> bool:
+    def is_number(value: object) -> TypeGuard[float]:
         return type(value) in (int, float)
 
-    def is_flag(value: Any) -> bool:
+    def is_flag(value: object) -> TypeGuard[bool]:
         return isinstance(value, bool)
+
+    def is_text(value: object) -> TypeGuard[str]:
+        return isinstance(value, str)
 
     dropout = read("decode_head", "dropout_ratio", 0.1, is_number)
     eps: dict[str, float] = {}
@@ -254,7 +261,7 @@ def _mmseg_config(
         rates=read("decode_head", "dilations", None, _whole_numbers),
         align_corners=bool(read("decode_head", "align_corners", False, is_flag)),
         dropout=0.1 if dropout is None else dropout,
-        caffe=read("backbone", "style", "pytorch", lambda v: isinstance(v, str)) == "caffe",
+        caffe=read("backbone", "style", "pytorch", is_text) == "caffe",
         eps=eps,
         unread=tuple(unread),
         lost=tuple(lost),
@@ -284,7 +291,7 @@ def _config_model(text: str) -> dict[str, Any]:
     return {}
 
 
-def _literal(node: ast.expr) -> Any:
+def _literal(node: ast.expr) -> object:
     """A literal, also one of dict(...) calls; `_UNREAD` for anything else."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         return {k.arg: _literal(k.value) for k in node.keywords if k.arg is not None}

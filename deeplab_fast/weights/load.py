@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -398,12 +398,12 @@ def _other_options(
     ]
 
 
-def _has_all(theirs: Any, ours: Any) -> bool:
+def _has_all(theirs: Sequence[int] | None, ours: Sequence[int] | None) -> bool:
     """Whether both have atrous rates, and as many."""
-    return bool(theirs) and bool(ours) and len(theirs) == len(ours)
+    return theirs is not None and ours is not None and 0 < len(theirs) == len(ours)
 
 
-def option_values(model: Any) -> dict[str, Any]:
+def option_values(model: nn.Module) -> dict[str, Any]:
     """What a model has now of the options that names and shapes do not tell."""
     values: dict[str, Any] = {}
     backbone = getattr(model, "backbone", None)

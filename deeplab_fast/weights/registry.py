@@ -142,7 +142,7 @@ def _matches(name: str, patterns: Iterable[str] | str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def get_model(name: str, **options: Any) -> nn.Module:
+def get_model(name: str, **options: object) -> nn.Module:
     """Build a model by name, in any case; options as its builder takes them.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -71,7 +70,7 @@ def builders_config(model: nn.Module) -> tuple[str, Mapping[str, Any]] | None:
     return (name, options) if isinstance(name, str) and isinstance(options, Mapping) else None
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     """Arrays, tensors and ranges as lists; other values as they are."""
     if isinstance(value, range):
         return list(value)
@@ -125,10 +124,10 @@ def save_weights(
             "Undo that, or pass strict=False to write the tensors all the same, for load_weights "
             "into a model that you build and change the same way"
         )
-    found = model.state_dict()
-    state: Any = OrderedDict(
-        (k, _stored(k, v.detach().cpu().contiguous(), dtype)) for k, v in found.items()
-    )
+    # With what it carries beside its tensors, as torch.save takes it.
+    state = model.state_dict()
+    for key, value in state.items():
+        state[key] = _stored(key, value.detach().cpu().contiguous(), dtype)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".safetensors":
@@ -141,7 +140,6 @@ def save_weights(
             os.umask(mask)
             temporary.chmod(0o666 & ~mask)
         else:
-            state._metadata = getattr(found, "_metadata", None)
             torch.save(state, temporary)
         os.replace(temporary, path)
     finally:

@@ -148,7 +148,7 @@ def _attributes(module: nn.Module, left_out: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """A value as JSON's own types, sequences as tuples, NumPy's numbers as Python's.
 
     Raises:
@@ -160,7 +160,7 @@ def plain(value: Any) -> Any:
         raise TypeError("it holds itself, or is nested too deeply") from error
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return {_plain_key(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -170,14 +170,14 @@ def _plain(value: Any) -> Any:
     return _plain_number(value)
 
 
-def _plain_key(key: Any) -> Any:
+def _plain_key(key: object) -> object:
     found = _plain(key)
     if isinstance(found, (tuple, dict)):
         raise TypeError(f"{key!r} is no name")
     return found
 
 
-def _plain_number(value: Any) -> Any:
+def _plain_number(value: object) -> bool | int | float:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         try:
             found = value.item()
@@ -225,7 +225,7 @@ def rebuilding(model: nn.Module, name: str, options: Mapping[str, Any]) -> Rebui
     return Rebuilding(rest, {}, (f"{name} does not take its options: {error}",))
 
 
-def _heads(model: Any) -> dict[str, Any]:
+def _heads(model: nn.Module) -> dict[str, Any]:
     heads: dict[str, Any] = {"num_classes": getattr(model, "num_classes", None)}
     if getattr(model, "aux_classifier", None) is not None:
         heads["aux_loss"] = True
