@@ -193,7 +193,7 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
     """The model that ``--weights`` is for, at ``--output-stride``, and its name."""
     from deeplab_fast import backends
     from deeplab_fast.models import list_models
-    from deeplab_fast.weights import embedded_path, inspect_weights, list_embedded, model_from_file
+    from deeplab_fast.weights import embedded_path, from_checkpoint, inspect_weights, list_embedded
 
     if config.backend is not None and config.backend not in ("auto", *backends.BACKENDS):
         raise UsageError(
@@ -228,9 +228,9 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
         options: dict[str, Any] = {} if classes is None else {"num_classes": classes}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            built = model_from_file(
+            built = from_checkpoint(
                 weights,
-                name,
+                model=name,
                 part=config.weights_part,
                 reset_head=reset_head,
                 given=() if config.output_stride is None else ("output_stride",),

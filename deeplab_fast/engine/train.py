@@ -58,7 +58,7 @@ def build_model(
         ValueError, OSError: options or weights that do not fit.
     """
     from deeplab_fast.models import get_model
-    from deeplab_fast.weights import inspect_weights, model_from_file
+    from deeplab_fast.weights import from_checkpoint, inspect_weights
 
     options: dict[str, Any] = {}
     if config.weights is not None:
@@ -81,9 +81,9 @@ def build_model(
         if config.weights is None:
             built = get_model(config.model, num_classes=num_classes, **options)
         else:
-            built = model_from_file(
+            built = from_checkpoint(
                 config.weights,
-                config.model,
+                model=config.model,
                 part=config.weights_part,
                 reset_head=config.reset_head,
                 num_classes=num_classes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,43 +55,45 @@ class BiasedPaperHead(PaperHead):
                 conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
 
 
-def _build(
-    depth: int,
-    output_stride: int,
-    num_classes: int | None,
-    weights: str | os.PathLike[str] | None,
-) -> DeepLabV3:
+def _builder(depth: int, default_stride: int, doc: str) -> Callable[..., DeepLabV3]:
     name = f"fregu856_resnet{depth}"
-    basic = RESNETS[depth].block is BasicBlock
-    allowed = (8, 16) if basic else (16,)
-    if output_stride not in allowed:
-        raise ValueError(
-            f"{name} has output stride {' or '.join(map(str, allowed))}, got {output_stride}"
-        )
-    if num_classes is None:
-        num_classes = DEFAULT_NUM_CLASSES
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    # All blocks of a dilated stage have its dilation.
-    backbone = ResNetBackbone(depth, output_stride, contract_dilation=False)
-    model = DeepLabV3(backbone, BiasedPaperHead(backbone.out_channels, num_classes))
-    model.preprocess = PreprocessBGR()
-    if num_classes == DEFAULT_NUM_CLASSES:
-        cityscapes = class_set("cityscapes")
-        model.classes = (*cityscapes.classes, "void")
-        model.palette = (*cityscapes.palette, (81, 0, 81))
-    model.config = (name, {"output_stride": output_stride, "num_classes": num_classes})
-    if weights is not None:
-        load_weights(model, weights)
-    return model
+    allowed = (8, 16) if RESNETS[depth].block is BasicBlock else (16,)
+
+    def build(
+        *,
+        output_stride: int = default_stride,
+        num_classes: int | None = None,
+        weights: str | os.PathLike[str] | None = None,
+    ) -> DeepLabV3:
+        if output_stride not in allowed:
+            raise ValueError(
+                f"{name} has output stride {' or '.join(map(str, allowed))}, got {output_stride}"
+            )
+        if num_classes is None:
+            num_classes = DEFAULT_NUM_CLASSES
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        # All blocks of a dilated stage have its dilation.
+        backbone = ResNetBackbone(depth, output_stride, contract_dilation=False)
+        model = DeepLabV3(backbone, BiasedPaperHead(backbone.out_channels, num_classes))
+        model.preprocess = PreprocessBGR()
+        if num_classes == DEFAULT_NUM_CLASSES:
+            cityscapes = class_set("cityscapes")
+            model.classes = (*cityscapes.classes, "void")
+            model.palette = (*cityscapes.palette, (81, 0, 81))
+        model.config = (name, {"output_stride": output_stride, "num_classes": num_classes})
+        if weights is not None:
+            load_weights(model, weights)
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = doc
+    return build
 
 
-def fregu856_resnet18(
-    *,
-    output_stride: int = 8,
-    num_classes: int | None = None,
-    weights: str | os.PathLike[str] | None = None,
-) -> DeepLabV3:
+fregu856_resnet18 = _builder(
+    18,
+    8,
     """fregu856/deeplabv3's model on ResNet-18, closely enough to load its weights.
 
     The ASPP has rates 6, 12, 18 at both output strides, biased convolutions before the batch norms
@@ -105,48 +107,13 @@ def fregu856_resnet18(
 
     Raises:
         ValueError: another output stride, or num_classes below 1.
-    """
-    return _build(18, output_stride, num_classes, weights)
-
-
-def fregu856_resnet34(
-    *,
-    output_stride: int = 8,
-    num_classes: int | None = None,
-    weights: str | os.PathLike[str] | None = None,
-) -> DeepLabV3:
-    """The same on ResNet-34; see `fregu856_resnet18`."""
-    return _build(34, output_stride, num_classes, weights)
-
-
-def fregu856_resnet50(
-    *,
-    output_stride: int = 16,
-    num_classes: int | None = None,
-    weights: str | os.PathLike[str] | None = None,
-) -> DeepLabV3:
-    """The same on ResNet-50, at output stride 16 only; see `fregu856_resnet18`."""
-    return _build(50, output_stride, num_classes, weights)
-
-
-def fregu856_resnet101(
-    *,
-    output_stride: int = 16,
-    num_classes: int | None = None,
-    weights: str | os.PathLike[str] | None = None,
-) -> DeepLabV3:
-    """The same on ResNet-101, at output stride 16 only; see `fregu856_resnet18`."""
-    return _build(101, output_stride, num_classes, weights)
-
-
-def fregu856_resnet152(
-    *,
-    output_stride: int = 16,
-    num_classes: int | None = None,
-    weights: str | os.PathLike[str] | None = None,
-) -> DeepLabV3:
-    """The same on ResNet-152, at output stride 16 only; see `fregu856_resnet18`."""
-    return _build(152, output_stride, num_classes, weights)
+    """,
+)
+fregu856_resnet34 = _builder(34, 8, "The same on ResNet-34; see `fregu856_resnet18`.")
+_DEEP = "The same on ResNet-{}, at output stride 16 only; see `fregu856_resnet18`."
+fregu856_resnet50 = _builder(50, 16, _DEEP.format(50))
+fregu856_resnet101 = _builder(101, 16, _DEEP.format(101))
+fregu856_resnet152 = _builder(152, 16, _DEEP.format(152))
 
 
 def _recognise(state: Mapping[str, Tensor]) -> Found | None:

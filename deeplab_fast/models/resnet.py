@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..weights.registry import Found, ModelEntry
 from ..weights.rules import Rule
 from ._backbone import IntermediateLayerGetter, plan_stages, set_dilation, set_stride
 from .builders import Family, builder
+from .deeplabv3 import DeepLabV3
 
 STEMS = ("torchvision", "deep")
 
@@ -273,30 +274,20 @@ def _initialise(net: nn.Module) -> None:
 _OPTIONS = ("multi_grid", "contract_dilation", "stem", "replace_stride_with_dilation")
 
 
-def _atrous(depth: int) -> Family:
-    return Family(
-        backbone=functools.partial(ResNetBackbone, depth),
-        output_stride=8,
-        rates={8: (12, 24, 36), 16: (6, 12, 18)},
+def _deeplab(depth: int, doc: str, cascaded: int = 0) -> Callable[..., DeepLabV3]:
+    family = Family(
+        backbone=functools.partial(ResNetBackbone, depth, cascaded=cascaded),
+        output_stride=16 if cascaded else 8,
+        rates=None if cascaded else {8: (12, 24, 36), 16: (6, 12, 18)},
         backbone_options=_OPTIONS,
         backbone_enum=f"ResNet{depth}_Weights",
     )
+    kind = "cascaded_resnet" if cascaded else "resnet"
+    return builder(f"deeplabv3_{kind}{depth}", family, __name__, doc)
 
 
-def _cascaded(depth: int) -> Family:
-    return Family(
-        backbone=functools.partial(ResNetBackbone, depth, cascaded=3),
-        output_stride=16,
-        rates=None,
-        backbone_options=_OPTIONS,
-        backbone_enum=f"ResNet{depth}_Weights",
-    )
-
-
-deeplabv3_resnet50 = builder(
-    "deeplabv3_resnet50",
-    _atrous(50),
-    __name__,
+deeplabv3_resnet50 = _deeplab(
+    50,
     """DeepLabv3 on ResNet-50: torchvision's `deeplabv3_resnet50`, and more.
 
     Args:
@@ -320,34 +311,24 @@ deeplabv3_resnet50 = builder(
     Source: arXiv 1706.05587.
     """,
 )
-deeplabv3_resnet101 = builder(
-    "deeplabv3_resnet101",
-    _atrous(101),
-    __name__,
+deeplabv3_resnet101 = _deeplab(
+    101,
     "DeepLabv3 on ResNet-101; arguments as of `deeplabv3_resnet50`.",
 )
-deeplabv3_resnet18 = builder(
-    "deeplabv3_resnet18",
-    _atrous(18),
-    __name__,
+deeplabv3_resnet18 = _deeplab(
+    18,
     "DeepLabv3 on ResNet-18; as `deeplabv3_resnet50`, without published weights.",
 )
-deeplabv3_resnet34 = builder(
-    "deeplabv3_resnet34",
-    _atrous(34),
-    __name__,
+deeplabv3_resnet34 = _deeplab(
+    34,
     "DeepLabv3 on ResNet-34; as `deeplabv3_resnet50`, without published weights.",
 )
-deeplabv3_resnet152 = builder(
-    "deeplabv3_resnet152",
-    _atrous(152),
-    __name__,
+deeplabv3_resnet152 = _deeplab(
+    152,
     "DeepLabv3 on ResNet-152; as `deeplabv3_resnet50`, without published weights.",
 )
-deeplabv3_cascaded_resnet50 = builder(
-    "deeplabv3_cascaded_resnet50",
-    _cascaded(50),
-    __name__,
+deeplabv3_cascaded_resnet50 = _deeplab(
+    50,
     """The paper's cascaded model on ResNet-50; arguments as of `deeplabv3_resnet50`.
 
     Behind layer4 stand three copies of it, layer5 to layer7 (the paper's block5 to block7), each
@@ -357,12 +338,12 @@ deeplabv3_cascaded_resnet50 = builder(
 
     Source: arXiv 1706.05587, section 3.2.
     """,
+    cascaded=3,
 )
-deeplabv3_cascaded_resnet101 = builder(
-    "deeplabv3_cascaded_resnet101",
-    _cascaded(101),
-    __name__,
+deeplabv3_cascaded_resnet101 = _deeplab(
+    101,
     "The paper's cascaded model on ResNet-101; see `deeplabv3_cascaded_resnet50`.",
+    cascaded=3,
 )
 
 

@@ -6,7 +6,6 @@ from .files import read_state_dict
 from .from_file import (
     from_checkpoint,
     load,
-    model_from_file,
     restore_settings,
     warn_of_assumptions,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "load",
     "load_weights",
     "model_card",
-    "model_from_file",
     "model_metadata",
     "read_state_dict",
     "restore_settings",

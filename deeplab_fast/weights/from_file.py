@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -21,98 +21,16 @@ if TYPE_CHECKING:
     from ..models import DeepLabV3
 
 
-def model_from_file(
-    source: Source,
-    name: str | None = None,
+def from_checkpoint(
+    path: Source,
     *,
+    model: str | None = None,
     layout: str = "auto",
     part: str | None = None,
     reset_head: bool = False,
     strict: bool = True,
     given: Collection[str] | None = None,
-    stacklevel: int = 2,
     **overrides: object,
-) -> nn.Module:
-    """Build a model for a checkpoint, put on it what the checkpoint's model had, and fill it.
-
-    Args:
-        source: path of a checkpoint or of a folder (see `read_state_dict`), a state dict, or the
-            name of an embedded model where there is no such file.
-        name: of the builder. None: the one that the checkpoint tells, and then the whole model: its
-            auxiliary head, its number of classes and of input channels too.
-        layout, part, reset_head, strict: as `load_weights` has them.
-        given: names of options that the user chose, which are not warned of; default: `overrides`.
-        stacklevel: of `warnings.warn`, seen from here.
-        **overrides: options of the builder, above those of the checkpoint.
-
-    Returns:
-        The model, in training mode as builders leave it.
-
-    Raises:
-        As `from_checkpoint`; TypeError for an option that the builder does not have.
-    """
-    if isinstance(source, str) and source in list_embedded() and not os.path.exists(source):
-        source = embedded_path(source)
-    opened = open_weights(source, layout, part)
-    info, label = opened.info, opened.checkpoint.label
-    whole = name is None
-    chosen = info.model if name is None else name
-    if chosen is None:
-        raise CheckpointError(
-            f"{label} ({info.layout} layout): {no_builder()}. {info.notes}".rstrip()
-        )
-    if whole and info.lost:
-        raise CheckpointError(
-            f"{label} cannot give back the model that it was saved from, which had "
-            f"{shorten(info.lost)}. Build that model yourself, then deeplab_fast.load_weights"
-        )
-    # Options found for one model say nothing about another.
-    own = chosen == info.model
-    options = found_options(info) if whole else info.options if own else {}
-    model = get_model(chosen, **{**options, **overrides})
-    given = overrides if given is None else given
-    if not whole:
-        fill(model, opened, own, given, reset_head, strict, stacklevel + 1)
-        return model
-    put_back(model, stem_settings(model, opened.renamed.state))
-    settings = restore_settings(model, info)
-    load_opened(model, opened, reset_head, strict, settings, stacklevel + 1)
-    warn_of_assumptions(model, info, given, label, stacklevel)
-    return model
-
-
-def fill(
-    model: nn.Module,
-    opened: Opened,
-    own: bool,
-    given: Collection[str],
-    reset_head: bool = False,
-    strict: bool = True,
-    stacklevel: int = 2,
-) -> None:
-    """Fill a model from an open checkpoint and put on it what the checkpoint's model had.
-
-    Args:
-        model: built for the checkpoint.
-        opened: the checkpoint.
-        own: whether the model is of the builder that the checkpoint tells.
-        given, reset_head, strict, stacklevel: as `model_from_file` has them.
-    """
-    if own:
-        restore_settings(model, opened.info)
-    load_opened(model, opened, reset_head, strict, opened.info.settings, stacklevel + 1)
-    if own:
-        warn_of_assumptions(model, opened.info, given, opened.checkpoint.label, stacklevel)
-
-
-def from_checkpoint(
-    path: Source,
-    *,
-    layout: str = "auto",
-    part: str | None = None,
-    reset_head: bool = False,
-    strict: bool = True,
-    **overrides: Any,
 ) -> nn.Module:
     """Build the model that a checkpoint fits and load it.
 
@@ -121,8 +39,12 @@ def from_checkpoint(
     beside the tensors is read too: smp's config.json, mmsegmentation's config, published names.
 
     Args:
-        path: path of a checkpoint or of a folder (see `read_state_dict`), or a state dict.
+        path: path of a checkpoint or of a folder (see `read_state_dict`), a state dict, or the name
+            of an embedded model where there is no such file.
+        model: name of the builder to take; its number of classes and its auxiliary head are then
+            those of `overrides`. None: what the checkpoint tells, heads and input channels too.
         layout, part, reset_head, strict: as `load_weights` has them.
+        given: names of options that are not warned of; those of `overrides` by default.
         **overrides: options of the builder, above those that `inspect_weights` finds; num_classes
             and aux_loss too.
 
@@ -137,15 +59,59 @@ def from_checkpoint(
         UserWarning: nothing tells an option on which the numbers depend; the message says what was
             assumed, and what changes it.
     """
-    return model_from_file(
-        path,
-        layout=layout,
-        part=part,
-        reset_head=reset_head,
-        strict=strict,
-        stacklevel=3,
-        **overrides,
-    )
+    if isinstance(path, str) and path in list_embedded() and not os.path.exists(path):
+        path = embedded_path(path)
+    opened = open_weights(path, layout, part)
+    info, label = opened.info, opened.checkpoint.label
+    whole = model is None
+    name = info.model if model is None else model
+    if name is None:
+        raise CheckpointError(
+            f"{label} ({info.layout} layout): {no_builder()}. {info.notes}".rstrip()
+        )
+    if whole and info.lost:
+        raise CheckpointError(
+            f"{label} cannot give back the model that it was saved from, which had "
+            f"{shorten(info.lost)}. Build that model yourself, then deeplab_fast.load_weights"
+        )
+    # Options found for one model say nothing about another.
+    own = name == info.model
+    options = found_options(info) if whole else info.options if own else {}
+    built = get_model(name, **{**options, **overrides})
+    given = overrides if given is None else given
+    if not whole:
+        fill(built, opened, own, given, reset_head, strict)
+        return built
+    put_back(built, stem_settings(built, opened.renamed.state))
+    settings = restore_settings(built, info)
+    load_opened(built, opened, reset_head, strict, settings)
+    warn_of_assumptions(built, info, given, label, 2)
+    return built
+
+
+def fill(
+    model: nn.Module,
+    opened: Opened,
+    own: bool,
+    given: Collection[str],
+    reset_head: bool = False,
+    strict: bool = True,
+    stacklevel: int = 3,
+) -> None:
+    """Fill a model from an open checkpoint and put on it what the checkpoint's model had.
+
+    Args:
+        model: built for the checkpoint.
+        opened: the checkpoint.
+        own: whether the model is of the builder that the checkpoint tells.
+        given, reset_head, strict: as `from_checkpoint` has them.
+        stacklevel: of `warnings.warn`, seen from here.
+    """
+    if own:
+        restore_settings(model, opened.info)
+    load_opened(model, opened, reset_head, strict, opened.info.settings, stacklevel + 1)
+    if own:
+        warn_of_assumptions(model, opened.info, given, opened.checkpoint.label, stacklevel)
 
 
 def load(name: str) -> DeepLabV3:
