@@ -106,8 +106,8 @@ def read(
         ValueError: fields are unknown, missing or of another type, or the configuration cannot run
             on the device.
     """
-    key: object = records.made(tunable.key, found.key)
-    config: object = records.made(tunable.config, found.config)
+    key = records.made(tunable.key, found.key)
+    config = records.made(tunable.config, found.config)
     reason = tunable.problem(key, config, device)
     if not reason and config not in tunable.candidates(key, device):
         reason = f"{config} is no candidate for this kernel, device and key"

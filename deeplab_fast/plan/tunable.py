@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from .device import Device
 
-Key = TypeVar("Key")
-Config = TypeVar("Config")
+
+class Facts(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+Key = TypeVar("Key", bound=Facts)
+Config = TypeVar("Config", bound=Facts)
 
 
 @dataclass(frozen=True)
