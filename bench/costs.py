@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deeplab_fast.dispatch.examples import Size
 from deeplab_fast.plan.taps import live_taps, output_size
 
 
@@ -117,37 +118,23 @@ def fused_cost(module: nn.Module, inputs: Sequence[Tensor], outputs: int, itemsi
     return Cost(cost.dense_macs, cost.live_macs, elements * itemsize, cost.convolutions)
 
 
-@dataclass(frozen=True)
-class UpsampleSize:
-    """Logits [n, classes, h, w] and the size (height, width) they are interpolated to."""
-
-    n: int
-    classes: int
-    h: int
-    w: int
-    height: int
-    width: int
-
-    @property
-    def logits(self) -> int:
-        """Low-resolution logits."""
-        return self.n * self.classes * self.h * self.w
-
-    @property
-    def pixels(self) -> int:
-        """Output pixels."""
-        return self.n * self.height * self.width
-
-    @property
-    def lerps(self) -> int:
-        """Fewest multiply-adds of the interpolation: along rows once a low-resolution row, then
-        one for each pixel and class."""
-        return self.classes * self.n * self.width * (self.h + self.height)
+def logits(size: Size) -> int:
+    """Low-resolution logits of a call that upsamples."""
+    return size.n * size.c * size.h * size.w
 
 
-def upsample_cost(
-    size: UpsampleSize, moved: int, per_pixel_class: int = 0, gradient: bool = False
-) -> Cost:
+def pixels(size: Size) -> int:
+    """Output pixels of such a call."""
+    return size.n * size.height * size.width
+
+
+def lerps(size: Size) -> int:
+    """Fewest multiply-adds of the interpolation: along rows once a low-resolution row, then one for
+    each pixel and class."""
+    return size.c * size.n * size.width * (size.h + size.height)
+
+
+def upsample_cost(size: Size, moved: int, per_pixel_class: int = 0, gradient: bool = False) -> Cost:
     """Cost of an op on interpolated logits that are never stored.
 
     Args:
@@ -158,7 +145,7 @@ def upsample_cost(
         gradient: also carry a gradient back: to the two rows of logits above and below a pixel,
             then along the rows.
     """
-    macs = size.lerps + per_pixel_class * size.classes * size.pixels
+    macs = lerps(size) + per_pixel_class * size.c * pixels(size)
     if gradient:
-        macs += 2 * size.classes * size.n * size.width * (size.h + size.height)
+        macs += 2 * lerps(size)
     return Cost(macs, macs, moved)

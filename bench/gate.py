@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from deeplab_fast.dispatch.errors import count_error, label_error, norm_error, norms_error
+from deeplab_fast.dispatch.examples import COUNTS, LABELS, VALUES, flat
 
-from .registry import COUNTS, GRADIENT, LABELS, VALUES, Case
+from .registry import GRADIENT, Case
 
 # Unit roundoff of the formats that a product's operands are rounded to.
 ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11, "tf32": 2.0**-11}
@@ -74,7 +74,6 @@ def limit(
     return bound if anchor is None else min(bound, 2 * anchor + roundoff)
 
 
-def outputs(result: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def outputs(result: object) -> list[Tensor]:
     """What a call returned, as a list of tensors outside autograd."""
-    found = [result] if isinstance(result, Tensor) else list(result)
-    return [torch.Tensor.detach(t) for t in found]
+    return [t.detach() for t in flat(result)]

@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplab_fast import get_model, ops
+from deeplab_fast.dispatch.examples import IGNORED, LABELS, VALUES
 from deeplab_fast.testing import import_torchvision
 
 from .costs import Cost, network_cost
-from .op_cases import IGNORED, OS8_RATES, OS16_RATES
+from .op_cases import OS8_RATES, OS16_RATES
 from .registry import (
     GRADIENT,
-    LABELS,
     STEP,
-    VALUES,
     Arguments,
     Case,
     network_tolerance,
@@ -127,7 +126,7 @@ class ModelCase(Case):
         model = torchvision_model(self.backbone, self.output_stride, self.classes)
         return self.wrap(model, self.output)
 
-    def make_inputs(self) -> tuple[Tensor, ...]:
+    def make_inputs(self, device: str, seed: int) -> tuple[Tensor, ...]:
         return (torch.randn(self.n, 3, self.height, self.width),)
 
     def own_model(self, args: Arguments) -> nn.Module:
@@ -203,10 +202,10 @@ class ModelTrain(ModelCase):
     output: ClassVar[type[FullLogits]] = Loss
     own_output: ClassVar[type[FullLogits]] = FusedLoss
 
-    def make_inputs(self) -> tuple[Tensor, ...]:
+    def make_inputs(self, device: str, seed: int) -> tuple[Tensor, ...]:
         target = torch.randint(0, self.classes, (self.n, self.height, self.width))
         ignored = torch.rand(self.n, self.height, self.width) < 0.05
-        return *super().make_inputs(), torch.where(ignored, IGNORED, target)
+        return *super().make_inputs(device, seed), torch.where(ignored, IGNORED, target)
 
     def cost(self, mode: str, itemsize: int) -> Cost:
         with torch.device("meta"):

@@ -28,14 +28,20 @@ import sysconfig
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import MagicMock, patch
 
 from .files import ROOT, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from .registry import Case, Provider
 
 EXTENSIONS = ("_C", "_C_cuda", "_C_sm90", "_C_sm90_nofence", "_C_sm90_acquire_cluster")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -114,46 +120,50 @@ def digest(path: Path) -> str:
 # Triton's cache.
 
 
-def calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """What the cache is filled with: calls of ops by name, for CPU or meta tensors.
 
-    Those of the checks and times of bench.gpu, small shapes of every op, as bench.sanitize runs
-    them, the ops of suite gpu, and a training step's passes at shapes of the models.
+    Those of the checks and times of bench.gpu, at sizes of every op and of the models, at more of a
+    training step's, and the ops of suite gpu.
     """
-    import torch
-
+    from deeplab_fast.dispatch.declare import TRAINING, gpu_ops
+    from deeplab_fast.dispatch.examples import Shapes, Size
     from deeplab_fast.tuning import tune
+    from deeplab_fast.tuning.workloads import Work
 
-    from . import gpu_loan, sanitize
+    from . import gpu_loan
     from .everything import registry
+    from .op_cases import OS8_RATES, OS16_RATES
 
-    yield from tune.launches(gpu_loan.plan(gpu_loan.nominal()))
-    for dtype in (torch.bfloat16, torch.float32):
-        for case in sanitize.small_cases():
-            yield from _calls_of(case, dtype)
-    suite = registry.SUITES["gpu"]
+    works = []
+    for n, side, channels, rates in (
+        (16, 33, 2048, OS16_RATES), (16, 65, 256, OS8_RATES), (2, 65, 256, OS8_RATES),
+    ):  # fmt: skip
+        shapes = Shapes(
+            logits=Size(n, 21, side, side, 513, 513),
+            norms=(Size(n, channels, side, side),),
+            pointwise=(),
+            aspp=Size(n, 2048, side, side, filters=256, rates=rates),
+        )
+        for op in gpu_ops():
+            if op.use == TRAINING:
+                works += [Work(op.name, *work) for work in op.examples.works(shapes)]
+    plan = gpu_loan.plan(gpu_loan.nominal())
+    yield from tune.launches(replace(plan, works=tuple(dict.fromkeys((*plan.works, *works)))))
+    suite, triton = registry.SUITES["gpu"], registry.provider("triton")
     for case in registry.cases():
         if suite.name in case.suites and case.kind == "op":
-            yield from _calls_of(case, suite.dtype)
-    for case in sanitize.model_cases():
-        yield from _calls_of(case, suite.dtype)
+            for mode in case.modes:
+                runs = triton.applies(case, mode)
+                if runs and not triton.missing_reason(case, mode, suite.device, suite.dtype):
+                    yield f"{case.id} {mode}", partial(_call, triton, case, mode, suite.dtype)
 
 
-def _calls_of(case: Any, dtype: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    from .everything import registry
-
-    triton = registry.provider("triton")
-    for mode in case.modes:
-        if triton.applies(case, mode) and not triton.missing_reason(case, mode, "cuda", dtype):
-            name = f"{case.id} {mode} {str(dtype).removeprefix('torch.')}"
-            yield name, partial(_call, case, mode, dtype)
-
-
-def _call(case: Any, mode: str, dtype: Any) -> Any:
+def _call(triton: Provider, case: Case, mode: str, dtype: torch.dtype) -> object:
     """Runs a case on tensors of zeros, which random numbers would take longer to make than it."""
     import torch
 
-    from .everything import registry
+    from .registry import Arguments
 
     made = case.setup("meta", dtype)
     module = made.module.to_empty(device="cpu")
@@ -162,8 +172,8 @@ def _call(case: Any, mode: str, dtype: Any) -> Any:
             tensor.zero_()
     inputs = [tuple(torch.zeros_like(t, device="cpu") for t in given) for given in made.inputs]
     cotangents = [None if t is None else torch.zeros_like(t, device="cpu") for t in made.cotangents]
-    args = registry.Arguments(module, inputs, cotangents)
-    return registry.provider("triton").build(case, mode, "cpu", dtype, args)(0)
+    args = Arguments(module, inputs, cotangents)
+    return triton.build(case, mode, "cpu", dtype, args)(0)
 
 
 def fill(cache: Path) -> int:

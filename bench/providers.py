@@ -7,15 +7,15 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from deeplab_fast import backends, ops
+from deeplab_fast import backends
+from deeplab_fast.dispatch.examples import LABELS
 from deeplab_fast.testing import import_torchvision
 
 from .gate import outputs
@@ -25,48 +25,26 @@ from .registry import (
     BACKWARD,
     FORWARD,
     FORWARD_BACKWARD,
-    LABELS,
     STEP,
     Arguments,
     Case,
+    Context,
+    Inputs,
     Provider,
+    Result,
+    Runnable,
     register_provider,
     spread_batch_norm,
 )
 
 NCHW = torch.contiguous_format
 NHWC = torch.channels_last
+Build = Callable[[Case, str, str, torch.dtype, Arguments], Runnable]
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-Context = Callable[[], AbstractContextManager[Any]]
-Inputs = list[tuple[Tensor, ...]]
-
-
-class Runnable:
-    """A provider at a case: call it with the number of a set of inputs.
-
-    Attributes:
-        module: what is called with the inputs.
-        inputs: the sets of inputs.
-    """
-
-    def __init__(self, module: nn.Module, inputs: Inputs, context: Context = nullcontext) -> None:
-        self.module, self.inputs, self.context = module, inputs, context
-
-    def set(self, i: int) -> tuple[Tensor, ...]:
-        """Set number i, counted round."""
-        return self.inputs[i % len(self.inputs)]
-
-    def __call__(self, i: int) -> Any:
-        raise NotImplementedError
-
-    def probe(self) -> Any:
-        """The result of the first set, and for a step its gradients, to be compared."""
-        return self(0)
 
 
 class _Forward(Runnable):
-    def __call__(self, i: int) -> Any:
+    def __call__(self, i: int) -> Result:
         with torch.inference_mode(), self.context():
             return self.module(*self.set(i))
 
@@ -83,7 +61,7 @@ class _CompiledForward(Runnable):
             # A case may change its inputs, which the comparison must find as they were.
             self.module(*(t.clone() for t in self.set(0)))
 
-    def __call__(self, i: int) -> Any:
+    def __call__(self, i: int) -> Result:
         with torch.no_grad():
             return self.module(*self.set(i))
 
@@ -105,7 +83,7 @@ class _Graphed(Runnable):
             with torch.cuda.graph(self.graph):
                 self.result = module(*self.static)
 
-    def __call__(self, i: int) -> Any:
+    def __call__(self, i: int) -> Result:
         with torch.inference_mode():
             for to, given in zip(self.static, self.set(i), strict=True):
                 to.copy_(given)
@@ -114,31 +92,23 @@ class _Graphed(Runnable):
 
 
 class _ForwardBackward(Runnable):
-    """Output and gradients to the inputs that have one and to all parameters."""
+    """Output and gradients to the first input and to all parameters."""
 
     def __init__(
         self,
-        case: Case,
         module: nn.Module,
         inputs: Inputs,
         cotangents: Sequence[Tensor | None],
         context: Context,
     ) -> None:
-        grown = [
-            tuple(
-                t.detach().requires_grad_() if i in case.differentiable else t
-                for i, t in enumerate(given)
-            )
-            for given in inputs
-        ]
+        grown = [(first.detach().requires_grad_(), *rest) for first, *rest in inputs]
         super().__init__(module, grown, context)
-        self.positions = case.differentiable
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.cotangents = list(cotangents)
 
     def leaves(self, i: int) -> list[Tensor]:
         """What gets a gradient."""
-        return [*(self.set(i)[k] for k in self.positions), *self.parameters]
+        return [self.set(i)[0], *self.parameters]
 
     def forward(self, i: int) -> Tensor:
         """The output, with its graph."""
@@ -153,7 +123,7 @@ class _ForwardBackward(Runnable):
             given = self.cotangents[k] = torch.empty_like(out).copy_(given).detach()
         return torch.autograd.grad(out, self.leaves(i), given, retain_graph=keep)
 
-    def __call__(self, i: int) -> Any:
+    def __call__(self, i: int) -> Result:
         out = self.forward(i)
         return out, *self.gradient(i, out)
 
@@ -161,15 +131,21 @@ class _ForwardBackward(Runnable):
 class _Backward(_ForwardBackward):
     """Only the backward pass, over one kept graph."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Inputs,
+        cotangents: Sequence[Tensor | None],
+        context: Context,
+    ) -> None:
         import torch._functorch.config as functorch
 
-        super().__init__(*args)
+        super().__init__(module, inputs, cotangents, context)
         # A compiled backward pass otherwise frees what the next one reads.
         with functorch.patch(donated_buffer=False):
             self.out = self.forward(0)
 
-    def __call__(self, i: int) -> Any:
+    def __call__(self, i: int) -> Result:
         return self.gradient(0, self.out, keep=True)
 
 
@@ -180,7 +156,7 @@ class _Step(Runnable):
         super().__init__(module, inputs, context)
         self.optimizer = torch.optim.SGD(module.parameters(), lr=1e-5, momentum=0.9)
 
-    def __call__(self, i: int) -> Any:
+    def __call__(self, i: int) -> Result:
         self.optimizer.zero_grad(set_to_none=True)
         with self.context():
             loss = self.module(*self.set(i))
@@ -188,7 +164,7 @@ class _Step(Runnable):
         self.optimizer.step()
         return loss.detach()
 
-    def probe(self) -> Any:
+    def probe(self) -> Result:
         loss = self(0)
         gradients = (p.grad for p in self.module.parameters() if p.grad is not None)
         return loss, *(g.clone() for g in gradients)
@@ -218,18 +194,31 @@ def runnable(
         graphed: replay the forward pass from a CUDA graph.
     """
     module = module.to(dtype=dtype).to(memory_format=layout)
-    inputs = args.converted(dtype, layout, case.mutated)
-    if case.mutated:
-        inputs = [
-            tuple(t.clone() if i in case.mutated else t for i, t in enumerate(given))
-            for given in inputs
-        ]
+    return _running(case, mode, args, module, dtype, layout, context, graphed)
+
+
+def _running(
+    case: Case,
+    mode: str,
+    args: Arguments,
+    module: nn.Module,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    context: Context,
+    graphed: bool = False,
+) -> Runnable:
+    """As `runnable`, with the module as it is."""
+    mutated = case.mutated
+    inputs = [
+        tuple(t.clone() if i in mutated else t for i, t in enumerate(given))
+        for given in args.converted(dtype, layout, case.wide)
+    ]
     if mode == FORWARD:
         return (_Graphed if graphed else _Forward)(module, inputs, context)
     if mode == STEP:
         return _Step(module, inputs, context)
     kind = {FORWARD_BACKWARD: _ForwardBackward, BACKWARD: _Backward}[mode]
-    return kind(case, module, inputs, args.cotangents, context)
+    return kind(module, inputs, args.cotangents, context)
 
 
 def expected(case: Case, mode: str, args: Arguments) -> list[Tensor]:
@@ -241,7 +230,7 @@ def expected(case: Case, mode: str, args: Arguments) -> list[Tensor]:
         return outputs(run.probe())
 
 
-def _eager(layout: torch.memory_format, as_shipped: bool = False, graphed: bool = False) -> Any:
+def _eager(layout: torch.memory_format, as_shipped: bool = False, graphed: bool = False) -> Build:
     def build(case: Case, mode: str, device: str, dtype: torch.dtype, args: Arguments) -> Runnable:
         if as_shipped or trains(case, mode):
             dtype = torch.float32
@@ -278,11 +267,11 @@ def _build_compiled(
     eager = runnable(case, mode, args, module, dtype, NHWC, context)
     eager.module = torch.compile(eager.module)
     if isinstance(eager, _Backward):
-        eager = _Backward(case, eager.module, eager.inputs, eager.cotangents, context)
+        eager = _Backward(eager.module, eager.inputs, eager.cotangents, context)
     return eager
 
 
-def _build_own(attribute: str) -> Any:
+def _build_own(attribute: str) -> Build:
     def build(case: Case, mode: str, device: str, dtype: torch.dtype, args: Arguments) -> Runnable:
         module = getattr(case, attribute)(args)
         context: Context = nullcontext
@@ -297,25 +286,12 @@ def _build_own(attribute: str) -> Any:
 
 def _backend(name: str, description: str) -> Provider:
     def build(case: Case, mode: str, device: str, dtype: torch.dtype, args: Arguments) -> Runnable:
-        fused = case.fused(args, dtype)
-        inputs = args.converted(dtype, NHWC, case.mutated)
-        if case.mutated:
-            inputs = [
-                tuple(t.clone() if i in case.mutated else t for i, t in enumerate(given))
-                for given in inputs
-            ]
-
-        def context() -> AbstractContextManager[None]:
-            return backends.use_backend(name)
-
-        if mode == FORWARD:
-            return _Forward(fused, inputs, context)
-        kind = {FORWARD_BACKWARD: _ForwardBackward, BACKWARD: _Backward}[mode]
-        return kind(case, fused, inputs, args.cotangents, context)
+        context = partial(backends.use_backend, name)
+        return _running(case, mode, args, case.fused(args, dtype), dtype, NHWC, context)
 
     def missing(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
         found = []
-        for desc in descriptions(case, device, dtype):
+        for desc in _descriptions(case, device, dtype):
             reasons = dict(backends.explain(desc).rows)[name]
             found += [r for r in reasons if r not in found]
         return "; ".join(found)
@@ -324,34 +300,20 @@ def _backend(name: str, description: str) -> Provider:
         name,
         description,
         baseline=False,
-        applies=lambda case, mode: _has_fused(case),
+        applies=lambda case, mode: bool(case.descriptions(torch.float32)),
         missing_reason=missing,
         build=build,
         precision=_case_precision,
     )
 
 
-@cache
-def _has_fused(case: Case) -> bool:
-    return bool(_meta_calls(case, torch.float32))
-
-
-def _meta_calls(case: Case, dtype: torch.dtype) -> list:
-    if case.kind == "model":
-        return []
-    args = case.setup("meta", dtype)
-    inputs = args.converted(dtype, NHWC, case.mutated)
-    return case.calls(Arguments(args.module, inputs))
-
-
-def descriptions(case: Case, device: str, dtype: torch.dtype) -> list[backends.OpDesc]:
+def _descriptions(case: Case, device: str, dtype: torch.dtype) -> list[backends.OpDesc]:
     """What a choice of backend rests on, for each op that a case calls."""
     capability = None
     if device == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
     return [
-        replace(ops.describe(op, *args, **kwargs), device=device, capability=capability)
-        for op, args, kwargs in _meta_calls(case, dtype)
+        replace(desc, device=device, capability=capability) for desc in case.descriptions(dtype)
     ]
 
 
@@ -361,7 +323,7 @@ def chosen(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
         return "ours-predict"
     if case.kind == "model" or type(case).own is not Case.own:
         return "ours"
-    names = {backends.explain(desc).chosen for desc in descriptions(case, device, dtype)}
+    names = {backends.explain(desc).chosen for desc in _descriptions(case, device, dtype)}
     return names.pop() or "" if len(names) == 1 else ""
 
 

@@ -12,11 +12,15 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from deeplab_fast.dispatch.describe import OpDesc
+from deeplab_fast.dispatch.examples import VALUES
 
 from .costs import Cost
 
@@ -26,19 +30,18 @@ BACKWARD = "backward"
 FORWARD_BACKWARD = "forward_backward"
 STEP = "step"
 
-# Kinds of output: how `gate.py` compares it.
-VALUES = "values"
+# A kind of output beside those of `examples`: `gate.py` compares them by kind.
 GRADIENT = "gradient"
-LABELS = "labels"
-COUNTS = "counts"
 
 # Relative 2-norm of the error that an fp32 result may have (design, section 6): of sums in any
 # order, and of convolutions, which may also save multiplications.
 DIRECT = 2e-6
 CONVOLUTION = 1e-5
 
-# An op to be called: its name in deeplab_fast.ops, and its arguments.
-Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+Result = Tensor | Sequence[Tensor]
+Context = Callable[[], AbstractContextManager[object]]
+Inputs = list[tuple[Tensor, ...]]
 
 
 @dataclass
@@ -53,13 +56,13 @@ class Arguments:
     """
 
     module: nn.Module
-    inputs: list[tuple[Tensor, ...]]
+    inputs: Inputs
     cotangents: list[Tensor | None] = field(default_factory=list)
     _converted: dict[Any, list[tuple[Tensor, ...]]] = field(default_factory=dict, repr=False)
 
     def converted(
         self, dtype: torch.dtype, layout: torch.memory_format, wide: Sequence[int] = ()
-    ) -> list[tuple[Tensor, ...]]:
+    ) -> Inputs:
         """The inputs in a dtype, maps in a layout; made once, shared by all who ask for the same.
 
         Args:
@@ -87,6 +90,30 @@ def _convert(t: Tensor, dtype: torch.dtype, layout: torch.memory_format) -> Tens
     return t.contiguous(memory_format=layout) if t.dim() == 4 else t
 
 
+class Runnable:
+    """A provider at a case: call it with the number of a set of inputs.
+
+    Attributes:
+        module: what is called with the inputs.
+        inputs: the sets of inputs.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Inputs, context: Context = nullcontext) -> None:
+        self.module, self.inputs, self.context = module, inputs, context
+
+    def set(self, i: int) -> tuple[Tensor, ...]:
+        """Set number i, counted round."""
+        return self.inputs[i % len(self.inputs)]
+
+    def __call__(self, i: int) -> Result:
+        """The result of set number i."""
+        raise NotImplementedError
+
+    def probe(self) -> Result:
+        """The result of the first set, and for a step its gradients, to be compared."""
+        return self(0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case(ABC):
     """One op or model at one shape.
@@ -100,10 +127,6 @@ class Case(ABC):
     """
 
     kind: ClassVar[str]
-    # Positions of the inputs that get a gradient.
-    differentiable: ClassVar[tuple[int, ...]] = ()
-    # Positions of the inputs that a call changes; they are at least fp32 whatever the dtype.
-    mutated: ClassVar[tuple[int, ...]] = ()
     # The dtype that the exact result is computed in.
     oracle_dtype: ClassVar[torch.dtype] = torch.float64
 
@@ -113,6 +136,16 @@ class Case(ABC):
     modes: tuple[str, ...] = (FORWARD,)
     left_out: dict[str, dict[str, str]] = field(default_factory=dict, hash=False, compare=False)
     headline: bool = False
+
+    @property
+    def mutated(self) -> tuple[int, ...]:
+        """Positions of the inputs that a call changes."""
+        return ()
+
+    @property
+    def wide(self) -> tuple[int, ...]:
+        """Positions of the inputs that are at least fp32 whatever the dtype."""
+        return ()
 
     @property
     def id(self) -> str:
@@ -144,7 +177,7 @@ class Case(ABC):
         for i in range(copies):
             torch.manual_seed(seed + 1 + i)
             with torch.device(device):
-                made = self.make_inputs()
+                made = self.make_inputs(device, seed + 1 + i)
                 cotangent = self.make_cotangent() if wants_gradient else None
             args.inputs.append(
                 tuple(t.to(dtype).float() if t.is_floating_point() else t for t in made)
@@ -158,8 +191,8 @@ class Case(ABC):
         """PyTorch's modules for the case, in the mode (train, eval) it is measured in."""
 
     @abstractmethod
-    def make_inputs(self) -> tuple[Tensor, ...]:
-        """One set of inputs, on the default device."""
+    def make_inputs(self, device: str, seed: int) -> tuple[Tensor, ...]:
+        """One set of inputs; device and seed are also the default ones."""
 
     def make_cotangent(self) -> Tensor | None:
         """The gradient of the output; None where the output is a scalar."""
@@ -180,8 +213,8 @@ class Case(ABC):
         """The case through the package's modules or models; None: it has no such form."""
         return None
 
-    def calls(self, args: Arguments) -> list[Call]:
-        """The calls of ops that `fused` makes, for meta tensors as well."""
+    def descriptions(self, dtype: torch.dtype) -> list[OpDesc]:
+        """The calls of ops that `fused` makes; none where the case has no such form."""
         return []
 
     @abstractmethod
@@ -223,11 +256,11 @@ class Provider:
     baseline: bool
     applies: Callable[[Case, str], bool]
     missing_reason: Callable[[Case, str, str, torch.dtype], str]
-    build: Callable[[Case, str, str, torch.dtype, Arguments], Any]
+    build: Callable[[Case, str, str, torch.dtype, Arguments], Runnable]
     precision: Callable[[Case, str, str, torch.dtype], str]
     graphs: bool = False
     slow: bool = False
-    own_expected: Callable[[Any, Arguments, Any], list[Tensor]] | None = None
+    own_expected: Callable[[Any, Arguments, Runnable], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True)

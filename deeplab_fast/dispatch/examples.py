@@ -124,6 +124,11 @@ class Step:
         """The step with its tensors on a device."""
         return self._with(*[lambda t: t.to(device)] * 2)
 
+    def of(self, tensors: Iterable[Tensor]) -> Step:
+        """The step with others in place of its `tensors`."""
+        others = iter(tensors)
+        return replace(self, args=_mapped(self.args, *[lambda t: next(others)] * 2))
+
     def wide(self) -> Step:
         """The step in float64, on the CPU."""
         return self._with(lambda t: t.cpu().double(), Tensor.cpu)
@@ -200,8 +205,7 @@ class Maker:
 
     def map(self, n: int, c: int, h: int, w: int, scale: float = 1.0) -> Tensor:
         """[n, c, h, w], channels_last, in the dtype."""
-        values = self._normal(n, h, w, c) * scale
-        return values.to(self.dtype).permute(0, 3, 1, 2)
+        return self._normal(n, h, w, c, scale=scale).to(self.dtype).permute(0, 3, 1, 2)
 
     def weight(self, k: int, c: int, size: int) -> Tensor:
         """Filters [k, c, size, size] whose results have a standard deviation of about 1."""
@@ -227,10 +231,10 @@ class Maker:
         ignored = torch.rand(shape, generator=self.random, device=self.device) < 0.05
         return found.masked_fill(ignored, IGNORED)
 
-    def _normal(self, *shape: int) -> Tensor:
+    def _normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         if self.random is None:
             return torch.empty(shape, device=self.device)
-        return torch.randn(shape, generator=self.random, device=self.device)
+        return torch.randn(shape, generator=self.random, device=self.device) * scale
 
 
 def elements(size: Size) -> int:

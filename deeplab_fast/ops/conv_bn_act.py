@@ -291,29 +291,37 @@ def _works(shapes: Shapes) -> list[tuple[str, Size]]:
 
 
 def _example(make: Maker, form: str, s: Size) -> list[Step]:
-    x, weight = make.map(s.n, s.c, s.h, s.w).relu_(), make.weight(s.filters, s.c, 1)
+    # A 3x3 convolution where there is a rate, else a 1x1 one.
+    (rate,) = s.rates or (0,)
+    x = make.map(s.n, s.c, s.h, s.w).relu_()
+    weight = make.weight(s.filters, s.c, 3 if rate else 1)
     scale, shift = make.vector(s.filters), make.vector(s.filters, -0.5, 0.5)
     parts, residual = form.split("+"), None
     if "residual" in parts:
         residual = make.map(s.n, s.filters, -(-s.h // s.stride), -(-s.w // s.stride))
     act = "relu" if "relu" in parts else None
-    desc = describe(x, weight, scale, shift, stride=s.stride, residual=residual, act=act)
-    args = (x, weight, scale, shift, s.stride, 0, 1, 1, residual, act)
+    options = {"stride": s.stride, "padding": rate, "dilation": rate or 1, "groups": 1}
+    desc = describe(x, weight, scale, shift, **options, residual=residual, act=act)
+    args = (x, weight, scale, shift, *options.values(), residual, act)
     return [Step(form, s, args, (VALUES,), desc)]
 
 
 def _pytorch(step: Step) -> Forms:
-    x, weight, scale, shift, stride, _, _, _, residual, act = step.args
+    x, weight, scale, shift, stride, padding, dilation, groups, residual, act = step.args
 
     def composed() -> Tensor:
-        return activated(norm_of(F.conv2d(x, weight, None, stride), scale, shift), residual, act)
+        y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+        return activated(norm_of(y, scale, shift), residual, act)
 
     forms: Forms = {"convolution, batch norm": composed}
     if not x.is_cuda:
         return forms
-    fused = fused_layer(weight, scale, shift, stride=stride, residual=residual, act=act)
+    fused = fused_layer(
+        weight, scale, shift, stride=stride, padding=padding, dilation=dilation,
+        residual=residual, act=act,
+    )  # fmt: skip
     forms["cuDNN"] = lambda: fused(x)
-    if residual is None and stride == 1 and act == "relu":
+    if residual is None and stride == 1 and act == "relu" and not step.size.rates:
         n, c, h, w = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(-1, c)
         matrix = _cudnn.fold(weight, scale).flatten(1).t()

@@ -21,7 +21,6 @@ from bench import (
     costs,
     gate,
     measure,
-    op_cases,
     providers,
     registry,
     report,
@@ -30,19 +29,24 @@ from bench import (
     sanitize,
     worker,
 )
-from bench.costs import UpsampleSize
+from bench.op_cases import OpCase
 from bench.registry import FORWARD, FORWARD_BACKWARD, Provider, Suite
+from deeplab_fast.dispatch import declare
+from deeplab_fast.dispatch.examples import Size
 from deeplab_fast.plan.taps import live_taps, output_size
 from deeplab_fast.tuning import timing
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = Suite("quick", "cpu", torch.float32, seconds=0.0, rounds=(2, 2), copies=2)
-SMALL = UpsampleSize(2, 3, 5, 4, 9, 13)
+SMALL = Size(2, 3, 5, 4, 9, 13)
 
 
-def small_project(**options) -> op_cases.AsppProject:
-    sizes = {"n": 1, "h": 5, "w": 4, "channels": 8, "pooled": 4, "out_channels": 6}
-    return op_cases.AsppProject(op="aspp_project", shape="t", suites=(), **sizes | options)
+def op_case(op: str, size: Size = SMALL, **options) -> OpCase:
+    return OpCase(op=op, size=size, shape="t", suites=(), **options)
+
+
+def small_project(**options) -> OpCase:
+    return op_case("aspp_project", Size(1, 8, 5, 4, filters=6, pooled=4), **options)
 
 
 # Costs
@@ -111,17 +115,7 @@ def test_resnet50_costs_what_torchvision_publishes() -> None:
 
 
 def test_costs_of_ops_are_the_bytes_of_their_tensors() -> None:
-    case = op_cases.AsppBranches(
-        op="aspp_branches",
-        shape="t",
-        suites=(),
-        n=2,
-        h=5,
-        w=7,
-        rates=(2, 6),
-        channels=8,
-        out_channels=4,
-    )
+    case = op_case("aspp_branches", Size(2, 8, 5, 7, filters=4, rates=(2, 6)))
     args = case.setup("cpu", torch.float32)
     tensors = [
         *args.inputs[0],
@@ -130,9 +124,7 @@ def test_costs_of_ops_are_the_bytes_of_their_tensors() -> None:
     ]
     assert case.cost(FORWARD, 4).bytes == sum(t.nbytes for t in tensors)
 
-    loss = op_cases.UpsampleCrossEntropy(
-        op="upsample_cross_entropy", shape="t", suites=(), sizes=SMALL
-    )
+    loss = op_case("upsample_cross_entropy")
     logits, target = loss.setup("cpu", torch.float32).inputs[0]
     assert loss.cost(FORWARD, 4).bytes == logits.nbytes + target.nbytes
     assert loss.cost(FORWARD_BACKWARD, 4).bytes == 2 * logits.nbytes + target.nbytes
@@ -141,7 +133,7 @@ def test_costs_of_ops_are_the_bytes_of_their_tensors() -> None:
 def test_lerps_of_a_separable_interpolation() -> None:
     # Along rows: one for each class, row of logits and output column; then one an output.
     along = [(n, c, y, x) for n in range(2) for c in range(3) for y in range(5) for x in range(13)]
-    assert SMALL.lerps == len(along) + 2 * 3 * 9 * 13
+    assert costs.lerps(SMALL) == len(along) + 2 * 3 * 9 * 13
 
 
 # Registry
@@ -198,11 +190,11 @@ def test_references_of_all_ops_agree_at_small_odd_shapes(dtype, capsys) -> None:
     assert shown.count("reference: ok") == sum(len(c.modes) for c in sanitize.small_cases())
 
 
+def test_every_declared_op_has_a_case() -> None:
+    assert {case.op for case in sanitize.small_cases()} == set(declare.registered_ops())
+
+
 # The gate
-
-
-def _labels_case() -> op_cases.UpsampleArgmax:
-    return op_cases.UpsampleArgmax(op="upsample_argmax", shape="t", suites=(), sizes=SMALL)
 
 
 def test_error_of_values_is_a_relative_norm() -> None:
@@ -226,7 +218,7 @@ def test_errors_that_no_limit_allows(out) -> None:
 
 
 def test_label_errors() -> None:
-    case = _labels_case()
+    case = op_case("upsample_argmax")
     logits = torch.tensor([[1.0, 5.0], [2.0, 3.0], [2.0 - 1e-7, 0.0]]).double()[None, :, None]
     exact = torch.tensor([[[1, 0]]])
     near = torch.tensor([[[2, 0]]])
@@ -243,7 +235,7 @@ def test_label_errors() -> None:
 
 
 def test_count_errors() -> None:
-    case = op_cases.UpsampleConfusion(op="upsample_confusion", shape="t", suites=(), sizes=SMALL)
+    case = op_case("upsample_confusion")
     ref = torch.tensor([[100000, 0], [50000, 50000]])
     one_moved = torch.tensor([[99999, 1], [50000, 50000]])
     lost = torch.tensor([[99999, 0], [50000, 50000]])
@@ -351,9 +343,7 @@ def test_missing_and_failing_providers_have_rows_with_reasons() -> None:
 
 @pytest.mark.parametrize("mode", [FORWARD, FORWARD_BACKWARD])
 def test_backends_that_cannot_run_here_are_reported_for_each_op(mode) -> None:
-    case = op_cases.UpsampleCrossEntropy(
-        op="upsample_cross_entropy", shape="t", suites=(), modes=(mode,), sizes=SMALL
-    )
+    case = op_case("upsample_cross_entropy", modes=(mode,))
     names = {p.name for p in registry.applicable(case, mode)}
     assert {"eager", "channels_last", "autocast", "compile", "triton", "cuda"} <= names
     if not torch.cuda.is_available():
@@ -401,7 +391,7 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 
 def test_mutated_inputs_are_not_shared() -> None:
-    case = op_cases.UpsampleSoftmaxAdd(op="upsample_softmax_add", shape="t", suites=(), sizes=SMALL)
+    case = op_case("upsample_softmax_add")
     chosen = [registry.provider(name) for name in ("eager", "channels_last", "reference")]
     results = measure.measure(case, FORWARD, SUITE, chosen, seed=0)
     assert [r.status for r in results] == ["ok"] * 3
