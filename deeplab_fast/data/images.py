@@ -99,7 +99,7 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> np.ndarray:
         return _read_with_tifffile(source, name, error)
     # Pillow's decoders raise almost any exception type on damaged data.
     except Exception as error:
-        raise ImageReadError(name, _one_line(error)) from error
+        raise ImageReadError(name, one_line(error)) from error
 
 
 def as_rgb_array(obj: ImageLike) -> np.ndarray:
@@ -127,7 +127,7 @@ def as_rgb_array(obj: ImageLike) -> np.ndarray:
             raise
         # An opened but not yet decoded file fails here, with almost any exception type.
         except Exception as error:
-            raise ImageReadError(str(name), _one_line(error)) from error
+            raise ImageReadError(str(name), one_line(error)) from error
     raise ValueError(
         f"expected an image as a path, a PIL image or a numpy array, got {type(obj).__name__}; "
         "convert it first (a tensor: pass it to predict directly as uint8 [N,3,H,W])"
@@ -221,16 +221,17 @@ def _check_path(source: str | os.PathLike[str], name: str) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise ImageReadError(name, error.strerror or _one_line(error)) from error
+        raise ImageReadError(name, error.strerror or one_line(error)) from error
     except ValueError as error:
-        raise ImageReadError(name, _one_line(error)) from error
+        raise ImageReadError(name, one_line(error)) from error
     if path.is_dir():
         raise ImageReadError(name, "this is a folder; list_images() expands folders")
     if path.is_file() and size == 0:
         raise ImageReadError(name, "the file is empty (0 bytes)")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     if isinstance(error, MemoryError):
         return "not enough memory"
     return " ".join(str(error).split()) or type(error).__name__
@@ -408,10 +409,10 @@ def _read_with_tifffile(
                 pixels = pixels.transpose(1, 2, 0)
     # As with Pillow: damaged files raise almost anything.
     except Exception as error:
-        raise ImageReadError(name, _one_line(error)) from error
+        raise ImageReadError(name, one_line(error)) from error
     try:
         return _from_array(pixels, name)
     except ImageReadError:
         raise
     except ValueError as error:
-        raise ImageReadError(name, _one_line(error)) from error
+        raise ImageReadError(name, one_line(error)) from error

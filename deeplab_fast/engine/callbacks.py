@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deeplab_fast.engine.finite import describe_not_finite
 from deeplab_fast.engine.metrics import Metrics
+from deeplab_fast.engine.outputs import write_atomically
 
 if TYPE_CHECKING:
     from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -357,9 +358,8 @@ class MetricsFile(Callback):
             # Another trainer's checkpoint does not tell.
             lines = lines[: self._lines] if self._known else lines
         self._lines = len(lines)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, self.path)
+        text = "".join(f"{line}\n" for line in lines)
+        write_atomically([(self.path, lambda file: file.write(text.encode("utf-8")))])
 
     @rank_zero_only
     def on_train_batch_end(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deeplab_fast.data.images import ImageReadError, load_upright
+from deeplab_fast.data.images import ImageReadError, load_upright, one_line
 
 __all__ = ["read_mask"]
 
@@ -47,8 +47,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
         raise
     # Damaged files raise almost any exception type.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageReadError(str(path), reason) from error
+        raise ImageReadError(str(path), one_line(error)) from error
 
 
 def _read_picture(path: Path) -> np.ndarray:
