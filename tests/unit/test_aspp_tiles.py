@@ -1,4 +1,9 @@
-"""The tile lists of the ASPP: every live tap of every pixel once, no dead tap, equal shares."""
+"""The tile lists of the ASPP: every live tap of every pixel once, no dead tap, equal shares.
+
+For the gradients a live pair is a pixel of the output and a tap that reads inside the map. The
+gradient to the input takes each once, seen from the pixel that is read; the gradient to a filter's
+tap takes each once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deeplab_fast.plan.gemm import GemmConfig
-from deeplab_fast.plan.schedule import MIN_PART, ClassField, PartField, schedule, tile_counts
+from deeplab_fast.plan.gradients import (
+    StepField,
+    WgradField,
+    dgrad_schedule,
+    dgrad_tile_counts,
+    divider,
+    wgrad_schedule,
+    wgrad_tile_counts,
+)
+from deeplab_fast.plan.schedule import (
+    MIN_PART,
+    ClassField,
+    PartField,
+    schedule,
+    stats_table,
+    tile_counts,
+)
 from deeplab_fast.plan.taps import Branch, Interval, Problem, axis_intervals
 
 DEEPLAB = (Branch(256, 1, 1), *(Branch(256, 3, d) for d in (12, 24, 36)))
@@ -222,16 +243,229 @@ def test_132_multiprocessors_are_kept_busy(size, batch, branches, split, least) 
     check_sharing(work, split, 132)
 
 
-def test_tables_are_cached_and_cannot_be_written() -> None:
+@pytest.mark.parametrize("make", [schedule, dgrad_schedule, wgrad_schedule])
+def test_tables_are_cached_and_cannot_be_written(make) -> None:
     args = Problem(1, 5, 5, 8, (Branch(4, 3, 2),)), tile(4, 4, 4, True), 3
-    work = schedule(*args)
-    assert schedule(*args) is work
-    for table in (work.classes, work.parts, work.starts, work.sums):
-        assert table.dtype == np.int32 and table.flags.c_contiguous
-        with pytest.raises(ValueError, match="read-only"):
-            table[...] = 0
-
-
-def test_more_pixels_than_an_int32_counts() -> None:
+    work = make(*args)
+    assert make(*args) is work
+    for table in (work.classes, work.parts, work.starts, work.sums, getattr(work, "steps", None)):
+        if table is not None:
+            assert table.dtype == np.int32 and table.flags.c_contiguous
+            with pytest.raises(ValueError, match="read-only"):
+                table[...] = 0
     with pytest.raises(ValueError, match="more than 2147483647 pixels; split the batch"):
-        schedule(Problem(2**11, 1024, 1024, 8, (Branch(4, 3, 2),)), tile(128, 64, 64), 132)
+        make(Problem(2**11, 1024, 1024, 8, (Branch(4, 3, 2),)), tile(128, 64, 64), 132)
+
+
+def offsets(branch: Branch, tap: int) -> tuple[int, int]:
+    half = branch.kernel // 2
+    down, right = divmod(tap, branch.kernel)
+    return (down - half) * branch.dilation, (right - half) * branch.dilation
+
+
+def pixels_of(row: np.ndarray, first: int, block: int) -> tuple[np.ndarray, ...]:
+    """(image, row, column) of the pixels of a block of a class."""
+    number = np.arange(first, min(first + block, row[ClassField.PIXELS]))
+    rows, cols = row[ClassField.ROWS], row[ClassField.COLS]
+    line = number // cols
+    return line // rows, row[ClassField.ROW] + line % rows, row[ClassField.COL] + number % cols
+
+
+def check_parts(work, split: bool) -> None:
+    """The parts of a tile are each of its iterations once; programs start with the longest."""
+    done: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for part in work.parts:
+        done.setdefault(tuple(part[:3]), []).append((part[PartField.BEGIN], part[PartField.END]))
+    assert len(done) == work.tiles
+    for parts in done.values():
+        ends = [0, *(end for _, end in sorted(parts))]
+        assert [begin for begin, _ in sorted(parts)] == ends[:-1]
+    lengths = work.parts[:, PartField.END] - work.parts[:, PartField.BEGIN]
+    assert lengths.sum() == work.iterations and (lengths > 0).all()
+    assert split or work.slots == len(work.sums) == 0
+    for a, b in zip(work.starts, work.starts[1:], strict=False):
+        assert split or (np.diff(lengths[a:b]) <= 0).all(), "longest first"
+
+
+EDGES = [
+    (0, 5, 5, 4, [Branch(2, 3, 1)], (2, 2, 2), 4, True),
+    (2, 1, 1, 4, [Branch(2, 3, 1)], (2, 2, 2), 4, False),
+    (1, 3, 4, 9, [Branch(3, 3, 10**12)], (4, 2, 2), 7, True),
+    (1, 6, 2, 3, [Branch(3, 3, 3), Branch(2, 1, 5)], (4, 2, 2), 7, True),
+    (1, 4, 4, 4, [Branch(1, 3, 2)], (4, 1, 4), 3, False),
+    (2, 5, 6, 3, [Branch(3, 3, 2), Branch(3, 3, 2)], (4, 2, 2), 5, True),
+    (1, 7, 7, 8, [Branch(4, 5, 2), Branch(2, 3, 3)], (4, 4, 2), 9, True),
+]
+
+
+def shapes(test):
+    """Random shapes, and the edges."""
+    for edge in EDGES:
+        test = example(*edge)(test)
+    drawn = given(
+        st.integers(0, 3),
+        st.integers(1, 7),
+        st.integers(1, 7),
+        st.integers(1, 9),
+        branch_lists,
+        st.tuples(*[st.sampled_from([1, 2, 4, 8])] * 3),
+        st.integers(1, 30),
+        st.booleans(),
+    )
+    return settings(max_examples=50, deadline=None, derandomize=True)(drawn(test))
+
+
+@shapes
+def test_dgrad_takes_every_live_pair_once(
+    batch, height, width, channels, branches, blocks, programs, split
+) -> None:
+    branches = tuple(branches)
+    block_m, block_n, block_c = blocks
+    args = Problem(batch, height, width, channels, branches), tile(*blocks, split)
+    work = dgrad_schedule(*args, programs)
+    assert sorted(work.pixels) == list(range(batch * height * width))
+    # How often (pixel of the input, filter of a branch, tap) is multiplied by other than padding,
+    # for one block of channels; and how often (pixel, channel) is stored.
+    first_rows = np.cumsum([0, *(b.taps * b.channels for b in branches)])
+    first_channels = np.cumsum([0, *(b.channels for b in branches)])
+    count = np.zeros((batch, height, width, first_rows[-1]), np.int64)
+    stored = np.zeros((batch, height, width, channels), np.int64)
+    for part in work.parts:
+        pixel = work.pixels[part[PartField.FIRST] : part[PartField.FIRST] + block_m]
+        image, y, x = pixel // (height * width), pixel // width % height, pixel % width
+        if part[PartField.BEGIN] == 0:
+            c = np.arange(part[PartField.FILTER], min(part[PartField.FILTER] + block_n, channels))
+            np.add.at(stored, (image[:, None], y[:, None], x[:, None], c[None, :]), 1)
+        if part[PartField.FILTER]:
+            continue
+        for i in range(part[PartField.BEGIN], part[PartField.END]):
+            step = work.steps[work.classes[part[PartField.CLASS], 0] + i]
+            live = step[StepField.LIVE]
+            assert 1 <= live <= block_c
+            first = step[StepField.WEIGHT_ROW]
+            index = np.searchsorted(first_rows, first, side="right") - 1
+            branch = branches[index]
+            tap, filter_ = divmod(first - first_rows[index], branch.channels)
+            assert filter_ % block_c == 0 and filter_ + live <= branch.channels
+            assert step[StepField.CHANNEL] == first_channels[index] + filter_
+            # The pixel of the output from which this tap reads this pixel of the input.
+            down, right = offsets(branch, tap)
+            assert (step[StepField.ROW_SHIFT], step[StepField.COL_SHIFT]) == (-down, -right)
+            inside = (y - down >= 0) & (y - down < height)
+            inside &= (x - right >= 0) & (x - right < width)
+            assert inside.any(), "a tap that is dead for the whole tile"
+            at = [a[inside][:, None] for a in (image, y, x)]
+            np.add.at(count, (*at, np.arange(first, first + live)[None, :]), 1)
+    assert (stored == 1).all()
+    for index, branch in enumerate(branches):
+        for tap in range(branch.taps):
+            down, right = offsets(branch, tap)
+            first = first_rows[index] + tap * branch.channels
+            for y in range(height):
+                for x in range(width):
+                    live = 0 <= y - down < height and 0 <= x - right < width
+                    assert (count[:, y, x, first : first + branch.channels] == live).all()
+    check_parts(work, split)
+    assert dgrad_tile_counts(*args) == (work.tiles, work.iterations)
+
+
+@shapes
+def test_wgrad_takes_every_live_pair_once(
+    batch, height, width, channels, branches, blocks, programs, split
+) -> None:
+    branches = tuple(branches)
+    block_m, block_n, block_c = blocks
+    args = Problem(batch, height, width, channels, branches), tile(*blocks, split)
+    work = wgrad_schedule(*args, programs)
+    first_rows = np.cumsum([0, *(b.taps * b.channels for b in branches)])
+    first_channels = np.cumsum([0, *(b.channels for b in branches)])
+    # How often a pixel of the output enters an entry of the filters' gradient, all taps.
+    taps = [(index, tap) for index, b in enumerate(branches) for tap in range(b.taps)]
+    count = {key: np.zeros((batch, height, width), np.int64) for key in taps}
+    stored = np.zeros((first_rows[-1], channels), np.int64)
+    for part in work.parts:
+        row = work.classes[part[PartField.CLASS]].astype(np.int64)
+        key = row[WgradField.BRANCH], row[WgradField.TAP]
+        branch = branches[key[0]]
+        assert row[WgradField.CHANNEL] == first_channels[key[0]]
+        assert row[WgradField.CHANNELS] == branch.channels
+        first = row[WgradField.WEIGHT_ROW]
+        assert first == first_rows[key[0]] + key[1] * branch.channels
+        down, right = offsets(branch, key[1])
+        assert (row[WgradField.ROW_SHIFT], row[WgradField.COL_SHIFT]) == (down, right)
+        if part[PartField.BEGIN] == 0:
+            k = np.arange(part[PartField.FIRST], part[PartField.FIRST] + block_m)
+            c = np.arange(part[PartField.FILTER], part[PartField.FILTER] + block_n)
+            k, c = k[k < branch.channels], c[c < channels]
+            np.add.at(stored, ((first + k)[:, None], c[None, :]), 1)
+        if part[PartField.FIRST] or part[PartField.FILTER]:
+            continue
+        pixels = (part[PartField.END] - part[PartField.BEGIN]) * block_c
+        image, y, x = pixels_of(row, part[PartField.BEGIN] * block_c, pixels)
+        assert ((y + down >= 0) & (y + down < height)).all()
+        assert ((x + right >= 0) & (x + right < width)).all()
+        np.add.at(count[key], (image, y, x), 1)
+    dead = [first_rows[i] + t * branches[i].channels for i, t in taps if not count[i, t].any()]
+    for index, tap in taps:
+        down, right = offsets(branches[index], tap)
+        for y in range(height):
+            for x in range(width):
+                live = 0 <= y + down < height and 0 <= x + right < width
+                assert (count[index, tap][:, y, x] == live).all()
+        first = first_rows[index] + tap * branches[index].channels
+        rows = stored[first : first + branches[index].channels]
+        assert (rows == (first not in dead)).all()
+    check_parts(work, split)
+    assert wgrad_tile_counts(*args) == (work.tiles, work.iterations)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 5, 33, 53, 64, 65, 641, 2**30 + 1, 2**31 - 1])
+def test_divider(divisor: int) -> None:
+    """At the numbers where a quotient changes, and at the largest."""
+    factor, bits = divider(divisor)
+    assert 0 < factor < 2**32
+    last = 2**31 - 1
+    quotients = {0, 1, 2, 3, 1000, last // divisor - 1, last // divisor}
+    numbers = {q * divisor + r for q in quotients for r in (-1, 0, 1)} | {last, last - 1}
+    for i in numbers:
+        if 0 <= i <= last:
+            assert (2 * i * factor >> 32) >> bits == i // divisor
+
+
+@pytest.mark.parametrize("batch", [0, 2], ids=["no-images", "two-images"])
+def test_statistics_have_an_entry_for_each_block_of_pixels(batch: int) -> None:
+    branches = (Branch(3, 3, 2), Branch(5, 1, 1), Branch(2, 3, 9))
+    block_m = 4
+    work = schedule(Problem(batch, 5, 6, 8, branches), tile(block_m, 2, 4), 3)
+    table = stats_table(work, block_m)
+    assert table.channels.tolist() == [0, 3, 8, 10]
+    assert table.ranges[0] == 0 and table.ranges[-1] == len(table.counts)
+    used = np.zeros(len(table.counts), np.int64)
+    for part in work.parts[work.parts[:, PartField.FILTER] == 0]:
+        row = work.classes[part[PartField.CLASS]]
+        entry = table.first[part[PartField.CLASS]] + part[PartField.FIRST] // block_m
+        used[entry] += 1
+        assert table.counts[entry] == len(pixels_of(row, part[PartField.FIRST], block_m)[0])
+        index = row[ClassField.BRANCH]
+        assert table.ranges[index] <= entry < table.ranges[index + 1]
+    assert (used == 1).all()
+    sums = [table.counts[a:b].sum() for a, b in zip(table.ranges, table.ranges[1:], strict=False)]
+    assert sums == [batch * 30] * 3
+
+
+@pytest.mark.parametrize(
+    "size,batch,block_m,branches,expected",
+    [
+        pytest.param(65, 16, 128, DEEPLAB, 0.597, id="65x65-batch-16"),
+        pytest.param(65, 1, 64, DEEPLAB, 0.626, id="65x65-batch-1"),
+        pytest.param(33, 16, 128, OS16, 0.613, id="33x33-batch-16"),
+        pytest.param(33, 8, 128, OS16, 0.629, id="33x33-batch-8"),
+        pytest.param(33, 1, 64, OS16, 0.724, id="33x33-batch-1"),
+    ],
+)
+def test_work_of_dgrad_against_dense(size, batch, block_m, branches, expected) -> None:
+    """Multiply-adds in whole tiles over those of all 28 taps."""
+    problem = Problem(batch, size, size, 2048, branches)
+    _, iterations = dgrad_tile_counts(problem, tile(block_m, 256, 64))
+    dense = 28 * 4 * 8 * batch * size * size
+    assert iterations * block_m / dense == pytest.approx(expected, abs=5e-4)
