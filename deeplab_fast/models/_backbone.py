@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ..program import training
+from ..program import match
 
 
 class Backbone(Protocol):
@@ -58,7 +58,18 @@ class IntermediateLayerGetter(nn.ModuleDict):
         return out
 
 
-training.rule(IntermediateLayerGetter)(training.features)
+@match.rule(IntermediateLayerGetter)
+def _stages(getter: IntermediateLayerGetter) -> match.Features:
+    stages: list[tuple[list[nn.Module], str | None]] = []
+    members: list[nn.Module] = []
+    for name, module in getter.items():
+        members.append(module)
+        if name in getter.return_layers:
+            stages.append((members, getter.return_layers[name]))
+            members = []
+    if members:
+        stages.append((members, None))
+    return match.Features(getter, stages)
 
 
 @dataclass(frozen=True)

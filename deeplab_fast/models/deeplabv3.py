@@ -14,16 +14,16 @@ from ..data.images import ImageLike
 from ..data.preprocess import Preprocess
 from ..nn.aspp import ASPPConv
 from ..nn.heads import DeepLabV2Head
-from ..program import training
+from ..program import match, training
 from ..program.fast_path import FastPath
-from ..program.formats import in_plain_format, is_channels_last
+from ..program.network import Network
 from ..weights.save import model_metadata
 from ._backbone import Backbone, Geometry, set_dilation
 
 OUTPUT_STRIDES = (8, 16)
 
 
-class DeepLabV3(nn.Module):
+class DeepLabV3(Network):
     """DeepLabv3 (arXiv 1706.05587), with torchvision's interface and state_dict keys.
 
         model(x) = {"out": upsample(classifier(backbone(x)["out"]), size of x)[, "aux": ...]}
@@ -113,7 +113,7 @@ class DeepLabV3(nn.Module):
         if not torch.jit.is_scripting():
             logits = self._fast_logits(x, aux)
             if logits is None:
-                logits = self._fused_logits(x, aux)
+                logits = training.logits(self, x, aux)
             if logits is not None:
                 return logits
         features = self.backbone(x)
@@ -150,24 +150,6 @@ class DeepLabV3(nn.Module):
         if torch.compiler.is_compiling():
             return None
         return self._fast_path.logits(self, x, aux)
-
-    def _fused_logits(self, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
-        """Low-resolution logits by the training forms; None for the plain modules."""
-        # torch.fx traces with a Proxy, and other ranks have PyTorch's own messages.
-        if not self.fused or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
-            return None
-        if (
-            not training.needs_gradients(self, x)
-            or training.transformed()
-            or not training.has_kernels(x)
-        ):
-            return None
-        features = training.run(self.backbone, x.contiguous(memory_format=torch.channels_last))
-        logits = OrderedDict(out=training.run(self.classifier, features["out"]))
-        if aux and self.aux_classifier is not None:
-            logits["aux"] = training.run(self.aux_classifier, features["aux"])
-        first = next(iter(self.backbone.parameters()), None)
-        return in_plain_format(logits, x, first is not None and is_channels_last(first))
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -207,7 +189,7 @@ class DeepLabV3(nn.Module):
     @property
     def atrous_rates(self) -> tuple[int, ...]:
         """Dilations of the head's atrous branches, in order."""
-        return tuple(training.pair(conv.dilation)[0] for conv in _atrous_convs(self.classifier))
+        return tuple(match.pair(conv.dilation)[0] for conv in _atrous_convs(self.classifier))
 
     def set_output_stride(self, output_stride: int) -> DeepLabV3:
         """Change the output stride of a model, trained or not, in place; weights stay as they are.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.preprocess import Preprocess
 from ..nn import PaperHead
-from ..program import training
+from ..program import match
 from ..weights.load import open_weights
 from ..weights.registry import Found, ModelEntry
 from ..weights.rules import Rule, hwcm, slim
@@ -67,6 +67,11 @@ class SamePadConv2d(nn.Conv2d):
         else:
             x = F.pad(x, [left, right, top, bottom])
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+@match.rule(SamePadConv2d)
+def _same_pad_conv(conv: SamePadConv2d) -> match.Segment:
+    return match.convolution(conv, same=True)
 
 
 def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
@@ -140,10 +145,10 @@ class InvertedResidual(nn.Module):
         set_dilation(conv, dilation)
 
 
-@training.rule(InvertedResidual)
-def _fused_inverted_residual(block: InvertedResidual, x: Tensor) -> Tensor:
+@match.rule(InvertedResidual)
+def _inverted_residual(block: InvertedResidual) -> match.Block:
     parts = [p for p in (block.expand, block.depthwise, block.project) if p is not None]
-    return training.sequence(parts, x, x if block.use_res_connect else None)
+    return match.Block(block, parts, block.use_res_connect)
 
 
 class MobileNetV2Backbone(IntermediateLayerGetter):

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..program import training
+from ..program import match
 from ..weights.inspect import recogniser
 from ..weights.registry import ModelEntry
 from ..weights.rules import Rule
@@ -96,6 +96,12 @@ class SqueezeExcitation(nn.Module):
         return self.scale_activation(self.fc2(scale)) * x
 
 
+@match.rule(SqueezeExcitation)
+def _squeeze_excitation(block: SqueezeExcitation) -> match.SqueezeExcite:
+    fc1 = (block.fc1, block.activation)
+    return match.SqueezeExcite(block, block.avgpool, fc1, (block.fc2,), block.scale_activation)
+
+
 class InvertedResidual(nn.Module):
     """Expand 1x1, depthwise, squeeze-and-excite, project 1x1, residual where shapes allow it."""
 
@@ -131,9 +137,9 @@ class InvertedResidual(nn.Module):
         set_dilation(conv, dilation)
 
 
-@training.rule(InvertedResidual)
-def _fused_inverted_residual(block: InvertedResidual, x: Tensor) -> Tensor:
-    return training.sequence([block.block], x, x if block.use_res_connect else None)
+@match.rule(InvertedResidual)
+def _inverted_residual(block: InvertedResidual) -> match.Block:
+    return match.Block(block, (block.block,), block.use_res_connect)
 
 
 class MobileNetV3Backbone(IntermediateLayerGetter):

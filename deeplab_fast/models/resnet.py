@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..program import training
+from ..program import match
 from ..weights.inspect import head_options
 from ..weights.libraries import basic_blocks, stage_blocks
 from ..weights.registry import Found, ModelEntry
@@ -95,18 +95,17 @@ class Bottleneck(nn.Module):
         set_dilation(self.conv2, dilations[0])
 
 
-@training.rule(BasicBlock)
-def _fused_basic_block(block: BasicBlock, x: Tensor) -> Tensor:
+@match.rule(BasicBlock)
+def _basic_block(block: BasicBlock) -> match.Block:
     modules = (block.conv1, block.bn1, block.relu, block.conv2, block.bn2)
-    return training.residual_block(modules, block.downsample, block.relu, x)
+    return match.Block(block, modules, True, block.downsample, block.relu)
 
 
-@training.rule(Bottleneck)
-def _fused_bottleneck(block: Bottleneck, x: Tensor) -> Tensor:
+@match.rule(Bottleneck)
+def _bottleneck(block: Bottleneck) -> match.Block:
     first = (block.conv1, block.bn1, block.relu, block.conv2, block.bn2, block.relu)
-    return training.residual_block(
-        (*first, block.conv3, block.bn3), block.downsample, block.relu, x
-    )
+    modules = (*first, block.conv3, block.bn3)
+    return match.Block(block, modules, True, block.downsample, block.relu)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..program import match
+
 IMAGE_POOLING_NORMS = ("batch", "running")
 
 
@@ -41,6 +43,9 @@ class SingleValueBatchNorm2d(nn.BatchNorm2d):
             momentum,
             self.eps,
         )
+
+
+match.rule(SingleValueBatchNorm2d)(match.Norm)
 
 
 class ASPPConv(nn.Sequential):
@@ -82,6 +87,12 @@ class ASPPPooling(nn.Sequential):
         for module in self:
             x = module(x)
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+@match.rule(ASPPPooling)
+def _pooling(module: ASPPPooling) -> match.Segment:
+    members = list(module)
+    return match.Pooling(module, members[0], members[1:]) if members else match.Plain(module)
 
 
 class ASPP(nn.Module):
@@ -138,3 +149,8 @@ class ASPP(nn.Module):
         for conv in self.convs:
             branches.append(conv(x))
         return self.project(torch.cat(branches, dim=1))
+
+
+@match.rule(ASPP)
+def _aspp(module: ASPP) -> match.Aspp:
+    return match.Aspp(module, list(module.convs), module.project)

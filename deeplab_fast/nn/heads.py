@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..program import match
 from .aspp import ASPP
 
 
@@ -23,9 +23,14 @@ class DeepLabHead(nn.Sequential):
         dropout: float = 0.5,
         image_pooling_norm: str = "batch",
     ) -> None:
-        options: Any = {"dropout": dropout, "image_pooling_norm": image_pooling_norm}
         super().__init__(
-            ASPP(in_channels, atrous_rates, aspp_channels, **options),
+            ASPP(
+                in_channels,
+                atrous_rates,
+                aspp_channels,
+                dropout=dropout,
+                image_pooling_norm=image_pooling_norm,
+            ),
             nn.Conv2d(aspp_channels, aspp_channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(aspp_channels),
             nn.ReLU(),
@@ -45,9 +50,14 @@ class PaperHead(nn.Sequential):
         dropout: float = 0.5,
         image_pooling_norm: str = "batch",
     ) -> None:
-        options: Any = {"dropout": dropout, "image_pooling_norm": image_pooling_norm}
         super().__init__(
-            ASPP(in_channels, atrous_rates, aspp_channels, **options),
+            ASPP(
+                in_channels,
+                atrous_rates,
+                aspp_channels,
+                dropout=dropout,
+                image_pooling_norm=image_pooling_norm,
+            ),
             nn.Conv2d(aspp_channels, num_classes, 1),
         )
 
@@ -106,6 +116,11 @@ class DeepLabV2Head(nn.Module):
         for conv in self.convs:
             branches.append(conv(x))
         return torch.stack(branches).sum(0)
+
+
+@match.rule(DeepLabV2Head)
+def _deeplabv2(head: DeepLabV2Head) -> match.Sum:
+    return match.Sum(head, list(head.convs))
 
 
 class CascadedHead(nn.Sequential):

@@ -7,14 +7,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from .intact import functional_is_intact
+from . import inference
+from .intact import functional_is_intact, has_global_hooks, has_transforms
+from .layers import Program
+from .network import Network
+from .staleness import Snapshot
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -30,7 +33,7 @@ class FastPath:
         self._lock = threading.Lock()
         self._state: _State | None = None
 
-    def logits(self, model: Any, x: Any, aux: bool) -> dict[str, Tensor] | None:
+    def logits(self, model: Network, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
         """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules."""
         for _ in reasons(model, x):
             return None
@@ -39,7 +42,7 @@ class FastPath:
             return None
         return program.logits(x, aux=aux)
 
-    def reasons(self, model: Any, x: Any) -> list[str]:
+    def reasons(self, model: Network, x: Tensor) -> list[str]:
         """Why a call on x takes the plain modules; empty where it takes the fast path."""
         found = list(reasons(model, x))
         if found:
@@ -62,7 +65,7 @@ class FastPath:
             return 0
         return state.program.held_bytes + state.snapshot.held_bytes
 
-    def _current(self, model: Any) -> _State:
+    def _current(self, model: Network) -> _State:
         state = self._state
         if not _fits(state, model):
             with self._lock:
@@ -74,13 +77,13 @@ class FastPath:
         assert state is not None
         return state
 
-    def __deepcopy__(self, memo: Any) -> FastPath:
+    def __deepcopy__(self, memo: object) -> FastPath:
         return FastPath()
 
     def __copy__(self) -> FastPath:
         return FastPath()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[FastPath], tuple[()]]:
         return FastPath, ()
 
 
@@ -88,13 +91,13 @@ class FastPath:
 class _State:
     """What was prepared, or why nothing was; from what, and under which bound."""
 
-    program: Any
+    program: Program | None
     reason: str
-    snapshot: Any
+    snapshot: Snapshot
     max_extra_bytes: int | None
 
 
-def reasons(model: Any, x: Any) -> Iterator[str]:
+def reasons(model: Network, x: Tensor) -> Iterator[str]:
     """What speaks against the fast path before any weight is looked at, cheapest first."""
     if not model.fast:
         yield "model.fast is False"
@@ -125,7 +128,7 @@ def reasons(model: Any, x: Any) -> Iterator[str]:
         yield "oneDNN is switched off (torch.backends.mkldnn)"
     if torch.jit.is_tracing():
         yield "torch.jit.trace records the plain modules"
-    if transforms():
+    if has_transforms():
         yield "a torch.func transform, forward-mode gradients or a dispatch mode is active"
     if has_global_hooks():
         yield "global hooks of modules are set"
@@ -133,31 +136,7 @@ def reasons(model: Any, x: Any) -> Iterator[str]:
         yield "functions of torch.nn.functional are exchanged"
 
 
-def has_global_hooks() -> bool:
-    """Whether every call of a module runs hooks."""
-    all_modules = nn.modules.module
-    return bool(
-        all_modules._global_forward_hooks
-        or all_modules._global_forward_pre_hooks
-        or all_modules._global_backward_hooks
-        or all_modules._global_backward_pre_hooks
-    )
-
-
-def transforms() -> bool:
-    """Whether something watches or changes the operations that the plain modules run."""
-    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
-        return True
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    if not torch._C._len_torch_function_stack():
-        return False
-    # torch.device and torch.set_default_device are modes too, without effect on a model's call.
-    modes = torch.overrides._get_current_function_mode_stack()
-    return any(type(mode).__name__ != "DeviceContext" for mode in modes)
-
-
-def _reason(program: Any, x: Tensor) -> str:
+def _reason(program: Program, x: Tensor) -> str:
     """What speaks against running a program on x; "" where nothing does."""
     # The plain modules have the error for another number of channels.
     if program.in_channels not in (None, x.shape[1]):
@@ -170,7 +149,7 @@ def _reason(program: Any, x: Tensor) -> str:
     return ""
 
 
-def _fits(state: _State | None, model: Any) -> bool:
+def _fits(state: _State | None, model: Network) -> bool:
     if state is None or state.max_extra_bytes != model.max_extra_bytes:
         return False
     snapshot = state.snapshot
@@ -181,13 +160,10 @@ def _fits(state: _State | None, model: Any) -> bool:
     return snapshot.is_current()
 
 
-def _prepare(model: Any) -> _State:
-    from .inference import fold
-    from .staleness import Snapshot
-
+def _prepare(model: Network) -> _State:
     bound = model.max_extra_bytes
     snapshot = Snapshot(model)
-    program, reason = fold(model, max_extra_bytes=bound)
+    program, reason = inference.fold(model, max_extra_bytes=bound)
     if program is None:
         logger.info("the model runs its plain modules: %s", reason)
     return _State(program, reason, snapshot, bound)

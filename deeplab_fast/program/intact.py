@@ -3,8 +3,8 @@
 What stands for a module in a fast form knows its class's arithmetic and its attributes. People also
 change what a module does: they patch `_conv_forward` on an instance, derive from `nn.Conv2d` for
 weight standardisation or seamless tiling, exchange `nn.ReLU.forward` for all modules or `conv2d` of
-`torch.nn.functional`, compile one submodule. `is_intact` says no to all of these, and the module
-then runs as it is. Inference and training both ask here.
+`torch.nn.functional`, compile one submodule, register hooks. `is_plain` says no to all of these,
+and the module then runs as it is. Inference and training both ask here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,14 +103,48 @@ _FUNCTIONAL = (
     "relu6",
     "silu",
 )
-_Functions = tuple[Any, ...]
-_ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.Hardswish: "hardswish",
-}
+_Functions = tuple[object, ...]
 # By class: what reads those of `CALLED` that it has, what it read then, whether that is as shipped.
-_judged: dict[type, tuple[Callable[[type], Any], Any, bool]] = {}
+_judged: dict[type, tuple[Callable[[type], object], object, bool]] = {}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of the module computes what its class was shipped to compute, and runs no
+    hooks."""
+    return is_intact(module) and not (
+        has_hooks(module)
+        # They see gradients only.
+        or (torch.is_grad_enabled() and (module._backward_hooks or module._backward_pre_hooks))
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calls of a module run anything beside its forward, gradients aside."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def has_global_hooks() -> bool:
+    """Whether every call of a module runs hooks."""
+    all_modules = nn.modules.module
+    return bool(
+        all_modules._global_forward_hooks
+        or all_modules._global_forward_pre_hooks
+        or all_modules._global_backward_hooks
+        or all_modules._global_backward_pre_hooks
+    )
+
+
+def has_transforms() -> bool:
+    """Whether something watches or changes the operations that the plain modules run."""
+    if torch._C._len_torch_dispatch_stack() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if not torch._C._len_torch_function_stack():
+        return False
+    # torch.device and torch.set_default_device are modes too, without effect on a model's call.
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode).__name__ != "DeviceContext" for mode in modes)
 
 
 def is_intact(module: nn.Module) -> bool:
@@ -144,19 +177,6 @@ def _is_intact_when_compiled(module: nn.Module) -> bool:
         if getattr(own, "__func__", None) is not getattr(type(module), name, None):
             return False
     return True
-
-
-def activation(module: nn.Module) -> str | None:
-    """The name of the activation that a module computes, of those that epilogues have, else None.
-
-    Hooks aside.
-    """
-    name = _ACTIVATIONS.get(type(module))
-    if name is None or not is_intact(module):
-        return None
-    # nn.ReLU6 is an nn.Hardtanh, whose bounds can be set.
-    bounds = (module.min_val, module.max_val) if name == "relu6" else (0, 6)
-    return name if bounds == (0, 6) else None
 
 
 def is_intact_class(cls: type) -> bool:
@@ -222,7 +242,7 @@ def _is_own(cls: type, name: str) -> bool:
 
 
 def _shipped_functions() -> _Functions:
-    def is_shipped(function: Any) -> bool:
+    def is_shipped(function: object) -> bool:
         home = getattr(function, "__globals__", None)
         # Most are Python functions, of this module or made by torch's boolean_dispatch.
         return home is None or home.get("__name__", "").startswith("torch.")

@@ -67,9 +67,9 @@ class ConvSpec:
     weight: Tensor
     scale: Tensor | None
     shift: Tensor | None
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
     groups: int
     act: str | None
 
@@ -105,7 +105,7 @@ class ConvLayer:
         if uneven and max_extra_bytes is not None:
             max_extra_bytes //= 2
 
-        def prepare(padding: Any) -> PreparedConv:
+        def prepare(padding: int | Sequence[int]) -> PreparedConv:
             return PreparedConv(
                 spec.weight,
                 spec.scale,
@@ -118,7 +118,7 @@ class ConvLayer:
                 max_extra_bytes=max_extra_bytes,
             )
 
-        self._conv = prepare(halves if self._same else spec.padding)
+        self._conv = prepare(halves if isinstance(spec.padding, str) else spec.padding)
         self._uneven = prepare(0) if uneven else None
         if uneven:
             self.held *= 2
@@ -144,12 +144,12 @@ class ConvLayer:
         rows, columns = self._conv.padding
         return None if sides == [columns, columns, rows, rows] else sides
 
-    def output_shape(self, shape: Sequence[int], residual: Any = None) -> tuple[int, ...]:
+    def output_shape(self, shape: Sequence[int], residual: object = None) -> tuple[int, ...]:
         conv, shape = self._at(shape)
         size = conv._output_size(shape[2], shape[3])
         return (shape[0], conv.out_channels, *size)
 
-    def plans(self, shape: Sequence[int], residual: Any = None) -> tuple[Plan, ...]:
+    def plans(self, shape: Sequence[int], residual: object = None) -> tuple[Plan, ...]:
         conv, shape = self._at(shape)
         return (conv.plan(shape),)
 
@@ -213,10 +213,10 @@ class ProjectLayer:
     def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
         return self._project(branches, pooled)
 
-    def output_shape(self, branches: Sequence[int], pooled: Any) -> tuple[int, ...]:
+    def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
         return (branches[0], self._project.out_channels, *branches[2:])
 
-    def plans(self, branches: Sequence[int], pooled: Any) -> tuple[Plan, ...]:
+    def plans(self, branches: Sequence[int], pooled: object) -> tuple[Plan, ...]:
         return (self._project.plan(branches),)
 
     @property
@@ -240,7 +240,8 @@ class WideProjectLayer:
             bound = max_extra_bytes
             if bound is not None:
                 bound = bound * weight.shape[1] // spec.weight.shape[1]
-            padding: Any = spec.padding
+            # A square odd kernel.
+            padding = weight.shape[2] // 2
             return PreparedConv(
                 weight, spec.scale, shift, padding=padding, act=act, max_extra_bytes=bound
             )
@@ -258,10 +259,10 @@ class WideProjectLayer:
             branches, few[:, :, _spread(rows, height)][:, :, :, _spread(columns, width)]
         )
 
-    def output_shape(self, branches: Sequence[int], pooled: Any) -> tuple[int, ...]:
+    def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
         return (branches[0], self._branches.out_channels, *branches[2:])
 
-    def plans(self, branches: Sequence[int], pooled: Any) -> tuple[Plan, ...]:
+    def plans(self, branches: Sequence[int], pooled: object) -> tuple[Plan, ...]:
         return (self._branches.plan(branches),)
 
     @property

@@ -12,17 +12,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..models.deeplabv3 import DeepLabV3
 from .fast_path import upsampled
 from .inference import fold
 from .layers import Program
+from .network import Network
 from .report import LayerReport, layer_reports, table
 
 logger = logging.getLogger("deeplab_fast")
 
 
 def optimize(
-    model: DeepLabV3, *, keep_aux: bool = False, max_extra_bytes: int | None = None
+    model: Network, *, keep_aux: bool = False, max_extra_bytes: int | None = None
 ) -> OptimizedDeepLabV3:
     """A frozen copy of a model for inference, with kernels and weights chosen for good.
 
@@ -47,7 +47,7 @@ def optimize(
         TypeError: a model of another library.
         ValueError: a negative bound.
     """
-    if not isinstance(model, DeepLabV3):
+    if not isinstance(model, Network):
         raise TypeError(
             f"optimize takes the models that deeplab_fast builds, got {type(model).__name__}; load "
             "the weights into one, e.g. deeplab_fast.from_checkpoint(path)"
@@ -73,7 +73,7 @@ class OptimizedDeepLabV3(nn.Module):
     `copy`, and can be moved.
     """
 
-    def __init__(self, model: DeepLabV3, keep_aux: bool, max_extra_bytes: int | None) -> None:
+    def __init__(self, model: Network, keep_aux: bool, max_extra_bytes: int | None) -> None:
         super().__init__()
         super().train(False)
         self.num_classes = model.num_classes
@@ -87,7 +87,7 @@ class OptimizedDeepLabV3(nn.Module):
         self.reasons: tuple[str, ...] = (reason,) if reason else ()
         self._keep_aux = keep_aux and model.aux_classifier is not None
         self._program: Program | None = program
-        self.copy: DeepLabV3 | None = None
+        self.copy: Network | None = None
         if program is None:
             logger.warning("optimize: the model is copied and runs its plain modules: %s", reason)
             self.copy = copy.deepcopy(model).eval()
@@ -162,7 +162,7 @@ class OptimizedDeepLabV3(nn.Module):
             )
         return self
 
-    def load_state_dict(self, *args: Any, **options: Any) -> NoReturn:
+    def load_state_dict(self, *args: object, **options: object) -> NoReturn:
         """Not possible.
 
         Raises:
@@ -208,7 +208,7 @@ def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if dynamo is None else dynamo.disable(function)
 
 
-def _plain_logits(model: DeepLabV3, x: Tensor, aux: bool) -> dict[str, Tensor]:
+def _plain_logits(model: Network, x: Tensor, aux: bool) -> dict[str, Tensor]:
     features = model.backbone(x)
     logits = OrderedDict(out=model.classifier(features["out"]))
     if aux and model.aux_classifier is not None:
@@ -216,7 +216,7 @@ def _plain_logits(model: DeepLabV3, x: Tensor, aux: bool) -> dict[str, Tensor]:
     return logits
 
 
-def _check_input(x: Any) -> None:
+def _check_input(x: object) -> None:
     if not isinstance(x, Tensor) or x.dim() != 4:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"the input must be a tensor [N, 3, H, W], got {got}")

@@ -14,19 +14,12 @@ for each module and tensor.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from .intact import is_intact_class
+from .intact import has_hooks, is_intact_class
 
 _PARTS = ("backbone", "classifier", "aux_classifier")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calls of a module run anything beside its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_foldable(tensor: Tensor) -> bool:
@@ -47,15 +40,15 @@ class Snapshot:
     """The state of a model with `backbone`, `classifier` and `aux_classifier`, at one time.
 
     Taken before weights are prepared from the model, so that what is prepared is never older. Only
-    modules of PyTorch's and of this package count: others run as they are, and may change their
-    attributes in every call.
+    modules of PyTorch's and of this package count, and those of classes that add nothing to these:
+    others run as they are, and may change their attributes in every call.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model._modules
         self._parts = [(part, model._modules.get(part)) for part in _PARTS]
         inner = [m for _, root in self._parts if root is not None for m in root.modules()]
-        watched = {id(m): m for m in inner if is_ours(m) or has_hooks(m)}.values()
+        watched = {id(m): m for m in inner if _is_watched(type(m)) or has_hooks(m)}.values()
         self._modules = [_ModuleState(m) for m in watched]
         self._classes = [(cls, is_intact_class(cls)) for cls in {type(m) for m in watched}]
         self._tensors = [
@@ -69,7 +62,7 @@ class Snapshot:
         foldable = {id(t): t for _, _, t, _ in self._tensors if t is not None and is_foldable(t)}
         self._bytes = _Bytes([t.detach() for t in foldable.values()])
 
-    def is_of(self, model: Any) -> bool:
+    def is_of(self, model: nn.Module) -> bool:
         """Whether it was taken of this model; a shallow copy has parts of its own."""
         return self._model is model._modules
 
@@ -135,12 +128,12 @@ class _ModuleState:
         )
 
 
-def is_ours(module: nn.Module) -> bool:
-    """A module of PyTorch's or of this package, which changes its attributes only when asked to."""
-    return type(module).__module__.startswith(("torch.nn.", "deeplab_fast."))
+def _is_watched(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class change their attributes only when asked to."""
+    return cls.__module__.startswith(("torch.nn.", "deeplab_fast.")) or is_intact_class(cls)
 
 
-def _identity(tensor: Tensor | None) -> Any:
+def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
     if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
         return None
     # Tensors made in inference mode have no version counter.

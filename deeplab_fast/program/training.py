@@ -18,9 +18,9 @@ Modules that no rule knows run as they are, and so does every module with hooks.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,20 +29,34 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, reference
-from ..nn.aspp import ASPP, ASPPPooling
 from ..ops._common import autocast, differentiable
 from ..ops.aspp_convs import aspp_convs
-from .fast_path import has_global_hooks, transforms
-from .intact import activation, functional_is_intact, is_intact
+from . import match
+from .formats import in_plain_format, is_channels_last
+from .intact import functional_is_intact, has_global_hooks, has_transforms
+from .network import Network
+from .norms import (
+    JointNorm,
+    Norm,
+    NormOptions,
+    affine,
+    check_count,
+    group_of,
+    over_processes,
+    running,
+    update_running,
+    uses_batch,
+)
 
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-# By the forward that a rule stands for: a subclass that keeps it keeps the rule.
-_RULES: dict[Callable[..., Any], Callable[[Any, Any], Any]] = {}
 # (kernel, stride, padding, dilation, ceil_mode) of torch.ops.aten.max_pool2d_with_indices.
 Pool = tuple[list[int], list[int], list[int], list[int], bool]
 
 
-def fuse(model: Any, fused: bool = True) -> Any:
+N = TypeVar("N", bound=Network)
+
+
+def fuse(model: N, fused: bool = True) -> N:
     """Train a model by the fused forms, or no longer: sets `model.fused`.
 
     Modules, parameters and state_dict keys stay as they are, also in the middle of a training.
@@ -66,32 +80,13 @@ def fuse(model: Any, fused: bool = True) -> Any:
     return model
 
 
-def rule(
-    *types: type[nn.Module],
-) -> Callable[[Callable[[Any, Any], Any]], Callable[[Any, Any], Any]]:
-    """Register how modules of these types run."""
-
-    def register(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        _RULES.update({t.forward: function for t in types})
-        return function
-
-    return register
-
-
-def run(module: nn.Module, x: Any) -> Any:
+def run(module: nn.Module, x: Tensor) -> Any:
     """module(x), by segments where they are known."""
-    if not is_plain(module):
-        return module(x)
-    function = _RULES.get(type(module).forward)
-    if function is not None:
-        return function(module, x)
-    if is_sequence(module) or is_convolution(module) or is_norm(module):
-        return sequence([module], x)
-    return module(x)
+    return sequence([module], x)
 
 
 def sequence(
-    modules: Sequence[nn.Module],
+    modules: Iterable[nn.Module],
     x: Tensor,
     residual: Tensor | None = None,
     act: str | None = None,
@@ -100,48 +95,58 @@ def sequence(
 
     Without a residual act must be None: the sequence has its activations.
     """
-    flat = [m for module in modules for m in _flat(module)]
+    return _run(_parts(match.segments(modules)), x, residual, act)
+
+
+def _parts(segments: Iterable[match.Part]) -> list[match.Part]:
+    """Segments, of units those that run as one: a convolution alone, or a batch norm with what
+    stands behind it and, without a bias, before it."""
+    parts: list[match.Part] = []
+    for segment in segments:
+        if not isinstance(segment, match.Unit):
+            parts.append(segment)
+            continue
+        conv, norm, act, pool = segment.conv, segment.norm, segment.act, segment.pool
+        known = norm is not None and type(norm.module).forward in _NORM_FORWARDS
+        if conv is not None and (not known or conv.same or conv.module.bias is not None):
+            parts.append(conv if conv.same else match.Unit(conv, None))
+            conv = None
+        if known:
+            parts.append(match.Unit(conv, norm, act, pool))
+        else:
+            parts += [part for part in (norm, act, pool) if part is not None]
+    return parts
+
+
+def _run(
+    parts: Sequence[match.Part],
+    x: Tensor,
+    residual: Tensor | None = None,
+    act: str | None = None,
+) -> Tensor:
     # x is the raw result of a convolution where a norm is pending.
-    pending: _Norm | None = None
-    i = 0
-    while i < len(flat):
-        module = flat[i]
-        i += 1
-        if not is_convolution(module) and not is_norm(module):
-            x = run(module, x)
+    pending: Norm | None = None
+    for i, part in enumerate(parts):
+        if not isinstance(part, match.Unit):
+            x = _other(part, x)
             continue
-        conv: Any = module if is_convolution(module) else None
-        norm_module: Any = None if conv is not None else module
-        if conv is not None and conv.bias is None and i < len(flat) and is_norm(flat[i]):
-            norm_module = flat[i]
-            i += 1
-        if norm_module is None:
-            x = _convolve(x, pending, conv)
-            pending = None
+        conv = None if part.conv is None else part.conv.module
+        if part.norm is None:
+            assert conv is not None
+            x, pending = _convolve(x, pending, conv), None
             continue
-        norm_act = None
-        if i < len(flat) and is_plain(flat[i]):
-            norm_act = activation(flat[i])
-            i += norm_act is not None
-        pool = None
-        if i < len(flat) and _is_pool(flat[i]):
-            pool = _pool(flat[i])
-            i += 1
-        following = i < len(flat) and is_convolution(flat[i])
-        if following and pool is None:
+        norm = part.norm.module
+        own_act = None if part.act is None else part.act.name
+        following = parts[i + 1] if i + 1 < len(parts) else None
+        if part.pool is None and isinstance(following, match.Unit) and following.conv is not None:
             if conv is not None:
                 x = _convolve(x, pending, conv)
-            pending = _Norm(norm_module, norm_act, x)
+            pending = Norm(norm, own_act, x)
             continue
-        last = i == len(flat) and residual is not None and norm_act is None and pool is None
+        pool = None if part.pool is None else _pool(part.pool.module)
+        last = following is None and residual is not None and own_act is None and pool is None
         x = _finish(
-            x,
-            pending,
-            conv,
-            norm_module,
-            act if last else norm_act,
-            residual if last else None,
-            pool,
+            x, pending, conv, norm, act if last else own_act, residual if last else None, pool
         )
         pending = None
         if last:
@@ -154,205 +159,28 @@ def sequence(
     return x
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling the module runs what its class was shipped with, and nothing else."""
-    return is_intact(module) and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+def _other(segment: match.Segment, x: Tensor) -> Any:
+    """segment.module(x), by parts where they are known."""
+    if isinstance(segment, match.Block):
+        return _block(segment, x)
+    if isinstance(segment, match.Aspp):
+        return _aspp(segment, x)
+    if isinstance(segment, match.Features):
+        return _features(segment, x)
+    return segment.module(x)
 
 
-def is_sequence(module: nn.Module) -> bool:
-    """Whether calling the module runs its members one after another."""
-    # A scripted module's class has no forward to look at.
-    return is_plain(module) and type(module).forward is nn.Sequential.forward
-
-
-def is_convolution(module: nn.Module) -> bool:
-    """A convolution that segments can run."""
-    return (
-        is_plain(module)
-        and type(module).forward is nn.Conv2d.forward
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-        and _is_ordinary(module.weight)
-    )
-
-
-def _is_ordinary(weight: Any) -> bool:
-    """No tensor of a class that may compute something of its own; PyTorch's fakes do not."""
-    cls = type(weight)
-    return cls in (Tensor, nn.Parameter) or cls.__module__.startswith("torch._subclasses.")
-
-
-def pair(value: int | Sequence[int]) -> list[int]:
-    """(rows, columns) of an attribute of a convolution, which people set to an int too."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * 2 if len(values) == 1 else values
-
-
-def is_norm(module: nn.Module) -> bool:
-    """A batch norm, synchronised or not, frozen or not, of those that segments can run."""
-    return (
-        isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
-        and is_plain(module)
-        and type(module).forward in _NORM_FORWARDS
-    )
-
-
-def _is_pool(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.MaxPool2d
-        and is_plain(module)
-        and not getattr(module, "return_indices", False)
-    )
-
-
-def _pool(module: Any) -> Pool:
+def _pool(module: nn.MaxPool2d) -> Pool:
     sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
-    return (*[pair(value) for value in sizes], module.ceil_mode)
+    kernel, stride, padding, dilation = (match.pair(value) for value in sizes)
+    return kernel, stride, padding, dilation, module.ceil_mode
 
 
-def _flat(module: nn.Module) -> Iterator[nn.Module]:
-    if is_sequence(module):
-        # Not children(), which leaves out a module that stands there twice.
-        for child in cast(nn.Sequential, module):
-            yield from _flat(child)
-    elif type(module) is not nn.Identity or not is_plain(module):
-        yield module
-
-
-class _Norm:
-    """A batch norm at the input of the next segment: the statistics of x, and its running update.
-
-    Attributes:
-        mean, rstd: [C], of this batch or the running ones.
-        weight, bias: [C], ones and zeros without affine parameters.
-        batch: whether mean and rstd are this batch's, so that gradients flow through them.
-        count: values for each channel, over all processes of `group`.
-        group: of processes that share their statistics, or None.
-    """
-
-    def __init__(
-        self,
-        module: Any,
-        act: str | None,
-        x: Tensor,
-        stats: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        self.act = act
-        self.weight, self.bias = affine(module, x)
-        self.batch = uses_batch(module)
-        self.group = _group(module)
-        self.count: Any = x.numel() // x.shape[1]
-        if self.batch:
-            check_count(module, x)
-            mean, variance = stats or torch.ops.deeplab_fast.batch_stats(x.detach())
-            mean, variance, self.count = _joint(mean, variance, self.count, self.group)
-            update_running(module, mean, variance, self.count)
-        else:
-            mean, variance = running(module, x)
-        self.mean, self.rstd = mean, torch.rsqrt(variance + module.eps)
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.mean, self.rstd, self.weight, self.bias
-
-    @property
-    def options(self) -> _NormOptions:
-        return _NormOptions(self.act, self.batch, self.count, self.group)
-
-
-@dataclass(frozen=True)
-class _NormOptions:
-    act: str | None
-    batch: bool
-    count: Any
-    group: Any
-
-
-def affine(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """weight and bias of a batch norm, in place of missing ones 1 and 0."""
-    dtype = reference.compute_dtype(x.dtype)
-    weight, bias = module.weight, module.bias
-    if weight is None:
-        weight = torch.ones(x.shape[1], dtype=dtype, device=x.device)
-    if bias is None:
-        bias = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-    return weight, bias
-
-
-def uses_batch(module: Any) -> bool:
-    """Whether a batch norm normalises by the statistics of the batch."""
-    return module.training or (module.running_mean is None and module.running_var is None)
-
-
-def running(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Running mean and variance, in the dtype that x is computed in."""
-    dtype = reference.compute_dtype(x.dtype)
-    return module.running_mean.to(dtype), module.running_var.to(dtype)
-
-
-def check_count(module: Any, x: Tensor) -> None:
-    """torch's error where one value is all that a channel has."""
-    if x.numel() == x.shape[1] and _group(module) is None:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.shape}"
-        )
-
-
-@torch.no_grad()
-def update_running(module: Any, mean: Tensor, variance: Tensor, count: Any) -> None:
-    """Running statistics as nn.BatchNorm2d keeps them: the variance unbiased, momentum None for a
-    cumulative average."""
-    if not module.training or not module.track_running_stats or module.running_mean is None:
-        return
-    momentum = module.momentum
-    if module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(module.num_batches_tracked)
-    if momentum is None:
-        momentum = 0.0
-    unbiased = variance * (count / max(count - 1, 1))
-    for kept, now in ((module.running_mean, mean), (module.running_var, unbiased)):
-        kept.mul_(1 - momentum).add_(now.to(kept.dtype), alpha=momentum)
-
-
-def _group(module: Any) -> Any:
-    if not isinstance(module, nn.SyncBatchNorm) or not uses_batch(module):
-        return None
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    group = module.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
-
-
-def _joint(mean: Tensor, variance: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor, Any]:
-    """Statistics over all processes, combined in the order of their ranks."""
-    if group is None:
-        return mean, variance, count
-    own = torch.cat([mean.double(), variance.double() * count, mean.new_tensor([count]).double()])
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group=group)
-    all_means, all_m2, counts = torch.stack(parts).split([mean.numel(), mean.numel(), 1], 1)
-    total = counts.sum()
-    joint = (all_means * counts).sum(0) / total
-    m2 = (all_m2 + counts * (all_means - joint).square()).sum(0)
-    return joint.to(mean.dtype), (m2 / total).to(mean.dtype), int(total)
-
-
-def _geometry(conv: Any) -> tuple[list[int], list[int], list[int], int]:
-    return pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups
-
-
-def _convolve(x: Tensor, pending: _Norm | None, conv: Any) -> Tensor:
+def _convolve(x: Tensor, pending: Norm | None, conv: nn.Conv2d) -> Tensor:
     """conv(act(norm(x))), or conv(x) where no norm is pending."""
     x, weight = autocast(x, conv.weight)
     tensors = (None,) * 4 if pending is None else pending.tensors
-    plan = _Plan(before=None if pending is None else pending.options, conv=_geometry(conv))
+    plan = _Plan(before=None if pending is None else pending.options, conv=match.geometry(conv))
     y = _Segment.apply(plan, x, *tensors, weight, *(None,) * 5)[0]
     if conv.bias is not None:
         y = y + conv.bias.to(y.dtype)[:, None, None]
@@ -361,9 +189,9 @@ def _convolve(x: Tensor, pending: _Norm | None, conv: Any) -> Tensor:
 
 def _finish(
     x: Tensor,
-    pending: _Norm | None,
-    conv: Any,
-    norm: Any,
+    pending: Norm | None,
+    conv: nn.Conv2d | None,
+    norm: _BatchNorm,
     act: str | None,
     residual: Tensor | None,
     pool: Pool | None,
@@ -382,8 +210,8 @@ def _finish(
     constants = (None, None) if batch else running(norm, x)
     plan = _Plan(
         before=None if pending is None else pending.options,
-        conv=None if conv is None else _geometry(conv),
-        after=_NormOptions(act, batch, None, _group(norm)),
+        conv=None if conv is None else match.geometry(conv),
+        after=NormOptions(act, batch, 0, group_of(norm)),
         eps=norm.eps,
         again=again,
         pool=pool,
@@ -411,13 +239,13 @@ class _Plan:
         check: the norm behind, whose input must have more than one value for each channel.
     """
 
-    before: _NormOptions | None = None
+    before: NormOptions | None = None
     conv: tuple[list[int], list[int], list[int], int] | None = None
-    after: _NormOptions | None = None
+    after: NormOptions | None = None
     eps: float = 0.0
     again: bool = False
     pool: Pool | None = None
-    check: Any = None
+    check: _BatchNorm | None = None
 
 
 class _Segment(torch.autograd.Function):
@@ -438,7 +266,7 @@ class _Segment(torch.autograd.Function):
         mean_after: Tensor | None,
         variance_after: Tensor | None,
         residual: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Any]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         ops = torch.ops.deeplab_fast
         z = x
         if plan.before is not None:
@@ -448,12 +276,13 @@ class _Segment(torch.autograd.Function):
         ctx.plan = plan
         if plan.after is None:
             ctx.save_for_backward(x, mean, rstd, weight, bias, filters)
-            return z, None, None, None
-        count: Any = z.numel() // z.shape[1]
+            return z, None, None, 0
+        count = z.numel() // z.shape[1]
         if plan.after.batch:
+            assert plan.check is not None
             check_count(plan.check, z)
             mean_after, variance_after = ops.batch_stats(z)
-            mean_after, variance_after, count = _joint(
+            mean_after, variance_after, count = over_processes(
                 mean_after, variance_after, count, plan.after.group
             )
         assert variance_after is not None
@@ -472,7 +301,7 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     @differentiable(lambda ctx: _again(ctx))
-    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Any, *unused: object) -> tuple[Tensor | None, ...]:
         ops = torch.ops.deeplab_fast
         plan: _Plan = ctx.plan
         x, mean, rstd, weight, bias, filters, *rest = ctx.saved_tensors
@@ -532,31 +361,22 @@ def _again(ctx: Any) -> tuple[Callable[..., Tensor], Sequence[Any]]:
             shape = _shape_before_pool(plan, x, filters)
             residual = x.new_zeros(shape).requires_grad_()
 
-    def run(
-        plan: _Plan,
-        x: Tensor,
-        mean: Any,
-        rstd: Any,
-        weight: Any,
-        bias: Any,
-        filters: Any,
-        weight_after: Any,
-        bias_after: Any,
-        mean_after: Any,
-        rstd_after: Any,
-        residual: Tensor | None,
-    ) -> Tensor:
+    def run(plan: _Plan, x: Tensor, *given: Tensor | None) -> Tensor:
         y = x
         if plan.before is not None:
+            mean, rstd, weight, bias = _present(given[:4])
             mean, rstd = _stats_again(y, mean, rstd, plan.before)
             y = reference.bn_act(y, mean, rstd, weight, bias, None, plan.before.act)
         if plan.conv is not None:
-            y = reference.conv2d(y, filters, *plan.conv)
+            (kernels,) = _present(given[4:5])
+            y = reference.conv2d(y, kernels, *plan.conv)
         if plan.after is None:
             return y
-        mean_after, rstd_after = _stats_again(y, mean_after, rstd_after, plan.after)
+        weight, bias, mean, rstd = _present(given[5:9])
+        residual = given[9]
+        mean, rstd = _stats_again(y, mean, rstd, plan.after)
         act = None if residual is not None else plan.after.act
-        y = reference.bn_act(y, mean_after, rstd_after, weight_after, bias_after, residual, act)
+        y = reference.bn_act(y, mean, rstd, weight, bias, residual, act)
         if out is not None:
             y = torch.where(_passes(out.detach(), plan.after.act), y, 0.0)
         if plan.pool is not None:
@@ -567,7 +387,11 @@ def _again(ctx: Any) -> tuple[Callable[..., Tensor], Sequence[Any]]:
     return run, (plan, x, mean, rstd, weight, bias, filters, *after, residual)
 
 
-def _shape_before_pool(plan: _Plan, x: Tensor, filters: Tensor | None) -> Any:
+def _present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _shape_before_pool(plan: _Plan, x: Tensor, filters: Tensor | None) -> torch.Size:
     if plan.conv is None:
         return x.shape
     meta = x.new_empty(x.shape, device="meta")
@@ -575,7 +399,9 @@ def _shape_before_pool(plan: _Plan, x: Tensor, filters: Tensor | None) -> Any:
     return reference.conv2d(meta, filters.to("meta"), *plan.conv).shape
 
 
-def _stats_again(x: Tensor, mean: Tensor, rstd: Tensor, options: _NormOptions) -> Any:
+def _stats_again(
+    x: Tensor, mean: Tensor, rstd: Tensor, options: NormOptions
+) -> tuple[Tensor, Tensor]:
     """(mean, rstd) with their history where they are those of x."""
     if not options.batch:
         return mean, rstd
@@ -603,10 +429,10 @@ def _norm_backward(
     z: Tensor,
     norm: tuple[Tensor, Tensor, Tensor, Tensor],
     out: Tensor | None,
-    options: _NormOptions,
-    count: Any,
+    options: NormOptions,
+    count: int,
     needs: tuple[bool, bool, bool, bool],
-) -> tuple[Any, Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients to (z, weight, bias, residual) of act(norm(z) + residual), where needed."""
     ops = torch.ops.deeplab_fast
     to_z, to_weight, to_bias, to_residual = needs
@@ -635,16 +461,30 @@ def _pool_backward(grad: Tensor, y: Tensor, pool: Pool) -> Tensor:
     return torch.ops.aten.max_pool2d_with_indices_backward(grad, y, *pool, indices)
 
 
-def residual_block(
-    modules: Sequence[nn.Module], shortcut: nn.Module | None, relu: nn.Module | None, x: Tensor
-) -> Tensor:
-    """relu(modules(x) + shortcut(x)); relu None for the sum itself."""
-    identity = x if shortcut is None else run(shortcut, x)
-    if relu is None:
-        return sequence(modules, x, identity)
-    if type(relu) is nn.ReLU and is_plain(relu):
-        return sequence(modules, x, identity, "relu")
-    return relu(sequence(modules, x, identity))
+def _block(block: match.Block, x: Tensor) -> Tensor:
+    if not block.adds:
+        return sequence(block.modules, x)
+    shortcut = x if block.shortcut is None else run(block.shortcut, x)
+    if block.act is None:
+        return sequence(block.modules, x, shortcut)
+    if match.is_relu(block.act):
+        return sequence(block.modules, x, shortcut, "relu")
+    return block.act(sequence(block.modules, x, shortcut))
+
+
+def logits(model: Network, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
+    """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules."""
+    # torch.fx traces with a Proxy, and other ranks have PyTorch's own messages.
+    if not model.fused or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
+        return None
+    if not needs_gradients(model, x) or transformed() or not has_kernels(x):
+        return None
+    features = run(model.backbone, x.contiguous(memory_format=torch.channels_last))
+    results = OrderedDict(out=run(model.classifier, features["out"]))
+    if aux and model.aux_classifier is not None:
+        results["aux"] = run(model.aux_classifier, features["aux"])
+    first = next(iter(model.backbone.parameters()), None)
+    return in_plain_format(results, x, first is not None and is_channels_last(first))
 
 
 def transformed() -> bool:
@@ -653,7 +493,7 @@ def transformed() -> bool:
         return True
     if torch.compiler.is_compiling():
         return False
-    return transforms() or has_global_hooks() or not functional_is_intact()
+    return has_transforms() or has_global_hooks() or not functional_is_intact()
 
 
 def needs_gradients(module: nn.Module, x: Tensor) -> bool:
@@ -691,117 +531,63 @@ def _has_cuda_kernels(index: int, dtype: torch.dtype, shape: tuple[int, ...]) ->
 _has_cuda_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@rule(ASPP)
-def _aspp(module: Any, x: Tensor) -> Tensor:
-    *branches, pooling = module.convs
-    if not _is_aspp(module):
-        y = torch.cat([run(branch, x) for branch in module.convs], dim=1)
-        return run(module.project, y)
-    convs, norms = [b[0] for b in branches], [b[1] for b in branches]
+def _aspp(aspp: match.Aspp, x: Tensor) -> Tensor:
+    found = _fused_form(aspp)
+    if found is None:
+        return run(aspp.project, torch.cat([run(branch, x) for branch in aspp.branches], dim=1))
+    branches, pooling, project, rest = found
+    convs, norms = [conv for conv, _ in branches], [norm for _, norm in branches]
+    rates = [match.pair(conv.dilation)[0] for conv in convs]
     batch = uses_batch(norms[0])
-    y, mean, variance = aspp_convs(
-        x, [c.weight for c in convs], [pair(c.dilation)[0] for c in convs], stats=batch
-    )
-    joint = _JointNorm(norms, y, mean, variance)
+    y, mean, variance = aspp_convs(x, [conv.weight for conv in convs], rates, stats=batch)
+    joint = JointNorm(norms, y, mean, variance)
     # The map of the pooled vector is constant: its part of the projection is one bias an image.
-    pooled = sequence(list(pooling), x)
-    project, norm, relu, *dropout = module.project
+    pooled = sequence((pooling.pool, *pooling.modules), x)
     to_branches, to_pooled = project.weight.tensor_split([y.shape[1]], dim=1)
     z = _raw(y, joint, to_branches)
     z = z + F.conv2d(pooled, to_pooled).to(z.dtype)
-    return sequence([norm, relu, *dropout], z)
+    return _run(rest, z)
 
 
-def _is_aspp(module: Any) -> bool:
-    """Whether branches, pooling and projection are those that the fused form computes."""
-    *branches, pooling = module.convs
-    project = module.project
-    if type(pooling) is not ASPPPooling or not is_plain(pooling):
-        return False
-    if type(pooling[0]) is not nn.AdaptiveAvgPool2d:
-        return False
-    if pooling[0].output_size not in (1, (1, 1), [1, 1]):
-        return False
-    if not branches or not is_sequence(project) or len(project) < 3:
-        return False
-    if not is_convolution(project[0]) or not _is_branch(project[0], 1):
-        return False
-    if not is_norm(project[1]) or type(project[2]) is not nn.ReLU:
-        return False
-    if not all(is_sequence(branch) for branch in branches):
-        return False
-    parts = [list(branch) for branch in branches]
-    if any(len(p) != 3 for p in parts):
-        return False
-    modes = set()
-    for conv, norm, relu in parts:
-        if not (is_convolution(conv) and is_norm(norm) and type(relu) is nn.ReLU):
-            return False
-        if not is_plain(relu) or not _is_branch(conv):
-            return False
-        modes.add((norm.training, uses_batch(norm), _group(norm), norm.weight is None))
-    return len(modes) == 1
+def _fused_form(
+    aspp: match.Aspp,
+) -> tuple[list[tuple[nn.Conv2d, _BatchNorm]], match.Pooling, nn.Conv2d, list[match.Part]] | None:
+    """Branches, pooling, projection and what stands behind it, where they are those that the fused
+    form computes."""
+    found = match.joint(aspp)
+    if found is None:
+        return None
+    units, pooling, projected = found
+    first, *rest = _parts(projected)
+    branches = [pair for pair in (_conv_and_norm(_parts([unit])[0]) for unit in units) if pair]
+    project = _conv_and_norm(first)
+    if len(branches) < len(units) or project is None or project[0].kernel_size != (1, 1):
+        return None
+    modes = {(n.training, uses_batch(n), group_of(n), n.weight is None) for _, n in branches}
+    if len(modes) > 1:
+        return None
+    assert isinstance(first, match.Unit)
+    return branches, pooling, project[0], [replace(first, conv=None), *rest]
 
 
-def _is_branch(conv: Any, *sizes: int) -> bool:
-    stride, padding, (rate, other), groups = _geometry(conv)
-    size = conv.weight.shape[-1]
-    return (
-        size in (sizes or (1, 3))
-        and conv.weight.shape[-2] == size
-        and conv.bias is None
-        and groups == 1
-        and stride == [1, 1]
-        and rate == other
-        and padding == [rate * (size // 2)] * 2
-    )
+def _conv_and_norm(part: match.Part) -> tuple[nn.Conv2d, _BatchNorm] | None:
+    """Of a unit that runs as one."""
+    if not isinstance(part, match.Unit) or part.conv is None or part.norm is None:
+        return None
+    return part.conv.module, part.norm.module
 
 
-class _JointNorm(_Norm):
-    """The batch norms of all branches on their one buffer, with ReLU."""
-
-    def __init__(
-        self, norms: Sequence[Any], x: Tensor, mean: Tensor | None, variance: Tensor | None
-    ) -> None:
-        self.act = "relu"
-        self.batch = uses_batch(norms[0])
-        self.group = _group(norms[0])
-        self.count: Any = x.numel() // x.shape[1]
-        sizes = [norm.num_features for norm in norms]
-        pairs = [affine(norm, part) for norm, part in zip(norms, x.split(sizes, 1), strict=True)]
-        self.weight, self.bias = (torch.cat(list(v)) for v in zip(*pairs, strict=True))
-        if self.batch:
-            assert mean is not None and variance is not None
-            check_count(norms[0], x)
-            mean, variance, self.count = _joint(mean, variance, self.count, self.group)
-            for norm, m, v in zip(norms, mean.split(sizes), variance.split(sizes), strict=True):
-                update_running(norm, m, v, self.count)
-        else:
-            mean, variance = (
-                torch.cat(list(v)) for v in zip(*(running(n, x) for n in norms), strict=True)
-            )
-        eps = [
-            torch.full_like(part, n.eps)
-            for n, part in zip(norms, variance.split(sizes), strict=True)
-        ]
-        self.mean, self.rstd = mean, torch.rsqrt(variance + torch.cat(eps))
-
-
-def _raw(x: Tensor, norm: _Norm, filters: Tensor) -> Tensor:
+def _raw(x: Tensor, norm: Norm, filters: Tensor) -> Tensor:
     """The 1x1 convolution of act(norm(x))."""
     x, filters = autocast(x, filters)
     plan = _Plan(before=norm.options, conv=([1, 1], [0, 0], [1, 1], 1))
     return _Segment.apply(plan, x, *norm.tensors, filters, *(None,) * 5)[0]
 
 
-def features(getter: Any, x: Tensor) -> dict[str, Tensor]:
-    """An IntermediateLayerGetter: sequences that end where a result is kept."""
+def _features(features: match.Features, x: Tensor) -> dict[str, Tensor]:
     results = OrderedDict()
-    members: list[nn.Module] = []
-    for name, module in getter.items():
-        members.append(module)
-        if name in getter.return_layers:
-            x = sequence(members, x)
-            results[getter.return_layers[name]] = x
-            members = []
+    for modules, name in features.stages:
+        x = sequence(modules, x)
+        if name is not None:
+            results[name] = x
     return results
