@@ -12,7 +12,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,25 +25,35 @@ from .formats import in_plain_format
 CHANNELS_LAST = torch.channels_last
 
 
-class Layer(Protocol):
+class Layer:
     """Arithmetic under a name, that of the module it stands for.
 
-    `held` counts the bytes of weights that it keeps, in the form they came in.
+    Attributes:
+        held: bytes of weights that it keeps, in the form they came in.
+        prepared: convolutions whose prepared forms come on top.
     """
 
-    name: str
+    def __init__(
+        self,
+        name: str,
+        weights: Sequence[Tensor] = (),
+        prepared: Sequence[PreparedConv | PreparedAspp | PreparedProject] = (),
+    ) -> None:
+        self.name = name
+        self.held = sum(weight.numel() * weight.element_size() for weight in weights)
+        self.prepared = tuple(prepared)
 
-    def __call__(self, *tensors: Any) -> Tensor: ...
+    __call__: Callable[..., Tensor]
+    output_shape: Callable[..., tuple[int, ...]]
 
-    def output_shape(self, *shapes: Any) -> tuple[int, ...]: ...
-
-    def plans(self, *shapes: Any) -> tuple[Plan, ...]: ...
+    def plans(self, *shapes: Any, **options: Any) -> tuple[Plan, ...]:
+        """What its convolutions run for inputs of these shapes."""
+        return ()
 
     @property
-    def held(self) -> int: ...
-
-    @property
-    def extra_bytes(self) -> int: ...
+    def extra_bytes(self) -> int:
+        """Bytes of prepared forms, beyond one copy of the weights."""
+        return sum(each.extra_bytes for each in self.prepared)
 
 
 Run = Callable[..., Tensor]
@@ -84,7 +94,7 @@ class ConvSpec:
         )
 
 
-class ConvLayer:
+class ConvLayer(Layer):
     """act(scale * conv(x) + shift [+ residual]).
 
     Attributes:
@@ -92,9 +102,7 @@ class ConvLayer:
     """
 
     def __init__(self, spec: ConvSpec, max_extra_bytes: int | None) -> None:
-        self.name = spec.name
         self.overwrites_residual = False
-        self.held = _bytes(spec.weight)
         self._same = spec.padding == "same"
         kernel = tuple(spec.weight.shape[2:])
         self._geometry = (kernel, spec.stride, spec.dilation)
@@ -120,8 +128,8 @@ class ConvLayer:
 
         self._conv = prepare(halves if isinstance(spec.padding, str) else spec.padding)
         self._uneven = prepare(0) if uneven else None
-        if uneven:
-            self.held *= 2
+        prepared = [self._conv] if self._uneven is None else [self._conv, self._uneven]
+        super().__init__(spec.name, [spec.weight] * len(prepared), prepared)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         sides = self._sides(x.shape)
@@ -162,17 +170,11 @@ class ConvLayer:
         n, c, height, width = shape
         return self._uneven, (n, c, height + top + bottom, width + left + right)
 
-    @property
-    def extra_bytes(self) -> int:
-        return self._conv.extra_bytes + (0 if self._uneven is None else self._uneven.extra_bytes)
 
-
-class AsppLayer:
+class AsppLayer(Layer):
     """The branches of an ASPP: [N, C, H, W] -> [N, sum K, H, W]."""
 
     def __init__(self, name: str, specs: Sequence[ConvSpec], max_extra_bytes: int | None) -> None:
-        self.name = name
-        self.held = sum(_bytes(s.weight) for s in specs)
         self._aspp = PreparedAspp(
             [s.weight for s in specs],
             [_or(s.scale, s, 1.0) for s in specs],
@@ -180,6 +182,7 @@ class AsppLayer:
             [s.dilation[0] for s in specs],
             max_extra_bytes=max_extra_bytes,
         )
+        super().__init__(name, [s.weight for s in specs], [self._aspp])
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._aspp(x)
@@ -190,17 +193,11 @@ class AsppLayer:
     def plans(self, shape: Sequence[int]) -> tuple[Plan, ...]:
         return self._aspp.plan(shape)
 
-    @property
-    def extra_bytes(self) -> int:
-        return self._aspp.extra_bytes
 
-
-class ProjectLayer:
+class ProjectLayer(Layer):
     """The projection of the branches and the pooled vector, without their concat."""
 
     def __init__(self, spec: ConvSpec, branch_channels: int, max_extra_bytes: int | None) -> None:
-        self.name = spec.name
-        self.held = _bytes(spec.weight)
         self._project = PreparedProject(
             spec.weight,
             spec.scale,
@@ -209,6 +206,7 @@ class ProjectLayer:
             act=spec.act,
             max_extra_bytes=max_extra_bytes,
         )
+        super().__init__(spec.name, [spec.weight], [self._project])
 
     def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
         return self._project(branches, pooled)
@@ -219,12 +217,8 @@ class ProjectLayer:
     def plans(self, branches: Sequence[int], pooled: object) -> tuple[Plan, ...]:
         return (self._project.plan(branches),)
 
-    @property
-    def extra_bytes(self) -> int:
-        return self._project.extra_bytes
 
-
-class WideProjectLayer:
+class WideProjectLayer(Layer):
     """A projection with a kernel above 1x1: the pooled vector's part is a map of few values.
 
     Zero padding makes that part differ at the border only. It is computed on a map of one kernel's
@@ -232,8 +226,6 @@ class WideProjectLayer:
     """
 
     def __init__(self, spec: ConvSpec, branch_channels: int, max_extra_bytes: int | None) -> None:
-        self.name = spec.name
-        self.held = _bytes(spec.weight)
         to_branches, to_pooled = spec.weight.tensor_split([branch_channels], dim=1)
 
         def prepare(weight: Tensor, shift: Tensor | None, act: str | None) -> PreparedConv:
@@ -249,6 +241,7 @@ class WideProjectLayer:
         self._branches = prepare(to_branches, spec.shift, spec.act)
         self._pooled = prepare(to_pooled, None, None)
         self._kernel = tuple(spec.weight.shape[2:])
+        super().__init__(spec.name, [spec.weight], [self._branches, self._pooled])
 
     def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
         height, width = branches.shape[2:]
@@ -265,17 +258,12 @@ class WideProjectLayer:
     def plans(self, branches: Sequence[int], pooled: object) -> tuple[Plan, ...]:
         return (self._branches.plan(branches),)
 
-    @property
-    def extra_bytes(self) -> int:
-        return self._branches.extra_bytes + self._pooled.extra_bytes
 
-
-class PooledLayer:
+class PooledLayer(Layer):
     """act(linear(mean of x over its pixels)): [N, C, H, W] -> [N, K]."""
 
     def __init__(self, spec: ConvSpec) -> None:
-        self.name = spec.name
-        self.held = _bytes(spec.weight)
+        super().__init__(spec.name, [spec.weight])
         self._linear = _Linear(spec)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -284,20 +272,12 @@ class PooledLayer:
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return (shape[0], self._linear.weight.shape[1])
 
-    def plans(self, shape: Sequence[int]) -> tuple[Plan, ...]:
-        return ()
 
-    @property
-    def extra_bytes(self) -> int:
-        return 0
-
-
-class SqueezeExcitationLayer:
+class SqueezeExcitationLayer(Layer):
     """x * gate(fc2(fc1(mean of x))), in place on x where it is the program's own."""
 
     def __init__(self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module) -> None:
-        self.name = name
-        self.held = _bytes(fc1.weight) + _bytes(fc2.weight)
+        super().__init__(name, [fc1.weight, fc2.weight])
         self._fc1, self._fc2, self._gate = _Linear(fc1), _Linear(fc2), copy.deepcopy(gate)
         self.in_place = False
 
@@ -308,22 +288,12 @@ class SqueezeExcitationLayer:
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape)
 
-    def plans(self, shape: Sequence[int]) -> tuple[Plan, ...]:
-        return ()
 
-    @property
-    def extra_bytes(self) -> int:
-        return 0
-
-
-class AtenLayer:
+class AtenLayer(Layer):
     """A module of PyTorch without weights, which gives the same in any memory format."""
 
-    held = 0
-    extra_bytes = 0
-
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
+        super().__init__(name)
         own: Any = copy.deepcopy(module).eval()
         if hasattr(own, "inplace"):
             own.inplace = False
@@ -335,18 +305,12 @@ class AtenLayer:
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(self._module(_meta(shape)).shape)
 
-    def plans(self, shape: Sequence[int]) -> tuple[Plan, ...]:
-        return ()
 
-
-class PlainLayer:
+class PlainLayer(Layer):
     """A module that no rule knows, run as it is, on a contiguous map as it would be without us."""
 
-    held = 0
-    extra_bytes = 0
-
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
+        super().__init__(name)
         self.module = module
 
     def __call__(self, x: Tensor) -> Any:
@@ -357,9 +321,6 @@ class PlainLayer:
         if isinstance(output, Tensor):
             return tuple(output.shape)
         return OrderedDict((k, tuple(v.shape)) for k, v in output.items())
-
-    def plans(self, shape: Sequence[int]) -> tuple[Plan, ...]:
-        return ()
 
 
 class Single:
@@ -517,7 +478,3 @@ def _spread(kernel: int, size: int) -> list[int]:
 
 def _or(value: Tensor | None, spec: ConvSpec, default: float) -> Tensor:
     return spec.weight.new_full((spec.weight.shape[0],), default) if value is None else value
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

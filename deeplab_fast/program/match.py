@@ -158,6 +158,7 @@ class Features(Segment):
 
 
 Part = Segment | Unit
+Geometry = tuple[list[int], list[int], list[int], int]
 S = TypeVar("S", bound=Segment)
 Rule = Callable[..., Segment]
 # By the forward that a rule stands for: a subclass that keeps it keeps the rule.
@@ -261,7 +262,7 @@ def keeps_size(conv: Conv) -> bool:
     )
 
 
-def geometry(conv: nn.Conv2d) -> tuple[list[int], list[int], list[int], int]:
+def geometry(conv: nn.Conv2d) -> Geometry:
     """(stride, padding, dilation, groups), each but the last as [rows, columns]."""
     assert not isinstance(conv.padding, str)
     return pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups

@@ -133,14 +133,16 @@ def _run(
         conv = None if part.conv is None else part.conv.module
         if part.norm is None:
             assert conv is not None
-            x, pending = _convolve(x, pending, conv), None
+            x, pending = _convolve(x, pending, conv.weight, match.geometry(conv)), None
+            if conv.bias is not None:
+                x = x + conv.bias.to(x.dtype)[:, None, None]
             continue
         norm = part.norm.module
         own_act = None if part.act is None else part.act.name
         following = parts[i + 1] if i + 1 < len(parts) else None
         if part.pool is None and isinstance(following, match.Unit) and following.conv is not None:
             if conv is not None:
-                x = _convolve(x, pending, conv)
+                x = _convolve(x, pending, conv.weight, match.geometry(conv))
             pending = Norm(norm, own_act, x)
             continue
         pool = None if part.pool is None else _pool(part.pool.module)
@@ -176,15 +178,12 @@ def _pool(module: nn.MaxPool2d) -> Pool:
     return kernel, stride, padding, dilation, module.ceil_mode
 
 
-def _convolve(x: Tensor, pending: Norm | None, conv: nn.Conv2d) -> Tensor:
+def _convolve(x: Tensor, pending: Norm | None, weight: Tensor, geometry: match.Geometry) -> Tensor:
     """conv(act(norm(x))), or conv(x) where no norm is pending."""
-    x, weight = autocast(x, conv.weight)
+    x, weight = autocast(x, weight)
     tensors = (None,) * 4 if pending is None else pending.tensors
-    plan = _Plan(before=None if pending is None else pending.options, conv=match.geometry(conv))
-    y = _Segment.apply(plan, x, *tensors, weight, *(None,) * 5)[0]
-    if conv.bias is not None:
-        y = y + conv.bias.to(y.dtype)[:, None, None]
-    return y
+    plan = _Plan(before=None if pending is None else pending.options, conv=geometry)
+    return _Segment.apply(plan, x, *tensors, weight, *(None,) * 5)[0]
 
 
 def _finish(
@@ -240,7 +239,7 @@ class _Plan:
     """
 
     before: NormOptions | None = None
-    conv: tuple[list[int], list[int], list[int], int] | None = None
+    conv: match.Geometry | None = None
     after: NormOptions | None = None
     eps: float = 0.0
     again: bool = False
@@ -544,7 +543,7 @@ def _aspp(aspp: match.Aspp, x: Tensor) -> Tensor:
     # The map of the pooled vector is constant: its part of the projection is one bias an image.
     pooled = sequence((pooling.pool, *pooling.modules), x)
     to_branches, to_pooled = project.weight.tensor_split([y.shape[1]], dim=1)
-    z = _raw(y, joint, to_branches)
+    z = _convolve(y, joint, to_branches, match.geometry(project))
     z = z + F.conv2d(pooled, to_pooled).to(z.dtype)
     return _run(rest, z)
 
@@ -575,13 +574,6 @@ def _conv_and_norm(part: match.Part) -> tuple[nn.Conv2d, _BatchNorm] | None:
     if not isinstance(part, match.Unit) or part.conv is None or part.norm is None:
         return None
     return part.conv.module, part.norm.module
-
-
-def _raw(x: Tensor, norm: Norm, filters: Tensor) -> Tensor:
-    """The 1x1 convolution of act(norm(x))."""
-    x, filters = autocast(x, filters)
-    plan = _Plan(before=norm.options, conv=([1, 1], [0, 0], [1, 1], 1))
-    return _Segment.apply(plan, x, *norm.tensors, filters, *(None,) * 5)[0]
 
 
 def _features(features: match.Features, x: Tensor) -> dict[str, Tensor]:
