@@ -1,1 +1,1 @@
-"""What each kernel was shown to do on which device, and what follows for the choice of one."""
+"""How an op is declared, which implementation of it runs, and what each was shown to do where."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..dispatch.declare import INFERENCE, find, gpu_ops
 from ..dispatch.examples import Shapes, Size, elements
+from ..nn.aspp import ASPP
 
 OPS = tuple(op.name for op in gpu_ops())
 _ACTS: dict[type[nn.Module], str] = {
@@ -75,8 +76,6 @@ def _commonness(work: Work) -> tuple[int, int]:
 
 def _shapes(model: nn.Module, shape: tuple[int, int, int, int]) -> Shapes:
     """What goes through a copy of a model on the meta device, at a shape of the images."""
-    from ..nn.aspp import ASPP
-
     meta: Any = copy.deepcopy(model).to("meta").eval()
     meta.fast = meta.fused = False
     norms: list[Size] = []

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.launch_stub import GPUS, pretend
 from deeplab_fast import backends, kernels, ops
-from deeplab_fast.dispatch.declare import find
+from deeplab_fast.dispatch.declare import find, gpu_ops, steps
 from deeplab_fast.dispatch.examples import Size
 from deeplab_fast.dispatch.limits import allow_tf32
 from deeplab_fast.testing import tf32
@@ -356,22 +356,9 @@ MODES = [
     if dtype != "tf32" or family in PRODUCTS
 ]
 OTHER_GPUS = ("A100", "RTX 3090", "RTX 4090", "B200", "RTX 5090")
-# Calls that together launch every kernel, whatever the GPU.
-EXAMPLES = {
-    "upsampling": (
-        "argmax os8-513 channels_last prob=True",
-        f"confusion os8-513 {torch.int64} dense",
-        "softmax_add os8-513 nchw flip=False",
-    ),
-    "loss": ("training os8-513 channels_last dense",),
-    "batch norm": (
-        "batch_stats r50-layer4 channels_last",
-        "bn_act r50-layer4 channels_last act=relu other=True",
-        "bn_act_reduce r50-layer4 channels_last act=relu other=True",
-        "bn_act_backward r50-layer4 channels_last act=relu other=True means=True to_residual=True",
-    ),
-    "1x1": (),
-    # Which tiles are cut depends on the number of multiprocessors.
+# Calls that together with the ops' examples launch every kernel, whatever the GPU: which tiles are
+# cut depends on the number of multiprocessors.
+CUT = {
     "aspp": (
         "branches os8-b1 channels_last",
         "branches mbv3 channels_last",
@@ -388,10 +375,15 @@ EXAMPLES = {
 
 
 def examples(dtype: torch.dtype) -> list[Call]:
+    """The first example of each op, and calls whose tiles are cut."""
     found = []
-    for family, (calls, _) in FAMILIES.items():
-        found += [call for call in calls(dtype) if call.name in EXAMPLES[family]]
-    assert len(found) == sum(map(len, EXAMPLES.values()))
+    for op in gpu_ops():
+        step = steps(op.name, op.examples.forms[0], op.examples.sizes[0], dtype, "meta")[0]
+        run = backends.implementations(op.name)["triton"].run
+        found.append(Call(f"{op.name} {step.size}", partial(step.launch, run)))
+    for family, names in CUT.items():
+        found += [call for call in FAMILIES[family][0](dtype) if call.name in names]
+    assert len(found) == len(gpu_ops()) + sum(map(len, CUT.values()))
     return found
 
 
@@ -419,6 +411,7 @@ def test_one_after_any_other(launches) -> None:
     """Kernels share globals, caches and tables: none must change what another finds."""
     calls = examples(torch.bfloat16)
     first = {call.name: launches.of(*call) for call in calls}
+    assert {kernel for made in first.values() for kernel, _ in made} == every_kernel()
     for one, other in permutations(calls, 2):
         for call in (one, other):
             assert launches.of(*call) == first[call.name], f"{other.name} after {one.name}"
@@ -429,11 +422,6 @@ def every_kernel() -> set[str]:
     folder = Path(kernels.__file__).parent
     modules = (import_module(f"{kernels.__name__}.{p.stem}") for p in folder.glob("*_kernels.py"))
     return {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-
-
-def test_every_kernel_is_launched_here() -> None:
-    launched = [names for _, names in FAMILIES.values()]
-    assert set().union(*launched) == every_kernel()
 
 
 @pytest.mark.parametrize(
@@ -485,10 +473,8 @@ def test_what_tune_runs_is_launched(launches) -> None:
 )
 def test_configurations_are_launched(tuned, launches, monkeypatch) -> None:
     """One is asked for, each that is measured is launched, and there are no more than is said."""
-    sizes = {"aspp_branches": Size(1, 64, 33, 33, filters=64, rates=(6, 12, 18))}
-    products = Size(1, 64, 33, 33, filters=64, pooled=64, classes=21)
-    sizes |= dict.fromkeys(("aspp_project", "conv_bn_act"), products)
-    size = sizes.get(tuned.op, Size(1, 21, 17, 17, 65, 65))
+    products = {"filters": 64, "rates": (6, 12, 18), "pooled": 64, "classes": 21}
+    size = Size(1, 64, 33, 33, 65, 65, **products)
     work = workloads.Work(tuned.op, find(tuned.op).examples.forms[0], size)
     run = backends.implementations(tuned.op)["triton"].run
     given = (tuned, work, "bfloat16", "cpu", run)

@@ -18,7 +18,7 @@ import torch
 
 import deeplab_fast as dlf
 from deeplab_fast import backends, info, kernels, ops
-from deeplab_fast.dispatch import declare, records, sources, trust
+from deeplab_fast.dispatch import checks, declare, records, sources, trust
 from deeplab_fast.dispatch.records import Record, Time
 
 H100 = ("NVIDIA H100 80GB HBM3", (9, 0))
@@ -205,8 +205,6 @@ def test_pytorch_s_own_kernels_need_no_record() -> None:
 
 @pytest.mark.parametrize("problem", ["", "off by 1"])
 def test_triton_that_passed_elsewhere_is_checked_once(problem, own, monkeypatch, caplog) -> None:
-    from deeplab_fast.dispatch import checks
-
     asked: list[tuple[str, ...]] = []
 
     def check(*given: str) -> str:
@@ -236,16 +234,12 @@ def test_no_check_during_a_capture(own: Path, monkeypatch) -> None:
     write(own, record())
     assert chosen(gpu=A100) == "reference"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    from deeplab_fast.dispatch import checks
-
     monkeypatch.setattr(checks, "first_use_problem", lambda *given: "")
     assert chosen(gpu=A100) == "triton"
 
 
 def test_the_check_at_first_use_computes(monkeypatch) -> None:
     """On the CPU, with a right and a wrong implementation."""
-    from deeplab_fast.dispatch import checks
-
     table = backends.implementations("batch_stats")
     right = table["reference"].run
     monkeypatch.setattr(checks, "FIRST_USE_DEVICE", "cpu")
