@@ -127,7 +127,7 @@ class Step:
     def of(self, tensors: Iterable[Tensor]) -> Step:
         """The step with others in place of its `tensors`."""
         others = iter(tensors)
-        return replace(self, args=_mapped(self.args, *[lambda t: next(others)] * 2))
+        return self._with(*[lambda t: next(others)] * 2)
 
     def wide(self) -> Step:
         """The step in float64, on the CPU."""
