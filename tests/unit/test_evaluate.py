@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import deeplab_fast as dlf
-from deeplab_fast import cli, ops
+from deeplab_fast import ops
 from deeplab_fast.data.classes import generic_classes
 from deeplab_fast.data.datasets import open_dataset
 from deeplab_fast.data.preprocess import Preprocess
@@ -93,15 +93,6 @@ class Scenes(Dataset):
 
     def __getitem__(self, index):
         return scene(*self.sizes[index], seed=index)
-
-
-def write_scenes(root, count=3):
-    for folder in ("images", "masks"):
-        (root / folder).mkdir(parents=True)
-    for i in range(count):
-        image, label = scene(40, 48, i)
-        Image.fromarray(image).save(root / "images" / f"s{i}.png")
-        Image.fromarray(label).save(root / "masks" / f"s{i}.png")
 
 
 def count(target, labels):
@@ -310,16 +301,16 @@ def test_confusion_picture(classes):
     assert (corners[1:] == 224).all()
 
 
-def test_labels_that_are_no_class_name_the_file(tmp_path):
-    write_scenes(tmp_path)
-    bad = tmp_path / "masks" / "s1.png"
+def test_labels_that_are_no_class_name_the_file(tiny, tmp_path):
+    tiny.write_scenes(tmp_path, 3)
+    bad = tmp_path / "masks" / "s01.png"
     Image.fromarray(np.full((40, 48), 9, np.uint8)).save(bad)
     dataset = open_dataset("folder", tmp_path, classes=CLASSES)
     for workers in (0, 1):
-        with pytest.raises(ValueError, match=r"s1\.png: label 9 \(1920 pixels\), outside"):
+        with pytest.raises(ValueError, match=r"s01\.png: label 9 \(1920 pixels\), outside"):
             evaluate(Small(), dataset, workers=workers)
     bad.write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"s1\.png"):
+    with pytest.raises(ValueError, match=r"s01\.png"):
         evaluate(Small(), dataset, workers=1)
 
 
@@ -524,168 +515,6 @@ def test_an_error_in_one_process_ends_both(tmp_path):
     first, second = in_two_processes(tmp_path, "broken")
     assert second.startswith("LabelError: sample 1: label 255")
     assert first.startswith("RuntimeError: evaluation failed in another process: process 1: sample")
-
-
-# The command line
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    model = dlf.deeplabv3_mobilenet_v2_tf(
-        num_classes=CLASSES, width=0.25, aspp_channels=8, atrous_rates=(2,)
-    )
-    model.classes = ("a", "b", "c", "d")
-    return dlf.save_weights(model, tmp_path_factory.mktemp("weights") / "tiny.safetensors")
-
-
-@pytest.fixture
-def data(tmp_path):
-    write_scenes(tmp_path / "data")
-    spec = tmp_path / "data.yaml"
-    spec.write_text("name: folder\nroot: data\nclasses: [a, b, c, d]\n")
-    return spec
-
-
-def run(capsys, *arguments):
-    status = cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_eval_command(capsys, weights, data, tmp_path, monkeypatch):
-    rates = []
-
-    def recorded(model, dataset, **options):
-        rates.append(model.atrous_rates)
-        return evaluate(model, dataset, **options)
-
-    monkeypatch.setattr(module, "evaluate", recorded)
-    out = tmp_path / "out"
-    config = tmp_path / "eval.yaml"
-    config.write_text("flip: true\nscales: [0.5, 1.0]\n")
-    status, printed, errors = run(
-        *(capsys, "eval", "--config", config, "--data", data, "--weights", weights),
-        *("--output-stride", 8, "--output", out, "--panels", 1, "--device", "cpu"),
-    )
-    assert status == 0 and errors == ""
-    # The file's rate 2 is for its output stride 16.
-    assert rates == [(4,)]
-    model = dlf.from_checkpoint(weights).eval()
-    expected = evaluate(model, open_dataset(data), scales=(0.5, 1.0), flip=True, output_stride=8)
-    assert expected.metrics.table() in printed and "3 images scored" in printed
-    content = json.loads((out / "metrics.json").read_text())
-    assert content["confusion"] == expected.confusion.tolist()
-    assert content["settings"]["output_stride"] == 8 and content["settings"]["flip"] is True
-    assert content["builder"] == "deeplabv3_mobilenet_v2_tf"
-    assert (out / "confusion.png").is_file() and len(list((out / "panels").iterdir())) == 2
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        pytest.param(["--data", ""], "--data NAME is missing", id="data"),
-        pytest.param(["--data", "pets"], "no data set is named 'pets'", id="name"),
-        pytest.param(["--weights", "x.pth"], "x.pth: no such file", id="weights"),
-        pytest.param(["--scales", "0"], "scales is", id="scales"),
-        pytest.param(["--threshold", "0.5"], "the model has 4 classes, of which", id="threshold"),
-        pytest.param(["--panels", "2"], "--panels needs --output", id="panels"),
-        pytest.param(["--batch-size", "0"], "batch_size is 0", id="batch"),
-        pytest.param(["--workers", "-1"], "--workers is -1", id="workers"),
-        pytest.param(["--classes", "5"], "weights have 4 classes and the data set", id="classes"),
-        pytest.param(["--output", "{}"], "is a file; name a folder", id="output"),
-    ],
-)
-def test_eval_with_bad_arguments(capsys, weights, data, flags, message):
-    flags = [flag.format(data) for flag in flags]
-    status, printed, errors = run(capsys, "eval", "--data", data, "--weights", weights, *flags)
-    assert (status, printed) == (2, "") and message in errors
-
-
-def test_eval_of_broken_weights(capsys, weights, data, tmp_path):
-    model = dlf.from_checkpoint(weights)
-    with torch.no_grad():
-        [m for m in model.classifier.modules() if isinstance(m, nn.Conv2d)][-1].bias[2] = math.nan
-    broken = dlf.save_weights(model, tmp_path / "broken.safetensors")
-    out = tmp_path / "out"
-    status, printed, errors = run(
-        capsys, "eval", "--data", data, "--weights", broken, "--output", out
-    )
-    assert status == 1
-    assert "1920 pixels of s0, 1920 pixels of s1, 1920 pixels of s2 are NaN" in errors
-    assert "note: 5760 pixels have logits that are NaN or infinite" in printed
-    assert json.loads((out / "metrics.json").read_text())["not_finite_pixels"] == 5760
-
-
-def test_eval_of_one_class(capsys, tmp_path):
-    write_scenes(tmp_path / "data")
-    for path in (tmp_path / "data" / "masks").iterdir():
-        label = np.asarray(Image.open(path))
-        Image.fromarray(np.where(label == 1, 255, 0).astype(np.uint8)).save(path)
-    model = dlf.deeplabv3_mobilenet_v2_tf(
-        num_classes=1, width=0.25, aspp_channels=8, atrous_rates=(2,)
-    )
-    weights = dlf.save_weights(model, tmp_path / "one.safetensors")
-    base = ("--data", "folder", "--root", tmp_path / "data", "--classes", 1)
-    mapped = (*base, "--label-map", "255=1")
-    status, printed, errors = run(
-        *(capsys, "eval", *mapped, "--weights", weights, "--threshold", "0.4"),
-        *("--output", tmp_path / "o"),
-    )
-    assert (status, errors) == (0, "") and "foreground" in printed
-    dataset = open_dataset(
-        "folder", tmp_path / "data", classes=1, label_map={255: 1}, unmapped="keep"
-    )
-    expected = evaluate(model, dataset, threshold=0.4)
-    assert expected.metrics.table() in printed
-    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["settings"]["threshold"] == 0.4
-    # Without the map nothing of the class is left.
-    status, printed, errors = run(capsys, "check-data", *base)
-    assert status == 1 and "1 problems" in printed and "255=1" in errors
-    assert run(capsys, "check-data", *mapped)[0] == 0
-    for flags, message in (
-        (("--label-map", "255"), "label_map is '255', expected raw value = class id"),
-        (("--label-map", "255=7"), "label_map sends 255 to 7"),
-    ):
-        status, _, errors = run(capsys, "check-data", *base, *flags)
-        assert status == 2 and message in errors
-
-
-def test_eval_and_check_of_bad_data(capsys, weights, data, tmp_path):
-    bad = tmp_path / "data" / "masks" / "s1.png"
-    Image.fromarray(np.full((40, 48), 9, np.uint8)).save(bad)
-    out = tmp_path / "out"
-    status, printed, errors = run(
-        capsys, "eval", "--data", data, "--weights", weights, "--output", out
-    )
-    assert status == 1 and "s1.png: label 9" in errors and not out.exists()
-    status, printed, errors = run(capsys, "check-data", "--data", data)
-    assert status == 1 and "s1.png: label 9 (1920 pixels)" in errors and "1 problems" in printed
-    Image.fromarray(np.full((40, 48), 255, np.uint8)).save(bad)
-    status, printed, errors = run(capsys, "check-data", "--data", data)
-    assert status == 1 and "every pixel is ignored" in errors
-    status, printed, errors = run(capsys, "check-data", "--data", data, "--allow-empty")
-    assert (status, errors) == (0, "") and "0 problems" in printed
-    status, printed, errors = run(capsys, "check-data", "--data", "camvid", "--root", tmp_path)
-    assert status == 2 and "looked for the folders val and valannot" in errors
-
-
-def test_a_turned_photo_beside_a_mask_that_is_not(capsys, weights, data, tmp_path):
-    photo, mask = (tmp_path / "data" / name / "s1.png" for name in ("images", "masks"))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.open(photo).save(photo, exif=exif)
-    for command in (("eval", "--weights", weights), ("check-data",)):
-        status, _, errors = run(capsys, *command, "--data", data)
-        assert status == 1
-        assert f"the photo {photo} is tagged with EXIF orientation 6" in errors
-        assert f"its mask {mask} is not turned and has 48x40, as the photo is stored" in errors
-    exif[0x0112] = 3
-    Image.open(photo).save(photo, exif=exif)
-    status, printed, errors = run(capsys, "check-data", "--data", data)
-    assert status == 0 and "0 problems, 1 warnings" in printed
-    assert "warning: each file is turned by its own EXIF orientation, and" in errors
-    assert f"{photo} (orientation 3) and {mask} (1)" in errors
 
 
 def test_eval_of_camvid_itself(shared_data):
