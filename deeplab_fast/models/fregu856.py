@@ -16,6 +16,7 @@ from ..weights.inspect import head_options
 from ..weights.load import load_weights
 from ..weights.registry import Found, ModelEntry
 from ..weights.rules import Rule
+from .builders import check_num_classes
 from .deeplabv3 import DeepLabV3
 from .resnet import RESNETS, BasicBlock, ResNetBackbone, resnet_depth
 
@@ -69,10 +70,7 @@ def _builder(depth: int, default_stride: int, doc: str) -> Callable[..., DeepLab
             raise ValueError(
                 f"{name} has output stride {' or '.join(map(str, allowed))}, got {output_stride}"
             )
-        if num_classes is None:
-            num_classes = DEFAULT_NUM_CLASSES
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        num_classes = check_num_classes(DEFAULT_NUM_CLASSES if num_classes is None else num_classes)
         # All blocks of a dilated stage have its dilation.
         backbone = ResNetBackbone(depth, output_stride, contract_dilation=False)
         model = DeepLabV3(backbone, BiasedPaperHead(backbone.out_channels, num_classes))

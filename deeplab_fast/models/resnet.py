@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..program import match
 from ..weights.inspect import head_options
-from ..weights.libraries import basic_blocks, stage_blocks
+from ..weights.libraries import basic_blocks
 from ..weights.registry import Found, ModelEntry
 from ..weights.rules import Rule
 from ._backbone import IntermediateLayerGetter, plan_stages, set_dilation, set_stride
@@ -346,17 +347,21 @@ deeplabv3_cascaded_resnet101 = _deeplab(
 )
 
 
+def _stage_blocks(state: Mapping[str, Tensor], stage: int) -> int:
+    return len({m[1] for k in state if (m := re.match(rf"backbone\.layer{stage}\.(\d+)\.", k))})
+
+
 def resnet_depth(state: Mapping[str, Tensor]) -> int | None:
     """Depth of the ResNet in a state dict; None where there is none of those known."""
     kind = BasicBlock if basic_blocks(state) else Bottleneck
-    blocks = tuple(stage_blocks(state, stage) for stage in (1, 2, 3, 4))
+    blocks = tuple(_stage_blocks(state, stage) for stage in (1, 2, 3, 4))
     specs = RESNETS.items()
     return next((d for d, s in specs if s.block is kind and s.blocks == blocks), None)
 
 
 def _recognise(state: Mapping[str, Tensor]) -> Found | None:
     depth, options = resnet_depth(state), head_options(state)
-    cascaded = stage_blocks(state, 5) > 0
+    cascaded = _stage_blocks(state, 5) > 0
     if options is None and cascaded and "classifier.0.weight" in state:
         # The cascaded model's classifier is one 1x1 convolution.
         options = {}

@@ -34,11 +34,6 @@ class Origin:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-def stage_blocks(state: Mapping[str, Tensor], stage: int) -> int:
-    """Number of blocks of a ResNet's stage, whatever stands before its name."""
-    return len({m[1] for k in state if (m := re.match(rf"(?:.+\.)?layer{stage}\.(\d+)\.", k))})
-
-
 def basic_blocks(state: Mapping[str, Tensor]) -> bool:
     """Whether a ResNet is one of two convolutions a block (18, 34)."""
     stage = [k for k in state if re.match(r"(?:.+\.)?layer1\.0\.conv", k)]
