@@ -24,6 +24,9 @@ Environment variables:
                              what they are) which to compile as well, as deeplab_fast._C_sm90_NAME,
                              which loads where DEEPLAB_FAST_SM90_VARIANT=NAME
     DEBUG                    1: no optimisation, debug information
+    SANITIZE                 1: the C++ extension under AddressSanitizer and
+                             UndefinedBehaviorSanitizer, whose first error ends the process. It
+                             loads where LD_PRELOAD names the compiler's libasan.so
 """
 
 import importlib.util
@@ -57,6 +60,7 @@ KINDS |= {f"_C_sm90_{name}": f"sm_90a CUDA ({name})" for name in SM90_VARIANTS}
 # The oldest torch whose stable ABI the CUDA extensions use: 2.11.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 DEFAULT_ARCHS = "8.0;9.0+PTX"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # csrc needs it, and without one torch passes its own standard: C++17 up to torch 2.11.
 CXX_STANDARD = "-std=c++20"
 HOW_TO_BUILD = "pip install --no-build-isolation --no-deps ."
@@ -80,6 +84,7 @@ class Settings:
     max_jobs: int | None
     nvcc_threads: int | None
     debug: bool
+    sanitize: bool = False
     sm90_variants: tuple[str, ...] = ()
 
     @classmethod
@@ -103,6 +108,7 @@ class Settings:
             max_jobs=count("MAX_JOBS"),
             nvcc_threads=count("NVCC_THREADS"),
             debug=choice("DEBUG", "0", ("0", "1")) == "1",
+            sanitize=choice("SANITIZE", "0", ("0", "1")) == "1",
             sm90_variants=tuple(
                 dict.fromkeys(
                     re.findall(r"[^,;\s]+", os.environ.get("DEEPLAB_FAST_SM90_VARIANTS", ""))
@@ -120,7 +126,8 @@ class Settings:
         return (
             f"DEEPLAB_FAST_BUILD_EXT={self.build_ext} FORCE_CUDA={self.force_cuda:d} "
             f"TORCH_CUDA_ARCH_LIST={self.archs} MAX_JOBS={self.max_jobs or 'unset'} "
-            f"NVCC_THREADS={self.nvcc_threads or 'unset'} DEBUG={self.debug:d}"
+            f"NVCC_THREADS={self.nvcc_threads or 'unset'} DEBUG={self.debug:d} "
+            f"SANITIZE={self.sanitize:d}"
         )
 
 
@@ -254,6 +261,9 @@ def gencode(archs: list[str]) -> list[str]:
 
 def cxx_flags(settings: Settings, compiler: str) -> list[str]:
     flags = [CXX_STANDARD, *(["-O0", "-g"] if settings.debug else ["-O3", "-g0"])]
+    if settings.sanitize:
+        # Optimised, it takes twice as long to compile.
+        flags = [CXX_STANDARD, "-O0", "-g1", "-DDEEPLAB_FAST_SANITIZE", "-Wno-psabi", *SANITIZERS]
     # torch is compiled with the last two as well. No -march: the kernels choose at run time.
     flags += ["-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
     # For compiling only. The GOMP_* symbols stay undefined and bind to the libgomp that libtorch
@@ -264,10 +274,11 @@ def cxx_flags(settings: Settings, compiler: str) -> list[str]:
     return flags
 
 
-def link_flags() -> list[str]:
+def link_flags(settings: Settings) -> list[str]:
     # Some linkers drop a library that no symbol is taken from directly; libtorch_cpu must stay,
     # because it is what leads to libgomp.
-    return ["-Wl,--no-as-needed", "-ltorch_cpu"] if sys.platform == "linux" else []
+    flags = ["-Wl,--no-as-needed", "-ltorch_cpu"] if sys.platform == "linux" else []
+    return flags + SANITIZERS * settings.sanitize
 
 
 def nvcc_flags(settings: Settings) -> list[str]:
@@ -369,7 +380,7 @@ def make_plan() -> Plan:
                 sources,
                 include_dirs=[str(ROOT / "csrc" / "include")],
                 extra_compile_args={"cxx": list(flags)},
-                extra_link_args=link_flags(),
+                extra_link_args=link_flags(settings),
                 depends=sorted(glob("csrc/include/**/*.h*", recursive=True)),
                 optional=settings.build_ext != "1",
             )
@@ -481,7 +492,8 @@ class BuildExt(BuildExtension):
         # One folder that outlives the build: ninja then compiles only what changed, in editable
         # installs as well, whose own folder is temporary.
         kind = f"{sys.implementation.cache_tag}-torch{PLAN.facts.get('torch')}"
-        self.build_temp = str(ROOT / "build" / f"ext-{kind}{'-debug' * PLAN.settings.debug}")
+        kind += "-debug" * PLAN.settings.debug + "-sanitize" * PLAN.settings.sanitize
+        self.build_temp = str(ROOT / "build" / f"ext-{kind}")
         # One extension at a time, so that an error in the output is known to be its; ninja
         # compiles files in parallel.
         self.parallel = None

@@ -5,17 +5,12 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 
-namespace deeplab_fast::cpu {
-
-static bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-
-}  // namespace deeplab_fast::cpu
+#include "deeplab_fast/avx512.h"
 
 #pragma GCC push_options
+#if !defined(DEEPLAB_FAST_SANITIZE)
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
 #define DEEPLAB_FAST_SET batch_norm_avx512_set
 #define DEEPLAB_FAST_VECTOR_BYTES 64
 #include "deeplab_fast/batch_norm_cpu_kernels.h"

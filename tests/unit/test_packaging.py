@@ -81,7 +81,10 @@ def version() -> str:
 
 def environment(**changes: object) -> dict[str, str]:
     """This environment without the variables that steer the build, the imports or pip."""
-    steering = ("CUDA_HOME", "CUDA_PATH", "CXX", "DEBUG", "FORCE_CUDA", "MAX_JOBS", "NVCC_THREADS")
+    steering = (
+        "CUDA_HOME", "CUDA_PATH", "CXX", "DEBUG", "FORCE_CUDA", "MAX_JOBS", "NVCC_THREADS",
+        "SANITIZE",
+    )  # fmt: skip
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -306,6 +309,16 @@ def test_every_compiler_gets_the_standard_of_csrc(debug, script, monkeypatch):
     settings = script.Settings.from_environment()
     for flags in (script.cxx_flags(settings, "c++ (GCC) 12"), script.nvcc_flags(settings)):
         assert [flag for flag in flags if "std=" in flag] == ["-std=c++20"]
+
+
+@pytest.mark.parametrize("sanitize", ["0", "1"])
+def test_sanitizers_are_compiled_and_linked_in_where_asked_for(sanitize, script, monkeypatch):
+    monkeypatch.setenv("SANITIZE", sanitize)
+    settings = script.Settings.from_environment()
+    for flags in (script.cxx_flags(settings, "c++ (GCC) 12"), script.link_flags(settings)):
+        assert ("-fsanitize=address,undefined" in flags) == (sanitize == "1")
+        assert ("-fno-sanitize-recover=all" in flags) == (sanitize == "1")
+    assert not [flag for flag in script.nvcc_flags(settings) if "sanitize" in flag]
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ inline Vector<float> pick_near(const float* source, const int32_t* indices) {
   const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(indices));
   return _mm256_permutevar8x32_ps(_mm256_loadu_ps(source), index);
 }
-#elif DEEPLAB_FAST_VECTOR_BYTES == 64
+#elif DEEPLAB_FAST_VECTOR_BYTES == 64 && !defined(DEEPLAB_FAST_SANITIZE)
 inline Vector<float> pick_near(const float* source, const int32_t* indices) {
   const __m512i index = _mm512_loadu_si512(indices);
   return _mm512_maskz_permutexvar_ps(__mmask16(0xffff), index, _mm512_loadu_ps(source));
