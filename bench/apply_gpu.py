@@ -31,6 +31,7 @@ from deeplab_fast.tuning.runner import PASSED, Outcome
 
 from . import doubts, gpu_rows, gpu_store, report
 from .files import ROOT, write_text
+from .gpu_measure import Row
 from .gpu_store import Answer
 
 BEGIN = "<!-- gpu:begin -->"
@@ -316,7 +317,7 @@ def _table_rows(own: Sequence[Answer]) -> Iterator[str]:
         theirs = [r for what, r in plain.items() if what.startswith(f"{group}: ")]
         if mine and theirs:
             best, other = (min(rows, key=lambda r: r["ms"]) for rows in (mine, theirs))
-            yield _row(group, other["ms"], best["ms"], other["ms"] / best["ms"], other, best)
+            yield _row(group, other["ms"] / best["ms"], other, best)
     for (op, form), name in _SHOWN.items():
         found = known.outcomes.get(f"time {op} bfloat16 {form}")
         for speed in found.result.get("speeds", ()) if found else ():
@@ -326,10 +327,11 @@ def _table_rows(own: Sequence[Answer]) -> Iterator[str]:
             theirs, mine = (speed["contestants"][n] for n in (speed["pytorch"], backend))
             size = "x".join(map(str, speed["sizes"][:4]))
             gain = speed["gains"][backend]
-            yield _row(f"{name} {size} ({backend})", theirs["ms"], mine["ms"], gain, theirs, mine)
+            yield _row(f"{name} {size} ({backend})", gain, theirs, mine)
 
 
-def _row(case: str, theirs: float, ours: float, gain: float, before: Any, after: Any) -> str:
+def _row(case: str, gain: float, before: Row, after: Row) -> str:
+    theirs, ours = before["ms"], after["ms"]
     peaks = [r.get("peak_mb", -1) for r in (before, after)]
     memory = "" if min(peaks) < 0 else f"{peaks[0]:.0f} → {peaks[1]:.0f}"
     return f"| {case} | {theirs:.3g} | {ours:.3g} | {gain:.2f}x | {memory} |"

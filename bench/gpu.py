@@ -41,7 +41,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from collections.abc import Sequence  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from dataclasses import replace  # noqa: E402
-from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from types import FrameType  # noqa: E402
 
@@ -55,7 +54,7 @@ from deeplab_fast.tuning.runner import NOT_RUN, PASSED, TIMED_OUT, Budget, Unit 
 from . import gpu_programs, gpu_store, rows  # noqa: E402
 from .files import ROOT  # noqa: E402
 from .gpu_loan import LEAST_SECONDS, Loan, nominal  # noqa: E402
-from .gpu_measure import carried_out  # noqa: E402
+from .gpu_measure import unit  # noqa: E402
 from .gpu_summary import listed, table  # noqa: E402
 from .gpu_units import PHASES, RULES, units_of  # noqa: E402
 
@@ -210,9 +209,7 @@ def preload() -> None:
 
 
 def _facts() -> Unit:
-    return Unit(
-        "facts", _FACTS_SECONDS, partial(carried_out, "facts", gpu_programs.facts), phase="facts"
-    )
+    return unit("facts", gpu_programs.facts, _FACTS_SECONDS, "facts")
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

@@ -193,22 +193,22 @@ def plan(machine: Machine) -> tune.Plan:
         model = get_model("deeplabv3_resnet50", output_stride=8)
     works = workloads.of_model(model, (520, 520), (1, 16))
     forms = tune.forms_of(works)
-    norms = ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward")
-    found = []
-    for work in works:
-        if work.op in norms and work.form in ("relu", "relu+residual"):
-            continue
-        found.append(work)
+    found = [work for work in works if not _is_commonest_norm(work.op, work.form)]
     for op, form in forms:
-        if op in norms and form in ("relu", "relu+residual"):
+        kernels = find(op).sources
+        if _is_commonest_norm(op, form):
             found += [Work(op, form, Size(*shape)) for shape in NORMED]
-        elif op.startswith("upsample"):
+        elif kernels == "upsample":
             found += [Work(op, form, Size(n, c, h, h, s, s)) for n, c, h, s in UPSAMPLED]
-        elif op.startswith("aspp"):
+        elif kernels in ("branches", "project", "training"):
             found += _at_output_stride_16(found, op, form)
     if tiny(machine):
         found = [Work(op, form, find(op).examples.sizes[0]) for op, form in forms]
     return tune.Plan(tuple(dict.fromkeys(found)), dtypes=DTYPES)
+
+
+def _is_commonest_norm(op: str, form: str) -> bool:
+    return find(op).sources == "batch_norm" and form in ("relu", "relu+residual")
 
 
 def _at_output_stride_16(works: Sequence[Work], op: str, form: str) -> list[Work]:

@@ -20,7 +20,7 @@ import torch
 from deeplab_fast.dispatch import sources
 from deeplab_fast.dispatch.errors import Wrong, one_line
 from deeplab_fast.tuning.machine import Machine, fault_of, suffer
-from deeplab_fast.tuning.runner import die_with_parent
+from deeplab_fast.tuning.runner import Unit, die_with_parent
 from deeplab_fast.tuning.timing import SAMPLE_SECONDS, captured, clock, interleaved, peak_bytes
 
 from .files import ROOT
@@ -37,23 +37,26 @@ _BEFORE_END = 2.0
 _SLOW_SECONDS = 1.0
 
 
-def carried_out(name: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A unit's function, in a rehearsal with the fault that is asked for.
+def unit(
+    name: str, run: Callable[[], dict[str, Any]], limit: float, phase: str, **more: Any
+) -> Unit:
+    """A unit; in a rehearsal with the fault that is asked for.
 
     Args:
-        name: of the unit.
-        function: what it does.
-
-    Raises:
-        Wrong: the rehearsal asks for a wrong result.
+        name, run, limit, phase: as for `Unit`.
+        **more: of its further fields.
     """
-    fault = fault_of(name)
-    suffer(fault)
-    if fault == "slow":
-        time.sleep(_SLOW_SECONDS)
-    if fault == "wrong":
-        raise Wrong("a wrong result (rehearsed)")
-    return function()
+
+    def carried_out() -> dict[str, Any]:
+        fault = fault_of(name)
+        suffer(fault)
+        if fault == "slow":
+            time.sleep(_SLOW_SECONDS)
+        if fault == "wrong":
+            raise Wrong("a wrong result (rehearsed)")
+        return run()
+
+    return Unit(name, limit, carried_out, phase=phase, **more)
 
 
 @cache
@@ -113,7 +116,7 @@ def times(
     return found
 
 
-def rows_of(prefix: str, found: Mapping[str, Row], **facts: Any) -> list[Row]:
+def rows_of(prefix: str, found: Mapping[str, Row], **facts: object) -> list[Row]:
     """Rows of a unit's result, named after a group and each contestant."""
     return [{"what": f"{prefix}: {name}", **facts, **row} for name, row in found.items()]
 

@@ -19,7 +19,7 @@ from deeplab_fast.tuning.workloads import Work
 from . import gpu_measure, gpu_programs, gpu_rows
 from .files import ROOT
 from .gpu_loan import CHECK_SECONDS, DTYPES, LEAST_SECONDS, MEASURE_SECONDS, Loan
-from .gpu_measure import carried_out, tiny
+from .gpu_measure import tiny, unit
 from .gpu_store import answers
 
 _CONFIGURED_SIZES = 4
@@ -113,14 +113,12 @@ def _cluster(row: int) -> bool:
 
 
 def _row_unit(loan: Loan, name: str, run: Callable[[], dict[str, Any]], row: int) -> Unit:
-    return Unit(
-        name,
-        CHECK_SECONDS,
-        run,
-        phase="rows",
-        source=tune.source(loan.machine, "aspp_branches", "cuda"),
-        facts={"row": row},
-    )
+    source, facts = _row_source(loan), {"row": row}
+    return Unit(name, CHECK_SECONDS, run, phase="rows", source=source, facts=facts)
+
+
+def _row_source(loan: Loan) -> str:
+    return tune.source(loan.machine, "aspp_branches", "cuda")
 
 
 def _variant_unit(loan: Loan, variant: str, what: str) -> Unit:
@@ -139,12 +137,8 @@ def _variant_unit(loan: Loan, variant: str, what: str) -> Unit:
     built = variant == "default" or any(package.glob(f"_C_sm90_{variant}.*.so"))
     if not built and not tiny(loan.machine):
         facts["missing"] = f"variant {variant} was not built"
-    return replace(
-        _row_unit(loan, name, partial(carried_out, name, run), -1),
-        limit=MEASURE_SECONDS,
-        alone=what == "time",
-        facts=facts,
-    )
+    alone, source = what == "time", _row_source(loan)
+    return unit(name, run, MEASURE_SECONDS, "rows", alone=alone, source=source, facts=facts)
 
 
 def time_units(loan: Loan) -> list[Unit]:
@@ -244,14 +238,13 @@ def profiles(loan: Loan) -> list[Unit]:
     """What limits the rows of sm_90a that are right, by ncu."""
     reason = "" if tiny(loan.machine) else gpu_programs.missing(gpu_programs.NCU)
     found = []
-    for unit in row_times(loan):
-        row = unit.facts["row"]
-        if row not in sm90_rows()[:2]:
-            continue
-        name = f"profile row {row}"
-        run = partial(_profile, loan, row)
-        facts = {"row": row} | ({"missing": reason} if reason else {})
-        found.append(replace(unit, name=name, run=partial(carried_out, name, run), facts=facts))
+    for row in [u.facts["row"] for u in row_times(loan)]:
+        if row in sm90_rows()[:2]:
+            run, facts = partial(_profile, loan, row), {"row": row}
+            if reason:
+                facts["missing"] = reason
+            more = {"alone": True, "source": _row_source(loan), "facts": facts}
+            found.append(unit(f"profile row {row}", run, MEASURE_SECONDS, "rows", **more))
     return found
 
 

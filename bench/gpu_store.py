@@ -79,6 +79,7 @@ def harness() -> str:
     """Fingerprint of what checks and measures, apart from what is checked."""
     files = [
         *sorted((ROOT / "deeplab_fast" / "tuning").glob("*.py")),
+        *(ROOT / "deeplab_fast" / "dispatch" / f"{n}.py" for n in ("checks", "errors", "examples")),
         *sorted((ROOT / "bench").glob("gpu*.py")),
         ROOT / "bench" / "sanitize.py",
         ROOT / "tests" / "gpu" / "conftest.py",
@@ -92,7 +93,7 @@ def answers(outcome: Outcome) -> bool:
     return outcome.verdict in ANSWERS and not outcome.reason.startswith(CUT_SHORT)
 
 
-def run_outcome(machine: Machine, date: str, commit: str, **more: Any) -> Outcome:
+def run_outcome(machine: Machine, date: str, commit: str, **more: object) -> Outcome:
     """The line that a run begins with."""
     result = {"machine": machine.as_dict(), "date": date, "commit": commit, **more}
     return Outcome(RUN, PASSED, phase=RUN, result=result)

@@ -6,17 +6,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from deeplab_fast.dispatch import records, sources
-from deeplab_fast.tuning import tune, workloads
+from deeplab_fast.dispatch.declare import gpu_ops
+from deeplab_fast.tuning import tune
 from deeplab_fast.tuning.runner import Unit
 
 from . import doubts, gpu_ours, gpu_programs, gpu_pytorch
 from .files import ROOT
 from .gpu_loan import LEAST_SECONDS, MEASURE_SECONDS, NORMED, UPSAMPLED, Loan, Phase
-from .gpu_measure import carried_out, digest, fingerprint, tiny
+from .gpu_measure import digest, fingerprint, tiny, unit
 from .gpu_op_units import (
     first_configurations,
     full_checks,
@@ -32,7 +32,6 @@ from .gpu_op_units import (
     variant_times,
 )
 
-HERE = Path(__file__).resolve().parent
 _HEADS = ((16, 65, 8), (1, 65, 8), (16, 33, 16))
 # (backbone, output stride, batch, side), the most telling first.
 _MODELS = (("r50", 8, 1, 520), ("r50", 8, 16, 520), ("r50", 16, 16, 513), ("r101", 8, 16, 520))
@@ -87,17 +86,14 @@ def _model_name(backbone: str, output_stride: int, batch: int, side: int) -> str
     return f"{backbone} os{output_stride} b{batch} {side}"
 
 
-def _pytorch(loan: Loan, what: str, function: Callable[..., dict[str, Any]], *args: Any) -> Unit:
+def _pytorch(loan: Loan, what: str, function: Callable[..., dict[str, Any]], *args: object) -> Unit:
     name = f"pytorch {what}"
-    return Unit(
-        name,
-        MEASURE_SECONDS,
-        partial(carried_out, name, partial(function, loan.machine, *args)),
-        alone=True,
-        least=LEAST_SECONDS,
-        phase="pytorch",
-        source=fingerprint(HERE / "gpu_pytorch.py"),
-    )
+    source = fingerprint(ROOT / "bench" / "gpu_pytorch.py")
+    return _timed(name, partial(function, loan.machine, *args), "pytorch", source)
+
+
+def _timed(name: str, run: Callable[[], dict[str, Any]], phase: str, source: str) -> Unit:
+    return unit(name, run, MEASURE_SECONDS, phase, alone=True, least=LEAST_SECONDS, source=source)
 
 
 def model_units(loan: Loan) -> list[Unit]:
@@ -110,8 +106,9 @@ def model_units(loan: Loan) -> list[Unit]:
             if r.verdict == records.PASSED and any(t.gain >= 1 for t in r.times)
         )
     )
-    package = (ROOT / "deeplab_fast").glob("*/*.py"), (ROOT / "kernels").glob("*.py")
-    files = [HERE / "gpu_ours.py", *sorted(path for found in package for path in found)]
+    folders = ROOT / "deeplab_fast", ROOT / "kernels"
+    package = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    files = [ROOT / "bench" / "gpu_ours.py", *package]
     # Of the package as a whole, and of the kernels that run in it.
     source = f"{fingerprint(*files)}-{digest(winners)}"
     found = []
@@ -124,17 +121,7 @@ def model_units(loan: Loan) -> list[Unit]:
         for one in given:
             name = f"ours {kind} {_model_name(*one)}"
             run = partial(function, loan.machine, recorded, *one)
-            found.append(
-                Unit(
-                    name,
-                    MEASURE_SECONDS,
-                    partial(carried_out, name, run),
-                    alone=True,
-                    least=LEAST_SECONDS,
-                    phase="ours",
-                    source=source,
-                )
-            )
+            found.append(_timed(name, run, "ours", source))
     return found
 
 
@@ -160,28 +147,24 @@ def _test(loan: Loan, file: str, part: str) -> Unit:
     prints = [sources.of_files([gpu_programs.TESTS / f"{file}.py"])]
     for op in _tested(file):
         prints += [tune.source(loan.machine, op, backend) for backend in tune.BACKENDS]
-    return Unit(
-        name,
-        limit,
-        partial(carried_out, name, run),
-        alone=part == "large",
-        least=5.0,
-        phase="tests",
-        source=digest("\n".join(prints)),
-    )
+    alone, source = part == "large", digest("\n".join(prints))
+    return unit(name, run, limit, "tests", alone=alone, least=5.0, source=source)
 
 
-def _tested(file: str) -> tuple[str, ...]:
+# The kernels that files of GPU tests are about, by the beginning of their names.
+_TESTED = {
+    "test_aspp_training": ("training",),
+    "test_aspp": ("branches", "project", "pointwise"),
+    "test_conv": ("branches", "project", "pointwise"),
+    "test_batch_norm": ("batch_norm",),
+    "test_upsample": ("upsample",),
+}
+
+
+def _tested(file: str) -> list[str]:
     """The ops that a file of GPU tests is about; all, where its name does not tell."""
-    aspp = ("aspp_branches", "aspp_project", "conv_bn_act")
-    about = {
-        "test_aspp_training": ("aspp_convs", "aspp_convs_backward"),
-        "test_aspp": aspp,
-        "test_conv": aspp,
-        "test_batch_norm": ("batch_stats", "bn_act", "bn_act_reduce", "bn_act_backward"),
-    }
-    about["test_upsample"] = tuple(op for op in workloads.OPS if op.startswith("upsample"))
-    return next((ops for start, ops in about.items() if file.startswith(start)), workloads.OPS)
+    about = next((found for start, found in _TESTED.items() if file.startswith(start)), ())
+    return [op.name for op in gpu_ops() if not about or op.sources in about]
 
 
 def sanitizer_units(loan: Loan) -> list[Unit]:
@@ -209,15 +192,9 @@ def _sanitizer(loan: Loan, tool: str, what: str, missing: str) -> Unit:
     ops = ("aspp_branches",) if what == "rows" else tuple(dict(tune.forms_of(loan.plan.works)))
     backend = "triton" if what == "triton" else "cuda"
     prints = [tune.source(loan.machine, op, backend) for op in ops]
-    return Unit(
-        name,
-        limit,
-        partial(carried_out, name, run),
-        least=5.0,
-        phase="sanitizer",
-        source=digest("\n".join(prints)),
-        facts={"missing": missing} if missing else {},
-    )
+    facts = {"missing": missing} if missing else {}
+    source = digest("\n".join(prints))
+    return unit(name, run, limit, "sanitizer", least=5.0, source=source, facts=facts)
 
 
 def autotuned(loan: Loan) -> list[Unit]:

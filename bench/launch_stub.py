@@ -134,7 +134,7 @@ class Driver:
     def utils(self) -> Driver:
         return self
 
-    def get_current_target(self) -> Any:
+    def get_current_target(self) -> object:
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.launches.gpu.index, 32)
@@ -167,7 +167,8 @@ class Driver:
 
         def launch(
             grid_x: int, grid_y: int, grid_z: int, stream: int, function: Loaded,
-            packed_metadata: Any, launch_metadata: Any, enter_hook: Any, exit_hook: Any, *args: Any,
+            packed_metadata: object, launch_metadata: object, enter_hook: object, exit_hook: object,
+            *args: object,
         ) -> None:  # fmt: skip
             assert 0 < grid_x < 2**31 and grid_y == grid_z == 1
             # Below its limit the compiler spills a value outside loops for another resident block.
@@ -184,7 +185,7 @@ class Driver:
 DRIVER = Driver()
 
 
-def check_argument(kind: str, value: Any) -> None:
+def check_argument(kind: str, value: object) -> None:
     """What the compiled launcher refuses: an integer that its type does not hold, no pointer."""
     if kind.startswith("*"):
         assert isinstance(value, torch.Tensor), f"{value!r} for a {kind}"
@@ -210,7 +211,7 @@ def pretend(gpu: Gpu) -> Iterator[Launches]:
 
     describe = backends.OpDesc.of
 
-    def on_gpu(op: str, x: torch.Tensor, **params: Any) -> backends.OpDesc:
+    def on_gpu(op: str, x: torch.Tensor, **params: object) -> backends.OpDesc:
         return replace(describe(op, x, **params), device="cuda", capability=gpu.capability)
 
     device = device_like(gpu.properties)

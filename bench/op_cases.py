@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from deeplab_fast import backends
 from deeplab_fast.dispatch import declare
-from deeplab_fast.dispatch.describe import OpDesc
 from deeplab_fast.dispatch.examples import VALUES, Size, Step
 from deeplab_fast.testing import import_torchvision
 
@@ -122,8 +121,8 @@ class DeclaredCase(Case):
     def fused(self, args: Arguments, dtype: torch.dtype) -> nn.Module:
         return _Implementation(self.example(dtype))
 
-    def descriptions(self, dtype: torch.dtype) -> list[OpDesc]:
-        return [self.example(dtype).desc]
+    def steps(self, dtype: torch.dtype) -> list[Step]:
+        return [self.example(dtype)]
 
     def cost(self, mode: str, itemsize: int) -> Cost:
         args = self.setup("meta", torch.float32)
@@ -154,6 +153,9 @@ class OpCase(DeclaredCase):
 
     def oracle(self, module: nn.Module) -> nn.Module:
         return module.exact()
+
+    def steps(self, dtype: torch.dtype) -> list[Step]:
+        return declare.steps(self.op, self.form, self.size, dtype, "meta")
 
     def fused(self, args: Arguments, dtype: torch.dtype) -> nn.Module:
         return args.module.fused(dtype)
@@ -297,18 +299,18 @@ class AsppHead(Case):
         head = without_dropout(head).train(self.training)
         return _HeadOfAModel(head)
 
-    def descriptions(self, dtype: torch.dtype) -> list[OpDesc]:
+    def steps(self, dtype: torch.dtype) -> list[Step]:
         if self.training:
             return []
         n, h, w, k = self.n, self.h, self.w, _FILTERS
+        joined = Size(n, k * (1 + len(self.rates)), h, w, filters=k, pooled=k)
         parts = (
-            ("aspp_branches", Size(n, self.channels, h, w, filters=k, rates=self.rates)),
-            ("conv_bn_act", Size(n, self.channels, 1, 1, filters=k)),
-            ("aspp_project", Size(n, k * (1 + len(self.rates)), h, w, filters=k, pooled=k)),
-            ("conv_bn_act", Size(n, k, h, w, filters=k, rates=(1,))),
+            ("aspp_branches", "plain", Size(n, self.channels, h, w, filters=k, rates=self.rates)),
+            ("conv_bn_act", "relu", Size(n, self.channels, 1, 1, filters=k)),
+            ("aspp_project", "plain", joined),
+            ("conv_bn_act", "relu", Size(n, k, h, w, filters=k, rates=(1,))),
         )
-        forms = {op: declare.find(op).examples.forms[0] for op, _ in parts}
-        return [declare.steps(op, forms[op], s, dtype, "meta")[0].desc for op, s in parts]
+        return [step for part in parts for step in declare.steps(*part, dtype, "meta")]
 
     def cost(self, mode: str, itemsize: int) -> Cost:
         args = self.setup("meta", torch.float32)

@@ -33,15 +33,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import MagicMock, patch
 
 from .files import ROOT, write_text
-
-if TYPE_CHECKING:
-    import torch
-
-    from .registry import Case, Provider
 
 EXTENSIONS = ("_C", "_C_cuda", "_C_sm90", "_C_sm90_nofence", "_C_sm90_acquire_cluster")
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
@@ -126,7 +121,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     Those of the checks and times of bench.gpu, at sizes of every op and of the models, at more of a
     training step's, and the ops of suite gpu.
     """
-    from deeplab_fast.dispatch.declare import TRAINING, gpu_ops
+    from deeplab_fast.dispatch import declare
     from deeplab_fast.dispatch.examples import Shapes, Size
     from deeplab_fast.tuning import tune
     from deeplab_fast.tuning.workloads import Work
@@ -145,35 +140,18 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             pointwise=(),
             aspp=Size(n, 2048, side, side, filters=256, rates=rates),
         )
-        for op in gpu_ops():
-            if op.use == TRAINING:
+        for op in declare.gpu_ops():
+            if op.use == declare.TRAINING:
                 works += [Work(op.name, *work) for work in op.examples.works(shapes)]
     plan = gpu_loan.plan(gpu_loan.nominal())
     yield from tune.launches(replace(plan, works=tuple(dict.fromkeys((*plan.works, *works)))))
-    suite, triton = registry.SUITES["gpu"], registry.provider("triton")
+    suite = registry.SUITES["gpu"]
     for case in registry.cases():
-        if suite.name in case.suites and case.kind == "op":
-            for mode in case.modes:
-                runs = triton.applies(case, mode)
-                if runs and not triton.missing_reason(case, mode, suite.device, suite.dtype):
-                    yield f"{case.id} {mode}", partial(_call, triton, case, mode, suite.dtype)
-
-
-def _call(triton: Provider, case: Case, mode: str, dtype: torch.dtype) -> object:
-    """Runs a case on tensors of zeros, which random numbers would take longer to make than it."""
-    import torch
-
-    from .registry import Arguments
-
-    made = case.setup("meta", dtype)
-    module = made.module.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.zero_()
-    inputs = [tuple(torch.zeros_like(t, device="cpu") for t in given) for given in made.inputs]
-    cotangents = [None if t is None else torch.zeros_like(t, device="cpu") for t in made.cotangents]
-    args = Arguments(module, inputs, cotangents)
-    return triton.build(case, mode, "cpu", dtype, args)(0)
+        steps = case.steps(suite.dtype) if suite.name in case.suites else []
+        for number, step in enumerate(steps):
+            triton = declare.implementations(step.op).get("triton")
+            if triton and not triton.not_supported_reasons(step.on((9, 0))):
+                yield f"{case.id} call {number}", partial(step.launch, triton.run)
 
 
 def fill(cache: Path) -> int:
@@ -184,10 +162,10 @@ def fill(cache: Path) -> int:
 
     from .launch_stub import GPUS, pretend
 
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    found: dict[str, tuple[object, dict[str, Any]]] = {}
     compiled = 0
 
-    def listen(*, src: Any, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
+    def listen(*, src: object, metadata: dict[str, Any], cache_hit: bool, **_: object) -> None:
         nonlocal compiled
         compiled += not cache_hit
         found[metadata["hash"]] = src, metadata
@@ -206,7 +184,7 @@ def fill(cache: Path) -> int:
     return compiled + launchers
 
 
-def fill_launchers(kernels: Sequence[tuple[Any, dict[str, Any]]]) -> int:
+def fill_launchers(kernels: Sequence[tuple[object, dict[str, Any]]]) -> int:
     """Compile what Triton compiles by a C compiler for kernels; returns how many were new.
 
     They need libcuda, which here is there in name only, so that they are not loaded.
@@ -224,7 +202,7 @@ def fill_launchers(kernels: Sequence[tuple[Any, dict[str, Any]]]) -> int:
 
         def compile_module(
             name: str, src: str, srcdir: str, library_dirs: list[str], include_dirs: list[str],
-            libraries: list[str], *_: Any,
+            libraries: list[str], *_: object,
         ) -> str:  # fmt: skip
             nonlocal made
             made += 1

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,20 +27,20 @@ from .registry import (
     FORWARD_BACKWARD,
     STEP,
     Arguments,
+    Build,
     Case,
     Context,
     Inputs,
     Provider,
     Result,
     Runnable,
+    case_precision,
     register_provider,
     spread_batch_norm,
 )
 
 NCHW = torch.contiguous_format
 NHWC = torch.channels_last
-Build = Callable[[Case, str, str, torch.dtype, Arguments], Runnable]
-_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 class _Forward(Runnable):
@@ -300,10 +300,9 @@ def _backend(name: str, description: str) -> Provider:
         name,
         description,
         baseline=False,
-        applies=lambda case, mode: bool(case.descriptions(torch.float32)),
+        applies=lambda case, mode: bool(case.steps(torch.float32)),
         missing_reason=missing,
         build=build,
-        precision=_case_precision,
     )
 
 
@@ -312,9 +311,7 @@ def _descriptions(case: Case, device: str, dtype: torch.dtype) -> list[backends.
     capability = None
     if device == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
-    return [
-        replace(desc, device=device, capability=capability) for desc in case.descriptions(dtype)
-    ]
+    return [replace(step.desc, device=device, capability=capability) for step in case.steps(dtype)]
 
 
 def chosen(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
@@ -327,27 +324,12 @@ def chosen(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
     return names.pop() or "" if len(names) == 1 else ""
 
 
-def _no_reason(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
-    return ""
-
-
-def _always(case: Case, mode: str) -> bool:
-    return True
-
-
-def _case_precision(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
-    if dtype == torch.float32:
-        return _fp32(device)
-    return _NAMES[dtype]
-
-
-def _fp32(device: str) -> str:
-    # PyTorch lets cuDNN round the operands of fp32 convolutions to TF32 unless told otherwise.
-    return "tf32" if device == "cuda" and torch.backends.cudnn.allow_tf32 else "fp32"
+def _shipped_precision(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
+    return case_precision(case, mode, device, torch.float32)
 
 
 def _fp32_in_training(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
-    return _fp32(device) if trains(case, mode) else _case_precision(case, mode, device, dtype)
+    return case_precision(case, mode, device, torch.float32 if trains(case, mode) else dtype)
 
 
 def _no_bf16(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
@@ -424,26 +406,18 @@ for _provider in (
     Provider(
         "eager",
         "PyTorch as torchvision ships it: eager, NCHW, fp32",
-        baseline=True,
-        applies=_always,
-        missing_reason=_no_reason,
         build=_eager(NCHW, as_shipped=True),
-        precision=lambda case, mode, device, dtype: _fp32(device),
+        precision=_shipped_precision,
     ),
     Provider(
         "channels_last",
         "PyTorch eager, channels_last, in the suite's dtype (fp32 in training)",
-        baseline=True,
-        applies=_always,
-        missing_reason=_no_reason,
         build=_eager(NHWC),
         precision=_fp32_in_training,
     ),
     Provider(
         "autocast",
         "PyTorch eager, channels_last, fp32 weights under bf16 autocast",
-        baseline=True,
-        applies=_always,
         missing_reason=_no_bf16,
         build=_build_autocast,
         precision=lambda case, mode, device, dtype: "fp16" if dtype == torch.float16 else "bf16",
@@ -451,34 +425,27 @@ for _provider in (
     Provider(
         "cudagraph",
         "channels_last, replayed from a CUDA graph",
-        baseline=True,
         applies=lambda case, mode: mode == FORWARD,
         missing_reason=_no_cuda,
         build=_eager(NHWC, graphed=True),
-        precision=_case_precision,
         graphs=True,
     ),
     Provider(
         "compile",
         "torch.compile of channels_last: weights frozen; on a GPU max-autotune and CUDA graphs",
-        baseline=True,
-        applies=_always,
         missing_reason=_no_compiler,
         build=_build_compiled,
-        precision=_case_precision,
         graphs=True,
         slow=True,
     ),
     Provider(
         "smp",
         "segmentation-models-pytorch's DeepLabV3, channels_last, in the suite's dtype",
-        baseline=True,
         applies=lambda case, mode: (
             isinstance(case, (ModelLogits, ModelLabels)) and case.backbone != "mbv3"
         ),
         missing_reason=_smp_missing,
         build=_build_smp,
-        precision=_case_precision,
         own_expected=_smp_expected,
     ),
     _backend("reference", "deeplab_fast's ops on the reference backend (plain PyTorch)"),
@@ -490,18 +457,14 @@ for _provider in (
         "deeplab_fast's module or model as built",
         baseline=False,
         applies=lambda case, mode: type(case).own is not Case.own,
-        missing_reason=_no_reason,
         build=_build_own("own"),
-        precision=_case_precision,
     ),
     Provider(
         "ours-predict",
         "deeplab_fast's model through predict",
         baseline=False,
         applies=lambda case, mode: isinstance(case, ModelLabels),
-        missing_reason=_no_reason,
         build=_build_own("predict"),
-        precision=_case_precision,
     ),
 ):
     register_provider(_provider)

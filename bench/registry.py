@@ -19,8 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deeplab_fast.dispatch.describe import OpDesc
-from deeplab_fast.dispatch.examples import VALUES
+from deeplab_fast.dispatch.examples import VALUES, Step
 
 from .costs import Cost
 
@@ -213,8 +212,9 @@ class Case(ABC):
         """The case through the package's modules or models; None: it has no such form."""
         return None
 
-    def descriptions(self, dtype: torch.dtype) -> list[OpDesc]:
-        """The calls of ops that `fused` makes; none where the case has no such form."""
+    def steps(self, dtype: torch.dtype) -> list[Step]:
+        """The calls of ops that `fused` makes, on the meta device; none where the case has no such
+        form."""
         return []
 
     @abstractmethod
@@ -230,6 +230,18 @@ class Case(ABC):
         return DIRECT
 
 
+Build = Callable[[Case, str, str, torch.dtype, Arguments], Runnable]
+Text = Callable[[Case, str, str, torch.dtype], str]
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def case_precision(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
+    """That of the case's dtype."""
+    # PyTorch lets cuDNN round the operands of fp32 convolutions to TF32 unless told otherwise.
+    fp32 = "tf32" if device == "cuda" and torch.backends.cudnn.allow_tf32 else "fp32"
+    return _NAMES.get(dtype, fp32)
+
+
 @dataclass(frozen=True)
 class Provider:
     """One way to run cases.
@@ -237,11 +249,11 @@ class Provider:
     Attributes:
         name: in tables and on the command line.
         description: one line.
+        build: (case, mode, device, dtype, args) -> what runs.
         baseline: whether it is something a user has without this package.
         applies: (case, mode) -> whether there is such a form at all; one that does not apply is
             not missing.
         missing_reason: (case, mode, device, dtype) -> why it cannot run here; "" where it can.
-        build: (case, mode, device, dtype, args) -> what runs.
         precision: (case, mode, device, dtype) -> "fp32", "tf32", "bf16" or "fp16": what the
             operands of its products are rounded to.
         graphs: whether its calls on a GPU already replay CUDA graphs.
@@ -253,11 +265,11 @@ class Provider:
 
     name: str
     description: str
-    baseline: bool
-    applies: Callable[[Case, str], bool]
-    missing_reason: Callable[[Case, str, str, torch.dtype], str]
-    build: Callable[[Case, str, str, torch.dtype, Arguments], Runnable]
-    precision: Callable[[Case, str, str, torch.dtype], str]
+    build: Build
+    baseline: bool = True
+    applies: Callable[[Case, str], bool] = lambda case, mode: True
+    missing_reason: Text = lambda case, mode, device, dtype: ""
+    precision: Text = case_precision
     graphs: bool = False
     slow: bool = False
     own_expected: Callable[[Any, Arguments, Runnable], list[Tensor]] | None = None
@@ -418,7 +430,7 @@ def folded(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
         return scale, norm.bias - norm.running_mean * scale
 
 
-def shape_name(*parts: Any) -> str:
+def shape_name(*parts: object) -> str:
     """Join parts of a shape's name: tuples by "x"."""
     return "-".join(
         "x".join(map(str, p)) if isinstance(p, Sequence) and not isinstance(p, str) else str(p)

@@ -17,12 +17,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import rows
 from .everything import registry
 from .files import replacing, write_text
 from .rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BEGIN = "<!-- bench:begin -->"
 END = "<!-- bench:end -->"
@@ -341,7 +344,7 @@ def plots(found: Sequence[Row], folder: Path) -> list[Path]:
     return written
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     try:
@@ -359,7 +362,7 @@ def _colours() -> dict[str, Any]:
     return {name: table(i % table.N) for i, name in enumerate(names)}
 
 
-def _bars(some: Sequence[Row], metric: str, title: str, log: bool) -> Any:
+def _bars(some: Sequence[Row], metric: str, title: str, log: bool) -> Figure | None:
     """Horizontal bars, a cluster for each case and mode."""
     import matplotlib.pyplot as plt
 
@@ -391,18 +394,18 @@ def _bars(some: Sequence[Row], metric: str, title: str, log: bool) -> Any:
     return figure
 
 
-def _plot_ratio(some: Sequence[Row]) -> Any:
+def _plot_ratio(some: Sequence[Row]) -> Figure | None:
     figure = _bars(some, rows.RATIO, "times as fast as the best baseline", log=False)
     if figure is not None:
         figure.axes[0].axvline(1.0, color="black", linewidth=0.8, linestyle=":")
     return figure
 
 
-def _plot_memory(some: Sequence[Row]) -> Any:
+def _plot_memory(some: Sequence[Row]) -> Figure | None:
     return _bars(some, rows.PEAK, "peak memory of a call, MiB", log=True)
 
 
-def _plot_roofline(some: Sequence[Row]) -> Any:
+def _plot_roofline(some: Sequence[Row]) -> Figure | None:
     import matplotlib.pyplot as plt
     import numpy as np
 

@@ -25,9 +25,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from .files import ROOT
+
+if TYPE_CHECKING:
+    from .registry import Case, Provider
 
 # glibc's malloptions: blocks from this size on are mapped by themselves, and return to the system
 # when freed, so that the resident size between calls is what is really held.
@@ -62,7 +65,7 @@ class Worker:
             start_new_session=True,
         )
 
-    def ask(self, seconds: float = 300.0, **command: Any) -> dict[str, Any]:
+    def ask(self, seconds: float = 300.0, **command: object) -> dict[str, Any]:
         """Send a command and wait for its answer.
 
         Raises:
@@ -82,7 +85,7 @@ class Worker:
             raise WorkerError(answer["error"])
         return answer
 
-    def _line(self, stdout: Any, seconds: float) -> bytes:
+    def _line(self, stdout: IO[bytes], seconds: float) -> bytes:
         with selectors.DefaultSelector() as ready:
             ready.register(stdout, selectors.EVENT_READ)
             if not ready.select(seconds):
@@ -161,7 +164,7 @@ class _Served:
         found = gate.errors(self.case, self.mode, gate.outputs(self.run.probe()), exact)
         return {"errors": found}
 
-    def memory(self, **what: Any) -> dict:
+    def memory(self, **what: str | int) -> dict:
         """Memory of a provider at a case, in a process forked for it alone.
 
         A fork carries over no threads. That is safe as long as this process has never computed
@@ -300,7 +303,9 @@ class CpuMemory:
         self.suite, self.seed, self.threads = suite, seed, threads
         self.worker: Worker | None = None
 
-    def __call__(self, case: Any, mode: str, provider: Any) -> tuple[int | None, int | None, str]:
+    def __call__(
+        self, case: Case, mode: str, provider: Provider
+    ) -> tuple[int | None, int | None, str]:
         """(peak bytes of a call, bytes held between calls, note); None where it failed."""
         if self.worker is None or not self.worker.alive:
             self.worker = Worker(threads=self.threads)
