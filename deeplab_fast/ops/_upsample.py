@@ -48,7 +48,7 @@ def cpu_reasons(desc: OpDesc) -> list[str]:
             f"PyTorch's own ops are as fast where nothing is enlarged ({height}x{width} to "
             f"{out_height}x{out_width}); use_backend('cpu') runs it all the same"
         )
-    return reasons + limits.extension(_ext.CPU, "_upsample_argmax_cpu")
+    return reasons + limits.extension(_ext.CPU, f"_{desc.op}_cpu")
 
 
 triton_reasons = triton_kernel("upsample", "not_supported_reasons")
@@ -56,7 +56,7 @@ triton_reasons = triton_kernel("upsample", "not_supported_reasons")
 
 def cuda_reasons(desc: OpDesc) -> list[str]:
     """Why the CUDA C++ implementation cannot run the call; empty where it can."""
-    return limits.cuda(desc) + limits.extension(_ext.CUDA, "_upsample_argmax_cuda")
+    return limits.cuda(desc) + limits.extension(_ext.CUDA, f"_{desc.op}_cuda")
 
 
 def report_bad_labels(count: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
