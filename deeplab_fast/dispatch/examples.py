@@ -37,7 +37,8 @@ class Size:
         n, c, h, w: of its main input.
         height, width: of what is upsampled to.
         filters: of a convolution, or of each branch.
-        rates: dilations of the 3x3 branches; a 1x1 branch comes before them.
+        rates: dilations of the 3x3 branches, before which a 1x1 branch comes; the dilation of a
+            convolution, which is 3x3 where there is one and else 1x1.
         pooled: channels of the pooled branch.
         classes: of a classifier behind the projection.
         stride: of a 1x1 convolution.

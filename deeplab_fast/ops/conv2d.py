@@ -228,7 +228,7 @@ def _works(shapes: Shapes) -> list[tuple[str, Size]]:
 
 def _inputs(make: Maker, s: Size) -> tuple[Tensor, Tensor, dict[str, int]]:
     """x, weight and options: of a 3x3 convolution where there is a rate, else of a 1x1 one."""
-    (rate,) = s.rates or (0,)
+    rate = s.rates[0] if s.rates else 0
     x, weight = make.map(s.n, s.c, s.h, s.w), make.weight(s.filters, s.c, 3 if rate else 1)
     return x, weight, {"stride": s.stride, "padding": rate, "dilation": rate or 1}
 

@@ -292,7 +292,7 @@ def _works(shapes: Shapes) -> list[tuple[str, Size]]:
 
 def _example(make: Maker, form: str, s: Size) -> list[Step]:
     # A 3x3 convolution where there is a rate, else a 1x1 one.
-    (rate,) = s.rates or (0,)
+    rate = s.rates[0] if s.rates else 0
     x = make.map(s.n, s.c, s.h, s.w).relu_()
     weight = make.weight(s.filters, s.c, 3 if rate else 1)
     scale, shift = make.vector(s.filters), make.vector(s.filters, -0.5, 0.5)
