@@ -7,6 +7,9 @@ from deeplab_fast.nn.batch_norm import (
     unfreeze_batch_norm,
 )
 
+# Where pickles of earlier versions look for it.
+from deeplab_fast.nn.batch_norm import remake as _remake  # noqa: F401
+
 __all__ = [
     "convert_sync_batch_norm",
     "freeze_batch_norm",

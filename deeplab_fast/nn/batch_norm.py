@@ -15,6 +15,7 @@ __all__ = [
     "convert_sync_batch_norm",
     "freeze_batch_norm",
     "frozen_batch_norms",
+    "remake",
     "thawed_class",
     "unfreeze_batch_norm",
 ]
@@ -57,7 +58,7 @@ class _Frozen(_Joined):
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         # The class is made at run time, where pickle cannot find it by name.
         state = self.__getstate__()  # type: ignore[attr-defined, unused-ignore]
-        return _remake, (self.thawed,), state
+        return remake, (self.thawed,), state
 
 
 def freeze_batch_norm(
@@ -200,7 +201,7 @@ def _frozen_class(thawed: Any) -> type[_Frozen]:
     return type(f"Frozen{thawed.__name__}", (_Frozen, thawed), {"thawed": thawed})
 
 
-def _remake(thawed: Any) -> _Frozen:
+def remake(thawed: Any) -> _Frozen:
     """An empty frozen layer, for pickle and deepcopy to fill."""
     cls = _frozen_class(thawed)
     return cls.__new__(cls)

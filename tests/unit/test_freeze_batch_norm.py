@@ -92,6 +92,16 @@ def pickled(net: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(net))
 
 
+def pickled_before(net: nn.Module) -> nn.Module:
+    """As an earlier version pickled it, when the layers were in another module."""
+    data = pickle.dumps(net, protocol=2)
+    before = data.replace(
+        b"cdeeplab_fast.nn.batch_norm\nremake\n", b"cdeeplab_fast.engine.batch_norm\n_remake\n"
+    )
+    assert before != data
+    return pickle.loads(before)
+
+
 def saved(net: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(net, file)
@@ -114,7 +124,7 @@ def test_frozen_in_training_mode(make):
 
 
 @every_norm
-@pytest.mark.parametrize("way", [copied, pickled, saved])
+@pytest.mark.parametrize("way", [copied, pickled, pickled_before, saved])
 def test_freezing_survives(make, way):
     net = a_net(make())
     kind = type(net[1])
