@@ -10,14 +10,13 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..data.preprocess import Preprocess
 from .rules import Rule
 
-Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 # Builder's name and its options.
 Found = tuple[str, dict[str, Any]]
 
@@ -27,7 +26,7 @@ class ModelEntry:
     """What one model's file registers.
 
     Attributes:
-        builders: of its models, listed under their own names.
+        builders: of its models, listed under their own names in lower case.
         recognise: state dict under the names used here -> name of the builder and those of its
             options that decide on names and shapes; None for another's.
         foreign: name of a `Layout` -> rules for the backbone's names there, tried before the
@@ -58,12 +57,6 @@ def register(*entries: ModelEntry) -> None:
     for entry in entries:
         _entries.append(entry)
         _builders.update({builder.__name__.lower(): builder for builder in entry.builders})
-
-
-def register_model(builder: Builder) -> Builder:
-    """List a builder under its own name, in lower case, and tell nothing else of it."""
-    register(ModelEntry((builder,)))
-    return builder
 
 
 def recognise(state: Mapping[str, Tensor]) -> Found | None:

@@ -17,7 +17,7 @@ from deeplab_fast import testing
 from deeplab_fast.models import DeepLabV3
 from deeplab_fast.models._backbone import set_dilation, set_stride
 from deeplab_fast.nn import HEADS, FCNHead
-from deeplab_fast.weights.registry import register_model
+from deeplab_fast.weights.registry import ModelEntry, register
 
 CLASSES = 4
 NAMES = ("grey", "red", "green", "blue")
@@ -49,7 +49,6 @@ class TinyBackbone(nn.Module):
         return {"out": self.block3(x), **({"aux": x} if self.aux else {})}
 
 
-@register_model
 def tiny_deeplabv3(
     *, num_classes=CLASSES, aux_loss=False, output_stride=16, atrous_rates=None, dropout=0.1
 ):
@@ -65,6 +64,9 @@ def tiny_deeplabv3(
         {"num_classes": num_classes, "aux_loss": aux_loss, **options},
     )
     return model
+
+
+register(ModelEntry((tiny_deeplabv3,)))
 
 
 def scene(index, height=40, width=48):
