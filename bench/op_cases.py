@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ from .registry import (
 # Each compilation takes ten seconds or more on a CPU.
 _NO_QUICK_COMPILE = {"quick": {"compile": "it takes long to compile; suite cpu has it"}}
 _NO_CPU_COMPILE = {"cpu": {"compile": "it takes long to compile; aspp_head has its figure"}}
+Names = tuple[str, ...]
 OS8_RATES = (12, 24, 36)
 OS16_RATES = (6, 12, 18)
 # Of torchvision's branches and projection.
@@ -328,6 +329,10 @@ class AsppHead(Case):
         return network_tolerance(4)
 
 
+def _row(op: str, form: str, size: Size, shape: str, suites: Names, **more: Any) -> OpCase:
+    return OpCase(op=op, form=form, size=size, shape=shape, suites=suites, **more)
+
+
 def _rows() -> Iterator[Case]:
     # Logits of DeepLabv3 on VOC at output stride 8, on ADE20K at 16, on Cityscapes at 8.
     for classes, (h, w), (height, width), batches in (
@@ -339,29 +344,19 @@ def _rows() -> Iterator[Case]:
             size = Size(n, classes, h, w, height, width)
             shape = shape_name((h, w, classes), (height, width), f"b{n}")
             voc = classes == 21 and n == 1
-            small = ("quick", "cpu", "gpu") if voc else ("gpu",)
-            on_cpu = ("cpu", "gpu") if n == 1 and not voc else small
-            yield OpCase(op="upsample_argmax", size=size, shape=shape, suites=on_cpu, headline=True)
-            yield OpCase(
-                op="upsample_cross_entropy",
-                size=size,
-                shape=shape,
-                suites=small if classes == 19 else on_cpu,
-                modes=(FORWARD_BACKWARD,) if n == 1 else (FORWARD_BACKWARD, FORWARD),
-                headline=True,
-            )
+            small: Names = ("quick", "cpu", "gpu") if voc else ("gpu",)
+            on_cpu: Names = ("cpu", "gpu") if n == 1 and not voc else small
+            yield _row("upsample_argmax", "plain", size, shape, on_cpu, headline=True)
+            suites = small if classes == 19 else on_cpu
+            modes = (FORWARD_BACKWARD,) if n == 1 else (FORWARD_BACKWARD, FORWARD)
+            given = {"modes": modes, "headline": True}
+            yield _row("upsample_cross_entropy", "plain", size, shape, suites, **given)
             # The full-size accumulator of 16 images of 150 classes alone takes 2.5 GB.
-            for op, form in (("upsample_confusion", "plain"), ("upsample_softmax_add", "flip")):
-                if n == 1:
-                    yield OpCase(
-                        op=op,
-                        form=form,
-                        size=size,
-                        shape=shape,
-                        suites=small,
-                        left_out=_NO_QUICK_COMPILE,
-                        headline=voc,
-                    )
+            if n == 1:
+                given = {"left_out": _NO_QUICK_COMPILE, "headline": voc}
+                yield _row("upsample_confusion", "plain", size, shape, small, **given)
+                yield _row("upsample_softmax_add", "flip", size, shape, small, **given)
+    k = _FILTERS
     for n, h, w, rates, output_stride, suites in (
         (1, 33, 33, OS16_RATES, 16, ("quick", "cpu", "gpu")),
         (1, 65, 65, OS8_RATES, 8, ("cpu", "gpu")),
@@ -382,21 +377,11 @@ def _rows() -> Iterator[Case]:
             h=h,
             w=w,
         )
-        yield OpCase(
-            op="aspp_branches",
-            size=Size(n, 2048, h, w, filters=_FILTERS, rates=rates),
-            shape=shape,
-            suites=suites,
-            left_out=_NO_CPU_COMPILE,
-        )
+        size, left_out = Size(n, 2048, h, w, filters=k, rates=rates), _NO_CPU_COMPILE
+        yield _row("aspp_branches", "plain", size, shape, suites, left_out=left_out)
         if (h, w) != (97, 97):
-            yield OpCase(
-                op="aspp_project",
-                size=Size(n, 4 * _FILTERS, h, w, filters=_FILTERS, pooled=_FILTERS),
-                shape=shape,
-                suites=suites,
-                left_out=_NO_QUICK_COMPILE,
-            )
+            size, left_out = Size(n, 4 * k, h, w, filters=k, pooled=k), _NO_QUICK_COMPILE
+            yield _row("aspp_project", "plain", size, shape, suites, left_out=left_out)
     for n, suites, modes in (
         (16, ("gpu",), (FORWARD_BACKWARD, BACKWARD)),
         (2, ("cpu",), (FORWARD_BACKWARD,)),
@@ -424,13 +409,9 @@ def _rows() -> Iterator[Case]:
         ("aspp-3x3d36", "relu", 2048, 256, (36,), 65, ("gpu",)),
     ):
         for n in (1, 16):
-            yield OpCase(
-                op="conv_bn_act",
-                form=form,
-                size=Size(n, c, side, side, filters=k, rates=rates),
-                shape=shape_name(f"r50-{name}", (side, side), f"b{n}"),
-                suites=suites if n == 1 else ("gpu",),
-            )
+            size = Size(n, c, side, side, filters=k, rates=rates)
+            shape = shape_name(f"r50-{name}", (side, side), f"b{n}")
+            yield _row("conv_bn_act", form, size, shape, suites if n == 1 else ("gpu",))
 
 
 def declared_cases(which: Iterable[tuple[int, int]]) -> list[Case]:

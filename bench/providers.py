@@ -131,16 +131,10 @@ class _ForwardBackward(Runnable):
 class _Backward(_ForwardBackward):
     """Only the backward pass, over one kept graph."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        inputs: Inputs,
-        cotangents: Sequence[Tensor | None],
-        context: Context,
-    ) -> None:
+    def __init__(self, *given: object) -> None:
         import torch._functorch.config as functorch
 
-        super().__init__(module, inputs, cotangents, context)
+        super().__init__(*given)
         # A compiled backward pass otherwise frees what the next one reads.
         with functorch.patch(donated_buffer=False):
             self.out = self.forward(0)

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -170,40 +171,26 @@ def result_rows(
     best = measure.best_baseline(results)
     best_device = _best_device(results)
     for r in results:
-
-        def make(
-            metric: str,
-            value: float | None,
-            p20: float | None = None,
-            p80: float | None = None,
-            note: str = "",
-            r: Result = r,
-        ) -> Row:
-            return rows.row(
-                env,
-                suite.name,
-                case.op,
-                case.shape,
-                dtype,
-                mode,
-                r.provider.name,
-                metric,
-                value,
-                p20=p20,
-                p80=p80,
-                baseline=r.provider.baseline,
-                chosen=r.chosen,
-                agrees={OK: "yes", DISAGREES: "no"}.get(r.status, ""),
-                note=note,
-            )
-
+        make = partial(
+            rows.row,
+            env,
+            suite.name,
+            case.op,
+            case.shape,
+            dtype,
+            mode,
+            r.provider.name,
+            baseline=r.provider.baseline,
+            chosen=r.chosen,
+            agrees={OK: "yes", DISAGREES: "no"}.get(r.status, ""),
+        )
         if r.status != OK:
             yield make(rows.STATUS, None, note=f"{r.status}: {r.note}")
         note = r.note if r.status == OK else ""
         for metric, samples in ((rows.TIME, r.samples), (rows.DEVICE_TIME, r.device_samples)):
             if samples:
                 ms = [s * 1e3 for s in samples]
-                yield make(metric, *_spread(ms), note=note)
+                yield make(metric, **_spread(ms), note=note)
         for kind, (error, bound) in r.errors.items():
             yield make(f"error_{kind}", error, note=f"limit {bound:.3g}")
         if r.peak_bytes is not None:
@@ -218,18 +205,15 @@ def result_rows(
         ):
             if base and samples and len(base) == len(samples):
                 ratios = [b / s for b, s in zip(base, samples, strict=True)]
-                yield make(metric, *_spread(ratios))
+                yield make(metric, **_spread(ratios))
         if cost is not None:
             for metric, value in throughput(r, cost, ceilings).items():
                 yield make(metric, value)
 
 
-def _spread(samples: Sequence[float]) -> tuple[float, float, float]:
-    return (
-        statistics.median(samples),
-        measure.percentile(samples, 20),
-        measure.percentile(samples, 80),
-    )
+def _spread(samples: Sequence[float]) -> dict[str, float]:
+    low, high = (measure.percentile(samples, percent) for percent in (20, 80))
+    return {"value": statistics.median(samples), "p20": low, "p80": high}
 
 
 def _best_device(results: Sequence[Result]) -> list[float]:
@@ -276,7 +260,7 @@ def table(
         if not r.samples:
             lines.append(f"{r.provider.name + mark:<16}  {r.status}: {r.note}")
             continue
-        ms, low, high = (s * 1e3 for s in _spread(r.samples))
+        ms, low, high = (s * 1e3 for s in _spread(r.samples).values())
         cells = [f"{ms:.4g}", f"{low:.4g}..{high:.4g}"]
         if r.status == OK:
             cells.append(f"{timing.ratio(best.samples, r.samples):.2f}" if best else "")
