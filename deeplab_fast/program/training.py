@@ -560,7 +560,7 @@ def _fused_form(
     first, *rest = _parts(projected)
     branches = [pair for pair in (_conv_and_norm(_parts([unit])[0]) for unit in units) if pair]
     project = _conv_and_norm(first)
-    if len(branches) < len(units) or project is None or project[0].kernel_size != (1, 1):
+    if len(branches) < len(units) or project is None or project[0].weight.shape[2] != 1:
         return None
     modes = {(n.training, uses_batch(n), group_of(n), n.weight is None) for _, n in branches}
     if len(modes) > 1:

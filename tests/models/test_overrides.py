@@ -376,6 +376,24 @@ def test_subclasses_that_add_are_intact() -> None:
     assert "_conv_forward" in CALLED
 
 
+def test_a_subclass_that_adds_nothing_is_folded_and_watched() -> None:
+    class Own(nn.Conv2d):
+        pass
+
+    model = trained().eval()
+    conv = model.backbone.layer1[0].conv1
+    conv.__class__ = Own
+    x = torch.randn(2, 3, 33, 33)
+    before = check_eval(model, x)
+    (row,) = [
+        r for r in dlf.optimize(model).layers((33, 33)) if r.name == "backbone.layer1.0.conv1"
+    ]
+    assert row.kernel != "aten"
+    conv.dilation = conv.padding = (2, 2)
+    assert difference(check_eval(model, x), before) > 1e-3
+    check_training(model.train(), x)
+
+
 def test_a_wrapper_that_copies_names_is_noticed() -> None:
     from functools import wraps
 
