@@ -25,7 +25,7 @@ from .models import *  # noqa: F403
 from .program.optimize import OptimizedDeepLabV3, optimize
 from .program.training import fuse
 from .tuning.api import tune
-from .weights import from_checkpoint, load, load_weights, save_weights
+from .weights import from_checkpoint, load_weights, save_weights
 
 __all__ = [
     "OptimizedDeepLabV3",
@@ -33,7 +33,6 @@ __all__ = [
     "backends",
     "from_checkpoint",
     "fuse",
-    "load",
     "load_weights",
     "models",
     "ops",

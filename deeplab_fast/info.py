@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import __version__, _ext, backends
+from . import _ext, backends
+from ._version import __version__
 from .dispatch import records
 from .dispatch.declare import find, steps
 from .dispatch.examples import Shapes, Size

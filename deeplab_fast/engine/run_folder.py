@@ -157,7 +157,7 @@ def _versions() -> dict[str, Any]:
     import lightning
     import numpy
 
-    from deeplab_fast import __version__
+    from deeplab_fast._version import __version__
 
     found: dict[str, Any] = {
         "deeplab_fast": __version__,

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, cast
+from typing import NamedTuple, Protocol, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from deeplab_fast import ops, reference
 from deeplab_fast.data.images import ImageLike, as_rgb_array
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.engine.finite import not_finite_pixels
-
-if TYPE_CHECKING:
-    from deeplab_fast.models import DeepLabV3
 
 __all__ = [
     "Pixels",
@@ -163,6 +160,12 @@ class Segmenter(Protocol):
 
     def forward_logits(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, C, h, w]."""
+
+
+class _Strided(Protocol):
+    config: object
+
+    def set_output_stride(self, output_stride: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -501,7 +504,7 @@ def at_output_stride(model: nn.Module, output_stride: int | None) -> Iterator[No
             f"output_stride={output_stride}: {type(model).__name__} cannot change its output "
             "stride; leave it out"
         )
-    strided = cast("DeepLabV3", model)
+    strided = cast(_Strided, model)
     config = getattr(model, "config", None)
     strided.set_output_stride(output_stride)
     try:

@@ -137,7 +137,7 @@ def fit(
         CheckpointNotWritten: a full disk; the former checkpoint is whole.
     """
     import_lightning()
-    from deeplab_fast import use_backend
+    from deeplab_fast.backends import use_backend
     from deeplab_fast.engine import callbacks as parts
     from deeplab_fast.engine.averaging import ExponentialAverage
     from deeplab_fast.engine.sources import training_transform
@@ -283,7 +283,7 @@ def _run(
     trainer: Trainer, module: SegmentationModule, data: SegmentationData, checkpoint: Path | None
 ) -> str | None:
     """Trains; why it was stopped, None at the end or after the time."""
-    from deeplab_fast import use_backend
+    from deeplab_fast.backends import use_backend
     from deeplab_fast.engine.callbacks import Stopped
 
     backend = module.config.backend

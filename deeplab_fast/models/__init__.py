@@ -2,7 +2,7 @@
 
 from ..weights.registry import get_model, get_model_weights, list_models, register
 from . import efficientnet_lite, fregu856, mobilenetv2, mobilenetv3, resnet
-from .builders import DeepLabOptions
+from .builders import DeepLabOptions, load
 from .deeplabv3 import DeepLabV3
 from .efficientnet_lite import deeplabv3_efficientnet_lite0
 from .fregu856 import (
@@ -50,4 +50,5 @@ __all__ = [
     "get_model",
     "get_model_weights",
     "list_models",
+    "load",
 ]

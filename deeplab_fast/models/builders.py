@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..data.classes import class_set
 from ..data.preprocess import Preprocess
 from ..nn import HEADS, CascadedHead, FCNHead
+from ..weights.embedded import embedded_path
 from ..weights.files import read_state_dict
-from ..weights.from_file import fill
+from ..weights.from_file import fill, from_checkpoint
 from ..weights.layouts import layout_named, rename_tensors
 from ..weights.load import Opened, open_weights
 from ..weights.registry import foreign_rules, published_enum, torchvision_enum
@@ -94,6 +95,22 @@ _LEGACY = {
     "pretrained": ("weights", "COCO_WITH_VOC_LABELS_V1"),
     "pretrained_backbone": ("weights_backbone", "IMAGENET1K_V1"),
 }
+
+
+def load(name: str) -> DeepLabV3:
+    """A trained model that comes inside the package, in eval mode, on the CPU, in fp32.
+
+    "camvid": road scenes, the 11 classes of CamVid; `model_card("camvid")` has its data, licence,
+    recipe and scores.
+
+    Returns:
+        `DeepLabV3` with its `classes`, `palette` and `preprocess`; `model.predict(photo)` gives
+        labels at the photo's size.
+
+    Raises:
+        ValueError: no embedded model has that name.
+    """
+    return cast(DeepLabV3, from_checkpoint(embedded_path(name)).eval())
 
 
 def builder(name: str, family: Family, module: str, doc: str) -> Callable[..., DeepLabV3]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Collection
-from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -16,9 +15,6 @@ from .load import Opened, found_options, load_opened, open_weights, option_value
 from .registry import get_model, no_builder
 from .save import builders_config
 from .settings import Settings, put_back, stem_settings, under_other_options
-
-if TYPE_CHECKING:
-    from ..models import DeepLabV3
 
 
 def from_checkpoint(
@@ -112,22 +108,6 @@ def fill(
     load_opened(model, opened, reset_head, strict, opened.info.settings, stacklevel + 1)
     if own:
         warn_of_assumptions(model, opened.info, given, opened.checkpoint.label, stacklevel)
-
-
-def load(name: str) -> DeepLabV3:
-    """A trained model that comes inside the package, in eval mode, on the CPU, in fp32.
-
-    "camvid": road scenes, the 11 classes of CamVid; `model_card("camvid")` has its data, licence,
-    recipe and scores.
-
-    Returns:
-        `DeepLabV3` with its `classes`, `palette` and `preprocess`; `model.predict(photo)` gives
-        labels at the photo's size.
-
-    Raises:
-        ValueError: no embedded model has that name.
-    """
-    return cast("DeepLabV3", from_checkpoint(embedded_path(name)).eval())
 
 
 def restore_settings(model: nn.Module, info: WeightsInfo) -> Settings:
