@@ -10,7 +10,7 @@ from typing import Any
 
 from deeplab_fast import _ext
 from deeplab_fast.dispatch.declare import find
-from deeplab_fast.ops import _aspp_cuda
+from deeplab_fast.ops import aspp_cuda
 from deeplab_fast.tuning import tune
 from deeplab_fast.tuning.machine import Machine
 from deeplab_fast.tuning.runner import PASSED, Outcome, Unit
@@ -109,7 +109,7 @@ def sm90_rows() -> list[int]:
 
 
 def _cluster(row: int) -> bool:
-    return row >= 0 and _aspp_cuda.tiles()[row].cluster > 1
+    return row >= 0 and aspp_cuda.tiles()[row].cluster > 1
 
 
 def _row_unit(loan: Loan, name: str, run: Callable[[], dict[str, Any]], row: int) -> Unit:

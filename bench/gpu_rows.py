@@ -28,7 +28,7 @@ from deeplab_fast.dispatch import checks
 from deeplab_fast.dispatch.declare import exact, pytorch_forms, steps
 from deeplab_fast.dispatch.errors import Wrong
 from deeplab_fast.dispatch.examples import VALUES, Size, Step
-from deeplab_fast.ops import _aspp_cuda
+from deeplab_fast.ops import aspp_cuda
 from deeplab_fast.plan.taps import Branch, Problem, tap_classes
 from deeplab_fast.tuning import machine
 from deeplab_fast.tuning.machine import Machine, fault_of, spoiled, suffer
@@ -70,7 +70,7 @@ def rows(architecture: int | None = None) -> list[int]:
         return []
     return [
         number
-        for number, tile in enumerate(_aspp_cuda.tiles())
+        for number, tile in enumerate(aspp_cuda.tiles())
         if architecture in (None, tile.architecture)
     ]
 
@@ -91,22 +91,22 @@ class Forced:
     split: bool | None = None
     fault: str = ""
 
-    def choice(self, x: Tensor, branches: tuple[Branch, ...]) -> _aspp_cuda.Choice:
+    def choice(self, x: Tensor, branches: tuple[Branch, ...]) -> aspp_cuda.Choice:
         """The row's choice for a call."""
         from deeplab_fast.plan.device import device_of
 
         n, channels, height, width = x.shape
         # Also those of an architecture that a newer one would displace.
-        architecture = _aspp_cuda.tiles()[self.row].architecture
-        before = _aspp_cuda.architecture
-        _aspp_cuda.architecture = lambda capability: architecture
-        _aspp_cuda.choose.cache_clear()
+        architecture = aspp_cuda.tiles()[self.row].architecture
+        before = aspp_cuda.architecture
+        aspp_cuda.architecture = lambda capability: architecture
+        aspp_cuda.choose.cache_clear()
         try:
             problem = Problem(n, height, width, channels, branches)
-            return _aspp_cuda.choose(problem, device_of(x), self.row, self.split)
+            return aspp_cuda.choose(problem, device_of(x), self.row, self.split)
         finally:
-            _aspp_cuda.architecture = before
-            _aspp_cuda.choose.cache_clear()
+            aspp_cuda.architecture = before
+            aspp_cuda.choose.cache_clear()
 
     def branches(
         self,
@@ -124,7 +124,7 @@ class Forced:
         if tiny(self.machine):
             run = spoiled(backends.implementations("aspp_branches")["reference"].run, self.fault)
             return run(x, weights, scales, shifts, dilations)
-        return _aspp_cuda.multiply(
+        return aspp_cuda.multiply(
             x, packed.weight, packed.scale, packed.shift, packed.branches, choice
         )
 
@@ -137,8 +137,8 @@ class Forced:
         if tiny(self.machine):
             return reference.aspp_project(branches, pooled, weight, scale, shift)
         channels, matrix = branches.shape[1], weight.flatten(1)
-        shifts = _aspp_cuda._image_shift(pooled, matrix[:, channels:], scale, shift)
-        return _aspp_cuda.multiply(branches, matrix[:, :channels], scale, shifts, geometry, choice)
+        shifts = aspp_cuda.image_shift(pooled, matrix[:, channels:], scale, shift)
+        return aspp_cuda.multiply(branches, matrix[:, :channels], scale, shifts, geometry, choice)
 
 
 def check(

@@ -241,7 +241,7 @@ class _HeadOfAModel(nn.Module):
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         from deeplab_fast import DeepLabV3
-        from deeplab_fast.models._backbone import IntermediateLayerGetter
+        from deeplab_fast.models.backbone import IntermediateLayerGetter
 
         # Features that are the input, in a form that the fast path knows to leave alone: an unknown
         # backbone would get them in the default memory format.

@@ -10,7 +10,6 @@ boundary, where torch.compile does not look, so logging and process-wide choices
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -215,15 +214,6 @@ def exact(step: Step) -> list[Tensor]:
     """Its results in float64, on the CPU; of labels the logits that they are the best of."""
     own, wide = find(step.op).examples.exact, step.wide()
     return own(wide) if own else wide.run(implementations(step.op)["reference"].run)
-
-
-def triton_kernel(module: str, name: str) -> Run:
-    """`name` of deeplab_fast.kernels.`module`, imported when it is called."""
-
-    def run(*args: object) -> object:
-        return getattr(importlib.import_module(f"deeplab_fast.kernels.{module}"), name)(*args)
-
-    return run
 
 
 def compiled(name: str) -> Run:

@@ -49,8 +49,8 @@ COMPILED = {
 }
 _CUDA_HOST = {
     "upsample": ("deeplab_fast/ops/_upsample.py",),
-    "aspp": ("deeplab_fast/ops/_aspp_cuda.py", f"{_PLAN}/packing.py", *_TILES),
-    "aspp_sm90": ("deeplab_fast/ops/_aspp_cuda.py", f"{_PLAN}/packing.py", *_TILES),
+    "aspp": ("deeplab_fast/ops/aspp_cuda.py", f"{_PLAN}/packing.py", *_TILES),
+    "aspp_sm90": ("deeplab_fast/ops/aspp_cuda.py", f"{_PLAN}/packing.py", *_TILES),
 }
 _CUDA_FAMILY = {"branches": "aspp", "project": "aspp"}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, reference
-from ..ops._common import check_map, check_target
+from ..ops.common import check_map, check_target
 
 __all__ = ["LossKind", "SegmentationLoss", "class_weights_from_counts"]
 

@@ -19,7 +19,7 @@ from ..weights.from_file import fill, from_checkpoint
 from ..weights.layouts import layout_named, rename_tensors
 from ..weights.load import Opened, open_weights
 from ..weights.registry import foreign_rules, published_enum, torchvision_enum
-from ._backbone import Backbone
+from .backbone import Backbone
 from .deeplabv3 import DeepLabV3, check_output_stride
 
 DEFAULT_NUM_CLASSES = 21

@@ -18,7 +18,7 @@ from ..program import match, training
 from ..program.fast_path import FastPath
 from ..program.network import Network
 from ..weights.save import model_metadata
-from ._backbone import Backbone, Geometry, set_dilation
+from .backbone import Backbone, Geometry, set_dilation
 
 OUTPUT_STRIDES = (8, 16)
 

@@ -10,7 +10,7 @@ from ..data.preprocess import Preprocess
 from ..weights.inspect import recogniser
 from ..weights.registry import ModelEntry
 from ..weights.rules import Rule
-from ._backbone import IntermediateLayerGetter
+from .backbone import IntermediateLayerGetter
 from .builders import Family, builder
 from .mobilenetv2 import InvertedResidual, conv_norm, dilate_blocks
 from .mobilenetv3 import make_divisible

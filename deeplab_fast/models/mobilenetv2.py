@@ -18,7 +18,7 @@ from ..program import match
 from ..weights.load import open_weights
 from ..weights.registry import Found, ModelEntry
 from ..weights.rules import Rule, hwcm, slim
-from ._backbone import IntermediateLayerGetter, set_dilation, set_stride
+from .backbone import IntermediateLayerGetter, set_dilation, set_stride
 from .builders import agree, check_num_classes, check_rates, load_file
 from .deeplabv3 import DeepLabV3, check_output_stride
 from .mobilenetv3 import make_divisible

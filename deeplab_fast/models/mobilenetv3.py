@@ -12,7 +12,7 @@ from ..program import match
 from ..weights.inspect import recogniser
 from ..weights.registry import ModelEntry
 from ..weights.rules import Rule
-from ._backbone import IntermediateLayerGetter, set_dilation, set_stride
+from .backbone import IntermediateLayerGetter, set_dilation, set_stride
 from .builders import Family, builder
 
 

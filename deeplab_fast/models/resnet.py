@@ -15,7 +15,7 @@ from ..weights.inspect import head_options
 from ..weights.libraries import basic_blocks
 from ..weights.registry import Found, ModelEntry
 from ..weights.rules import Rule
-from ._backbone import IntermediateLayerGetter, plan_stages, set_dilation, set_stride
+from .backbone import IntermediateLayerGetter, plan_stages, set_dilation, set_stride
 from .builders import Family, builder
 from .deeplabv3 import DeepLabV3
 

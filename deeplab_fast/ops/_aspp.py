@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.examples import Maker, Shapes, Size
-from ._common import check_device, check_dtype, check_map
+from .common import check_device, check_dtype, check_map
 
 SIZES = (
     # Rate 12 on 9 rows has no tap but the centre; filters that fill no tile.

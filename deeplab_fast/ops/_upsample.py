@@ -14,9 +14,9 @@ from torch import Tensor
 from .. import _ext, reference
 from ..dispatch import limits
 from ..dispatch.choice import current_backend
-from ..dispatch.declare import triton_kernel
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import Examples, Forms, Maker, Shapes, Size, Step
+from .common import triton_kernel
 
 STRICT_LABELS = "DEEPLAB_FAST_STRICT_LABELS"
 # Name of the sources of their GPU kernels.

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.choice import run
-from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, on, triton_kernel
+from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Size, Step
-from . import _aspp, _aspp_cuda, _cpu_conv
-from ._common import (
+from . import _aspp, _cpu_conv, aspp_cuda
+from ._composed import fused_layer, norm_of
+from .common import (
     FLOAT_DTYPES,
     Again,
     Context,
@@ -25,8 +26,8 @@ from ._common import (
     check_shape,
     differentiable,
     needs_grad,
+    triton_kernel,
 )
-from ._composed import fused_layer, norm_of
 
 OP = "aspp_branches"
 
@@ -255,7 +256,7 @@ declare(
             # Models prepare theirs once.
             on("cpu", _cpu_conv.aspp_branches, _cpu_conv.reasons, priority=-1),
             on("triton", triton_kernel("aspp", OP), triton_kernel("conv", "product_reasons")),
-            on("cuda", _aspp_cuda.aspp_branches, _aspp_cuda.reasons),
+            on("cuda", aspp_cuda.aspp_branches, aspp_cuda.reasons),
         ),
         use=INFERENCE,
         examples=Examples(("plain",), _example, _pytorch, _aspp.SIZES, _aspp.works),

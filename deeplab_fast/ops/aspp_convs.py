@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.choice import run
-from ..dispatch.declare import TRAINING, Function, Op, declare, on, triton_kernel
+from ..dispatch.declare import TRAINING, Function, Op, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Size, Step
 from . import _aspp, _cpu_conv
-from ._common import Again, Context, autocast, check_map, differentiable, needs_grad
 from ._composed import EPS
+from .common import Again, Context, autocast, check_map, differentiable, needs_grad, triton_kernel
 from .conv2d import weight_format
 
 OP = "aspp_convs"

@@ -13,20 +13,12 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.choice import run
-from ..dispatch.declare import (
-    INFERENCE,
-    Function,
-    Op,
-    Tuned,
-    declare,
-    implementations,
-    on,
-    triton_kernel,
-)
+from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, implementations, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step
-from . import _aspp_cuda, _cpu_conv
-from ._common import (
+from . import _cpu_conv, aspp_cuda
+from ._composed import fused_layer, norm_of
+from .common import (
     FLOAT_DTYPES,
     Context,
     autocast,
@@ -36,8 +28,8 @@ from ._common import (
     check_shape,
     differentiable,
     needs_grad,
+    triton_kernel,
 )
-from ._composed import fused_layer, norm_of
 from .conv_bn_act import OP as CONV
 from .conv_bn_act import conv_bn_act
 
@@ -372,7 +364,7 @@ declare(
                 priority=-1,
             ),
             on("triton", _triton, triton_kernel("conv", "product_reasons")),
-            on("cuda", _then_classify("cuda", _aspp_cuda.aspp_project), _aspp_cuda.reasons),
+            on("cuda", _then_classify("cuda", aspp_cuda.aspp_project), aspp_cuda.reasons),
         ),
         use=INFERENCE,
         examples=Examples(("plain", "classes"), _example, _pytorch, _SIZES, _works),

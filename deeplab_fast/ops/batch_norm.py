@@ -14,20 +14,20 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.choice import run
-from ..dispatch.declare import (
-    TRAINING,
-    Function,
-    Implementation,
-    Op,
-    declare,
-    on,
-    triton_kernel,
-)
+from ..dispatch.declare import TRAINING, Function, Implementation, Op, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Run, Shapes, Size, Step, spread
 from . import _cpu_batch_norm
-from ._common import FLOAT_DTYPES, check_device, check_dtype, check_map, check_shape, needs_grad
 from ._composed import EPS, activated
+from .common import (
+    FLOAT_DTYPES,
+    check_device,
+    check_dtype,
+    check_map,
+    check_shape,
+    needs_grad,
+    triton_kernel,
+)
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 

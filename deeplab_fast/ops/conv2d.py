@@ -15,7 +15,7 @@ from ..dispatch.declare import TRAINING, Function, Op, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step, spread
 from . import _cpu_conv
-from ._common import (
+from .common import (
     Context,
     autocast,
     check_device,

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.choice import run
-from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, on, triton_kernel
+from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step, spread
 from ..plan.taps import output_size
 from . import _cpu_conv, _cudnn
-from ._common import (
+from ._composed import activated, fused_layer, norm_of
+from .common import (
     FLOAT_DTYPES,
     Again,
     Context,
@@ -26,8 +27,8 @@ from ._common import (
     check_shape,
     differentiable,
     needs_grad,
+    triton_kernel,
 )
-from ._composed import activated, fused_layer, norm_of
 
 OP = "conv_bn_act"
 # stride, padding, dilation, groups, act

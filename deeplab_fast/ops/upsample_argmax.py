@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.choice import run
-from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, on, triton_kernel
+from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import LABELS, VALUES, Forms, Maker, Size, Step
 from . import _upsample
-from ._common import check_map, check_size
+from .common import check_map, check_size, triton_kernel
 
 OP = "upsample_argmax"
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.choice import run
-from ..dispatch.declare import TRAINING, Function, Op, Tuned, compiled, declare, on, triton_kernel
+from ..dispatch.declare import TRAINING, Function, Op, Tuned, compiled, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import COUNTS, IGNORED, Forms, Maker, Size, Step
 from . import _upsample
-from ._common import check_map, check_target
+from .common import check_map, check_target, triton_kernel
 
 OP = "upsample_confusion"
 

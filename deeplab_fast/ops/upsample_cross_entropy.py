@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.choice import select
-from ..dispatch.declare import TRAINING, Function, Op, Tuned, compiled, declare, on, triton_kernel
+from ..dispatch.declare import TRAINING, Function, Op, Tuned, compiled, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import IGNORED, VALUES, Forms, Maker, Run, Size, Step
 from . import _upsample
-from ._common import (
+from .common import (
     Context,
     check_device,
     check_map,
@@ -24,6 +24,7 @@ from ._common import (
     check_target,
     differentiable,
     needs_grad,
+    triton_kernel,
 )
 
 OP = "upsample_cross_entropy"

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.choice import run
-from ..dispatch.declare import INFERENCE, Function, Op, Tuned, compiled, declare, on, triton_kernel
+from ..dispatch.declare import INFERENCE, Function, Op, Tuned, compiled, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Forms, Maker, Size, Step
 from . import _upsample
-from ._common import check_device, check_dtype, check_map, needs_grad
+from .common import check_device, check_dtype, check_map, needs_grad, triton_kernel
 
 OP = "upsample_softmax_add"
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, reference
-from ..ops._common import autocast, differentiable
 from ..ops.aspp_convs import aspp_convs
+from ..ops.common import autocast, differentiable
 from . import match
 from .formats import in_plain_format, is_channels_last
 from .intact import functional_is_intact, has_global_hooks, has_transforms

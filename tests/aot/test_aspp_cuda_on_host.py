@@ -22,7 +22,7 @@ from torch import Tensor
 from deeplab_fast import _ext, ops, reference
 from deeplab_fast.backends import OpDesc
 from deeplab_fast.dispatch import limits
-from deeplab_fast.ops import _aspp_cuda
+from deeplab_fast.ops import aspp_cuda
 from deeplab_fast.plan import taps
 from deeplab_fast.plan.device import A100, H100, Device
 from deeplab_fast.plan.gemm import GemmConfig
@@ -315,15 +315,15 @@ def on_host(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
     table = []
     for architecture, m, n, threads, stages, cluster, occupancy, shared in emulated.tile.tolist():
         row = (architecture, m, n, 64, threads, stages, cluster, occupancy, shared)
-        table.append(_aspp_cuda.Tile(**dict(zip(names, row, strict=True))))
-    monkeypatch.setattr(_aspp_cuda, "tiles", lambda: tuple(table))
-    monkeypatch.setattr(_aspp_cuda, "architecture", lambda capability: 80)
-    monkeypatch.setattr(_aspp_cuda, "_run_sm80", emulated.aspp)
-    monkeypatch.setattr(_aspp_cuda, "_run_sm90", emulated.aspp)
-    monkeypatch.setattr(_aspp_cuda, "_image_shift", emulated.image_shift)
-    _aspp_cuda.choose.cache_clear()
+        table.append(aspp_cuda.Tile(**dict(zip(names, row, strict=True))))
+    monkeypatch.setattr(aspp_cuda, "tiles", lambda: tuple(table))
+    monkeypatch.setattr(aspp_cuda, "architecture", lambda capability: 80)
+    monkeypatch.setattr(aspp_cuda, "_run_sm80", emulated.aspp)
+    monkeypatch.setattr(aspp_cuda, "_run_sm90", emulated.aspp)
+    monkeypatch.setattr(aspp_cuda, "image_shift", emulated.image_shift)
+    aspp_cuda.choose.cache_clear()
     yield emulated
-    _aspp_cuda.choose.cache_clear()
+    aspp_cuda.choose.cache_clear()
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -344,7 +344,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_layouts(on_host: Emulated, layout, nan_poison: None) -> None:
     problem = Problem((2, 40, 3, 4), (Branch(8, 3, 1), Branch(16, 1, 1)))
     problem.x = layout(problem.x)
-    y = _aspp_cuda.aspp_branches(*problem.args)
+    y = aspp_cuda.aspp_branches(*problem.args)
     assert y.is_contiguous(memory_format=torch.channels_last)
     problem.check(y)
 
@@ -353,10 +353,10 @@ def test_packed_weights_are_not_copied(on_host: Emulated, monkeypatch) -> None:
     problem = Problem((1, 64, 3, 3), (Branch(8, 3, 1), Branch(16, 1, 1)))
     packed = PackedBranches.pack(*problem.args[1:])
     seen = []
-    run = _aspp_cuda._run_sm80
-    monkeypatch.setattr(_aspp_cuda, "_run_sm80", lambda *args: (seen.append(args[1]), run(*args)))
+    run = aspp_cuda._run_sm80
+    monkeypatch.setattr(aspp_cuda, "_run_sm80", lambda *args: (seen.append(args[1]), run(*args)))
     views = (packed.weights, packed.scales, packed.shifts, packed.dilations)
-    problem.check(_aspp_cuda.aspp_branches(problem.x, *views))
+    problem.check(aspp_cuda.aspp_branches(problem.x, *views))
     assert seen[0].data_ptr() == packed.weight.data_ptr()
 
 
@@ -375,7 +375,7 @@ def test_project(on_host: Emulated, n, channels, pooled, filters, dtype, nan_poi
     weight = (torch.randn(filters, channels + pooled, 1, 1) / (channels + pooled) ** 0.5).to(dtype)
     scale, shift = torch.rand(filters) + 0.5, torch.randn(filters)
     args = (branches, vector, weight, scale, shift)
-    y = _aspp_cuda.aspp_project(*args)
+    y = aspp_cuda.aspp_project(*args)
     exact = reference.aspp_project(*(a.double() for a in args))
     terms = reference.aspp_project(*(a.double().abs() for a in args))
     depth = channels + pooled + 6
@@ -385,22 +385,22 @@ def test_project(on_host: Emulated, n, channels, pooled, filters, dtype, nan_poi
 
 def test_maps_without_images(on_host: Emulated) -> None:
     problem = Problem((0, 64, 3, 3), (Branch(8, 3, 1),))
-    assert _aspp_cuda.aspp_branches(*problem.args).shape == (0, 8, 3, 3)
+    assert aspp_cuda.aspp_branches(*problem.args).shape == (0, 8, 3, 3)
 
 
-def shape_of(device, n: int, size: int, filters: int = 256, **forced) -> _aspp_cuda.Choice:
+def shape_of(device, n: int, size: int, filters: int = 256, **forced) -> aspp_cuda.Choice:
     rates = (12, 24, 36) if size > 40 else (6, 12, 18)
     branches = (Branch(filters, 1, 1), *(Branch(filters, 3, d) for d in rates))
-    return _aspp_cuda.choose(taps.Problem(n, size, size, 2048, branches), device, **forced)
+    return aspp_cuda.choose(taps.Problem(n, size, size, 2048, branches), device, **forced)
 
 
-def one_tap(height: int, width: int, filters: int = 256) -> _aspp_cuda.Choice:
-    return _aspp_cuda.choose(taps.Problem(1, height, width, 64, (Branch(filters, 1, 1),)), H100)
+def one_tap(height: int, width: int, filters: int = 256) -> aspp_cuda.Choice:
+    return aspp_cuda.choose(taps.Problem(1, height, width, 64, (Branch(filters, 1, 1),)), H100)
 
 
 @pytest.fixture
 def on_hopper(on_host: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_aspp_cuda, "architecture", lambda capability: 90)
+    monkeypatch.setattr(aspp_cuda, "architecture", lambda capability: 90)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +418,7 @@ def test_tiles_chosen_for_hopper(on_hopper: None, n, size, filters, block, split
     assert (choice.tile.block_m, choice.tile.block_n, choice.tile.cluster) == block
     assert choice.config.split == split
     assert choice.programs * choice.tile.cluster == 132
-    assert choice.tile == _aspp_cuda.tiles()[choice.row]
+    assert choice.tile == aspp_cuda.tiles()[choice.row]
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_tiles_of_one_tap_are_never_cut(on_hopper: None, height, width, filters,
 
 
 def test_forced_rows_and_cuts(on_host: Emulated) -> None:
-    for row, tile in enumerate(_aspp_cuda.tiles()):
+    for row, tile in enumerate(aspp_cuda.tiles()):
         for split in (True, False):
             if tile.architecture == 80:
                 choice = shape_of(A100, 1, 33, row=row, split=split)
@@ -448,7 +448,7 @@ def test_forced_rows_and_cuts(on_host: Emulated) -> None:
 
 
 def test_a_forced_row_may_be_wider_than_the_filters(on_hopper: None) -> None:
-    (pair,) = (i for i, t in enumerate(_aspp_cuda.tiles()) if t.cluster == 2)
+    (pair,) = (i for i, t in enumerate(aspp_cuda.tiles()) if t.cluster == 2)
     assert shape_of(H100, 16, 65, 48).tile.block_n == 128
     assert shape_of(H100, 16, 65, 48, row=pair).tile.block_n == 256
     # Without a row of its own architecture a device has none.
@@ -481,7 +481,7 @@ def test_reasons_name_what_is_wrong(on_host: Emulated, monkeypatch: pytest.Monke
         params = {"weights": ((256, channels, 3, 3),), "dilations": (12,)}
         shape = (n, channels, 65, 65)
         desc = OpDesc("aspp_branches", device, dtype, shape, params, capability)
-        return _aspp_cuda.reasons(desc)
+        return aspp_cuda.reasons(desc)
 
     assert reasons() == []
     assert "the input is on cpu" in reasons(device="cpu", capability=None)[0]
@@ -497,7 +497,7 @@ def test_ops_have_the_backend_and_meta_functions() -> None:
     vectors = [torch.empty(16, device="meta")]
     assert ops.aspp_branches(x, weights, vectors, vectors, [2]).shape == (2, 16, 9, 9)
     desc = ops.describe("aspp_branches", x, weights, vectors, vectors, [2])
-    assert any("needs CUDA tensors" in r for r in _aspp_cuda.reasons(desc))
+    assert any("needs CUDA tensors" in r for r in aspp_cuda.reasons(desc))
 
 
 def test_extension_hands_out_the_same_table(emulated: Emulated) -> None:
@@ -505,10 +505,10 @@ def test_extension_hands_out_the_same_table(emulated: Emulated) -> None:
         pytest.skip(f"{_ext.CPU.name} is not built, or of older sources: {_ext.CPU.reason}")
     names = ("architecture", "block_m", "block_n", "threads", "stages", "cluster", "occupancy",
              "shared_bytes")  # fmt: skip
-    _aspp_cuda.tiles.cache_clear()
-    found = [[getattr(tile, name) for name in names] for tile in _aspp_cuda.tiles()]
+    aspp_cuda.tiles.cache_clear()
+    found = [[getattr(tile, name) for name in names] for tile in aspp_cuda.tiles()]
     assert found == emulated.tile.tolist()
-    assert all(tile.block_c == 64 for tile in _aspp_cuda.tiles())
+    assert all(tile.block_c == 64 for tile in aspp_cuda.tiles())
 
 
 def test_intervals_are_what_the_lists_rest_on() -> None:

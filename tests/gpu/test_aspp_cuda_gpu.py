@@ -27,7 +27,7 @@ from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import _ext, ops, reference
-from deeplab_fast.ops import _aspp_cuda
+from deeplab_fast.ops import aspp_cuda
 from deeplab_fast.plan.device import device_of
 from deeplab_fast.plan.packing import PackedBranches
 from deeplab_fast.plan.taps import Branch, Problem
@@ -58,10 +58,10 @@ def kernels() -> list:
     """(architecture, row) of everything that this machine's extensions can run."""
     if not (torch.cuda.is_available() and _ext.CUDA.loaded and _ext.CPU.loaded):
         return [pytest.param(0, 0, id="none")]
-    sm90 = _aspp_cuda.architecture(torch.cuda.get_device_capability()) == 90
+    sm90 = aspp_cuda.architecture(torch.cuda.get_device_capability()) == 90
     return [
         pytest.param(t.architecture, i, id=f"sm{t.architecture}-{t.block_m}x{t.block_n}")
-        for i, t in enumerate(_aspp_cuda.tiles())
+        for i, t in enumerate(aspp_cuda.tiles())
         if t.architecture == 80 or sm90
     ]
 
@@ -74,11 +74,11 @@ def on_architecture(monkeypatch: pytest.MonkeyPatch):
     """Makes choices for a kernel that a newer one would displace."""
 
     def choose_for(architecture: int) -> None:
-        monkeypatch.setattr(_aspp_cuda, "architecture", lambda capability: architecture)
-        _aspp_cuda.choose.cache_clear()
+        monkeypatch.setattr(aspp_cuda, "architecture", lambda capability: architecture)
+        aspp_cuda.choose.cache_clear()
 
     yield choose_for
-    _aspp_cuda.choose.cache_clear()
+    aspp_cuda.choose.cache_clear()
 
 
 class Case:
@@ -102,14 +102,14 @@ class Case:
     def args(self) -> tuple:
         return self.x, self.weights, self.scales, self.shifts, [b.dilation for b in self.branches]
 
-    def choice(self, row: int | None = None, split: bool | None = None) -> _aspp_cuda.Choice:
+    def choice(self, row: int | None = None, split: bool | None = None) -> aspp_cuda.Choice:
         n, c, height, width = self.x.shape
         device = device_of(self.x)
-        return _aspp_cuda.choose(Problem(n, height, width, c, self.branches), device, row, split)
+        return aspp_cuda.choose(Problem(n, height, width, c, self.branches), device, row, split)
 
     def run(self, row: int | None = None, split: bool | None = None) -> Tensor:
         packed = PackedBranches.pack(*self.args[1:])
-        return _aspp_cuda.multiply(
+        return aspp_cuda.multiply(
             self.x,
             packed.weight,
             packed.scale,
@@ -130,7 +130,7 @@ class Case:
 @every_size
 def test_branches(shape, branches, dtype, nan_poison: None) -> None:
     case = Case(shape, branches, dtype)
-    assert_as_good(_aspp_cuda.aspp_branches(*case.args), case.torch_path(), case.exact())
+    assert_as_good(aspp_cuda.aspp_branches(*case.args), case.torch_path(), case.exact())
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "cut"])
@@ -178,7 +178,7 @@ def test_project(shape, pooled, filters, dtype, nan_poison: None) -> None:
     args = (branches, vector, weight, scale, shift)
     exact = reference.aspp_project(*(a.double() for a in args))
     concat = torch.cat([branches, vector[:, :, None, None].expand(-1, -1, *shape[2:])], 1)
-    assert_as_good(_aspp_cuda.aspp_project(*args), conv_bn(concat, weight, scale, shift), exact)
+    assert_as_good(aspp_cuda.aspp_project(*args), conv_bn(concat, weight, scale, shift), exact)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "slice", "odd-address"])
@@ -217,7 +217,7 @@ def test_runs_on_the_current_stream() -> None:
 @needs_two_devices
 def test_another_device_than_the_current() -> None:
     case = Case((1, 512, 33, 33), OS16, device="cuda:1")
-    assert_as_good(_aspp_cuda.aspp_branches(*case.args), case.torch_path(), case.exact())
+    assert_as_good(aspp_cuda.aspp_branches(*case.args), case.torch_path(), case.exact())
     assert torch.cuda.current_device() == 0
 
 
@@ -233,7 +233,7 @@ def test_capture_without_a_call_before_says_what_to_do() -> None:
     case = Case((1, 64, 7, 11), (Branch(8, 3, 2),))
     packed = PackedBranches.pack(*case.args[1:])
     parts = (packed.weight, packed.scale, packed.shift)
-    assert_capture_says_what_to_do(lambda: _aspp_cuda.multiply(case.x, *parts, case.branches))
+    assert_capture_says_what_to_do(lambda: aspp_cuda.multiply(case.x, *parts, case.branches))
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -265,6 +265,6 @@ def test_programs_of_a_list_run_at_the_same_time(architecture, row, dtype):
     if architecture != 90:
         pytest.skip("blocks without clusters go wherever there is room")
     device = device_of(torch.empty(0, device=DEVICE))
-    assumed = _aspp_cuda.choose(Problem(1, 65, 65, 2048, OS8), device, row).programs
+    assumed = aspp_cuda.choose(Problem(1, 65, 65, 2048, OS8), device, row).programs
     resident = torch.ops.deeplab_fast._aspp_sm90_residency(row, dtype == torch.float16)
     assert resident >= assumed, f"{assumed} programs are made, the device holds {resident} at once"

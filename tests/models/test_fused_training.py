@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import deeplab_fast as dlf
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.models import DeepLabV3
-from deeplab_fast.models._backbone import IntermediateLayerGetter
+from deeplab_fast.models.backbone import IntermediateLayerGetter
 from deeplab_fast.models.resnet import BasicBlock, Bottleneck
 from deeplab_fast.nn import ASPPPooling, DeepLabHead, FCNHead
 from deeplab_fast.program import training as fused

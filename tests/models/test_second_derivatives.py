@@ -15,7 +15,7 @@ from torch.func import functional_call
 import deeplab_fast as dlf
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.models import DeepLabV3
-from deeplab_fast.models._backbone import IntermediateLayerGetter
+from deeplab_fast.models.backbone import IntermediateLayerGetter
 from deeplab_fast.models.mobilenetv2 import InvertedResidual
 from deeplab_fast.models.resnet import BasicBlock, Bottleneck
 from deeplab_fast.nn import DeepLabHead, FCNHead, MMSegHead

@@ -15,7 +15,7 @@ from torch import nn
 
 from deeplab_fast import testing
 from deeplab_fast.models import DeepLabV3
-from deeplab_fast.models._backbone import set_dilation, set_stride
+from deeplab_fast.models.backbone import set_dilation, set_stride
 from deeplab_fast.nn import HEADS, FCNHead
 from deeplab_fast.weights.registry import ModelEntry, register
 

@@ -1,5 +1,5 @@
 // The tiles of the CUDA matrix kernels, one table for all architectures. Host code without CUDA and
-// without torch; deeplab_fast/ops/_aspp_cuda.py chooses a row for each call.
+// without torch; deeplab_fast/ops/aspp_cuda.py chooses a row for each call.
 //
 // The ASPP's branches and its projection use the same rows: the projection is the same product with
 // one tap. No row was measured yet; the reasons are counts of bytes and registers.

@@ -1,7 +1,8 @@
-"""What ops share: checks of their arguments, autocast, and gradients of gradients."""
+"""What ops share: checks of arguments, autocast, gradients of gradients, the way to kernels."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..dispatch.declare import autocasts
 from ..dispatch.describe import dtype_name
+from ..dispatch.examples import Run
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
@@ -99,6 +101,15 @@ def differentiable(again: Callable[[Any], Again]) -> Callable[[Backward], Backwa
 def _is_batched(grad: Tensor) -> bool:
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+
+
+def triton_kernel(module: str, name: str) -> Run:
+    """`name` of deeplab_fast.kernels.`module`, imported when it is called."""
+
+    def run(*args: object) -> object:
+        return getattr(importlib.import_module(f"deeplab_fast.kernels.{module}"), name)(*args)
+
+    return run
 
 
 def check_map(op: str, name: str, x: Tensor) -> None:

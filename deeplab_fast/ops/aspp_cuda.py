@@ -39,7 +39,7 @@ _FEW_TILES = 2
 
 _run_sm80 = compiled("_aspp_cuda")
 _run_sm90 = compiled("_aspp_sm90")
-_image_shift = compiled("_image_shift_cuda")
+image_shift = compiled("_image_shift_cuda")
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def aspp_project(
     channels = branches.shape[1]
     matrix = weight.flatten(1)
     scale = fp32(scale)
-    shifts = _image_shift(pooled, matrix[:, channels:], scale, fp32(shift))
+    shifts = image_shift(pooled, matrix[:, channels:], scale, fp32(shift))
     geometry = (Branch(matrix.shape[0], 1, 1),)
     return multiply(branches, matrix[:, :channels], scale, shifts, geometry)
 
