@@ -399,7 +399,8 @@ class TestEveryOp:
     def test_cuda_and_triton_say_why_they_cannot_run(self, name: str) -> None:
         _, args, _ = _calls()[name]
         reasons = dict(dlf.why(name, *args).rows)
-        assert "needs CUDA tensors, the input is on cpu" in reasons["cuda"][0]
+        if "cuda" in backends.implementations(name):
+            assert "needs CUDA tensors, the input is on cpu" in reasons["cuda"][0]
         assert reasons["triton"]
 
 
