@@ -75,13 +75,14 @@ def test_ops_under_sanitizers(tmp_path: Path) -> None:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
     }
+    # -s: what a sanitizer says must not end in what pytest has captured of a dead process.
     command = [
-        sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
-        "-c", str(ROOT / "pyproject.toml"), "-k", "not reference",
+        sys.executable, "-m", "pytest", "-q", "-x", "-s", "-k", "not reference",
+        "-p", "no:cacheprovider", "-p", "no:xdist", "-c", str(ROOT / "pyproject.toml"),
         *(str(ROOT / "tests" / "unit" / test) for test in TESTS),
     ]  # fmt: skip
     # Not in the checkout, whose package would come first.
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-6000:]
+    assert ran.returncode == 0, ran.stderr[:6000] + ran.stdout[-6000:]
     passed = re.search(r"(\d+) passed", ran.stdout)
     assert passed and int(passed[1]) > 300 and "skipped" not in ran.stdout

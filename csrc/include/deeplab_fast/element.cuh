@@ -27,12 +27,7 @@ namespace deeplab_fast::cuda::ptx {
 // Of memory that nothing writes while the kernel runs.
 template <typename V>
 __device__ inline V read_only(const V* p) {
-  if constexpr (std::is_same_v<V, Vector>) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
-    return {v.x, v.y, v.z, v.w};
-  } else {
-    return __ldg(p);
-  }
+  return __ldg(p);
 }
 
 __device__ inline uint32_t bits_of(float value) { return __float_as_uint(value); }
