@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deeplab_fast import backends
 from deeplab_fast.dispatch import declare
+from deeplab_fast.dispatch.errors import DIRECT, SAVING
 from deeplab_fast.dispatch.examples import VALUES, Size, Step
 from deeplab_fast.testing import import_torchvision
 
@@ -24,8 +25,6 @@ from .costs import Cost, fused_cost, logits, network_cost, pixels, upsample_cost
 from .op_modules import PLAIN, FusedBranches, FusedConv, FusedProject
 from .registry import (
     BACKWARD,
-    CONVOLUTION,
-    DIRECT,
     FORWARD,
     FORWARD_BACKWARD,
     GRADIENT,
@@ -137,7 +136,7 @@ class DeclaredCase(Case):
 
     def tolerance(self, kind: str) -> float:
         # Where filters are larger than one pixel multiplications may be saved.
-        return CONVOLUTION if self.size.rates else DIRECT
+        return SAVING if self.size.rates else DIRECT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from deeplab_fast.dispatch.errors import DIRECT, SAVING
 from deeplab_fast.dispatch.examples import VALUES, Step
 
 from .costs import Cost
@@ -31,11 +32,6 @@ STEP = "step"
 
 # A kind of output beside those of `examples`: `gate.py` compares them by kind.
 GRADIENT = "gradient"
-
-# Relative 2-norm of the error that an fp32 result may have (design, section 6): of sums in any
-# order, and of convolutions, which may also save multiplications.
-DIRECT = 2e-6
-CONVOLUTION = 1e-5
 
 
 Result = Tensor | Sequence[Tensor]
@@ -440,4 +436,4 @@ def shape_name(*parts: object) -> str:
 
 def network_tolerance(convolutions: int) -> float:
     """Error of an fp32 network: independent errors of its convolutions add up in squares."""
-    return CONVOLUTION * math.sqrt(convolutions)
+    return SAVING * math.sqrt(convolutions)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import testing
 from .declare import exact, find, implementations, pytorch_forms, steps
-from .errors import DEVIATIONS, Wrong, count_error, label_error, norm_error, one_line
+from .errors import DEVIATIONS, DIRECT, Wrong, count_error, label_error, norm_error, one_line
 from .examples import COUNTS, LABELS, Run, Size, Step, flat
 
 DTYPES = {
@@ -36,8 +36,6 @@ FIRST_USE_DEVICE = "cuda"
 # Distance between neighbouring numbers, relative to them, at most.
 _ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2.0**-23}
 OPERANDS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11}
-# Errors of sums in fp32 whose order is not PyTorch's.
-_FP32 = 2e-6
 # Independent roundings of both operands, and how far above their expected size errors may be.
 _PRODUCT = 4 * math.sqrt(2)
 
@@ -196,8 +194,8 @@ def allowed(step: Step, kind: str, out: Tensor, dtype: str, anchor: float) -> fl
         pixels = max(1, int(out.sum()))
         return 2 * anchor + (1 + 1e-4 * pixels) / pixels / DEVIATIONS
     if kind == LABELS:
-        return max(2 * anchor, _FP32)
-    bound = max(2 * anchor, _FP32)
+        return max(2 * anchor, DIRECT)
+    bound = max(2 * anchor, DIRECT)
     if find(step.op).is_product and dtype in OPERANDS:
         bound = min(bound, _PRODUCT * OPERANDS[dtype])
     return bound + _ROUNDOFF.get(out.dtype, 0.0)

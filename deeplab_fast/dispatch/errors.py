@@ -20,6 +20,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+# What an fp32 result may be off: sums in another order than PyTorch's, and forms that save
+# multiplications (CONTRIBUTING.md, "How far a result may be off").
+DIRECT = 2e-6
+SAVING = 1e-5
+
 
 class Wrong(Exception):
     """A result is wrong; the message names the check.

@@ -19,13 +19,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import deeplab_fast as dlf
+from deeplab_fast.dispatch.errors import SAVING
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
 from deeplab_fast.models.mobilenetv2 import SamePadConv2d
 from deeplab_fast.program import fast_path, inference, layers
 from deeplab_fast.testing import deterministic
-
-# Design 6, fp32 on the CPU: relative error in the 2-norm of the multiplication-saving forms.
-RELATIVE = 1e-5
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -58,7 +56,7 @@ def assert_close(y: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         for layout in (torch.contiguous_format, torch.channels_last):
             same = y[key].is_contiguous(memory_format=layout)
             assert same == value.is_contiguous(memory_format=layout)
-        assert error(y[key], value) <= RELATIVE, key
+        assert error(y[key], value) <= SAVING, key
 
 
 @pytest.fixture
@@ -144,7 +142,7 @@ def test_numbers_of_every_family(family: str, programs: list) -> None:
         with dlf.use_backend("reference"), torch.no_grad():
             expected_low = model.forward_logits(x)
         assert low.is_contiguous() == expected_low.is_contiguous()
-        assert error(low, expected_low) <= RELATIVE
+        assert error(low, expected_low) <= SAVING
         same = (y["out"].argmax(1) == expected["out"].argmax(1)).float().mean()
         # Rounding decides ties only: one pixel in a thousand is generous for random weights.
         assert same >= 0.999
@@ -164,7 +162,7 @@ def test_error_against_float64(family: str) -> None:
         assert model.fast_reasons(x) == []
         y, expected = model(x), exact(x.double())
     for key, value in expected.items():
-        assert error(y[key], value) <= RELATIVE
+        assert error(y[key], value) <= SAVING
 
 
 def small() -> nn.Module:
@@ -486,11 +484,11 @@ def test_modes_of_inner_modules() -> None:
         assert error(learning, first) > 1e-4
         norm.eval()
         expected = plain(model, X)["out"]
-        assert error(model(X)["out"], expected) <= RELATIVE
+        assert error(model(X)["out"], expected) <= SAVING
         dropout.train()
         assert not torch.equal(model(X)["out"], model(X)["out"])
         model.eval()
-        assert error(model(X)["out"], expected) <= RELATIVE
+        assert error(model(X)["out"], expected) <= SAVING
 
 
 def test_hooks_run_and_leave(programs: list) -> None:
@@ -522,7 +520,7 @@ def test_functional_call_has_the_weights_it_is_given() -> None:
         y = torch.func.functional_call(model, doubled, (X,))["out"]
         with dlf.use_backend("reference"):
             expected = torch.func.functional_call(model, doubled, (X,))["out"]
-        assert error(y, expected) <= RELATIVE < error(own, expected)
+        assert error(y, expected) <= SAVING < error(own, expected)
         assert torch.equal(model(X)["out"], own)
 
 
@@ -549,7 +547,7 @@ def test_two_models_of_shared_weights() -> None:
         model.classifier[1].weight.data.mul_(3)
         for m, old in zip((model, twin), before, strict=True):
             y = m(X)["out"]
-            assert error(y, plain(m, X)["out"]) <= RELATIVE and error(y, old) > 0.1
+            assert error(y, plain(m, X)["out"]) <= SAVING and error(y, old) > 0.1
 
 
 # --- Where the plain modules must run ------------------------------------------------------------
@@ -593,7 +591,7 @@ def test_contexts_of_the_plain_modules(context: str, programs: list) -> None:
         assert not programs
     with torch.no_grad():
         assert model.fast_reasons(X) == []
-        assert error(model(X)["out"], y) <= (0.1 if context == "autocast" else RELATIVE)
+        assert error(model(X)["out"], y) <= (0.1 if context == "autocast" else SAVING)
         assert len(programs) == 1
 
 
@@ -707,7 +705,7 @@ def test_inner_module_that_is_compiled(programs: list) -> None:
     with torch.no_grad():
         model(X)
         model.classifier.compile(backend="eager")
-        assert error(model(X)["out"], expected) <= RELATIVE
+        assert error(model(X)["out"], expected) <= SAVING
     assert [type(p).__name__ for p in programs[-1].layers][-1] == "PlainLayer"
 
 
@@ -849,7 +847,7 @@ def test_a_copy_changes_alone() -> None:
         y = model(X)["out"]
         twin = copy.deepcopy(model)
         conv_of(twin).weight.data.neg_()
-        assert error(twin(X)["out"], plain(twin, X)["out"]) <= RELATIVE
+        assert error(twin(X)["out"], plain(twin, X)["out"]) <= SAVING
         assert torch.equal(model(X)["out"], y)
 
 
@@ -863,7 +861,7 @@ def test_memory_is_known_bounded_and_freed(folds: list) -> None:
         assert free > 0.9 * weights
         for bound in (weights // 4, 0):
             model.max_extra_bytes = bound
-            assert error(model(X)["out"], y) <= RELATIVE
+            assert error(model(X)["out"], y) <= SAVING
             program = model._fast_path._state.program
             assert program.extra_bytes <= bound
         assert len(folds) == 3
@@ -894,7 +892,7 @@ def test_threads_share_one_preparation(programs: list, folds: list) -> None:
         thread.join()
     for i, value in enumerate(expected):
         for y in results[i]:
-            assert error(y, value) <= RELATIVE
+            assert error(y, value) <= SAVING
     assert len(folds) == 1 and len(programs) == 12
 
 

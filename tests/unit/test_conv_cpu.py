@@ -13,6 +13,7 @@ from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import _ext, ops, reference
+from deeplab_fast.dispatch.errors import DIRECT, SAVING
 from deeplab_fast.ops import _cpu_forms
 from deeplab_fast.ops._cpu_forms import FORMS
 from deeplab_fast.ops.aspp_convs import aspp_convs
@@ -22,8 +23,6 @@ from deeplab_fast.testing import cpu_instruction_sets, threads
 OPS = torch.ops.deeplab_fast
 pytestmark = pytest.mark.skipif(not _ext.CPU.loaded, reason=_ext.CPU.reason)
 
-# design.md 6: 2-norm against float64, of forms that save multiplications and of the others.
-SAVING, DIRECT = 1e-5, 2e-6
 CHANNELS_LAST = torch.channels_last
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
 

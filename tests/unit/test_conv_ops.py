@@ -16,6 +16,7 @@ from torch import Tensor
 
 import deeplab_fast as dlf
 from deeplab_fast import backends, ops, reference
+from deeplab_fast.dispatch.errors import DIRECT
 from deeplab_fast.ops import _cudnn
 
 OPS = torch.ops.deeplab_fast
@@ -183,7 +184,7 @@ def test_cpu_implementation_of_the_classifier(compiled: None) -> None:
         doubles = [t.double() for t in (*args, *classifier)]
         expected = ops.aspp_project(*doubles[:5], classifier=tuple(doubles[5:]))
     error = (logits.double() - expected).norm() / expected.norm()
-    assert error <= 2e-6
+    assert error <= DIRECT
 
 
 class _Kernels:

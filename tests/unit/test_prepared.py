@@ -15,13 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from deeplab_fast import _ext, reference
+from deeplab_fast.dispatch.errors import DIRECT, SAVING
 from deeplab_fast.ops import _cpu_forms, prepared
 from deeplab_fast.ops.prepared import PreparedConv
 from deeplab_fast.ops.prepared_aspp import PreparedAspp, PreparedProject
 from deeplab_fast.testing import threads
 
-# design.md 6: 2-norm against float64, of forms that save multiplications and of the others.
-SAVING, DIRECT = 1e-5, 2e-6
 CHANNELS_LAST = torch.channels_last
 needs_kernels = pytest.mark.skipif(not _ext.CPU.loaded, reason=_ext.CPU.reason)
 
