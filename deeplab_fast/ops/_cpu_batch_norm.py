@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _ext, reference
 from ..dispatch import limits
+from ..dispatch.declare import compiled
 from ..dispatch.describe import OpDesc
+from ..dispatch.examples import Run
 
 
 def reasons(desc: OpDesc) -> list[str]:
@@ -20,66 +24,28 @@ def reasons(desc: OpDesc) -> list[str]:
     ]
 
 
-def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `ops.batch_stats`."""
-    return torch.ops.deeplab_fast._batch_stats_cpu(_map(x))
+def call(op: str, act_at: int | None) -> Run:
+    """An op, called as its reference is.
+
+    Args:
+        op: its name.
+        act_at: which argument is the activation; None for none.
+    """
+    run = compiled(f"_{op}_cpu")
+
+    def prepared(*args: Any) -> object:
+        dtype = reference.compute_dtype(args[0].dtype)
+        given = [_prepared(arg, dtype) for arg in args]
+        if act_at is not None:
+            given[act_at] = args[act_at] or "none"
+        return run(*given)
+
+    return prepared
 
 
-def bn_act(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    act: str | None,
-) -> Tensor:
-    """As `ops.bn_act`."""
-    vectors = (_vector(v, x) for v in (mean, rstd, weight, bias))
-    return torch.ops.deeplab_fast._bn_act_cpu(_map(x), *vectors, _map(residual), act or "none")
-
-
-def bn_act_reduce(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    out: Tensor | None,
-    act: str | None,
-) -> tuple[Tensor, Tensor]:
-    """As `ops.bn_act_reduce`."""
-    vectors = (_vector(v, x) for v in (mean, rstd, weight, bias))
-    return torch.ops.deeplab_fast._bn_act_reduce_cpu(
-        _map(grad), _map(x), *vectors, _map(out), act or "none"
-    )
-
-
-def bn_act_backward(
-    grad: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    out: Tensor | None,
-    mean_grad: Tensor | None,
-    mean_grad_xhat: Tensor | None,
-    act: str | None,
-    to_residual: bool,
-) -> tuple[Tensor, Tensor]:
-    """As `ops.bn_act_backward`."""
-    vectors = (_vector(v, x) for v in (mean, rstd, weight, bias))
-    means = (None if v is None else _vector(v, x) for v in (mean_grad, mean_grad_xhat))
-    return torch.ops.deeplab_fast._bn_act_backward_cpu(
-        _map(grad), _map(x), *vectors, _map(out), *means, act or "none", to_residual
-    )
-
-
-def _map(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous(memory_format=torch.channels_last)
-
-
-def _vector(v: Tensor, x: Tensor) -> Tensor:
-    return v.to(reference.compute_dtype(x.dtype)).contiguous()
+def _prepared(arg: object, dtype: torch.dtype) -> object:
+    if not isinstance(arg, Tensor):
+        return arg
+    if arg.dim() == 4:
+        return arg.contiguous(memory_format=torch.channels_last)
+    return arg.to(dtype).contiguous()

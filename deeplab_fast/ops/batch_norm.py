@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch.choice import run
-from ..dispatch.declare import TRAINING, Function, Implementation, Op, declare, on
+from ..dispatch.declare import TRAINING, Function, Op, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Run, Shapes, Size, Step, spread
 from . import _cpu_batch_norm
@@ -229,7 +229,7 @@ def _per_channel(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _runs(op: str, x_at: int, act_at: int | None, out_at: int | None) -> Run:
-    """What asks which implementation runs: the places of x, act and out or residual."""
+    """What asks which implementation runs; places as for `_declare`."""
 
     def call(*args: object) -> object:
         x = args[x_at]
@@ -353,86 +353,71 @@ def _pytorch_backward(step: Step) -> Forms:
     return {"batch_norm_backward_elemt": backward, **forms}
 
 
-def _implementations(op: str) -> tuple[Implementation, ...]:
-    return (
-        on("reference", getattr(reference, op)),
-        on("cpu", getattr(_cpu_batch_norm, op), _cpu_batch_norm.reasons),
-        on(
-            "triton",
-            triton_kernel("batch_norm", op),
-            triton_kernel("batch_norm", "not_supported_reasons"),
-        ),
+def _declare(
+    schema: str,
+    describe: Callable[..., OpDesc],
+    at: tuple[int, int | None, int | None],
+    fake: Run,
+    pytorch: Callable[[Step], Forms],
+    forms: tuple[str, ...] = _ACT_FORMS,
+    works: Callable[[Shapes], list[tuple[str, Size]]] = _works,
+) -> None:
+    """Declare an op.
+
+    Args:
+        at: places of x, of the activation and of the residual, or the result behind one.
+    """
+    op = schema[: schema.index("(")]
+    declare(
+        Op(
+            op,
+            describe,
+            functions=(Function(schema, _runs(op, *at), fake),),
+            implementations=(
+                on("reference", getattr(reference, op)),
+                on("cpu", _cpu_batch_norm.call(op, at[1]), _cpu_batch_norm.reasons),
+                on(
+                    "triton",
+                    triton_kernel("batch_norm", op),
+                    triton_kernel("batch_norm", "not_supported_reasons"),
+                ),
+            ),
+            use=TRAINING,
+            examples=Examples(forms, _example(op), pytorch, _SIZES, works),
+            sources="batch_norm",
+        )
     )
 
 
 _VECTORS = "Tensor mean, Tensor rstd, Tensor weight, Tensor bias"
-for _op in (
-    Op(
-        "batch_stats",
-        describe_stats,
-        functions=(
-            Function(
-                "batch_stats(Tensor x) -> (Tensor, Tensor)",
-                _runs("batch_stats", 0, None, None),
-                _per_channel,
-            ),
-        ),
-        implementations=_implementations("batch_stats"),
-        use=TRAINING,
-        examples=Examples(
-            ("plain",), _example("batch_stats"), _pytorch_stats, _SIZES, _stats_works
-        ),
-        sources="batch_norm",
-    ),
-    Op(
-        "bn_act",
-        describe_bn_act,
-        functions=(
-            Function(
-                f"bn_act(Tensor x, {_VECTORS}, Tensor? residual, str? act) -> Tensor",
-                _runs("bn_act", 0, 6, 5),
-                lambda x, *rest: _like(x),
-            ),
-        ),
-        implementations=_implementations("bn_act"),
-        use=TRAINING,
-        examples=Examples(_ACT_FORMS, _example("bn_act"), _pytorch_act, _SIZES, _works),
-        sources="batch_norm",
-    ),
-    Op(
-        "bn_act_reduce",
-        describe_reduce,
-        functions=(
-            Function(
-                f"bn_act_reduce(Tensor grad, Tensor x, {_VECTORS}, Tensor? out, str? act) "
-                "-> (Tensor, Tensor)",
-                _runs("bn_act_reduce", 1, 7, 6),
-                lambda grad, x, *rest: _per_channel(x),
-            ),
-        ),
-        implementations=_implementations("bn_act_reduce"),
-        use=TRAINING,
-        examples=Examples(_ACT_FORMS, _example("bn_act_reduce"), _pytorch_reduce, _SIZES, _works),
-        sources="batch_norm",
-    ),
-    Op(
-        "bn_act_backward",
-        describe_backward,
-        functions=(
-            Function(
-                f"bn_act_backward(Tensor grad, Tensor x, {_VECTORS}, Tensor? out, "
-                "Tensor? mean_grad, Tensor? mean_grad_xhat, str? act, bool to_residual) "
-                "-> (Tensor, Tensor)",
-                _runs("bn_act_backward", 1, 9, 6),
-                lambda grad, x, *rest: (_like(x), _like(x) if rest[-1] else x.new_empty(0)),
-            ),
-        ),
-        implementations=_implementations("bn_act_backward"),
-        use=TRAINING,
-        examples=Examples(
-            _ACT_FORMS, _example("bn_act_backward"), _pytorch_backward, _SIZES, _works
-        ),
-        sources="batch_norm",
-    ),
-):
-    declare(_op)
+_declare(
+    "batch_stats(Tensor x) -> (Tensor, Tensor)",
+    describe_stats,
+    (0, None, None),
+    _per_channel,
+    _pytorch_stats,
+    ("plain",),
+    _stats_works,
+)
+_declare(
+    f"bn_act(Tensor x, {_VECTORS}, Tensor? residual, str? act) -> Tensor",
+    describe_bn_act,
+    (0, 6, 5),
+    lambda x, *rest: _like(x),
+    _pytorch_act,
+)
+_declare(
+    f"bn_act_reduce(Tensor grad, Tensor x, {_VECTORS}, Tensor? out, str? act) -> (Tensor, Tensor)",
+    describe_reduce,
+    (1, 7, 6),
+    lambda grad, x, *rest: _per_channel(x),
+    _pytorch_reduce,
+)
+_declare(
+    f"bn_act_backward(Tensor grad, Tensor x, {_VECTORS}, Tensor? out, Tensor? mean_grad, "
+    "Tensor? mean_grad_xhat, str? act, bool to_residual) -> (Tensor, Tensor)",
+    describe_backward,
+    (1, 9, 6),
+    lambda grad, x, *rest: (_like(x), _like(x) if rest[-1] else x.new_empty(0)),
+    _pytorch_backward,
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -70,26 +71,15 @@ def describe(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    backward: bool = False,
 ) -> OpDesc:
-    """What a choice of backend rests on, for the arguments of `conv2d`."""
+    """What a choice of backend rests on, for the arguments of `conv2d`; of its backward pass to x
+    and weight if `backward`."""
     options = _pair(stride), _pair(padding), _pair(dilation), groups
     _validate(x, weight, *options)
+    if backward:
+        return _describe(BACKWARD, x, weight, options, to_x=True, to_weight=True)
     return _describe(OP, x, weight, options)
-
-
-def describe_backward(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> OpDesc:
-    """The same for its backward pass to x and weight."""
-    options = _pair(stride), _pair(padding), _pair(dilation), groups
-    _validate(x, weight, *options)
-    return _describe(BACKWARD, x, weight, options, to_x=True, to_weight=True)
 
 
 class _Context(Context, Protocol):
@@ -226,25 +216,17 @@ def _works(shapes: Shapes) -> list[tuple[str, Size]]:
     return [("plain", size) for size in spread(shapes.pointwise)]
 
 
-def _inputs(make: Maker, s: Size) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """x, weight and options: of a 3x3 convolution where there is a rate, else of a 1x1 one."""
+def _example(make: Maker, form: str, s: Size, backward: bool = False) -> list[Step]:
+    # A 3x3 convolution where there is a rate, else a 1x1 one.
     rate = s.rates[0] if s.rates else 0
     x, weight = make.map(s.n, s.c, s.h, s.w), make.weight(s.filters, s.c, 3 if rate else 1)
-    return x, weight, {"stride": s.stride, "padding": rate, "dilation": rate or 1}
-
-
-def _example(make: Maker, form: str, s: Size) -> list[Step]:
-    x, weight, options = _inputs(make, s)
-    pairs = [_pair(value) for value in options.values()]
-    return [Step(form, s, (x, weight, *pairs, 1), (VALUES,), describe(x, weight, **options))]
-
-
-def _example_backward(make: Maker, form: str, s: Size) -> list[Step]:
-    x, weight, options = _inputs(make, s)
-    pairs = [_pair(value) for value in options.values()]
+    stride, padding, dilation = pairs = [s.stride] * 2, [rate] * 2, [rate or 1] * 2
+    desc = describe(x, weight, stride=stride, padding=padding, dilation=dilation, backward=backward)
+    if not backward:
+        return [Step(form, s, (x, weight, *pairs, 1), (VALUES,), desc)]
     grad = make.map(*_output_shape(x, weight, *pairs))
     args = (grad, x, weight, *pairs, 1, True, True)
-    return [Step(form, s, args, (VALUES, VALUES), describe_backward(x, weight, **options))]
+    return [Step(form, s, args, (VALUES, VALUES), desc)]
 
 
 def _pytorch(step: Step) -> Forms:
@@ -275,7 +257,7 @@ declare(
 declare(
     Op(
         BACKWARD,
-        describe_backward,
+        partial(describe, backward=True),
         functions=(
             Function(
                 f"conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_OPTIONS}, bool to_x, "
@@ -289,6 +271,8 @@ declare(
             on("cpu", _cpu_conv.conv2d_backward, _cpu_conv.conv2d_backward_reasons),
         ),
         use=TRAINING,
-        examples=Examples(("plain",), _example_backward, _pytorch_backward, _SIZES, _works),
+        examples=Examples(
+            ("plain",), partial(_example, backward=True), _pytorch_backward, _SIZES, _works
+        ),
     )
 )
