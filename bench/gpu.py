@@ -8,9 +8,9 @@
     --list          print the units and which have an answer already; runs nothing
 
 Units (`deeplab_fast.tuning.runner`) run in processes of their own, so that one that hangs, crashes
-or is wrong loses no other. The first run goes through PHASES, each with its part of the budget and
-what those before it left; the riskiest kernels come last among those that are checked. What is left
-in the end goes to what was cut off, and to the rules below.
+or is wrong loses no other. The first run goes through the phases of `gpu_units`, each with its part
+of the budget and what those before it left; the riskiest kernels come last among those that are
+checked. What is left in the end goes to what was cut off, and to the rules there.
 
 A unit that bench/gpu_results.jsonl has an answer to, from the same sources, GPU, PyTorch and
 Triton, is not run again: the next loan begins where the last one ended. `bench.apply_gpu` writes
@@ -18,7 +18,7 @@ that file.
 
 The second run first repeats, in the order of the phases, what was not run, cut off or failed for a
 reason that says nothing of the unit, with twice the time and those that were killed last and alone.
-The rest goes to RULES, the follow-ups of what is known by then.
+The rest goes to the rules, the follow-ups of what is known by then.
 """
 
 from __future__ import annotations

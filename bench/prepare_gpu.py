@@ -144,7 +144,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             if op.use == declare.TRAINING:
                 works += [Work(op.name, *work) for work in op.examples.works(shapes)]
     plan = gpu_loan.plan(gpu_loan.nominal())
-    yield from tune.launches(replace(plan, works=tuple(dict.fromkeys((*plan.works, *works)))))
+    more = replace(plan, works=tuple(works), dtypes=gpu_loan.DTYPES[:1])
+    # Both make the calls of the checks.
+    yield from (dict(tune.launches(plan)) | dict(tune.launches(more))).items()
     suite = registry.SUITES["gpu"]
     for case in registry.cases():
         steps = case.steps(suite.dtype) if suite.name in case.suites else []
