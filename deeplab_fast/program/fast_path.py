@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -177,3 +178,7 @@ def upsampled(
         (name, F.interpolate(y, size=size, mode="bilinear", align_corners=align_corners))
         for name, y in logits.items()
     )
+
+
+# Where models that earlier versions pickled whole look for it.
+sys.modules["deeplab_fast.inference.fast_path"] = sys.modules[__name__]

@@ -816,6 +816,18 @@ def test_modules_of_the_users_own(own: str, programs: list, folds: list) -> None
 # --- Copies, memory, threads ---------------------------------------------------------------------
 
 
+def test_a_model_that_an_earlier_version_pickled_loads() -> None:
+    model = dlf.deeplabv3_resnet18(num_classes=3).eval()
+    data = pickle.dumps(model, protocol=2)
+    before = data.replace(
+        b"deeplab_fast.program.fast_path\n", b"deeplab_fast.inference.fast_path\n"
+    )
+    assert before != data
+    x = torch.randn(1, 3, 65, 65)
+    with torch.inference_mode():
+        assert torch.equal(pickle.loads(before)(x)["out"], model(x)["out"])
+
+
 def test_copies_and_pickles_carry_no_prepared_weights(folds: list) -> None:
     model = small()
     fresh = len(pickle.dumps(model))
