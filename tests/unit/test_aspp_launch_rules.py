@@ -192,7 +192,7 @@ def test_the_cuda_backend_needs_no_triton_kernels() -> None:
         "tables = aspp_cuda.device_tables(x, packed.branches, *work)\n"
         "assert choice.tile.architecture == 80 and tables.starts.numel() > 1\n"
         "calls = []\n"
-        "_aspp_cuda._run_sm80 = aspp_cuda._run_sm90 = lambda *args: calls.append(args)\n"
+        "aspp_cuda._run_sm80 = aspp_cuda._run_sm90 = lambda *args: calls.append(args)\n"
         "given = packed.weights, packed.scales, packed.shifts, packed.dilations\n"
         "y = aspp_cuda.aspp_branches(x, *given)\n"
         "assert y.shape == (1, 16, 9, 9) and calls[0][1] is not None\n"
