@@ -24,6 +24,8 @@ from .gpu_measure import CUT_SHORT
 
 STORE = Path(__file__).with_name("gpu_results.jsonl")
 RUN = "run"
+# Of dispatch/, what checks and measures.
+_CHECKING = ("checks", "declare", "errors", "examples")
 # Among the facts of an outcome: `harness`.
 HARNESS = "harness"
 # Of a run, or what only fills caches for units that follow.
@@ -79,9 +81,11 @@ def harness() -> str:
     """Fingerprint of what checks and measures, apart from what is checked."""
     files = [
         *sorted((ROOT / "deeplab_fast" / "tuning").glob("*.py")),
-        *(ROOT / "deeplab_fast" / "dispatch" / f"{n}.py" for n in ("checks", "errors", "examples")),
+        # Examples, their exact results and PyTorch's forms stand with the ops.
+        *sorted((ROOT / "deeplab_fast" / "ops").glob("*.py")),
+        *(ROOT / "deeplab_fast" / "dispatch" / f"{name}.py" for name in _CHECKING),
         *sorted((ROOT / "bench").glob("gpu*.py")),
-        ROOT / "bench" / "sanitize.py",
+        *(ROOT / "bench" / f"{name}.py" for name in ("sanitize", "op_cases", "op_modules")),
         ROOT / "tests" / "gpu" / "conftest.py",
         ROOT / "tests" / "helpers" / "gpu_harness.py",
     ]

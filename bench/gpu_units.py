@@ -86,9 +86,13 @@ def _model_name(backbone: str, output_stride: int, batch: int, side: int) -> str
     return f"{backbone} os{output_stride} b{batch} {side}"
 
 
+# What PyTorch is measured on, and by.
+_CASES = ("gpu_pytorch", "model_cases", "op_cases", "op_modules", "providers", "registry")
+
+
 def _pytorch(loan: Loan, what: str, function: Callable[..., dict[str, Any]], *args: object) -> Unit:
     name = f"pytorch {what}"
-    source = fingerprint(ROOT / "bench" / "gpu_pytorch.py")
+    source = fingerprint(*(ROOT / "bench" / f"{name}.py" for name in _CASES))
     return _timed(name, partial(function, loan.machine, *args), "pytorch", source)
 
 

@@ -421,8 +421,8 @@ def declared_cases(which: Iterable[tuple[int, int]]) -> list[Case]:
         which: (form, size) of those that the op is declared with, by number.
     """
     found: list[Case] = []
-    for op in declare.registered_ops():
-        examples = declare.find(op).examples
+    for declared in declare.declared_ops():
+        op, examples = declared.name, declared.examples
         for form_number, size_number in which:
             if form_number >= len(examples.forms):
                 continue

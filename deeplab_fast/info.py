@@ -17,7 +17,7 @@ import torch
 from . import _ext, backends
 from ._version import __version__
 from .dispatch import records
-from .dispatch.declare import find, steps
+from .dispatch.declare import declared_ops, steps
 from .dispatch.examples import Shapes, Size
 
 
@@ -70,10 +70,9 @@ def calls(shape: StandardShape, dtype: torch.dtype) -> Iterator[backends.OpDesc]
         pointwise=(Size(n, 512, h, w, filters=c),),
         aspp=Size(n, c, h, w, filters=256, rates=shape.rates),
     )
-    for op in backends.registered_ops():
-        examples = find(op).examples
-        _, size = examples.works(shapes)[0]
-        yield steps(op, examples.forms[0], size, dtype, "meta")[0].desc
+    for op in declared_ops():
+        _, size = op.examples.works(shapes)[0]
+        yield steps(op.name, op.examples.forms[0], size, dtype, "meta")[0].desc
 
 
 def what_runs(shape: StandardShape, dtype: torch.dtype, device: str) -> list[backends.Why]:

@@ -169,6 +169,11 @@ def implementations(op: str) -> dict[str, Implementation]:
     return _implementations[op]
 
 
+def declared_ops() -> list[Op]:
+    """All ops that are declared."""
+    return list(_ops.values())
+
+
 def registered_ops() -> list[str]:
     """Names of all ops that have an implementation."""
     return list(_implementations)

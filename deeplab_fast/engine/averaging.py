@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
@@ -57,6 +58,7 @@ class ExponentialAverage(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            self._steps = 0
             # The module is still on the CPU.
             device = trainer.strategy.root_device
             self._average = AveragedModel(
@@ -108,7 +110,9 @@ class ExponentialAverage(Callback):
         if self._average is None:
             return
         if "current_model_state" not in checkpoint or "averaging_state" not in checkpoint:
-            # Of a run without averages: they begin with its weights.
+            rank_zero_warn(
+                "the checkpoint is of a run without averaged weights: they begin with its weights"
+            )
             self._average.module.load_state_dict(checkpoint["state_dict"], strict=False)
             return
         state = {_PREFIX + name: value for name, value in checkpoint["state_dict"].items()}

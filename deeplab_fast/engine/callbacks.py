@@ -24,6 +24,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from deeplab_fast.engine.averaging import ExponentialAverage
 from deeplab_fast.engine.finite import describe_not_finite
 from deeplab_fast.engine.metrics import Metrics
 from deeplab_fast.engine.outputs import write_atomically
@@ -38,6 +39,7 @@ __all__ = [
     "LIGHTNING_VERSIONS",
     "AtomicCheckpointIO",
     "CheckpointNotWritten",
+    "ExponentialAverage",
     "MetricsFile",
     "Progress",
     "RunCheckpoint",

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -78,7 +79,9 @@ def build_model(
         options["weights_backbone"] = config.weights_backbone
     torch.manual_seed(config.seed)
     try:
-        if config.weights is None:
+        # The builder refuses what from_checkpoint would take for its own arguments.
+        own = signature(from_checkpoint).parameters.keys() & config.model_options.keys()
+        if config.weights is None or own:
             built = get_model(config.model, num_classes=num_classes, **options)
         else:
             built = from_checkpoint(

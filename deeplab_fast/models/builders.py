@@ -10,12 +10,12 @@ from typing import Any, Protocol, TypedDict, TypeGuard, TypeVar, Unpack, cast
 
 from torch import Tensor, nn
 
+from .. import weights
 from ..data.classes import class_set
 from ..data.preprocess import Preprocess
 from ..nn import HEADS, CascadedHead, FCNHead
-from ..weights.embedded import embedded_path
 from ..weights.files import read_state_dict
-from ..weights.from_file import fill, from_checkpoint
+from ..weights.from_file import fill
 from ..weights.layouts import layout_named, rename_tensors
 from ..weights.load import Opened, open_weights
 from ..weights.registry import foreign_rules, published_enum, torchvision_enum
@@ -98,19 +98,8 @@ _LEGACY = {
 
 
 def load(name: str) -> DeepLabV3:
-    """A trained model that comes inside the package, in eval mode, on the CPU, in fp32.
-
-    "camvid": road scenes, the 11 classes of CamVid; `model_card("camvid")` has its data, licence,
-    recipe and scores.
-
-    Returns:
-        `DeepLabV3` with its `classes`, `palette` and `preprocess`; `model.predict(photo)` gives
-        labels at the photo's size.
-
-    Raises:
-        ValueError: no embedded model has that name.
-    """
-    return cast(DeepLabV3, from_checkpoint(embedded_path(name)).eval())
+    """`weights.load`, whose models are all built here."""
+    return cast(DeepLabV3, weights.load(name))
 
 
 def builder(name: str, family: Family, module: str, doc: str) -> Callable[..., DeepLabV3]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -238,6 +238,15 @@ class DeepLabV3(Network):
         return self
 
 
+@runtime_checkable
+class _Dilated(Protocol):
+    """A backbone that is told which of its stages give up their stride."""
+
+    dilated: Sequence[bool]
+
+    def set_dilated(self, dilated: Sequence[bool]) -> None: ...
+
+
 def _change_backbone(backbone: Backbone, output_stride: int) -> None:
     """Change its output stride, and move with it what is not as the backbone itself plans it."""
     convs = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d)}
@@ -247,8 +256,8 @@ def _change_backbone(backbone: Backbone, output_stride: int) -> None:
         for name in ("dilated", "output_stride")
         if name in vars(backbone)
     }
-    if hasattr(backbone, "set_dilated"):
-        backbone.set_dilated(vars(backbone)["dilated"])
+    if isinstance(backbone, _Dilated):
+        backbone.set_dilated(backbone.dilated)
     else:
         backbone.set_output_stride(backbone.output_stride)
     before = {name: Geometry.of(conv) for name, conv in convs.items()}

@@ -67,10 +67,10 @@ class OptimizedDeepLabV3(nn.Module):
 
     Input: float32 [N, 3, H, W] on the CPU (of a copied model: as that takes it); autocast has no
     effect. Sizes may change from call to call; several threads may call at once. It can be
-    deep-copied and pickled. It has no parameters and no buffers: `state_dict()` is empty, and
-    neither `load_state_dict`, `.to()` to another dtype or device nor `train()` are possible; change
-    the model it came from and optimise again. A model that runs as a copy has the parameters of
-    `copy`, and can be moved.
+    deep-copied, and pickled for the same version of the package. It has no parameters and no
+    buffers: `state_dict()` is empty, and neither `load_state_dict`, `.to()` to another dtype or
+    device nor `train()` are possible; change the model it came from and optimise again. A model
+    that runs as a copy has the parameters of `copy`, and can be moved.
     """
 
     def __init__(self, model: Network, keep_aux: bool, max_extra_bytes: int | None) -> None:

@@ -3,7 +3,7 @@
 from ._common import CheckpointError
 from .embedded import embedded_path, list_embedded, model_card
 from .files import read_state_dict
-from .from_file import from_checkpoint, restore_settings, warn_of_assumptions
+from .from_file import from_checkpoint, load, restore_settings, warn_of_assumptions
 from .inspect import WeightsInfo, inspect_weights
 from .layouts import LAYOUTS, Layout
 from .load import LoadReport, load_weights
@@ -21,6 +21,7 @@ __all__ = [
     "from_checkpoint",
     "inspect_weights",
     "list_embedded",
+    "load",
     "load_weights",
     "model_card",
     "model_metadata",

@@ -110,6 +110,22 @@ def fill(
         warn_of_assumptions(model, opened.info, given, opened.checkpoint.label, stacklevel)
 
 
+def load(name: str) -> nn.Module:
+    """A trained model that comes inside the package, in eval mode, on the CPU, in fp32.
+
+    "camvid": road scenes, the 11 classes of CamVid; `model_card("camvid")` has its data, licence,
+    recipe and scores.
+
+    Returns:
+        `DeepLabV3` with its `classes`, `palette` and `preprocess`; `model.predict(photo)` gives
+        labels at the photo's size.
+
+    Raises:
+        ValueError: no embedded model has that name.
+    """
+    return from_checkpoint(embedded_path(name)).eval()
+
+
 def restore_settings(model: nn.Module, info: WeightsInfo) -> Settings:
     """Put on a model, in place, what the checkpoint's model had beyond its builder's options.
 

@@ -26,7 +26,6 @@ from gpu_harness import (
     on_a_busy_stream,
     peak_memory,
     replayed,
-    use_backend,
 )
 from torch import Tensor
 
@@ -255,12 +254,11 @@ def test_any_strides(layout) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_backends_agree(backend: str, dtype: torch.dtype) -> None:
+def test_triton_agrees_with_pytorch(dtype: torch.dtype) -> None:
     case = Case.make(LAYER1, dtype)
     with dlf.use_backend("reference"):
         expected = case.run()
-    with use_backend(backend):
+    with dlf.use_backend("triton"):
         got = case.run()
     # Each of the two is off by a rounding of its own, and of statistics in another order.
     for name, b in expected.items():

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import deeplab_fast as dlf
+from deeplab_fast import weights
 from deeplab_fast.data import class_set
 from deeplab_fast.data.datasets import open_dataset
 from deeplab_fast.engine.evaluate import evaluate
@@ -20,8 +21,11 @@ def model():
 
 def test_list_and_unknown_name() -> None:
     assert list_embedded() == ["camvid"]
-    with pytest.raises(ValueError, match=r"no embedded model is named 'voc'; there are: camvid"):
-        dlf.load("voc")
+    for load in (dlf.load, weights.load):
+        with pytest.raises(
+            ValueError, match=r"no embedded model is named 'voc'; there are: camvid"
+        ):
+            load("voc")
 
 
 def test_file_is_small_and_half_precision() -> None:

@@ -96,6 +96,22 @@ def test_the_map_at_8_contains_the_map_at_16(build) -> None:
     torch.testing.assert_close(branch_8[..., ::2, ::2], branch_16, rtol=1e-9, atol=1e-9)
 
 
+def test_output_stride_of_a_backbone_whose_stages_are_a_property() -> None:
+    model = dlf.deeplabv3_resnet18(output_stride=8)
+    expected = convolutions(dlf.deeplabv3_resnet18(output_stride=16))
+    dilated = model.backbone.__dict__.pop("dilated")
+
+    class Backbone(type(model.backbone)):
+        dilated = property(
+            lambda self: self.stages, lambda self, value: setattr(self, "stages", value)
+        )
+
+    model.backbone.stages = dilated
+    model.backbone.__class__ = Backbone
+    model.set_output_stride(16)
+    assert convolutions(model) == expected
+
+
 def test_rates_that_cannot_be_halved_change_nothing() -> None:
     model = dlf.deeplabv3_resnet18(atrous_rates=(3, 6))
     before = convolutions(model)

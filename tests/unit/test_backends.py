@@ -85,6 +85,10 @@ def test_automatic_choice_logs_a_fallthrough_once(toy, caplog) -> None:
     ]
 
 
+def test_info_tells_of_declared_ops_only(toy) -> None:
+    assert "toy" not in info.report()
+
+
 def test_nothing_can_run(toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(declare._implementations["toy"], "reference")
     with pytest.raises(backends.BackendUnavailable, match="cpu: size 3 is odd"):

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import Callback  # noqa: E402
 
 from deeplab_fast.data.check import DataError  # noqa: E402
 from deeplab_fast.engine import train as engine  # noqa: E402
+from deeplab_fast.engine.callbacks import ExponentialAverage  # noqa: E402
 from deeplab_fast.engine.config import PRESETS, to_yaml, train_config  # noqa: E402
 from deeplab_fast.engine.datamodule import (  # noqa: E402
     SegmentationData,
@@ -33,7 +34,7 @@ from deeplab_fast.engine.module import SegmentationModule  # noqa: E402
 from deeplab_fast.engine.sources import open_training  # noqa: E402
 from deeplab_fast.engine.train import build_model, fit, fit_stages  # noqa: E402
 from deeplab_fast.models import DeepLabV3  # noqa: E402
-from deeplab_fast.weights import from_checkpoint, read_state_dict  # noqa: E402
+from deeplab_fast.weights import from_checkpoint, read_state_dict, save_weights  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,6 +146,25 @@ def test_steps_end_in_the_middle_of_an_epoch_with_a_validation(config):
     assert "val/miou" in last and last["step"] == 4
     lrs = [row["lr"] for row in rows(result.folder) if "lr" in row]
     assert lrs == pytest.approx([0.1 * (1 - t / 4) ** 0.9 for t in range(4)])
+
+
+@pytest.mark.parametrize("name", ["strict", "layout", "reset_head", "given"])
+def test_model_options_are_the_builders_alone(config, tmp_path, name):
+    start = save_weights(build_model(config, 4), tmp_path / "start.safetensors")
+    config = config.replace(weights=str(start), model_options={name: False})
+    with pytest.raises(ValueError, match=f"model_options: tiny_deeplabv3.*'{name}'"):
+        build_model(config, 4)
+
+
+def test_averages_begin_anew_with_a_second_fit(config):
+    average = ExponentialAverage(0.5)
+    ends = []
+    for _ in range(2):
+        result = fit(config.replace(output=f"{config.output}{len(ends)}"), callbacks=[average])
+        ends.append(read_state_dict(result.weights))
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    start = build_model(config, 4).state_dict()
+    assert not all(torch.equal(value, ends[1][key].to(value)) for key, value in start.items())
 
 
 def test_two_stages(config, tmp_path):
