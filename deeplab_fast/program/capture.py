@@ -1,0 +1,82 @@
+"""CUDA graphs as PyTorch has them, behind what a stand-in without a GPU can do too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+Replay = Callable[[], None]
+
+
+class Capture(Protocol):
+    """What graphs of a device are made with."""
+
+    def in_progress(self) -> bool:
+        """Whether the current stream is being captured, by whomever."""
+
+    def pool(self, device: torch.device) -> object:
+        """A pool of memory that graphs which never run at the same time share."""
+
+    def pool_bytes(self, pool: object, device: torch.device) -> int:
+        """Bytes that a pool takes from the device."""
+
+    def record(
+        self, run: Callable[[], T], device: torch.device, pool: object
+    ) -> tuple[T, Replay, object]:
+        """Capture a function that was run before.
+
+        Its results are the tensors into which every replay writes anew. What it read must stay
+        where it is while there are replays.
+
+        Returns:
+            The results, a function that replays on the current stream, and what owns the memory.
+        """
+
+
+class CudaCapture:
+    """`Capture` by torch.cuda.CUDAGraph."""
+
+    def in_progress(self) -> bool:
+        return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+    def pool(self, device: torch.device) -> object:
+        return torch.cuda.graph_pool_handle()
+
+    def pool_bytes(self, pool: object, device: torch.device) -> int:
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)
+
+    def record(
+        self, run: Callable[[], T], device: torch.device, pool: object
+    ) -> tuple[T, Replay, object]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile.
+        with torch.cuda.device(device), torch.cuda.graph(
+            graph, pool=pool, capture_error_mode="thread_local"
+        ):
+            results = run()
+        return results, graph.replay, graph
+
+
+_current: Capture = CudaCapture()
+
+
+def current() -> Capture:
+    """What graphs are made with here."""
+    return _current
+
+
+@contextmanager
+def using(capture: Capture) -> Iterator[None]:
+    """Make graphs with something else, until the block ends."""
+    global _current
+    before = _current
+    _current = capture
+    try:
+        yield
+    finally:
+        _current = before
