@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -36,12 +37,24 @@ class OpDesc:
     @classmethod
     def of(cls, op: str, x: torch.Tensor, **params: object) -> OpDesc:
         """Describe a call of `op` whose main input is `x`."""
-        capability, gpu = _gpu(x.device) if x.device.type == "cuda" else (None, "")
+        return cls.on(op, x.shape, x.dtype, x.device, **params)
+
+    @classmethod
+    def on(
+        cls,
+        op: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        **params: object,
+    ) -> OpDesc:
+        """Describe a call of `op` by what its main input will be."""
+        capability, gpu = _gpu(device) if device.type == "cuda" else (None, "")
         return cls(
             op,
-            x.device.type,
-            x.dtype,
-            tuple(x.shape),
+            device.type,
+            dtype,
+            tuple(shape),
             params,
             capability,
             torch.are_deterministic_algorithms_enabled(),

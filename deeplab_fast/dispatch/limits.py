@@ -122,3 +122,12 @@ def allow_tf32() -> bool:
     except RuntimeError:
         # Raised once the newer setting has been used.
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def allow_conv_tf32() -> bool:
+    """Whether PyTorch lets cuDNN's convolutions round fp32 operands to TF32."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        # PyTorch 2.9 and newer, which its type hints do not have.
+        return getattr(torch.backends.cudnn, "conv").fp32_precision == "tf32"  # noqa: B009

@@ -35,6 +35,9 @@ logger = logging.getLogger("deeplab_fast")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BFLOAT16_CAPABILITY = (8, 0)
 
+# Stride, padding, dilation, each as [rows, columns], and groups.
+Geometry = tuple[list[int], list[int], list[int], int]
+
 # Calls that cuDNN has no fused kernel for that can be used (False); a search that fails takes long.
 _has_kernel: dict[tuple[object, ...], bool] = {}
 
@@ -66,20 +69,35 @@ def conv_bn_act(
 ) -> Tensor:
     """As `ops.conv_bn_act`; x in fp16, bf16 or fp32."""
     x = x.contiguous(memory_format=torch.channels_last)
-    folded = fold(weight, scale)
+    folded, bias = fold(weight, scale), shift.to(x.dtype)
     geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
-    y = None
-    if act == "relu" and groups == 1 and x.numel() and not _deterministic():
-        y = _fused(x, folded, shift.to(x.dtype), residual, geometry)
-    if y is None:
-        y = F.conv2d(x, folded, None, *geometry)
-        # In place each pass computes in fp32 and rounds to y's dtype.
-        y += shift[:, None, None]
-        if residual is not None:
-            y += residual
-        if act == "relu":
-            y.relu_()
-    return y.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    may_fuse = act == "relu" and groups == 1 and x.numel() and not _deterministic()
+    if may_fuse and has_fused(x, folded, bias, residual, geometry):
+        return fused(x, folded, bias, residual, geometry)
+    y = in_passes(x, folded, shift, residual, geometry)
+    return (y.relu_() if act == "relu" else y).contiguous(memory_format=torch.channels_last)
+
+
+def in_passes(
+    x: Tensor, weight: Tensor, shift: Tensor, residual: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """conv(x, weight) + shift + residual: each pass computes in fp32 and rounds to x's dtype.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [K, C / groups, R, S], the dtype of x.
+        shift: [K], fp32.
+        residual: the result's shape, or None.
+        geometry: stride, padding, dilation, groups.
+    """
+    y = F.conv2d(x, weight, None, *geometry)
+    # In place a sum is computed in the wider dtype.
+    y += shift[:, None, None]
+    if residual is not None:
+        y += residual
+    return y
 
 
 def fold(weight: Tensor, scale: Tensor) -> Tensor:
@@ -99,47 +117,53 @@ def _deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
 
 
-def _fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    geometry: tuple[list[int], list[int], list[int], int],
-) -> Tensor | None:
-    """relu(conv(x, weight) + bias + residual) in one kernel; None where cuDNN has none that keeps
-    NaN."""
-    stride, padding, dilation, _ = geometry
-    shape = (tuple(x.shape), tuple(weight.shape), stride[0], padding[0], dilation[0])
-    key = (*shape, residual is not None, x.dtype, x.device)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
+def fused(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """relu(conv(x, weight) + bias + residual) in one kernel; `has_fused` says whether there is one.
 
-    def run(bias: Tensor) -> Tensor:
-        if residual is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
-        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+    Args:
+        x: [N, C, H, W], channels_last.
+        weight: [K, C, R, S], the dtype of x.
+        bias: [K], the dtype of x.
+        residual: the result's shape, channels_last, or None.
+        geometry: stride, padding, dilation, 1.
+    """
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 
+
+def has_fused(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, geometry: Geometry
+) -> bool:
+    """Whether cuDNN has a kernel for `fused` that keeps NaN; the first call of a shape tries it."""
+    stride, padding, dilation, groups = geometry
+    shapes = (tuple(x.shape), tuple(weight.shape), *stride, *padding, *dilation, groups)
+    key = (*shapes, residual is not None, x.dtype, x.device)
     usable = _has_kernel.get(key)
-    if usable is None:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            # Nothing can be read while a graph is captured.
-            return None
-        try:
-            usable = bool(run(torch.full_like(bias, float("nan"))).isnan().all())
-        except torch.OutOfMemoryError:
+    if usable is not None:
+        return usable
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Nothing can be read while a graph is captured.
+        return False
+    try:
+        nan = torch.full_like(bias, float("nan"))
+        usable = bool(fused(x, weight, nan, residual, geometry).isnan().all())
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        text = str(error)
+        if "unable to find an engine" not in text and "NOT_SUPPORTED" not in text:
             raise
-        except RuntimeError as error:
-            text = str(error)
-            if "unable to find an engine" not in text and "NOT_SUPPORTED" not in text:
-                raise
-            usable = False
-        _has_kernel[key] = usable
-        if not usable:
-            logger.info(
-                "conv_bn_act: cuDNN has no fused kernel that keeps NaN for %s by %s in %s; "
-                "convolution, then sums",
-                list(x.shape),
-                list(weight.shape),
-                x.dtype,
-            )
-    return run(bias) if usable else None
+        usable = False
+    _has_kernel[key] = usable
+    if not usable:
+        logger.info(
+            "conv_bn_act: cuDNN has no fused kernel that keeps NaN for %s by %s in %s; "
+            "convolution, then sums",
+            list(x.shape),
+            list(weight.shape),
+            x.dtype,
+        )
+    return usable

@@ -44,14 +44,16 @@ class Plan:
     """What one call runs.
 
     Attributes:
-        kernel: what computes it: "tiles", "pixels", "onednn" or "aten".
+        kernel: what computes it: "tiles", "pixels", "onednn" or "aten"; on a GPU one of
+            `folded_conv`.
         form: the algorithm: "direct", or the forms along rows x columns, phases of the larger
             number of samples / the others.
         shape: of the input, [N, C, H, W].
         threads: that the prediction is for.
         macs: multiply-adds that are done; taps outside the map are not.
         bytes: of input, output and weights.
-        predicted_seconds: by the cost model.
+        predicted_seconds: by the cost model; on a GPU the least that operations and bytes take,
+            None where its rates are not known.
         extra_bytes: of the prepared weights that the call needs beyond the original ones.
     """
 
@@ -61,13 +63,14 @@ class Plan:
     threads: int
     macs: int
     bytes: int
-    predicted_seconds: float
+    predicted_seconds: float | None
     extra_bytes: int
 
     def __str__(self) -> str:
+        ms = "-" if self.predicted_seconds is None else f"{self.predicted_seconds * 1e3:.2f}"
         return (
             f"{self.kernel} {self.form} {list(self.shape)}: {self.macs / 1e9:.3f} GMAC, "
-            f"{self.bytes / 1e6:.1f} MB, {self.predicted_seconds * 1e3:.2f} ms predicted on "
+            f"{self.bytes / 1e6:.1f} MB, {ms} ms predicted on "
             f"{self.threads} threads, {self.extra_bytes / 1e6:.1f} MB of prepared weights"
         )
 
