@@ -69,6 +69,7 @@ def calls(shape: StandardShape, dtype: torch.dtype) -> Iterator[backends.OpDesc]
         norms=(Size(n, c, h, w),),
         pointwise=(Size(n, 512, h, w, filters=c),),
         aspp=Size(n, c, h, w, filters=256, rates=shape.rates),
+        filters=((256, c, 1, 1), *((256, c, 3, 3) for _ in shape.rates)),
     )
     for op in declared_ops():
         _, size = op.examples.works(shapes)[0]

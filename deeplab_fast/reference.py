@@ -92,6 +92,14 @@ def conv_bn_act_backward(
     return grad_x, grad_weight, (grad * conv).sum((0, 2, 3)), grad.sum((0, 2, 3)), grad
 
 
+def fold_filters(weights: Sequence[Tensor], scale: Tensor, results: Sequence[Tensor]) -> None:
+    """results_l = scale_l * weights_l per output channel; scale [sum K_l] has one layer behind
+    another. The product is made in the wider dtype of both factors and rounded to the results'."""
+    scales = scale.split([w.shape[0] for w in weights])
+    for weight, factor, result in zip(weights, scales, results, strict=True):
+        torch.mul(weight, factor[:, None, None, None], out=result)
+
+
 def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, biased variance) of each channel of x [N, C, H, W], in `compute_dtype`; 0 without
     values."""

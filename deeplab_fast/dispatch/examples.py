@@ -42,6 +42,7 @@ class Size:
         pooled: channels of the pooled branch.
         classes: of a classifier behind the projection.
         stride: of a 1x1 convolution.
+        layers: shapes [K, C, R, S] of the filters of several convolutions.
     """
 
     n: int
@@ -55,10 +56,11 @@ class Size:
     pooled: int = 0
     classes: int = 0
     stride: int = 1
+    layers: tuple[tuple[int, int, int, int], ...] = ()
 
     def __str__(self) -> str:
         more = [
-            f"{f.name}={value}"
+            f"{f.name}={len(value) if f.name == 'layers' else value}"
             for f in fields(self)[4:]
             if (value := getattr(self, f.name)) != f.default
         ]
@@ -152,6 +154,7 @@ class Shapes:
         pointwise: of 1x1 convolutions.
         aspp: of the branches; None for a model without.
         acts: activations that the model has.
+        filters: shapes [K, C, R, S] of convolutions with a batch norm behind them.
     """
 
     logits: Size
@@ -159,6 +162,7 @@ class Shapes:
     pointwise: tuple[Size, ...]
     aspp: Size | None
     acts: tuple[str, ...] = ("relu",)
+    filters: tuple[tuple[int, int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from .batch_norm import (
 )
 from .conv2d import conv2d
 from .conv_bn_act import conv_bn_act
+from .fold_filters import fold_filters
 from .upsample_argmax import upsample_argmax
 from .upsample_confusion import upsample_confusion
 from .upsample_cross_entropy import upsample_cross_entropy
@@ -31,6 +32,7 @@ __all__ = [
     "conv2d",
     "conv_bn_act",
     "describe",
+    "fold_filters",
     "upsample_argmax",
     "upsample_confusion",
     "upsample_cross_entropy",

@@ -208,12 +208,14 @@ def run_plan(plan: Plan, out: Path, progress: bool) -> None:
 
 def plan_from(fields: dict[str, Any]) -> Plan:
     """A plan from what JSON made of one."""
-    works = tuple(
-        Work(w["op"], w["form"], Size(**{**w["size"], "rates": tuple(w["size"]["rates"])}))
-        for w in fields["works"]
-    )
+    works = tuple(Work(w["op"], w["form"], _size_from(w["size"])) for w in fields["works"])
     lists = {name: tuple(fields[name]) for name in ("backends", "dtypes")}
     return Plan(**{**fields, **lists, "works": works})
+
+
+def _size_from(fields: dict[str, Any]) -> Size:
+    rates, layers = tuple(fields["rates"]), tuple(map(tuple, fields["layers"]))
+    return Size(**{**fields, "rates": rates, "layers": layers})
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -81,6 +81,7 @@ def _shapes(model: nn.Module, shape: tuple[int, int, int, int]) -> Shapes:
     norms: list[Size] = []
     pointwise: list[Size] = []
     aspp: list[Size] = []
+    filters: list[tuple[int, int, int, int]] = []
 
     def at(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
         n, c, h, w = inputs[0].shape
@@ -88,10 +89,11 @@ def _shapes(model: nn.Module, shape: tuple[int, int, int, int]) -> Shapes:
             norms.append(Size(n, c, h, w))
         elif isinstance(module, ASPP):
             aspp.append(_aspp_size(module, (n, c, h, w)))
-        elif isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and h * w > 1:
-            if module.groups == 1 and module.bias is None:
-                k, stride = module.out_channels, module.stride[0]
-                pointwise.append(Size(n, c, h, w, filters=k, stride=stride))
+        elif isinstance(module, nn.Conv2d) and module.bias is None:
+            k, depth, rows, cols = module.weight.shape
+            filters.append((k, depth, rows, cols))
+            if (rows, cols) == (1, 1) and h * w > 1 and module.groups == 1:
+                pointwise.append(Size(n, c, h, w, filters=k, stride=module.stride[0]))
 
     for module in meta.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.Conv2d, ASPP)):
@@ -105,6 +107,7 @@ def _shapes(model: nn.Module, shape: tuple[int, int, int, int]) -> Shapes:
         tuple(pointwise),
         aspp[0] if aspp else None,
         tuple(acts or ["relu"]),
+        tuple(filters),
     )
 
 
