@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -55,8 +55,9 @@ class CudaCapture:
     ) -> tuple[T, Replay, object]:
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile.
-        with torch.cuda.device(device), torch.cuda.graph(
-            graph, pool=pool, capture_error_mode="thread_local"
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, pool=cast(Any, pool), capture_error_mode="thread_local"),
         ):
             results = run()
         return results, graph.replay, graph

@@ -9,36 +9,70 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import match
+from .cpu_layers import CpuForms
 from .formats import is_channels_last
 from .intact import has_hooks
 from .layers import (
     Aspp,
-    AsppLayer,
     AtenLayer,
     Chain,
-    ConvLayer,
     ConvSpec,
     Features,
     Layer,
+    MapLayer,
+    NormSpec,
     PlainLayer,
-    PooledLayer,
     Program,
-    ProjectLayer,
     ResidualBlock,
+    ScalingLayer,
     Single,
-    SqueezeExcitationLayer,
     Step,
     SumOfConvs,
-    WideProjectLayer,
 )
 from .network import Network
-from .staleness import is_foldable
+
+
+class Forms(Protocol):
+    """The layers that a program is made of on one kind of device.
+
+    Attributes:
+        what: names the weights that it takes.
+    """
+
+    what: str
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether it has layers for filters or a bias like this tensor."""
+
+    def takes_vector(self, tensor: Tensor) -> bool:
+        """Whether it has layers for batch norms with vectors like this tensor."""
+
+    def conv(self, spec: ConvSpec, max_extra_bytes: int | None) -> MapLayer:
+        """A convolution, called with a map and a residual or without."""
+
+    def aspp(self, name: str, specs: Sequence[ConvSpec], max_extra_bytes: int | None) -> MapLayer:
+        """The branches of an ASPP."""
+
+    def pooled(self, spec: ConvSpec) -> Layer:
+        """act(linear(mean of x over its pixels)), a vector for each image."""
+
+    def project(self, spec: ConvSpec, channels: int, max_extra_bytes: int | None) -> MapLayer:
+        """The convolution of branches with so many channels and the pooled vector."""
+
+    def squeeze_excitation(
+        self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module
+    ) -> ScalingLayer:
+        """x * gate(fc2(fc1(mean of x)))."""
+
+    def plain(self, name: str, module: nn.Module) -> PlainLayer:
+        """A module that runs as it is."""
 
 
 class _NotFoldable(Exception):
@@ -46,12 +80,18 @@ class _NotFoldable(Exception):
 
 
 def fold(
-    model: Network, *, aux: bool = True, max_extra_bytes: int | None = None, frozen: bool = False
+    model: Network,
+    forms: Forms | None = None,
+    *,
+    aux: bool = True,
+    max_extra_bytes: int | None = None,
+    frozen: bool = False,
 ) -> tuple[Program | None, str]:
     """Fold a model.
 
     Args:
-        model: the model; it gains where its weights are fp32 on the CPU.
+        model: the model.
+        forms: of its layers; None for those of fp32 on the CPU.
         aux: with the auxiliary head.
         max_extra_bytes: bound on the prepared weights beyond one copy of the weights. Each layer
             gets the part of it that its weights have of the model's.
@@ -67,11 +107,12 @@ def fold(
             names.setdefault(module, name)
             if has_hooks(module):
                 return None, f"{name} has forward hooks"
-    folder = _Folder(names, frozen, max_extra_bytes)
+    forms = CpuForms() if forms is None else forms
+    folder = _Folder(forms, names, frozen, max_extra_bytes)
     with torch.inference_mode(False), torch.no_grad():
         backbone, *heads = (folder.step(root) for _, root in parts)
-    if not any(isinstance(layer, (ConvLayer, AsppLayer)) for layer in folder.layers):
-        return None, _why_nothing(names)
+    if not any(isinstance(layer, MapLayer) for layer in folder.layers):
+        return None, _why_nothing(names, forms)
     results = tuple((name, name, head) for name, head in zip(("out", "aux"), heads, strict=False))
     layers = tuple(folder.layers)
     return Program(backbone, results, layers, folder.in_channels, folder.channels_last), ""
@@ -79,6 +120,7 @@ def fold(
 
 @dataclass
 class _Folder:
+    forms: Forms
     names: dict[nn.Module, str]
     frozen: bool
     max_extra_bytes: int | None
@@ -105,10 +147,10 @@ class _Folder:
             step = Single(self.conv(piece)) if isinstance(piece, ConvSpec) else piece
             if isinstance(step, ResidualBlock) and steps and isinstance(steps[-1], ResidualBlock):
                 step.own_input()
-            if isinstance(step, Single) and isinstance(step.layer, SqueezeExcitationLayer):
+            if isinstance(step, Single) and isinstance(step.layer, ScalingLayer):
                 # The map is a convolution's result, which nothing else reads.
                 last = steps[-1] if steps else None
-                step.layer.in_place = isinstance(last, Single) and isinstance(last.layer, ConvLayer)
+                step.layer.in_place = isinstance(last, Single) and isinstance(last.layer, MapLayer)
             steps.append(step)
         return steps[0] if len(steps) == 1 else Chain(steps)
 
@@ -131,7 +173,7 @@ class _Folder:
         conv, norm, act = unit.conv, unit.norm, unit.act
         pieces: list[ConvSpec | Step] = []
         rest = (conv, norm, act, unit.pool)
-        if conv is not None and _folds(conv.module):
+        if conv is not None and self.folds(conv.module):
             if norm is None or self.folds_norm(norm.module, conv.module):
                 pieces.append(self.spec(conv, norm, act))
                 rest = (None, None, None, unit.pool)
@@ -158,7 +200,7 @@ class _Folder:
         if isinstance(segment, match.Free) and not isinstance(module, match.DROPOUTS):
             return self.add(AtenLayer(self.name(module), module))
         plain = copy.deepcopy(module).eval() if self.frozen else module
-        return self.add(PlainLayer(self.name(module), plain))
+        return self.add(self.forms.plain(self.name(module), plain))
 
     def one(self, *modules: nn.Module) -> ConvSpec:
         """The convolution that a sequence comes down to."""
@@ -168,8 +210,8 @@ class _Folder:
         self.layers.append(layer)
         return Single(layer)
 
-    def conv(self, spec: ConvSpec) -> ConvLayer:
-        layer = ConvLayer(spec, self.share(spec))
+    def conv(self, spec: ConvSpec) -> MapLayer:
+        layer = self.forms.conv(spec, self.share(spec))
         self.layers.append(layer)
         return layer
 
@@ -185,14 +227,11 @@ class _Folder:
         if self.in_channels is None and not self.layers:
             self.in_channels = conv.in_channels
             self.channels_last = is_channels_last(conv.weight)
-        scale, shift = None, None if conv.bias is None else conv.bias.detach()
-        if norm is not None:
-            scale, shift = _fold_norm(norm.module, shift)
         return ConvSpec(
             self.name(conv),
             conv.weight.detach(),
-            scale,
-            shift,
+            None if conv.bias is None else conv.bias.detach(),
+            None if norm is None else _norm_spec(norm.module),
             conv.stride,
             "same" if segment.same else conv.padding,
             conv.dilation,
@@ -205,6 +244,15 @@ class _Folder:
         idle = isinstance(segment, match.Free) and isinstance(segment.module, match.DROPOUTS)
         return idle and (self.frozen or not segment.module.training)
 
+    def folds(self, conv: nn.Conv2d) -> bool:
+        """Whether a convolution's filters and bias are what they seem."""
+        return (
+            all(type(pair) is tuple for pair in (conv.stride, conv.padding, conv.dilation))
+            and set(conv._parameters) == {"weight", "bias"}
+            and all(self.forms.takes(t) for t in (conv.weight, conv.bias) if t is not None)
+            and conv.weight.numel() > 0
+        )
+
     def folds_norm(self, norm: _BatchNorm, conv: nn.Conv2d) -> bool:
         """Whether a batch norm behind `conv` is a scale and a shift for each channel."""
         values = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
@@ -215,7 +263,9 @@ class _Folder:
             and norm.running_mean is not None
             and norm.running_var is not None
             and all(
-                is_foldable(t) and t.shape == conv.weight.shape[:1] for t in values if t is not None
+                self.forms.takes_vector(t) and t.shape == conv.weight.shape[:1]
+                for t in values
+                if t is not None
             )
         )
 
@@ -246,7 +296,8 @@ def _squeeze_excite(folder: _Folder, block: match.SqueezeExcite) -> Step:
         and fc2.is_pointwise
     ):
         raise _NotFoldable
-    return folder.add(SqueezeExcitationLayer(folder.name(block.module), fc1, fc2, gate.module))
+    name = folder.name(block.module)
+    return folder.add(folder.forms.squeeze_excitation(name, fc1, fc2, gate.module))
 
 
 def _aspp(folder: _Folder, aspp: match.Aspp) -> Step:
@@ -266,11 +317,11 @@ def _aspp(folder: _Folder, aspp: match.Aspp) -> Step:
         or not (project.is_pointwise or project.dilation == (1, 1))
     ):
         raise _NotFoldable
-    wide = ProjectLayer if project.is_pointwise else WideProjectLayer
+    forms = folder.forms
     layers: tuple[Layer, Layer, Layer] = (
-        AsppLayer(f"{folder.name(aspp.module)}.convs", branches, folder.share(*branches)),
-        PooledLayer(pooled),
-        wide(project, channels, folder.share(project)),
+        forms.aspp(f"{folder.name(aspp.module)}.convs", branches, folder.share(*branches)),
+        forms.pooled(pooled),
+        forms.project(project, channels, folder.share(project)),
     )
     folder.layers += layers
     return folder.chain([Aspp(*layers), *pieces[1:]])
@@ -302,36 +353,23 @@ def _only(pieces: Sequence[ConvSpec | Step]) -> ConvSpec:
     return pieces[0]
 
 
-def _folds(conv: nn.Conv2d) -> bool:
-    return (
-        all(type(pair) is tuple for pair in (conv.stride, conv.padding, conv.dilation))
-        and set(conv._parameters) == {"weight", "bias"}
-        and all(is_foldable(t) for t in (conv.weight, conv.bias) if t is not None)
-        and conv.weight.numel() > 0
+def _norm_spec(norm: _BatchNorm) -> NormSpec:
+    weight, bias, mean, variance = (
+        None if t is None else t.detach()
+        for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     )
+    assert variance is not None
+    return NormSpec(weight, bias, mean, variance, norm.eps)
 
 
-def _fold_norm(norm: _BatchNorm, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """scale = gamma / sqrt(var + eps), shift = beta + (bias - mean) * scale, rounded once."""
-    assert norm.running_mean is not None and norm.running_var is not None
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    mean = norm.running_mean.double()
-    shift = ((0.0 if bias is None else bias.double()) - mean) * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.double()
-    return scale.float(), shift.float()
-
-
-def _why_nothing(modules: Iterable[nn.Module]) -> str:
+def _why_nothing(modules: Iterable[nn.Module], forms: Forms) -> str:
     """Why no convolution was folded."""
     for m in modules:
-        if isinstance(m, nn.Conv2d) and not is_foldable(m.weight):
+        if isinstance(m, nn.Conv2d) and not forms.takes(m.weight):
             t = m.weight
             dtype = str(t.dtype).removeprefix("torch.")
             return (
                 f"the weights are {type(t).__name__} of {dtype} on {t.device}; prepared "
-                "weights exist for dense float32 on the CPU"
+                f"weights exist for {forms.what}"
             )
     return "no convolution stands in a module that can be folded"

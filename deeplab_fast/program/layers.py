@@ -1,9 +1,10 @@
-"""The steps of an inference program: what runs, in what order, with prepared weights.
+"""The steps of an inference program: what runs, in what order.
 
 A step is called as ``step(x, run)``. Control flow lies in steps, arithmetic in layers; a step runs
 a layer as ``run(layer, *tensors)``, so that one program can be executed (`execute`), timed or
-planned without arithmetic (`deeplab_fast.program.report`). Programs hold no reference to the
-modules that they were made from, except in `PlainLayer`.
+planned without arithmetic (`deeplab_fast.program.report`). Convolutions and the ASPP are layers of
+`cpu_layers` or `gpu_layers`. Programs hold no reference to the modules that they were made from,
+except in `PlainLayer`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.prepared import Plan, PreparedConv, activate_
-from ..ops.prepared_aspp import PreparedAspp, PreparedProject
+from ..ops.prepared import Plan
 from .formats import in_plain_format
 
 CHANNELS_LAST = torch.channels_last
@@ -30,30 +29,23 @@ class Layer:
 
     Attributes:
         held: bytes of weights that it keeps, in the form they came in.
-        prepared: convolutions whose prepared forms come on top.
     """
 
-    def __init__(
-        self,
-        name: str,
-        weights: Sequence[Tensor] = (),
-        prepared: Sequence[PreparedConv | PreparedAspp | PreparedProject] = (),
-    ) -> None:
+    def __init__(self, name: str, weights: Sequence[Tensor] = ()) -> None:
         self.name = name
-        self.held = sum(weight.numel() * weight.element_size() for weight in weights)
-        self.prepared = tuple(prepared)
+        self.held = sum(weight.nbytes for weight in weights)
 
     __call__: Callable[..., Tensor]
     output_shape: Callable[..., tuple[int, ...]]
 
-    def plans(self, *shapes: Any, **options: Any) -> tuple[Plan, ...]:
+    def plans(self, *shapes: Any) -> tuple[Plan, ...]:
         """What its convolutions run for inputs of these shapes."""
         return ()
 
     @property
     def extra_bytes(self) -> int:
         """Bytes of prepared forms, beyond one copy of the weights."""
-        return sum(each.extra_bytes for each in self.prepared)
+        return 0
 
 
 Run = Callable[..., Tensor]
@@ -66,17 +58,31 @@ def execute(layer: Layer, *tensors: Tensor | None) -> Tensor:
     return layer(*tensors)
 
 
+@dataclass(frozen=True)
+class NormSpec:
+    """A batch norm behind a convolution: weight * (x - mean) / sqrt(variance + eps) + bias.
+
+    Vectors are [K]; one and zero stand for those that are None.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    variance: Tensor
+    eps: float
+
+
 @dataclass
 class ConvSpec:
-    """A convolution with its batch norm and activation, before its weights are prepared.
+    """A convolution with its batch norm and activation, as the model has them now.
 
-    scale and shift are [K], batch norm and bias in one; padding "same" is TensorFlow's.
+    Tensors are the model's own memory; padding "same" is TensorFlow's.
     """
 
     name: str
     weight: Tensor
-    scale: Tensor | None
-    shift: Tensor | None
+    bias: Tensor | None
+    norm: NormSpec | None
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
@@ -93,200 +99,61 @@ class ConvSpec:
             and self.groups == 1
         )
 
+    def split(self, channels: int) -> tuple[ConvSpec, ConvSpec]:
+        """Two whose sum it is, before the activation: of its first input channels, with its shift
+        and activation, and of the others, without."""
+        first, second = self.weight.tensor_split([channels], dim=1)
+        norm = None if self.norm is None else replace(self.norm, bias=None, mean=None)
+        return replace(self, weight=first), replace(
+            self, weight=second, bias=None, norm=norm, act=None
+        )
 
-class ConvLayer(Layer):
-    """act(scale * conv(x) + shift [+ residual]).
+
+class SamePadding:
+    """TensorFlow's SAME padding, which depends on the size of the map.
+
+    Attributes:
+        halves: what is padded on both sides of (rows, columns) where it is even.
+        can_be_uneven: a stride makes it uneven for some sizes, an even kernel for all.
+    """
+
+    def __init__(self, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]):
+        self._axes = list(zip(kernel, stride, dilation, strict=True))
+        reach = [d * (k - 1) for k, _, d in self._axes]
+        self.halves = tuple(r // 2 for r in reach)
+        self.can_be_uneven = any(s != 1 for s in stride) or any(r % 2 for r in reach)
+
+    def sides(self, shape: Sequence[int]) -> list[int] | None:
+        """(left, right, top, bottom) of what must be padded beforehand to a map [N, C, H, W], None
+        where it is `halves`."""
+        sides: list[int] = []
+        for axis in (1, 0):
+            kernel, stride, dilation = self._axes[axis]
+            size = shape[2 + axis]
+            needed = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            sides += [needed // 2, needed - needed // 2]
+        rows, columns = self.halves
+        return None if sides == [columns, columns, rows, rows] else sides
+
+
+class MapLayer(Layer):
+    """One or several convolutions of a map, whose result is a new map.
 
     Attributes:
         overwrites_residual: nothing reads the residual afterwards, its memory may take the result.
     """
 
-    def __init__(self, spec: ConvSpec, max_extra_bytes: int | None) -> None:
-        self.overwrites_residual = False
-        self._same = spec.padding == "same"
-        kernel = tuple(spec.weight.shape[2:])
-        self._geometry = (kernel, spec.stride, spec.dilation)
-        reach = [d * (k - 1) for k, d in zip(kernel, spec.dilation, strict=True)]
-        halves = tuple(r // 2 for r in reach)
-        # A stride makes SAME padding uneven for some sizes, an even kernel for all.
-        uneven = self._same and (spec.stride != (1, 1) or any(r % 2 for r in reach))
-        if uneven and max_extra_bytes is not None:
-            max_extra_bytes //= 2
-
-        def prepare(padding: int | Sequence[int]) -> PreparedConv:
-            return PreparedConv(
-                spec.weight,
-                spec.scale,
-                spec.shift,
-                stride=spec.stride,
-                padding=padding,
-                dilation=spec.dilation,
-                groups=spec.groups,
-                act=spec.act,
-                max_extra_bytes=max_extra_bytes,
-            )
-
-        self._conv = prepare(halves if isinstance(spec.padding, str) else spec.padding)
-        self._uneven = prepare(0) if uneven else None
-        prepared = [self._conv] if self._uneven is None else [self._conv, self._uneven]
-        super().__init__(spec.name, [spec.weight] * len(prepared), prepared)
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        sides = self._sides(x.shape)
-        conv = self._conv
-        if sides is not None:
-            assert self._uneven is not None
-            conv, x = self._uneven, F.pad(x, sides)
-        return conv(x, residual, overwrite_residual=self.overwrites_residual)
-
-    def _sides(self, shape: Sequence[int]) -> list[int] | None:
-        """(left, right, top, bottom) of an uneven SAME padding, None where it is even."""
-        if self._uneven is None:
-            return None
-        kernel, stride, dilation = self._geometry
-        sides: list[int] = []
-        for axis in (1, 0):
-            size, k, s, d = shape[2 + axis], kernel[axis], stride[axis], dilation[axis]
-            needed = max((-(-size // s) - 1) * s + (k - 1) * d + 1 - size, 0)
-            sides += [needed // 2, needed - needed // 2]
-        rows, columns = self._conv.padding
-        return None if sides == [columns, columns, rows, rows] else sides
-
-    def output_shape(self, shape: Sequence[int], residual: object = None) -> tuple[int, ...]:
-        conv, shape = self._at(shape)
-        size = conv._output_size(shape[2], shape[3])
-        return (shape[0], conv.out_channels, *size)
-
-    def plans(self, shape: Sequence[int], residual: object = None) -> tuple[Plan, ...]:
-        conv, shape = self._at(shape)
-        return (conv.plan(shape),)
-
-    def _at(self, shape: Sequence[int]) -> tuple[PreparedConv, tuple[int, ...]]:
-        sides = self._sides(shape)
-        if sides is None:
-            return self._conv, tuple(shape)
-        assert self._uneven is not None
-        left, right, top, bottom = sides
-        n, c, height, width = shape
-        return self._uneven, (n, c, height + top + bottom, width + left + right)
+    overwrites_residual = False
 
 
-class AsppLayer(Layer):
-    """The branches of an ASPP: [N, C, H, W] -> [N, sum K, H, W]."""
+class ScalingLayer(Layer):
+    """x * vector of x, for each image.
 
-    def __init__(self, name: str, specs: Sequence[ConvSpec], max_extra_bytes: int | None) -> None:
-        self._aspp = PreparedAspp(
-            [s.weight for s in specs],
-            [_or(s.scale, s, 1.0) for s in specs],
-            [_or(s.shift, s, 0.0) for s in specs],
-            [s.dilation[0] for s in specs],
-            max_extra_bytes=max_extra_bytes,
-        )
-        super().__init__(name, [s.weight for s in specs], [self._aspp])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._aspp(x)
-
-    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return (shape[0], self._aspp.out_channels, *shape[2:])
-
-    def plans(self, shape: Sequence[int]) -> tuple[Plan, ...]:
-        return self._aspp.plan(shape)
-
-
-class ProjectLayer(Layer):
-    """The projection of the branches and the pooled vector, without their concat."""
-
-    def __init__(self, spec: ConvSpec, branch_channels: int, max_extra_bytes: int | None) -> None:
-        self._project = PreparedProject(
-            spec.weight,
-            spec.scale,
-            spec.shift,
-            branch_channels=branch_channels,
-            act=spec.act,
-            max_extra_bytes=max_extra_bytes,
-        )
-        super().__init__(spec.name, [spec.weight], [self._project])
-
-    def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
-        return self._project(branches, pooled)
-
-    def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
-        return (branches[0], self._project.out_channels, *branches[2:])
-
-    def plans(self, branches: Sequence[int], pooled: object) -> tuple[Plan, ...]:
-        return (self._project.plan(branches),)
-
-
-class WideProjectLayer(Layer):
-    """A projection with a kernel above 1x1: the pooled vector's part is a map of few values.
-
-    Zero padding makes that part differ at the border only. It is computed on a map of one kernel's
-    size, whose middle row and column are then repeated, and enters as a residual.
+    Attributes:
+        in_place: nothing else reads x, its memory may take the result.
     """
 
-    def __init__(self, spec: ConvSpec, branch_channels: int, max_extra_bytes: int | None) -> None:
-        to_branches, to_pooled = spec.weight.tensor_split([branch_channels], dim=1)
-
-        def prepare(weight: Tensor, shift: Tensor | None, act: str | None) -> PreparedConv:
-            bound = max_extra_bytes
-            if bound is not None:
-                bound = bound * weight.shape[1] // spec.weight.shape[1]
-            # A square odd kernel.
-            padding = weight.shape[2] // 2
-            return PreparedConv(
-                weight, spec.scale, shift, padding=padding, act=act, max_extra_bytes=bound
-            )
-
-        self._branches = prepare(to_branches, spec.shift, spec.act)
-        self._pooled = prepare(to_pooled, None, None)
-        self._kernel = tuple(spec.weight.shape[2:])
-        super().__init__(spec.name, [spec.weight], [self._branches, self._pooled])
-
-    def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
-        height, width = branches.shape[2:]
-        rows, columns = self._kernel
-        constant = pooled[:, :, None, None].expand(-1, -1, min(rows, height), min(columns, width))
-        few = self._pooled(constant)
-        return self._branches(
-            branches, few[:, :, _spread(rows, height)][:, :, :, _spread(columns, width)]
-        )
-
-    def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
-        return (branches[0], self._branches.out_channels, *branches[2:])
-
-    def plans(self, branches: Sequence[int], pooled: object) -> tuple[Plan, ...]:
-        return (self._branches.plan(branches),)
-
-
-class PooledLayer(Layer):
-    """act(linear(mean of x over its pixels)): [N, C, H, W] -> [N, K]."""
-
-    def __init__(self, spec: ConvSpec) -> None:
-        super().__init__(spec.name, [spec.weight])
-        self._linear = _Linear(spec)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._linear(x.mean((2, 3)))
-
-    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return (shape[0], self._linear.weight.shape[1])
-
-
-class SqueezeExcitationLayer(Layer):
-    """x * gate(fc2(fc1(mean of x))), in place on x where it is the program's own."""
-
-    def __init__(self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module) -> None:
-        super().__init__(name, [fc1.weight, fc2.weight])
-        self._fc1, self._fc2, self._gate = _Linear(fc1), _Linear(fc2), copy.deepcopy(gate)
-        self.in_place = False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        scale = self._gate(self._fc2(self._fc1(x.mean((2, 3)))))[:, :, None, None]
-        return x.mul_(scale) if self.in_place else x * scale
-
-    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(shape)
+    in_place = False
 
 
 class AtenLayer(Layer):
@@ -348,10 +215,10 @@ class Chain:
 class ResidualBlock:
     """tail(body(x), residual=shortcut(x)): the sum is the epilogue of the last convolution."""
 
-    def __init__(self, body: Step, tail: ConvLayer, shortcut: Step | None) -> None:
+    def __init__(self, body: Step, tail: MapLayer, shortcut: Step | None) -> None:
         self.body, self.tail, self.shortcut = body, tail, shortcut
         # A convolution's result is the block's own.
-        if isinstance(shortcut, Single) and isinstance(shortcut.layer, ConvLayer):
+        if isinstance(shortcut, Single) and isinstance(shortcut.layer, MapLayer):
             tail.overwrites_residual = True
 
     def own_input(self) -> None:
@@ -376,7 +243,7 @@ class Aspp:
 class SumOfConvs:
     """Convolutions of one map, summed: each takes the sum so far as its residual."""
 
-    def __init__(self, convs: Sequence[ConvLayer]) -> None:
+    def __init__(self, convs: Sequence[MapLayer]) -> None:
         self.convs = tuple(convs)
 
     def __call__(self, x: Tensor, run: Run) -> Tensor:
@@ -424,13 +291,18 @@ class Program:
     channels_last: bool
 
     def logits(self, x: Tensor, run: Run = execute, aux: bool = True) -> dict[str, Tensor]:
-        """Low-resolution logits by name."""
-        features = self.backbone(x.contiguous(memory_format=CHANNELS_LAST), run)
+        """Low-resolution logits by name, in the memory format that plain modules give them."""
+        maps = self.maps(x.contiguous(memory_format=CHANNELS_LAST), run, aux)
+        return in_plain_format(maps, x, self.channels_last)
+
+    def maps(self, x: Tensor, run: Run = execute, aux: bool = True) -> dict[str, Tensor]:
+        """Low-resolution logits by name, in any memory format, of a channels_last x."""
+        features = self.backbone(x, run)
         results = OrderedDict()
         for name, feature, head in self.heads:
             if aux or name == "out":
                 results[name] = head(features[feature], run)
-        return in_plain_format(results, x, self.channels_last)
+        return results
 
     @property
     def has_plain_layers(self) -> bool:
@@ -448,33 +320,23 @@ class Program:
         return sum(layer.extra_bytes for layer in self.layers)
 
 
-class _Linear:
-    """A 1x1 convolution on vectors [N, C], with its batch norm and activation."""
+def spread(few: Tensor, kernel: int, dim: int, size: int) -> Tensor:
+    """A map whose middle is constant along a dimension, from one that has the middle once.
 
-    def __init__(self, spec: ConvSpec) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            weight = spec.weight.detach()[:, :, 0, 0]
-            if spec.scale is not None:
-                weight = weight * spec.scale[:, None]
-            self.weight = weight.t().clone(memory_format=torch.contiguous_format)
-            self.bias = _or(spec.shift, spec, 0.0).clone()
-        self.act = spec.act
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return activate_(torch.addmm(self.bias, x, self.weight), self.act)
+    Args:
+        few: of min(kernel, size) rows or columns: those before the middle, it, those behind.
+        kernel: odd.
+        dim: the dimension.
+        size: of the result along it.
+    """
+    if size <= kernel:
+        return few
+    half = kernel // 2
+    before, middle, behind = few.split([half, 1, half], dim)
+    shape = [-1] * few.dim()
+    shape[dim] = size - 2 * half
+    return torch.cat([before, middle.expand(shape), behind], dim)
 
 
 def _meta(shape: Sequence[int]) -> Tensor:
     return torch.empty(tuple(shape), dtype=torch.float32, device="meta")
-
-
-def _spread(kernel: int, size: int) -> list[int]:
-    """For each of `size` positions the one of a map of min(kernel, size) that has its taps."""
-    half = kernel // 2
-    if size <= kernel:
-        return list(range(size))
-    return [*range(half), *[half] * (size - 2 * half), *range(half + 1, kernel)]
-
-
-def _or(value: Tensor | None, spec: ConvSpec, default: float) -> Tensor:
-    return spec.weight.new_full((spec.weight.shape[0],), default) if value is None else value

@@ -95,10 +95,15 @@ def _report(
         input_shape=shapes[0],
         output_shape=main,
         macs=sum(p.macs for p in plans),
-        predicted_seconds=sum(p.predicted_seconds for p in plans) if plans else None,
+        predicted_seconds=_sum([p.predicted_seconds for p in plans]) if plans else None,
         measured_seconds=seconds,
         extra_bytes=sum(p.extra_bytes for p in plans),
     )
+
+
+def _sum(times: Sequence[float | None]) -> float | None:
+    known = [t for t in times if t is not None]
+    return sum(known) if len(known) == len(times) else None
 
 
 def table(reports: Sequence[LayerReport], held_bytes: int) -> str:

@@ -1,6 +1,7 @@
 """Whether a model is still what its prepared weights were made from.
 
-`Snapshot.is_current` looks at everything that a program depends on:
+`Snapshot.is_current` looks at everything that a program depends on, which for one that holds values
+of weights is:
 
 - the modules: identity, class and what its calls pass through, children, attributes (eval mode,
   stride, dilation, eps, ...) and forward hooks;
@@ -9,7 +10,8 @@
   does not see writes through `p.data`, a NumPy view, shared memory or another framework.
 
 The bytes cost one pass over the weights at the speed of memory, the rest one or two microseconds
-for each module and tensor.
+for each module and tensor. A program that reads the weights anew at every call depends on neither
+bytes nor version counters.
 """
 
 from __future__ import annotations
@@ -22,12 +24,10 @@ from .intact import has_hooks, is_intact_class
 _PARTS = ("backbone", "classifier", "aux_classifier")
 
 
-def is_foldable(tensor: Tensor) -> bool:
-    """An ordinary dense fp32 tensor on the CPU."""
+def is_dense(tensor: Tensor) -> bool:
+    """An ordinary dense tensor."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
-        and tensor.dtype == torch.float32
-        and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
         and (
             tensor.is_contiguous()
@@ -42,9 +42,14 @@ class Snapshot:
     Taken before weights are prepared from the model, so that what is prepared is never older. Only
     modules of PyTorch's and of this package count, and those of classes that add nothing to these:
     others run as they are, and may change their attributes in every call.
+
+    Args:
+        model: the model.
+        values: the values of its weights count too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, values: bool = True) -> None:
+        self._identity = _identity if values else _place
         self._model = model._modules
         self._parts = [(part, model._modules.get(part)) for part in _PARTS]
         inner = [m for _, root in self._parts if root is not None for m in root.modules()]
@@ -52,15 +57,15 @@ class Snapshot:
         self._modules = [_ModuleState(m) for m in watched]
         self._classes = [(cls, is_intact_class(cls)) for cls in {type(m) for m in watched}]
         self._tensors = [
-            (holder, key, tensor, _identity(tensor))
+            (holder, key, tensor, self._identity(tensor))
             for m in watched
             for holder in (m._parameters, m._buffers)
             for key, tensor in holder.items()
             # Counts batches of training.
             if key != "num_batches_tracked"
         ]
-        foldable = {id(t): t for _, _, t, _ in self._tensors if t is not None and is_foldable(t)}
-        self._bytes = _Bytes([t.detach() for t in foldable.values()])
+        hashed = {id(t): t for _, _, t, _ in self._tensors if values and t is not None}
+        self._bytes = _Bytes([t.detach() for t in hashed.values() if _has_fp32_bytes(t)])
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether it was taken of this model; a shallow copy has parts of its own."""
@@ -82,16 +87,16 @@ class Snapshot:
             return False
 
     def same_tensors(self) -> bool:
-        """Identity, version and storage of every tensor."""
+        """Identity and storage of every tensor, and its version if values count."""
         return all(
             [
-                holder.get(key) is tensor and _identity(tensor) == identity
+                holder.get(key) is tensor and self._identity(tensor) == identity
                 for holder, key, tensor, identity in self._tensors
             ]
         )
 
     def same_bytes(self) -> bool:
-        """Contents of every tensor."""
+        """Contents of every tensor, if values count."""
         return self._bytes.same()
 
     @property
@@ -133,12 +138,23 @@ def _is_watched(cls: type[nn.Module]) -> bool:
     return cls.__module__.startswith(("torch.nn.", "deeplab_fast.")) or is_intact_class(cls)
 
 
-def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
+def _has_fp32_bytes(tensor: Tensor) -> bool:
+    return is_dense(tensor) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def _place(tensor: Tensor | None) -> tuple[object, ...] | None:
     if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
         return None
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
+    place = _place(tensor)
+    if place is None:
+        return None
+    assert tensor is not None
     # Tensors made in inference mode have no version counter.
-    version = -1 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
+    return *place, -1 if tensor.is_inference() else tensor._version
 
 
 class _Bytes:

@@ -1,0 +1,279 @@
+"""The layers of a program in fp32 on the CPU: weights are prepared when it is made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.prepared import Plan, PreparedConv, activate_
+from ..ops.prepared_aspp import PreparedAspp, PreparedProject
+from .layers import (
+    ConvSpec,
+    Layer,
+    MapLayer,
+    PlainLayer,
+    SamePadding,
+    ScalingLayer,
+    spread,
+)
+from .staleness import is_dense
+
+Prepared = PreparedConv | PreparedAspp | PreparedProject
+
+
+class CpuForms:
+    """`inference.Forms` of fp32 weights on the CPU."""
+
+    what = "dense float32 on the CPU"
+
+    def takes(self, tensor: Tensor) -> bool:
+        return is_dense(tensor) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+    takes_vector = takes
+
+    def conv(self, spec: ConvSpec, max_extra_bytes: int | None) -> MapLayer:
+        return ConvLayer(spec, max_extra_bytes)
+
+    def aspp(self, name: str, specs: Sequence[ConvSpec], max_extra_bytes: int | None) -> MapLayer:
+        return AsppLayer(name, specs, max_extra_bytes)
+
+    def pooled(self, spec: ConvSpec) -> Layer:
+        return PooledLayer(spec)
+
+    def project(self, spec: ConvSpec, channels: int, max_extra_bytes: int | None) -> MapLayer:
+        wide = ProjectLayer if spec.is_pointwise else WideProjectLayer
+        return wide(spec, channels, max_extra_bytes)
+
+    def squeeze_excitation(
+        self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module
+    ) -> ScalingLayer:
+        return SqueezeExcitationLayer(name, fc1, fc2, gate)
+
+    def plain(self, name: str, module: nn.Module) -> PlainLayer:
+        return PlainLayer(name, module)
+
+
+class _Layer(Layer):
+    def __init__(
+        self, name: str, weights: Sequence[Tensor] = (), prepared: Sequence[Prepared] = ()
+    ) -> None:
+        super().__init__(name, weights)
+        self._prepared = tuple(prepared)
+
+    @property
+    def extra_bytes(self) -> int:
+        return sum(each.extra_bytes for each in self._prepared)
+
+
+class ConvLayer(_Layer, MapLayer):
+    """act(scale * conv(x) + shift [+ residual])."""
+
+    def __init__(self, spec: ConvSpec, max_extra_bytes: int | None) -> None:
+        kernel = spec.weight.shape[2:]
+        same = SamePadding(kernel, spec.stride, spec.dilation)
+        self._same = same if spec.padding == "same" and same.can_be_uneven else None
+        if self._same is not None and max_extra_bytes is not None:
+            max_extra_bytes //= 2
+        scale, shift = affine(spec)
+
+        def prepare(padding: int | Sequence[int]) -> PreparedConv:
+            return PreparedConv(
+                spec.weight,
+                scale,
+                shift,
+                stride=spec.stride,
+                padding=padding,
+                dilation=spec.dilation,
+                groups=spec.groups,
+                act=spec.act,
+                max_extra_bytes=max_extra_bytes,
+            )
+
+        self._conv = prepare(same.halves if isinstance(spec.padding, str) else spec.padding)
+        self._uneven = None if self._same is None else prepare(0)
+        prepared = [self._conv] if self._uneven is None else [self._conv, self._uneven]
+        super().__init__(spec.name, [spec.weight] * len(prepared), prepared)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        sides = None if self._same is None else self._same.sides(x.shape)
+        conv = self._conv
+        if sides is not None:
+            assert self._uneven is not None
+            conv, x = self._uneven, F.pad(x, sides)
+        return conv(x, residual, overwrite_residual=self.overwrites_residual)
+
+    def output_shape(self, shape: Sequence[int], residual: object = None) -> tuple[int, ...]:
+        conv, shape = self._at(shape)
+        size = conv._output_size(shape[2], shape[3])
+        return (shape[0], conv.out_channels, *size)
+
+    def plans(self, shape: Sequence[int], residual: object = None) -> tuple[Plan, ...]:
+        conv, shape = self._at(shape)
+        return (conv.plan(shape),)
+
+    def _at(self, shape: Sequence[int]) -> tuple[PreparedConv, tuple[int, ...]]:
+        sides = None if self._same is None else self._same.sides(shape)
+        if sides is None:
+            return self._conv, tuple(shape)
+        assert self._uneven is not None
+        left, right, top, bottom = sides
+        n, c, height, width = shape
+        return self._uneven, (n, c, height + top + bottom, width + left + right)
+
+
+class AsppLayer(_Layer, MapLayer):
+    """The branches of an ASPP: [N, C, H, W] -> [N, sum K, H, W]."""
+
+    def __init__(self, name: str, specs: Sequence[ConvSpec], max_extra_bytes: int | None) -> None:
+        affines = [affine(s) for s in specs]
+        self._aspp = PreparedAspp(
+            [s.weight for s in specs],
+            [_or(scale, s, 1.0) for s, (scale, _) in zip(specs, affines, strict=True)],
+            [_or(shift, s, 0.0) for s, (_, shift) in zip(specs, affines, strict=True)],
+            [s.dilation[0] for s in specs],
+            max_extra_bytes=max_extra_bytes,
+        )
+        super().__init__(name, [s.weight for s in specs], [self._aspp])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._aspp(x)
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (shape[0], self._aspp.out_channels, *shape[2:])
+
+    def plans(self, shape: Sequence[int]) -> tuple[Plan, ...]:
+        return self._aspp.plan(shape)
+
+
+class ProjectLayer(_Layer, MapLayer):
+    """The projection of the branches and the pooled vector, without their concat."""
+
+    def __init__(self, spec: ConvSpec, branch_channels: int, max_extra_bytes: int | None) -> None:
+        self._project = PreparedProject(
+            spec.weight,
+            *affine(spec),
+            branch_channels=branch_channels,
+            act=spec.act,
+            max_extra_bytes=max_extra_bytes,
+        )
+        super().__init__(spec.name, [spec.weight], [self._project])
+
+    def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
+        return self._project(branches, pooled)
+
+    def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
+        return (branches[0], self._project.out_channels, *branches[2:])
+
+    def plans(self, branches: Sequence[int], pooled: object) -> tuple[Plan, ...]:
+        return (self._project.plan(branches),)
+
+
+class WideProjectLayer(_Layer, MapLayer):
+    """A projection with a kernel above 1x1: the pooled vector's part is a map of few values.
+
+    Zero padding makes that part differ at the border only. It is computed on a map of one kernel's
+    size, whose middle row and column are then repeated, and enters as a residual.
+    """
+
+    def __init__(self, spec: ConvSpec, branch_channels: int, max_extra_bytes: int | None) -> None:
+        def prepare(part: ConvSpec) -> PreparedConv:
+            bound = max_extra_bytes
+            if bound is not None:
+                bound = bound * part.weight.shape[1] // spec.weight.shape[1]
+            # A square odd kernel.
+            padding = part.weight.shape[2] // 2
+            return PreparedConv(
+                part.weight, *affine(part), padding=padding, act=part.act, max_extra_bytes=bound
+            )
+
+        to_branches, to_pooled = spec.split(branch_channels)
+        self._branches, self._pooled = prepare(to_branches), prepare(to_pooled)
+        self._kernel = tuple(spec.weight.shape[2:])
+        super().__init__(spec.name, [spec.weight], [self._branches, self._pooled])
+
+    def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
+        height, width = branches.shape[2:]
+        rows, columns = self._kernel
+        constant = pooled[:, :, None, None].expand(-1, -1, min(rows, height), min(columns, width))
+        few = spread(self._pooled(constant), rows, 2, height)
+        return self._branches(branches, spread(few, columns, 3, width))
+
+    def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
+        return (branches[0], self._branches.out_channels, *branches[2:])
+
+    def plans(self, branches: Sequence[int], pooled: object) -> tuple[Plan, ...]:
+        return (self._branches.plan(branches),)
+
+
+class PooledLayer(_Layer):
+    """act(linear(mean of x over its pixels)): [N, C, H, W] -> [N, K]."""
+
+    def __init__(self, spec: ConvSpec) -> None:
+        super().__init__(spec.name, [spec.weight])
+        self._linear = _Linear(spec)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._linear(x.mean((2, 3)))
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (shape[0], self._linear.weight.shape[1])
+
+
+class SqueezeExcitationLayer(_Layer, ScalingLayer):
+    """x * gate(fc2(fc1(mean of x))), in place on x where it is the program's own."""
+
+    def __init__(self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module) -> None:
+        super().__init__(name, [fc1.weight, fc2.weight])
+        self._fc1, self._fc2, self._gate = _Linear(fc1), _Linear(fc2), copy.deepcopy(gate)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scale = self._gate(self._fc2(self._fc1(x.mean((2, 3)))))[:, :, None, None]
+        return x.mul_(scale) if self.in_place else x * scale
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape)
+
+
+class _Linear:
+    """A 1x1 convolution on vectors [N, C], with its batch norm and activation."""
+
+    def __init__(self, spec: ConvSpec) -> None:
+        scale, shift = affine(spec)
+        with torch.inference_mode(False), torch.no_grad():
+            weight = spec.weight.detach()[:, :, 0, 0]
+            if scale is not None:
+                weight = weight * scale[:, None]
+            self.weight = weight.t().clone(memory_format=torch.contiguous_format)
+            self.bias = _or(shift, spec, 0.0).clone()
+        self.act = spec.act
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return activate_(torch.addmm(self.bias, x, self.weight), self.act)
+
+
+def affine(spec: ConvSpec) -> tuple[Tensor | None, Tensor | None]:
+    """scale = weight / sqrt(variance + eps), shift = bias + (conv's bias - mean) * scale, [K] each.
+
+    Computed in fp64 and rounded once; None for one and zero.
+    """
+    norm = spec.norm
+    if norm is None:
+        return None, spec.bias
+    scale = torch.rsqrt(norm.variance.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = None
+    if norm.mean is not None or spec.bias is not None:
+        mean = 0.0 if norm.mean is None else norm.mean.double()
+        shift = ((0.0 if spec.bias is None else spec.bias.double()) - mean) * scale
+    if norm.bias is not None:
+        shift = norm.bias.double() if shift is None else shift + norm.bias.double()
+    return scale.float(), None if shift is None else shift.float()
+
+
+def _or(value: Tensor | None, spec: ConvSpec, default: float) -> Tensor:
+    return spec.weight.new_full((spec.weight.shape[0],), default) if value is None else value
