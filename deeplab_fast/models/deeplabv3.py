@@ -92,6 +92,7 @@ class DeepLabV3(Network):
         self.fast = True
         self.fused = True
         self.max_extra_bytes: int | None = None
+        self.cuda_graphs: bool | None = None
         self._fast_path = FastPath()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

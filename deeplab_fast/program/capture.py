@@ -12,6 +12,19 @@ T = TypeVar("T")
 Replay = Callable[[], None]
 
 
+class Fence(Protocol):
+    """A point in the work of a device that work on any stream can wait for."""
+
+    def record(self) -> None:
+        """Put it behind what the current stream has to do so far."""
+
+    def wait(self) -> None:
+        """Let the current stream wait for it."""
+
+    def synchronize(self) -> None:
+        """Let the host wait for it."""
+
+
 class Capture(Protocol):
     """What graphs of a device are made with."""
 
@@ -23,6 +36,18 @@ class Capture(Protocol):
 
     def pool_bytes(self, pool: object, device: torch.device) -> int:
         """Bytes that a pool takes from the device."""
+
+    def memory(self, device: torch.device) -> int:
+        """Bytes that the device has."""
+
+    def fence(self, device: torch.device) -> Fence:
+        """A fence that nothing is in front of."""
+
+    def mark(self, device: torch.device) -> object:
+        """A moment in the work of the current stream."""
+
+    def seconds(self, first: object, last: object) -> float | None:
+        """From mark to mark on the device, None where it has not come there yet."""
 
     def record(
         self, run: Callable[[], T], device: torch.device, pool: object
@@ -37,6 +62,21 @@ class Capture(Protocol):
         """
 
 
+class _CudaFence:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = torch.cuda.Event()
+
+    def record(self) -> None:
+        self._event.record(torch.cuda.current_stream(self._device))
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+
 class CudaCapture:
     """`Capture` by torch.cuda.CUDAGraph."""
 
@@ -49,6 +89,21 @@ class CudaCapture:
     def pool_bytes(self, pool: object, device: torch.device) -> int:
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == pool)
+
+    def memory(self, device: torch.device) -> int:
+        return torch.cuda.get_device_properties(device).total_memory
+
+    def fence(self, device: torch.device) -> Fence:
+        return _CudaFence(device)
+
+    def mark(self, device: torch.device) -> object:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def seconds(self, first: object, last: object) -> float | None:
+        start, end = cast(torch.cuda.Event, first), cast(torch.cuda.Event, last)
+        return start.elapsed_time(end) / 1e3 if end.query() else None
 
     def record(
         self, run: Callable[[], T], device: torch.device, pool: object

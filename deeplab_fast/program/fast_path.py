@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from . import inference
+from . import gpu_path, inference
+from .gpu_path import GpuPath
 from .intact import functional_is_intact, has_global_hooks, has_transforms
 from .layers import Program
 from .network import Network
@@ -33,13 +34,16 @@ class FastPath:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._state: _State | None = None
+        self._gpu = GpuPath()
 
     def logits(self, model: Network, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
         """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules."""
         for _ in reasons(model, x):
             return None
+        if on_gpu(x):
+            return self._gpu.logits(model, x, aux)
         program = self._current(model).program
-        if program is None or _reason(program, x):
+        if program is None or program.reason_against(x):
             return None
         return program.logits(x, aux=aux)
 
@@ -48,23 +52,26 @@ class FastPath:
         found = list(reasons(model, x))
         if found:
             return found
+        if on_gpu(x):
+            return self._gpu.reasons(model, x)
         state = self._current(model)
         if state.program is None:
             return [state.reason]
-        reason = _reason(state.program, x)
+        reason = state.program.reason_against(x)
         return [reason] if reason else []
 
     def drop(self) -> None:
-        """Free the prepared weights."""
+        """Free the prepared weights and graphs."""
         self._state = None
+        self._gpu.drop()
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of weights held beside the model's own."""
+        """Bytes of weights held beside the model's own, and of graphs."""
         state = self._state
         if state is None or state.program is None:
-            return 0
-        return state.program.held_bytes + state.snapshot.held_bytes
+            return self._gpu.held_bytes
+        return self._gpu.held_bytes + state.program.held_bytes + state.snapshot.held_bytes
 
     def _current(self, model: Network) -> _State:
         state = self._state
@@ -107,9 +114,6 @@ def reasons(model: Network, x: Tensor) -> Iterator[str]:
     if type(x) not in (Tensor, nn.Parameter):
         yield f"the input is a {type(x).__name__}, not a torch.Tensor"
         return
-    if x.dtype != torch.float32 or x.device.type != "cpu" or x.layout != torch.strided:
-        dtype = str(x.dtype).removeprefix("torch.")
-        yield f"the input is {dtype} on {x.device}; prepared weights exist for float32 on the CPU"
     if x.dim() != 4 or x.numel() == 0:
         yield f"the input has shape {list(x.shape)}, not [N, C, H, W] with N of at least 1"
     if torch.is_grad_enabled() and (
@@ -118,15 +122,9 @@ def reasons(model: Network, x: Tensor) -> Iterator[str]:
         or any(b.requires_grad for b in model.buffers())
     ):
         yield "gradients may be needed; use torch.inference_mode() or torch.no_grad()"
-    if torch.is_autocast_enabled("cpu"):
-        yield "autocast is on"
-    backend = backends.current_backend()
-    if backend not in ("auto", "cpu"):
-        yield f"backend {backend!r} is asked for"
+    yield from gpu_path.reasons(model, x) if on_gpu(x) else _cpu_reasons(x)
     if torch.are_deterministic_algorithms_enabled():
         yield "deterministic algorithms are asked for"
-    if not torch.backends.mkldnn.enabled:
-        yield "oneDNN is switched off (torch.backends.mkldnn)"
     if torch.jit.is_tracing():
         yield "torch.jit.trace records the plain modules"
     if has_transforms():
@@ -137,17 +135,25 @@ def reasons(model: Network, x: Tensor) -> Iterator[str]:
         yield "functions of torch.nn.functional are exchanged"
 
 
-def _reason(program: Program, x: Tensor) -> str:
-    """What speaks against running a program on x; "" where nothing does."""
-    # The plain modules have the error for another number of channels.
-    if program.in_channels not in (None, x.shape[1]):
-        return f"the input has {x.shape[1]} channels, the model wants {program.in_channels}"
-    if torch.is_grad_enabled() and program.has_plain_layers:
-        return (
-            "gradients may be needed by modules of another kind than those known here; use "
-            "torch.inference_mode() or torch.no_grad()"
+def on_gpu(x: Tensor) -> bool:
+    """Whether a call on x is the GPU's."""
+    return x.is_cuda
+
+
+def _cpu_reasons(x: Tensor) -> Iterator[str]:
+    if x.dtype != torch.float32 or x.device.type != "cpu" or x.layout != torch.strided:
+        dtype = str(x.dtype).removeprefix("torch.")
+        yield (
+            f"the input is {dtype} on {x.device}; programs exist for float32 on the CPU, and for "
+            "float16, bfloat16 and float32 on CUDA devices"
         )
-    return ""
+    if torch.is_autocast_enabled("cpu"):
+        yield "autocast is on"
+    backend = backends.current_backend()
+    if backend not in ("auto", "cpu"):
+        yield f"backend {backend!r} is asked for"
+    if not torch.backends.mkldnn.enabled:
+        yield "oneDNN is switched off (torch.backends.mkldnn)"
 
 
 def _fits(state: _State | None, model: Network) -> bool:

@@ -19,7 +19,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def in_plain_format(
-    logits: Mapping[str, Tensor], x: Tensor, weights_channels_last: bool
+    logits: Mapping[str, Tensor], x: Tensor, weights_channels_last: bool, copy: bool = False
 ) -> dict[str, Tensor]:
     """Logits of the input x in the memory format that plain modules give them on a CPU.
 
@@ -31,10 +31,11 @@ def in_plain_format(
         logits: by name.
         x: the model's input.
         weights_channels_last: whether the model's weights are.
+        copy: give new tensors, also of logits that have the format.
     """
     results = OrderedDict()
     for name, y in logits.items():
         last = weights_channels_last or (name != "out" and is_channels_last(x))
         memory_format = torch.channels_last if last else torch.contiguous_format
-        results[name] = y.contiguous(memory_format=memory_format)
+        results[name] = (y.clone if copy else y.contiguous)(memory_format=memory_format)
     return results

@@ -304,6 +304,18 @@ class Program:
                 results[name] = head(features[feature], run)
         return results
 
+    def reason_against(self, x: Tensor) -> str:
+        """What speaks against running it on x; "" where nothing does."""
+        # The plain modules have the error for another number of channels.
+        if self.in_channels not in (None, x.shape[1]):
+            return f"the input has {x.shape[1]} channels, the model wants {self.in_channels}"
+        if torch.is_grad_enabled() and self.has_plain_layers:
+            return (
+                "gradients may be needed by modules of another kind than those known here; use "
+                "torch.inference_mode() or torch.no_grad()"
+            )
+        return ""
+
     @property
     def has_plain_layers(self) -> bool:
         """Whether a module runs as it is, which may have gradients of its own."""

@@ -20,6 +20,7 @@ class Network(nn.Module):
     fast: bool
     fused: bool
     max_extra_bytes: int | None
+    cuda_graphs: bool | None = None
 
     def parts(self, aux: bool = True) -> list[tuple[str, nn.Module]]:
         """Backbone and heads by name, the auxiliary head only if asked for."""

@@ -12,6 +12,22 @@ from torch.utils import _pytree as pytree
 T = TypeVar("T")
 
 
+class Fence:
+    """Writes down what was asked of it."""
+
+    def __init__(self, done: list[str]) -> None:
+        self._done = done
+
+    def record(self) -> None:
+        self._done.append("record")
+
+    def wait(self) -> None:
+        self._done.append("wait")
+
+    def synchronize(self) -> None:
+        self._done.append("synchronize")
+
+
 class StandInCapture:
     """`deeplab_fast.program.capture.Capture` for tensors on the CPU.
 
@@ -20,12 +36,19 @@ class StandInCapture:
         captures, replays: how many there were.
         pools: pools that were asked for.
         bytes_of_pool: what `pool_bytes` answers.
+        bytes_of_device: what `memory` answers.
+        device_seconds: what `seconds` answers: None while the device is behind.
+        fences: what was done with fences, in order.
+        error: raised by the next capture.
     """
 
     def __init__(self) -> None:
         self.capturing = False
         self.captures = self.replays = self.pools = 0
-        self.bytes_of_pool = 0
+        self.bytes_of_pool, self.bytes_of_device = 0, 2**34
+        self.device_seconds: float | None = 0.0
+        self.fences: list[str] = []
+        self.error: Exception | None = None
         self._own = False
 
     def in_progress(self) -> bool:
@@ -38,6 +61,18 @@ class StandInCapture:
     def pool_bytes(self, pool: object, device: torch.device) -> int:
         return self.bytes_of_pool
 
+    def memory(self, device: torch.device) -> int:
+        return self.bytes_of_device
+
+    def fence(self, device: torch.device) -> Fence:
+        return Fence(self.fences)
+
+    def mark(self, device: torch.device) -> object:
+        return object()
+
+    def seconds(self, first: object, last: object) -> float | None:
+        return self.device_seconds
+
     def record(
         self, run: Callable[[], T], device: torch.device, pool: object
     ) -> tuple[T, Callable[[], None], object]:
@@ -48,6 +83,9 @@ class StandInCapture:
             finally:
                 self._own = False
 
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
         self.captures += 1
         results = once()
 

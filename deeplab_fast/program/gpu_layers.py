@@ -1,0 +1,425 @@
+"""The layers of a program on a GPU: their filters are folded from the model's tensors at each call.
+
+A layer is called with the `Folded` filters of the whole program and maps in channels_last.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.folded_aspp import FoldedAspp, FoldedProject
+from ..ops.folded_conv import Filters, FoldedConv, Settings, product
+from ..ops.prepared import Plan
+from ..plan import fold
+from .layers import (
+    CHANNELS_LAST,
+    ConvSpec,
+    Layer,
+    MapLayer,
+    PlainLayer,
+    SamePadding,
+    ScalingLayer,
+    spread,
+)
+from .staleness import is_dense
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What layers are called with.
+
+    Attributes:
+        filters: of all convolutions.
+        dtype: of the maps.
+        settings: what choices of kernels depend on.
+        autocast: the dtype of autocast where the model was called, None without.
+        device: of the maps.
+    """
+
+    filters: Sequence[Filters]
+    dtype: torch.dtype
+    settings: Settings
+    autocast: torch.dtype | None
+    device: torch.device
+
+
+class Sources:
+    """The tensors of a model that its program reads, and their folding.
+
+    With batch norm, in fp32 and rounded once to the dtype of the maps:
+
+        scale = weight / sqrt(variance + eps)
+        filters = scale * convolution's weight
+        shift = bias + (convolution's bias - mean) * scale
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._specs: list[ConvSpec] = []
+        self._constants: Constants | None = None
+
+    def add(self, spec: ConvSpec) -> int:
+        """The number of its filters in what `fold` gives."""
+        assert self._constants is None
+        self._specs.append(spec)
+        return len(self._specs) - 1
+
+    def in_place(self) -> bool:
+        """Whether all tensors still have the memory that they had when it was prepared."""
+        constants = self.prepare()
+        return [t.data_ptr() for t in constants.tensors] == constants.addresses
+
+    def fold(self, dtype: torch.dtype) -> list[Filters]:
+        """The filters of all convolutions, from what the tensors hold now."""
+        c = self.prepare()
+        scale = torch.cat(c.variances).to(torch.float32).add_(c.eps).rsqrt_()
+        scale.mul_(torch.cat(c.weights))
+        mean = torch.cat(c.means).to(torch.float32)
+        if c.biases:
+            mean.sub_(torch.cat(c.biases))
+        shift = torch.cat(c.shifts).to(torch.float32).addcmul_(mean, scale, value=-1)
+        flat = torch.ops.deeplab_fast.fold_filters(c.filters, scale, dtype)
+        filters = fold.views(flat, c.shapes)
+        shifts = shift.split(c.counts)
+        biases = shifts if dtype == torch.float32 else shift.to(dtype).split(c.counts)
+        return [
+            Filters(*each) for each in zip(filters, shifts, biases, c.ones, c.zeros, strict=True)
+        ]
+
+    def shapes(self, dtype: torch.dtype) -> list[Filters]:
+        """As `fold`, on the meta device: shapes alone."""
+        found = []
+        for spec in self._specs:
+            weight = torch.empty(spec.weight.shape, dtype=dtype, device="meta")
+            vector = torch.empty(spec.weight.shape[0], device="meta")
+            found.append(Filters(weight, vector, vector, vector, vector))
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the filters."""
+        return self._specs[0].weight.dtype
+
+    def prepare(self) -> Constants:
+        """The lists that `fold` reads, made at the first call; nothing can be added any more."""
+        if self._constants is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._constants = Constants(self._specs, self._device)
+        return self._constants
+
+
+class Constants:
+    """Lists of tensors, as `Sources.fold` joins them; ones and zeros stand for what is None."""
+
+    def __init__(self, specs: Sequence[ConvSpec], device: torch.device) -> None:
+        self.filters = [spec.weight for spec in specs]
+        self.shapes = fold.shapes_of(self.filters)
+        self.counts = [w.shape[0] for w in self.filters]
+        total = sum(self.counts)
+        self.ones = torch.ones(total, device=device).split(self.counts)
+        self.zeros = torch.zeros(total, device=device).split(self.counts)
+        self.weights: list[Tensor] = []
+        self.shifts: list[Tensor] = []
+        self.means: list[Tensor] = []
+        self.variances: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        eps = []
+        for spec, one, zero in zip(specs, self.ones, self.zeros, strict=True):
+            norm = spec.norm
+            self.variances.append(one if norm is None else norm.variance)
+            eps += [0.0 if norm is None else norm.eps] * len(one)
+            self.weights.append(one if norm is None else _or(norm.weight, one))
+            self.means.append(zero if norm is None else _or(norm.mean, zero))
+            # Without a norm the convolution's own bias is the shift.
+            self.shifts.append(_or(spec.bias if norm is None else norm.bias, zero))
+            self.biases.append(zero if norm is None else _or(spec.bias, zero))
+        if not any(spec.norm is not None and spec.bias is not None for spec in specs):
+            self.biases = []
+        self.eps = torch.tensor(eps, dtype=torch.float32, device=device)
+        lists = (self.filters, self.weights, self.shifts, self.means, self.variances, self.biases)
+        self.tensors = [t for tensors in lists for t in tensors]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+
+
+class GpuForms:
+    """`inference.Forms` of a GPU.
+
+    Args:
+        device: of the weights.
+        dtype: of the filters.
+        frozen: filters are folded once, for good.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, frozen: bool) -> None:
+        self.sources = Sources(device)
+        self._device, self._dtype, self._frozen = device, dtype, frozen
+        self.what = f"dense fp16, bf16 or fp32, one dtype for all, on {device}"
+
+    def takes(self, tensor: Tensor) -> bool:
+        return self.takes_vector(tensor) and tensor.dtype == self._dtype
+
+    def takes_vector(self, tensor: Tensor) -> bool:
+        return is_dense(tensor) and tensor.dtype in DTYPES and tensor.device == self._device
+
+    def conv(self, spec: ConvSpec, max_extra_bytes: int | None) -> MapLayer:
+        return ConvLayer(spec, self.sources)
+
+    def aspp(self, name: str, specs: Sequence[ConvSpec], max_extra_bytes: int | None) -> MapLayer:
+        return AsppLayer(name, specs, self.sources, self._frozen)
+
+    def pooled(self, spec: ConvSpec) -> Layer:
+        return PooledLayer(spec, self.sources)
+
+    def project(self, spec: ConvSpec, channels: int, max_extra_bytes: int | None) -> MapLayer:
+        if spec.is_pointwise:
+            return ProjectLayer(spec, channels, self.sources, self._frozen)
+        return WideProjectLayer(spec, channels, self.sources)
+
+    def squeeze_excitation(
+        self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module
+    ) -> ScalingLayer:
+        return SqueezeExcitationLayer(name, fc1, fc2, gate, self.sources)
+
+    def plain(self, name: str, module: nn.Module) -> PlainLayer:
+        return UnknownLayer(name, module)
+
+
+class FoldedLayer(Layer):
+    """A layer that is called with the filters of the program before its maps."""
+
+    def call(self, folded: Folded, *tensors: Any) -> Tensor:
+        """Its result."""
+        raise NotImplementedError
+
+    def folded_plans(self, folded: Folded, *shapes: Any) -> tuple[Plan, ...]:
+        """As `Layer.plans`."""
+        return ()
+
+
+class ConvLayer(FoldedLayer, MapLayer):
+    """act(conv(x) + shift [+ residual])."""
+
+    def __init__(self, spec: ConvSpec, sources: Sources) -> None:
+        super().__init__(spec.name)
+        kernel = tuple(spec.weight.shape[2:])
+        same = SamePadding(kernel, spec.stride, spec.dilation)
+        self._same = same if spec.padding == "same" and same.can_be_uneven else None
+        padding = same.halves if isinstance(spec.padding, str) else spec.padding
+        geometry = (spec.dilation, spec.groups, spec.act)
+        self._conv = FoldedConv(spec.stride, padding, *geometry)
+        self._padded = FoldedConv(spec.stride, (0, 0), *geometry)
+        self._filters = tuple(spec.weight.shape)
+        self._index = sources.add(spec)
+
+    def call(self, folded: Folded, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        sides = None if self._same is None else self._same.sides(x.shape)
+        conv = self._conv
+        if sides is not None:
+            conv, x = self._padded, F.pad(x, sides)
+        return conv(x, folded.filters[self._index], folded.settings, residual)
+
+    def output_shape(self, shape: Sequence[int], residual: object = None) -> tuple[int, ...]:
+        conv, shape = self._at(shape)
+        return conv.call(shape, self._filters, False, torch.float32, torch.device("cpu")).output
+
+    def folded_plans(
+        self, folded: Folded, shape: Sequence[int], residual: object = None
+    ) -> tuple[Plan, ...]:
+        conv, shape = self._at(shape)
+        call = conv.call(shape, self._filters, residual is not None, folded.dtype, folded.device)
+        return (conv.plan(call, folded.settings),)
+
+    def _at(self, shape: Sequence[int]) -> tuple[FoldedConv, Sequence[int]]:
+        sides = None if self._same is None else self._same.sides(shape)
+        if sides is None:
+            return self._conv, shape
+        left, right, top, bottom = sides
+        n, c, height, width = shape
+        return self._padded, (n, c, height + top + bottom, width + left + right)
+
+
+class AsppLayer(FoldedLayer, MapLayer):
+    """The branches of an ASPP: [N, C, H, W] -> [N, sum K, H, W]."""
+
+    def __init__(
+        self, name: str, specs: Sequence[ConvSpec], sources: Sources, frozen: bool
+    ) -> None:
+        super().__init__(name)
+        kernels, dilations = [s.weight.shape[2] for s in specs], [s.dilation[0] for s in specs]
+        self._aspp = FoldedAspp(kernels, dilations, frozen)
+        self._channels = sum(s.weight.shape[0] for s in specs)
+        first, *_ = [sources.add(spec) for spec in specs]
+        self._indices = slice(first, first + len(specs))
+
+    def call(self, folded: Folded, x: Tensor) -> Tensor:
+        return self._aspp(x, folded.filters[self._indices], folded.settings)
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (shape[0], self._channels, *shape[2:])
+
+    def folded_plans(self, folded: Folded, shape: Sequence[int]) -> tuple[Plan, ...]:
+        filters = folded.filters[self._indices]
+        return self._aspp.plan(shape, filters, folded.settings, folded.dtype, folded.device)
+
+    @property
+    def extra_bytes(self) -> int:
+        return self._aspp.extra_bytes
+
+
+class ProjectLayer(FoldedLayer, MapLayer):
+    """The projection of the branches and the pooled vector, without their concat."""
+
+    def __init__(self, spec: ConvSpec, channels: int, sources: Sources, frozen: bool) -> None:
+        super().__init__(spec.name)
+        self._channels = spec.weight.shape[0]
+        self._project = FoldedProject(spec.act, frozen)
+        to_branches, to_pooled = spec.split(channels)
+        self._to_branches, self._to_pooled = sources.add(to_branches), sources.add(to_pooled)
+
+    def call(self, folded: Folded, branches: Tensor, pooled: Tensor) -> Tensor:
+        to_branches, to_pooled = (
+            folded.filters[index] for index in (self._to_branches, self._to_pooled)
+        )
+        return self._project(branches, pooled, to_branches, to_pooled, folded.settings)
+
+    def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
+        return (branches[0], self._channels, *branches[2:])
+
+    def folded_plans(
+        self, folded: Folded, branches: Sequence[int], pooled: Sequence[int]
+    ) -> tuple[Plan, ...]:
+        filters = folded.filters[self._to_branches]
+        options = (folded.settings, folded.dtype, folded.device)
+        return (self._project.plan(branches, pooled[1], filters, *options),)
+
+    @property
+    def extra_bytes(self) -> int:
+        return self._project.extra_bytes
+
+
+class WideProjectLayer(FoldedLayer, MapLayer):
+    """As `cpu_layers.WideProjectLayer`."""
+
+    def __init__(self, spec: ConvSpec, channels: int, sources: Sources) -> None:
+        super().__init__(spec.name)
+        self._kernel = tuple(spec.weight.shape[2:])
+        # A square odd kernel.
+        padding = [k // 2 for k in self._kernel]
+        self._branches = FoldedConv((1, 1), padding, (1, 1), 1, spec.act)
+        self._pooled = FoldedConv((1, 1), padding, (1, 1), 1, None)
+        to_branches, to_pooled = spec.split(channels)
+        self._filters = tuple(to_branches.weight.shape)
+        self._to_branches, self._to_pooled = sources.add(to_branches), sources.add(to_pooled)
+
+    def call(self, folded: Folded, branches: Tensor, pooled: Tensor) -> Tensor:
+        height, width = branches.shape[2:]
+        rows, columns = self._kernel
+        constant = pooled[:, :, None, None].expand(-1, -1, min(rows, height), min(columns, width))
+        few = self._pooled(
+            constant.contiguous(memory_format=CHANNELS_LAST),
+            folded.filters[self._to_pooled],
+            folded.settings,
+        )
+        few = spread(spread(few, rows, 2, height), columns, 3, width)
+        few = few.contiguous(memory_format=CHANNELS_LAST)
+        return self._branches(branches, folded.filters[self._to_branches], folded.settings, few)
+
+    def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
+        return (branches[0], self._filters[0], *branches[2:])
+
+    def folded_plans(
+        self, folded: Folded, branches: Sequence[int], pooled: object
+    ) -> tuple[Plan, ...]:
+        conv = self._branches
+        call = conv.call(branches, self._filters, True, folded.dtype, folded.device)
+        return (conv.plan(call, folded.settings),)
+
+
+class PooledLayer(FoldedLayer):
+    """act(linear(mean of x over its pixels)): [N, C, H, W] -> [N, K]."""
+
+    def __init__(self, spec: ConvSpec, sources: Sources) -> None:
+        super().__init__(spec.name)
+        self._linear = _Linear(spec, sources)
+
+    def call(self, folded: Folded, x: Tensor) -> Tensor:
+        return self._linear(folded, x.mean((2, 3)))
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (shape[0], self._linear.channels)
+
+
+class SqueezeExcitationLayer(FoldedLayer, ScalingLayer):
+    """x * gate(fc2(fc1(mean of x))), in place on x where it is the program's own."""
+
+    def __init__(
+        self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module, sources: Sources
+    ) -> None:
+        super().__init__(name)
+        self._fc1, self._fc2 = _Linear(fc1, sources), _Linear(fc2, sources)
+        self._gate = copy.deepcopy(gate)
+
+    def call(self, folded: Folded, x: Tensor) -> Tensor:
+        vector = self._fc2(folded, self._fc1(folded, x.mean((2, 3))))
+        scale = self._gate(vector)[:, :, None, None]
+        return x.mul_(scale) if self.in_place else x * scale
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(shape)
+
+
+class UnknownLayer(FoldedLayer, PlainLayer):
+    """As `PlainLayer`, under the caller's autocast; what follows gets channels_last maps again."""
+
+    def call(self, folded: Folded, x: Tensor) -> Any:
+        with _autocast(folded):
+            y = self.module(x.contiguous())
+        if isinstance(y, dict):
+            return type(y)((name, _as_map(value, folded.dtype)) for name, value in y.items())
+        return _as_map(y, folded.dtype)
+
+
+class _Linear:
+    """A 1x1 convolution on vectors [N, C], with its batch norm and activation."""
+
+    def __init__(self, spec: ConvSpec, sources: Sources) -> None:
+        self.channels = spec.weight.shape[0]
+        self._act = spec.act
+        self._index = sources.add(spec)
+
+    def __call__(self, folded: Folded, x: Tensor) -> Tensor:
+        filters = folded.filters[self._index]
+        return product(x, filters.weight.flatten(1), filters.bias, self._act)
+
+
+@contextmanager
+def outside_autocast(device: torch.device) -> Iterator[None]:
+    """Dtypes are the program's own."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _autocast(folded: Folded) -> AbstractContextManager[object]:
+    if folded.autocast is None:
+        return nullcontext()
+    return torch.autocast(folded.device.type, dtype=folded.autocast)
+
+
+def _as_map(y: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() != 4:
+        return y
+    return y.to(dtype=dtype, memory_format=CHANNELS_LAST)
+
+
+def _or(value: Tensor | None, default: Tensor) -> Tensor:
+    return default if value is None else value
