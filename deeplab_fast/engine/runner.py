@@ -199,7 +199,9 @@ class Runner:
             ValueError: a dtype that the model cannot run in.
         """
         state = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-        own = state[0].dtype if state else torch.float32
+        # An optimised model has no parameters, but a dtype and a device.
+        fixed = None if state else getattr(model, "dtype", None)
+        own = state[0].dtype if state else fixed or torch.float32
         autocast = None
         if dtype is not None and dtype != own:
             if own != torch.float32 or dtype == torch.float32:
@@ -211,6 +213,8 @@ class Runner:
         if device is None:
             if state:
                 device = state[0].device
+            elif fixed is not None:
+                device = cast(torch.device, model.device)
             else:
                 device = images.device if isinstance(images, Tensor) else torch.device("cpu")
         elif state and not _same_device(state[0].device, device):

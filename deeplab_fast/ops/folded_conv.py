@@ -152,6 +152,10 @@ class Choices(Generic[T]):
             self._chosen[key] = choose()
         return self._chosen[key]
 
+    def __reduce__(self) -> tuple[type[Choices[T]], tuple[()]]:
+        # Kernels are chosen anew where a copy runs.
+        return Choices, ()
+
     def known(self, key: tuple[object, ...]) -> T | None:
         """The choice for a key, None where nothing was chosen yet."""
         return self._chosen.get(key)

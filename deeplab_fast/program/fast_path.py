@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from . import gpu_path, inference
+from . import gpu_layers, gpu_path, inference
 from .gpu_path import GpuPath
 from .intact import functional_is_intact, has_global_hooks, has_transforms
 from .layers import Program
@@ -40,7 +40,7 @@ class FastPath:
         """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules."""
         for _ in reasons(model, x):
             return None
-        if on_gpu(x):
+        if gpu_layers.on_gpu(x):
             return self._gpu.logits(model, x, aux)
         program = self._current(model).program
         if program is None or program.reason_against(x):
@@ -52,7 +52,7 @@ class FastPath:
         found = list(reasons(model, x))
         if found:
             return found
-        if on_gpu(x):
+        if gpu_layers.on_gpu(x):
             return self._gpu.reasons(model, x)
         state = self._current(model)
         if state.program is None:
@@ -122,7 +122,7 @@ def reasons(model: Network, x: Tensor) -> Iterator[str]:
         or any(b.requires_grad for b in model.buffers())
     ):
         yield "gradients may be needed; use torch.inference_mode() or torch.no_grad()"
-    yield from gpu_path.reasons(model, x) if on_gpu(x) else _cpu_reasons(x)
+    yield from gpu_path.reasons(model, x) if gpu_layers.on_gpu(x) else _cpu_reasons(x)
     if torch.are_deterministic_algorithms_enabled():
         yield "deterministic algorithms are asked for"
     if torch.jit.is_tracing():
@@ -133,11 +133,6 @@ def reasons(model: Network, x: Tensor) -> Iterator[str]:
         yield "global hooks of modules are set"
     if not functional_is_intact():
         yield "functions of torch.nn.functional are exchanged"
-
-
-def on_gpu(x: Tensor) -> bool:
-    """Whether a call on x is the GPU's."""
-    return x.is_cuda
 
 
 def _cpu_reasons(x: Tensor) -> Iterator[str]:

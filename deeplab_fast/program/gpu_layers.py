@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +33,12 @@ from .staleness import is_dense
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@dataclass(frozen=True)
-class Folded:
+def on_gpu(x: Tensor) -> bool:
+    """Whether these layers are those of a call on x, or of weights like x."""
+    return x.is_cuda
+
+
+class Folded(NamedTuple):
     """What layers are called with.
 
     Attributes:
@@ -400,6 +403,13 @@ class _Linear:
     def __call__(self, folded: Folded, x: Tensor) -> Tensor:
         filters = folded.filters[self._index]
         return product(x, filters.weight.flatten(1), filters.bias, self._act)
+
+
+def execute(folded: Folded, layer: Layer, *tensors: Tensor | None) -> Tensor:
+    """The `run` of a program on folded filters."""
+    if isinstance(layer, FoldedLayer):
+        return layer.call(folded, *tensors)
+    return layer(*tensors)
 
 
 @contextmanager

@@ -25,9 +25,9 @@ from ..dispatch.choice import current_backend
 from ..ops.folded_conv import Settings
 from . import capture, inference
 from .formats import in_plain_format
-from .gpu_layers import DTYPES, Folded, FoldedLayer, GpuForms, Sources, outside_autocast
+from .gpu_layers import DTYPES, Folded, GpuForms, Sources, execute, outside_autocast
 from .graphs import Graphs
-from .layers import Layer, Program
+from .layers import Program
 from .network import Network
 from .staleness import Snapshot
 
@@ -154,13 +154,6 @@ class _State:
         key = (x.shape, dtype, autocast, aux, settings)
         with outside_autocast(x.device):
             return self.graphs.run(step, finish, key, x, dtype, wanted, model.max_extra_bytes)
-
-
-def execute(folded: Folded, layer: Layer, *tensors: Tensor | None) -> Tensor:
-    """The `run` of a program on folded filters."""
-    if isinstance(layer, FoldedLayer):
-        return layer.call(folded, *tensors)
-    return layer(*tensors)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

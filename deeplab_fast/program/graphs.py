@@ -103,26 +103,29 @@ class Graphs:
             wanted: True captures at the second call, False never, None where launches dominate.
             max_bytes: bound on the memory of all graphs, None for a part of the device's.
         """
+
+        def eager() -> Maps:
+            return finish(step(x.to(dtype=dtype, memory_format=CHANNELS_LAST)), False)
+
         if wanted is False:
             self.drop()
-        elif max_bytes != 0:
-            with self._lock:
-                graph = self._graphs.get(key)
-                if graph is None and self._is_due(key, wanted):
-                    graph = self._capture(step, key, x, dtype, max_bytes)
-                if graph is not None:
-                    self._graphs.move_to_end(key)
-                    return self._replay(graph, finish, x)
-        if wanted is not None or max_bytes == 0 or not self._is_open(key):
-            return finish(step(x.to(dtype=dtype, memory_format=CHANNELS_LAST)), False)
-        graphs, start = capture.current(), time.perf_counter()
-        first = graphs.mark(self.device)
-        results = finish(step(x.to(dtype=dtype, memory_format=CHANNELS_LAST)), False)
-        last = graphs.mark(self.device)
+        graphs = capture.current()
+        if wanted is False or max_bytes == 0 or graphs.in_progress():
+            return eager()
         with self._lock:
-            seen = self._seen.get(key)
-            if seen is not None and seen.pending is None:
-                seen.pending = (time.perf_counter() - start, first, last)
+            graph = self._graphs.get(key)
+            if graph is None and self._is_due(key, wanted):
+                graph = self._capture(step, key, x, dtype, max_bytes)
+            if graph is not None:
+                self._graphs.move_to_end(key)
+                return self._replay(graph, finish, x)
+            measured = None if wanted else self._open(key)
+        if measured is None:
+            return eager()
+        start, first = time.perf_counter(), graphs.mark(self.device)
+        results = eager()
+        took = time.perf_counter() - start
+        measured.pending = (took, first, graphs.mark(self.device))
         return results
 
     def drop(self) -> bool:
@@ -136,13 +139,19 @@ class Graphs:
         with self._lock:
             return self._bytes() if self._graphs else 0
 
+    def __reduce__(self) -> tuple[type[Graphs], tuple[torch.device]]:
+        # A copy captures its own.
+        return Graphs, (self.device,)
+
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def _is_open(self, key: Hashable) -> bool:
-        """Whether a call may still show that launches dominate; the first compiles and searches."""
-        seen = self._seen.get(key)
-        return seen is not None and not seen.refused and 1 < seen.calls <= _MEASURED
+    def _open(self, key: Hashable) -> _Seen | None:
+        """The shape of a call that may show that launches dominate, else None: the first call
+        compiles and searches, and one that was measured is looked at first."""
+        seen = self._seen[key]
+        is_open = not seen.refused and 1 < seen.calls <= _MEASURED and seen.pending is None
+        return seen if is_open else None
 
     def _is_due(self, key: Hashable, wanted: bool | None) -> bool:
         """Count a call; whether it is to be captured."""

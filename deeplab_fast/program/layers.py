@@ -184,7 +184,7 @@ class PlainLayer(Layer):
         return self.module(x.contiguous())
 
     def output_shape(self, shape: Sequence[int]) -> Any:
-        output = copy.deepcopy(self.module).to("meta")(_meta(shape))
+        output = copy.deepcopy(self.module).to("meta", torch.float32)(_meta(shape))
         if isinstance(output, Tensor):
             return tuple(output.shape)
         return OrderedDict((k, tuple(v.shape)) for k, v in output.items())

@@ -13,39 +13,49 @@ import torch
 from torch import Tensor, nn
 
 from .fast_path import upsampled
-from .inference import fold
-from .layers import Program
+from .frozen import Frozen, freeze
+from .gpu_layers import outside_autocast
 from .network import Network
 from .report import LayerReport, layer_reports, table
 
 logger = logging.getLogger("deeplab_fast")
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def optimize(
-    model: Network, *, keep_aux: bool = False, max_extra_bytes: int | None = None
+    model: Network,
+    *,
+    keep_aux: bool = False,
+    max_extra_bytes: int | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> OptimizedDeepLabV3:
     """A frozen copy of a model for inference, with kernels and weights chosen for good.
 
     Batch norms are folded, residuals and activations run in the convolutions' epilogues, weights
     are prepared for the kernel that each layer takes; dropout is left out, as in eval mode,
-    whatever mode the model is in. Outputs equal those of `model.eval()` within fp32 rounding. What
-    a model does by itself in eval mode (see `DeepLabV3`) is the same, but for the check at each
-    call whether its weights have changed, which a frozen module does not need.
+    whatever mode the model is in. Outputs equal those of `model.eval()` within rounding. What a
+    model does by itself in eval mode (see `DeepLabV3`) is the same, but for the check at each call
+    whether it has changed, and on a GPU the folding of its weights, which a frozen module does not
+    need.
 
     The model is not touched and not referred to: after `model.load_state_dict(...)` optimise again.
     Modules that are not known here are copied and run as they are. A model that cannot be folded at
-    all (`reasons` of the result says why: forward hooks, weights that are not float32 on the CPU)
-    is copied as a whole.
+    all (`reasons` of the result says why: forward hooks, weights of float64 or, on the CPU, of
+    anything but float32) is copied as a whole.
 
     Args:
         model: a model of this package, in any mode.
         keep_aux: keep the auxiliary head, whose logits are then in the output.
         max_extra_bytes: bound on prepared weights beyond one copy of the weights, 0 for none; None
-            for no bound. Each layer gets the part of it that its weights have of the model's.
+            for no bound. Each layer gets the part of it that its weights have of the model's. On a
+            GPU the bound on CUDA graphs (`DeepLabV3.max_extra_bytes`).
+        dtype: of weights, maps and logits: float16, bfloat16 or float32 on a GPU ("fp16", "bf16",
+            "fp32"), from the model's weights rounded once; None for that of the weights.
 
     Raises:
         TypeError: a model of another library.
-        ValueError: a negative bound.
+        ValueError: a negative bound, or a dtype that there is not.
     """
     if not isinstance(model, Network):
         raise TypeError(
@@ -54,7 +64,11 @@ def optimize(
         )
     if max_extra_bytes is not None and max_extra_bytes < 0:
         raise ValueError(f"max_extra_bytes must be at least 0, got {max_extra_bytes}")
-    return OptimizedDeepLabV3(model, keep_aux, max_extra_bytes)
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}, or None")
+        dtype = _DTYPES[dtype]
+    return OptimizedDeepLabV3(model, keep_aux, max_extra_bytes, dtype)
 
 
 class OptimizedDeepLabV3(nn.Module):
@@ -64,16 +78,25 @@ class OptimizedDeepLabV3(nn.Module):
         num_classes, output_stride, atrous_rates, align_corners, preprocess, classes, palette,
             config: as of the model that it was made from.
         reasons: why the model could not be folded and runs as a copy; empty where it could.
+        cuda_graphs, max_extra_bytes: as of a `DeepLabV3`, of which they may be set.
+        dtype, device: of the logits; None of a model that runs as a copy.
 
-    Input: float32 [N, 3, H, W] on the CPU (of a copied model: as that takes it); autocast has no
-    effect. Sizes may change from call to call; several threads may call at once. It can be
-    deep-copied, and pickled for the same version of the package. It has no parameters and no
-    buffers: `state_dict()` is empty, and neither `load_state_dict`, `.to()` to another dtype or
-    device nor `train()` are possible; change the model it came from and optimise again. A model
-    that runs as a copy has the parameters of `copy`, and can be moved.
+    Input: float32 [N, 3, H, W] on the CPU; on a GPU float16, bfloat16 or float32, cast to `dtype`
+    (of a copied model: as that takes it); autocast has no effect. Sizes may change from call to
+    call; several threads may call at once. It can be deep-copied, and pickled for the same version
+    of the package. It has no parameters and no buffers: `state_dict()` is empty, and neither
+    `load_state_dict`, `.to()` to another dtype or device nor `train()` are possible; change the
+    model it came from and optimise again. A model that runs as a copy has the parameters of `copy`,
+    and can be moved.
     """
 
-    def __init__(self, model: Network, keep_aux: bool, max_extra_bytes: int | None) -> None:
+    def __init__(
+        self,
+        model: Network,
+        keep_aux: bool,
+        max_extra_bytes: int | None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         super().train(False)
         self.num_classes = model.num_classes
@@ -83,12 +106,15 @@ class OptimizedDeepLabV3(nn.Module):
         self.preprocess = model.preprocess
         self.classes, self.palette = model.classes, model.palette
         self.config = copy.deepcopy(model.config)
-        program, reason = fold(model, aux=keep_aux, max_extra_bytes=max_extra_bytes, frozen=True)
+        self.cuda_graphs, self.max_extra_bytes = model.cuda_graphs, max_extra_bytes
+        frozen, reason = freeze(model, keep_aux, max_extra_bytes, dtype)
         self.reasons: tuple[str, ...] = (reason,) if reason else ()
         self._keep_aux = keep_aux and model.aux_classifier is not None
-        self._program: Program | None = program
+        self._frozen: Frozen | None = frozen
+        self.dtype = None if frozen is None else frozen.dtype
+        self.device = None if frozen is None else frozen.device
         self.copy: Network | None = None
-        if program is None:
+        if frozen is None:
             logger.warning("optimize: the model is copied and runs its plain modules: %s", reason)
             self.copy = copy.deepcopy(model).eval()
 
@@ -120,7 +146,7 @@ class OptimizedDeepLabV3(nn.Module):
         Raises:
             ValueError: a shape that does not fit, or a model that runs as a copy.
         """
-        if self._program is None:
+        if self._frozen is None:
             raise ValueError(f"the model runs its plain modules: {self.reasons[0]}")
         full = (1, 3, *shape) if len(shape) == 2 else tuple(shape)
         if len(full) != 4 or min(full) < 1 or repeats < 1:
@@ -128,7 +154,7 @@ class OptimizedDeepLabV3(nn.Module):
                 f"shape must be (H, W) or (N, 3, H, W) and repeats at least 1, got {tuple(shape)} "
                 f"and {repeats}"
             )
-        return layer_reports(self._program, full, self._keep_aux, measure, repeats)
+        return layer_reports(self._frozen, full, self._keep_aux, measure, repeats)
 
     def table(
         self, shape: Sequence[int] = (520, 520), *, measure: bool = False, repeats: int = 5
@@ -139,15 +165,16 @@ class OptimizedDeepLabV3(nn.Module):
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of weights held now; forms that are prepared on first use count from then on."""
-        if self._program is not None:
-            return self._program.held_bytes
+        """Bytes of weights held now, and of CUDA graphs; forms that are prepared on first use count
+        from then on."""
+        if self._frozen is not None:
+            return self._frozen.held_bytes
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of prepared weights held now beyond one copy of the weights."""
-        return 0 if self._program is None else self._program.extra_bytes
+        """Bytes held now beyond one copy of the weights."""
+        return 0 if self._frozen is None else self._frozen.extra_bytes
 
     def train(self, mode: bool = True) -> OptimizedDeepLabV3:
         """Only `train(False)`.
@@ -177,7 +204,8 @@ class OptimizedDeepLabV3(nn.Module):
         if self.copy is not None:
             super()._apply(fn, recurse)
             return self
-        probe = torch.empty(0, dtype=torch.float32, device="cpu")
+        assert self._frozen is not None
+        probe = torch.empty(0, dtype=self._frozen.dtype, device=self._frozen.device)
         converted = fn(probe)
         if (converted.dtype, converted.device) != (probe.dtype, probe.device):
             raise RuntimeError(
@@ -195,10 +223,11 @@ class OptimizedDeepLabV3(nn.Module):
         if self.copy is not None:
             with torch.no_grad():
                 return _plain_logits(self.copy, x, aux)
-        assert self._program is not None
-        _check_input(x)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return self._program.logits(x, aux=aux)
+        frozen = self._frozen
+        assert frozen is not None
+        _check_input(frozen, x)
+        with outside_autocast(frozen.device):
+            return frozen.logits(x, aux, self.cuda_graphs, self.max_extra_bytes)
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,13 +245,14 @@ def _plain_logits(model: Network, x: Tensor, aux: bool) -> dict[str, Tensor]:
     return logits
 
 
-def _check_input(x: object) -> None:
+def _check_input(frozen: Frozen, x: object) -> None:
     if not isinstance(x, Tensor) or x.dim() != 4:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"the input must be a tensor [N, 3, H, W], got {got}")
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        dtype = str(x.dtype).removeprefix("torch.")
+    if not frozen.takes(x):
+        dtypes = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, frozen.dtype))
+        got, own = dtypes
         raise ValueError(
-            f"the input is {dtype} on {x.device}; this model was optimised for float32 on the CPU: "
-            "convert the input, or optimise a model of that dtype on that device"
+            f"the input is {got} on {x.device}; this model was optimised for {own} on "
+            f"{frozen.device}: convert the input, or optimise a model of that dtype on that device"
         )

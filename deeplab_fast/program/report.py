@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import Layer, Program
+from .frozen import Frozen
+from .layers import CHANNELS_LAST, Layer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LayerReport:
 
 
 def layer_reports(
-    program: Program, shape: Sequence[int], aux: bool, measure: bool, repeats: int
+    frozen: Frozen, shape: Sequence[int], aux: bool, measure: bool, repeats: int
 ) -> list[LayerReport]:
     """The layers in the order in which they run on an input [N, 3, H, W] of this shape.
 
@@ -59,34 +59,36 @@ def layer_reports(
         return torch.empty(output, device="meta")
 
     with torch.no_grad():
-        program.logits(torch.empty(tuple(shape), device="meta"), plan, aux)
-    times = _measured(program, shape, aux, repeats) if measure else [None] * len(called)
-    return [_report(*call, seconds) for call, seconds in zip(called, times, strict=True)]
+        frozen.program.logits(torch.empty(tuple(shape), device="meta"), plan, aux)
+    times = _measured(frozen, shape, aux, repeats) if measure else [None] * len(called)
+    return [_report(frozen, *call, seconds) for call, seconds in zip(called, times, strict=True)]
 
 
-def _measured(program: Program, shape: Sequence[int], aux: bool, repeats: int) -> list[float]:
-    x = torch.zeros(tuple(shape), dtype=torch.float32, device="cpu")
+def _measured(frozen: Frozen, shape: Sequence[int], aux: bool, repeats: int) -> list[float]:
+    x = torch.zeros(tuple(shape), dtype=frozen.dtype, device=frozen.device)
+    x = x.contiguous(memory_format=CHANNELS_LAST)
     runs: list[list[float]] = []
+    run = frozen.run()
     for _ in range(repeats + 1):
         times: list[float] = []
 
         def timed(layer: Layer, *tensors: Tensor | None, times: list[float] = times) -> Tensor:
-            start = time.perf_counter()
-            y = layer(*tensors)
-            times.append(time.perf_counter() - start)
+            start = frozen.clock()
+            y = run(layer, *tensors)
+            times.append(frozen.clock() - start)
             return y
 
-        with torch.inference_mode():
-            program.logits(x, timed, aux)
+        with torch.inference_mode(), torch.autocast(frozen.device.type, enabled=False):
+            frozen.program.maps(x, timed, aux)
         runs.append(times)
     # The first run prepares weights that are prepared on first use.
     return [median(column) for column in zip(*runs[1:], strict=True)]
 
 
 def _report(
-    layer: Layer, shapes: tuple[Any, ...], output: Any, seconds: float | None
+    frozen: Frozen, layer: Layer, shapes: tuple[Any, ...], output: Any, seconds: float | None
 ) -> LayerReport:
-    plans = layer.plans(*shapes)
+    plans = frozen.plans(layer, *shapes)
     main = output["out"] if isinstance(output, dict) else output
     return LayerReport(
         name=layer.name,

@@ -64,8 +64,10 @@ class Snapshot:
             # Counts batches of training.
             if key != "num_batches_tracked"
         ]
-        hashed = {id(t): t for _, _, t, _ in self._tensors if values and t is not None}
-        self._bytes = _Bytes([t.detach() for t in hashed.values() if _has_fp32_bytes(t)])
+        self._bytes: _Bytes | None = None
+        if values:
+            hashed = {id(t): t for _, _, t, _ in self._tensors if t is not None}
+            self._bytes = _Bytes([t.detach() for t in hashed.values() if _has_fp32_bytes(t)])
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether it was taken of this model; a shallow copy has parts of its own."""
@@ -97,12 +99,12 @@ class Snapshot:
 
     def same_bytes(self) -> bool:
         """Contents of every tensor, if values count."""
-        return self._bytes.same()
+        return self._bytes is None or self._bytes.same()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of weights that the snapshot itself holds."""
-        return self._bytes.held
+        return 0 if self._bytes is None else self._bytes.held
 
 
 class _ModuleState:

@@ -327,7 +327,7 @@ def test_layers_of_a_shape(resnet: dlf.DeepLabV3) -> None:
         shapes.append(tuple(y.shape))
         return y
 
-    fast._program.logits(torch.zeros(2, 3, 65, 49), record, False)
+    fast._frozen.program.logits(torch.zeros(2, 3, 65, 49), record, False)
     assert shapes == [r.output_shape for r in rows]
 
 

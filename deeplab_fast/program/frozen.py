@@ -1,0 +1,157 @@
+"""Programs whose weights are fixed: what `optimize` makes of a model."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.folded_conv import Settings
+from ..ops.prepared import Plan
+from . import gpu_layers
+from .formats import in_plain_format
+from .gpu_layers import DTYPES, Folded, FoldedLayer, GpuForms, execute, outside_autocast
+from .graphs import Graphs
+from .inference import fold
+from .layers import Layer, Program, Run
+from .layers import execute as execute_prepared
+from .network import Network
+
+
+class Frozen:
+    """A program with its weights, in fp32 on the CPU.
+
+    Attributes:
+        program: the program.
+        dtype, device: of inputs and logits.
+    """
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether an input has the dtype and the device."""
+        return x.dtype == self.dtype and x.device == self.device
+
+    def logits(
+        self, x: Tensor, aux: bool, cuda_graphs: bool | None, max_extra_bytes: int | None
+    ) -> dict[str, Tensor]:
+        """Low-resolution logits by name; the last two as in `DeepLabV3`."""
+        return self.program.logits(x, aux=aux)
+
+    def plans(self, layer: Layer, *shapes: Any) -> tuple[Plan, ...]:
+        """What a layer's convolutions run for inputs of these shapes."""
+        return layer.plans(*shapes)
+
+    def run(self) -> Run:
+        """What runs a layer on its tensors."""
+        return execute_prepared
+
+    def clock(self) -> float:
+        """Seconds, once all that was begun has ended."""
+        return time.perf_counter()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of weights held now, and of graphs."""
+        return self.program.held_bytes
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes held now beyond one copy of the weights."""
+        return self.program.extra_bytes
+
+
+class FrozenOnGpu(Frozen):
+    """On a GPU: filters with the batch norms in them, in the dtype of the maps.
+
+    Inputs of fp16, bf16 and fp32 are taken, and cast.
+    """
+
+    def __init__(self, program: Program, folded: Folded) -> None:
+        super().__init__(program)
+        self.dtype, self.device = folded.dtype, folded.device
+        self._folded = folded
+        # Views of one allocation.
+        self._bytes = sum(f.weight.nbytes for f in folded.filters)
+        self._graphs = Graphs(folded.device)
+
+    def takes(self, x: Tensor) -> bool:
+        return x.dtype in DTYPES and x.device == self.device
+
+    def logits(
+        self, x: Tensor, aux: bool, cuda_graphs: bool | None, max_extra_bytes: int | None
+    ) -> dict[str, Tensor]:
+        settings = Settings.now()
+        folded = self._folded._replace(settings=settings)
+
+        def step(x: Tensor) -> dict[str, Tensor]:
+            return self.program.maps(x, partial(execute, folded), aux)
+
+        def finish(maps: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
+            return in_plain_format(maps, x, self.program.channels_last, copy)
+
+        wanted = False if self.program.has_plain_layers else cuda_graphs
+        key = (x.shape, aux, settings)
+        return self._graphs.run(step, finish, key, x, self.dtype, wanted, max_extra_bytes)
+
+    def plans(self, layer: Layer, *shapes: Any) -> tuple[Plan, ...]:
+        if isinstance(layer, FoldedLayer):
+            return layer.folded_plans(self._folded._replace(settings=Settings.now()), *shapes)
+        return layer.plans(*shapes)
+
+    def run(self) -> Run:
+        return partial(execute, self._folded._replace(settings=Settings.now()))
+
+    def clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._bytes + self.extra_bytes
+
+    @property
+    def extra_bytes(self) -> int:
+        return self.program.extra_bytes + self._graphs.held_bytes
+
+
+def freeze(
+    model: Network, aux: bool, max_extra_bytes: int | None, dtype: torch.dtype | None
+) -> tuple[Frozen | None, str]:
+    """A model with fixed weights, or None and why it must run its plain modules.
+
+    Args:
+        model: the model.
+        aux: with the auxiliary head.
+        max_extra_bytes, dtype: as for `optimize`.
+
+    Raises:
+        ValueError: a dtype that there is not for weights like these.
+    """
+    filters = next((p for p in model.parameters() if p.dim() == 4), torch.empty(0))
+    on_gpu = gpu_layers.on_gpu(filters)
+    allowed = DTYPES if on_gpu else (torch.float32,)
+    if dtype is not None and dtype not in allowed:
+        names = ", ".join(str(each) for each in allowed)
+        raise ValueError(
+            f"dtype is {dtype}; a model on {filters.device} can be optimised for {names}, or None"
+        )
+    if not on_gpu:
+        program, reason = fold(model, aux=aux, max_extra_bytes=max_extra_bytes, frozen=True)
+        return None if program is None else Frozen(program), reason
+    forms = GpuForms(filters.device, filters.dtype, frozen=True)
+    program, reason = fold(model, forms, aux=aux, frozen=True)
+    if program is None:
+        return None, reason
+    dtype = filters.dtype if dtype is None else dtype
+    with torch.inference_mode(False), outside_autocast(filters.device):
+        folded = forms.sources.fold(dtype)
+    return FrozenOnGpu(program, Folded(folded, dtype, Settings.now(), None, filters.device)), ""
