@@ -33,6 +33,10 @@ TRITON = {
         f"{_PLAN}/bilinear.py", f"{_PLAN}/tables.py",
     ),
     "batch_norm": ("kernels/batch_norm_kernels.py", "kernels/batch_norm.py", *_PRODUCT),
+    "fold": (
+        "kernels/fold_kernels.py", "kernels/fold.py", "kernels/launch.py", f"{_PLAN}/fold.py",
+        f"{_PLAN}/tables.py",
+    ),
     "pointwise": ("kernels/conv_kernels.py", "kernels/conv.py", *_PRODUCT),
     "branches": ("kernels/aspp_kernels.py", "kernels/aspp.py", *_PRODUCT, *_TILES),
     "project": ("kernels/conv_kernels.py", "kernels/conv.py", "kernels/aspp.py", *_PRODUCT),

@@ -21,6 +21,7 @@ from .common import (
     check_map,
     check_shape,
     needs_grad,
+    triton_kernel,
 )
 
 OP = "fold_filters"
@@ -59,7 +60,7 @@ def fold_filters(weights: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -
             f"{OP} records no gradient, and an input requires one; call it under torch.no_grad()"
         )
     flat = torch.ops.deeplab_fast.fold_filters(list(weights), scale, dtype)
-    return fold.views(flat, fold.shapes_of(weights))
+    return fold.views(flat, (w.shape for w in weights))
 
 
 def describe(weights: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> OpDesc:
@@ -72,15 +73,20 @@ def describe(weights: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> Op
 def _validate(weights: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> None:
     if not weights:
         raise ValueError(f"{OP}: weights is empty; give the filters of at least one layer")
-    first = weights[0]
+    first, filters = weights[0], 0
+    check_map(OP, "weights[0]", first)
+    device, given = first.device, first.dtype
     for layer, weight in enumerate(weights):
-        name = f"weights[{layer}]"
-        check_map(OP, name, weight)
-        check_dtype(OP, name, weight, (first.dtype,))
-        check_device(OP, first, **{name: weight})
-    filters = sum(w.shape[0] for w in weights)
+        shape = weight.shape
+        # Asked at every call of a model, of 60 filters: a message is made where there is one.
+        if len(shape) != 4 or 0 in shape[1:] or weight.dtype != given or weight.device != device:
+            name = f"weights[{layer}]"
+            check_map(OP, name, weight)
+            check_dtype(OP, name, weight, (given,))
+            check_device(OP, first, **{name: weight})
+        filters += shape[0]
     check_shape(OP, "scale", scale, (filters,), "one value for each filter of all layers, in order")
-    check_dtype(OP, "scale", scale, (reference.compute_dtype(first.dtype),))
+    check_dtype(OP, "scale", scale, (reference.compute_dtype(given),))
     check_device(OP, first, scale=scale)
     if dtype not in FLOAT_DTYPES:
         allowed = ", ".join(map(dtype_name, FLOAT_DTYPES))
@@ -187,8 +193,12 @@ declare(
                 _fake,
             ),
         ),
-        implementations=(on("reference", _layer_by_layer),),
+        implementations=(
+            on("reference", _layer_by_layer),
+            on("triton", triton_kernel("fold", OP), triton_kernel("fold", "not_supported_reasons")),
+        ),
         use=INFERENCE,
         examples=Examples((_MASTERS, _HALF), _example, _pytorch, _SIZES, _works, _exact),
+        sources="fold",
     )
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from itertools import permutations, product
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.launch_stub import GPUS, pretend
-from deeplab_fast import backends, kernels, ops
+from deeplab_fast import backends, get_model, kernels, ops
 from deeplab_fast.dispatch.declare import find, gpu_ops, steps
 from deeplab_fast.dispatch.examples import Size
 from deeplab_fast.dispatch.limits import allow_tf32
@@ -318,6 +318,30 @@ def aspp_training_calls(dtype: torch.dtype) -> Iterator[Call]:
             yield Call(f"wgrad {size} {layout}", partial(backward, False, True))
 
 
+@cache
+def filters_of(model: str) -> tuple[tuple[int, int, int, int], ...]:
+    """Shapes of all filters of a model with a batch norm behind them."""
+    with torch.device("meta"):
+        made = get_model(model)
+    works = workloads.of_model(made, (129, 129), (1,))
+    return next(work.size.layers for work in works if work.op == "fold_filters")
+
+
+def fold_calls(dtype: torch.dtype) -> Iterator[Call]:
+    """All filters of models, into every dtype."""
+    for model in ("deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large"):
+        shapes = filters_of(model)
+        scale = torch.ones(sum(shape[0] for shape in shapes))
+        given = {
+            "contiguous": [torch.zeros(shape, dtype=dtype) for shape in shapes],
+            "channels_last": [channels_last(*shape, dtype) for shape in shapes],
+            "4 bytes off": [_off(*shape, dtype) for shape in shapes],
+        }
+        for (layout, weights), to in product(given.items(), DTYPES):
+            fold = partial(ops.fold_filters, weights, scale, DTYPES[to])
+            yield Call(f"fold {model} {layout} to {to}", fold)
+
+
 # For each family its calls and the kernels that they launch.
 FAMILIES: dict[str, tuple[Callable[[torch.dtype], Iterator[Call]], set[str]]] = {
     "upsampling": (
@@ -336,6 +360,7 @@ FAMILIES: dict[str, tuple[Callable[[torch.dtype], Iterator[Call]], set[str]]] = 
         },
     ),
     "1x1": (pointwise_calls, {"pointwise_kernel"}),
+    "fold": (fold_calls, {"fold_filters_kernel"}),
     "aspp": (
         aspp_calls,
         {"aspp_branches_kernel", "aspp_sum_kernel", "image_shift_kernel", "pointwise_kernel"},
@@ -488,3 +513,13 @@ def test_configurations_are_launched(tuned, launches, monkeypatch) -> None:
     if len(found) <= 2:
         _, ms = configurations.fastest(*given, seconds=0.0)
         assert list(ms) == [configurations.RULE, *map(str, found)]
+
+
+def test_where_the_first_filters_lie_compiles_nothing_new(launches) -> None:
+    """The kernel takes their type from them, and their address from its table."""
+    scale = torch.ones(8)
+    made = [
+        launches.of(name, partial(ops.fold_filters, [weight], scale, torch.float32))
+        for name, weight in layouts(8, 4, 3, 3, torch.float32).items()
+    ]
+    assert len(made) > 2 and all(launch == made[0] for launch in made)
