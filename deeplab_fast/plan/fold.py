@@ -151,7 +151,8 @@ def fold_table(layers: Sequence[Filters], itemsize: int) -> FoldTable:
     """
     rows = np.zeros((len(layers), LAYER_FIELDS), np.int64)
     first = starts(layer.shape for layer in layers)
-    counts, filters = [], 0
+    counts: list[int] = []
+    filters = 0
     for row, layer, start, end in zip(rows, layers, first, first[1:], strict=False):
         facts = _cut(layer, itemsize)
         tile = VECTORS if facts[LayerField.WHOLE] else PAIRS
@@ -175,16 +176,16 @@ def _cut(layer: Filters, itemsize: int) -> dict[LayerField, int]:
     """What says how a layer is read, and the units of its tiles."""
     k, c, r, s = layer.shape
     vector = VECTOR_BYTES // itemsize
+    strides = layer.strides
     if _lies_as_its_result(layer):
-        c, r, s, strides = c * r * s, 1, 1, (c * r * s, 1, 0, 0)
+        c, r, s = c * r * s, 1, 1
+        strides = (c, 1, 0, 0)
         if c % vector == 0 and layer.address % VECTOR_BYTES == 0:
             return {
                 LayerField.CHANNELS: c // vector,
                 LayerField.UNITS: k * c // vector,
                 LayerField.WHOLE: 1,
             }
-    else:
-        strides = layer.strides
     fields = (LayerField.FILTER, LayerField.CHANNEL, LayerField.ROW, LayerField.COL)
     return {
         **dict(zip(fields, strides, strict=True)),
