@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # Their assertions say what they compared, as those of test files do.
-pytest.register_assert_rewrite("aot_harness", "gpu_harness")
+pytest.register_assert_rewrite("aot_harness", "fast_models", "gpu_harness")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -253,6 +253,11 @@ def ours(desc: OpDesc) -> Implementation | None:
     return found if found.backend in ("triton", "cuda") and not found.is_pytorch else None
 
 
+def has_cudnn(device: torch.device) -> bool:
+    """Whether convolutions on a device are cuDNN's."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
 def rows(x: Tensor) -> Tensor:
     """The pixels of a channels_last map [N, C, H, W] as a matrix [N H W, C], a view."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
@@ -317,7 +322,7 @@ def _by_rule(call: Call, settings: Settings) -> dict[str, Form]:
     """The forms that can run a call, the one to take first."""
     forms: dict[str, Form] = {}
     geometry = _geometry(call)
-    on_gpu = call.device.type == "cuda"
+    on_gpu = has_cudnn(call.device)
     if pointwise := _own_pointwise(call):
         forms["triton"] = pointwise
     if call.is_pointwise and not call.residual and _multiplies_alike(call.dtype, settings):

@@ -118,6 +118,7 @@ class CudaCapture:
         return results, graph.replay, graph
 
 
+C = TypeVar("C", bound=Capture)
 _current: Capture = CudaCapture()
 
 
@@ -127,12 +128,12 @@ def current() -> Capture:
 
 
 @contextmanager
-def using(capture: Capture) -> Iterator[None]:
+def using(capture: C) -> Iterator[C]:
     """Make graphs with something else, until the block ends."""
     global _current
     before = _current
     _current = capture
     try:
-        yield
+        yield capture
     finally:
         _current = before

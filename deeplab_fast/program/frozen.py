@@ -153,5 +153,6 @@ def freeze(
         return None, reason
     dtype = filters.dtype if dtype is None else dtype
     with torch.inference_mode(False), outside_autocast(filters.device):
-        folded = forms.sources.fold(dtype)
-    return FrozenOnGpu(program, Folded(folded, dtype, Settings.now(), None, filters.device)), ""
+        settings = Settings.now()
+        folded = Folded(forms.sources.fold(dtype, settings), dtype, settings, None, filters.device)
+    return FrozenOnGpu(program, folded), ""

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dispatch.declare import Implementation, describe, implementations
 from ..ops.folded_aspp import FoldedAspp, FoldedProject
-from ..ops.folded_conv import Filters, FoldedConv, Settings, product
+from ..ops.folded_conv import Choices, Filters, FoldedConv, Settings, ours, product
 from ..ops.prepared import Plan
 from ..plan import fold
 from .layers import (
@@ -69,6 +70,7 @@ class Sources:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._specs: list[ConvSpec] = []
+        self._choices: Choices[Implementation] = Choices()
         self._constants: Constants | None = None
 
     def add(self, spec: ConvSpec) -> int:
@@ -82,8 +84,13 @@ class Sources:
         constants = self.prepare()
         return [t.data_ptr() for t in constants.tensors] == constants.addresses
 
-    def fold(self, dtype: torch.dtype) -> list[Filters]:
-        """The filters of all convolutions, from what the tensors hold now."""
+    def fold(self, dtype: torch.dtype, settings: Settings) -> list[Filters]:
+        """The filters of all convolutions, from what the tensors hold now.
+
+        Args:
+            dtype: of the maps.
+            settings: those of now.
+        """
         c = self.prepare()
         scale = torch.cat(c.variances).to(torch.float32).add_(c.eps).rsqrt_()
         scale.mul_(torch.cat(c.weights))
@@ -91,8 +98,13 @@ class Sources:
         if c.biases:
             mean.sub_(torch.cat(c.biases))
         shift = torch.cat(c.shifts).to(torch.float32).addcmul_(mean, scale, value=-1)
-        flat = torch.ops.deeplab_fast.fold_filters(c.filters, scale, dtype)
-        filters = fold.views(flat, c.shapes)
+
+        def choose() -> Implementation:
+            desc = describe("fold_filters", c.filters, scale, dtype)
+            return ours(desc) or implementations("fold_filters")["reference"]
+
+        kernel = self._choices.get((dtype, settings), choose)
+        filters = fold.views(kernel.run(c.filters, scale, dtype), c.shapes)
         shifts = shift.split(c.counts)
         biases = shifts if dtype == torch.float32 else shift.to(dtype).split(c.counts)
         return [

@@ -142,7 +142,7 @@ class _State:
         settings = Settings.now()
 
         def step(x: Tensor) -> dict[str, Tensor]:
-            folded = Folded(self.sources.fold(dtype), dtype, settings, autocast, x.device)
+            folded = Folded(self.sources.fold(dtype, settings), dtype, settings, autocast, x.device)
             return program.maps(x, partial(execute, folded), aux)
 
         def finish(maps: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:

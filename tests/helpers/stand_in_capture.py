@@ -33,7 +33,7 @@ class StandInCapture:
 
     Attributes:
         capturing: what `in_progress` answers outside its own captures: somebody else's capture.
-        captures, replays: how many there were.
+        captures, replays, marks: how many there were.
         pools: pools that were asked for.
         bytes_of_pool: what `pool_bytes` answers.
         bytes_of_device: what `memory` answers.
@@ -44,7 +44,7 @@ class StandInCapture:
 
     def __init__(self) -> None:
         self.capturing = False
-        self.captures = self.replays = self.pools = 0
+        self.captures = self.replays = self.pools = self.marks = 0
         self.bytes_of_pool, self.bytes_of_device = 0, 2**34
         self.device_seconds: float | None = 0.0
         self.fences: list[str] = []
@@ -68,6 +68,7 @@ class StandInCapture:
         return Fence(self.fences)
 
     def mark(self, device: torch.device) -> object:
+        self.marks += 1
         return object()
 
     def seconds(self, first: object, last: object) -> float | None:
