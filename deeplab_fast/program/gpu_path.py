@@ -57,7 +57,7 @@ class GpuPath:
                 try:
                     logits = state.run(model, x, aux)
                 except torch.OutOfMemoryError:
-                    if not state.graphs.drop():
+                    if not state.graphs.give_up():
                         raise
                     torch.cuda.empty_cache()
                     continue

@@ -81,6 +81,7 @@ class Graphs:
     _seen: OrderedDict[Hashable, _Seen] = field(default_factory=OrderedDict)
     _pool: object = None
     _fence: capture.Fence | None = None
+    _given_up: bool = False
 
     def run(
         self,
@@ -110,7 +111,7 @@ class Graphs:
         if wanted is False:
             self.drop()
         graphs = capture.current()
-        if wanted is False or max_bytes == 0 or graphs.in_progress():
+        if wanted is False or max_bytes == 0 or self._given_up or graphs.in_progress():
             return eager()
         with self._lock:
             graph = self._graphs.get(key)
@@ -128,10 +129,17 @@ class Graphs:
         measured.pending = (took, first, graphs.mark(self.device))
         return results
 
-    def drop(self) -> bool:
-        """Free all graphs; False where there were none."""
+    def drop(self) -> None:
+        """Free all graphs."""
         with self._lock:
-            return self._drop()
+            self._drop()
+
+    def give_up(self) -> bool:
+        """Free all graphs, and make no more; False where there were none."""
+        with self._lock:
+            had, self._given_up = bool(self._graphs), True
+            self._drop()
+        return had
 
     @property
     def held_bytes(self) -> int:
@@ -230,12 +238,10 @@ class Graphs:
         self._fence.record()
         return results
 
-    def _drop(self) -> bool:
-        had = bool(self._graphs)
+    def _drop(self) -> None:
         self._wait()
         self._graphs.clear()
         self._pool = self._fence = None
-        return had
 
     def _wait(self) -> None:
         if self._fence is not None and self._graphs:

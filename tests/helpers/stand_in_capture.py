@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -49,10 +50,11 @@ class StandInCapture:
         self.device_seconds: float | None = 0.0
         self.fences: list[str] = []
         self.error: Exception | None = None
-        self._own = False
+        # As the current stream is a thread's own.
+        self._here = threading.local()
 
     def in_progress(self) -> bool:
-        return self.capturing or self._own
+        return self.capturing or getattr(self._here, "recording", False)
 
     def pool(self, device: torch.device) -> object:
         self.pools += 1
@@ -78,11 +80,11 @@ class StandInCapture:
         self, run: Callable[[], T], device: torch.device, pool: object
     ) -> tuple[T, Callable[[], None], object]:
         def once() -> T:
-            self._own = True
+            self._here.recording = True
             try:
                 return run()
             finally:
-                self._own = False
+                self._here.recording = False
 
         if self.error is not None:
             error, self.error = self.error, None
