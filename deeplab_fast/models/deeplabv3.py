@@ -43,6 +43,10 @@ class DeepLabV3(Network):
         fused: False makes calls that need gradients run the plain modules.
         max_extra_bytes: bound on its prepared weights beyond one copy of the weights, 0 for none;
             None for no bound. Each layer gets the part of it that its weights have of the model's.
+            On a GPU the bound on the memory of CUDA graphs; None there for a sixteenth of the
+            device's.
+        cuda_graphs: on a GPU, None captures calls in CUDA graphs where their launches take longer
+            than the GPU's work, True all that repeat, False none.
 
     In eval mode and without gradients (`torch.inference_mode()` or `torch.no_grad()`), on float32
     inputs on the CPU, calls take the fast path: batch norms folded, weights prepared for the kernel
@@ -52,6 +56,16 @@ class DeepLabV3(Network):
     weights. `deeplab_fast.optimize` freezes a model and saves that. `fast_reasons(x)` says why a
     call does not take the fast path; hooks on inner modules, autocast, compilation, scripting,
     tracing, export, deterministic mode and `use_backend("reference")` are such reasons.
+
+    On a CUDA device, for float16, bfloat16 and float32, under autocast or not, the batch norms are
+    folded on the device inside every call, from what the tensors hold when the GPU comes to it, so
+    that no hash is needed; modules and where tensors lie are compared behind the launches. All maps
+    are channels_last, and each convolution runs as the form of cuDNN, cuBLASLt and this package's
+    kernels that suits its class (`deeplab_fast.ops.folded_conv`); with
+    `torch.backends.cudnn.benchmark = True` forms are timed at the first call of a shape. A call
+    that is captured comes back with copies of the graph's results; a shape that repeats is needed,
+    and memory that stays taken (`prepared_bytes`). Graphs that somebody else captures, and replicas
+    of `torch.nn.DataParallel`, get the plain modules.
 
     Where gradients are needed, calls take the fused training forms
     (`deeplab_fast.program.training`): the same gradients and running statistics within rounding,
