@@ -68,6 +68,7 @@ _SHOWN = {
     ("aspp_convs", "plain"): "ASPP in training, forward",
     ("aspp_convs_backward", "plain"): "ASPP in training, backward",
     ("bn_act", "relu+residual"): "batch norm, residual, ReLU",
+    ("fold_filters", "half"): "batch norms folded into all filters",
     ("upsample_argmax", "plain"): "upsampling, labels",
     ("upsample_cross_entropy", "plain"): "upsampling, loss and gradient",
     ("upsample_confusion", "plain"): "upsampling, confusion matrix",

@@ -252,6 +252,18 @@ def _bandwidth(known: Known) -> Said:
     return None
 
 
+def _folding(known: Known) -> Said:
+    copy = known.rows("pytorch ceilings").get("ceiling: copy")
+    found = known.outcomes.get("time fold_filters bfloat16 float32")
+    for speed in found.result.get("speeds", ()) if found and copy else ():
+        ms = speed["contestants"].get("triton", {}).get("ms")
+        if ms and copy:
+            # Read in four bytes, written in two.
+            share = 6 * speed["sizes"][1] / ms / 1e6 / copy["gb_per_s"]
+            return (YES if share >= _NEAR_COPY else NO), f"{share:.0%} of the copy's rate"
+    return None
+
+
 def _launch_bound(known: Known) -> Said:
     for what, row in known.rows("ours training r50").items():
         if what.endswith(": deeplab_fast") and "wall_over_device" in row:
@@ -414,6 +426,17 @@ DOUBTS = (
         {
             YES: "the constants stay",
             NO: "BYTES_IN_FLIGHT is doubled",
+        },
+    ),
+    Doubt(
+        "fold",
+        "Does `fold_filters` fill the memory although it reads contiguous 3x3 filters 9 elements "
+        "apart?",
+        "time fold_filters bfloat16 float32, pytorch ceilings",
+        _folding,
+        {
+            YES: "the tiles stay",
+            NO: "tiles by pair are read in the order of memory and turned in shared memory",
         },
     ),
     Doubt(

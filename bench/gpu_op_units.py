@@ -29,6 +29,7 @@ _FIRST_TIMED = (
     ("upsample_argmax", "plain"), ("aspp_convs", "plain"), ("aspp_convs_backward", "plain"),
     ("batch_stats", "plain"), ("bn_act", "relu"), ("bn_act_reduce", "relu"),
     ("bn_act_backward", "relu"), ("bn_act", "relu+residual"), ("conv_bn_act", "relu"),
+    ("fold_filters", "float32"), ("fold_filters", "half"),
     ("upsample_confusion", "plain"), ("upsample_softmax_add", "plain"),
 )  # fmt: skip
 VARIANTS = ("nofence", "acquire_cluster")

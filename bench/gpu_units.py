@@ -161,6 +161,7 @@ _TESTED = {
     "test_aspp": ("branches", "project", "pointwise"),
     "test_conv": ("branches", "project", "pointwise"),
     "test_batch_norm": ("batch_norm",),
+    "test_fold": ("fold",),
     "test_upsample": ("upsample",),
 }
 

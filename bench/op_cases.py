@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -202,13 +203,19 @@ def _softmax_add_cost(case: OpCase, mode: str, itemsize: int) -> Cost:
     return upsample_cost(s, logits(s) * itemsize + accumulator, per_pixel_class=1)
 
 
-# Of ops whose PyTorch modules do more than is needed.
+def _fold_cost(case: OpCase, mode: str, itemsize: int) -> Cost:
+    values = sum(prod(layer) for layer in case.size.layers)
+    return Cost(0, 0, 2 * values * itemsize, 0)
+
+
+# Of ops whose PyTorch modules do more than is needed, or have no convolution.
 _COSTS: dict[str, Callable[[OpCase, str, int], Cost]] = {
     "aspp_project": _project_cost,
     "upsample_argmax": _argmax_cost,
     "upsample_cross_entropy": _cross_entropy_cost,
     "upsample_confusion": _confusion_cost,
     "upsample_softmax_add": _softmax_add_cost,
+    "fold_filters": _fold_cost,
 }
 
 
@@ -328,6 +335,19 @@ class AsppHead(Case):
         return network_tolerance(4)
 
 
+def resnet50_filters() -> tuple[tuple[int, int, int, int], ...]:
+    """Shapes of the filters of DeepLabv3 on ResNet-50 that a batch norm follows."""
+    found, c = [(64, 3, 7, 7)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            found += [(width, c, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            found += [(4 * width, c, 1, 1)] * (block == 0)
+            c = 4 * width
+    k = _FILTERS
+    branches = [(k, c, 1, 1), *[(k, c, 3, 3)] * 3, (k, c, 1, 1)]
+    return (*found, *branches, (k, 5 * k, 1, 1), (k, k, 3, 3))
+
+
 def _row(op: str, form: str, size: Size, shape: str, suites: Names, **more: Any) -> OpCase:
     return OpCase(op=op, form=form, size=size, shape=shape, suites=suites, **more)
 
@@ -397,6 +417,9 @@ def _rows() -> Iterator[Case]:
             h=33,
             w=33,
         )
+    layers = resnet50_filters()
+    size = Size(1, sum(layer[0] for layer in layers), 1, 1, layers=layers)
+    yield _row("fold_filters", "half", size, "r50", ("gpu",))
     # Layers of DeepLabv3 on ResNet-50 at 520x520 and output stride 8.
     for name, form, c, k, rates, side, suites in (
         ("layer3-3x3d2", "relu", 256, 256, (2,), 65, ("quick", "cpu", "gpu")),

@@ -8,6 +8,7 @@ is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,14 +165,39 @@ class _SoftmaxAdd(_Upsample):
         return _Op(ops.upsample_softmax_add, flip=self.flip)
 
 
+class _Fold(Plain):
+    """Filters times the scales of their batch norms, layer by layer, in the filters' dtype."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        # The filters, then all scales.
+        self.inputs = tuple(range(layers + 1))
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        *weights, scale = tensors
+        return [
+            torch.mul(
+                weight,
+                factor[:, None, None, None],
+                out=torch.empty_like(weight, memory_format=torch.channels_last),
+            )
+            for weight, factor in zip(
+                weights, scale.split([w.shape[0] for w in weights]), strict=True
+            )
+        ]
+
+    def fused(self, dtype: torch.dtype) -> nn.Module:
+        return _Op(lambda *tensors: ops.fold_filters(tensors[:-1], tensors[-1], tensors[0].dtype))
+
+
 class _Op(nn.Module):
     """A function as a module."""
 
-    def __init__(self, function: Callable[..., Tensor], **options: object) -> None:
+    def __init__(self, function: Callable[..., Any], **options: object) -> None:
         super().__init__()
         self.function, self.options = function, options
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Any:
         return self.function(*inputs, **self.options)
 
 
@@ -193,6 +219,7 @@ PLAIN: dict[str, Callable[[Size, str], Plain]] = {
     "aspp_branches": lambda s, form: Branches(s.c, s.rates, s.filters),
     "aspp_project": lambda s, form: Project(s.c, s.pooled, s.filters),
     "conv_bn_act": _conv_bn_act,
+    "fold_filters": lambda s, form: _Fold(len(s.layers)),
 }
 
 

@@ -29,8 +29,9 @@ from bench import (
     sanitize,
     worker,
 )
-from bench.op_cases import OpCase
+from bench.op_cases import OpCase, resnet50_filters
 from bench.registry import FORWARD, FORWARD_BACKWARD, Provider, Suite
+from deeplab_fast import get_model
 from deeplab_fast.dispatch import declare
 from deeplab_fast.dispatch.examples import Size
 from deeplab_fast.plan.taps import live_taps, output_size
@@ -112,6 +113,17 @@ def test_resnet50_costs_what_torchvision_publishes() -> None:
     auxiliary = 65 * 65 * (256 * 9 * 1024 + 21 * 256)
     cost = registry.case("model_logits/r50-os8-520-b1").cost(FORWARD, 4)
     assert (cost.dense_macs + auxiliary) / 1e9 == pytest.approx(178.722, abs=5e-4)
+
+
+def test_filters_of_resnet50_are_those_of_the_model() -> None:
+    with torch.device("meta"):
+        model = get_model("deeplabv3_resnet50")
+    found = [
+        tuple(m.weight.shape)
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d) and m.bias is None
+    ]
+    assert sorted(resnet50_filters()) == sorted(found)
 
 
 def test_costs_of_ops_are_the_bytes_of_their_tensors() -> None:
