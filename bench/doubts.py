@@ -273,6 +273,16 @@ def _launch_bound(known: Known) -> Said:
     return None
 
 
+def _captured(known: Known) -> Said:
+    rows = known.rows("ours training r50")
+    for what, row in rows.items():
+        graph = rows.get(f"{what}, CUDA graph")
+        if what.endswith(": deeplab_fast") and graph is not None:
+            ratio = row["ms"] / graph["ms"]
+            return (YES if ratio > _SAME else NO), f"{ratio:.2f}x as fast"
+    return None
+
+
 def _rule(known: Known) -> Said:
     found = known.matching("configure (aspp_branches|pointwise)")
     if not found:
@@ -445,8 +455,18 @@ DOUBTS = (
         "ours training r50 os16 b16 513",
         _launch_bound,
         {
-            YES: "the step needs fewer launches (a CUDA graph, foreach passes) first",
+            YES: "the step needs fewer launches (cuda_graph, foreach passes) first",
             NO: "faster kernels make a faster step",
+        },
+    ),
+    Doubt(
+        "graph",
+        "Does a captured training step (cuda_graph) take less time than its launches one by one?",
+        "ours training r50 os16 b16 513",
+        _captured,
+        {
+            YES: "the README says what cuda_graph gains",
+            NO: "the README advises cuda_graph for smaller models only",
         },
     ),
     Doubt(

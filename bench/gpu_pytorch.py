@@ -34,7 +34,7 @@ from .gpu_measure import (
 )
 from .model_cases import ModelLogits, ModelTrain
 from .op_cases import OS8_RATES, OS16_RATES, AsppHead
-from .providers import NHWC, Context, Runnable, runnable
+from .providers import NHWC, Context, Step, runnable
 from .registry import FORWARD, STEP, Arguments, Case
 
 DTYPE = torch.bfloat16
@@ -199,13 +199,15 @@ def step_case(
     return ModelTrain(op="model_train", suites=(), modes=(STEP,), **given)
 
 
-def step(case: ModelTrain, machine: Machine, args: Arguments, module: nn.Module) -> Runnable:
+def step(case: ModelTrain, machine: Machine, args: Arguments, module: nn.Module) -> Step:
     """A step of a module: fp32 weights in channels_last, autocast, SGD."""
 
     context: Context = nullcontext
     if not tiny(machine):
         context = partial(torch.autocast, machine.device, DTYPE)
-    return runnable(case, STEP, args, module, torch.float32, NHWC, context)
+    found = runnable(case, STEP, args, module, torch.float32, NHWC, context)
+    assert isinstance(found, Step)
+    return found
 
 
 def step_row(run: Callable[[int], object], machine: Machine) -> Row:

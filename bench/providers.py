@@ -143,7 +143,7 @@ class _Backward(_ForwardBackward):
         return self.gradient(0, self.out, keep=True)
 
 
-class _Step(Runnable):
+class Step(Runnable):
     """A training step with SGD; the rate is so small that hundreds of steps change little."""
 
     def __init__(self, module: nn.Module, inputs: Inputs, context: Context) -> None:
@@ -210,7 +210,7 @@ def _running(
     if mode == FORWARD:
         return (_Graphed if graphed else _Forward)(module, inputs, context)
     if mode == STEP:
-        return _Step(module, inputs, context)
+        return Step(module, inputs, context)
     kind = {FORWARD_BACKWARD: _ForwardBackward, BACKWARD: _Backward}[mode]
     return kind(module, inputs, args.cotangents, context)
 

@@ -117,9 +117,10 @@ def run(config: Namespace) -> int:
         tell("train", text)
         return 1
     except RuntimeError as error:
+        from deeplab_fast.engine.captured import CaptureFailed
         from deeplab_fast.engine.module import NonFiniteLoss
 
-        if not isinstance(error, NonFiniteLoss):
+        if not isinstance(error, (NonFiniteLoss, CaptureFailed)):
             raise
         tell("train", str(error))
         return 1

@@ -137,6 +137,9 @@ class TrainConfig:
     channels_last: bool = _option(True, "memory format of images and weights")
     fused: bool = _option(True, "the fused training forms: half of the activations")
     backend: str | None = _option(None, "auto, cuda, triton, cpu or reference", "NAME")
+    cuda_graph: bool = _option(
+        False, "capture a step as CUDA graphs, on one GPU; they keep the memory of a step"
+    )
 
     # Loss.
     loss: str = _option(

@@ -12,9 +12,11 @@ import lightning
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from deeplab_fast.data.classes import ClassSet, generic_classes
+from deeplab_fast.engine.captured import CapturedStep
 from deeplab_fast.engine.config import TrainConfig
 from deeplab_fast.engine.evaluate import ImageCounter, IndexedItem, equal_sizes
 from deeplab_fast.engine.losses import LabelSize, LossKind, SegmentationLoss
@@ -60,6 +62,11 @@ class SegmentationModule(lightning.LightningModule):
     were NaN or infinite the scores are logged as nan, so that no checkpoint is the best by them.
     Checkpoints hold the model as ``load_weights`` reads it.
 
+    With ``config.cuda_graph`` the forward and backward passes are CUDA graphs (``CapturedStep``),
+    on one GPU, with hooks and callbacks in the same order as without, but that
+    ``on_before_backward`` sees a loss without the network behind it. At the start of an epoch the
+    step is captured anew if the model was changed, such as by a callback that unfreezes.
+
     Args:
         model: as the builders return; its batch norms are changed as the config says.
         config: options under "Model", "Loss" and "Optimiser and schedule".
@@ -69,6 +76,7 @@ class SegmentationModule(lightning.LightningModule):
         total_steps: length of the schedule; default: ``config.steps``, or what the trainer
             estimates.
         name: gives a training sample's path for its index, for messages.
+        tell: takes a line about what is captured.
 
     Attributes:
         metrics: the last validation's ``Metrics``, ``confusion`` its counts, ``not_finite`` its
@@ -90,6 +98,7 @@ class SegmentationModule(lightning.LightningModule):
         class_weights: Sequence[float] | None = None,
         total_steps: int | None = None,
         name: Callable[[int], str] | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -134,6 +143,7 @@ class SegmentationModule(lightning.LightningModule):
         self.not_finite: dict[str, int] = {}
         # A function: deepcopy would follow a bound method to its object, the data.
         self._name = None if name is None else lambda index: name(index)
+        self._tell = None if tell is None else lambda text: tell(text)
         self._counter: ImageCounter | None = None
         self._confusion: Tensor | None = None
         self._spoiled: list[tuple[str, Tensor]] = []
@@ -141,6 +151,7 @@ class SegmentationModule(lightning.LightningModule):
         self.last_step: dict[str, Tensor | float] = {}
         self._window: list[tuple[dict[str, Tensor], Tensor]] = []
         self._restore = ExitStack()
+        self._captured: CapturedStep | None = None
 
     def _freeze(self) -> None:
         """What the config wants to stay as it is; an auxiliary head without a loss too."""
@@ -235,6 +246,27 @@ class SegmentationModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         self._window.clear()
+        self._captured = None
+        if self.config.cuda_graph:
+            strategy = self.trainer.strategy
+            if not isinstance(strategy, SingleDeviceStrategy):
+                raise ValueError(
+                    f"cuda_graph: the training is by {type(strategy).__name__}, expected one "
+                    "process and one GPU; train with cuda_graph=false, or with "
+                    "--trainer.devices 1"
+                )
+            self._captured = CapturedStep(self.model, self.losses, self.device, self._tell)
+
+    def on_train_epoch_start(self) -> None:
+        if self._captured is not None:
+            self._captured.renew()
+
+    def on_train_end(self) -> None:
+        self.drop_graphs()
+
+    def drop_graphs(self) -> None:
+        """Frees what a captured step holds, also where training was cut off."""
+        self._captured = None
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         words = [self.config.seed & 0xFFFFFFFFFFFFFFFF, self.current_epoch, batch_idx]
@@ -245,7 +277,8 @@ class SegmentationModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels, indices = batch
         with self._memory_explained(batch[2]):
-            losses = self.losses(self.inputs(images), labels)
+            run = self.losses if self._captured is None else self._captured.losses
+            losses = run(self.inputs(images), labels)
         self._window.append(({k: v.detach() for k, v in losses.items()}, indices))
         count = images.shape[0]
         for name, value in losses.items():
@@ -255,7 +288,10 @@ class SegmentationModule(lightning.LightningModule):
 
     def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
         with self._memory_explained(self._window[-1][1]):
-            super().backward(loss, *args, **kwargs)
+            if self._captured is None:
+                super().backward(loss, *args, **kwargs)
+            else:
+                self._captured.backward(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         window, self._window = self._window, []

@@ -42,6 +42,7 @@ _FREE = frozenset(
         "check_data",
         "val_batch_size",
         "backend",
+        "cuda_graph",
         "trainer",
         "root",
         "val_root",

@@ -136,6 +136,7 @@ def fit(
         TrainingUnavailable: Lightning cannot be imported.
         ValueError, OSError: options, data, weights or a checkpoint that do not fit.
         NonFiniteLoss: a loss that is nan or infinite; names the batch.
+        CaptureFailed: with ``config.cuda_graph`` a step that waits for the device.
         MemoryError: names the batch and what to lower.
         CheckpointNotWritten: a full disk; the former checkpoint is whole.
     """
@@ -157,7 +158,7 @@ def fit(
     data = _checked_data(config, data, tell, progress)
     if model is None:
         model = build_model(config, data.train.outputs, data.train.classes)
-    module, steps = _module(config, model, data)
+    module, steps = _module(config, model, data, tell)
     saver = parts.RunCheckpoint(
         folder / "checkpoints",
         minutes=config.checkpoint_minutes,
@@ -238,7 +239,7 @@ def _checked_data(
 
 
 def _module(
-    config: TrainConfig, model: DeepLabV3, data: SegmentationData
+    config: TrainConfig, model: DeepLabV3, data: SegmentationData, tell: Callable[[str], None]
 ) -> tuple[SegmentationModule, int]:
     """What Lightning trains, and the steps of the run."""
     from deeplab_fast.engine.module import SegmentationModule
@@ -255,6 +256,7 @@ def _module(
         class_weights=_class_weights(config, data),
         total_steps=steps,
         name=data.source_of,
+        tell=tell,
     )
     return module, steps
 
@@ -297,6 +299,7 @@ def _run(
             return str(stop)
         finally:
             module.end_validation()
+            module.drop_graphs()
     return None
 
 

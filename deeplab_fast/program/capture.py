@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -27,6 +27,12 @@ class Fence(Protocol):
 
 class Capture(Protocol):
     """What graphs of a device are made with."""
+
+    def reason(self, device: torch.device) -> str:
+        """Why a device has no graphs; "" where it has."""
+
+    def warm_up(self, device: torch.device) -> AbstractContextManager[None]:
+        """In which to run what is captured later, and its backward pass, as PyTorch asks."""
 
     def in_progress(self) -> bool:
         """Whether the current stream is being captured, by whomever."""
@@ -79,6 +85,25 @@ class _CudaFence:
 
 class CudaCapture:
     """`Capture` by torch.cuda.CUDAGraph."""
+
+    def __init__(self) -> None:
+        # One a device: each keeps the memory that it has allocated.
+        self._side: dict[torch.device, torch.cuda.Stream] = {}
+
+    def reason(self, device: torch.device) -> str:
+        return "" if device.type == "cuda" else f"{device.type} has no CUDA graphs"
+
+    @contextmanager
+    def warm_up(self, device: torch.device) -> Iterator[None]:
+        # What autograd keeps of a parameter belongs to the stream that first used it, and a capture
+        # cannot wait for the default stream.
+        side = self._side.get(device)
+        if side is None:
+            side = self._side[device] = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            yield
+        torch.cuda.current_stream(device).wait_stream(side)
 
     def in_progress(self) -> bool:
         return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,8 +31,18 @@ class Fence:
         self._done.append("synchronize")
 
 
+class _Owner:
+    pass
+
+
 class StandInCapture:
     """`deeplab_fast.program.capture.Capture` for tensors on the CPU.
+
+    A capture on a GPU runs nothing. Here it runs, which shows where the function writes into what
+    it read, as a training step does.
+
+    Args:
+        once: the first replay of a capture does nothing, so that both together run once.
 
     Attributes:
         capturing: what `in_progress` answers outside its own captures: somebody else's capture.
@@ -41,9 +53,11 @@ class StandInCapture:
         device_seconds: what `seconds` answers: None while the device is behind.
         fences: what was done with fences, in order.
         error: raised by the next capture.
+        owners: of memory, that are still kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, once: bool = False) -> None:
+        self.once = once
         self.capturing = False
         self.captures = self.replays = self.pools = self.marks = 0
         self.bytes_of_pool, self.bytes_of_device = 0, 2**34
@@ -52,6 +66,13 @@ class StandInCapture:
         self.error: Exception | None = None
         # As the current stream is a thread's own.
         self._here = threading.local()
+        self.owners: WeakSet[_Owner] = WeakSet()
+
+    def reason(self, device: torch.device) -> str:
+        return ""
+
+    def warm_up(self, device: torch.device) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def in_progress(self) -> bool:
         return self.capturing or getattr(self._here, "recording", False)
@@ -91,16 +112,23 @@ class StandInCapture:
             raise error
         self.captures += 1
         results = once()
+        ran = self.once
 
         def replay() -> None:
+            nonlocal ran
             self.replays += 1
+            if ran:
+                ran = False
+                return
             again = once()
             old, new = pytree.tree_leaves(results), pytree.tree_leaves(again)
             for before, after in zip(old, new, strict=True):
                 if isinstance(before, Tensor):
                     _overwrite(before, after)
 
-        return results, replay, object()
+        owner = _Owner()
+        self.owners.add(owner)
+        return results, replay, owner
 
 
 def _overwrite(before: Tensor, after: Any) -> None:

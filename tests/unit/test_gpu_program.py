@@ -443,6 +443,22 @@ FEW = [f"row {row} {dtype} few filters" for row in range(3, 7) for dtype in gpu_
         ("fold", [folded(0.08), outcome("pytorch ceilings", result={"rows": [COPY]})], "yes"),
         ("fold", [folded(0.2), outcome("pytorch ceilings", result={"rows": [COPY]})], "no"),
         ("fold", [folded(0.08)], None),
+        (
+            "graph",
+            [outcome("ours training r50", result={"rows": [
+                {"what": "step: deeplab_fast", "ms": 60.0},
+                {"what": "step: deeplab_fast, CUDA graph", "ms": 50.0},
+            ]})],
+            "yes",
+        ),
+        (
+            "graph",
+            [outcome("ours training r50", result={"rows": [
+                {"what": "step: deeplab_fast", "ms": 60.0},
+                {"what": "step: deeplab_fast, CUDA graph", "problem": "not captured"},
+            ]})],
+            None,
+        ),
         ("rule", [outcome("configure pointwise x", result={"ms": {}})], "yes"),
         (
             "gather",

@@ -27,6 +27,8 @@ COLOURS = np.array(((128, 128, 128), (220, 40, 40), (40, 200, 40), (40, 40, 220)
 class TinyBackbone(nn.Module):
     """Four 3x3 convolutions of stride 2; the last gives its stride up for dilation."""
 
+    capturable = True
+
     def __init__(self, output_stride=16, aux=False):
         super().__init__()
         widths = (3, 8, 8, 16, 16)
