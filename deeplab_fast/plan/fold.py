@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from math import prod
@@ -152,7 +153,7 @@ def fold_table(layers: Sequence[Filters], itemsize: int) -> FoldTable:
     rows = np.zeros((len(layers), LAYER_FIELDS), np.int64)
     first = starts(layer.shape for layer in layers)
     counts: list[int] = []
-    filters = 0
+    filters = tiles = 0
     for row, layer, start, end in zip(rows, layers, first, first[1:], strict=False):
         facts = _cut(layer, itemsize)
         tile = VECTORS if facts[LayerField.WHOLE] else PAIRS
@@ -163,12 +164,13 @@ def fold_table(layers: Sequence[Filters], itemsize: int) -> FoldTable:
             LayerField.END: start + size,
             LayerField.GAP: end - start - size,
             LayerField.SCALE: filters,
-            LayerField.TILE: sum(counts),
+            LayerField.TILE: tiles,
         }
         for field, value in facts.items():
             row[field] = value
         filters += layer.shape[0]
         counts.append(-(-facts[LayerField.UNITS] // tile))
+        tiles += counts[-1]
     return FoldTable(rows, np.repeat(np.arange(len(layers), dtype=np.int32), counts))
 
 
@@ -238,7 +240,7 @@ def device_tables(weights: Sequence[Tensor]) -> Tables:
     tables = _captured.get(key)
     if tables is not None:
         return tables
-    tables = _latest.pop(key, None)
+    tables = _latest.get(key)
     if tables is None:
         table = fold_table([Filters(*fact) for fact in facts], x.element_size())
         what = f"the table of these {len(facts)} layers' filters is"
@@ -249,6 +251,9 @@ def device_tables(weights: Sequence[Tensor]) -> Tables:
         _captured[key] = tables
         return tables
     _latest[key] = tables
+    with suppress(KeyError):
+        # Unless another thread has dropped it at this moment.
+        _latest.move_to_end(key)
     if len(_latest) > MOST_TABLES:
         _, dropped = _latest.popitem(last=False)
         if dropped.tiles.is_cuda:
