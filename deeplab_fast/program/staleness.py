@@ -16,6 +16,8 @@ bytes nor version counters.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,25 +51,29 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, values: bool = True) -> None:
-        self._identity = _identity if values else _place
         self._model = model._modules
         self._parts = [(part, model._modules.get(part)) for part in _PARTS]
         inner = [m for _, root in self._parts if root is not None for m in root.modules()]
         watched = {id(m): m for m in inner if _is_watched(type(m)) or has_hooks(m)}.values()
-        self._modules = [_ModuleState(m) for m in watched]
+        self._modules = [_module_state(m) for m in watched]
         self._classes = [(cls, is_intact_class(cls)) for cls in {type(m) for m in watched}]
-        self._tensors = [
-            (holder, key, tensor, self._identity(tensor))
+        held = [
+            (holder, key, tensor)
             for m in watched
             for holder in (m._parameters, m._buffers)
             for key, tensor in holder.items()
             # Counts batches of training.
             if key != "num_batches_tracked"
         ]
+        self._held = [(holder.get, key, tensor) for holder, key, tensor in held]
+        ordinary = [t for _, _, t in held if t is not None and type(t) in (Tensor, nn.Parameter)]
+        tensors = {id(t): t for t in ordinary}.values()
+        self._places = [(t, type(t), t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+        # Tensors made in inference mode have no version counter.
+        self._versions = [(t, t._version) for t in tensors if values and not t.is_inference()]
         self._bytes: _Bytes | None = None
         if values:
-            hashed = {id(t): t for _, _, t, _ in self._tensors if t is not None}
-            self._bytes = _Bytes([t.detach() for t in hashed.values() if _has_fp32_bytes(t)])
+            self._bytes = _Bytes([t.detach() for t in tensors if _has_fp32_bytes(t)])
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether it was taken of this model; a shallow copy has parts of its own."""
@@ -77,12 +83,38 @@ class Snapshot:
         """Whether nothing has changed since."""
         return self.same_structure() and self.same_tensors() and self.same_bytes()
 
+    # Asked at every call, of 200 modules and 300 tensors: what a loop can look at by itself is not
+    # in a function, and is looked up beforehand.
+
     def same_structure(self) -> bool:
         """Modules, their attributes, hooks and children."""
         try:
-            return all([self._model.get(part) is root for part, root in self._parts]) and all(
-                [state.same() for state in self._modules]
-                + [is_intact_class(cls) == was for cls, was in self._classes]
+            return (
+                all([self._model.get(part) is root for part, root in self._parts])
+                # Values that are the same object, as the dictionaries of parameters and hooks are,
+                # compare at once.
+                and all(
+                    [
+                        now == attributes
+                        and type(module) is cls
+                        and bool(hooks or pre_hooks) == hooked
+                        and (not children or tuple(named.items()) == children)
+                        and (not containers or all(value == kept for value, kept in containers))
+                        for (
+                            module,
+                            cls,
+                            now,
+                            attributes,
+                            hooks,
+                            pre_hooks,
+                            hooked,
+                            named,
+                            children,
+                            containers,
+                        ) in self._modules
+                    ]
+                )
+                and all([is_intact_class(cls) == was for cls, was in self._classes])
             )
         except (RuntimeError, TypeError, ValueError):
             # An attribute that has no equality, such as a tensor, has been exchanged.
@@ -90,12 +122,24 @@ class Snapshot:
 
     def same_tensors(self) -> bool:
         """Identity and storage of every tensor, and its version if values count."""
-        return all(
-            [
-                holder.get(key) is tensor and self._identity(tensor) == identity
-                for holder, key, tensor, identity in self._tensors
-            ]
-        )
+        try:
+            return (
+                all([get(key) is tensor for get, key, tensor in self._held])
+                and all(
+                    [
+                        t.data_ptr() == address
+                        and t.shape == shape
+                        and t.stride() == stride
+                        and t.dtype is dtype
+                        and type(t) is cls
+                        for t, cls, address, shape, stride, dtype in self._places
+                    ]
+                )
+                and all([t._version == version for t, version in self._versions])
+            )
+        except RuntimeError:
+            # It is no ordinary tensor any more: one without a storage or a version counter.
+            return False
 
     def same_bytes(self) -> bool:
         """Contents of every tensor, if values count."""
@@ -107,32 +151,25 @@ class Snapshot:
         return 0 if self._bytes is None else self._bytes.held
 
 
-class _ModuleState:
-    __slots__ = ("attributes", "children", "containers", "hooked", "module", "now", "type")
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.type = type(module)
-        self.now = module.__dict__
-        self.attributes = dict(module.__dict__)
-        self.children = tuple(module._modules.items())
-        # Settings that could be changed in place, such as return_layers.
-        self.containers = [
-            (value, dict(value))
-            for key, value in module.__dict__.items()
-            if type(value) is dict and not key.startswith("_")
-        ]
-        self.hooked = has_hooks(module)
-
-    def same(self) -> bool:
-        # Values that are the same object, as the dictionaries of parameters are, compare at once.
-        return (
-            self.now == self.attributes
-            and type(self.module) is self.type
-            and has_hooks(self.module) == self.hooked
-            and (not self.children or tuple(self.module._modules.items()) == self.children)
-            and all(value == copy for value, copy in self.containers)
-        )
+def _module_state(module: nn.Module) -> tuple[Any, ...]:
+    # Settings that could be changed in place, such as return_layers.
+    containers = [
+        (value, dict(value))
+        for key, value in module.__dict__.items()
+        if type(value) is dict and not key.startswith("_")
+    ]
+    return (
+        module,
+        type(module),
+        module.__dict__,
+        dict(module.__dict__),
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        has_hooks(module),
+        module._modules,
+        tuple(module._modules.items()),
+        containers,
+    )
 
 
 def _is_watched(cls: type[nn.Module]) -> bool:
@@ -142,21 +179,6 @@ def _is_watched(cls: type[nn.Module]) -> bool:
 
 def _has_fp32_bytes(tensor: Tensor) -> bool:
     return is_dense(tensor) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
-
-
-def _place(tensor: Tensor | None) -> tuple[object, ...] | None:
-    if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
-        return None
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _identity(tensor: Tensor | None) -> tuple[object, ...] | None:
-    place = _place(tensor)
-    if place is None:
-        return None
-    assert tensor is not None
-    # Tensors made in inference mode have no version counter.
-    return *place, -1 if tensor.is_inference() else tensor._version
 
 
 class _Bytes:
