@@ -203,11 +203,20 @@ class Graphs:
                     self._pool, self._fence = graphs.pool(self.device), graphs.fence(self.device)
                 own.copy_(x)
                 graph = Graph(own, *graphs.record(lambda: step(own), self.device, self._pool))
-        except RuntimeError as error:
+        except torch.OutOfMemoryError:
             seen.refused = True
             self._drop()
-            logger.info(
-                "no CUDA graph of inputs %s: %s", list(x.shape), " ".join(str(error).split())[:300]
+            logger.info("no CUDA graph of inputs %s: there is no memory for it", list(x.shape))
+            return None
+        except RuntimeError as error:
+            # A second one would not fare better, and PyTorch may not be over this one.
+            self._given_up = True
+            self._drop()
+            logger.warning(
+                "a CUDA graph of inputs %s could not be captured, and none is made any more (set "
+                "cuda_graphs = False): %s",
+                list(x.shape),
+                " ".join(str(error).split())[:300],
             )
             return None
         alone = not self._graphs

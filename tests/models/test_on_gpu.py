@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import deeplab_fast as dlf
-from deeplab_fast.dispatch.errors import SAVING
+from deeplab_fast.dispatch.errors import SAVING, norm_error
 from deeplab_fast.ops import _cudnn, folded_conv
 from deeplab_fast.program import capture, gpu_layers, inference, layers
 from deeplab_fast.testing import deterministic
@@ -408,15 +408,30 @@ def test_switching_graphs_off_and_training_free_them(graphs: StandInCapture) -> 
         assert model.prepared_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "message", "others"),
+    [
+        (RuntimeError("operation not permitted"), "operation not permitted", 0),
+        (torch.OutOfMemoryError("CUDA out of memory"), "no memory", 1),
+    ],
+    ids=["failed", "memory"],
+)
 def test_a_capture_that_fails_is_not_tried_again(
-    graphs: StandInCapture, caplog: pytest.LogCaptureFixture
+    error: Exception,
+    message: str,
+    others: int,
+    graphs: StandInCapture,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = small()
-    model.cuda_graphs, graphs.error = True, RuntimeError("operation not permitted")
+    model.cuda_graphs, graphs.error = True, error
     with caplog.at_level("INFO", "deeplab_fast"):
         y = calls(model, X, 4)[-1]
-    assert graphs.captures == 0 and "operation not permitted" in caplog.text
-    assert error(y, plain(model, X)["out"]) <= SAVING
+    assert graphs.captures == 0 and message in caplog.text
+    assert norm_error(y, plain(model, X)["out"]) <= SAVING
+    # Another shape may have the memory.
+    calls(model, X[..., :17], 2)
+    assert graphs.captures == others
 
 
 def test_out_of_memory_frees_graphs_first(
