@@ -45,21 +45,29 @@ void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
 void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
                  const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
                  std::string_view act);
+Tensor conv_weight_gradient(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t stride,
+                            int64_t dilation, bool spreads);
 
 // csrc/cpu/batch_norm_ops.cpp
-std::tuple<Tensor, Tensor> batch_stats(const Tensor& x);
+std::tuple<Tensor, Tensor, Tensor> batch_stats(const Tensor& x, double eps,
+                                               const std::optional<Tensor>& running_mean,
+                                               const std::optional<Tensor>& running_var,
+                                               const std::optional<Tensor>& num_batches_tracked,
+                                               std::optional<double> momentum);
 Tensor bn_act(const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& weight,
-              const Tensor& bias, const std::optional<Tensor>& residual, std::string_view act);
+              const Tensor& bias, const std::optional<Tensor>& residual,
+              std::optional<std::string_view> act);
 std::tuple<Tensor, Tensor> bn_act_reduce(const Tensor& grad, const Tensor& x, const Tensor& mean,
                                          const Tensor& rstd, const Tensor& weight,
                                          const Tensor& bias, const std::optional<Tensor>& out,
-                                         std::string_view act);
+                                         std::optional<std::string_view> act);
 std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
                                            const Tensor& rstd, const Tensor& weight,
                                            const Tensor& bias, const std::optional<Tensor>& out,
                                            const std::optional<Tensor>& mean_grad,
                                            const std::optional<Tensor>& mean_grad_xhat,
-                                           std::string_view act, bool to_residual);
+                                           std::optional<std::string_view> act, bool to_residual,
+                                           double count);
 
 }  // namespace deeplab_fast::cpu
 
@@ -100,13 +108,18 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
   m.def(
       "_conv_pixels_cpu(Tensor x, Tensor weight, Tensor shift, Tensor? residual, Tensor(a!) out, "
       "int channel_offset, str act) -> ()");
-  m.def("_batch_stats_cpu(Tensor x) -> (Tensor, Tensor)");
-  m.def("_bn_act_cpu(" DEEPLAB_FAST_BATCH_NORM "Tensor? residual, str act) -> Tensor");
+  m.def(
+      "_conv_weight_gradient_cpu(Tensor grad, Tensor x, int kernel, int stride, int dilation, "
+      "bool spreads) -> Tensor");
+  m.def(
+      "_batch_stats_cpu(Tensor x, float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum) -> (Tensor, Tensor, Tensor)");
+  m.def("_bn_act_cpu(" DEEPLAB_FAST_BATCH_NORM "Tensor? residual, str? act) -> Tensor");
   m.def("_bn_act_reduce_cpu(Tensor grad, " DEEPLAB_FAST_BATCH_NORM
-        "Tensor? out, str act) -> (Tensor, Tensor)");
+        "Tensor? out, str? act) -> (Tensor, Tensor)");
   m.def("_bn_act_backward_cpu(Tensor grad, " DEEPLAB_FAST_BATCH_NORM
-        "Tensor? out, Tensor? mean_grad, Tensor? mean_grad_xhat, str act, bool to_residual) "
-        "-> (Tensor, Tensor)");
+        "Tensor? out, Tensor? mean_grad, Tensor? mean_grad_xhat, str? act, bool to_residual, "
+        "float count) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
@@ -122,6 +135,7 @@ TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
   m.impl("_conv_prepare_tiles_cpu", &cpu::conv_prepare_tiles);
   m.impl("_conv_tiles_cpu", &cpu::conv_tiles);
   m.impl("_conv_pixels_cpu", &cpu::conv_pixels);
+  m.impl("_conv_weight_gradient_cpu", &cpu::conv_weight_gradient);
   m.impl("_batch_stats_cpu", &cpu::batch_stats);
   m.impl("_bn_act_cpu", &cpu::bn_act);
   m.impl("_bn_act_reduce_cpu", &cpu::bn_act_reduce);

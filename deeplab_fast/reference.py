@@ -100,14 +100,54 @@ def fold_filters(weights: Sequence[Tensor], scale: Tensor, results: Sequence[Ten
         torch.mul(weight, factor[:, None, None, None], out=result)
 
 
-def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, biased variance) of each channel of x [N, C, H, W], in `compute_dtype`; 0 without
-    values."""
+def batch_stats(
+    x: Tensor,
+    eps: float = 0.0,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    momentum: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, biased variance, 1 / sqrt(variance + eps)) of each channel of x [N, C, H, W], in
+    `compute_dtype`; mean and variance 0 without values. Running statistics are updated where they
+    are given, as by `update_running`."""
     x = x.to(compute_dtype(x.dtype))
-    if not x.numel():
-        return x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
-    variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-    return mean, variance
+    if x.numel():
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    else:
+        mean, variance = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+    if running_mean is not None and running_var is not None:
+        count = x.numel() // x.shape[1]
+        running = (running_mean, running_var, num_batches_tracked)
+        update_running(*running, momentum, mean, variance, count)
+    return mean, variance, torch.rsqrt(variance + eps)
+
+
+@torch.no_grad()
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
+) -> None:
+    """Running statistics as nn.BatchNorm2d keeps them, in place, from those of `count` values.
+
+        running = (1 - momentum) * running + momentum * (mean, or variance * count / (count - 1))
+
+    Momentum None is 1 / batches, with the batch at hand, or 0 where these are not counted.
+    """
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(num_batches_tracked)
+    if momentum is None:
+        momentum = 0.0
+    unbiased = variance * (count / max(count - 1, 1))
+    for kept, now in ((running_mean, mean), (running_var, unbiased)):
+        kept.mul_(1 - momentum).add_(now.to(kept.dtype), alpha=momentum)
 
 
 def bn_act(
@@ -158,18 +198,20 @@ def bn_act_backward(
     mean_grad_xhat: Tensor | None,
     act: str | None,
     to_residual: bool,
+    count: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `bn_act` to x and, if `to_residual`, to residual (else empty).
 
     With g and xhat as in `bn_act_reduce` and its sums divided by the number of values,
         dx = rstd * weight * (g - mean_grad - xhat * mean_grad_xhat), d residual = g,
     where mean and rstd are those of x; where they are constants both means are None, for zero.
+    Both are divided by `count`, so that sums may be given in their place.
     """
     g = _before_act_grad(grad, x, mean, rstd, weight, bias, out, act)
     dx = g
     if mean_grad is not None and mean_grad_xhat is not None:
-        dx = dx - _per_channel(mean_grad, g.dtype)
-        dx = dx - _normalised(x, mean, rstd) * _per_channel(mean_grad_xhat, g.dtype)
+        dx = dx - _per_channel(mean_grad / count, g.dtype)
+        dx = dx - _normalised(x, mean, rstd) * _per_channel(mean_grad_xhat / count, g.dtype)
     dx = dx * _per_channel(rstd * weight, g.dtype)
     residual = g if to_residual else g.new_empty(0)
     return _stored(dx, x.dtype), _stored(residual, x.dtype)
@@ -319,7 +361,7 @@ def aspp_convs(
     ]
     y = torch.cat(branches, 1).contiguous(memory_format=torch.channels_last)
     empty = y.new_empty(0, dtype=compute_dtype(y.dtype))
-    return (y, *(batch_stats(y) if stats else (empty, empty.clone())))
+    return (y, *(batch_stats(y)[:2] if stats else (empty, empty.clone())))
 
 
 def aspp_convs_backward(

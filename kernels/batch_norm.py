@@ -37,20 +37,31 @@ def not_supported_reasons(desc: OpDesc) -> list[str]:
     return limits.triton(desc)
 
 
-def batch_stats(x: Tensor, config: BatchNormConfig | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel.
+def batch_stats(
+    x: Tensor,
+    eps: float = 0.0,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    momentum: float | None = None,
+    config: BatchNormConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and 1 / sqrt(variance + eps) of each channel.
 
     Args:
         x: [N, C, H, W] fp16, bf16 or fp32.
+        running_mean, running_var: [C] contiguous fp32, updated in place as by
+            `reference.update_running` where x has values, or None.
+        num_batches_tracked, momentum: as there.
         config: None for the choice by rule.
 
     Returns:
-        mean [C], variance [C], fp32; zeros without values.
+        three [C], fp32; mean and variance 0 without values.
     """
     channels = x.shape[1]
-    mean, variance = _fp32_like(x, channels), _fp32_like(x, channels)
+    mean, variance, rstd = (_fp32_like(x, channels) for _ in range(3))
     if not x.numel():
-        return mean.zero_(), variance.zero_()
+        return mean.zero_(), variance.zero_(), rstd.fill_(eps).rsqrt_()
     kernels = launch.device_module("batch_norm_kernels")
     maps = _Maps(config, True, x)
     partial_mean, partial_m2 = (_fp32_like(x, maps.chunks, channels) for _ in range(2))
@@ -60,12 +71,22 @@ def batch_stats(x: Tensor, config: BatchNormConfig | None = None) -> tuple[Tenso
             maps.pixels, maps.units, *maps.strides, maps.tiles, maps.chunks, maps.tiles_c,
             **maps.reducing_options(),
         )  # fmt: skip
+        counts = num_batches_tracked is not None
+        cumulative = counts and momentum is None
+        if num_batches_tracked is not None and cumulative:
+            # All programs read it.
+            num_batches_tracked.add_(1)
+        share = 0.0 if momentum is None else momentum
         kernels.stats_combine_kernel[grid(-(-channels // _COMBINED_CHANNELS))](
-            partial_mean, partial_m2, mean, variance,
+            partial_mean, partial_m2, mean, variance, rstd,
+            running_mean, running_var, num_batches_tracked,
             maps.pixels, channels, maps.tiles, maps.chunks, maps.config.block_p,
+            float(eps), float(share), float(1 - share),
+            UPDATES=running_mean is not None,
+            COUNTS=counts and not cumulative, CUMULATIVE=cumulative,
             **_combining_options(maps.chunks),
         )  # fmt: skip
-    return mean, variance
+    return mean, variance, rstd
 
 
 def bn_act(
@@ -164,6 +185,7 @@ def bn_act_backward(
     mean_grad_xhat: Tensor | None,
     act: str | None,
     to_residual: bool,
+    count: float = 1.0,
     config: BatchNormConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx = rstd * weight * (g - mean_grad - xhat * mean_grad_xhat), and g, with the g and xhat of
@@ -173,6 +195,7 @@ def bn_act_backward(
         grad, ..., bias, out, act: as for `bn_act_reduce`.
         mean_grad, mean_grad_xhat: [C], any float dtype, used in fp32; both None for zero.
         to_residual: give g, the gradient of the residual, as well.
+        count: by which both means are divided, so that sums may be given in their place.
         config: None for the choice by rule.
 
     Returns:
@@ -193,7 +216,7 @@ def bn_act_backward(
         kernels.bn_act_backward_kernel[grid(maps.tiles * maps.tiles_c)](
             read_grad, read_x, *map(fp32, (mean, rstd, weight, bias)), read_out,
             *(means or (None, None)), dx, residual_grad if to_residual else None,
-            maps.pixels, maps.units, *maps.strides, maps.tiles_c,
+            maps.pixels, maps.units, *maps.strides, maps.tiles_c, 1.0 / count,
             HAS_OUT=read_out is not None, HAS_MEANS=means is not None, TO_RESIDUAL=to_residual,
             ACT=act or "none",
             **maps.one_pass_options(),

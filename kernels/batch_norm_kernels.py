@@ -176,14 +176,27 @@ def batch_stats_kernel(
     tl.store(m2_ptr + at, m2, mask=exists)
 
 
-@triton.jit(do_not_specialize=["pixels", "channels", "tiles", "chunks", "block_p"])
+@triton.jit(
+    do_not_specialize=[
+        "pixels", "channels", "tiles", "chunks", "block_p", "eps", "share", "kept",
+    ]
+)  # fmt: skip
 def stats_combine_kernel(
-    mean_ptr, m2_ptr, result_mean_ptr, variance_ptr,
-    pixels, channels, tiles, chunks, block_p,
+    mean_ptr, m2_ptr, result_mean_ptr, variance_ptr, rstd_ptr,
+    running_mean_ptr, running_var_ptr, batches_ptr,
+    pixels, channels, tiles, chunks, block_p, eps, share, kept,
     CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
+    UPDATES: tl.constexpr, COUNTS: tl.constexpr, CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance [C] of all chunks of batch_stats_kernel, whose tiles have block_p
-    pixels.
+    """Mean, biased variance and 1 / sqrt(variance + eps) [C] of all chunks of batch_stats_kernel,
+    whose tiles have block_p pixels.
+
+    Args:
+        UPDATES: running_mean and running_var [C] fp32 become kept times themselves plus share times
+            the mean and the unbiased variance.
+        COUNTS: batches, one int64, is increased by 1.
+        CUMULATIVE: share is 1 / batches in place of the argument, and kept the rest of 1; batches
+            counts this one already.
 
     Grid: tiles of BLOCK_C channels.
     """
@@ -204,8 +217,22 @@ def stats_combine_kernel(
         new_m2 = tl.load(m2_ptr + at, mask=inside, other=0.0)
         count, mean, m2 = _merged(count, mean, m2, new_count, new_mean, new_m2)
     count, mean, m2 = _over_rows(count, mean, m2)
+    variance = tl.div_rn(m2, count)
     tl.store(result_mean_ptr + col, mean, mask=exists)
-    tl.store(variance_ptr + col, tl.div_rn(m2, count), mask=exists)
+    tl.store(variance_ptr + col, variance, mask=exists)
+    tl.store(rstd_ptr + col, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), mask=exists)
+    if UPDATES:
+        if CUMULATIVE:
+            share = tl.div_rn(1.0, tl.load(batches_ptr).to(tl.float32))
+            kept = 1.0 - share
+        unbiased = variance * tl.div_rn(count, tl.maximum(count - 1.0, 1.0))
+        old_mean = tl.load(running_mean_ptr + col, mask=exists, other=0.0)
+        old_var = tl.load(running_var_ptr + col, mask=exists, other=0.0)
+        tl.store(running_mean_ptr + col, tl.fma(mean, share, kept * old_mean), mask=exists)
+        tl.store(running_var_ptr + col, tl.fma(unbiased, share, kept * old_var), mask=exists)
+    if COUNTS:
+        if tl.program_id(0) == 0:
+            tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
 @triton.jit(do_not_specialize=["pixels", "channels", "stride_x", "stride_r", "tiles_c"])
@@ -309,11 +336,15 @@ def sums_combine_kernel(
     tl.store(result_xhat_ptr + col, tl.sum(sums_xhat, 0), mask=exists)
 
 
-@triton.jit(do_not_specialize=["pixels", "channels", "stride_g", "stride_x", "stride_o", "tiles_c"])
+@triton.jit(
+    do_not_specialize=[
+        "pixels", "channels", "stride_g", "stride_x", "stride_o", "tiles_c", "per_value",
+    ]
+)  # fmt: skip
 def bn_act_backward_kernel(
     grad_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, out_ptr,
     mean_grad_ptr, mean_grad_xhat_ptr, dx_ptr, residual_grad_ptr,
-    pixels, channels, stride_g, stride_x, stride_o, tiles_c,
+    pixels, channels, stride_g, stride_x, stride_o, tiles_c, per_value,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, VEC: tl.constexpr,
     HAS_OUT: tl.constexpr, HAS_MEANS: tl.constexpr, TO_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
@@ -321,7 +352,8 @@ def bn_act_backward_kernel(
 
     Args:
         grad_ptr, ..., stride_o: as for bn_act_reduce_kernel. dx and residual_grad are dense.
-        mean_grad_ptr, mean_grad_xhat_ptr: [C] fp32 where HAS_MEANS, else taken as zero.
+        mean_grad_ptr, mean_grad_xhat_ptr: [C] fp32 where HAS_MEANS, both times per_value; else
+            taken as zero.
 
     Without the means x is read only where the activation needs it.
 
@@ -348,8 +380,8 @@ def bn_act_backward_kernel(
         tl.store(residual_grad_ptr + to, g.to(residual_grad_ptr.dtype.element_ty), mask=inside)
     dx = g
     if HAS_MEANS:
-        mean_grad = tl.load(mean_grad_ptr + col, mask=exists, other=0.0)
-        slope = rstd * tl.load(mean_grad_xhat_ptr + col, mask=exists, other=0.0)
+        mean_grad = tl.load(mean_grad_ptr + col, mask=exists, other=0.0) * per_value
+        slope = rstd * (tl.load(mean_grad_xhat_ptr + col, mask=exists, other=0.0) * per_value)
         dx = tl.fma(mean[None, :] - x, slope[None, :], g - mean_grad[None, :])
     dx = (dx * scale[None, :]).to(dx_ptr.dtype.element_ty)
     tl.store(dx_ptr + to, dx, mask=inside)

@@ -1,10 +1,15 @@
 // The convolution kernels on CPU tensors: checks, threads, memory.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -91,6 +96,86 @@ Epilogue make_epilogue(const Tensor& x, const Tensor& shift, const std::optional
   TORCH_CHECK_VALUE(act == "none" || epilogue.low == 0 || epilogue.hardswish, "act must be relu, ",
                     "relu6, hardswish or none, got ", act);
   return epilogue;
+}
+
+// A map as pixels one behind another, [images, height, width][channels].
+struct PixelMap {
+  const float* data;
+  int64_t images, height, width, channels;
+
+  const float* row(int64_t image, int64_t y) const {
+    return data + (image * height + y) * width * channels;
+  }
+};
+
+PixelMap pixel_map(const char* name, const Tensor& x) {
+  check_map(name, x);
+  return {x.const_data_ptr<float>(), x.size(0), x.size(2), x.size(3), x.size(1)};
+}
+
+// Memory for floats that are written before they are read.
+std::unique_ptr<float[]> uninitialised(int64_t floats) {
+  return std::unique_ptr<float[]>(new float[floats]);
+}
+
+// to[i] = rows [y, y + height) of each image, of each row the pixels [x, x + width).
+void copy_window(const PixelMap& from, int64_t y, int64_t x, int64_t height, int64_t width,
+                 float* to) {
+  const int64_t size = width * from.channels;
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(size, 1));
+  at::parallel_for(0, from.images * height, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* const row = from.row(i / height, y + i % height) + x * from.channels;
+      std::memcpy(to + i * size, row, size * sizeof(float));
+    }
+  });
+}
+
+// Rows and images `dilation` pixels apart, with zeros between them, before and behind.
+void spread(const PixelMap& from, int64_t dilation, int64_t margin, float* to) {
+  const int64_t rows = from.height + dilation, width = from.width * from.channels;
+  const int64_t pitch = (from.width + dilation) * from.channels;
+  std::fill_n(to, margin * from.channels, 0.0f);
+  float* const first = to + margin * from.channels;
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / pitch);
+  at::parallel_for(0, from.images * rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t y = i % rows;
+      const int64_t copied = y < from.height ? width : 0;
+      if (copied != 0) {
+        std::memcpy(first + i * pitch, from.row(i / rows, y), copied * sizeof(float));
+      }
+      std::fill_n(first + i * pitch + copied, pitch - copied, 0.0f);
+    }
+  });
+  std::fill_n(first + from.images * rows * pitch, margin * from.channels, 0.0f);
+}
+
+// to [K, C], rows `step` floats apart, = grad [pixels, K]^T x [pixels, C].
+void multiply(const float* grad, const float* x, int64_t pixels, int64_t filters, int64_t channels,
+              float* to, int64_t step) {
+  const auto matrix = [](const float* data, int64_t rows, int64_t columns, int64_t down,
+                         int64_t right) {
+    return at::from_blob(const_cast<float*>(data), {rows, columns}, {down, right},
+                         at::TensorOptions(at::kFloat));
+  };
+  Tensor out = matrix(to, filters, channels, step, 1);
+  // Past the dispatcher, which a small product would wait for.
+  at::cpu::mm_out(out, matrix(grad, filters, pixels, 1, filters),
+                  matrix(x, pixels, channels, channels, 1));
+}
+
+// Filters whose gradient is not finite somewhere.
+std::vector<bool> not_finite_filters(const PixelMap& grad) {
+  std::vector<float> sums(grad.channels, 0.0f);
+  const int64_t pixels = grad.images * grad.height * grad.width;
+  for (int64_t i = 0; i < pixels; ++i) {
+    // Zero times what is not finite is nan.
+    for (int64_t k = 0; k < grad.channels; ++k) sums[k] += 0.0f * grad.data[i * grad.channels + k];
+  }
+  std::vector<bool> found(grad.channels);
+  for (int64_t k = 0; k < grad.channels; ++k) found[k] = std::isnan(sums[k]);
+  return found;
 }
 
 int checked_form(int64_t form) {
@@ -221,6 +306,90 @@ void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
     epilogue.shift += epilogue.channels;
     if (epilogue.residual != nullptr) epilogue.residual += pixels * epilogue.residual_stride;
   }
+}
+
+// deeplab_fast/ops/_cpu_conv.py says what it computes; spreads is whether maps are padded once for
+// all taps.
+Tensor conv_weight_gradient(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t stride,
+                            int64_t dilation, bool spreads) {
+  const PixelMap g = pixel_map("grad", grad), from = pixel_map("x", x);
+  const int64_t taps = kernel * kernel, filters = g.channels, channels = from.channels;
+  TORCH_CHECK_VALUE(kernel == 1 || (kernel == 3 && stride == 1), "kernel must be 1, or 3 with ",
+                    "stride 1, got ", kernel, " with stride ", stride);
+  TORCH_CHECK_VALUE(stride >= 1 && dilation >= 1 && g.images == from.images &&
+                        g.height == (from.height - 1) / stride + 1 &&
+                        g.width == (from.width - 1) / stride + 1,
+                    "grad ", grad.sizes(), " does not fit x ", x.sizes(), " at stride ", stride);
+  Tensor result = at::empty({filters, channels, kernel, kernel}, grad.options(),
+                            at::MemoryFormat::ChannelsLast);
+  float* const to = result.data_ptr<float>();
+  const int64_t step = taps * channels, pixels = g.images * g.height * g.width;
+  if (pixels == 0) {
+    std::fill_n(to, filters * step, 0.0f);
+    return result;
+  }
+  if (kernel == 1) {
+    if (stride == 1) {
+      multiply(g.data, from.data, pixels, filters, channels, to, step);
+      return result;
+    }
+    const auto strided = uninitialised(pixels * channels);
+    at::parallel_for(0, g.images * g.height, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const float* const row = from.row(i / g.height, i % g.height * stride);
+        for (int64_t column = 0; column < g.width; ++column) {
+          std::memcpy(strided.get() + (i * g.width + column) * channels,
+                      row + column * stride * channels, channels * sizeof(float));
+        }
+      }
+    });
+    multiply(g.data, strided.get(), pixels, filters, channels, to, step);
+    return result;
+  }
+  if (spreads) {
+    // With rows and images `dilation` apart a tap is an offset, the same for all pixels, and what
+    // it reads outside the map is 0.
+    const int64_t pitch = g.width + dilation, margin = dilation * (pitch + 1);
+    const int64_t size = g.images * (g.height + dilation) * pitch;
+    const auto spread_grad = uninitialised(size * filters);
+    const auto spread_x = uninitialised((size + 2 * margin) * channels);
+    spread(g, dilation, 0, spread_grad.get());
+    spread(from, dilation, margin, spread_x.get());
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t start = margin + dilation * ((tap / 3 - 1) * pitch + tap % 3 - 1);
+      multiply(spread_grad.get(), spread_x.get() + start * channels, size, filters, channels,
+               to + tap * channels, step);
+    }
+  } else {
+    const auto inside_grad = uninitialised(pixels * filters);
+    const auto inside_x = uninitialised(pixels * channels);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t dy = dilation * (tap / 3 - 1), dx = dilation * (tap % 3 - 1);
+      const int64_t height = g.height - std::abs(dy), width = g.width - std::abs(dx);
+      if (height <= 0 || width <= 0) {
+        for (int64_t k = 0; k < filters; ++k) {
+          std::fill_n(to + k * step + tap * channels, channels, 0.0f);
+        }
+        continue;
+      }
+      const float *of_grad = g.data, *of_x = from.data;
+      if (dy != 0 || dx != 0) {
+        copy_window(g, std::max<int64_t>(0, -dy), std::max<int64_t>(0, -dx), height, width,
+                    inside_grad.get());
+        copy_window(from, std::max<int64_t>(0, dy), std::max<int64_t>(0, dx), height, width,
+                    inside_x.get());
+        of_grad = inside_grad.get();
+        of_x = inside_x.get();
+      }
+      multiply(of_grad, of_x, g.images * height * width, filters, channels, to + tap * channels,
+               step);
+    }
+  }
+  const std::vector<bool> spoilt = not_finite_filters(g);
+  for (int64_t k = 0; k < filters; ++k) {
+    if (spoilt[k]) std::fill_n(to + k * step, step, std::numeric_limits<float>::quiet_NaN());
+  }
+  return result;
 }
 
 }  // namespace deeplab_fast::cpu

@@ -7,20 +7,34 @@ reasons; an automatic choice falls through to the next and says so once in the l
 
 On a GPU the automatic choice takes a kernel of this package only where a record says that it is
 right and faster than PyTorch's (`trust`), of several the fastest.
+
+`Choices` remembers answers for calls that repeat by the hundred, as those of a training step do.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import trust
-from .declare import BACKENDS, Implementation, check_backend, describe, implementations
+from torch import Tensor
+
+from .. import _ext
+from . import limits, trust
+from .declare import (
+    BACKENDS,
+    Implementation,
+    check_backend,
+    describe,
+    implementations,
+    is_declared,
+    registrations,
+)
 from .describe import OpDesc
+from .examples import Run
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -100,6 +114,83 @@ def _automatic(desc: OpDesc, first_use: bool) -> Implementation:
 def run(desc: OpDesc, *args: object) -> Any:
     """Call the selected implementation."""
     return select(desc).run(*args)
+
+
+# The functions that run calls, by what else the choice rests on and by the facts of the call.
+_Known = dict[Hashable, Run]
+_remembered: dict[Hashable, _Known] = {}
+_MOST_STATES = 64
+_MOST_CALLS = 4096
+
+
+class Choices:
+    """What `select` answers, remembered, for calls of one moment: make one, call, let it go.
+
+    An answer rests on the facts of the call, on what of the process the reasons of this package's
+    implementations read, which is read once, when the object is made, and on records. Of an op with
+    an implementation that was registered from elsewhere, whose reasons may read anything, nothing
+    is remembered; and nothing while a check at first use may still change the answer.
+    """
+
+    def __init__(self) -> None:
+        self._state: Hashable = (
+            _override,
+            os.environ.get(ENVIRONMENT_VARIABLE),
+            limits.state(),
+            trust.generation(),
+            registrations(),
+            _ext.CPU.loaded,
+            _ext.CUDA.loaded,
+            _ext.SM90.loaded,
+        )
+        self._known = _answers(self._state)
+        self._known_on_gpu: _Known | None = None
+
+    def of(self, op: str, x: Tensor, facts: Hashable, describe: Callable[[], OpDesc]) -> Run:
+        """The function of the implementation that runs a call.
+
+        Args:
+            op: its name.
+            x: its main input.
+            facts: beside x, all that `describe` reads.
+            describe: gives the call's description, where it is not known yet.
+        """
+        known = self._on_gpu() if x.is_cuda else self._known
+        key = (op, x.device, x.dtype, x.shape, facts)
+        run = known.get(key)
+        if run is not None:
+            return run
+        desc = describe()
+        # Asked before the choice, which may run a check.
+        stays = is_declared(op) and _is_settled(desc)
+        run = select(desc).run
+        if stays:
+            if len(known) >= _MOST_CALLS:
+                known.clear()
+            known[key] = run
+        return run
+
+    def _on_gpu(self) -> _Known:
+        if self._known_on_gpu is None:
+            self._known_on_gpu = _answers((self._state, limits.gpu_state()))
+        return self._known_on_gpu
+
+
+def _answers(state: Hashable) -> _Known:
+    known = _remembered.get(state)
+    if known is None:
+        if len(_remembered) >= _MOST_STATES:
+            _remembered.clear()
+        known = _remembered[state] = {}
+    return known
+
+
+def _is_settled(desc: OpDesc) -> bool:
+    return all(
+        trust.is_settled(desc, implementation.backend)
+        for implementation in implementations(desc.op).values()
+        if implementation.needs_record(desc)
+    )
 
 
 def _ranked(

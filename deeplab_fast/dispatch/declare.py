@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ INFERENCE = "inference"
 TRAINING = "training"
 LIBRARY = torch.library.Library("deeplab_fast", "FRAGMENT")
 
+# No fakes, and none that stand for others.
+_TENSORS = (Tensor, torch.nn.Parameter)
 Reasons = Callable[[OpDesc], list[str]]
 _DEFAULT_PRIORITY = {"cuda": 30, "triton": 20, "cpu": 10, "reference": 0}
 
@@ -133,13 +136,14 @@ class Op:
 
 _ops: dict[str, Op] = {}
 _implementations: dict[str, dict[str, Implementation]] = {}
+_registrations = 0
 
 
 def declare(op: Op) -> None:
     """Add an op; called once, from its file."""
     _ops[op.name] = op
     for function in op.functions:
-        _define(function)
+        define(function)
     for implementation in op.implementations:
         _add(op.name, implementation)
 
@@ -167,6 +171,19 @@ def implementations(op: str) -> dict[str, Implementation]:
     if op not in _implementations:
         raise ValueError(f"no op is named {op!r}; there are: {', '.join(sorted(_implementations))}")
     return _implementations[op]
+
+
+def is_declared(op: str) -> bool:
+    """Whether all implementations of an op are those of its declaration."""
+    if op not in _ops:
+        return False
+    table, own = implementations(op), _ops[op].implementations
+    return len(table) == len(own) and all(table.get(i.backend) is i for i in own)
+
+
+def registrations() -> int:
+    """How many implementations were added: another number says that there are others."""
+    return _registrations
 
 
 def declared_ops() -> list[Op]:
@@ -245,18 +262,27 @@ def autocasts(device: str) -> bool:
 
 
 def _add(op: str, implementation: Implementation) -> None:
+    global _registrations
     table = _implementations.setdefault(op, {})
     backend = implementation.backend
     if backend in table:
         raise ValueError(f"{op} already has an implementation for backend {backend!r}")
     table[backend] = implementation
+    _registrations += 1
 
 
-def _define(function: Function) -> None:
+def define(function: Function) -> Run:
+    """Register a function, also one that is none of a single op's but calls several.
+
+    Returns:
+        what calls it: through PyTorch's dispatcher where its first argument, a tensor, is a fake or
+        one that stands for another, or torch.compile looks on, else at once. The way through the
+        dispatcher takes the host longer than a small convolution (bench/NOTES.md).
+    """
     name = function.schema[: function.schema.index("(")]
     LIBRARY.define(function.schema)
 
-    def outside_autocast(*args: object) -> object:
+    def outside_autocast(*args: object) -> Any:
         device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
         # An op casts its inputs itself; its fp32 accumulation must not be cast again.
         if autocasts(device):
@@ -266,3 +292,11 @@ def _define(function: Function) -> None:
 
     LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deeplab_fast::{name}", function.fake, lib=LIBRARY)
+    registered = getattr(torch.ops.deeplab_fast, name).default
+
+    def call(x: Tensor, *args: object) -> Any:
+        if type(x) in _TENSORS and not torch.compiler.is_compiling():
+            return outside_autocast(x, *args)
+        return registered(x, *args)
+
+    return call

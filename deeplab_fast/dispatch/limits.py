@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 
 import torch
@@ -113,6 +113,20 @@ def interpreting() -> bool:
     Triton decides when a kernel is decorated, so a change after its first use has no effect.
     """
     return os.environ.get("TRITON_INTERPRET", "").strip().lower() in _TRUE
+
+
+def state() -> Hashable:
+    """What of the process, beside backends and extensions, decides for or against a call."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+        os.environ.get("TRITON_INTERPRET"),
+    )
+
+
+def gpu_state() -> Hashable:
+    """The same, of calls on a GPU alone."""
+    return allow_tf32(), torch.backends.cudnn.enabled
 
 
 def allow_tf32() -> bool:

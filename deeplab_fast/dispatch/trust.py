@@ -110,8 +110,19 @@ def judge(desc: OpDesc, backend: str) -> Judgement:
     return _judge_facts(backend, facts, desc.capability, desc.gpu, allow_tf32())
 
 
+_generation = 0
+
+
+def generation() -> int:
+    """A number that is another one once records were forgotten: what rests on them is out of
+    date."""
+    return _generation
+
+
 def forget() -> None:
     """Judge anew: records have changed."""
+    global _generation
+    _generation += 1
     records.forget()
     _judge_facts.cache_clear()
     configs.cache_clear()
@@ -207,7 +218,8 @@ def nearest(times: Sequence[Time], sizes: Sequence[int]) -> Time | None:
 
 
 # Kernels that passed or failed their check at first use in this process, by what was checked.
-_first_uses: dict[tuple[object, ...], str] = {}
+_first_uses: dict[tuple[str, str, str, str, tuple[int, int] | None], str] = {}
+_UNDER_WAY = "its check at first use is under way"
 
 
 def first_use_problem(desc: OpDesc, backend: str) -> str:
@@ -216,19 +228,31 @@ def first_use_problem(desc: OpDesc, backend: str) -> str:
     Returns:
         Why it may not run, "" where it may.
     """
-    dtype = dtype_name(desc, allow_tf32())
-    key = (desc.op, backend, dtype, form(desc), desc.capability)
+    key = _first_use_key(desc, backend)
     if key in _first_uses:
         return _first_uses[key]
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "its check at first use cannot run while a CUDA graph is captured; call it before"
     # A check calls ops of its own; meanwhile this kernel is not chosen.
-    _first_uses[key] = "its check at first use is under way"
-    problem = checks.first_use_problem(desc.op, backend, dtype, form(desc))
+    _first_uses[key] = _UNDER_WAY
+    problem = checks.first_use_problem(desc.op, backend, key[2], key[3])
     _first_uses[key] = problem and f"failed its check at first use: {problem}"
     if problem:
         logger.warning("%s: %s %s and is not used", desc.op, backend, _first_uses[key])
     return _first_uses[key]
+
+
+def is_settled(desc: OpDesc, backend: str) -> bool:
+    """Whether what records and a check at first use say of a backend, "triton" or "cuda", at a call
+    stays what it is until records are forgotten."""
+    if not judge(desc, backend).at_first_use:
+        return True
+    return _first_uses.get(_first_use_key(desc, backend), _UNDER_WAY) != _UNDER_WAY
+
+
+def _first_use_key(desc: OpDesc, backend: str) -> tuple[str, str, str, str, tuple[int, int] | None]:
+    dtype = dtype_name(desc, allow_tf32())
+    return desc.op, backend, dtype, form(desc), desc.capability
 
 
 @lru_cache(maxsize=256)

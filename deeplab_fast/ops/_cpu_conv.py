@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .. import _ext, reference
 from ..dispatch import limits
-from ..dispatch.choice import current_backend
+from ..dispatch.choice import Choices, current_backend
 from ..dispatch.describe import OpDesc
 from ..plan.taps import live_taps
 from . import _cpu_forms
 from ._cpu_forms import TileForm
+from .batch_norm import run_stats
 from .prepared import PreparedConv
 from .prepared_aspp import PreparedAspp, PreparedProject
 
@@ -29,7 +30,7 @@ def reasons(desc: OpDesc) -> list[str]:
     return [
         *limits.device(desc, "cpu"),
         *limits.dtype(desc, (torch.float32,), "takes float32 only"),
-        *limits.extension(_ext.CPU, "_conv_tiles_cpu"),
+        *limits.extension(_ext.CPU, "_conv_weight_gradient_cpu"),
     ]
 
 
@@ -213,44 +214,14 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, dilat
 
     A product for each tap, over the pixels for which it lies inside the map. oneDNN's, which
     multiplies the padding of dilated filters, takes 3 to 14 times as long at dilations of 6 to 18.
-    Of a filter whose gradient is not finite all taps get nan, as padding times it is.
+    Of a 3x3 filter whose gradient is not finite all taps get nan, as padding times it is.
     """
-    k, c, rows, columns = weight.shape
-    n, _, height, width = grad.shape
-    grad = grad.permute(0, 2, 3, 1)
-    x = x[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
-    # Rows of [K, taps, C]: each product goes to its place in the channels_last gradient.
-    result = x.new_zeros(k, rows * columns, c)
-    if (rows, columns) == (1, 1):
-        torch.mm(_pixels(grad).t(), _pixels(x), out=result[:, 0])
-    elif _pads(height, width, dilation):
-        # With rows and images `dilation` apart a tap is an offset, the same for all pixels, and
-        # what it reads outside the map is 0.
-        pitch, size = width + dilation, (height + dilation) * (width + dilation)
-        margin = dilation * (pitch + 1)
-        spread_grad = grad.new_zeros(n * size, k)
-        spread_x = x.new_zeros(n * size + 2 * margin, c)
-        for spread, source in ((spread_grad, grad), (spread_x[margin : margin + n * size], x)):
-            spread.view(n, height + dilation, pitch, -1)[:, :height, :width] = source
-        for tap in range(9):
-            start = margin + dilation * ((tap // 3 - 1) * pitch + tap % 3 - 1)
-            shifted = spread_x[start : start + n * size]
-            torch.mm(spread_grad.t(), shifted, out=result[:, tap])
-    else:
-        for tap in range(9):
-            dy, dx = dilation * (tap // 3 - 1), dilation * (tap % 3 - 1)
-            if abs(dy) >= height or abs(dx) >= width:
-                continue
-            inside_grad = grad[
-                :, max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)
-            ]
-            inside_x = x[:, max(0, dy) : height + min(0, dy), max(0, dx) : width + min(0, dx)]
-            torch.mm(_pixels(inside_grad).t(), _pixels(inside_x), out=result[:, tap])
-    if (rows, columns) != (1, 1):
-        # The sum takes a tenth of the time of the exact test, and may overflow where that passes.
-        if not grad.sum((0, 1, 2)).isfinite().all():
-            result[~_pixels(grad).isfinite().all(0)] = torch.nan
-    return result.view(k, rows, columns, c).permute(0, 3, 1, 2)
+    height, width = grad.shape[2:]
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    spreads = weight.shape[2] == 3 and _pads(height, width, dilation)
+    return torch.ops.deeplab_fast._conv_weight_gradient_cpu(
+        grad, x, weight.shape[2], stride, dilation, spreads
+    )
 
 
 def _pads(height: int, width: int, dilation: int) -> bool:
@@ -258,10 +229,6 @@ def _pads(height: int, width: int, dilation: int) -> bool:
     inside = (3 * height - 2 * min(dilation, height)) * (3 * width - 2 * min(dilation, width))
     # A copied pixel costs about as much as half of one that is multiplied.
     return 9 * (height + dilation) * (width + dilation) <= 1.5 * inside
-
-
-def _pixels(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def aspp_convs(
@@ -282,7 +249,7 @@ def aspp_convs(
             y[:, first : first + count] = F.conv2d(x, weight, None, 1, padding, dilation)
         first += count
     if stats:
-        return y, *torch.ops.deeplab_fast.batch_stats(y)
+        return y, *run_stats(Choices(), y, 0.0, None, None, None, None)[:2]
     return y, y.new_empty(0), y.new_empty(0)
 
 

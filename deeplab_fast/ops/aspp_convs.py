@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch.choice import run
+from ..dispatch.choice import Choices
 from ..dispatch.declare import TRAINING, Function, Op, declare, on
 from ..dispatch.describe import OpDesc
-from ..dispatch.examples import VALUES, Examples, Forms, Maker, Size, Step
+from ..dispatch.examples import VALUES, Examples, Forms, Maker, Run, Size, Step
 from . import _aspp, _cpu_conv
 from ._composed import EPS
 from .common import Again, Context, autocast, check_map, differentiable, needs_grad, triton_kernel
@@ -130,10 +130,16 @@ def _describe(op: str, x: Tensor, weights: Sequence[Tensor], dilations: Sequence
     return OpDesc.of(op, x, weights=kernels, dilations=tuple(dilations))
 
 
+def _chosen(op: str, x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> Run:
+    facts = (*[w.shape for w in weights], *dilations)
+    return Choices().of(op, x, facts, lambda: _describe(op, x, weights, dilations))
+
+
 def _run(
     x: Tensor, weights: list[Tensor], dilations: list[int], stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return run(_describe(OP, x, weights, dilations), x, weights, dilations, stats)
+    run = _chosen(OP, x, weights, dilations)
+    return run(x, weights, dilations, stats)
 
 
 def _fake(
@@ -163,8 +169,8 @@ def _run_backward(
     to_x: bool,
     to_weights: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    desc = _describe(BACKWARD, x, weights, dilations)
-    grad_x, grad_weights = run(desc, grad, x, weights, dilations, to_x, to_weights)
+    run = _chosen(BACKWARD, x, weights, dilations)
+    grad_x, grad_weights = run(grad, x, weights, dilations, to_x, to_weights)
     if to_x:
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
     return grad_x, [

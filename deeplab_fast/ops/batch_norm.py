@@ -7,17 +7,18 @@ output is kept for the backward pass; `deeplab_fast.program.training` puts them 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from ..dispatch.choice import run
-from ..dispatch.declare import TRAINING, Function, Op, declare, on
+from .. import _ext, reference
+from ..dispatch import limits
+from ..dispatch.choice import Choices
+from ..dispatch.declare import TRAINING, Function, Op, compiled, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Run, Shapes, Size, Step, spread
-from . import _cpu_batch_norm
 from ._composed import EPS, activated
 from .common import (
     FLOAT_DTYPES,
@@ -49,7 +50,7 @@ def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     Source: arXiv 1502.03167, algorithm 1; Chan, Golub and LeVeque (1983) for the combination.
     """
     check_map("batch_stats", "x", x)
-    return torch.ops.deeplab_fast.batch_stats(x.detach())
+    return torch.ops.deeplab_fast.batch_stats(x.detach(), 0.0, None, None, None, None)[:2]
 
 
 def bn_act(
@@ -151,7 +152,7 @@ def bn_act_backward(
         if vector is not None:
             check_shape(name, "mean_grad", vector, x.shape[1:2], "one value for each channel")
     dx, residual = torch.ops.deeplab_fast.bn_act_backward(
-        grad, x, mean, rstd, weight, bias, out, mean_grad, mean_grad_xhat, act, to_residual
+        grad, x, mean, rstd, weight, bias, out, mean_grad, mean_grad_xhat, act, to_residual, 1.0
     )
     return dx, residual if to_residual else None
 
@@ -211,6 +212,14 @@ def _validate(
             raise ValueError(f"{op}: act='hardswish' does not take {name}; use 'relu' or 'relu6'")
 
 
+def check_count(x: Tensor) -> None:
+    """torch's error where one value is all that a channel has."""
+    if x.numel() == x.shape[1]:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}"
+        )
+
+
 def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
     if needs_grad(*tensors):
         raise RuntimeError(
@@ -219,27 +228,86 @@ def _refuse_grad(op: str, *tensors: Tensor | None) -> None:
         )
 
 
-def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def map_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A map of the shape, dtype, device and strides of `bn_act`'s result."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
 
 
-def _per_channel(x: Tensor) -> tuple[Tensor, Tensor]:
+def _per_channel(x: Tensor, count: int = 2) -> tuple[Tensor, ...]:
     dtype = reference.compute_dtype(x.dtype)
-    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+    return tuple(x.new_empty(x.shape[1], dtype=dtype) for _ in range(count))
 
 
-def _runs(op: str, x_at: int, act_at: int | None, out_at: int | None) -> Run:
-    """What asks which implementation runs; places as for `_declare`."""
+# An op within a function that calls several: `Choices`, then the arguments of its schema.
+Chosen = Callable[..., Any]
 
-    def call(*args: object) -> object:
-        x = args[x_at]
-        assert isinstance(x, Tensor)
-        params = {}
-        if act_at is not None and out_at is not None:
-            params = {"act": args[act_at], "residual": args[out_at] is not None}
-        return run(OpDesc.of(op, x, **params), *args)
+
+def _chosen(op: str, x_at: int, act_at: int, out_at: int) -> Chosen:
+    """What asks which implementation runs.
+
+    Args:
+        x_at, act_at, out_at: places of x, of the activation, and of the residual or the result
+            behind one.
+    """
+
+    def call(choices: Choices, *args: Any) -> Any:
+        x, act, residual = args[x_at], args[act_at], args[out_at] is not None
+        run = choices.of(
+            op, x, (act, residual), lambda: OpDesc.of(op, x, act=act, residual=residual)
+        )
+        return run(*args)
 
     return call
+
+
+def run_stats(choices: Choices, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`batch_stats` within a function that calls several ops."""
+    return choices.of("batch_stats", x, None, lambda: describe_stats(x))(x, *rest)
+
+
+run_act = _chosen("bn_act", 0, 6, 5)
+run_reduce = _chosen("bn_act_reduce", 1, 7, 6)
+run_backward = _chosen("bn_act_backward", 1, 9, 6)
+
+
+def _cpu_reasons(desc: OpDesc) -> list[str]:
+    allowed = (torch.float32, torch.float64)
+    return [
+        *limits.device(desc, "cpu"),
+        *limits.dtype(desc, allowed, "takes float32 and float64 only"),
+        *limits.extension(_ext.CPU, "_batch_stats_cpu"),
+    ]
+
+
+def _with_running(kernel: Run) -> Run:
+    """`batch_stats` by a kernel that updates running statistics in the dtype of its results."""
+
+    def run(
+        x: Tensor,
+        eps: float,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        momentum: float | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if running_mean is None or running_var is None:
+            return kernel(x, eps, None, None, None, None)
+        running = (running_mean, running_var, num_batches_tracked)
+        dtype = reference.compute_dtype(x.dtype)
+        fits = running_mean.dtype == running_var.dtype == dtype and (
+            running_mean.is_contiguous() and running_var.is_contiguous()
+        )
+        if fits and x.numel():
+            results = kernel(x, eps, *running, momentum)
+            # As PyTorch's own ops do for what they change.
+            torch.autograd.graph.increment_version([t for t in running if t is not None])
+            return results
+        mean, variance, rstd = kernel(x, eps, None, None, None, None)
+        count = x.numel() // x.shape[1]
+        reference.update_running(*running, momentum, mean, variance, count)
+        return mean, variance, rstd
+
+    return run
 
 
 _SIZES = (
@@ -264,7 +332,8 @@ def _example(op: str) -> Callable[[Maker, str, Size], list[Step]]:
         rstd, weight = make.vector(s.c), make.vector(s.c)
         vectors = (mean, rstd, weight, bias)
         if op == "batch_stats":
-            return [Step(form, s, (x,), (VALUES, VALUES), describe_stats(x))]
+            args = (x, EPS, None, None, None, None)
+            return [Step(form, s, args, (VALUES,) * 3, describe_stats(x))]
         if op == "bn_act":
             desc = describe_bn_act(x, residual=other, act=act)
             return [Step(form, s, (x, *vectors, other, act), (VALUES,), desc)]
@@ -274,7 +343,7 @@ def _example(op: str) -> Callable[[Maker, str, Size], list[Step]]:
         else:
             means = make.vector(s.c, -0.1, 0.1), make.vector(s.c, -0.1, 0.1)
             desc = describe_backward(grad, x, out=other, act=act)
-            rest = (*means, act, other is not None)
+            rest = (*means, act, other is not None, 1.0)
         return [Step(form, s, (grad, x, *vectors, other, *rest), (VALUES, VALUES), desc)]
 
     return build
@@ -290,10 +359,16 @@ def _stats_works(shapes: Shapes) -> list[tuple[str, Size]]:
 
 
 def _pytorch_stats(step: Step) -> Forms:
-    (x,) = step.args
-    found: Forms = {"var_mean": lambda: torch.var_mean(x, (0, 2, 3), correction=0)[::-1]}
+    x, eps, *_ = step.args
+
+    def plain() -> tuple[Tensor, Tensor, Tensor]:
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        return mean, variance, torch.rsqrt(variance + eps)
+
+    found: Forms = {"var_mean": plain}
     if x.is_cuda:
-        found["batch_norm_stats"] = lambda: torch.batch_norm_stats(x, EPS)
+        # Mean and rstd; of the variance only the running one would need more.
+        found["batch_norm_stats"] = lambda: torch.batch_norm_stats(x, eps)
     return found
 
 
@@ -337,7 +412,8 @@ def _pytorch_reduce(step: Step) -> Forms:
 
 
 def _pytorch_backward(step: Step) -> Forms:
-    grad, x, mean, rstd, weight, _, out, mean_grad, mean_grad_xhat, act, to_residual = step.args
+    grad, x, mean, rstd, weight, _, out, mean_grad, mean_grad_xhat, act, *rest = step.args
+    to_residual, _ = rest
     forms: Forms = {"elementwise": lambda: reference.bn_act_backward(*step.args)}
     if not _has_split_passes(grad, out, act):
         return forms
@@ -356,31 +432,25 @@ def _pytorch_backward(step: Step) -> Forms:
 def _declare(
     schema: str,
     describe: Callable[..., OpDesc],
-    at: tuple[int, int | None, int | None],
+    call: Chosen,
     fake: Run,
     pytorch: Callable[[Step], Forms],
     forms: tuple[str, ...] = _ACT_FORMS,
     works: Callable[[Shapes], list[tuple[str, Size]]] = _works,
 ) -> None:
-    """Declare an op.
-
-    Args:
-        at: places of x, of the activation and of the residual, or the result behind one.
-    """
     op = schema[: schema.index("(")]
+    cpu, triton = compiled(f"_{op}_cpu"), triton_kernel("batch_norm", op)
+    if op == "batch_stats":
+        cpu, triton = _with_running(cpu), _with_running(triton)
     declare(
         Op(
             op,
             describe,
-            functions=(Function(schema, _runs(op, *at), fake),),
+            functions=(Function(schema, lambda *args: call(Choices(), *args), fake),),
             implementations=(
                 on("reference", getattr(reference, op)),
-                on("cpu", _cpu_batch_norm.call(op, at[1]), _cpu_batch_norm.reasons),
-                on(
-                    "triton",
-                    triton_kernel("batch_norm", op),
-                    triton_kernel("batch_norm", "not_supported_reasons"),
-                ),
+                on("cpu", cpu, _cpu_reasons),
+                on("triton", triton, triton_kernel("batch_norm", "not_supported_reasons")),
             ),
             use=TRAINING,
             examples=Examples(forms, _example(op), pytorch, _SIZES, works),
@@ -391,10 +461,11 @@ def _declare(
 
 _VECTORS = "Tensor mean, Tensor rstd, Tensor weight, Tensor bias"
 _declare(
-    "batch_stats(Tensor x) -> (Tensor, Tensor)",
+    "batch_stats(Tensor x, float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, float? momentum) -> (Tensor, Tensor, Tensor)",
     describe_stats,
-    (0, None, None),
-    _per_channel,
+    run_stats,
+    lambda x, *rest: _per_channel(x, 3),
     _pytorch_stats,
     ("plain",),
     _stats_works,
@@ -402,22 +473,22 @@ _declare(
 _declare(
     f"bn_act(Tensor x, {_VECTORS}, Tensor? residual, str? act) -> Tensor",
     describe_bn_act,
-    (0, 6, 5),
-    lambda x, *rest: _like(x),
+    run_act,
+    lambda x, *rest: map_like(x),
     _pytorch_act,
 )
 _declare(
     f"bn_act_reduce(Tensor grad, Tensor x, {_VECTORS}, Tensor? out, str? act) -> (Tensor, Tensor)",
     describe_reduce,
-    (1, 7, 6),
+    run_reduce,
     lambda grad, x, *rest: _per_channel(x),
     _pytorch_reduce,
 )
 _declare(
     f"bn_act_backward(Tensor grad, Tensor x, {_VECTORS}, Tensor? out, Tensor? mean_grad, "
-    "Tensor? mean_grad_xhat, str? act, bool to_residual) -> (Tensor, Tensor)",
+    "Tensor? mean_grad_xhat, str? act, bool to_residual, float count) -> (Tensor, Tensor)",
     describe_backward,
-    (1, 9, 6),
-    lambda grad, x, *rest: (_like(x), _like(x) if rest[-1] else x.new_empty(0)),
+    run_backward,
+    lambda grad, x, *rest: (map_like(x), map_like(x) if rest[-2] else x.new_empty(0)),
     _pytorch_backward,
 )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..dispatch.choice import run
+from ..dispatch.choice import Choices
 from ..dispatch.declare import TRAINING, Function, Op, declare, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step, spread
@@ -164,27 +164,52 @@ def _describe(op: str, x: Tensor, weight: Tensor, options: Options, **more: bool
     )
 
 
+def run_conv(choices: Choices, x: Tensor, weight: Tensor, *options: *Options) -> Tensor:
+    """`conv2d` within a function that calls several ops."""
+    stride, padding, dilation, groups = options
+    facts = (weight.shape, *stride, *padding, *dilation, groups)
+    run = choices.of(OP, x, facts, lambda: _describe(OP, x, weight, options))
+    return run(x, weight, *options).contiguous(memory_format=torch.channels_last)
+
+
 def _run(x: Tensor, weight: Tensor, *options: *Options) -> Tensor:
-    y = run(_describe(OP, x, weight, options), x, weight, *options)
-    return y.contiguous(memory_format=torch.channels_last)
+    return run_conv(Choices(), x, weight, *options)
 
 
-def _fake(x: Tensor, weight: Tensor, *options: *Options) -> Tensor:
+def output_like(x: Tensor, weight: Tensor, *options: *Options) -> Tensor:
+    """A map of the shape, dtype, device and strides of `conv2d`'s result."""
     shape = _output_shape(x, weight, *options[:3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _run_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, *rest: *tuple[*Options, bool, bool]
+def run_conv_backward(
+    choices: Choices,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *rest: *tuple[*Options, bool, bool],
 ) -> tuple[Tensor, Tensor]:
-    *_, to_x, to_weight = rest
-    desc = _describe(BACKWARD, x, weight, rest[:4], to_x=to_x, to_weight=to_weight)
-    grad_x, grad_weight = run(desc, grad, x, weight, *rest)
+    """`conv2d_backward` within a function that calls several ops."""
+    stride, padding, dilation, groups, to_x, to_weight = rest
+    facts = (weight.shape, *stride, *padding, *dilation, groups, to_x, to_weight)
+    run = choices.of(
+        BACKWARD,
+        x,
+        facts,
+        lambda: _describe(BACKWARD, x, weight, rest[:4], to_x=to_x, to_weight=to_weight),
+    )
+    grad_x, grad_weight = run(grad, x, weight, *rest)
     if to_x:
         grad_x = grad_x.contiguous(memory_format=torch.channels_last)
     if to_weight:
         grad_weight = grad_weight.contiguous(memory_format=weight_format(weight))
     return grad_x, grad_weight
+
+
+def _run_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, *rest: *tuple[*Options, bool, bool]
+) -> tuple[Tensor, Tensor]:
+    return run_conv_backward(Choices(), grad, x, weight, *rest)
 
 
 def _fake_backward(
@@ -244,7 +269,7 @@ declare(
         OP,
         describe,
         functions=(
-            Function(f"conv2d(Tensor x, Tensor weight, {_OPTIONS}) -> Tensor", _run, _fake),
+            Function(f"conv2d(Tensor x, Tensor weight, {_OPTIONS}) -> Tensor", _run, output_like),
         ),
         implementations=(
             on("reference", reference.conv2d),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import reference
+from ..ops.batch_norm import check_count
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of a map, taken with it: mean and rstd [C], of `count` values for each channel."""
+
+    mean: Tensor
+    rstd: Tensor
+    count: int
 
 
 class Norm:
@@ -19,25 +29,23 @@ class Norm:
     Attributes:
         mean, rstd: [C], of this batch or the running ones.
         weight, bias: [C], ones and zeros without affine parameters.
-        batch: whether mean and rstd are this batch's, so that gradients flow through them.
-        count: values for each channel, over all processes of `group`.
+        count: values for each channel, over all processes of `group`; 0 where mean and rstd are not
+            this batch's, so that no gradients flow through them.
         group: of processes that share their statistics, or None.
     """
 
-    def __init__(self, module: _BatchNorm, act: str | None, x: Tensor) -> None:
+    def __init__(
+        self, module: _BatchNorm, act: str | None, x: Tensor, statistics: Statistics | None
+    ) -> None:
         self.act = act
         self.weight, self.bias = affine(module, x)
-        self.batch = uses_batch(module)
         self.group = group_of(module)
-        self.count = x.numel() // x.shape[1]
-        if self.batch:
-            check_count(module, x)
-            mean, variance = torch.ops.deeplab_fast.batch_stats(x.detach())
-            mean, variance, self.count = over_processes(mean, variance, self.count, self.group)
-            update_running(module, mean, variance, self.count)
-        else:
-            mean, variance = running(module, x)
-        self.mean, self.rstd = mean, torch.rsqrt(variance + module.eps)
+        self.count = 0
+        if not uses_batch(module):
+            self.mean, self.rstd = constants_of(module, x)
+            return
+        found = statistics or _statistics(module, x)
+        self.mean, self.rstd, self.count = found.mean, found.rstd, found.count
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -45,27 +53,55 @@ class Norm:
 
     @property
     def options(self) -> NormOptions:
-        return NormOptions(self.act, self.batch, self.count, self.group)
+        return NormOptions(self.act, self.count, self.group)
 
 
 @dataclass(frozen=True)
 class NormOptions:
     """Attributes of a `Norm`, beside its tensors."""
 
-    act: str | None
-    batch: bool
-    count: int
-    group: dist.ProcessGroup | None
+    act: str | None = None
+    count: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+def _statistics(module: _BatchNorm, x: Tensor) -> Statistics:
+    """Of a map that is there already, with the running update."""
+    x = x.detach()
+    joint = JointStatistics.of(module)
+    if joint is None:
+        check_count(x)
+        mean, _, rstd = torch.ops.deeplab_fast.batch_stats(x, *options_of(module))
+        return Statistics(mean, rstd, x.numel() // x.shape[1])
+    mean, variance, _ = torch.ops.deeplab_fast.batch_stats(x, module.eps, None, None, None, None)
+    mean, variance = joint.join(mean, variance, x.numel() // x.shape[1])
+    return Statistics(mean, torch.rsqrt(variance + module.eps), joint.count)
+
+
+def options_of(
+    module: _BatchNorm | None,
+) -> tuple[float, Tensor | None, Tensor | None, Tensor | None, float | None]:
+    """What `batch_stats` takes beside a map: eps, running mean and variance, the number of batches,
+    the momentum; without running statistics where a norm does not update them."""
+    if module is None or not _tracks(module):
+        return 0.0 if module is None else module.eps, None, None, None, None
+    tracked = module.num_batches_tracked
+    return module.eps, module.running_mean, module.running_var, tracked, module.momentum
+
+
+def _tracks(module: _BatchNorm) -> bool:
+    return module.training and module.track_running_stats and module.running_mean is not None
 
 
 def affine(module: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """weight and bias of a batch norm, in place of missing ones 1 and 0."""
+    """weight and bias of a batch norm, in place of missing ones 1 and 0, on the device of x and in
+    the dtype that it is computed in."""
     dtype = reference.compute_dtype(x.dtype)
     weight, bias = module.weight, module.bias
     if weight is None:
-        weight = torch.ones(x.shape[1], dtype=dtype, device=x.device)
+        weight = torch.ones(module.num_features, dtype=dtype, device=x.device)
     if bias is None:
-        bias = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+        bias = torch.zeros(module.num_features, dtype=dtype, device=x.device)
     return weight, bias
 
 
@@ -74,38 +110,20 @@ def uses_batch(module: _BatchNorm) -> bool:
     return module.training or (module.running_mean is None and module.running_var is None)
 
 
-def running(module: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Running mean and variance, in the dtype that x is computed in."""
+def constants_of(module: _BatchNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Running mean and 1 / sqrt(running variance + eps), in the dtype that x is computed in."""
     dtype = reference.compute_dtype(x.dtype)
     assert module.running_mean is not None and module.running_var is not None
-    return module.running_mean.to(dtype), module.running_var.to(dtype)
+    return module.running_mean.to(dtype), torch.rsqrt(module.running_var.to(dtype) + module.eps)
 
 
-def check_count(module: _BatchNorm, x: Tensor) -> None:
-    """torch's error where one value is all that a channel has."""
-    if x.numel() == x.shape[1] and group_of(module) is None:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.shape}"
-        )
-
-
-@torch.no_grad()
 def update_running(module: _BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
-    """Running statistics as nn.BatchNorm2d keeps them: the variance unbiased, momentum None for a
-    cumulative average."""
-    if not module.training or not module.track_running_stats or module.running_mean is None:
-        return
-    momentum = module.momentum
-    if module.num_batches_tracked is not None:
-        module.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(module.num_batches_tracked)
-    if momentum is None:
-        momentum = 0.0
-    assert module.running_var is not None
-    unbiased = variance * (count / max(count - 1, 1))
-    for kept, now in ((module.running_mean, mean), (module.running_var, unbiased)):
-        kept.mul_(1 - momentum).add_(now.to(kept.dtype), alpha=momentum)
+    """`reference.update_running` of a norm that keeps running statistics."""
+    _, running_mean, running_var, tracked, momentum = options_of(module)
+    if running_mean is not None and running_var is not None:
+        reference.update_running(
+            running_mean, running_var, tracked, momentum, mean, variance, count
+        )
 
 
 def group_of(module: _BatchNorm) -> dist.ProcessGroup | None:
@@ -134,6 +152,48 @@ def over_processes(
     return joint.to(mean.dtype), (m2 / total).to(mean.dtype), int(total)
 
 
+@dataclass
+class JointStatistics:
+    """The statistics of a norm over the processes that share them, and its running update.
+
+    Attributes:
+        module: the norm.
+        group: the processes.
+        count: values for each channel over all of them, once they are joined.
+    """
+
+    module: _BatchNorm
+    group: dist.ProcessGroup
+    count: int = 0
+
+    @classmethod
+    def of(cls, module: _BatchNorm) -> JointStatistics | None:
+        """None for a norm that shares them with no other process."""
+        group = group_of(module)
+        return None if group is None else cls(module, group)
+
+    def join(self, mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance over all processes from those of this one's `count` values."""
+        mean, variance, self.count = over_processes(mean, variance, count, self.group)
+        update_running(self.module, mean, variance, self.count)
+        return mean, variance
+
+
+def sum_over(
+    group: dist.ProcessGroup | None,
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor]] | None:
+    """What adds vectors over processes; None for one process."""
+    if group is None:
+        return None
+
+    def add(sums: Sequence[Tensor]) -> Sequence[Tensor]:
+        joint = torch.cat(list(sums))
+        dist.all_reduce(joint, group=group)
+        return joint.chunk(len(sums))
+
+    return add
+
+
 class JointNorm(Norm):
     """The batch norms of all branches on their one buffer, with ReLU."""
 
@@ -141,24 +201,24 @@ class JointNorm(Norm):
         self, norms: Sequence[_BatchNorm], x: Tensor, mean: Tensor | None, variance: Tensor | None
     ) -> None:
         self.act = "relu"
-        self.batch = uses_batch(norms[0])
         self.group = group_of(norms[0])
-        self.count = x.numel() // x.shape[1]
+        self.count = 0
         sizes = [norm.num_features for norm in norms]
-        pairs = [affine(norm, part) for norm, part in zip(norms, x.split(sizes, 1), strict=True)]
+        pairs = [affine(norm, x) for norm in norms]
         self.weight, self.bias = (torch.cat(list(v)) for v in zip(*pairs, strict=True))
-        if self.batch:
+        if uses_batch(norms[0]):
             assert mean is not None and variance is not None
-            check_count(norms[0], x)
-            mean, variance, self.count = over_processes(mean, variance, self.count, self.group)
+            if self.group is None:
+                check_count(x)
+            count = x.numel() // x.shape[1]
+            mean, variance, self.count = over_processes(mean, variance, count, self.group)
             for norm, m, v in zip(norms, mean.split(sizes), variance.split(sizes), strict=True):
                 update_running(norm, m, v, self.count)
+            eps = [
+                torch.full_like(part, n.eps)
+                for n, part in zip(norms, variance.split(sizes), strict=True)
+            ]
+            self.mean, self.rstd = mean, torch.rsqrt(variance + torch.cat(eps))
         else:
-            mean, variance = (
-                torch.cat(list(v)) for v in zip(*(running(n, x) for n in norms), strict=True)
-            )
-        eps = [
-            torch.full_like(part, n.eps)
-            for n, part in zip(norms, variance.split(sizes), strict=True)
-        ]
-        self.mean, self.rstd = mean, torch.rsqrt(variance + torch.cat(eps))
+            constants = [constants_of(n, x) for n in norms]
+            self.mean, self.rstd = (torch.cat(list(v)) for v in zip(*constants, strict=True))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, reference
+from ..ops import segment as piece
 from ..ops.aspp_convs import aspp_convs
 from ..ops.common import autocast, differentiable
 from . import match
@@ -37,14 +38,15 @@ from .intact import functional_is_intact, has_global_hooks, has_transforms
 from .network import Network
 from .norms import (
     JointNorm,
+    JointStatistics,
     Norm,
     NormOptions,
+    Statistics,
     affine,
-    check_count,
+    constants_of,
     group_of,
-    over_processes,
-    running,
-    update_running,
+    options_of,
+    sum_over,
     uses_batch,
 )
 
@@ -133,7 +135,8 @@ def _run(
         conv = None if part.conv is None else part.conv.module
         if part.norm is None:
             assert conv is not None
-            x, pending = _convolve(x, pending, conv.weight, match.geometry(conv)), None
+            x, _ = _convolve(x, pending, match.geometry(conv), conv.weight)
+            pending = None
             if conv.bias is not None:
                 x = x + conv.bias.to(x.dtype)[:, None, None]
             continue
@@ -141,9 +144,10 @@ def _run(
         own_act = None if part.act is None else part.act.name
         following = parts[i + 1] if i + 1 < len(parts) else None
         if part.pool is None and isinstance(following, match.Unit) and following.conv is not None:
+            stats = None
             if conv is not None:
-                x = _convolve(x, pending, conv.weight, match.geometry(conv))
-            pending = Norm(norm, own_act, x)
+                x, stats = _convolve(x, pending, match.geometry(conv), conv.weight, norm)
+            pending = Norm(norm, own_act, x, stats)
             continue
         pool = None if part.pool is None else _pool(part.pool.module)
         last = following is None and residual is not None and own_act is None and pool is None
@@ -178,12 +182,22 @@ def _pool(module: nn.MaxPool2d) -> Pool:
     return kernel, stride, padding, dilation, module.ceil_mode
 
 
-def _convolve(x: Tensor, pending: Norm | None, weight: Tensor, geometry: match.Geometry) -> Tensor:
-    """conv(act(norm(x))), or conv(x) where no norm is pending."""
+def _convolve(
+    x: Tensor,
+    pending: Norm | None,
+    conv: match.Geometry,
+    weight: Tensor,
+    norm: _BatchNorm | None = None,
+) -> tuple[Tensor, Statistics | None]:
+    """conv(act(norm(x))), or conv(x) where no norm is pending, and its statistics for the norm that
+    follows where that takes those of the batch."""
     x, weight = autocast(x, weight)
-    tensors = (None,) * 4 if pending is None else pending.tensors
-    plan = _Plan(before=None if pending is None else pending.options, conv=geometry)
-    return _Segment.apply(plan, x, *tensors, weight, *(None,) * 5)[0]
+    plan = _Plan(
+        before=None if pending is None else pending.options,
+        conv=conv,
+        norm=norm if norm is not None and uses_batch(norm) else None,
+    )
+    return _apply(plan, x, pending, weight, (None,) * 4, None)
 
 
 def _finish(
@@ -201,27 +215,34 @@ def _finish(
         x, weight = autocast(x, conv.weight)
     if residual is not None:
         residual = residual.to(x.dtype)
-    tensors = (None,) * 4 if pending is None else pending.tensors
     # The input of a 1x1 convolution behind a norm is made again in any case.
     again = conv is not None and pending is not None and tuple(conv.kernel_size) == (1, 1)
     batch = uses_batch(norm)
-    weight_after, bias_after = affine(norm, x if weight is None else weight.transpose(0, 1))
-    constants = (None, None) if batch else running(norm, x)
+    factors = affine(norm, x)
+    constants = (None, None) if batch else constants_of(norm, x)
     plan = _Plan(
         before=None if pending is None else pending.options,
         conv=None if conv is None else match.geometry(conv),
-        after=NormOptions(act, batch, 0, group_of(norm)),
-        eps=norm.eps,
+        norm=norm if batch else None,
+        applies=True,
+        act=act,
         again=again,
         pool=pool,
-        check=norm,
     )
-    y, mean, variance, count = _Segment.apply(
-        plan, x, *tensors, weight, weight_after, bias_after, *constants, residual
-    )
-    if batch:
-        update_running(norm, mean, variance, count)
-    return y
+    return _apply(plan, x, pending, weight, (*factors, *constants), residual)[0]
+
+
+def _apply(
+    plan: _Plan,
+    x: Tensor,
+    pending: Norm | None,
+    weight: Tensor | None,
+    after: Sequence[Tensor | None],
+    residual: Tensor | None,
+) -> tuple[Tensor, Statistics | None]:
+    tensors = (None,) * 4 if pending is None else pending.tensors
+    y, mean, rstd, count = _Segment.apply(plan, x, *tensors, weight, *after, residual)
+    return y, Statistics(mean, rstd, count) if count else None
 
 
 @dataclass(frozen=True)
@@ -231,20 +252,36 @@ class _Plan:
     Attributes:
         before: of the norm at the input, or None.
         conv: (stride, padding, dilation, groups), or None.
-        after: of the norm behind, or None; its count is known once its input is.
-        eps: of that norm.
+        norm: the norm behind, whose statistics are taken, or None.
+        applies: a norm behind is applied as well.
+        act: the activation behind that.
         again: compute the convolution again in the backward pass.
         pool: of the max pooling at the end, or None.
-        check: the norm behind, whose input must have more than one value for each channel.
     """
 
     before: NormOptions | None = None
     conv: match.Geometry | None = None
-    after: NormOptions | None = None
-    eps: float = 0.0
+    norm: _BatchNorm | None = None
+    applies: bool = False
+    act: str | None = None
     again: bool = False
     pool: Pool | None = None
-    check: _BatchNorm | None = None
+
+    @property
+    def geometry(self) -> list[int]:
+        """What `ops.segment` takes for `conv`."""
+        if self.conv is None:
+            return []
+        stride, padding, dilation, groups = self.conv
+        return [*stride, *padding, *dilation, groups]
+
+    @property
+    def window(self) -> list[int]:
+        """The same for `pool`."""
+        if self.pool is None:
+            return []
+        *sizes, ceil_mode = self.pool
+        return [*(number for pair in sizes for number in pair), int(ceil_mode)]
 
 
 class _Segment(torch.autograd.Function):
@@ -263,89 +300,74 @@ class _Segment(torch.autograd.Function):
         weight_after: Tensor | None,
         bias_after: Tensor | None,
         mean_after: Tensor | None,
-        variance_after: Tensor | None,
+        rstd_after: Tensor | None,
         residual: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-        ops = torch.ops.deeplab_fast
-        z = x
-        if plan.before is not None:
-            z = ops.bn_act(x, mean, rstd, weight, bias, None, plan.before.act)
-        if plan.conv is not None:
-            z = ops.conv2d(z, filters, *plan.conv)
         ctx.plan = plan
-        if plan.after is None:
+        takes = plan.norm is not None
+        before = _present((mean, rstd, weight, bias))
+        after = _present((weight_after, bias_after, mean_after, rstd_after))
+        act = None if plan.before is None else plan.before.act
+        of_norm = options_of(plan.norm)
+        args = (x, before, act, filters, plan.geometry, takes, *of_norm)
+        rest = (after, residual, plan.act, plan.window)
+        joint = None if plan.norm is None else JointStatistics.of(plan.norm)
+        if joint is None:
+            found = piece.run(*args, *rest)
+        else:
+            # Other processes are waited for between two passes.
+            found = piece.forward(torch.ops.deeplab_fast, *args, *rest, join=joint.join)
+        y, z, *stats = found
+        if filters is None or not plan.applies:
+            z = x if filters is None else y
+        count = 0
+        if takes:
+            mean_after, rstd_after = stats
+            count = z.numel() // z.shape[1] if joint is None else joint.count
+        if not plan.applies:
+            if takes:
+                ctx.mark_non_differentiable(mean_after, rstd_after)
             ctx.save_for_backward(x, mean, rstd, weight, bias, filters)
-            return z, None, None, 0
-        count = z.numel() // z.shape[1]
-        if plan.after.batch:
-            assert plan.check is not None
-            check_count(plan.check, z)
-            mean_after, variance_after = ops.batch_stats(z)
-            mean_after, variance_after, count = over_processes(
-                mean_after, variance_after, count, plan.after.group
-            )
-        assert variance_after is not None
-        rstd_after = torch.rsqrt(variance_after + plan.eps)
-        after = (mean_after, rstd_after, weight_after, bias_after)
-        y = ops.bn_act(z, *after, residual, plan.after.act)
+            return y, mean_after, rstd_after, count
         # Only the sum's own sign says whether the activation let it through.
-        out = y if residual is not None and plan.after.act is not None else None
-        if plan.pool is not None:
-            y = F.max_pool2d(y, *plan.pool[:4], ceil_mode=plan.pool[4])
-        ctx.count = count
+        out = y if residual is not None and plan.act is not None else None
+        ctx.count, ctx.group = count, None if joint is None else joint.group
         ctx.has_residual = residual is not None
-        kept = None if plan.again or plan.conv is None else z
-        ctx.save_for_backward(x, mean, rstd, weight, bias, filters, *after, kept, out)
-        return y, mean_after, variance_after, count
+        kept = None if plan.again or filters is None else z
+        own = (mean_after, rstd_after, weight_after, bias_after)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, filters, *own, kept, out)
+        return y, None, None, 0
 
     @staticmethod
     @differentiable(lambda ctx: _again(ctx))
     def backward(ctx: Any, grad: Any, *unused: object) -> tuple[Tensor | None, ...]:
-        ops = torch.ops.deeplab_fast
         plan: _Plan = ctx.plan
         x, mean, rstd, weight, bias, filters, *rest = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        to_x, to_norm, to_filters = needs[1], needs[4] or needs[5], needs[6]
-        grads: list[Tensor | None] = [None] * len(needs)
-        below = to_x or to_norm
-        a = x
-        if plan.before is not None and (to_filters or plan.again):
-            a = ops.bn_act(x, mean, rstd, weight, bias, None, plan.before.act)
-        if plan.after is not None:
-            mean_after, rstd_after, weight_after, bias_after, z, out = rest
-            if z is None:
-                z = a if plan.conv is None else ops.conv2d(a, filters, *plan.conv)
-            after = (mean_after, rstd_after, weight_after, bias_after)
-            if plan.pool is not None:
-                grad = _pool_backward(grad, ops.bn_act(z, *after, None, plan.after.act), plan.pool)
-            to_residual = ctx.has_residual and needs[11]
-            to_z = below or to_filters
-            grad, grads[7], grads[8], grads[11] = _norm_backward(
-                grad, z, after, out, plan.after, ctx.count, (to_z, needs[7], needs[8], to_residual)
-            )
-            del z, out
-        if plan.conv is not None and grad is not None and (below or to_filters):
-            if plan.before is None and not to_filters:
-                # Of x only the shape is looked at.
-                a = x
-            grad, to_filters_grad = ops.conv2d_backward(
-                grad, a, filters, *plan.conv, below, to_filters
-            )
-            if to_filters:
-                grads[6] = to_filters_grad
-        del a
-        if plan.before is not None and below:
-            grad, grads[4], grads[5], _ = _norm_backward(
-                grad,
-                x,
-                (mean, rstd, weight, bias),
-                None,
-                plan.before,
-                plan.before.count,
-                (to_x, needs[4], needs[5], False),
-            )
-        grads[1] = grad if to_x else None
+        after, z, out, count, group = [], None, None, 0, None
+        if plan.applies:
+            *after, z, out = rest
+            count, group = ctx.count, ctx.group
+        before = _present((mean, rstd, weight, bias))
+        places = [i for i in _DIFFERENTIABLE if ctx.needs_input_grad[i]]
+        needs = [i in places for i in _DIFFERENTIABLE]
+        options = plan.before or NormOptions()
+        args = (
+            grad, x, before, options.act, options.count, filters, plan.geometry,
+            z, after, count, out, plan.act, plan.window, needs,
+        )  # fmt: skip
+        if options.group is None and group is None:
+            found = piece.run_gradients(*args)
+        else:
+            adds = (sum_over(options.group), sum_over(group))
+            found = piece.backward(torch.ops.deeplab_fast, *args, *adds)
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for i, gradient in zip(places, found, strict=True):
+            grads[i] = gradient
         return tuple(grads)
+
+
+# Places among the arguments of `_Segment`, in the order of `ops.segment.backward`.
+_DIFFERENTIABLE = (1, 4, 5, 6, 7, 8, 11)
 
 
 def _again(ctx: Any) -> tuple[Callable[..., Tensor], Sequence[Any]]:
@@ -353,7 +375,7 @@ def _again(ctx: Any) -> tuple[Callable[..., Tensor], Sequence[Any]]:
     plan: _Plan = ctx.plan
     x, mean, rstd, weight, bias, filters, *rest = ctx.saved_tensors
     mean_after = rstd_after = weight_after = bias_after = out = residual = None
-    if plan.after is not None:
+    if plan.applies:
         mean_after, rstd_after, weight_after, bias_after, _, out = rest
         if ctx.has_residual:
             # Its value matters only for where the activation lets the sum through, which out says.
@@ -364,20 +386,20 @@ def _again(ctx: Any) -> tuple[Callable[..., Tensor], Sequence[Any]]:
         y = x
         if plan.before is not None:
             mean, rstd, weight, bias = _present(given[:4])
-            mean, rstd = _stats_again(y, mean, rstd, plan.before)
+            mean, rstd = _stats_again(y, mean, rstd, plan.before.count, plan.before.group)
             y = reference.bn_act(y, mean, rstd, weight, bias, None, plan.before.act)
         if plan.conv is not None:
             (kernels,) = _present(given[4:5])
             y = reference.conv2d(y, kernels, *plan.conv)
-        if plan.after is None:
+        if not plan.applies:
             return y
         weight, bias, mean, rstd = _present(given[5:9])
         residual = given[9]
-        mean, rstd = _stats_again(y, mean, rstd, plan.after)
-        act = None if residual is not None else plan.after.act
+        mean, rstd = _stats_again(y, mean, rstd, ctx.count, ctx.group)
+        act = None if residual is not None else plan.act
         y = reference.bn_act(y, mean, rstd, weight, bias, residual, act)
         if out is not None:
-            y = torch.where(_passes(out.detach(), plan.after.act), y, 0.0)
+            y = torch.where(_passes(out.detach(), plan.act), y, 0.0)
         if plan.pool is not None:
             y = F.max_pool2d(y, *plan.pool[:4], ceil_mode=plan.pool[4])
         return y
@@ -399,17 +421,17 @@ def _shape_before_pool(plan: _Plan, x: Tensor, filters: Tensor | None) -> torch.
 
 
 def _stats_again(
-    x: Tensor, mean: Tensor, rstd: Tensor, options: NormOptions
+    x: Tensor, mean: Tensor, rstd: Tensor, count: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """(mean, rstd) with their history where they are those of x."""
-    if not options.batch:
+    if not count:
         return mean, rstd
-    if options.group is not None:
+    if group is not None:
         raise RuntimeError(
             "batch norm that is synchronised over processes has no second derivative; train with "
             "nn.BatchNorm2d, or without create_graph=True"
         )
-    own_mean, variance = reference.batch_stats(x)
+    own_mean, variance, _ = reference.batch_stats(x)
     # 1 / sqrt(variance + eps), with eps as it was in the forward pass.
     return own_mean, torch.rsqrt(variance + (rstd.pow(-2) - variance).detach())
 
@@ -421,43 +443,6 @@ def _passes(out: Tensor, act: str | None) -> Tensor:
     if act == "relu6":
         return ~((out <= 0) | (out >= 6))
     raise RuntimeError(f"{act} of a sum with a residual has no second derivative here")
-
-
-def _norm_backward(
-    grad: Tensor,
-    z: Tensor,
-    norm: tuple[Tensor, Tensor, Tensor, Tensor],
-    out: Tensor | None,
-    options: NormOptions,
-    count: int,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to (z, weight, bias, residual) of act(norm(z) + residual), where needed."""
-    ops = torch.ops.deeplab_fast
-    to_z, to_weight, to_bias, to_residual = needs
-    means: tuple[Tensor | None, Tensor | None] = (None, None)
-    grad_weight = grad_bias = None
-    if to_weight or to_bias or (options.batch and to_z):
-        sums = ops.bn_act_reduce(grad, z, *norm, out, options.act)
-        grad_bias = sums[0].to(norm[3].dtype) if to_bias else None
-        grad_weight = sums[1].to(norm[2].dtype) if to_weight else None
-        if options.batch and to_z:
-            if options.group is not None:
-                joint = torch.cat(sums)
-                dist.all_reduce(joint, group=options.group)
-                sums = joint.chunk(2)
-            means = (sums[0] / count, sums[1] / count)
-    if not to_z and not to_residual:
-        return None, grad_weight, grad_bias, None
-    grad_z, grad_residual = ops.bn_act_backward(
-        grad, z, *norm, out, *means, options.act, to_residual
-    )
-    return grad_z, grad_weight, grad_bias, grad_residual if to_residual else None
-
-
-def _pool_backward(grad: Tensor, y: Tensor, pool: Pool) -> Tensor:
-    _, indices = torch.ops.aten.max_pool2d_with_indices(y, *pool)
-    return torch.ops.aten.max_pool2d_with_indices_backward(grad, y, *pool, indices)
 
 
 def _block(block: match.Block, x: Tensor) -> Tensor:
@@ -543,7 +528,7 @@ def _aspp(aspp: match.Aspp, x: Tensor) -> Tensor:
     # The map of the pooled vector is constant: its part of the projection is one bias an image.
     pooled = sequence((pooling.pool, *pooling.modules), x)
     to_branches, to_pooled = project.weight.tensor_split([y.shape[1]], dim=1)
-    z = _convolve(y, joint, to_branches, match.geometry(project))
+    z, _ = _convolve(y, joint, match.geometry(project), to_branches)
     z = z + F.conv2d(pooled, to_pooled).to(z.dtype)
     return _run(rest, z)
 

@@ -85,8 +85,16 @@ def stats(id: str, dtype: str, vector: int, shape=LARGE) -> Variant:
     return Variant(f"stats-{id}", "batch_stats_kernel", dtype, 1, 0, shape, vector, {})
 
 
-def combine(id: str, kernel: str, chunks: int) -> Variant:
-    return Variant(id, kernel, "fp32", 0, 0, (chunks, 256), 1, {})
+def combine(id: str, kernel: str, chunks: int, **constants: object) -> Variant:
+    return Variant(id, kernel, "fp32", 0, 0, (chunks, 256), 1, constants)
+
+
+def updating(updates: bool, counts: bool, cumulative: bool) -> dict[str, object]:
+    """Constants of the kernel that updates running statistics, or does not."""
+    absent = {} if updates else dict.fromkeys(("running_mean_ptr", "running_var_ptr"))
+    if not (counts or cumulative):
+        absent["batches_ptr"] = None
+    return {"UPDATES": updates, "COUNTS": counts, "CUMULATIVE": cumulative, **absent}
 
 
 def forward(id: str, dtype: str, vector: int, act: str, residual=False, shape=LARGE) -> Variant:
@@ -127,7 +135,9 @@ VARIANTS = [
     stats("bf16", "bf16", 8),
     stats("fp32", "fp32", 4),
     stats("fp16-unaligned", "fp16", 1, ODD),
-    combine("stats-combine", "stats_combine_kernel", 700),
+    combine("stats-combine", "stats_combine_kernel", 700, **updating(False, False, False)),
+    combine("stats-combine-counts", "stats_combine_kernel", 700, **updating(True, True, False)),
+    combine("stats-combine-mean", "stats_combine_kernel", 700, **updating(True, False, True)),
     forward("bf16-residual-relu", "bf16", 8, "relu", residual=True),
     forward("fp32-hardswish", "fp32", 4, "hardswish"),
     forward("fp16-residual-relu6-unaligned", "fp16", 1, "relu6", True, ODD),
@@ -149,7 +159,10 @@ def element_type(name: str, variant: Variant) -> str:
     maps = ("x_ptr", "residual_ptr", "y_ptr", "grad_ptr", "out_ptr", "dx_ptr", "residual_grad_ptr")
     if name in maps:
         return "*" + variant.dtype
-    return "*fp32" if name.endswith("_ptr") else "i32"
+    if name == "batches_ptr":
+        return "*i64"
+    numbers = ("eps", "share", "kept", "per_value")
+    return "*fp32" if name.endswith("_ptr") else "fp32" if name in numbers else "i32"
 
 
 def whole_accesses(ptx: str, kind: str) -> int:

@@ -181,10 +181,34 @@ def test_stats(shape, dtype: torch.dtype) -> None:
         assert_sum_as_good(a, b, e, largest)
 
 
+@pytest.mark.parametrize(
+    ("momentum", "counted"),
+    [
+        pytest.param(0.1, True, id="exponential"),
+        pytest.param(None, True, id="cumulative"),
+        pytest.param(0.3, False, id="not counted"),
+    ],
+)
+def test_running_statistics(momentum: float | None, counted: bool) -> None:
+    """In the kernel; off by four roundings from the same sums by PyTorch."""
+    x = Case.make((2, 80, 33, 33)).x
+    kept = torch.rand(2, 80, device=DEVICE) + 0.5
+    batches = torch.tensor(3, device=DEVICE) if counted else None
+    expected = kept.clone()
+    counts = None if batches is None else batches.clone()
+    mean, variance, rstd = batch_norm.batch_stats(x, EPS, kept[0], kept[1], batches, momentum)
+    count = x.numel() // x.shape[1]
+    reference.update_running(expected[0], expected[1], counts, momentum, mean, variance, count)
+    rounding = 4 * HALF_STEP[torch.float32]
+    torch.testing.assert_close(kept, expected, rtol=rounding, atol=rounding)
+    torch.testing.assert_close(rstd, (variance + EPS).rsqrt(), rtol=rounding, atol=0)
+    assert batches is None or torch.equal(batches, counts)
+
+
 def test_stats_of_values_far_from_zero() -> None:
     """A difference of mean squares would be off by 4096^2 2^-24, which is the variance itself."""
     x = channels_last(torch.randn(LAYER1, device=DEVICE) + 4096)
-    mean, variance = batch_norm.batch_stats(x)
+    mean, variance, _ = batch_norm.batch_stats(x)
     exact = reference.batch_stats(x.double())
     torch.testing.assert_close(mean.double(), exact[0], rtol=2e-6, atol=0)
     torch.testing.assert_close(variance.double(), exact[1], rtol=1e-3, atol=0)
@@ -193,7 +217,7 @@ def test_stats_of_values_far_from_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_configuration(dtype: torch.dtype) -> None:
     case = Case.make((2, 80, 33, 33), dtype)
-    mean, variance = reference.batch_stats(case.x)
+    mean, variance, _ = reference.batch_stats(case.x)
     factors = (mean, (variance + EPS).rsqrt(), case.weight, case.bias)
     y = batch_norm.bn_act(case.x, *factors, case.residual, "relu")
     sums = batch_norm.bn_act_reduce(case.grad, case.x, *factors, y, "relu")
@@ -207,8 +231,8 @@ def test_every_configuration(dtype: torch.dtype) -> None:
         assert len(found) > 5
         for config in found:
             if maps == 1:
-                got = batch_norm.batch_stats(case.x, config)
-                torch.testing.assert_close(got, (mean, variance), rtol=1e-5, atol=1e-5)
+                got = batch_norm.batch_stats(case.x, config=config)
+                torch.testing.assert_close(got[:2], (mean, variance), rtol=1e-5, atol=1e-5)
             elif reduces:
                 got = batch_norm.bn_act_reduce(case.grad, case.x, *factors, y, "relu", config)
                 for a, b in zip(got, sums, strict=True):
@@ -280,7 +304,7 @@ def test_results_repeat_to_the_bit() -> None:
 def test_forward_and_backward_agree_on_what_the_relu_lets_through() -> None:
     """Also where its input is a rounding away from 0: both compute it in the same way."""
     case = Case.make((2, 64, 65, 65), torch.float32, with_residual=False)
-    mean, variance = batch_norm.batch_stats(case.x)
+    mean, variance, _ = batch_norm.batch_stats(case.x)
     factors = (mean, (variance + EPS).rsqrt(), case.weight, mean)
     # x such that the multiply-add cancels: x = mean - mean / (rstd weight).
     x = channels_last(
@@ -297,7 +321,7 @@ def test_forward_and_backward_agree_on_what_the_relu_lets_through() -> None:
 def test_what_is_no_number_stays_none_and_does_not_spread() -> None:
     case = Case.make((1, 64, 17, 17), torch.float32)
     case.x[0, 3, 1, 1] = float("nan")
-    mean, variance = batch_norm.batch_stats(case.x)
+    mean, variance, _ = batch_norm.batch_stats(case.x)
     assert mean.isnan().nonzero().tolist() == variance.isnan().nonzero().tolist() == [[3]]
     zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
     for act in ("relu", "relu6", "hardswish", None):
@@ -312,7 +336,7 @@ def test_what_is_no_number_stays_none_and_does_not_spread() -> None:
 
 def test_a_batch_of_nothing() -> None:
     x, factors = torch.empty(0, 5, 3, 3, device=DEVICE), torch.ones(4, 5, device=DEVICE)
-    assert not torch.stack(batch_norm.batch_stats(x)).any()
+    assert not torch.stack(batch_norm.batch_stats(x)[:2]).any()
     assert not torch.stack(batch_norm.bn_act_reduce(x, x, *factors, None, "relu")).any()
     assert batch_norm.bn_act(x, *factors, x, "relu").shape == x.shape
 
@@ -372,7 +396,7 @@ def test_maps_beyond_two_to_the_31_elements() -> None:
 
     x, grad = last_of(alone.x), last_of(alone.grad)
     assert x.numel() > 2**31
-    mean, variance = batch_norm.batch_stats(x)
+    mean, variance, _ = batch_norm.batch_stats(x)
     exact = [s.double() for s in reference.batch_stats(alone.x.double())]
     expected = exact[0] / n
     torch.testing.assert_close(mean.double(), expected, rtol=1e-4, atol=1e-6)

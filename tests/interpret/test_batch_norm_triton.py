@@ -148,8 +148,8 @@ def assert_map(got: Tensor, exact: Tensor, magnitude: Tensor, roundings: int, li
     assert_within(got, exact, roundings * U * magnitude + 1.01 * half_step)
 
 
-def check_stats(case: Case, got: tuple[Tensor, Tensor], merges: int = 3) -> None:
-    mean, variance = reference.batch_stats(case.x.double())
+def check_stats(case: Case, got: tuple[Tensor, ...], merges: int = 3) -> None:
+    mean, variance, _ = reference.batch_stats(case.x.double())
     roundings = case.additions() + 6 * merges + 16
     off = roundings * U * case.x.double().abs().amax((0, 2, 3))
     assert_within(got[0], mean, off)
@@ -171,13 +171,58 @@ def check_sums(case: Case, got: tuple[Tensor, Tensor], out: Tensor | None, act) 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stats(shape, dtype: torch.dtype, nan_poison) -> None:
     case = Case.make(shape, dtype)
-    check_stats(case, batch_norm.batch_stats(case.x, case.reducing))
+    check_stats(case, batch_norm.batch_stats(case.x, config=case.reducing))
+
+
+# Two blocks of channels combine partials: one of them counts the batch.
+@pytest.mark.parametrize("channels", [7, 20], ids=["one-block", "more-than-one"])
+@pytest.mark.parametrize(
+    ("momentum", "counted"),
+    [
+        pytest.param(0.1, True, id="exponential"),
+        pytest.param(None, True, id="cumulative"),
+        pytest.param(0.3, False, id="not-counted"),
+        pytest.param(None, False, id="neither-nothing-is-added"),
+    ],
+)
+def test_running_statistics(channels: int, momentum: float | None, counted: bool) -> None:
+    """Of the kernel's own statistics, but for the order of rounding: a momentum and its rest, two
+    products and a sum, each off by 2^-24."""
+    case = Case.make((2, channels, 3, 7))
+    kept = torch.stack([torch.randn(channels), torch.rand(channels) + 0.5])
+    expected = kept.clone()
+    batches = torch.tensor(3) if counted else None
+    counts = None if batches is None else batches.clone()
+    mean, variance, rstd = batch_norm.batch_stats(
+        case.x, 1e-3, kept[0], kept[1], batches, momentum, case.reducing
+    )
+    check_stats(case, (mean, variance))
+    reference.update_running(expected[0], expected[1], counts, momentum, mean, variance, 2 * 3 * 7)
+    size = expected.abs() + kept.abs() + torch.stack([mean.abs(), variance])
+    assert_within(kept, expected.double(), 6 * U * size)
+    torch.testing.assert_close(rstd, (variance + 1e-3).rsqrt(), rtol=4 * U, atol=0)
+    assert batches is None or (int(batches) == 4 and torch.equal(batches, counts))
+
+
+def test_sums_in_place_of_means() -> None:
+    case = Case.make(RAGGED)
+    args = (case.grad, case.x, *case.factors, None)
+    options = ("relu", False)
+    means = (case.mean_grad, case.mean_grad_xhat)
+    # A power of two divides without rounding.
+    sums = [mean * 64 for mean in means]
+    for got, expected in zip(
+        batch_norm.bn_act_backward(*args, *sums, *options, 64.0),
+        batch_norm.bn_act_backward(*args, *means, *options),
+        strict=True,
+    ):
+        assert torch.equal(got, expected)
 
 
 def test_stats_of_values_far_from_zero() -> None:
     """A difference of mean squares would be off by 4096^2 u, which is the variance itself."""
     case = Case.make(RAGGED, offset=4096.0)
-    got = batch_norm.batch_stats(case.x, case.reducing)
+    got = batch_norm.batch_stats(case.x, config=case.reducing)
     check_stats(case, got)
     variance = reference.batch_stats(case.x.double())[1]
     torch.testing.assert_close(got[1].double(), variance, rtol=0.01, atol=0)
@@ -192,7 +237,7 @@ def test_partials_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case.make((1, 4, 9, 11))
     config = BatchNormConfig(1, 32, 4, 1)
     assert config.grid(99, 4) == (4, 4, 1)
-    check_stats(case, batch_norm.batch_stats(case.x, config), merges=4)
+    check_stats(case, batch_norm.batch_stats(case.x, config=config), merges=4)
     args = (case.grad, case.x, *case.factors, None, "relu")
     check_sums(case, batch_norm.bn_act_reduce(*args, config), None, "relu")
 
@@ -260,7 +305,7 @@ def test_reduce(act, with_out: bool, nan_poison) -> None:
 def check_backward(case: Case, act, out: Tensor | None, means: bool, to_residual: bool) -> None:
     sums = (case.mean_grad, case.mean_grad_xhat) if means else (None, None)
     args = (case.grad, case.x, *case.factors, out, *sums, act, to_residual)
-    dx, residual = batch_norm.bn_act_backward(*args, case.one_pass)
+    dx, residual = batch_norm.bn_act_backward(*args, config=case.one_pass)
     exact_dx, exact_residual = reference.bn_act_backward(*double(*args))
     magnitude = 1.5 * case.grad.double().abs()
     if to_residual:
@@ -304,7 +349,7 @@ def test_backward(act, with_out, means, to_residual, dtype: torch.dtype, nan_poi
 @given(shape=st.tuples(*(st.integers(1, most) for most in (3, 20, 4, 4))))
 def test_any_shape(shape) -> None:
     case = Case.make(shape, torch.float16)
-    check_stats(case, batch_norm.batch_stats(case.x, case.reducing))
+    check_stats(case, batch_norm.batch_stats(case.x, config=case.reducing))
     check_act(case, "hardswish", False)
     args = (case.grad, case.x, *case.factors, None, "hardswish")
     check_sums(case, batch_norm.bn_act_reduce(*args, case.reducing), None, "hardswish")
@@ -353,7 +398,7 @@ def test_what_is_no_number_stays_none_and_does_not_spread() -> None:
     case = Case.make((1, 8, 3, 3))
     case.x[0, 3, 1, 1] = float("nan")
     case.grad[0, 5, 2, 2] = float("nan")
-    mean, variance = batch_norm.batch_stats(case.x)
+    mean, variance, _ = batch_norm.batch_stats(case.x)
     assert mean.isnan().nonzero().tolist() == variance.isnan().nonzero().tolist() == [[3]]
     for act in ACTIVATIONS:
         y = batch_norm.bn_act(case.x, *case.factors, None, act)
@@ -448,8 +493,10 @@ def test_offsets_beyond_int32(stride: int) -> None:
 
 def test_a_batch_of_nothing() -> None:
     x, factors = torch.empty(0, 5, 3, 3), torch.ones(4, 5)
+    *stats, rstd = batch_norm.batch_stats(x, 0.25)
+    assert torch.equal(rstd, torch.full((5,), 2.0))
     for got in (
-        batch_norm.batch_stats(x),
+        stats,
         batch_norm.bn_act_reduce(x, x, *factors, None, "relu"),
     ):
         for vector in got:
@@ -468,10 +515,10 @@ def test_results_repeat_to_the_bit_and_are_those_of_the_ops() -> None:
     def call(*functions) -> list[Tensor]:
         stats, act, reduce, backward = functions
         return [
-            *stats(case.x),
+            *stats(case.x, 1e-3, None, None, None, None),
             act(case.x, *case.factors, case.residual, "relu"),
             *reduce(case.grad, case.x, *case.factors, out, "relu"),
-            *backward(case.grad, case.x, *case.factors, out, *means, "relu", True),
+            *backward(case.grad, case.x, *case.factors, out, *means, "relu", True, 70.0),
         ]
 
     first = call(*(getattr(batch_norm, name) for name in NAMES))
@@ -538,7 +585,7 @@ def test_a_configuration_that_does_not_fit_is_refused() -> None:
         BatchNormConfig(2, 16, 8, 1, tiles=0),
     ):
         with pytest.raises(ValueError, match="does not fit 1 maps read 4 channels at a time"):
-            batch_norm.batch_stats(x, wrong)
+            batch_norm.batch_stats(x, config=wrong)
 
 
 @pytest.mark.parametrize("op", NAMES)

@@ -208,6 +208,13 @@ def norm_calls(dtype: torch.dtype) -> Iterator[Call]:
             name = f"{size} {layout}"
             vectors = [torch.ones(shape[1]) for _ in range(4)]
             yield Call(f"batch_stats {name}", partial(ops.batch_stats, x))
+            kept, batches = torch.ones(2, shape[1]), torch.tensor(3)
+            for momentum, tracked in ((0.1, batches), (None, batches), (0.1, None)):
+                if whole or (momentum and tracked is not None):
+                    yield Call(
+                        f"batch_stats {name} momentum={momentum} tracked={tracked is not None}",
+                        partial(OPS.batch_stats, x, 1e-5, kept[0], kept[1], tracked, momentum),
+                    )
             all_acts = whole and not is_like_another(dtype)
             for act, other in product(acts if all_acts else ("relu",), (None, x)):
                 if act == "hardswish" and other is not None:

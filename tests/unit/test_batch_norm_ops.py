@@ -190,6 +190,53 @@ def test_batch_stats(implementation, nan_poison, shape, dtype) -> None:
     close(variance, x.double().var((0, 2, 3), correction=0))
 
 
+def running(
+    channels: int, dtype: torch.dtype = torch.float32, batches: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Running mean and variance, and the number of batches before."""
+    mean = torch.linspace(-1, 1, channels, dtype=torch.float64).to(dtype)
+    return mean, mean.abs() + 0.5, torch.tensor(batches)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "counted", "dtype", "kept"),
+    [
+        pytest.param(0.1, True, torch.float32, torch.float32, id="exponential"),
+        pytest.param(None, True, torch.float32, torch.float32, id="cumulative"),
+        pytest.param(0.3, False, torch.float64, torch.float64, id="not counted, float64"),
+        pytest.param(None, False, torch.float32, torch.float32, id="neither: nothing is added"),
+        pytest.param(0.1, True, torch.float32, torch.bfloat16, id="buffers in bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(2, 21, 5, 7), (3, 70, 1, 1)], ids=["map", "one pixel"])
+def test_running_statistics(implementation, nan_poison, shape, momentum, counted, dtype, kept):
+    """As nn.BatchNorm2d has them, and to the bit what PyTorch's in-place operations make of the
+    same statistics, one multiply-add after the other."""
+    x = (torch.randn(shape) * 2 + 1).to(dtype)
+    mean, var, batches = running(shape[1], kept)
+    module = torch.nn.BatchNorm2d(shape[1], momentum=momentum, dtype=torch.float64)
+    module.running_mean.copy_(mean)
+    module.running_var.copy_(var)
+    module.num_batches_tracked.copy_(batches)
+    if not counted:
+        module.num_batches_tracked, batches = None, None
+    module(x.double())
+    by_hand = [None if t is None else t.clone() for t in (mean, var, batches)]
+    versions = mean._version, var._version
+    found = OPS.batch_stats(x, EPS, mean, var, batches, momentum)
+    torch.testing.assert_close(found[2], (found[1] + EPS).rsqrt(), rtol=0, atol=0)
+    count = x.numel() // shape[1]
+    reference.update_running(*by_hand, momentum, *found[:2], count)
+    for one, other in zip((mean, var, batches), by_hand, strict=True):
+        assert one is None or torch.equal(one, other)
+    # One rounding of what is kept, and those of the statistics.
+    rounding = torch.finfo(kept).eps / 2 + 4e-6
+    for one, other in ((mean, module.running_mean), (var, module.running_var)):
+        torch.testing.assert_close(one.double(), other, rtol=rounding, atol=rounding)
+    # What is prepared from them sees that they changed.
+    assert mean._version > versions[0] and var._version > versions[1]
+
+
 def _cases() -> list:
     rows = []
     for act in ACTS:
@@ -444,11 +491,12 @@ def _calls() -> dict[str, tuple]:
     sums = case.reduce(out)
     both = (case.grad, case.x, *case.vectors())
     return {
-        "batch_stats": (case.x,),
+        "batch_stats": (case.x, EPS, None, None, None, None),
+        "batch_stats running": (case.x, EPS, *running(case.x.shape[1]), 0.1),
         "bn_act": (case.x, *case.vectors(), case.residual, "relu"),
         "bn_act_reduce": (*both, out, "relu"),
-        "bn_act_backward": (*both, out, *sums, "relu", True),
-        "bn_act_backward without": (plain.grad, plain.x, *plain.vectors(), *[None] * 4, False),
+        "bn_act_backward": (*both, out, *sums, "relu", True, 70.0),
+        "bn_act_backward without": (plain.grad, plain.x, *plain.vectors(), *[None] * 4, False, 1.0),
     }
 
 
@@ -479,10 +527,10 @@ def test_fakes_have_the_strides_of_the_results(backend, shape) -> None:
     case = Case.make(shape)
     maps = (case.grad, case.x, *case.vectors())
     calls = {
-        "batch_stats": (case.x,),
+        "batch_stats": (case.x, EPS, None, None, None, None),
         "bn_act": (case.x, *case.vectors(), None, "relu"),
         "bn_act_reduce": (*maps, None, "relu"),
-        "bn_act_backward": (*maps, None, None, None, "relu", True),
+        "bn_act_backward": (*maps, None, None, None, "relu", True, 1.0),
     }
     for name, args in calls.items():
         real = getattr(OPS, name)(*args)
@@ -595,20 +643,30 @@ class TestErrors:
 
     @pytest.mark.skipif(not SETS, reason="without the extension")
     def test_of_the_extension(self) -> None:
-        """What ops/_cpu_batch_norm.py never passes on."""
+        """What ops/batch_norm.py never passes on."""
         case = Case.make()
-        x = case.x.contiguous(memory_format=torch.channels_last)
-        with pytest.raises(ValueError, match="x must be a dense float32 or float64 map"):
-            OPS._batch_stats_cpu(case.x)
-        with pytest.raises(ValueError, match=r"x must be a dense float32 or float64 map"):
-            OPS._batch_stats_cpu(x.half())
-        with pytest.raises(ValueError, match=r"mean must be contiguous Float \[21\], got Double"):
-            OPS._bn_act_cpu(x, case.mean.double(), *case.vectors()[1:], None, "relu")
-        with pytest.raises(ValueError, match="residual must be a dense map in channels_last like"):
-            OPS._bn_act_cpu(x, *case.vectors(), case.grad, "relu")
-        with pytest.raises(ValueError, match="act must be relu, relu6, hardswish or none, got tan"):
-            OPS._bn_act_cpu(x, *case.vectors(), None, "tanh")
+        x, vectors = case.x, case.vectors()
+        with pytest.raises(ValueError, match="x must be a float32 or float64 map"):
+            OPS._batch_stats_cpu(x.half(), EPS, None, None, None, None)
+        with pytest.raises(ValueError, match=r"mean must be a vector of 21 numbers, got .*\[20\]"):
+            OPS._bn_act_cpu(x, case.mean[:20], *vectors[1:], None, "relu")
+        with pytest.raises(ValueError, match=r"bias must be a vector of 21 numbers, got Long"):
+            OPS._bn_act_cpu(x, *vectors[:3], case.bias.long(), None, "relu")
+        with pytest.raises(
+            ValueError, match=r"residual must be a map like x, Float \[2, 21, 5, 7\]"
+        ):
+            OPS._bn_act_cpu(x, *vectors, case.grad[:1], "relu")
+        with pytest.raises(ValueError, match="act must be relu, relu6 or hardswish, got tanh"):
+            OPS._bn_act_cpu(x, *vectors, None, "tanh")
         with pytest.raises(ValueError, match="hardswish takes no residual and no out"):
-            OPS._bn_act_cpu(x, *case.vectors(), x, "hardswish")
+            OPS._bn_act_cpu(x, *vectors, x, "hardswish")
         with pytest.raises(ValueError, match="give both of mean_grad and mean_grad_xhat"):
-            OPS._bn_act_backward_cpu(x, x, *case.vectors(), None, case.mean, None, "relu", False)
+            OPS._bn_act_backward_cpu(x, x, *vectors, None, case.mean, None, "relu", False, 1.0)
+        with pytest.raises(ValueError, match="give both of running_mean and running_var"):
+            OPS._batch_stats_cpu(x, EPS, case.mean, None, None, 0.1)
+        with pytest.raises(
+            ValueError, match=r"running_var must be contiguous Float \[21\], got Do"
+        ):
+            OPS._batch_stats_cpu(x, EPS, case.mean, case.mean.double(), None, 0.1)
+        with pytest.raises(ValueError, match="num_batches_tracked must be one int64 on the CPU"):
+            OPS._batch_stats_cpu(x, EPS, case.mean, case.mean, torch.ones(1), 0.1)

@@ -18,7 +18,7 @@ from deeplab_fast.ops import _cpu_forms
 from deeplab_fast.ops._cpu_forms import FORMS
 from deeplab_fast.ops.aspp_convs import aspp_convs
 from deeplab_fast.plan.taps import live_taps, output_size
-from deeplab_fast.testing import cpu_instruction_sets, threads
+from deeplab_fast.testing import cpu_instruction_sets, deterministic, threads
 
 OPS = torch.ops.deeplab_fast
 pytestmark = pytest.mark.skipif(not _ext.CPU.loaded, reason=_ext.CPU.reason)
@@ -420,3 +420,64 @@ class TestBackend:
         why = dlf.why("conv_bn_act", torch.randn(1, 3, 5, 5).double(), weight.double(), one, one)
         assert why.chosen == "reference"
         assert "takes float32 only, the input is float64" in str(why)
+
+
+class TestWeightGradient:
+    @staticmethod
+    def expected(grad: Tensor, x: Tensor, kernel: int, stride: int, dilation: int) -> Tensor:
+        filters = torch.zeros(grad.shape[1], x.shape[1], kernel, kernel, dtype=torch.float64)
+        filters.requires_grad_()
+        padding = dilation * (kernel // 2)
+        y = F.conv2d(x.double(), filters, None, stride, padding, dilation)
+        return torch.autograd.grad(y, filters, grad.double())[0]
+
+    # [N, C, H, W] of x, filters, kernel, stride, dilation
+    @pytest.mark.parametrize("spreads", [False, True], ids=["windows", "spread"])
+    @pytest.mark.parametrize(
+        ("shape", "filters", "kernel", "stride", "dilation"),
+        [
+            pytest.param((2, 5, 7, 6), 3, 1, 1, 1, id="1x1"),
+            pytest.param((2, 5, 7, 6), 3, 1, 2, 1, id="1x1 with a stride and a rest"),
+            pytest.param((2, 5, 9, 9), 3, 1, 3, 1, id="1x1 with a stride that fits"),
+            pytest.param((2, 5, 7, 6), 3, 3, 1, 1, id="3x3"),
+            pytest.param((3, 4, 9, 11), 2, 3, 1, 4, id="some taps in a part of the map"),
+            pytest.param((2, 4, 3, 9), 2, 3, 1, 5, id="rows of taps outside"),
+            pytest.param((2, 4, 3, 3), 2, 3, 1, 20, id="the middle tap alone"),
+            pytest.param((2, 4, 1, 1), 2, 3, 1, 1, id="one pixel"),
+            pytest.param((1, 1, 6, 5), 1, 3, 1, 2, id="one channel, one filter"),
+            pytest.param((0, 4, 5, 5), 2, 3, 1, 1, id="no image"),
+            pytest.param((2, 70, 33, 31), 65, 3, 1, 6, id="copied in threads"),
+        ],
+    )
+    def test_is_pytorchs(self, shape, filters, kernel, stride, dilation, spreads) -> None:
+        x = nhwc(*shape)
+        n, _, height, width = shape
+        grad = nhwc(n, filters, (height - 1) // stride + 1, (width - 1) // stride + 1)
+        with deterministic():
+            # Tensors that C++ makes are filled with nan.
+            found = OPS._conv_weight_gradient_cpu(grad, x, kernel, stride, dilation, spreads)
+        expected = self.expected(grad, x, kernel, stride, dilation)
+        assert found.is_contiguous(memory_format=CHANNELS_LAST) and found.shape == expected.shape
+        assert relative_error(found, expected) <= DIRECT
+        for count in (1, 2):
+            with threads(count):
+                again = OPS._conv_weight_gradient_cpu(grad, x, kernel, stride, dilation, spreads)
+            assert torch.equal(again, found)
+
+    @pytest.mark.parametrize("value", NOT_FINITE)
+    @pytest.mark.parametrize("spreads", [False, True], ids=["windows", "spread"])
+    def test_a_gradient_that_is_not_finite_shows(self, value, spreads) -> None:
+        """In all taps of its filter, as padding times it does in PyTorch, and in no other's."""
+        x, grad = nhwc(1, 4, 5, 5), nhwc(1, 3, 5, 5)
+        grad[0, 1, 0, 0] = value
+        found = OPS._conv_weight_gradient_cpu(grad, x, 3, 1, 2, spreads)
+        assert found[1].isnan().all() and found[::2].isfinite().all()
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        x = nhwc(1, 4, 5, 5)
+        with pytest.raises(ValueError, match="kernel must be 1, or 3 with stride 1, got 3 with"):
+            OPS._conv_weight_gradient_cpu(x, x, 3, 2, 1, False)
+        with pytest.raises(ValueError, match=r"grad \[1, 4, 5, 5\] does not fit x .* at stride 2"):
+            OPS._conv_weight_gradient_cpu(x, x, 1, 2, 1, False)
+        with pytest.raises(ValueError, match=r"x must be a float32 map .* in channels_last"):
+            OPS._conv_weight_gradient_cpu(x, x.contiguous(), 1, 1, 1, False)

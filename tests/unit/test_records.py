@@ -243,7 +243,7 @@ def test_the_check_at_first_use_computes(monkeypatch) -> None:
     table = backends.implementations("batch_stats")
     right = table["reference"].run
     monkeypatch.setattr(checks, "FIRST_USE_DEVICE", "cpu")
-    for run, text in ((right, ""), (lambda x: [t + 1 for t in right(x)], "is off by")):
+    for run, text in ((right, ""), (lambda *args: [t + 1 for t in right(*args)], "is off by")):
         fake = replace(table["reference"], run=run)
         monkeypatch.setitem(declare._implementations, "batch_stats", {**table, "triton": fake})
         problem = checks.first_use_problem("batch_stats", "triton", "bfloat16", "plain")
