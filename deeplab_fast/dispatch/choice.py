@@ -133,16 +133,7 @@ class Choices:
     """
 
     def __init__(self) -> None:
-        self._state: Hashable = (
-            _override,
-            os.environ.get(ENVIRONMENT_VARIABLE),
-            limits.state(),
-            trust.generation(),
-            registrations(),
-            _ext.CPU.loaded,
-            _ext.CUDA.loaded,
-            _ext.SM90.loaded,
-        )
+        self._state = state()
         self._known = _answers(self._state)
         self._known_on_gpu: _Known | None = None
 
@@ -174,6 +165,20 @@ class Choices:
         if self._known_on_gpu is None:
             self._known_on_gpu = _answers((self._state, limits.gpu_state()))
         return self._known_on_gpu
+
+
+def state() -> Hashable:
+    """What the answers of `select` rest on beside the call; on a GPU also on `limits.gpu_state`."""
+    return (
+        _override,
+        os.environ.get(ENVIRONMENT_VARIABLE),
+        limits.state(),
+        trust.generation(),
+        registrations(),
+        _ext.CPU.loaded,
+        _ext.CUDA.loaded,
+        _ext.SM90.loaded,
+    )
 
 
 def _answers(state: Hashable) -> _Known:

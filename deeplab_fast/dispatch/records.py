@@ -45,8 +45,6 @@ VERSION = 1
 # No size, time or number of anything is as large.
 _MOST = 2**63
 
-# How often the files were to be read anew.
-_generation = 0
 # Sources and versions of one kernel on one GPU whose records a file keeps.
 _KEPT = 8
 PASSED = "passed"
@@ -190,14 +188,7 @@ def all_records() -> tuple[Record, ...]:
 
 def forget() -> None:
     """Read the files anew at the next question: they were changed."""
-    global _generation
-    _generation += 1
     _loaded.cache_clear()
-
-
-def generation() -> tuple[int, str]:
-    """Changes when other records may count than before."""
-    return _generation, os.environ.get(ENVIRONMENT_VARIABLE, "")
 
 
 def read(path: Path, origin: str = OWN_ORIGIN) -> list[Record]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dispatch.declare import Implementation
 from ..dispatch.describe import OpDesc
 from ..plan.packing import PackedBranches
-from .folded_conv import Choices, Filters, FoldedConv, Settings, gpu_plan, ours
+from .folded_conv import Filters, FoldedConv, Memo, Settings, gpu_plan, ours
 from .prepared import Plan, activate_
 
 
@@ -34,7 +34,7 @@ class FoldedAspp:
         ]
         self._frozen = frozen
         self._packed: PackedBranches | None = None
-        self._choices: Choices[Implementation | None] = Choices()
+        self._choices: Memo[Implementation | None] = Memo()
 
     def __call__(self, x: Tensor, filters: Sequence[Filters], settings: Settings) -> Tensor:
         """Of x [N, C, H, W], channels_last, and the filters of each branch, of its dtype."""
@@ -113,7 +113,7 @@ class FoldedProject:
         self._one_image, self._product = FoldedConv(*geometry, act), FoldedConv(*geometry, None)
         self._frozen = frozen
         self._joined: Tensor | None = None
-        self._choices: Choices[Implementation | None] = Choices()
+        self._choices: Memo[Implementation | None] = Memo()
 
     def __call__(
         self,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Generic, NamedTuple, TypeVar
@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import limits, records
-from ..dispatch.choice import BackendUnavailable, current_backend, select
+from ..dispatch import limits
+from ..dispatch.choice import BackendUnavailable, select, state
 from ..dispatch.declare import Implementation
 from ..dispatch.describe import OpDesc
 from ..plan.device import device_at, least_seconds
@@ -66,7 +66,7 @@ class Filters(NamedTuple):
 class Settings(NamedTuple):
     """What a choice depends on beside the call.
 
-    backend: the choice in force.
+    state: what the choice of a backend does.
     tf32: whether products of matrices may round fp32 operands to TF32.
     conv_tf32: whether convolutions may.
     cudnn: whether cuDNN is switched on.
@@ -74,7 +74,7 @@ class Settings(NamedTuple):
     benchmark: whether forms are to be timed.
     """
 
-    backend: str
+    state: Hashable
     tf32: bool
     conv_tf32: bool
     cudnn: bool
@@ -86,7 +86,7 @@ class Settings(NamedTuple):
         """Those of this moment."""
         cudnn = torch.backends.cudnn
         return cls(
-            current_backend(),
+            state(),
             limits.allow_tf32(),
             limits.allow_conv_tf32(),
             cudnn.enabled,
@@ -134,31 +134,30 @@ Form = Callable[[Tensor, Filters, Tensor | None], Tensor]
 T = TypeVar("T")
 
 
-class Choices(Generic[T]):
-    """What was chosen, by what the choice depends on; forgets all where it grows too large, or
-    other records count."""
+class Memo(Generic[T]):
+    """What a layer chose, by what the choice rests on; it forgets all where it grows too large."""
 
     def __init__(self) -> None:
-        self._chosen: dict[tuple[object, ...], T] = {}
-        self._generation = records.generation()
+        self._chosen: dict[Hashable, T] = {}
 
-    def get(self, key: tuple[object, ...], choose: Callable[[], T]) -> T:
+    def get(self, key: Hashable, choose: Callable[[], T]) -> T:
         """The choice for a key, made at the first question."""
-        if self._generation != records.generation():
-            self._chosen, self._generation = {}, records.generation()
-        if key not in self._chosen:
-            if len(self._chosen) >= _MOST_CHOICES:
-                self._chosen = {}
-            self._chosen[key] = choose()
-        return self._chosen[key]
+        chosen = self._chosen
+        if key in chosen:
+            return chosen[key]
+        value = choose()
+        if len(chosen) >= _MOST_CHOICES:
+            chosen = self._chosen = {}
+        chosen[key] = value
+        return value
 
-    def __reduce__(self) -> tuple[type[Choices[T]], tuple[()]]:
-        # Kernels are chosen anew where a copy runs.
-        return Choices, ()
-
-    def known(self, key: tuple[object, ...]) -> T | None:
+    def known(self, key: Hashable) -> T | None:
         """The choice for a key, None where nothing was chosen yet."""
         return self._chosen.get(key)
+
+    def __reduce__(self) -> tuple[type[Memo[T]], tuple[()]]:
+        # Kernels are chosen anew where a copy runs.
+        return Memo, ()
 
 
 class FoldedConv:
@@ -180,7 +179,7 @@ class FoldedConv:
     ) -> None:
         self.stride, self.padding, self.dilation = _pair(stride), _pair(padding), _pair(dilation)
         self.groups, self.act = groups, act
-        self._choices: Choices[tuple[str, Form]] = Choices()
+        self._choices: Memo[tuple[str, Form]] = Memo()
 
     def __call__(
         self, x: Tensor, filters: Filters, settings: Settings, residual: Tensor | None = None

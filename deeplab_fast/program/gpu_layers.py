@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..dispatch.declare import Implementation, describe, implementations
 from ..ops.folded_aspp import FoldedAspp, FoldedProject
-from ..ops.folded_conv import Choices, Filters, FoldedConv, Settings, ours, product
+from ..ops.folded_conv import Filters, FoldedConv, Memo, Settings, ours, product
 from ..ops.prepared import Plan
 from ..plan import fold
 from .layers import (
@@ -70,7 +70,7 @@ class Sources:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._specs: list[ConvSpec] = []
-        self._choices: Choices[Implementation] = Choices()
+        self._choices: Memo[Implementation] = Memo()
         self._constants: Constants | None = None
 
     def add(self, spec: ConvSpec) -> int:
