@@ -207,7 +207,7 @@ class FoldedConv:
         """What runs a call, and its cost: by the rule where it was not called before."""
         key = (call.shape, call.dtype, call.device, not call.residual, settings)
         known = self._choices.known(key)
-        name = next(iter(_by_rule(call, settings))) if known is None else known[0]
+        name = next(iter(forms_of(call, settings))) if known is None else known[0]
         return _plan_of(name, call, settings)
 
     def call(
@@ -297,7 +297,7 @@ def _plan_of(name: str, call: Call, settings: Settings) -> Plan:
 def _choose(
     call: Call, settings: Settings, x: Tensor, filters: Filters, residual: Tensor | None
 ) -> tuple[str, Form]:
-    forms = _by_rule(call, settings)
+    forms = forms_of(call, settings)
     if "cuDNN fused" in forms and not _cudnn.has_fused(
         x, filters.weight, filters.bias, residual, _geometry(call)
     ):
@@ -317,7 +317,7 @@ def _choose(
 _fastest: dict[tuple[Call, Settings], str] = {}
 
 
-def _by_rule(call: Call, settings: Settings) -> dict[str, Form]:
+def forms_of(call: Call, settings: Settings) -> dict[str, Form]:
     """The forms that can run a call, the one to take first."""
     forms: dict[str, Form] = {}
     geometry = _geometry(call)
