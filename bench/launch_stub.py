@@ -202,7 +202,7 @@ def check_argument(kind: str, value: object) -> None:
 
 @contextmanager
 def pretend(gpu: Gpu) -> Iterator[Launches]:
-    """Ops run on Triton as if their CPU tensors were on the GPU.
+    """Ops run on Triton as if their tensors, of the CPU or without memory, were on the GPU.
 
     Yields:
         The launches, as they come.
@@ -210,16 +210,16 @@ def pretend(gpu: Gpu) -> Iterator[Launches]:
     from deeplab_fast.kernels import launch
     from triton.runtime import driver
 
-    describe = backends.OpDesc.of
+    describe = backends.OpDesc.on
 
-    def on_gpu(op: str, x: torch.Tensor, **params: object) -> backends.OpDesc:
-        return replace(describe(op, x, **params), device="cuda", capability=gpu.capability)
+    def on_gpu(*facts: Any, **params: object) -> backends.OpDesc:
+        return replace(describe(*facts, **params), device="cuda", capability=gpu.capability)
 
     device = device_like(gpu.properties)
     # Not driver.active, which looks for a GPU where none was asked for yet.
     before = driver._active
     with ExitStack() as stack:
-        stack.enter_context(patch.object(backends.OpDesc, "of", on_gpu))
+        stack.enter_context(patch.object(backends.OpDesc, "on", on_gpu))
         stack.enter_context(patch.object(launch, "device_of", lambda x: device))
         stack.callback(setattr, driver, "_active", before)
         driver.set_active(DRIVER)

@@ -478,7 +478,7 @@ def test_pretending_ends_with_the_block() -> None:
         from deeplab_fast.kernels import launch
         from triton.runtime import driver
 
-        return [vars(backends.OpDesc)["of"], launch.device_of, driver._active]
+        return [vars(backends.OpDesc)["on"], launch.device_of, driver._active]
 
     before = patched()
     with pretend(GPUS["H100"]) as launches:

@@ -1,0 +1,117 @@
+"""Every launch that whole models make with this package's kernels, at the sizes of photos.
+
+Maps and filters are on the meta device: a launch takes their shapes, strides and types, and nothing
+is computed between launches, so that 16 images of 1024x2048 cost no more than one of 520x520.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+
+from bench.launch_stub import Launches
+from deeplab_fast import get_model
+from deeplab_fast.ops.folded_conv import Settings
+from deeplab_fast.program import inference
+from deeplab_fast.program.gpu_layers import Folded, GpuForms, execute
+from deeplab_fast.program.layers import Program
+
+pytestmark = pytest.mark.launch
+
+META = torch.device("meta")
+# N, H, W.
+IMAGES = {
+    # Too few pixels for whole tiles of the ASPP, whose parts are summed; one shift.
+    "one photo": (1, 520, 520),
+    # Whole tiles; a shift for each image in the projection.
+    "a batch": (16, 520, 520),
+    "a street": (1, 1024, 2048),
+    # 2^31 bytes in the map that the ASPP reads.
+    "streets": (16, 1024, 2048),
+    # No size of a map is a multiple of 8; parts as well.
+    "odd": (3, 513, 385),
+}
+# Of ResNet-50: 1x1 convolutions of the blocks, their shortcuts, the projection, the classifier; the
+# stem and all other convolutions leave the pass behind cuDNN's.
+OF_RESNET = {
+    "fold_filters_kernel": 1,
+    "pointwise_kernel": 2 * 16 + 4 + 2,
+    "bn_act_kernel": 1 + 16 + 1,
+    "aspp_branches_kernel": 1,
+    "image_shift_kernel": 1,
+}
+
+
+@cache
+def folded(name: str, weights: torch.dtype) -> tuple[Program, GpuForms]:
+    """The program of a model whose weights have this dtype."""
+    with torch.device("meta"):
+        model: Any = get_model(name, output_stride=8).eval().to(weights)
+    forms = GpuForms(META, weights, frozen=False)
+    program, reason = inference.fold(model, forms, aux=False)
+    assert program is not None, reason
+    return program, forms
+
+
+def call(name: str, weights: torch.dtype, maps: torch.dtype, images: tuple[int, int, int]) -> None:
+    """A call of a model up to its logits, as it runs on a GPU."""
+    program, forms = folded(name, weights)
+    settings, (n, height, width) = Settings.now(), images
+    x = torch.empty(n, 3, height, width, dtype=maps, device=META)
+    with torch.no_grad():
+        filters = forms.sources.fold(maps, settings)
+        run = partial(execute, Folded(filters, maps, settings, None, META))
+        y = program.maps(x.contiguous(memory_format=torch.channels_last), run, aux=False)["out"]
+    assert y.dtype == maps and y.shape[2:] == (-(-height // 8), -(-width // 8))
+
+
+def twice(launches: Launches, name: str, *given: Any) -> Counter[str]:
+    """How often each kernel is launched; the second call compiles nothing new."""
+    made = launches.of(name, partial(call, *given))
+    assert launches.of(name, partial(call, *given)) == made
+    return Counter(kernel for kernel, _ in made)
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_resnet(images: str, launches: Launches) -> None:
+    low = torch.bfloat16
+    made = twice(launches, images, "deeplabv3_resnet50", low, low, IMAGES[images])
+    parts = made.pop("aspp_sum_kernel", 0)
+    assert made == OF_RESNET and parts == (images in ("one photo", "odd"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "maps"),
+    [
+        pytest.param(torch.float32, torch.bfloat16, id="autocast"),
+        pytest.param(torch.float16, torch.float16, id="fp16"),
+        pytest.param(torch.float32, torch.float32, id="fp32"),
+    ],
+)
+def test_dtypes(weights: torch.dtype, maps: torch.dtype, launches: Launches) -> None:
+    made = twice(launches, "dtypes", "deeplabv3_resnet50", weights, maps, IMAGES["a batch"])
+    made.pop("aspp_sum_kernel", 0)
+    assert made == OF_RESNET
+
+
+@pytest.mark.parametrize("gpu", ["A100", "RTX 3090", "B200"], indirect=True)
+def test_other_gpus(launches: Launches) -> None:
+    low = torch.bfloat16
+    made = twice(launches, "other", "deeplabv3_resnet50", low, low, IMAGES["one photo"])
+    made.pop("aspp_sum_kernel", 0)
+    assert made == OF_RESNET
+
+
+def test_mobilenet(launches: Launches) -> None:
+    """Channels that no tile divides, activations that no 1x1 kernel has, vectors of its gates."""
+    low = torch.bfloat16
+    made = twice(
+        launches, "mobilenet", "deeplabv3_mobilenet_v3_large", low, low, IMAGES["one photo"]
+    )
+    for kernel in ("fold_filters_kernel", "aspp_branches_kernel", "image_shift_kernel"):
+        assert made[kernel] == 1
+    assert made["pointwise_kernel"] and made["bn_act_kernel"]
