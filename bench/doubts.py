@@ -24,6 +24,10 @@ _LAUNCH_BOUND = 1.15
 _NEAR_COPY = 0.8
 _ISSUE_LIMIT = 80.0
 _UNSEARCHED = ", not searched"
+_NEAR_BEST = 1.05
+_FOLD_SHARE = 0.1
+# As built, where graphs come by themselves; then those with and without.
+_OURS = ("deeplab_fast", "deeplab_fast, graphs", "deeplab_fast, no graphs")
 
 
 class Known:
@@ -304,11 +308,69 @@ def _issue(known: Known) -> Said:
 
 
 def _conversions(known: Known) -> Said:
-    for what, row in known.rows("ours labels r50 os8").items():
-        if what.endswith("deeplab_fast predict") and "conversions" in row:
+    for what, row in known.rows("ours inference r50 os8").items():
+        if what.endswith(": deeplab_fast, no graphs") and "conversions" in row:
             count = row["conversions"]
             return (NO if count == 0 else YES), f"{count} conversions of {row['kernels']} kernels"
     return None
+
+
+def _forms(known: Known) -> Said:
+    """Of each class of convolutions: the form that the rule takes beside the fastest."""
+    times: dict[str, dict[str, float]] = {}
+    facts: dict[str, tuple[int, str]] = {}
+    for what, row in known.rows("forms ").items():
+        name, _, form = what.rpartition(": ")
+        times.setdefault(name, {})[form] = row["ms"]
+        facts[name] = row["count"], row["rule"]
+    taken = least = 0.0
+    worst, most = "", 1.0
+    for name, by_form in times.items():
+        count, rule = facts[name]
+        if rule not in by_form:
+            continue
+        fastest = min(by_form.values())
+        taken, least = taken + count * by_form[rule], least + count * fastest
+        if by_form[rule] / fastest > most:
+            worst, most = name, by_form[rule] / fastest
+    if not least:
+        return None
+    detail = f"{taken / least:.3f} of the fastest forms' time, {most:.2f} at most, {worst}"
+    return (YES if taken <= _NEAR_BEST * least else NO), detail
+
+
+def _automatic_graphs(known: Known) -> Said:
+    losses = []
+    for own in _inference(known).values():
+        if own.keys() >= set(_OURS):
+            automatic, *others = (own[name]["ms"] for name in _OURS)
+            losses.append(automatic / min(others))
+    if not losses:
+        return None
+    most = max(losses)
+    detail = f"up to {most:.2f} of the better of both"
+    return (YES if most <= _NEAR_BEST else NO), detail
+
+
+def _fold_cost(known: Known) -> Said:
+    shares = []
+    for own in _inference(known).values():
+        pair = [own.get(f"deeplab_fast{what}, graphs") for what in ("", " optimize")]
+        if pair[0] and pair[1]:
+            shares.append(1 - pair[1]["ms"] / pair[0]["ms"])
+    if not shares:
+        return None
+    most = max(shares)
+    return (YES if most > _FOLD_SHARE else NO), f"up to {most:.0%} of a call"
+
+
+def _inference(known: Known) -> dict[str, dict[str, dict[str, Any]]]:
+    """Rows of whole models by group, then by contestant."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for what, row in known.rows("ours inference").items():
+        group, _, name = what.partition(": ")
+        found.setdefault(group, {})[name] = row
+    return found
 
 
 def _reason(known: Known, unit: str) -> str:
@@ -472,9 +534,39 @@ DOUBTS = (
     Doubt(
         "layouts",
         "Does a model in channels_last convert layouts?",
-        "ours labels r50 os8 b1 520",
+        "ours inference r50 os8 b1 520",
         _conversions,
         {YES: "the layer that does is found in the profile", NO: "it stays as it is"},
+    ),
+    Doubt(
+        "forms",
+        "Does the rule for forms of folded convolutions take the fastest (ops/folded_conv.py)?",
+        "forms",
+        _forms,
+        {
+            YES: "the order of forms stays",
+            NO: "the order follows the measured classes",
+        },
+    ),
+    Doubt(
+        "automatic",
+        "Do CUDA graphs come by themselves where they are faster (program/graphs.py)?",
+        "ours inference",
+        _automatic_graphs,
+        {
+            YES: "the rule by the host's share stays",
+            NO: "the share from which launches dominate is set by the measured calls",
+        },
+    ),
+    Doubt(
+        "share",
+        "Does folding at every call take more than a tenth of it?",
+        "ours inference",
+        _fold_cost,
+        {
+            YES: "the README sends those who never change weights to `optimize`",
+            NO: "a model by itself is as good as `optimize`",
+        },
     ),
     Doubt(
         "rule",

@@ -6,30 +6,59 @@ unit is the file with what was found so far.
 
 from __future__ import annotations
 
+import copy
+import math
 import os
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from deeplab_fast import backends, optimize
+from deeplab_fast import backends, get_model, optimize
 from deeplab_fast.dispatch import records, trust
-from deeplab_fast.dispatch.errors import Wrong, one_line
+from deeplab_fast.dispatch.errors import Wrong, norm_error, one_line
 from deeplab_fast.engine.captured import WARM_UP, CapturedStep
+from deeplab_fast.ops.folded_conv import Call, Filters, FoldedConv, Settings, forms_of
+from deeplab_fast.ops.prepared import Plan
+from deeplab_fast.program.optimize import OptimizedDeepLabV3
 from deeplab_fast.tuning.machine import Machine
 
 from .everything import registry
-from .gpu_measure import Row, graphed, kernels, rows_of, times, tiny, wall_ms
+from .gpu_cases import GpuCase
+from .gpu_checks import as_on_gpu
+from .gpu_measure import (
+    Row,
+    graphed,
+    kernels,
+    rows_of,
+    synchronize,
+    times,
+    tiny,
+    wall_ms,
+)
 from .gpu_pytorch import DTYPE, model_sizes, prepared, step, step_case, step_row
-from .model_cases import ModelLabels, Predict
+from .model_cases import BUILDERS, FullLogits, ModelLabels, ModelLogits, Predict
 from .providers import NHWC, Step
-from .registry import FORWARD
+from .registry import FORWARD, Arguments, Case
 
-# Of two bf16 networks with random weights; logits near each other are drawn the other way.
-_LABELS_APART = 0.05
+# Of two bf16 networks with random weights: logits near each other are drawn the other way, and
+# each network is off from the exact one by some of these percents.
+_APART = {"labels": 0.05, "logits": 0.1}
+# Beyond so many, labels alone: each call takes a tenth of a second.
+_MANY_PIXELS = 2**24
+OURS = "deeplab_fast"
+_PLAIN = "PyTorch channels_last bf16"
+_AUTOCAST = "PyTorch channels_last autocast bf16"
+_GRAPH = "PyTorch channels_last bf16, CUDA graph"
+_PROFILED = (_PLAIN, f"{OURS}, no graphs", f"{OURS}, graphs", f"{OURS} optimize, no graphs")
+# Of all forms of a class of convolutions together.
+_FORM_SECONDS = 0.05
 
 
 def _with_records(path: Path | None) -> None:
@@ -39,85 +68,219 @@ def _with_records(path: Path | None) -> None:
     trust.forget()
 
 
-def model(
-    machine: Machine,
-    recorded: Path | None,
-    backbone: str,
-    output_stride: int,
-    batch: int,
-    side: int,
-) -> dict[str, Any]:
-    """Labels of a batch in bf16: torchvision's model and argmax beside `predict`.
+def model(machine: Machine, recorded: Path | None, case: GpuCase) -> dict[str, Any]:
+    """Full-size logits and labels of a batch in bf16: torchvision's model beside ours.
+
+    PyTorch's has cuDNN search for algorithms; ours runs as it does by itself, without, and once
+    with the search, which times the forms of its layers too.
 
     Args:
         machine: the GPU.
         recorded: file of records.
-        backbone, output_stride, batch, side: the model and its images.
+        case: the model and its images.
 
     Raises:
-        Wrong: the labels are others.
+        Wrong: logits or labels are others.
     """
     _with_records(recorded)
     prepared(machine)
-    group = f"labels {backbone} os{output_stride} b{batch} {side}"
-    given = model_sizes(machine, backbone, output_stride, batch, side)
-    case = ModelLabels(op="model_labels", suites=(), **given)
-    device = machine.device
-    args = case.setup(device, DTYPE)
-    (images,) = args.converted(DTYPE, NHWC)[0]
-    own = case.own_model(args).to(DTYPE).to(memory_format=NHWC).eval()
-    plain = registry.provider("channels_last").build(case, FORWARD, device, DTYPE, args)
-    theirs, ours = partial(plain, 0), _predicting(own, images)
-    calls: dict[str, Callable[[], object]] = {
-        "PyTorch channels_last bf16": theirs,
-        "deeplab_fast predict": ours,
-    }
-    problems: dict[str, Row] = {}
-    more: dict[str, Callable[[], Callable[[], object]]] = {
-        "PyTorch channels_last bf16, CUDA graph": lambda: graphed(theirs, device),
-        "deeplab_fast optimize, predict": lambda: _predicting(optimize(own), images),
-    }
-    for name, make in more.items():
-        try:
-            calls[name] = make()
-        except Exception as error:
-            problems[name] = {"problem": one_line(error)}
-    apart = float((theirs() != ours()).float().mean())
-    found = times(calls, device) | problems
-    for name in ("deeplab_fast predict", "PyTorch channels_last bf16"):
-        if "ms" in found[name]:
-            found[name]["wall_ms"] = wall_ms(calls[name], device, 1 if tiny(machine) else 10)
-            found[name] |= kernels(calls[name], device)
-    result = {"rows": rows_of(group, found, labels_apart=apart), "chosen": chosen_ops(machine)}
-    if apart > _LABELS_APART:
-        raise Wrong(f"{group}: {apart:.1%} of the labels are not PyTorch's", **result)
+    given = model_sizes(machine, case)
+    labels = ModelLabels(op="model_labels", suites=(), **given)
+    logits = ModelLogits(op="model_logits", suites=(), **given)
+    args = labels.setup(machine.device, DTYPE)
+    of_logits = replace(args, module=FullLogits(args.module.model))
+    kinds = {"labels": (labels, args, Predict), "logits": (logits, of_logits, FullLogits)}
+    if tiny(machine) or case.batch * case.height * case.width > _MANY_PIXELS:
+        del kinds["logits"]
+    rows: list[Row] = []
+    wrong: list[str] = []
+    with as_on_gpu(machine):
+        models = _models(labels.own_model(args).eval())
+        for kind, (own_case, own_args, output) in kinds.items():
+            calls = _pytorch(machine.device, own_case, own_args)
+            plain = calls[_PLAIN]()
+            for name, (made, dtype, searched) in models.items():
+                (images,) = own_args.converted(dtype, NHWC)[0]
+                calls[name] = _calling(output(made), images, searched)
+            found, problems = _side_by_side(machine, kind, calls, plain)
+            wrong += problems
+            for name, (made, *_) in models.items():
+                found[name]["held_mb"] = _held_bytes(made) / 2**20
+            rows += rows_of(f"{kind} {case}", found)
+    result = {"rows": rows, "chosen": chosen_ops(machine)}
+    if wrong:
+        raise Wrong("; ".join(wrong)[:300], **result)
     return result
 
 
-def _predicting(own: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-    module = Predict(own)
+def _models(masters: Any) -> dict[str, tuple[Any, torch.dtype, bool]]:
+    """By name: a model of ours, the dtype of its images, whether cuDNN searches for it."""
+    own = copy.deepcopy(masters).to(DTYPE).to(memory_format=NHWC)
+
+    def built(cuda_graphs: bool | None) -> Any:
+        made: Any = copy.deepcopy(own)
+        made.cuda_graphs = cuda_graphs
+        return made
+
+    def frozen(cuda_graphs: bool) -> OptimizedDeepLabV3:
+        made = optimize(masters, dtype=DTYPE)
+        made.cuda_graphs = cuda_graphs
+        return made
+
+    masters.cuda_graphs = False
+    return {
+        OURS: (built(None), DTYPE, False),
+        f"{OURS}, no graphs": (built(False), DTYPE, False),
+        f"{OURS}, graphs": (built(True), DTYPE, False),
+        f"{OURS}, fp32 weights, autocast": (masters, torch.float32, False),
+        f"{OURS} optimize, no graphs": (frozen(False), DTYPE, False),
+        f"{OURS} optimize, graphs": (frozen(True), DTYPE, False),
+        f"{OURS} optimize, graphs, searched": (frozen(True), DTYPE, True),
+    }
+
+
+def _pytorch(device: str, case: Case, args: Arguments) -> dict[str, Callable[[], Any]]:
+    """Calls of PyTorch's ways by name."""
+    runs = {
+        name: registry.provider(provider).build(case, FORWARD, device, DTYPE, args)
+        for name, provider in ((_PLAIN, "channels_last"), (_AUTOCAST, "autocast"))
+    }
+    return {name: partial(run, 0) for name, run in runs.items()}
+
+
+def _calling(module: nn.Module, images: Tensor, searched: bool) -> Callable[[], Tensor]:
+    """A call of a module; under autocast where its images are of another dtype."""
+    low = images.dtype != DTYPE
 
     def run() -> Tensor:
-        with torch.inference_mode():
-            return module(images)
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = searched
+        try:
+            with torch.inference_mode(), torch.autocast(images.device.type, DTYPE, low):
+                return module(images)
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     return run
 
 
-def training(
-    machine: Machine,
-    recorded: Path | None,
-    backbone: str,
-    output_stride: int,
-    batch: int,
-    side: int,
-) -> dict[str, Any]:
+def _side_by_side(
+    machine: Machine, kind: str, calls: dict[str, Callable[[], Any]], plain: Tensor
+) -> tuple[dict[str, Row], list[str]]:
+    """Rows by name of calls whose results are like `plain`, and what is said of those that are not.
+
+    PyTorch's own graph is added: last, as 2.11 goes on as if it captured where one has failed.
+    """
+    device = machine.device
+    facts: dict[str, Row] = {}
+    wrong = []
+    for name, call in calls.items():
+        try:
+            # The third is a graph's, where there is one.
+            apart = _apart(kind, [call() for _ in range(3)][-1], plain)
+        except Exception as error:
+            facts[name] = {"problem": one_line(error)}
+            continue
+        facts[name] = {"apart": apart}
+        if not apart <= _APART[kind]:
+            wrong.append(f"{kind} of {name} are {apart:.1%} from PyTorch's")
+    running = {name: call for name, call in calls.items() if "problem" not in facts[name]}
+    synchronize(device)
+    try:
+        running[_GRAPH] = graphed(calls[_PLAIN], device)
+    except RuntimeError as error:
+        facts[_GRAPH] = {"problem": one_line(error)}
+    timed = times(running, device)
+    found = {name: facts.get(name, {}) | timed.get(name, {}) for name in (*calls, _GRAPH)}
+    for name in _PROFILED[: 1 if tiny(machine) else None]:
+        if kind == "labels" and "ms" in found[name]:
+            found[name]["wall_ms"] = wall_ms(calls[name], device, 1 if tiny(machine) else 10)
+            found[name] |= kernels(calls[name], device)
+    return found, wrong
+
+
+def _held_bytes(model: Any) -> int:
+    """Of weights and graphs, beside those of a model that is not frozen."""
+    return model.held_bytes if isinstance(model, OptimizedDeepLabV3) else model.prepared_bytes
+
+
+def _apart(kind: str, ours: Tensor, plain: Tensor) -> float:
+    """The part of the labels that differ, or the distance of logits relative to their size."""
+    if kind == "labels":
+        return float((ours != plain).float().mean())
+    return norm_error(ours, plain)
+
+
+def forms(machine: Machine, case: GpuCase, own: bool) -> dict[str, Any]:
+    """Every form of every class of convolutions of a model in bf16, whichever the rule takes.
+
+    Args:
+        machine: the GPU.
+        case: the model and its images.
+        own: the package's 1x1 convolutions and passes too, whatever records say.
+    """
+    prepared(machine)
+    device = torch.device(machine.device)
+    given = model_sizes(machine, case)
+    labels = ModelLabels(op="model_labels", suites=(), **given)
+    with torch.device(device), as_on_gpu(machine):
+        model = get_model(f"deeplabv3_{BUILDERS[given['backbone']]}", aux_loss=False).eval()
+        frozen = optimize(model, dtype=DTYPE)
+        found = _classes(frozen, (labels.n, 3, labels.height, labels.width))
+    rows: list[Row] = []
+    for call, count in found.items():
+        x = torch.randn(call.shape, device=device, dtype=DTYPE).contiguous(memory_format=NHWC)
+        weight = torch.randn(call.filters, device=device) * math.prod(call.filters[1:]) ** -0.5
+        weight = weight.to(DTYPE).contiguous(memory_format=NHWC)
+        zero, one = (make(call.filters[0], device=device) for make in (torch.zeros, torch.ones))
+        filters = Filters(weight, zero, zero.to(DTYPE), one, zero)
+        residual = None
+        if call.residual:
+            residual = torch.randn(call.output, device=device, dtype=DTYPE)
+            residual = residual.contiguous(memory_format=NHWC)
+        ways = forms_of(call, Settings.now())
+        first = next(iter(ways))
+        if own and not tiny(machine):
+            with backends.use_backend("triton"):
+                ways = forms_of(call, Settings.now()) | ways
+        calls = {name: partial(run, x, filters, residual) for name, run in ways.items()}
+        timed = times(calls, machine.device, seconds=_FORM_SECONDS)
+        group = f"form {case} {_class_name(call)}"
+        rows += rows_of(group, timed, count=count, rule=first)
+    return {"rows": rows}
+
+
+def _classes(frozen: OptimizedDeepLabV3, shape: tuple[int, ...]) -> dict[Call, int]:
+    """The different calls of convolutions in a forward pass, and how often each comes."""
+    counted: Counter[Call] = Counter()
+    plan = FoldedConv.plan
+
+    def counting(self: FoldedConv, call: Call, settings: Settings) -> Plan:
+        counted[call] += 1
+        return plan(self, call, settings)
+
+    with patch.object(FoldedConv, "plan", counting):
+        frozen.layers(shape)
+    return dict(counted)
+
+
+def _class_name(call: Call) -> str:
+    size = "x".join(map(str, call.shape))
+    kernel = "x".join(map(str, call.filters[2:]))
+    more = f" stride {call.stride[0]}" * (call.stride[0] > 1)
+    more += f" rate {call.dilation[0]}" * (call.dilation[0] > 1)
+    more += f" groups {call.groups}" * (call.groups > 1)
+    more += f" {call.act}" * (call.act is not None) + " residual" * call.residual
+    return f"{size} to {call.filters[0]} {kernel}{more}"
+
+
+def training(machine: Machine, recorded: Path | None, given: GpuCase) -> dict[str, Any]:
     """A training step of this package's model: fused forms and loss, with every kernel of ours left
     out, and both as captured; arguments as for `model`."""
     _with_records(recorded)
     prepared(machine)
-    group = f"training step {backbone} os{output_stride} b{batch} {side}"
-    case = step_case(machine, backbone, output_stride, batch, side)
+    group = f"training step {given}"
+    case = step_case(machine, given)
     args = case.setup(machine.device, torch.float32)
     own, plain = case.own(args), case.own(args)
     plain.model.fused = False

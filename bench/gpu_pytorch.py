@@ -21,6 +21,7 @@ from deeplab_fast.dispatch.errors import one_line
 from deeplab_fast.tuning.machine import Machine
 
 from .everything import registry
+from .gpu_cases import GpuCase
 from .gpu_measure import (
     Row,
     graphed,
@@ -32,15 +33,15 @@ from .gpu_measure import (
     tiny,
     wall_ms,
 )
-from .model_cases import ModelLogits, ModelTrain
+from .model_cases import ModelLabels, ModelTrain
 from .op_cases import OS8_RATES, OS16_RATES, AsppHead
 from .providers import NHWC, Context, Step, runnable
 from .registry import FORWARD, STEP, Arguments, Case
 
 DTYPE = torch.bfloat16
 Result = dict[str, Any]
-# (backbone, output stride, batch, side) of models in a rehearsal.
-_TINY_MODEL = ("mbv3", 16, 2, 33)
+# Of models in a rehearsal.
+_TINY_MODEL = GpuCase("mbv3", 16, 2, 17, 17)
 _IGNORED = 255
 
 
@@ -135,28 +136,17 @@ def _head(machine: Machine, batch: int, side: int, output_stride: int) -> AsppHe
     )
 
 
-def model(machine: Machine, backbone: str, output_stride: int, batch: int, side: int) -> Result:
-    """torchvision's model up to full-resolution logits."""
-    prepared(machine)
-    group = f"model {backbone} os{output_stride} b{batch} {side}"
-    given = model_sizes(machine, backbone, output_stride, batch, side)
-    found = _inference(machine, ModelLogits(op="model_logits", suites=(), **given))
-    return {"rows": rows_of(group, found)}
-
-
-def model_sizes(
-    machine: Machine, backbone: str, output_stride: int, batch: int, side: int
-) -> dict[str, Any]:
+def model_sizes(machine: Machine, case: GpuCase) -> dict[str, Any]:
     """What a case of a model is made of, small in a rehearsal."""
     if tiny(machine):
-        backbone, output_stride, batch, side = _TINY_MODEL
+        case = _TINY_MODEL
     return {
-        "shape": f"{backbone}-os{output_stride}-{side}-b{batch}",
-        "backbone": backbone,
-        "output_stride": output_stride,
-        "n": batch,
-        "height": side,
-        "width": side,
+        "shape": f"{case.backbone}-os{case.output_stride}-{case.image}-b{case.batch}",
+        "backbone": case.backbone,
+        "output_stride": case.output_stride,
+        "n": case.batch,
+        "height": case.height,
+        "width": case.width,
     }
 
 
@@ -191,12 +181,10 @@ def _inference(machine: Machine, case: Case) -> dict[str, Row]:
     return times(calls, device) | problems
 
 
-def step_case(
-    machine: Machine, backbone: str, output_stride: int, batch: int, side: int
-) -> ModelTrain:
+def step_case(machine: Machine, given: GpuCase) -> ModelTrain:
     """A training step, small in a rehearsal."""
-    given = model_sizes(machine, backbone, output_stride, batch, side)
-    return ModelTrain(op="model_train", suites=(), modes=(STEP,), **given)
+    sizes = model_sizes(machine, given)
+    return ModelTrain(op="model_train", suites=(), modes=(STEP,), **sizes)
 
 
 def step(case: ModelTrain, machine: Machine, args: Arguments, module: nn.Module) -> Step:
@@ -222,14 +210,13 @@ def step_row(run: Callable[[int], object], machine: Machine) -> Row:
     return row | kernels(once, machine.device)
 
 
-def training(machine: Machine, backbone: str, output_stride: int, batch: int, side: int) -> Result:
+def training(machine: Machine, given: GpuCase) -> Result:
     """torchvision's model in a training step: eager, channels_last, autocast."""
     prepared(machine)
-    group = f"training step {backbone} os{output_stride} b{batch} {side}"
-    case = step_case(machine, backbone, output_stride, batch, side)
+    case = step_case(machine, given)
     args = case.setup(machine.device, torch.float32)
     row = step_row(step(case, machine, args, args.module), machine)
-    return {"rows": rows_of(group, {"eager channels_last autocast": row})}
+    return {"rows": rows_of(f"training step {given}", {"eager channels_last autocast": row})}
 
 
 def upsampling(machine: Machine, batch: int, classes: int, small: int, large: int) -> Result:
@@ -288,10 +275,21 @@ def autotuned_head(
         warm: only make what it compiles, and keep nothing that it measures meanwhile: other units
             run beside it.
     """
-    import torch._inductor.config as inductor
-
     prepared(machine)
     args = _head(machine, batch, side, output_stride).setup(machine.device, DTYPE)
+    return _autotuned(machine, f"head b{batch} {side}x{side}", args, warm)
+
+
+def autotuned_model(machine: Machine, given: GpuCase) -> Result:
+    """Labels of a model by torch.compile with max-autotune and frozen weights."""
+    prepared(machine)
+    case = ModelLabels(op="model_labels", suites=(), **model_sizes(machine, given))
+    return _autotuned(machine, f"labels {given}", case.setup(machine.device, DTYPE), warm=False)
+
+
+def _autotuned(machine: Machine, group: str, args: Arguments, warm: bool) -> Result:
+    import torch._inductor.config as inductor
+
     module = args.module.to(DTYPE).to(memory_format=NHWC)
     (x,) = args.converted(DTYPE, NHWC)[0]
     mode = "default" if tiny(machine) else "max-autotune"
@@ -314,5 +312,4 @@ def autotuned_head(
                 compiled(x)
 
         found = times({"torch.compile max-autotune": run}, machine.device)
-    group = f"head b{batch} {side}x{side}"
     return {"rows": rows_of(group, found, compile_seconds=round(seconds, 1))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from deeplab_fast.tuning.runner import NOT_RUN, PASSED
+from deeplab_fast.tuning.runner import NOT_RUN, PASSED, Outcome
 
 from . import doubts
 from .gpu_loan import DTYPES, Loan
@@ -30,6 +30,9 @@ def _headlines(loan: Loan) -> Iterator[str]:
     for o in loan.of("ours", "pytorch"):
         if o.phase == "pytorch" and not o.unit.startswith(("pytorch ceil", "pytorch auto")):
             continue
+        if o.unit.startswith("ours inference"):
+            yield from _fastest(o)
+            continue
         for row in o.result.get("rows", ()):
             if "ms" in row:
                 facts = ("tflops", "gb_per_s", "peak_mb", "device_ms", "wall_over_device")
@@ -43,6 +46,21 @@ def _headlines(loan: Loan) -> Iterator[str]:
             plain = speed["contestants"][speed["pytorch"]]["ms"]
             gains = ", ".join(f"{b} {g:.2f}x" for b, g in speed["gains"].items())
             yield f"{o.facts['op']} {o.facts['form']} {size}: PyTorch {plain:.3g} ms, {gains}"
+
+
+def _fastest(o: Outcome) -> Iterator[str]:
+    """Of each group of a unit PyTorch's fastest way, ours as built, and our fastest."""
+    groups: dict[str, dict[str, float]] = {}
+    for row in o.result.get("rows", ()):
+        if "ms" in row:
+            group, _, name = row["what"].partition(": ")
+            groups.setdefault(group, {})[name] = row["ms"]
+    for group, ms in groups.items():
+        theirs = [name for name in ms if name.startswith("PyTorch")]
+        mine = [name for name in ms if name not in theirs]
+        chosen = [min(names, key=lambda n: ms[n]) for names in (theirs, mine) if names]
+        named = dict.fromkeys([chosen[0], *mine[:1], chosen[-1]])
+        yield f"{group}: " + ", ".join(f"{name} {ms[name]:.4g} ms" for name in named)
 
 
 def _counts(loan: Loan) -> Iterator[str]:

@@ -13,8 +13,9 @@ from deeplab_fast.dispatch.declare import gpu_ops
 from deeplab_fast.tuning import tune
 from deeplab_fast.tuning.runner import Unit
 
-from . import doubts, gpu_ours, gpu_programs, gpu_pytorch
+from . import doubts, gpu_checks, gpu_ours, gpu_programs, gpu_pytorch
 from .files import ROOT
+from .gpu_cases import CASES, GpuCase
 from .gpu_loan import LEAST_SECONDS, MEASURE_SECONDS, NORMED, UPSAMPLED, Loan, Phase
 from .gpu_measure import digest, fingerprint, tiny, unit
 from .gpu_op_units import (
@@ -33,9 +34,13 @@ from .gpu_op_units import (
 )
 
 _HEADS = ((16, 65, 8), (1, 65, 8), (16, 33, 16))
-# (backbone, output stride, batch, side), the most telling first.
-_MODELS = (("r50", 8, 1, 520), ("r50", 8, 16, 520), ("r50", 16, 16, 513), ("r101", 8, 16, 520))
-_STEPS = (("r50", 16, 16, 513), ("r101", 16, 16, 513))
+_STEPS = (GpuCase("r50", 16, 16, 513, 513), GpuCase("r101", 16, 16, 513, 513))
+# Models before a training step, and those whose forms are measured, the most telling first.
+_FIRST_CASES = 4
+_FORMS = tuple(case for case in CASES if case.backbone != "r101" and case.height == 520)
+# Of a whole model in all its ways, of which some are searched for.
+_MODEL_SECONDS = 45.0
+_PROGRAM_SECONDS = 25.0
 
 
 def pytorch_units(loan: Loan) -> list[Unit]:
@@ -52,20 +57,12 @@ def pytorch_units(loan: Loan) -> list[Unit]:
         name = f"convolution b{batch} {side}x{side}"
         found.append(_pytorch(loan, name, gpu_pytorch.convolutions, batch, side, rates))
 
-    def models(given: Sequence[tuple[str, int, int, int]]) -> None:
+    def steps(given: Sequence[GpuCase]) -> None:
         for one in given:
-            found.append(_pytorch(loan, f"model {_model_name(*one)}", gpu_pytorch.model, *one))
-
-    def steps(given: Sequence[tuple[str, int, int, int]]) -> None:
-        for one in given:
-            found.append(
-                _pytorch(loan, f"training {_model_name(*one)}", gpu_pytorch.training, *one)
-            )
+            found.append(_pytorch(loan, f"training {one}", gpu_pytorch.training, one))
 
     heads(_HEADS[:2])
-    models(_MODELS[:1])
     convolutions(16, 65)
-    models(_MODELS[1:2])
     steps(_STEPS[:1])
     convolutions(1, 65)
     for one in UPSAMPLED:
@@ -77,22 +74,25 @@ def pytorch_units(loan: Loan) -> list[Unit]:
     heads(_HEADS[2:])
     convolutions(16, 33)
     convolutions(1, 33)
-    models(_MODELS[2:])
     steps(_STEPS[1:])
     return found
 
 
-def _model_name(backbone: str, output_stride: int, batch: int, side: int) -> str:
-    return f"{backbone} os{output_stride} b{batch} {side}"
-
-
 # What PyTorch is measured on, and by.
-_CASES = ("gpu_pytorch", "model_cases", "op_cases", "op_modules", "providers", "registry")
+_MEASURED_BY = (
+    "gpu_pytorch",
+    "gpu_cases",
+    "model_cases",
+    "op_cases",
+    "op_modules",
+    "providers",
+    "registry",
+)
 
 
 def _pytorch(loan: Loan, what: str, function: Callable[..., dict[str, Any]], *args: object) -> Unit:
     name = f"pytorch {what}"
-    source = fingerprint(*(ROOT / "bench" / f"{name}.py" for name in _CASES))
+    source = fingerprint(*(ROOT / "bench" / f"{name}.py" for name in _MEASURED_BY))
     return _timed(name, partial(function, loan.machine, *args), "pytorch", source)
 
 
@@ -100,8 +100,44 @@ def _timed(name: str, run: Callable[[], dict[str, Any]], phase: str, source: str
     return unit(name, run, MEASURE_SECONDS, phase, alone=True, least=LEAST_SECONDS, source=source)
 
 
+def program_units(loan: Loan) -> list[Unit]:
+    """Programs of whole models, checked: families by PyTorch's kernels, what a GPU alone has, then
+    by this package's."""
+    source = _package("gpu_checks")
+    found = [_program(loan, family, "auto", source) for family in gpu_checks.FAMILIES]
+    for name, check in gpu_checks.CHECKS.items():
+        found.append(_checked(f"program {name}", partial(check, loan.machine), source))
+    # In a rehearsal neither can run.
+    backend_names = () if tiny(loan.machine) else ("triton", "cuda")
+    for backend in backend_names:
+        found += [_program(loan, family, backend, source) for family in _FORCED]
+    return found
+
+
+# Of the families, those that have all of our kernels.
+_FORCED = ("resnet50", "mobilenetv3")
+
+
+def _program(loan: Loan, family: str, backend: str, source: str) -> Unit:
+    run = partial(gpu_checks.numbers, loan.machine, family, backend)
+    return _checked(f"program {family} {backend}", run, source)
+
+
+def _checked(name: str, run: Callable[[], dict[str, Any]], source: str) -> Unit:
+    # Neither the memory nor a capture is another's.
+    alone = name.endswith(("memory", "capture"))
+    return unit(name, run, _PROGRAM_SECONDS, "program", alone=alone, source=source)
+
+
+def _package(*names: str) -> str:
+    """Of files of bench/, and of the package as a whole."""
+    folders = ROOT / "deeplab_fast", ROOT / "kernels"
+    package = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return fingerprint(*(ROOT / "bench" / f"{name}.py" for name in names), *package)
+
+
 def model_units(loan: Loan) -> list[Unit]:
-    """Whole models by the records so far: inference, and a training step."""
+    """Whole models by the records so far: inference, a training step, forms of convolutions."""
     recorded = None if loan.listing else loan.write_records()
     winners = "\n".join(
         sorted(
@@ -110,23 +146,36 @@ def model_units(loan: Loan) -> list[Unit]:
             if r.verdict == records.PASSED and any(t.gain >= 1 for t in r.times)
         )
     )
-    folders = ROOT / "deeplab_fast", ROOT / "kernels"
-    package = sorted(path for folder in folders for path in folder.rglob("*.py"))
-    files = [ROOT / "bench" / "gpu_ours.py", *package]
-    # Of the package as a whole, and of the kernels that run in it.
-    source = f"{fingerprint(*files)}-{digest(winners)}"
-    found = []
-    for kind, function, given in (
-        ("labels", gpu_ours.model, _MODELS[:2]),
-        ("training", gpu_ours.training, _STEPS[:1]),
-        ("labels", gpu_ours.model, _MODELS[2:]),
-        ("training", gpu_ours.training, _STEPS[1:]),
-    ):
-        for one in given:
-            name = f"ours {kind} {_model_name(*one)}"
-            run = partial(function, loan.machine, recorded, *one)
-            found.append(_timed(name, run, "ours", source))
-    return found
+    # Of the kernels that run in it, too.
+    source = f"{_package('gpu_ours', 'gpu_cases')}-{digest(winners)}"
+    machine = loan.machine
+
+    def ours(name: str, run: Callable[[], dict[str, Any]]) -> Unit:
+        return _timed(f"ours {name}", run, "ours", source)
+
+    def inference(case: GpuCase) -> Unit:
+        run = partial(gpu_ours.model, machine, recorded, case)
+        return replace(ours(f"inference {case}", run), limit=_MODEL_SECONDS)
+
+    def training(case: GpuCase) -> Unit:
+        return ours(f"training {case}", partial(gpu_ours.training, machine, recorded, case))
+
+    checked = all(
+        loan.passed(f"check {op} triton bfloat16 relu") for op in ("conv_bn_act", "bn_act")
+    )
+
+    def forms(case: GpuCase) -> Unit:
+        run = partial(gpu_ours.forms, machine, case, checked)
+        return _timed(f"forms {case}", run, "forms", source)
+
+    return [
+        *map(inference, CASES[:_FIRST_CASES]),
+        training(_STEPS[0]),
+        *map(forms, _FORMS[:2]),
+        *map(inference, CASES[_FIRST_CASES:]),
+        *map(forms, _FORMS[2:]),
+        *map(training, _STEPS[1:]),
+    ]
 
 
 def test_units(loan: Loan) -> list[Unit]:
@@ -203,8 +252,13 @@ def _sanitizer(loan: Loan, tool: str, what: str, missing: str) -> Unit:
 
 
 def autotuned(loan: Loan) -> list[Unit]:
-    """The head by torch.compile with max-autotune."""
-    return [_autotune(loan, *_HEADS[0])]
+    """The head and two models by torch.compile with max-autotune."""
+    return [_autotune(loan, *_HEADS[0]), *(_autotuned_model(loan, one) for one in CASES[:2])]
+
+
+def _autotuned_model(loan: Loan, case: GpuCase) -> Unit:
+    name = f"autotuned model {case}"
+    return replace(_pytorch(loan, name, gpu_pytorch.autotuned_model, case), limit=300.0, least=60.0)
 
 
 def _autotune(loan: Loan, batch: int, side: int, output_stride: int, warm: bool = False) -> Unit:
@@ -232,13 +286,14 @@ def more_autotuned(loan: Loan) -> list[Unit]:
 PHASES = (
     Phase("smoke", "every op, backend, dtype and form at small sizes", 38, smoke, 12),
     Phase("rows", "every tile row of the CUDA ASPP, identical runs, variants", 16, row_units, 12),
-    Phase("pytorch", "what PyTorch reaches without compilation", 75, pytorch_units),
-    Phase("times", "our kernels beside PyTorch's, bf16", 75, time_units),
-    Phase("models", "whole models and training steps by the records", 45, model_units),
-    Phase("tests", "the GPU tests by file", 90, test_units, 6),
-    Phase("sanitizer", "compute-sanitizer on small shapes", 56, sanitizer_units, 5),
-    Phase("configurations", "of ASPP and 1x1 at four shapes", 80, first_configurations, 14),
-    Phase("autotune", "torch.compile with max-autotune, one head", 40, autotuned),
+    Phase("programs", "programs of whole models, checked", 22, program_units, 8),
+    Phase("pytorch", "what PyTorch reaches without compilation", 50, pytorch_units),
+    Phase("times", "our kernels beside PyTorch's, bf16", 65, time_units),
+    Phase("models", "whole models and training steps by the records, forms", 100, model_units),
+    Phase("tests", "the GPU tests by file", 80, test_units, 6),
+    Phase("sanitizer", "compute-sanitizer on small shapes", 50, sanitizer_units, 5),
+    Phase("configurations", "of ASPP and 1x1 at four shapes", 55, first_configurations, 14),
+    Phase("autotune", "torch.compile with max-autotune: a head, two models", 40, autotuned),
 )  # fmt: skip
 # (name, what is known -> what is done).
 RULES = (

@@ -398,6 +398,25 @@ def folded(ms: float) -> Outcome:
     return outcome("time fold_filters bfloat16 float32", result={"speeds": [speed]})
 
 
+def form(**ms: float) -> Outcome:
+    """Ten layers of a class of convolutions whose rule takes "cudnn"."""
+    found = [
+        {"what": f"form r50 1x3x9x9 to 8 3x3: {name}", "ms": value, "count": 10, "rule": "cudnn"}
+        for name, value in ms.items()
+    ]
+    return outcome("forms r50", result={"rows": found})
+
+
+def inference(*ms: float) -> Outcome:
+    """Of a model as built, without graphs, with them, and frozen with them."""
+    names = ("", ", no graphs", ", graphs", " optimize, graphs")
+    found = [
+        {"what": f"labels r50: deeplab_fast{name}", "ms": value}
+        for name, value in zip(names, ms, strict=False)
+    ]
+    return outcome("ours inference r50", result={"rows": found})
+
+
 COPY = {"what": "ceiling: copy", "ms": 1.0, "gb_per_s": 3000.0}
 FEW = [f"row {row} {dtype} few filters" for row in range(3, 7) for dtype in gpu_rows.DTYPES]
 
@@ -459,6 +478,15 @@ FEW = [f"row {row} {dtype} few filters" for row in range(3, 7) for dtype in gpu_
             ]})],
             None,
         ),
+        ("forms", [form(cudnn=1.0, other=1.02)], "yes"),
+        ("forms", [form(cudnn=1.2, other=1.0)], "no"),
+        # A form that cannot run has no time.
+        ("forms", [form(other=1.0)], None),
+        ("automatic", [inference(1.0, 1.0, 0.98)], "yes"),
+        ("automatic", [inference(1.0, 1.0, 0.5)], "no"),
+        ("automatic", [inference(0.6, 1.0)], None),
+        ("share", [inference(1.0, 1.0, 1.0, 0.85)], "yes"),
+        ("share", [inference(1.0, 1.0, 1.0, 0.95)], "no"),
         ("rule", [outcome("configure pointwise x", result={"ms": {}})], "yes"),
         (
             "gather",
