@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from deeplab_fast import backends, get_model, optimize
 from deeplab_fast.dispatch.errors import DIRECT, Wrong, norm_error
+from deeplab_fast.ops.folded_conv import Filters, FoldedConv, Settings
 from deeplab_fast.program import capture, gpu_layers
 from deeplab_fast.testing import tf32
 from deeplab_fast.tuning.machine import Machine
@@ -325,6 +327,56 @@ def out_of_memory(machine: Machine) -> dict[str, Any]:
         return {"rows": [row]}
 
 
+def not_finite(machine: Machine) -> dict[str, Any]:
+    """NaN stays NaN behind every activation, whatever kernel has it in its epilogue.
+
+    Raises:
+        Wrong: it became a number.
+    """
+    rows: list[dict[str, Any]] = []
+    with _checking(machine), torch.no_grad():
+        for kernel, act, residual in product((1, 3), ("relu", "relu6", None), (False, True)):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                made = (f"{kernel}x{kernel} act={act} residual={residual} {dtype}", kernel, act)
+                rows.append(_nan_through_a_convolution(machine, *made, residual, dtype))
+        # In a network: of the norms behind 1x1 convolutions, and behind others, the last ones.
+        for kernel in (1, 3):
+            model, x = _small(machine)
+            pairs = zip(model.modules(), list(model.modules())[1:], strict=False)
+            norm = [
+                norm
+                for conv, norm in pairs
+                if isinstance(conv, nn.Conv2d) and conv.kernel_size == (kernel, kernel)
+                if isinstance(norm, nn.BatchNorm2d)
+            ][-1]
+            norm.bias[0] = float("nan")
+            ours, plain = _logits(model, x)["out"], _plain(model, x)["out"]
+            if not plain.isnan().any() or not torch.equal(ours.isnan(), plain.isnan()):
+                raise Wrong(f"NaN behind a {kernel}x{kernel} convolution is lost in a network")
+    return {"rows": rows}
+
+
+def _nan_through_a_convolution(
+    machine: Machine, what: str, kernel: int, act: str | None, residual: bool, dtype: torch.dtype
+) -> dict[str, Any]:
+    channels = 16
+    half = kernel // 2
+    conv = FoldedConv((1, 1), (half, half), (1, 1), 1, act)
+    given = torch.randn(2, 2, channels, 9, 9, device=machine.device).to(dtype)
+    x, other = (t.contiguous(memory_format=torch.channels_last) for t in given)
+    weight = torch.randn(channels, channels, kernel, kernel, device=machine.device).to(dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    shift, one = (torch.ones(channels, device=machine.device) for _ in range(2))
+    shift[0] = float("nan")
+    filters = Filters(weight, shift, shift.to(dtype), one, torch.zeros_like(one))
+    y = conv(x, filters, Settings.now(), other if residual else None)
+    lost = int((~y[:, 0].isnan()).sum())
+    row = {"what": what, "out": [lost, 0]}
+    if lost or not y[:, 1:].isfinite().all():
+        raise Wrong(f"{what}: {lost} of {y[:, 0].numel()} NaN became numbers", rows=[row])
+    return row
+
+
 @contextmanager
 def _little_memory(machine: Machine) -> Iterator[None]:
     """Little more than what is held already; in a rehearsal the next fold fails."""
@@ -454,5 +506,6 @@ CHECKS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     "two streams": streams,
     "threads": threads,
     "foreign capture": foreign_capture,
+    "not finite": not_finite,
     "out of memory": out_of_memory,
 }
