@@ -156,14 +156,14 @@ def network(model: Any, case: GpuCase, device: torch.device) -> Work:
         device: that convolutions are planned for.
     """
     work = Work()
-    forms = GpuForms(_META, torch.float32, frozen=True)
+    forms = GpuForms(_META, torch.float32, frozen=DTYPE)
     program, reason = inference.fold(model, forms, aux=False, frozen=True)
     assert program is not None, reason
     filters = [
         Filters(*(t.to(dtype) for t, dtype in zip(each, _DTYPES, strict=True)))
         for each in forms.sources.shapes(DTYPE)
     ]
-    folded = Folded(filters, DTYPE, Settings.now(), None, _META)
+    folded = Folded(filters, DTYPE, Settings.now(), None, _META, False)
     x = torch.empty(case.batch, 3, case.height, case.width, dtype=DTYPE, device=_META)
     x = x.contiguous(memory_format=torch.channels_last)
 
@@ -211,7 +211,7 @@ def launches_of(form: str, call: Call) -> int:
 def fold(model: Any) -> Work:
     """The folding of every call, by PyTorch layer by layer; the model is on the meta device."""
     work = Work()
-    forms = GpuForms(_META, torch.float32, frozen=False)
+    forms = GpuForms(_META, torch.float32)
     _, reason = inference.fold(model, forms, aux=False)
     assert not reason, reason
     forms.sources.prepare()

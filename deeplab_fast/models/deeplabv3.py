@@ -112,8 +112,12 @@ class DeepLabV3(Network):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Full-resolution logits, as torchvision's DeepLabV3 returns them."""
         size = x.shape[-2:]
+        logits = self.all_logits(x)
+        if not torch.jit.is_scripting():
+            if not torch.compiler.is_compiling():
+                return self._fast_path.upsampled(logits, size, self.align_corners)
         result = OrderedDict()
-        for name, y in self.all_logits(x).items():
+        for name, y in logits.items():
             result[name] = F.interpolate(
                 y, size=size, mode="bilinear", align_corners=self.align_corners
             )

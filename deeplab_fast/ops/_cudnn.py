@@ -140,7 +140,9 @@ def has_fused(
     """Whether cuDNN has a kernel for `fused` that keeps NaN; the first call of a shape tries it."""
     stride, padding, dilation, groups = geometry
     shapes = (tuple(x.shape), tuple(weight.shape), *stride, *padding, *dilation, groups)
-    key = (*shapes, residual is not None, x.dtype, x.device)
+    # What cuDNN's kernel is searched by.
+    search = (limits.allow_conv_tf32(), torch.backends.cudnn.benchmark)
+    key = (*shapes, residual is not None, x.dtype, x.device, *search)
     usable = _has_kernel.get(key)
     if usable is not None:
         return usable

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..dispatch.declare import Implementation
 from ..dispatch.describe import OpDesc
 from ..plan.packing import PackedBranches
-from .folded_conv import Filters, FoldedConv, Memo, Settings, gpu_plan, ours
+from ..plan.tables import capturing
+from .folded_conv import Filters, FoldedConv, Memo, Settings, gpu_plan, of_vectors, ours
 from .prepared import Plan, activate_
 
 
@@ -50,7 +51,8 @@ class FoldedAspp:
                 [f.shift for f in filters],
                 self._dilations,
             )
-            if self._frozen:
+            if self._frozen and not capturing(x):
+                _wait(x)
                 self._packed = packed
         return kernel.run(x, packed.weights, packed.scales, packed.shifts, self._dilations)
 
@@ -137,10 +139,11 @@ class FoldedProject:
             weight = self._joined
             if weight is None:
                 weight = torch.cat([to_branches.weight, to_pooled.weight], 1)
-                if self._frozen:
+                if self._frozen and not capturing(branches):
+                    _wait(branches)
                     self._joined = weight
             return kernel.run(branches, pooled, weight, to_branches.one, to_branches.shift)
-        shifts = torch.addmm(to_branches.bias, pooled, to_pooled.weight.flatten(1).t())
+        shifts = of_vectors(pooled, to_pooled.weight, to_branches.bias, None, settings)
         if shape[0] == 1:
             own = to_branches._replace(shift=shifts[0].float(), bias=shifts[0])
             return self._one_image(branches, own, settings)
@@ -191,3 +194,9 @@ class FoldedProject:
             return ours(OpDesc.on("aspp_project", shape, dtype, device, **options))
 
         return self._choices.get((tuple(shape), dtype, device, settings), choose)
+
+
+def _wait(x: Tensor) -> None:
+    """Let what was made for good be there: later calls may come on another stream."""
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).synchronize()

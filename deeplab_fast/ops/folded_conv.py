@@ -38,6 +38,7 @@ from ..plan.taps import live_taps, output_size
 from . import _cudnn
 from .prepared import Plan, activate_
 
+_EPILOGUE = "cuBLASLt"
 _HALVES = (torch.float16, torch.bfloat16)
 # A stem of three channels: PyTorch's issue 68506 has the fused kernel 17 times slower for it.
 _LEAST_CHANNELS = 8
@@ -267,18 +268,21 @@ def as_map(matrix: Tensor, n: int, height: int, width: int) -> Tensor:
     return matrix.view(n, height, width, matrix.shape[1]).permute(0, 3, 1, 2)
 
 
-def product(matrix: Tensor, weight: Tensor, bias: Tensor, act: str | None) -> Tensor:
-    """act(matrix @ weight.T + bias), bias and ReLU in the epilogue.
+def of_vectors(
+    x: Tensor, weight: Tensor, bias: Tensor, act: str | None, settings: Settings
+) -> Tensor:
+    """act(x @ weight.T + bias), rounded as convolutions may be.
 
     Args:
-        matrix: [M, C].
-        weight: [K, C].
-        bias: [K], the same dtype.
+        x: [N, C].
+        weight: [K, C, 1, 1], the dtype of x.
+        bias: [..., K], the dtype of x.
         act: an activation.
+        settings: those of now.
     """
-    if act == "relu":
-        return torch._addmm_activation(bias, matrix, weight.t())
-    return activate_(torch.addmm(bias, matrix, weight.t()), act)
+    if _multiplies_alike(x.dtype, settings):
+        return activate_(torch.addmm(bias, x, weight.flatten(1).t()), act)
+    return activate_(F.conv2d(x[:, :, None, None], weight, bias).flatten(1), act)
 
 
 def _plan_of(name: str, call: Call, settings: Settings) -> Plan:
@@ -325,7 +329,7 @@ def forms_of(call: Call, settings: Settings) -> dict[str, Form]:
     if pointwise := _own_pointwise(call):
         forms["triton"] = pointwise
     if call.is_pointwise and not call.residual and _multiplies_alike(call.dtype, settings):
-        forms["cuBLASLt" if on_gpu else "matrix product"] = _pointwise(call)
+        forms[_EPILOGUE if on_gpu else "matrix product"] = _pointwise(call)
     fused = call.act == "relu" and call.groups == 1 and call.shape[1] >= _LEAST_CHANNELS
     if on_gpu and fused and settings.cudnn and not settings.deterministic:
         forms["cuDNN fused"] = lambda x, f, residual: _cudnn.fused(
@@ -344,13 +348,24 @@ def _multiplies_alike(dtype: torch.dtype, settings: Settings) -> bool:
     return dtype in _HALVES or settings.tf32 == settings.conv_tf32
 
 
-def _pointwise(call: Call) -> Form:
+def _pointwise(call: Call, in_epilogue: bool = True) -> Form:
     n, _, height, width = call.output
 
     def run(x: Tensor, f: Filters, residual: Tensor | None) -> Tensor:
-        return as_map(product(rows(x), f.weight.flatten(1), f.bias, call.act), n, height, width)
+        matrix, weight = rows(x), f.weight.flatten(1).t()
+        if call.act == "relu" and in_epilogue:
+            y = torch._addmm_activation(f.bias, matrix, weight)
+        else:
+            y = activate_(torch.addmm(f.bias, matrix, weight), call.act)
+        return as_map(y, n, height, width)
 
     return run
+
+
+def _keeps_nan(form: Form, x: Tensor, filters: Filters) -> bool:
+    """Whether a form's ReLU gives NaN for NaN, as PyTorch's does: a maximum with 0 may not."""
+    nan = torch.full_like(filters.bias, float("nan"))
+    return bool(form(x, filters._replace(bias=nan), None).isnan().all())
 
 
 def _own_pointwise(call: Call) -> Form | None:
@@ -420,7 +435,8 @@ def _time(run: Callable[[], object], device: torch.device) -> float:
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        # Not for the device, which another thread may be capturing on.
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _pair(value: Sequence[int]) -> tuple[int, int]:

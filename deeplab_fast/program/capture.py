@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar, cast
@@ -134,13 +135,37 @@ class CudaCapture:
         self, run: Callable[[], T], device: torch.device, pool: object
     ) -> tuple[T, Replay, object]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile.
+        # PyTorch's default is one for all devices, and stays the current one where a capture fails.
+        stream = torch.cuda.Stream(device)
         with (
+            _one_at_a_time,
             torch.cuda.device(device),
-            torch.cuda.graph(graph, pool=cast(Any, pool), capture_error_mode="thread_local"),
+            torch.cuda.stream(stream),
+            _own_workspaces(),
+            # Other threads may allocate meanwhile.
+            torch.cuda.graph(
+                graph, pool=cast(Any, pool), stream=stream, capture_error_mode="thread_local"
+            ),
         ):
             results = run()
         return results, graph.replay, graph
+
+
+# A capture begins with waiting for the device, which ends a capture of another thread.
+_one_at_a_time = threading.Lock()
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Graphs that may run at the same time must not have cuBLAS's workspace of a stream in common.
+
+    As torch._inductor.cudagraph_trees does.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 C = TypeVar("C", bound=Capture)

@@ -6,8 +6,9 @@ import logging
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from .network import Network
 from .staleness import Snapshot
 
 logger = logging.getLogger("deeplab_fast")
+
+T = TypeVar("T")
 
 
 class FastPath:
@@ -46,6 +49,12 @@ class FastPath:
         if program is None or program.reason_against(x):
             return None
         return program.logits(x, aux=aux)
+
+    def upsampled(
+        self, logits: dict[str, Tensor], size: Sequence[int], align_corners: bool
+    ) -> dict[str, Tensor]:
+        """As `upsampled`, which takes the memory of graphs where there is no other."""
+        return with_memory_of(self._gpu.free, upsampled, logits, size, align_corners)
 
     def reasons(self, model: Network, x: Tensor) -> list[str]:
         """Why a call on x takes the plain modules; empty where it takes the fast path."""
@@ -169,6 +178,16 @@ def _prepare(model: Network) -> _State:
     if program is None:
         logger.info("the model runs its plain modules: %s", reason)
     return _State(program, reason, snapshot, bound)
+
+
+def with_memory_of(free: Callable[[], bool], function: Callable[..., T], *args: Any) -> T:
+    """function(*args); where memory runs out, again without what `free` gives back."""
+    try:
+        return function(*args)
+    except torch.OutOfMemoryError:
+        if not free():
+            raise
+    return function(*args)
 
 
 def upsampled(

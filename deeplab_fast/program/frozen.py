@@ -13,7 +13,15 @@ from ..ops.folded_conv import Settings
 from ..ops.prepared import Plan
 from . import gpu_layers
 from .formats import in_plain_format
-from .gpu_layers import DTYPES, Folded, FoldedLayer, GpuForms, execute, outside_autocast
+from .gpu_layers import (
+    DTYPES,
+    Folded,
+    FoldedLayer,
+    GpuForms,
+    Values,
+    execute,
+    outside_autocast,
+)
 from .graphs import Graphs
 from .inference import fold
 from .layers import Layer, Program, Run
@@ -53,6 +61,10 @@ class Frozen:
         """What runs a layer on its tensors."""
         return execute_prepared
 
+    def free(self) -> bool:
+        """Give back memory that it can do without; False where there is none."""
+        return False
+
     def clock(self) -> float:
         """Seconds, once all that was begun has ended."""
         return time.perf_counter()
@@ -74,13 +86,22 @@ class FrozenOnGpu(Frozen):
     Inputs of fp16, bf16 and fp32 are taken, and cast.
     """
 
-    def __init__(self, program: Program, folded: Folded) -> None:
+    def __init__(
+        self, program: Program, values: Values, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__(program)
-        self.dtype, self.device = folded.dtype, folded.device
-        self._folded = folded
-        # Views of one allocation.
-        self._bytes = sum(f.weight.nbytes for f in folded.filters)
-        self._graphs = Graphs(folded.device)
+        self.dtype, self.device = dtype, device
+        self._values = values
+        self._filters = values.filters()
+        self._graphs = Graphs(device)
+
+    def __reduce__(self) -> tuple[type[FrozenOnGpu], tuple[object, ...]]:
+        # A pickle of each view has the whole allocation.
+        return FrozenOnGpu, (self.program, self._values, self.dtype, self.device)
+
+    def _folded(self, settings: Settings) -> Folded:
+        converts = self.program.has_plain_layers
+        return Folded(self._filters, self.dtype, settings, None, self.device, converts)
 
     def takes(self, x: Tensor) -> bool:
         return x.dtype in DTYPES and x.device == self.device
@@ -89,7 +110,7 @@ class FrozenOnGpu(Frozen):
         self, x: Tensor, aux: bool, cuda_graphs: bool | None, max_extra_bytes: int | None
     ) -> dict[str, Tensor]:
         settings = Settings.now()
-        folded = self._folded._replace(settings=settings)
+        folded = self._folded(settings)
 
         def step(x: Tensor) -> dict[str, Tensor]:
             return self.program.maps(x, partial(execute, folded), aux)
@@ -99,24 +120,32 @@ class FrozenOnGpu(Frozen):
 
         wanted = False if self.program.has_plain_layers else cuda_graphs
         key = (x.shape, aux, settings)
+        try:
+            return self._graphs.run(step, finish, key, x, self.dtype, wanted, max_extra_bytes)
+        except torch.OutOfMemoryError:
+            if not self.free():
+                raise
         return self._graphs.run(step, finish, key, x, self.dtype, wanted, max_extra_bytes)
+
+    def free(self) -> bool:
+        return self._graphs.give_up()
 
     def plans(self, layer: Layer, *shapes: Any) -> tuple[Plan, ...]:
         if isinstance(layer, FoldedLayer):
-            return layer.folded_plans(self._folded._replace(settings=Settings.now()), *shapes)
+            return layer.folded_plans(self._folded(Settings.now()), *shapes)
         return layer.plans(*shapes)
 
     def run(self) -> Run:
-        return partial(execute, self._folded._replace(settings=Settings.now()))
+        return partial(execute, self._folded(Settings.now()))
 
     def clock(self) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         return time.perf_counter()
 
     @property
     def held_bytes(self) -> int:
-        return self._bytes + self.extra_bytes
+        return self._values.flat.nbytes + self.extra_bytes
 
     @property
     def extra_bytes(self) -> int:
@@ -147,12 +176,14 @@ def freeze(
     if not on_gpu:
         program, reason = fold(model, aux=aux, max_extra_bytes=max_extra_bytes, frozen=True)
         return None if program is None else Frozen(program), reason
-    forms = GpuForms(filters.device, filters.dtype, frozen=True)
+    dtype, device = filters.dtype if dtype is None else dtype, filters.device
+    forms = GpuForms(device, filters.dtype, frozen=dtype)
     program, reason = fold(model, forms, aux=aux, frozen=True)
     if program is None:
         return None, reason
-    dtype = filters.dtype if dtype is None else dtype
-    with torch.inference_mode(False), outside_autocast(filters.device):
-        settings = Settings.now()
-        folded = Folded(forms.sources.fold(dtype, settings), dtype, settings, None, filters.device)
-    return FrozenOnGpu(program, folded), ""
+    with torch.inference_mode(False), outside_autocast(device):
+        values = forms.sources.fold(dtype, Settings.now())
+    if filters.is_cuda:
+        # Calls may come on another stream.
+        torch.cuda.current_stream(device).synchronize()
+    return FrozenOnGpu(program, values, dtype, device), ""

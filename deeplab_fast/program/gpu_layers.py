@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..dispatch.declare import Implementation, describe, implementations
 from ..ops.folded_aspp import FoldedAspp, FoldedProject
-from ..ops.folded_conv import Filters, FoldedConv, Memo, Settings, ours, product
+from ..ops.folded_conv import Filters, FoldedConv, Memo, Settings, of_vectors, ours
 from ..ops.prepared import Plan
 from ..plan import fold
 from .layers import (
@@ -31,6 +31,8 @@ from .layers import (
 )
 from .staleness import is_dense
 
+# Elements, in any dtype a multiple of 32 bytes.
+_ALIGNMENT = 16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -39,15 +41,41 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
 
+class Values(NamedTuple):
+    """The filters of all convolutions, folded, in few allocations.
+
+    flat: of `fold_filters`.
+    shapes: of each convolution's filters.
+    shift, bias, one, zero: of all convolutions, as in `Filters`.
+    sizes: of each convolution's part of these, and of what lies between it and the next one.
+    """
+
+    flat: Tensor
+    shapes: list[fold.Shape]
+    shift: Tensor
+    bias: Tensor
+    one: Tensor
+    zero: Tensor
+    sizes: list[int]
+
+    def filters(self) -> list[Filters]:
+        """Of each convolution, views."""
+        vectors = [
+            vector.split(self.sizes)[::2] for vector in (self.shift, self.bias, self.one, self.zero)
+        ]
+        parts = zip(fold.views(self.flat, self.shapes), *vectors, strict=True)
+        return [Filters(*each) for each in parts]
+
+
 class Folded(NamedTuple):
     """What layers are called with.
 
-    Attributes:
-        filters: of all convolutions.
-        dtype: of the maps.
-        settings: what choices of kernels depend on.
-        autocast: the dtype of autocast where the model was called, None without.
-        device: of the maps.
+    filters: of all convolutions.
+    dtype: of the maps.
+    settings: what choices of kernels depend on.
+    autocast: the dtype of autocast where the model was called, None without.
+    device: of the maps.
+    converts: maps may come in another dtype or layout, from modules that run as they are.
     """
 
     filters: Sequence[Filters]
@@ -55,6 +83,7 @@ class Folded(NamedTuple):
     settings: Settings
     autocast: torch.dtype | None
     device: torch.device
+    converts: bool
 
 
 class Sources:
@@ -84,7 +113,7 @@ class Sources:
         constants = self.prepare()
         return [t.data_ptr() for t in constants.tensors] == constants.addresses
 
-    def fold(self, dtype: torch.dtype, settings: Settings) -> list[Filters]:
+    def fold(self, dtype: torch.dtype, settings: Settings) -> Values:
         """The filters of all convolutions, from what the tensors hold now.
 
         Args:
@@ -104,12 +133,10 @@ class Sources:
             return ours(desc) or implementations("fold_filters")["reference"]
 
         kernel = self._choices.get((dtype, settings), choose)
-        filters = fold.views(kernel.run(c.filters, scale, dtype), c.shapes)
-        shifts = shift.split(c.counts)
-        biases = shifts if dtype == torch.float32 else shift.to(dtype).split(c.counts)
-        return [
-            Filters(*each) for each in zip(filters, shifts, biases, c.ones, c.zeros, strict=True)
-        ]
+        flat = kernel.run(c.filters, scale, dtype)
+        if c.places is not None:
+            shift = shift.index_select(0, c.places)
+        return Values(flat, c.shapes, shift, shift.to(dtype), c.one, c.zero, c.sizes)
 
     def shapes(self, dtype: torch.dtype) -> list[Filters]:
         """As `fold`, on the meta device: shapes alone."""
@@ -139,17 +166,28 @@ class Constants:
     def __init__(self, specs: Sequence[ConvSpec], device: torch.device) -> None:
         self.filters = [spec.weight for spec in specs]
         self.shapes = fold.shapes_of(self.filters)
-        self.counts = [w.shape[0] for w in self.filters]
-        total = sum(self.counts)
-        self.ones = torch.ones(total, device=device).split(self.counts)
-        self.zeros = torch.zeros(total, device=device).split(self.counts)
+        counts = [w.shape[0] for w in self.filters]
+        # Kernels are chosen for the alignment of their vectors.
+        self.sizes = [n for count in counts for n in (count, -count % _ALIGNMENT)]
+        starts = torch.tensor([0, *self.sizes]).cumsum(0)[:-1:2].tolist()
+        self.places: Tensor | None = None
+        if any(self.sizes[1::2]):
+            places = torch.zeros(sum(self.sizes), dtype=torch.int64)
+            first = 0
+            for start, count in zip(starts, counts, strict=True):
+                places[start : start + count] = torch.arange(first, first + count)
+                first += count
+            self.places = places.to(device)
+        self.one = torch.ones(sum(self.sizes), device=device)
+        self.zero = torch.zeros(sum(self.sizes), device=device)
         self.weights: list[Tensor] = []
         self.shifts: list[Tensor] = []
         self.means: list[Tensor] = []
         self.variances: list[Tensor] = []
         self.biases: list[Tensor] = []
         eps = []
-        for spec, one, zero in zip(specs, self.ones, self.zeros, strict=True):
+        ones, zeros = (v.split(self.sizes)[::2] for v in (self.one, self.zero))
+        for spec, one, zero in zip(specs, ones, zeros, strict=True):
             norm = spec.norm
             self.variances.append(one if norm is None else norm.variance)
             eps += [0.0 if norm is None else norm.eps] * len(one)
@@ -172,12 +210,15 @@ class GpuForms:
     Args:
         device: of the weights.
         dtype: of the filters.
-        frozen: filters are folded once, for good.
+        frozen: None, or the dtype of maps where filters are folded once, for good.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, frozen: bool) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, frozen: torch.dtype | None = None
+    ) -> None:
         self.sources = Sources(device)
-        self._device, self._dtype, self._frozen = device, dtype, frozen
+        self._device, self._dtype = device, dtype
+        self._frozen, self._frozen_dtype = frozen is not None, frozen
         self.what = f"dense fp16, bf16 or fp32, one dtype for all, on {device}"
 
     def takes(self, tensor: Tensor) -> bool:
@@ -206,7 +247,8 @@ class GpuForms:
         return SqueezeExcitationLayer(name, fc1, fc2, gate, self.sources)
 
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
-        return UnknownLayer(name, module)
+        # A frozen program has a copy of it.
+        return UnknownLayer(name, module.to(self._frozen_dtype) if self._frozen else module)
 
 
 class FoldedLayer(Layer):
@@ -394,14 +436,11 @@ class SqueezeExcitationLayer(FoldedLayer, ScalingLayer):
 
 
 class UnknownLayer(FoldedLayer, PlainLayer):
-    """As `PlainLayer`, under the caller's autocast; what follows gets channels_last maps again."""
+    """As `PlainLayer`, under the caller's autocast; what follows takes any result (`execute`)."""
 
     def call(self, folded: Folded, x: Tensor) -> Any:
         with _autocast(folded):
-            y = self.module(x.contiguous())
-        if isinstance(y, dict):
-            return type(y)((name, _as_map(value, folded.dtype)) for name, value in y.items())
-        return _as_map(y, folded.dtype)
+            return self.module(x.contiguous())
 
 
 class _Linear:
@@ -414,14 +453,20 @@ class _Linear:
 
     def __call__(self, folded: Folded, x: Tensor) -> Tensor:
         filters = folded.filters[self._index]
-        return product(x, filters.weight.flatten(1), filters.bias, self._act)
+        return of_vectors(x, filters.weight, filters.bias, self._act, folded.settings)
 
 
 def execute(folded: Folded, layer: Layer, *tensors: Tensor | None) -> Tensor:
     """The `run` of a program on folded filters."""
-    if isinstance(layer, FoldedLayer):
-        return layer.call(folded, *tensors)
-    return layer(*tensors)
+    if not isinstance(layer, FoldedLayer):
+        return layer(*tensors)
+    if folded.converts and not isinstance(layer, UnknownLayer):
+        dtype = folded.dtype
+        tensors = tuple(
+            t if t is None or t.dim() != 4 else t.to(dtype=dtype, memory_format=CHANNELS_LAST)
+            for t in tensors
+        )
+    return layer.call(folded, *tensors)
 
 
 @contextmanager
@@ -435,12 +480,6 @@ def _autocast(folded: Folded) -> AbstractContextManager[object]:
     if folded.autocast is None:
         return nullcontext()
     return torch.autocast(folded.device.type, dtype=folded.autocast)
-
-
-def _as_map(y: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(y, Tensor) or not y.is_floating_point() or y.dim() != 4:
-        return y
-    return y.to(dtype=dtype, memory_format=CHANNELS_LAST)
 
 
 def _or(value: Tensor | None, default: Tensor) -> Tensor:

@@ -48,18 +48,15 @@ class GpuPath:
         """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules."""
         for _ in range(_ATTEMPTS):
             state = self._current(model, x.device)
-            if state.program is None:
+            if state.program is None or state.reason_against(x):
                 if state.snapshot.is_current():
                     return None
-            elif state.reason_against(x):
-                return None
             elif state.sources.in_place():
                 try:
                     logits = state.run(model, x, aux)
                 except torch.OutOfMemoryError:
                     if not state.graphs.give_up():
                         raise
-                    torch.cuda.empty_cache()
                     continue
                 except Exception:
                     # Of shapes that do not fit each other any more, perhaps.
@@ -81,6 +78,11 @@ class GpuPath:
             return [state.reason]
         reason = state.reason_against(x)
         return [reason] if reason else []
+
+    def free(self) -> bool:
+        """Give back the memory of graphs, for good; False where there is none."""
+        state = self._state
+        return state is not None and state.graphs.give_up()
 
     def drop(self) -> None:
         """Free the graphs, and forget the program."""
@@ -142,18 +144,22 @@ class _State:
         settings = Settings.now()
 
         def step(x: Tensor) -> dict[str, Tensor]:
-            folded = Folded(self.sources.fold(dtype, settings), dtype, settings, autocast, x.device)
+            filters = self.sources.fold(dtype, settings).filters()
+            converts = program.has_plain_layers
+            folded = Folded(filters, dtype, settings, autocast, x.device, converts)
             return program.maps(x, partial(execute, folded), aux)
 
         def finish(maps: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
             return in_plain_format(maps, x, program.channels_last, copy)
 
-        # What a module that no rule knows does in a call may not be possible in a graph, or not be
-        # the same in the next one.
-        wanted = False if program.has_plain_layers else model.cuda_graphs
         key = (x.shape, dtype, autocast, aux, settings)
+        wanted, most = model.cuda_graphs, model.max_extra_bytes
         with outside_autocast(x.device):
-            return self.graphs.run(step, finish, key, x, dtype, wanted, model.max_extra_bytes)
+            if program.has_plain_layers:
+                # What a module that no rule knows does in a call may not be possible in a graph, or
+                # not be the same in the next one; and it may be the first, with x as it is.
+                return finish(step(x), False)
+            return self.graphs.run(step, finish, key, x, dtype, wanted, most)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -183,7 +189,7 @@ def _prepare(model: Network, device: torch.device) -> _State:
     filters = [conv.weight for conv in convs if isinstance(conv.weight, Tensor)]
     # Filters of another dtype than the first stay in their modules.
     dtype = filters[0].dtype if filters else torch.float32
-    forms = GpuForms(device, dtype, frozen=False)
+    forms = GpuForms(device, dtype)
     program, reason = inference.fold(model, forms)
     if program is None:
         logger.info("the model runs its plain modules: %s", reason)

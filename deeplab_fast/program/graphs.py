@@ -139,6 +139,8 @@ class Graphs:
         with self._lock:
             had, self._given_up = bool(self._graphs), True
             self._drop()
+        if had and self.device.type == "cuda":
+            torch.cuda.empty_cache()
         return had
 
     @property
@@ -202,6 +204,9 @@ class Graphs:
                 if self._pool is None:
                     self._pool, self._fence = graphs.pool(self.device), graphs.fence(self.device)
                 own.copy_(x)
+                # Of this thread: handles and plans of cuDNN and cuBLAS are a thread's own.
+                with graphs.warm_up(self.device):
+                    step(own)
                 graph = Graph(own, *graphs.record(lambda: step(own), self.device, self._pool))
         except torch.OutOfMemoryError:
             seen.refused = True
@@ -241,6 +246,9 @@ class Graphs:
     def _replay(self, graph: Graph, finish: Finish, x: Tensor) -> Maps:
         assert self._fence is not None
         self._fence.wait()
+        if graph.x.is_cuda:
+            # It may be freed with the model while this stream still reads it.
+            graph.x.record_stream(torch.cuda.current_stream(self.device))
         graph.x.copy_(x)
         graph.replay()
         results = finish(graph.maps, True)

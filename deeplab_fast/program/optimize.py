@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .fast_path import upsampled
+from .fast_path import upsampled, with_memory_of
 from .frozen import Frozen, freeze
 from .gpu_layers import outside_autocast
 from .network import Network
@@ -121,7 +121,8 @@ class OptimizedDeepLabV3(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Full-resolution logits {"out"[, "aux"]}, as `DeepLabV3` returns them."""
         logits = _uncompiled(self._logits)(x, self._keep_aux)
-        return upsampled(logits, x.shape[-2:], self.align_corners)
+        free = self._frozen.free if self._frozen is not None else bool
+        return with_memory_of(free, upsampled, logits, x.shape[-2:], self.align_corners)
 
     def forward_logits(self, x: Tensor) -> Tensor:
         """The main logits before upsampling: [N, 3, H, W] -> [N, num_classes, h, w]."""

@@ -51,7 +51,7 @@ def folded(name: str, weights: torch.dtype) -> tuple[Program, GpuForms]:
     """The program of a model whose weights have this dtype."""
     with torch.device("meta"):
         model: Any = get_model(name, output_stride=8).eval().to(weights)
-    forms = GpuForms(META, weights, frozen=False)
+    forms = GpuForms(META, weights)
     program, reason = inference.fold(model, forms, aux=False)
     assert program is not None, reason
     return program, forms
@@ -63,8 +63,8 @@ def call(name: str, weights: torch.dtype, maps: torch.dtype, images: tuple[int, 
     settings, (n, height, width) = Settings.now(), images
     x = torch.empty(n, 3, height, width, dtype=maps, device=META)
     with torch.no_grad():
-        filters = forms.sources.fold(maps, settings)
-        run = partial(execute, Folded(filters, maps, settings, None, META))
+        filters = forms.sources.fold(maps, settings).filters()
+        run = partial(execute, Folded(filters, maps, settings, None, META, False))
         y = program.maps(x.contiguous(memory_format=torch.channels_last), run, aux=False)["out"]
     assert y.dtype == maps and y.shape[2:] == (-(-height // 8), -(-width // 8))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -36,7 +37,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import deeplab_fast as dlf
 from deeplab_fast.dispatch.errors import SAVING, norm_error
 from deeplab_fast.ops import _cudnn, folded_conv
-from deeplab_fast.program import capture, gpu_layers, inference, layers
+from deeplab_fast.program import (
+    capture,
+    fast_path,
+    gpu_layers,
+    inference,
+    layers,
+    optimize,
+)
 from deeplab_fast.testing import deterministic
 
 # One rounding of what is stored; the rest of the error rule is twice PyTorch's own error.
@@ -131,6 +139,50 @@ def test_modules_of_the_users_own(own: str) -> None:
             assert error(y[key], value) <= 2 * error(plainly[key], value) + ROUNDING[low]
 
 
+class Last(nn.Module):
+    """As a softmax under autocast, which gives fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+class First(nn.Module):
+    """Takes differences that bf16 does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - 100
+
+
+def test_dtypes_around_modules_that_run_as_they_are() -> None:
+    model = small_resnet()
+    model.classifier = nn.Sequential(model.classifier, Last()).eval()
+    model.backbone.conv1 = nn.Sequential(First(), model.backbone.conv1)
+    x = 100 + X
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model.fast_reasons(x) == []
+        y = model(x)
+        model.fast = False
+        own = model(x)
+    for key, value in exact(model, x).items():
+        assert y[key].dtype == own[key].dtype
+        assert error(y[key], value) <= 2 * error(own[key], value) + ROUNDING[torch.bfloat16]
+
+
+def test_vectors_lie_where_kernels_read_them_best() -> None:
+    """Of a layer behind a classifier of 21 classes too."""
+    model = dlf.deeplabv3_mobilenet_v3_large(num_classes=21, aux_loss=True).eval()
+    x = torch.randn(1, 3, 17, 17)
+    with torch.no_grad():
+        assert model.fast_reasons(x) == []
+        values = model._fast_path._gpu._state.sources.fold(
+            torch.bfloat16, folded_conv.Settings.now()
+        )
+    for filters in values.filters():
+        for tensor in filters:
+            first = (values.flat if tensor.dim() == 4 else values.bias).data_ptr()
+            assert tensor.data_ptr() % 16 == 0 or (tensor.data_ptr() - first) % 16 == 0
+
+
 # --- Never stale --------------------------------------------------------------------------------
 
 
@@ -196,6 +248,23 @@ def test_a_change_while_the_gpu_works_is_noticed_behind_it(
     with torch.no_grad():
         y = model(X)["out"]
     assert torch.equal(y, plain(model, X)["out"])
+
+
+@pytest.mark.parametrize("change", ["channels", "dtype"])
+def test_a_reason_that_is_out_of_date(change: str, folds: list) -> None:
+    model, x = small(), torch.randn(1, 4, 33, 33)
+    with torch.no_grad():
+        model(X)
+        if change == "channels":
+            conv = model.backbone.Conv.conv
+            conv.weight = nn.Parameter(torch.randn(conv.out_channels, 4, *conv.kernel_size))
+            conv.in_channels = 4
+        else:
+            model.backbone.bfloat16(), model.classifier.bfloat16()
+            x = X.bfloat16()
+        for _ in range(2):
+            model(x)
+    assert len(folds) == 2
 
 
 def test_errors_of_a_program_that_is_out_of_date_are_not_the_users(folds: list) -> None:
@@ -458,6 +527,50 @@ def test_out_of_memory_frees_graphs_first(
         calls(model, X[..., :30], 1)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["model", "optimised"])
+def test_memory_for_logits_of_full_size_is_taken_from_graphs(
+    frozen: bool, graphs: StandInCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small()
+    model.cuda_graphs = True
+    used = dlf.optimize(model) if frozen else model
+    expected = calls(used, X, 2)[1]
+    original, left = fast_path.upsampled, [1]
+
+    def upsampled(*args: object) -> dict[str, Tensor]:
+        if left:
+            left.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args)
+
+    for where in (fast_path, optimize):
+        monkeypatch.setattr(where, "upsampled", upsampled)
+    assert torch.equal(calls(used, X, 1)[0], expected)
+    left.append(1)
+    # Nothing is left to free.
+    with pytest.raises(torch.OutOfMemoryError):
+        calls(used, X, 1)
+
+
+def test_an_optimised_model_frees_graphs_first(
+    graphs: StandInCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small()
+    model.cuda_graphs = True
+    fast = dlf.optimize(model)
+    expected = calls(fast, X, 2)[1]
+    original, left = layers.Program.maps, [1]
+
+    def maps(self: layers.Program, *args: object) -> dict[str, Tensor]:
+        if left:
+            left.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *args)
+
+    monkeypatch.setattr(layers.Program, "maps", maps)
+    assert torch.equal(calls(fast, X, 1)[0], expected)
+
+
 def test_replays_follow_each_other_on_any_stream(graphs: StandInCapture) -> None:
     model = small()
     model.cuda_graphs = True
@@ -508,6 +621,76 @@ def test_a_model_that_was_pickled_before_graphs(graphs: StandInCapture) -> None:
     assert torch.equal(calls(twin, X, 1)[0], calls(small(), X, 1)[0])
 
 
+class _Cuda:
+    """torch.cuda as far as a capture goes: the current device and stream."""
+
+    def __init__(self) -> None:
+        self.device, self.stream, self.fails = 0, "the caller's", False
+        self.captured: list[tuple[int, object]] = []
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device.index
+        try:
+            yield
+        finally:
+            self.device = before
+
+    def on_stream(self, stream: object) -> _OnStream:
+        return _OnStream(self, stream)
+
+    def graph(cuda) -> type:
+        class Graph:
+            def capture_begin(self, *args: object, **options: object) -> None:
+                cuda.captured.append((cuda.device, cuda.stream))
+
+            def capture_end(self) -> None:
+                if cuda.fails:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+            def replay(self) -> None:
+                pass
+
+        return Graph
+
+
+class _OnStream:
+    def __init__(self, cuda: _Cuda, stream: object) -> None:
+        self.cuda, self.stream = cuda, stream
+
+    def __enter__(self) -> None:
+        self.before, self.cuda.stream = self.cuda.stream, self.stream
+
+    def __exit__(self, *error: object) -> None:
+        self.cuda.stream = self.before
+
+
+def test_a_capture_is_on_its_device_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By torch.cuda.graph's own Python, whose default stream is that of the first device."""
+    cuda = _Cuda()
+    for name, value in {
+        "CUDAGraph": cuda.graph(),
+        "Stream": lambda device=None: f"a stream of {device}",
+        "stream": cuda.on_stream,
+        "device": cuda.on_device,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("_host_emptyCache", "_cuda_clearCublasWorkspaces"):
+        monkeypatch.setattr(torch._C, name, lambda: None, raising=False)
+    made = capture.CudaCapture()
+    for index in (0, 1, 0):
+        made.record(lambda: None, torch.device("cuda", index), (0, 1))
+    assert cuda.captured == [(i, f"a stream of cuda:{i}") for i in (0, 1, 0)]
+    cuda.fails = True
+    with pytest.raises(RuntimeError, match="previous error"):
+        made.record(lambda: None, torch.device("cuda", 1), (0, 1))
+    assert (cuda.device, cuda.stream) == (0, "the caller's")
+
+
 # --- optimize -----------------------------------------------------------------------------------
 
 
@@ -528,6 +711,8 @@ def test_optimised_models(family: str, graphs: StandInCapture) -> None:
         for _ in range(3):
             assert_close(twin(x), expected)
     assert graphs.captures == 3
+    # Filters are views of one allocation, which a pickle has once.
+    assert len(pickle.dumps(fast)) <= 1.02 * fast.held_bytes
     # Frozen: what becomes of the model is no matter.
     with torch.no_grad():
         for p in model.parameters():
@@ -557,6 +742,17 @@ def test_optimised_to_another_dtype() -> None:
     for dtype in ("fp8", torch.float64):
         with pytest.raises(ValueError, match="dtype is"):
             dlf.optimize(model, dtype=dtype)
+
+
+@pytest.mark.parametrize("own", ["attention", "group-norm", "reflect", "leaky-relu"])
+def test_modules_that_stay_plain_get_the_dtype(own: str) -> None:
+    model = OWN[own]().eval()
+    x = torch.randn(1, 3, 33, 41)
+    fast = dlf.optimize(model, dtype="bf16")
+    half = copy.deepcopy(model).bfloat16()
+    y = OrderedDict(out=fast(x)["out"])
+    own_y = OrderedDict(out=plain(half, x.bfloat16())["out"])
+    assert_within_rule(y, own_y, {"out": exact(model, x)["out"]})
 
 
 def test_the_table_names_the_kernel_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
