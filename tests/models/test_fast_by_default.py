@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deeplab_fast as dlf
 from deeplab_fast.dispatch.errors import SAVING
-from deeplab_fast.program import fast_path, inference, layers
+from deeplab_fast.program import fast_path, layers
 from deeplab_fast.testing import deterministic
 
 
@@ -48,20 +48,6 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[layers.Program]:
 
     monkeypatch.setattr(layers.Program, "logits", logits)
     return ran
-
-
-@pytest.fixture
-def folds(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The model of every preparation."""
-    made: list[nn.Module] = []
-    original = inference.fold
-
-    def counted(model: nn.Module, *forms: object, **options: object) -> object:
-        made.append(model)
-        return original(model, *forms, **options)
-
-    monkeypatch.setattr(inference, "fold", counted)
-    return made
 
 
 @pytest.mark.parametrize("family", FAMILIES)

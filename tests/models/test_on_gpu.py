@@ -41,7 +41,6 @@ from deeplab_fast.program import (
     capture,
     fast_path,
     gpu_layers,
-    inference,
     layers,
     optimize,
 )
@@ -57,20 +56,6 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInCapture]:
     monkeypatch.setattr(gpu_layers, "on_gpu", lambda x: True)
     with capture.using(StandInCapture()) as stand_in:
         yield stand_in
-
-
-@pytest.fixture
-def folds(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The model of every program that was made."""
-    made: list[nn.Module] = []
-    original = inference.fold
-
-    def counted(model: nn.Module, *forms: object, **options: object) -> object:
-        made.append(model)
-        return original(model, *forms, **options)
-
-    monkeypatch.setattr(inference, "fold", counted)
-    return made
 
 
 def exact(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

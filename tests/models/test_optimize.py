@@ -12,27 +12,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+from fast_models import error, plain, trained
 from torch import Tensor, nn
 
 import deeplab_fast as dlf
 from deeplab_fast.dispatch.errors import SAVING
 from deeplab_fast.program import layers
-
-
-def trained(model: nn.Module) -> nn.Module:
-    """Batch norms with statistics and affine values that a mistake in folding would show."""
-    generator = torch.Generator().manual_seed(5)
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            for tensor, low, high in (
-                (m.running_mean, -0.2, 0.2),
-                (m.running_var, 0.5, 2.0),
-                (m.weight, 0.5, 1.5),
-                (m.bias, -0.2, 0.2),
-            ):
-                tensor.data.uniform_(low, high, generator=generator)
-    return model.eval()
-
 
 BUILDERS = {
     "resnet18": lambda: dlf.deeplabv3_resnet18(num_classes=4, aspp_channels=16, aux_loss=True),
@@ -64,15 +49,6 @@ def small() -> dlf.DeepLabV3:
 @pytest.fixture
 def resnet() -> dlf.DeepLabV3:
     return copy.deepcopy(built("resnet18"))
-
-
-def plain(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    with dlf.use_backend("reference"), torch.no_grad():
-        return model(x)
-
-
-def error(y: Tensor, expected: Tensor) -> float:
-    return float((y.double() - expected.double()).norm() / expected.double().norm())
 
 
 X = torch.randn(1, 3, 41, 56, generator=torch.Generator().manual_seed(7))
