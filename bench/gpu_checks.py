@@ -29,6 +29,7 @@ from deeplab_fast.tuning.machine import Machine
 
 from .files import ROOT
 from .gpu_measure import synchronize, tiny
+from .launch_stub import network
 from .registry import spread_batch_norm
 
 # Of every kind of block and head that has a rule: (builder, options).
@@ -41,6 +42,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "wide projection": ("deeplabv3_resnet18", {"head": "mmseg", "aspp_channels": 64}),
     "sum of branches": ("deeplabv3_resnet18", {"head": "deeplabv2"}),
 }
+# Of these, those that have all of our kernels.
+FORCED = ("resnet50", "mobilenetv3")
 _CLASSES = 5
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rows and columns that no stride divides; one image has a shift of its own in the projection, two
@@ -82,7 +85,7 @@ def numbers(machine: Machine, family: str, backend: str) -> dict[str, Any]:
     """
     rows = []
     with _checking(machine), torch.no_grad():
-        model = _model(machine, family)
+        model = _model(machine.device, family)
         # A CPU emulates the types of 16 bits.
         few = slice(1 if tiny(machine) else None)
         for batch in _BATCHES[few]:
@@ -128,6 +131,15 @@ def _ways(
                 return masters.all_logits(x)
 
         yield "autocast", under_autocast
+
+
+def launches() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of what `numbers` runs of `FORCED` by Triton, without data."""
+    for family, batch, dtype in product(FORCED, _BATCHES, _DTYPES):
+        for weights in dict.fromkeys((dtype, torch.float32)):
+            model = _model("meta", family).to(weights)
+            call = partial(network, model, dtype, (batch, 3, *_SIDES))
+            yield f"program {family} b{batch} {dtype} from {weights}", call
 
 
 def never_stale(machine: Machine) -> dict[str, Any]:
@@ -433,16 +445,16 @@ def _checking(machine: Machine) -> Iterator[None]:
         yield
 
 
-def _model(machine: Machine, family: str) -> Any:
+def _model(device: str, family: str) -> Any:
     name, options = FAMILIES[family]
-    with torch.device(machine.device):
+    with torch.device(device):
         model = get_model(name, num_classes=_CLASSES, **options)
     spread_batch_norm(model)
     return model.eval()
 
 
 def _small(machine: Machine) -> tuple[Any, Tensor]:
-    model = _model(machine, "fregu856")
+    model = _model(machine.device, "fregu856")
     return model, _inputs(machine, 1)[0]
 
 

@@ -110,12 +110,8 @@ def program_units(loan: Loan) -> list[Unit]:
     # In a rehearsal neither can run.
     backend_names = () if tiny(loan.machine) else ("triton", "cuda")
     for backend in backend_names:
-        found += [_program(loan, family, backend, source) for family in _FORCED]
+        found += [_program(loan, family, backend, source) for family in gpu_checks.FORCED]
     return found
-
-
-# Of the families, those that have all of our kernels.
-_FORCED = ("resnet50", "mobilenetv3")
 
 
 def _program(loan: Loan, family: str, backend: str, source: str) -> Unit:

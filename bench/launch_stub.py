@@ -18,9 +18,10 @@ What is compiled lies in Triton's cache, as it would for the GPU.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -29,7 +30,10 @@ import torch
 
 from deeplab_fast import backends
 from deeplab_fast.dispatch import trust
+from deeplab_fast.ops.folded_conv import Settings
 from deeplab_fast.plan.device import device_like
+from deeplab_fast.program import inference
+from deeplab_fast.program.gpu_layers import Folded, GpuForms, execute
 from deeplab_fast.testing import cubin_resources
 
 # From compute capability 8.0 on: of a multiprocessor; of a thread, which takes them 8 at a time.
@@ -228,3 +232,29 @@ def pretend(gpu: Gpu) -> Iterator[Launches]:
         # What was chosen for CPU tensors meanwhile is not what they get.
         stack.callback(trust.forget)
         yield DRIVER.launches
+
+
+def network(model: Any, dtype: torch.dtype, shape: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Logits without data, by what a model runs on a GPU.
+
+    A launch takes shapes, strides and types of its maps and filters, and nothing is computed
+    between launches, so that 16 images of 1024x2048 cost no more than one of 520x520.
+
+    Args:
+        model: on the meta device.
+        dtype: of the maps.
+        shape: of the images.
+    """
+    meta = torch.device("meta")
+    weights = next(p.dtype for p in model.parameters() if p.dim() == 4)
+    forms = GpuForms(meta, weights)
+    program, reason = inference.fold(model, forms)
+    assert program is not None, reason
+    settings = Settings.now()
+    x = torch.empty(tuple(shape), dtype=dtype, device=meta)
+    with torch.no_grad():
+        filters = forms.sources.fold(dtype, settings).filters()
+        folded = Folded(filters, dtype, settings, None, meta, False)
+        return program.maps(
+            x.contiguous(memory_format=torch.channels_last), partial(execute, folded)
+        )

@@ -119,14 +119,14 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """What the cache is filled with: calls of ops by name, for CPU or meta tensors.
 
     Those of the checks and times of bench.gpu, at sizes of every op and of the models, at more of a
-    training step's, and the ops of suite gpu.
+    training step's, of the networks that are checked, and the ops of suite gpu.
     """
     from deeplab_fast.dispatch import declare
     from deeplab_fast.dispatch.examples import Shapes, Size
     from deeplab_fast.tuning import tune
     from deeplab_fast.tuning.workloads import Work
 
-    from . import gpu_loan
+    from . import gpu_checks, gpu_loan
     from .everything import registry
     from .op_cases import OS8_RATES, OS16_RATES
 
@@ -147,6 +147,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     more = replace(plan, works=tuple(works), dtypes=gpu_loan.DTYPES[:1])
     # Both make the calls of the checks.
     yield from (dict(tune.launches(plan)) | dict(tune.launches(more))).items()
+    yield from gpu_checks.launches()
     suite = registry.SUITES["gpu"]
     for case in registry.cases():
         steps = case.steps(suite.dtype) if suite.name in case.suites else []

@@ -1,8 +1,4 @@
-"""Every launch that whole models make with this package's kernels, at the sizes of photos.
-
-Maps and filters are on the meta device: a launch takes their shapes, strides and types, and nothing
-is computed between launches, so that 16 images of 1024x2048 cost no more than one of 520x520.
-"""
+"""Every launch that whole models make with this package's kernels, at the sizes of photos."""
 
 from __future__ import annotations
 
@@ -13,16 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.launch_stub import Launches
+from bench.launch_stub import Launches, network
 from deeplab_fast import get_model
-from deeplab_fast.ops.folded_conv import Settings
-from deeplab_fast.program import inference
-from deeplab_fast.program.gpu_layers import Folded, GpuForms, execute
-from deeplab_fast.program.layers import Program
 
 pytestmark = pytest.mark.launch
 
-META = torch.device("meta")
 # N, H, W.
 IMAGES = {
     # Too few pixels for whole tiles of the ASPP, whose parts are summed; one shift.
@@ -47,25 +38,15 @@ OF_RESNET = {
 
 
 @cache
-def folded(name: str, weights: torch.dtype) -> tuple[Program, GpuForms]:
-    """The program of a model whose weights have this dtype."""
+def model(name: str, weights: torch.dtype) -> Any:
     with torch.device("meta"):
-        model: Any = get_model(name, output_stride=8).eval().to(weights)
-    forms = GpuForms(META, weights)
-    program, reason = inference.fold(model, forms, aux=False)
-    assert program is not None, reason
-    return program, forms
+        return get_model(name, output_stride=8, aux_loss=False).eval().to(weights)
 
 
 def call(name: str, weights: torch.dtype, maps: torch.dtype, images: tuple[int, int, int]) -> None:
     """A call of a model up to its logits, as it runs on a GPU."""
-    program, forms = folded(name, weights)
-    settings, (n, height, width) = Settings.now(), images
-    x = torch.empty(n, 3, height, width, dtype=maps, device=META)
-    with torch.no_grad():
-        filters = forms.sources.fold(maps, settings).filters()
-        run = partial(execute, Folded(filters, maps, settings, None, META, False))
-        y = program.maps(x.contiguous(memory_format=torch.channels_last), run, aux=False)["out"]
+    n, height, width = images
+    y = network(model(name, weights), maps, (n, 3, height, width))["out"]
     assert y.dtype == maps and y.shape[2:] == (-(-height // 8), -(-width // 8))
 
 
