@@ -364,13 +364,6 @@ def _fold_cost(known: Known) -> Said:
     return (YES if most > _FOLD_SHARE else NO), f"up to {most:.0%} of a call"
 
 
-def _keeps_nan(known: Known) -> Said:
-    right = known.passed("program not finite")
-    if right is None:
-        return None
-    return (YES, "") if right else (NO, _reason(known, "program not finite"))
-
-
 def _inference(known: Known) -> dict[str, dict[str, dict[str, Any]]]:
     """Rows of whole models by group, then by contestant."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
@@ -544,16 +537,6 @@ DOUBTS = (
         "ours inference r50 os8 b1 520",
         _conversions,
         {YES: "the layer that does is found in the profile", NO: "it stays as it is"},
-    ),
-    Doubt(
-        "nan",
-        "Does cuBLASLt's ReLU keep NaN, as PyTorch's does (ops/folded_conv.py)?",
-        "program not finite",
-        _keeps_nan,
-        {
-            YES: "1x1 convolutions keep it in the epilogue",
-            NO: "its first call tries it, as cuDNN's fused kernels are tried",
-        },
     ),
     Doubt(
         "forms",

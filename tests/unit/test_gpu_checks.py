@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bench import gpu_checks, gpu_ours
 from bench.gpu_cases import CASES
 from deeplab_fast.dispatch.errors import Wrong
-from deeplab_fast.ops import folded_conv
 from deeplab_fast.program import gpu_layers, graphs
 from deeplab_fast.testing import tf32
 from deeplab_fast.tuning.machine import Machine
@@ -77,10 +76,11 @@ def test_what_another_call_overwrites_is_wrong(check, monkeypatch: pytest.Monkey
 
 
 def test_an_epilogue_that_loses_nan_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    def product(matrix, weight, bias, act):
-        return torch.addmm(bias, matrix, weight.t()).nan_to_num_(0.0).clamp_(min=0)
+    def product(bias, matrix, weight):
+        return torch.addmm(bias, matrix, weight).nan_to_num_(0.0).clamp_(min=0)
 
-    monkeypatch.setattr(folded_conv, "product", product)
+    monkeypatch.setattr(torch, "_addmm_activation", product)
+    # A CPU's is not tried beforehand.
     with pytest.raises(Wrong, match=r"1x1 act=relu residual=False .* became numbers"):
         gpu_checks.not_finite(MACHINE)
 

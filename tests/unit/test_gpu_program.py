@@ -478,7 +478,6 @@ FEW = [f"row {row} {dtype} few filters" for row in range(3, 7) for dtype in gpu_
             ]})],
             None,
         ),
-        ("nan", [outcome("program not finite", FAILED)], "no"),
         ("forms", [form(cudnn=1.0, other=1.02)], "yes"),
         ("forms", [form(cudnn=1.2, other=1.0)], "no"),
         # A form that cannot run has no time.
