@@ -56,7 +56,7 @@ def test_a_network_has_the_macs_of_its_live_taps_and_a_fold_the_bytes_of_its_wei
     ]
     # Read in fp32, written in bf16; of each filter some passes over vectors.
     values, vectors = (sum(f.numel() for f in filters), sum(f.shape[0] for f in filters))
-    assert 0 < found.fold.bytes - 6 * values < 100 * vectors
+    assert 0 < found.fold.bytes - 6 * values < 150 * vectors
     more = predict_gpu.predict(GpuCase("r50", 8, 2, 520, 520))
     assert more.network.macs == 2 * found.network.macs
     assert found.network.bytes < more.network.bytes < 2 * found.network.bytes
