@@ -34,6 +34,7 @@ from ..dispatch.choice import BackendUnavailable, select, state
 from ..dispatch.declare import Implementation
 from ..dispatch.describe import OpDesc
 from ..plan.device import device_at, least_seconds
+from ..plan.tables import capturing
 from ..plan.taps import live_taps, output_size
 from . import _cudnn
 from .prepared import Plan, activate_
@@ -197,12 +198,14 @@ class FoldedConv:
             [N, K, H', W'], the dtype of x, channels_last.
         """
         key = (x.shape, x.dtype, x.device, residual is None, settings)
-
-        def choose() -> tuple[str, Form]:
+        chosen = self._choices.known(key)
+        if chosen is None:
             call = self.call(x.shape, filters.weight.shape, residual is not None, x.dtype, x.device)
-            return _choose(call, settings, x, filters, residual)
-
-        return self._choices.get(key, choose)[1](x, filters, residual)
+            if capturing(x):
+                # Forms cannot be tried now: the last can always run. Another call decides.
+                return list(forms_of(call, settings).values())[-1](x, filters, residual)
+            chosen = self._choices.get(key, lambda: _choose(call, settings, x, filters, residual))
+        return chosen[1](x, filters, residual)
 
     def plan(self, call: Call, settings: Settings) -> Plan:
         """What runs a call, and its cost: by the rule where it was not called before."""

@@ -867,6 +867,21 @@ def test_forms_are_timed_where_pytorch_is_asked_to(
     assert conv.plan(call, deterministic_).kernel == "cuDNN"
 
 
+def test_nothing_is_tried_or_remembered_while_somebody_captures(
+    cudnn: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = folded_conv.FoldedConv((1, 1), (1, 1), (1, 1), 1, "relu")
+    weight, vector = torch.randn(8, 16, 3, 3), torch.randn(8)
+    filters = folded_conv.Filters(weight, vector, vector, torch.ones(8), torch.zeros(8))
+    x = torch.randn(2, 16, 5, 7).contiguous(memory_format=torch.channels_last)
+    expected, settings = F.relu(F.conv2d(x, weight, vector, padding=1)), folded_conv.Settings.now()
+    for captures, fused in ((True, 0), (False, 2)):
+        monkeypatch.setattr(folded_conv, "capturing", lambda x, captures=captures: captures)
+        torch.testing.assert_close(conv(x, filters, settings), expected)
+        # One for NaN.
+        assert cudnn["fused"] == fused
+
+
 def test_predict_makes_no_logits_of_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     monkeypatch.setattr(F, "interpolate", lambda *a, **k: pytest.fail("interpolated"))
