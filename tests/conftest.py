@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
+from deeplab_fast import testing
+
 # Their assertions say what they compared, as those of test files do.
 pytest.register_assert_rewrite("aot_harness", "fast_models", "gpu_harness")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The process that hands out tests imports the modules of what is warned of in them: Lightning,
+    which imports torchvision."""
+    if config.getoption("numprocesses", None):
+        with suppress(ImportError):
+            testing.import_torchvision()
 
 
 @pytest.fixture

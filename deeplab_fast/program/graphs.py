@@ -82,6 +82,7 @@ class Graphs:
     _pool: object = None
     _fence: capture.Fence | None = None
     _given_up: bool = False
+    _bound: int | None = None
 
     def run(
         self,
@@ -108,8 +109,8 @@ class Graphs:
         def eager() -> Maps:
             return finish(step(x.to(dtype=dtype, memory_format=CHANNELS_LAST)), False)
 
-        if wanted is False:
-            self.drop()
+        if wanted is False or max_bytes != self._bound:
+            self._start_anew(max_bytes)
         graphs = capture.current()
         if wanted is False or max_bytes == 0 or self._given_up or graphs.in_progress():
             return eager()
@@ -132,6 +133,13 @@ class Graphs:
     def drop(self) -> None:
         """Free all graphs."""
         with self._lock:
+            self._drop()
+
+    def _start_anew(self, max_bytes: int | None) -> None:
+        with self._lock:
+            if max_bytes != self._bound:
+                self._bound = max_bytes
+                self._seen.clear()
             self._drop()
 
     def give_up(self) -> bool:

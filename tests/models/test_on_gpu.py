@@ -439,6 +439,13 @@ def test_memory_of_graphs_is_bounded(graphs: StandInCapture) -> None:
     model._fast_path.drop()
     calls(model, X, 4)
     assert model.prepared_bytes == 0
+    # A bound that is set later counts too.
+    model.max_extra_bytes, graphs.bytes_of_device = 20_000_000, 2**34
+    calls(model, X, 2)
+    assert model.prepared_bytes > 0
+    model.max_extra_bytes = 0
+    calls(model, X, 1)
+    assert model.prepared_bytes == 0
     # Several that do not fit together: each gets its turn, but not for ever.
     model.max_extra_bytes, before = 10_000_000 + 5 * X.nbytes // 4, graphs.captures
     model._fast_path.drop()
