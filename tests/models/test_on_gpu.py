@@ -836,6 +836,16 @@ VIEWS = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    """With one PyTorch's small convolutions on a CPU are another library's, in NCHW."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_two_threads")
 def test_no_layout_is_converted(cudnn: dict[str, int]) -> None:
     """But the input's once, and that of the logits to what plain modules give."""
     model = quick(lambda: dlf.deeplabv3_resnet50(num_classes=5, aspp_channels=16))

@@ -403,7 +403,8 @@ def test_a_result_that_is_far_from_pytorch_s_is_no_time() -> None:
     with pytest.raises(Wrong, match=r"result 0 of a at 1x8x9x9 is .* from PyTorch's"):
         speeds.compare(
             "batch_stats", "plain", Size(1, 8, 9, 9), "float32", "cpu",
-            {"a": lambda x: [t + 1 for t in _implementation("batch_stats")(x)]}, (1,), seconds=0.01,
+            {"a": lambda *args: [t + 1 for t in _implementation("batch_stats")(*args)]}, (1,),
+            seconds=0.01,
         )  # fmt: skip
 
 
