@@ -62,7 +62,8 @@ class Capture(Protocol):
         """Capture a function that was run before.
 
         Its results are the tensors into which every replay writes anew. What it read must stay
-        where it is while there are replays.
+        where it is while there are replays. It begins with waiting for the device; a thread that
+        waits for the whole device meanwhile (torch.cuda.synchronize) ends it with an error.
 
         Returns:
             The results, a function that replays on the current stream, and what owns the memory.
