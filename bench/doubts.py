@@ -23,7 +23,6 @@ _SAME = 1.02
 _LAUNCH_BOUND = 1.15
 _NEAR_COPY = 0.8
 _ISSUE_LIMIT = 80.0
-_UNSEARCHED = ", not searched"
 _NEAR_BEST = 1.05
 _FOLD_SHARE = 0.1
 # As built, where graphs come by themselves; then those with and without.

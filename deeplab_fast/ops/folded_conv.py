@@ -2,7 +2,8 @@
 
     y = act(conv(x, weight) + shift + residual)
 
-    cuBLASLt     1x1 convolutions: a product of matrices with bias and ReLU in its epilogue
+    cuBLASLt     1x1 convolutions: a product of matrices with bias and ReLU in its epilogue; where
+                 that makes a number of NaN, which the first call of a shape tries, ReLU is a pass
     cuDNN fused  convolution, bias, residual and ReLU in one kernel
     cuDNN, pass  the convolution, then one pass over its result by this package's `bn_act` kernel
     cuDNN        the convolution, then a pass for shift, residual and activation each
@@ -309,6 +310,8 @@ def _choose(
         x, filters.weight, filters.bias, residual, _geometry(call)
     ):
         del forms["cuDNN fused"]
+    if call.act == "relu" and _EPILOGUE in forms and not _keeps_nan(forms[_EPILOGUE], x, filters):
+        forms[_EPILOGUE] = _pointwise(call, in_epilogue=False)
     if settings.benchmark and len(forms) > 1 and "triton" not in forms:
         key = (call, settings)
         if key not in _fastest:

@@ -242,11 +242,6 @@ def in_inference_mode(model: nn.Module) -> None:
         conv_of(model).weight.mul_(2)
 
 
-def other_forward(model: nn.Module) -> None:
-    conv = conv_of(model)
-    conv.forward = lambda x: F.conv2d(x, 2 * conv.weight)
-
-
 def dilated(model: nn.Module) -> None:
     conv = model.classifier[0].convs[1][0]
     conv.dilation = conv.padding = (3, 3)

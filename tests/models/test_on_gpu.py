@@ -891,6 +891,34 @@ def test_forms_are_timed_where_pytorch_is_asked_to(
     assert conv.plan(call, deterministic_).kernel == "cuDNN"
 
 
+@pytest.mark.parametrize("keeps", [True, False], ids=["keeps NaN", "makes 0 of NaN"])
+def test_an_epilogue_that_loses_nan_is_left_out(
+    keeps: bool, cudnn: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a maximum with 0 may; its cuDNN sibling is tried in tests/unit/test_conv_ops.py."""
+    calls: list[int] = []
+
+    def epilogue(bias: Tensor, matrix: Tensor, weight: Tensor) -> Tensor:
+        calls.append(1)
+        y = torch.addmm(bias, matrix, weight)
+        return y.relu() if keeps else y.nan_to_num(0.0).relu()
+
+    monkeypatch.setattr(torch, "_addmm_activation", epilogue)
+    conv = folded_conv.FoldedConv((1, 1), (0, 0), (1, 1), 1, "relu")
+    weight, vector = torch.randn(8, 16, 1, 1), torch.randn(8)
+    filters = folded_conv.Filters(weight, vector, vector, torch.ones(8), torch.zeros(8))
+    x = torch.randn(2, 16, 5, 7).contiguous(memory_format=torch.channels_last)
+    x[1, 3, 2, 4] = float("nan")
+    settings = folded_conv.Settings.now()._replace(tf32=True, conv_tf32=True)
+    y = conv(x, filters, settings)
+    call = conv.call(x.shape, weight.shape, False, x.dtype, x.device)
+    assert conv.plan(call, settings).kernel == "cuBLASLt"
+    torch.testing.assert_close(y, F.relu(F.conv2d(x, weight, vector)), equal_nan=True)
+    assert y[1, :, 2, 4].isnan().all()
+    # Once to try it.
+    assert len(calls) == (2 if keeps else 1)
+
+
 def test_nothing_is_tried_or_remembered_while_somebody_captures(
     cudnn: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
