@@ -80,6 +80,7 @@ class DeepLabV3(Network):
 
     __constants__: ClassVar = ["aux_classifier"]
     __jit_unused_properties__: ClassVar = [
+        "activation_bytes",
         "atrous_rates",
         "num_classes",
         "output_stride",
@@ -153,6 +154,15 @@ class DeepLabV3(Network):
     def prepared_bytes(self) -> int:
         """Bytes of prepared weights that the fast path holds now, beside the model's own."""
         return self._fast_path.held_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of memory for maps that the fast path keeps between calls on the CPU.
+
+        One block for each thread that calls at a time, of at most 1 GiB each. `train()` gives them
+        back, with the prepared weights.
+        """
+        return self._fast_path.activation_bytes
 
     def train(self, mode: bool = True) -> DeepLabV3:
         """As nn.Module.train; frees the prepared weights when training begins."""

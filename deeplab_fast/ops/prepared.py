@@ -199,13 +199,20 @@ class PreparedConv:
             into.copy_(y)
         return into
 
-    def shifted(self, x: Tensor, shifts: Tensor) -> Tensor:
-        """As a call on x, with shifts [N, K] of the images in place of the own shift."""
+    def writes_into(self, shape: Sequence[int]) -> bool:
+        """Whether a call on an input of this shape writes straight into `out`; else the result is
+        copied there."""
+        kernel = self._choose(shape, torch.get_num_threads(), False).kernel
+        return kernel in ("tiles", "pixels")
+
+    def shifted(self, x: Tensor, shifts: Tensor, out: Tensor | None = None) -> Tensor:
+        """As a call on x, with shifts [N, K] of the images in place of the own shift; `out` as for
+        a call, of the result's shape."""
         shape = self.check_input(x)
         with torch.no_grad():
             x = x.contiguous(memory_format=torch.channels_last)
             choice = self._choose(x.shape, torch.get_num_threads(), True)
-            y = empty(shape)
+            y = empty(shape) if out is None else _slice("PreparedConv", out, 0, shape)
             if choice.kernel == "pixels":
                 self._run_own(choice, x, shifts, None, y, 0)
                 return y

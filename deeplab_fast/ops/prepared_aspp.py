@@ -67,10 +67,11 @@ class PreparedAspp:
         self.out_channels = sum(b.out_channels for b in self.branches)
         self.max_extra_bytes = max_extra_bytes
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W], fp32, any strides -> [N, sum K_b, H, W] in channels_last."""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], fp32, any strides -> [N, sum K_b, H, W] in channels_last, which may be
+        given as `out`."""
         shape = self.branches[0].check_input(x)
-        y = empty((shape[0], self.out_channels, *shape[2:]))
+        y = empty((shape[0], self.out_channels, *shape[2:])) if out is None else out
         x = x.contiguous(memory_format=torch.channels_last)
         offset = 0
         for branch in self.branches:
@@ -148,8 +149,9 @@ class PreparedProject:
             reuse=reuse,
         )
 
-    def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
-        """branches [N, B, H, W], pooled [N, P], fp32 -> [N, K, H, W] in channels_last."""
+    def __call__(self, branches: Tensor, pooled: Tensor, out: Tensor | None = None) -> Tensor:
+        """branches [N, B, H, W], pooled [N, P], fp32 -> [N, K, H, W] in channels_last, which may be
+        given as `out`."""
         shape = self._conv.check_input(branches)
         if tuple(pooled.shape) != (shape[0], self.pooled_channels):
             raise ValueError(
@@ -159,7 +161,7 @@ class PreparedProject:
         check_fp32_cpu("PreparedProject", "pooled", pooled)
         with torch.no_grad():
             shifts = torch.addmm(self._conv.shift, pooled, self._to_pooled)
-        return self._conv.shifted(branches, shifts)
+        return self._conv.shifted(branches, shifts, out)
 
     def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
         """What a call runs for branches of this shape; arguments as for `PreparedConv.plan`."""

@@ -98,13 +98,19 @@ class ConvLayer(_Layer, MapLayer):
         prepared = [self._conv] if self._uneven is None else [self._conv, self._uneven]
         super().__init__(spec.name, [spec.weight] * len(prepared), prepared)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         sides = None if self._same is None else self._same.sides(x.shape)
         conv = self._conv
         if sides is not None:
             assert self._uneven is not None
             conv, x = self._uneven, F.pad(x, sides)
-        return conv(x, residual, overwrite_residual=self.overwrites_residual)
+        return conv(x, residual, out=out, overwrite_residual=self.overwrites_residual)
+
+    def writes_into(self, shape: Sequence[int], residual: object = None) -> bool:
+        conv, shape = self._at(shape)
+        return conv.writes_into(shape)
 
     def output_shape(self, shape: Sequence[int], residual: object = None) -> tuple[int, ...]:
         conv, shape = self._at(shape)
@@ -139,8 +145,11 @@ class AsppLayer(_Layer, MapLayer):
         )
         super().__init__(name, [s.weight for s in specs], [self._aspp])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._aspp(x)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._aspp(x, out=out)
+
+    def writes_into(self, shape: Sequence[int]) -> bool:
+        return True
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return (shape[0], self._aspp.out_channels, *shape[2:])
@@ -162,8 +171,11 @@ class ProjectLayer(_Layer, MapLayer):
         )
         super().__init__(spec.name, [spec.weight], [self._project])
 
-    def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
-        return self._project(branches, pooled)
+    def __call__(self, branches: Tensor, pooled: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._project(branches, pooled, out=out)
+
+    def writes_into(self, branches: Sequence[int], pooled: object) -> bool:
+        return True
 
     def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
         return (branches[0], self._project.out_channels, *branches[2:])
@@ -195,12 +207,15 @@ class WideProjectLayer(_Layer, MapLayer):
         self._kernel = tuple(spec.weight.shape[2:])
         super().__init__(spec.name, [spec.weight], [self._branches, self._pooled])
 
-    def __call__(self, branches: Tensor, pooled: Tensor) -> Tensor:
+    def __call__(self, branches: Tensor, pooled: Tensor, out: Tensor | None = None) -> Tensor:
         height, width = branches.shape[2:]
         rows, columns = self._kernel
         constant = pooled[:, :, None, None].expand(-1, -1, min(rows, height), min(columns, width))
         few = spread(self._pooled(constant), rows, 2, height)
-        return self._branches(branches, spread(few, columns, 3, width))
+        return self._branches(branches, spread(few, columns, 3, width), out=out)
+
+    def writes_into(self, branches: Sequence[int], pooled: object) -> bool:
+        return self._branches.writes_into(branches)
 
     def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
         return (branches[0], self._branches.out_channels, *branches[2:])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from . import gpu_layers, gpu_path, inference
+from .activations import Activations
 from .gpu_path import GpuPath
 from .intact import functional_is_intact, has_global_hooks, has_transforms
 from .layers import Program
@@ -45,10 +46,10 @@ class FastPath:
             return None
         if gpu_layers.on_gpu(x):
             return self._gpu.logits(model, x, aux)
-        program = self._current(model).program
-        if program is None or program.reason_against(x):
+        state = self._current(model)
+        if state.activations is None or state.program is None or state.program.reason_against(x):
             return None
-        return program.logits(x, aux=aux)
+        return state.activations.logits(x, aux)
 
     def upsampled(
         self, logits: dict[str, Tensor], size: Sequence[int], align_corners: bool
@@ -82,6 +83,12 @@ class FastPath:
             return self._gpu.held_bytes
         return self._gpu.held_bytes + state.program.held_bytes + state.snapshot.held_bytes
 
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of memory for maps that is kept between calls on the CPU."""
+        state = self._state
+        return 0 if state is None or state.activations is None else state.activations.held_bytes
+
     def _current(self, model: Network) -> _State:
         state = self._state
         if not _fits(state, model):
@@ -109,6 +116,7 @@ class _State:
     """What was prepared, or why nothing was; from what, and under which bound."""
 
     program: Program | None
+    activations: Activations | None
     reason: str
     snapshot: Snapshot
     max_extra_bytes: int | None
@@ -177,7 +185,8 @@ def _prepare(model: Network) -> _State:
     program, reason = inference.fold(model, max_extra_bytes=bound)
     if program is None:
         logger.info("the model runs its plain modules: %s", reason)
-    return _State(program, reason, snapshot, bound)
+    activations = None if program is None else Activations(program)
+    return _State(program, activations, reason, snapshot, bound)
 
 
 def with_memory_of(free: Callable[[], bool], function: Callable[..., T], *args: Any) -> T:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops.folded_conv import Settings
 from ..ops.prepared import Plan
 from . import gpu_layers
+from .activations import Activations
 from .formats import in_plain_format
 from .gpu_layers import (
     DTYPES,
@@ -42,6 +43,7 @@ class Frozen:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self._activations = Activations(program)
 
     def takes(self, x: Tensor) -> bool:
         """Whether an input has the dtype and the device."""
@@ -51,7 +53,7 @@ class Frozen:
         self, x: Tensor, aux: bool, cuda_graphs: bool | None, max_extra_bytes: int | None
     ) -> dict[str, Tensor]:
         """Low-resolution logits by name; the last two as in `DeepLabV3`."""
-        return self.program.logits(x, aux=aux)
+        return self._activations.logits(x, aux)
 
     def plans(self, layer: Layer, *shapes: Any) -> tuple[Plan, ...]:
         """What a layer's convolutions run for inputs of these shapes."""
@@ -73,6 +75,11 @@ class Frozen:
     def held_bytes(self) -> int:
         """Bytes of weights held now, and of graphs."""
         return self.program.held_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of memory for maps that is kept between calls on the CPU."""
+        return self._activations.held_bytes
 
     @property
     def extra_bytes(self) -> int:

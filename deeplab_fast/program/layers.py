@@ -29,7 +29,14 @@ class Layer:
 
     Attributes:
         held: bytes of weights that it keeps, in the form they came in.
+        result_dtype: of its result.
+        takes_any_format: its first input may have any memory format; else it is channels_last.
+        overwrites: index of the input whose memory may take the result, None for none.
     """
+
+    result_dtype = torch.float32
+    takes_any_format = False
+    overwrites: int | None = None
 
     def __init__(self, name: str, weights: Sequence[Tensor] = ()) -> None:
         self.name = name
@@ -37,6 +44,11 @@ class Layer:
 
     __call__: Callable[..., Tensor]
     output_shape: Callable[..., tuple[int, ...]]
+
+    def writes_into(self, *shapes: Any) -> bool:
+        """Whether a call on inputs of these shapes takes `out`, a channels_last map that the result
+        is written into: memory of its own, or that of the input which the layer overwrites."""
+        return False
 
     def plans(self, *shapes: Any) -> tuple[Plan, ...]:
         """What its convolutions run for inputs of these shapes."""
@@ -53,9 +65,9 @@ Run = Callable[..., Tensor]
 Step = Callable[[Tensor, Run], Any]
 
 
-def execute(layer: Layer, *tensors: Tensor | None) -> Tensor:
-    """The `run` of a program that computes."""
-    return layer(*tensors)
+def execute(layer: Layer, *tensors: Tensor | None, **options: Tensor) -> Tensor:
+    """The `run` of a program that computes; the options are those of the layer."""
+    return layer(*tensors, **options)
 
 
 @dataclass(frozen=True)
@@ -145,6 +157,10 @@ class MapLayer(Layer):
 
     overwrites_residual = False
 
+    @property
+    def overwrites(self) -> int | None:  # type: ignore[override]
+        return 1 if self.overwrites_residual else None
+
 
 class ScalingLayer(Layer):
     """x * vector of x, for each image.
@@ -154,6 +170,10 @@ class ScalingLayer(Layer):
     """
 
     in_place = False
+
+    @property
+    def overwrites(self) -> int | None:  # type: ignore[override]
+        return 0 if self.in_place else None
 
 
 class AtenLayer(Layer):

@@ -173,6 +173,11 @@ class OptimizedDeepLabV3(nn.Module):
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())
 
     @property
+    def activation_bytes(self) -> int:
+        """Bytes of memory for maps that is kept between calls on the CPU: see `DeepLabV3`."""
+        return 0 if self._frozen is None else self._frozen.activation_bytes
+
+    @property
     def extra_bytes(self) -> int:
         """Bytes held now beyond one copy of the weights."""
         return 0 if self._frozen is None else self._frozen.extra_bytes
