@@ -26,7 +26,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 import types
 import typing
 from collections.abc import Iterable
@@ -35,6 +34,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
+
+from .files import cache_folder, write_json
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -174,10 +175,7 @@ def own_path() -> Path | None:
         return None
     if named:
         return Path(named).expanduser()
-    cache_home = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path is invalid by the specification and to be ignored.
-    base = Path(cache_home) if os.path.isabs(cache_home) else Path.home() / ".cache"
-    return base / "deeplab_fast" / "records.json"
+    return cache_folder() / "records.json"
 
 
 def all_records() -> tuple[Record, ...]:
@@ -229,20 +227,7 @@ def write(path: Path, records: Iterable[Record], note: str = "") -> None:
     """Put records in place of a file, under a temporary name first."""
     ordered = sorted(records, key=lambda record: record.key)
     content = {"version": VERSION, "note": note, "records": [r.as_dict() for r in ordered]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's are for their owner alone; those of a shared cache are for all that may read it.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(name)
+    write_json(path, content)
 
 
 def update(path: Path, new: Iterable[Record]) -> None:

@@ -13,14 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-# Measured in November 2026 on 2 cores of an AMD EPYC of the third generation (AVX2, 512 KiB of
-# second-level cache each, 32 MiB third-level), fp32; rates are those of one thread.
+from .cpu_rates import Rates, rates
 
-# Multiply-adds of the tile kernels, and of oneDNN's convolutions (which skip padded taps).
-MULTIPLY_RATE = 39e9
-ONEDNN_RATE = 37e9
-# A transform's time for each cache line of 16 channels that it reads or writes.
-LINE_SECONDS = 5e-9
+# Measured in November 2026 on 2 cores of an AMD EPYC of the third generation (AVX2, 512 KiB of
+# second-level cache each, 32 MiB third-level); `cpu_rates` has what depends on the processor most.
+
 # Prepared weights beyond the third-level cache's share are read again for each block of tiles.
 CACHED_WEIGHTS = 12 << 20
 STREAMED_TILES = 192
@@ -157,7 +154,6 @@ class TileForm:
         return f"{self.rows} x {self.columns}"
 
 
-@lru_cache(maxsize=4096)
 def tile_forms(
     images: int,
     channels: int,
@@ -168,13 +164,31 @@ def tile_forms(
     threads: int,
     reuse: bool,
     coarse: bool,
+    dtype: str = "float32",
 ) -> tuple[TileForm, ...]:
     """All candidates for a 3x3 convolution with stride 1 and padding = dilation, the best first.
 
     Without `reuse` the time of preparing the weights counts; without `coarse` tile6 is left out.
     """
+    shape = (images, channels, outputs, height, width)
+    return _tile_forms(*shape, dilation, threads, reuse, coarse, rates(dtype))
+
+
+@lru_cache(maxsize=4096)
+def _tile_forms(
+    images: int,
+    channels: int,
+    outputs: int,
+    height: int,
+    width: int,
+    dilation: int,
+    threads: int,
+    reuse: bool,
+    coarse: bool,
+    by: Rates,
+) -> tuple[TileForm, ...]:
     candidates = [
-        _cost(images, channels, outputs, rows, columns, threads, reuse)
+        _cost(images, channels, outputs, rows, columns, threads, reuse, by)
         for rows in axes(height, dilation)
         for columns in axes(width, dilation)
     ]
@@ -191,6 +205,7 @@ def _cost(
     columns: Axis,
     threads: int,
     reuse: bool,
+    by: Rates,
 ) -> TileForm:
     macs = weight_bytes = 0
     seconds = CALL_SECONDS
@@ -203,7 +218,7 @@ def _cost(
             done = products * tiles * channels * padded_outputs
             lines = _lines(channels) * (row.inputs * column.inputs + products)
             lines += _lines(outputs) * (row.outputs * column.outputs + products)
-            busy = done / MULTIPLY_RATE + tiles * lines * LINE_SECONDS
+            busy = done / by.multiply + tiles * lines * by.line_seconds
             if size > CACHED_WEIGHTS:
                 busy += math.ceil(tiles / STREAMED_TILES) * size / STREAM_RATE
             if not reuse:
@@ -214,9 +229,25 @@ def _cost(
     return TileForm(rows, columns, macs, weight_bytes, seconds)
 
 
-def onednn_seconds(macs: int, threads: int) -> float:
-    """Predicted time of oneDNN's direct convolution that does this many multiply-adds."""
-    return ONEDNN_CALL_SECONDS + macs / (ONEDNN_RATE * threads)
+def onednn_seconds(
+    macs: int, threads: int, *, pointwise: bool = False, dtype: str = "float32"
+) -> float:
+    """Predicted time of oneDNN's direct convolution that does this many multiply-adds.
+
+    Args:
+        macs: multiply-adds at taps inside the map.
+        threads: that work on it.
+        pointwise: whether it is a 1x1 convolution.
+        dtype: of the maps, "float32" or "bfloat16"; infinity where oneDNN does not have it.
+    """
+    by = rates(dtype)
+    rate = by.onednn_1x1 if pointwise else by.onednn_3x3
+    return ONEDNN_CALL_SECONDS + macs / (rate * threads) if rate else math.inf
+
+
+def pixels_seconds(macs: int, threads: int, *, dtype: str = "float32") -> float:
+    """Predicted time of our 1x1 convolution; arguments as for `onednn_seconds`."""
+    return CALL_SECONDS + macs / (rates(dtype).pixels * threads)
 
 
 def _lines(channels: int) -> int:

@@ -337,7 +337,9 @@ class PreparedConv:
             "direct",
             macs,
             size if onednn and self._allows("onednn", size) else 0,
-            _cpu_forms.onednn_seconds(macs, threads),
+            _cpu_forms.onednn_seconds(
+                macs, threads, pointwise=tuple(self._weight.shape[2:]) == (1, 1)
+            ),
         )
         if not self._finite or self.groups != 1 or self.stride != (1, 1) or not _has_kernels():
             return direct
