@@ -196,12 +196,12 @@ class _Recorder:
         for slot in read:
             slot.last = len(self.calls)
         shape = tuple(layer.output_shape(*shapes))
-        slot: _Slot | None = None
+        own: _Slot | None = None
         if layer.writes_into(*shapes):
-            slot = self._overwritten(layer, values, shape)
-            slot = slot or self._slot(shape, layer.result_dtype)
-        self.calls.append((layer, shape, slot))
-        return _Value(shape, read if slot is None else {slot})
+            own = self._overwritten(layer, values, shape)
+            own = own or self._slot(shape, layer.result_dtype)
+        self.calls.append((layer, shape, own))
+        return _Value(shape, read if own is None else {own})
 
     def _slot(self, shape: Sequence[int], dtype: torch.dtype) -> _Slot:
         slot = _Slot(math.prod(shape) * dtype.itemsize, len(self.calls))
