@@ -145,3 +145,18 @@ def allow_conv_tf32() -> bool:
     except RuntimeError:
         # PyTorch 2.9 and newer, which its type hints do not have.
         return getattr(torch.backends.cudnn, "conv").fp32_precision == "tf32"  # noqa: B009
+
+
+def cpu_bf16() -> str:
+    """Why this CPU cannot multiply in bfloat16, or "" where it can."""
+    found = torch.cpu.get_capabilities()
+    if any(found.get(name) for name in ("avx512_bf16", "amx_bf16")):
+        return "" if torch.backends.mkldnn.is_available() else "PyTorch was built without oneDNN"
+    return "this CPU has neither avx512_bf16 nor AMX instructions"
+
+
+def cpu_int8() -> str:
+    """Why this CPU cannot multiply integers of 8 bits, or "" where it can."""
+    if not torch.backends.mkldnn.is_available():
+        return "PyTorch was built without oneDNN"
+    return "" if torch.cpu.get_capabilities().get("avx2") else "this CPU has no AVX2 instructions"

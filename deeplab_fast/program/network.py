@@ -20,6 +20,9 @@ class Network(nn.Module):
     fast: bool
     fused: bool
     max_extra_bytes: int | None
+    precision: str = "fp32"
+    # Ranges of the maps for int8, or None.
+    calibration: Any = None
     cuda_graphs: bool | None = None
 
     def parts(self, aux: bool = True) -> list[tuple[str, nn.Module]]:

@@ -1,0 +1,82 @@
+"""The precisions in which a model's program computes on the CPU, and which holds for a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from ..dispatch import limits
+from .cpu_layers import CpuForms
+from .inference import Forms
+from .network import Network
+
+PRECISIONS = ("fp32", "bf16", "int8")
+
+_asked: ContextVar[str | None] = ContextVar("precision", default=None)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a program computes in.
+
+    Attributes:
+        name: one of `PRECISIONS`.
+        logits_dtype: of its results.
+    """
+
+    name: str = "fp32"
+    logits_dtype: torch.dtype = torch.float32
+
+
+def check_precision(name: object) -> str:
+    """A name of `PRECISIONS`.
+
+    Raises:
+        ValueError: another one.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"precision is {name!r}, expected one of {', '.join(PRECISIONS)}")
+    return str(name)
+
+
+def reason_against(name: str, model: Network) -> str:
+    """Why a model cannot compute in a precision on this CPU, and what to do; "" where it can."""
+    if name == "bf16" and (reason := limits.cpu_bf16()):
+        return f"precision bf16: {reason}; use fp32 or int8"
+    if name == "int8":
+        if reason := limits.cpu_int8():
+            return f"precision int8: {reason}; use fp32"
+        if model.calibration is None:
+            return (
+                "precision int8: the ranges of the model's maps are not known; call "
+                "model.calibrate(images) with some photos of the kind it will see, or load a "
+                "calibrated file"
+            )
+    return ""
+
+
+def of_call(model: Network) -> Precision:
+    """The precision of a call of a model on the CPU: asked for, autocast's, or the model's own."""
+    name = _asked.get() or model.precision
+    if torch.is_autocast_enabled("cpu") and name in ("fp32", "bf16"):
+        return Precision("bf16", torch.bfloat16)
+    return Precision(name)
+
+
+@contextmanager
+def asked(name: str | None) -> Iterator[None]:
+    """Calls of this thread inside compute in a precision, None for the models' own."""
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def forms(precision: Precision, model: Network) -> Forms:
+    """The layers of a precision."""
+    return CpuForms()
