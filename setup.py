@@ -381,7 +381,7 @@ def make_plan() -> Plan:
                 include_dirs=[str(ROOT / "csrc" / "include")],
                 extra_compile_args={"cxx": list(flags)},
                 extra_link_args=link_flags(settings),
-                depends=sorted(glob("csrc/include/**/*.h*", recursive=True)),
+                depends=sorted(glob("csrc/**/*.h*", recursive=True)),
                 optional=settings.build_ext != "1",
             )
         )

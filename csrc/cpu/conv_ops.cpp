@@ -16,87 +16,12 @@
 #include <tuple>
 #include <vector>
 
+#include "conv_checks.h"
 #include "deeplab_fast/conv_run.h"
 
 namespace deeplab_fast::cpu {
 
-using at::Tensor;
-
-// csrc/cpu/upsample_ops.cpp
-std::string instruction_set(std::string name);
-
 namespace {
-
-const ConvKernels& current_conv_kernels() {
-  const std::string name = instruction_set("");
-  for (const ConvKernels* kernels : {&conv_avx512(), &conv_avx2()}) {
-    if (name == kernels->name) return *kernels;
-  }
-  return conv_baseline();
-}
-
-void parallel(int64_t count, const std::function<void(int64_t, int64_t)>& function) {
-  at::parallel_for(0, count, 1, function);
-}
-
-int64_t num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
-// Memory of PyTorch's allocator.
-class Buffer {
- public:
-  explicit Buffer(int64_t floats) : tensor_(at::empty({floats}, at::kFloat)) {}
-  float* data() { return tensor_.data_ptr<float>(); }
-
- private:
-  Tensor tensor_;
-};
-
-Buffer allocate(int64_t floats) { return Buffer(floats); }
-
-void check_map(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat &&
-                        x.is_contiguous(at::MemoryFormat::ChannelsLast),
-                    name, " must be a float32 map [N, C, H, W] in channels_last, got ",
-                    x.scalar_type(), " ", x.sizes(), " with strides ", x.strides());
-}
-
-InputMap input_map(const Tensor& x) {
-  check_map("x", x);
-  return {x.const_data_ptr<float>(), x.size(0), x.size(2), x.size(3), x.size(1)};
-}
-
-Epilogue make_epilogue(const Tensor& x, const Tensor& shift, const std::optional<Tensor>& residual,
-                       const Tensor& out, int64_t channel_offset, std::string_view act) {
-  check_map("out", out);
-  const int64_t channels = shift.size(-1);
-  TORCH_CHECK_VALUE(out.size(0) == x.size(0) && out.size(2) == x.size(2) &&
-                        out.size(3) == x.size(3) && channel_offset >= 0 &&
-                        channel_offset + channels <= out.size(1),
-                    "out ", out.sizes(), " has no place for ", channels, " channels from ",
-                    channel_offset, " of a result for x ", x.sizes());
-  TORCH_CHECK_VALUE(shift.scalar_type() == at::kFloat && shift.is_contiguous(),
-                    "shift must be contiguous float32");
-  Epilogue epilogue{};
-  epilogue.shift = shift.const_data_ptr<float>();
-  epilogue.channels = channels;
-  epilogue.out = out.data_ptr<float>() + channel_offset;
-  epilogue.out_stride = out.size(1);
-  if (residual.has_value()) {
-    check_map("residual", *residual);
-    TORCH_CHECK_VALUE(residual->size(0) == x.size(0) && residual->size(1) == channels &&
-                          residual->size(2) == x.size(2) && residual->size(3) == x.size(3),
-                      "residual ", residual->sizes(), " does not fit x ", x.sizes());
-    epilogue.residual = residual->const_data_ptr<float>();
-    epilogue.residual_stride = channels;
-  }
-  const float infinity = std::numeric_limits<float>::infinity();
-  epilogue.low = act == "relu" || act == "relu6" ? 0 : -infinity;
-  epilogue.high = act == "relu6" ? 6 : infinity;
-  epilogue.hardswish = act == "hardswish";
-  TORCH_CHECK_VALUE(act == "none" || epilogue.low == 0 || epilogue.hardswish, "act must be relu, ",
-                    "relu6, hardswish or none, got ", act);
-  return epilogue;
-}
 
 // A map as pixels one behind another, [images, height, width][channels].
 struct PixelMap {
@@ -250,7 +175,8 @@ void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
                 int64_t dilation, at::IntArrayRef row_forms, at::IntArrayRef column_forms,
                 std::string_view act, int64_t block_tiles) {
   const InputMap map = input_map(x);
-  const Epilogue epilogue = make_epilogue(x, shift, residual, out, channel_offset, act);
+  const Epilogue epilogue =
+      make_epilogue(map.images, map.height, map.width, shift, residual, out, channel_offset, act);
   TORCH_CHECK_VALUE(dilation >= 1 && dilation <= std::numeric_limits<int32_t>::max() / 16 &&
                         row_forms.size() == 2 && column_forms.size() == 2,
                     "dilation must be positive, and two forms given for each axis");
@@ -284,7 +210,8 @@ void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
                  const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
                  std::string_view act) {
   InputMap map = input_map(x);
-  Epilogue epilogue = make_epilogue(x, shift, residual, out, channel_offset, act);
+  Epilogue epilogue =
+      make_epilogue(map.images, map.height, map.width, shift, residual, out, channel_offset, act);
   const int64_t panels = padded(epilogue.channels) / kPanel;
   TORCH_CHECK_VALUE(weight.is_contiguous() && weight.scalar_type() == at::kFloat &&
                         weight.sizes() == at::IntArrayRef({panels, map.channels, kPanel}),

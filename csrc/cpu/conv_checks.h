@@ -1,0 +1,100 @@
+// What ops on the kernels of conv_cpu.h have in common: checks, threads, memory.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <functional>
+#include <limits>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "deeplab_fast/conv_run.h"
+
+namespace deeplab_fast::cpu {
+
+using at::Tensor;
+
+// csrc/cpu/upsample_ops.cpp
+std::string instruction_set(std::string name);
+
+inline const ConvKernels& current_conv_kernels() {
+  const std::string name = instruction_set("");
+  for (const ConvKernels* kernels : {&conv_avx512(), &conv_avx2()}) {
+    if (name == kernels->name) return *kernels;
+  }
+  return conv_baseline();
+}
+
+inline void parallel(int64_t count, const std::function<void(int64_t, int64_t)>& function) {
+  at::parallel_for(0, count, 1, function);
+}
+
+inline int64_t num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+// Memory of PyTorch's allocator.
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats) : tensor_(at::empty({floats}, at::kFloat)) {}
+  float* data() { return tensor_.data_ptr<float>(); }
+
+ private:
+  Tensor tensor_;
+};
+
+inline Buffer allocate(int64_t floats) { return Buffer(floats); }
+
+inline void check_map(const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat &&
+                        x.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    name, " must be a float32 map [N, C, H, W] in channels_last, got ",
+                    x.scalar_type(), " ", x.sizes(), " with strides ", x.strides());
+}
+
+inline InputMap input_map(const Tensor& x) {
+  check_map("x", x);
+  return {x.const_data_ptr<float>(), x.size(0), x.size(2), x.size(3), x.size(1)};
+}
+
+// Sets the bounds or the formula of an activation by its name.
+inline void set_activation(std::string_view act, Epilogue& epilogue) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  epilogue.low = act == "relu" || act == "relu6" ? 0 : -infinity;
+  epilogue.high = act == "relu6" ? 6 : infinity;
+  epilogue.hardswish = act == "hardswish";
+  TORCH_CHECK_VALUE(act == "none" || epilogue.low == 0 || epilogue.hardswish, "act must be relu, ",
+                    "relu6, hardswish or none, got ", act);
+}
+
+// The epilogue of a result of `images` maps of height x width pixels.
+inline Epilogue make_epilogue(int64_t images, int64_t height, int64_t width, const Tensor& shift,
+                              const std::optional<Tensor>& residual, const Tensor& out,
+                              int64_t channel_offset, std::string_view act) {
+  check_map("out", out);
+  const int64_t channels = shift.size(-1);
+  TORCH_CHECK_VALUE(out.size(0) == images && out.size(2) == height && out.size(3) == width &&
+                        channel_offset >= 0 && channel_offset + channels <= out.size(1),
+                    "out ", out.sizes(), " has no place for ", channels, " channels from ",
+                    channel_offset, " of a result for ", images, " maps of ", height, "x", width);
+  TORCH_CHECK_VALUE(shift.scalar_type() == at::kFloat && shift.is_contiguous(),
+                    "shift must be contiguous float32");
+  Epilogue epilogue{};
+  epilogue.shift = shift.const_data_ptr<float>();
+  epilogue.channels = channels;
+  epilogue.out = out.data_ptr<float>() + channel_offset;
+  epilogue.out_stride = out.size(1);
+  if (residual.has_value()) {
+    check_map("residual", *residual);
+    TORCH_CHECK_VALUE(residual->size(0) == images && residual->size(1) == channels &&
+                          residual->size(2) == height && residual->size(3) == width,
+                      "residual ", residual->sizes(), " does not fit ", images, " maps of ", height,
+                      "x", width);
+    epilogue.residual = residual->const_data_ptr<float>();
+    epilogue.residual_stride = channels;
+  }
+  set_activation(act, epilogue);
+  return epilogue;
+}
+
+}  // namespace deeplab_fast::cpu
