@@ -125,9 +125,9 @@ class PreparedConv:
         check_weight("PreparedConv", weight)
         self.out_channels = weight.shape[0]
         self.in_channels = weight.shape[1] * groups
-        self.stride = _pair("stride", stride, 1)
-        self.padding = _pair("padding", padding, 0)
-        self.dilation = _pair("dilation", dilation, 1)
+        self.stride = pair("PreparedConv: stride", stride, 1)
+        self.padding = pair("PreparedConv: padding", padding, 0)
+        self.dilation = pair("PreparedConv: dilation", dilation, 1)
         if groups < 1 or self.out_channels % groups:
             raise ValueError(
                 f"PreparedConv: groups={groups} must divide the {self.out_channels} output channels"
@@ -534,14 +534,14 @@ def activate_(y: Tensor, act: str | None) -> Tensor:
     return F.hardswish(y, inplace=True) if act == "hardswish" else y
 
 
-def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < least:
+def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    """An option for rows and columns."""
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    if len(both) != 2 or min(both) < least:
         raise ValueError(
-            f"PreparedConv: {name} must be an int or a pair of ints of at least {least}, "
-            f"got {value!r}"
+            f"{name} must be an int or a pair of ints of at least {least}, got {value!r}"
         )
-    return pair[0], pair[1]
+    return both[0], both[1]
 
 
 def check_fp32_cpu(who: str, name: str, tensor: Tensor) -> None:
