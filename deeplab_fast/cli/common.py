@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
+    import torch
     from jsonargparse import ArgumentParser, Namespace
 
     from deeplab_fast import DeepLabV3
@@ -106,6 +107,13 @@ def add_model_arguments(add: Callable[..., object]) -> None:
         help="default: as the weights are; bf16 and fp16 run under autocast",
     )
     add(
+        "--precision",
+        type=str | None,
+        metavar="fp32|bf16|int8",
+        help="what is computed in on a CPU; default: fp32. bf16 where the CPU has instructions for "
+        "it, int8 with weights that 'deeplab-fast calibrate' wrote",
+    )
+    add(
         "--output-stride",
         type=int | None,
         metavar="8|16",
@@ -117,6 +125,18 @@ def add_model_arguments(add: Callable[..., object]) -> None:
         metavar="NAME",
         help="auto, cuda, triton, cpu or reference; default: auto, or DEEPLAB_FAST_BACKEND",
     )
+
+
+def check_precision(config: Namespace, model: DeepLabV3, device: torch.device | None) -> None:
+    """Raises UsageError for a --precision that the model cannot run in."""
+    import torch
+
+    from deeplab_fast.engine.runner import check_precision_of
+
+    try:
+        check_precision_of(model, config.precision, config.dtype, device or torch.device("cpu"))
+    except ValueError as error:
+        raise UsageError(f"--precision: {error}") from error
 
 
 def add_pass_arguments(add: Callable[..., object]) -> None:

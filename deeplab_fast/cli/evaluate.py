@@ -17,6 +17,7 @@ from deeplab_fast.cli.common import (
     add_pass_arguments,
     apply_size,
     check_classes,
+    check_precision,
     check_size,
     device_name,
     load_model,
@@ -97,6 +98,7 @@ def run(config: Namespace) -> int:
         dataset = open_data(config)
         model, name = load_model(config, "eval")
         check_classes(options, model)
+        check_precision(config, model, device)
         if label_count(model.num_classes) != dataset.num_classes:
             raise UsageError(
                 f"the weights have {model.num_classes} classes and the data set {config.data} "
@@ -120,6 +122,7 @@ def run(config: Namespace) -> int:
                     workers=config.workers,
                     device=device,
                     dtype=config.dtype,
+                    precision=config.precision,
                     panels=config.panels,
                     progress=sys.stderr.isatty(),
                     threshold=config.threshold,

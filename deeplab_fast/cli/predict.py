@@ -20,6 +20,7 @@ from deeplab_fast.cli.common import (
     add_pass_arguments,
     apply_size,
     check_classes,
+    check_precision,
     check_size,
     device_name,
     load_model,
@@ -123,6 +124,7 @@ def _prepare(config: Namespace) -> _Job:
     check_size(config)
     model, name = load_model(config, "predict")
     check_classes(options, model)
+    check_precision(config, model, device)
     classes = _classes(config, model, name)
     apply_size(config, model)
     model.to(device).eval()
@@ -140,6 +142,7 @@ def _prepare(config: Namespace) -> _Job:
             "overlap": options.overlap,
             "threshold": options.threshold,
             "dtype": config.dtype,
+            "precision": config.precision,
         },
         backend=config.backend,
     )

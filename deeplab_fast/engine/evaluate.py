@@ -174,6 +174,7 @@ def evaluate(
     workers: int = 0,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    precision: str | None = None,
     panels: int = 0,
     progress: bool = False,
     threshold: float | None = None,
@@ -195,7 +196,7 @@ def evaluate(
             ``ignore_index``, e.g. ``data.datasets.open_dataset(...)``, or one in an
             ``AugmentedDataset``. uint8 photos go through ``model.preprocess``.
         output_stride: run the model at this one and give it back with its own; None keeps it.
-        scales, flip, tile, overlap, device, dtype: as for ``predict``.
+        scales, flip, tile, overlap, device, dtype, precision: as for ``predict``.
         batch_size: images of one size, or windows, that run together.
         workers: processes that read.
         panels: number of worst and of best images (by image mIoU) kept with their predictions.
@@ -222,7 +223,9 @@ def evaluate(
         raise ValueError(f"the data set {dataset!r} is empty")
     preprocess = getattr(model, "preprocess", None)
     with at_output_stride(model, output_stride):
-        runner = Runner.prepare(model, None, preprocess, options, wanted_device, wanted_dtype)
+        runner = Runner.prepare(
+            model, None, preprocess, options, wanted_device, wanted_dtype, precision
+        )
         with eval_mode(model), torch.inference_mode():
             counter = ImageCounter(runner, dataset, classes)
             confusion, images = _gathered(counter, lambda: counter.run(workers, progress))
@@ -243,6 +246,7 @@ def evaluate(
             "preprocess_size": preprocess.size if isinstance(preprocess, Preprocess) else None,
             "device": str(runner.device),
             "dtype": str(runner.autocast or runner.dtype).removeprefix("torch."),
+            "precision": precision or getattr(model, "precision", None),
             "processes": world,
             "torch": torch.__version__,
         }

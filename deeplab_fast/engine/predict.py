@@ -37,6 +37,7 @@ def predict(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    precision: str | None = None,
     return_prob: bool = False,
     threshold: float | None = None,
 ) -> Any:
@@ -75,6 +76,8 @@ def predict(
         device: None is the model's own. Another one moves the model there, to stay.
         dtype: None or the parameters' own dtype runs as the model is; torch.bfloat16 or
             torch.float16 on fp32 parameters runs under autocast. Also "fp32", "bf16", "fp16".
+        precision: on the CPU "fp32", "bf16" or "int8" for this call, None for the model's own; see
+            ``DeepLabV3.precision``. On a GPU "bf16" is autocast. Not together with ``dtype``.
         return_prob: also gives the chosen class's probability; of one class its sigmoid, at every
             pixel.
         threshold: of one class only, between 0 and 1; None is 0.5.
@@ -106,7 +109,9 @@ def predict(
         entries = _checked_images(images)
     ready = isinstance(images, torch.Tensor) and images.is_floating_point()
     preprocess = None if ready else preprocess_of(model)
-    runner = Runner.prepare(model, images, preprocess, options, wanted_device, wanted_dtype)
+    runner = Runner.prepare(
+        model, images, preprocess, options, wanted_device, wanted_dtype, precision
+    )
     labels: object
     prob: object
     with eval_mode(model), torch.inference_mode():

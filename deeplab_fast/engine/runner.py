@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deeplab_fast import ops, reference
 from deeplab_fast.data.images import ImageLike, as_rgb_array
 from deeplab_fast.data.preprocess import Preprocess
+from deeplab_fast.dispatch.precision import asked, check_precision, reason_against
 from deeplab_fast.engine.finite import not_finite_pixels
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "check_device",
     "check_dtype",
     "check_model",
+    "check_precision_of",
     "eval_mode",
     "is_out_of_memory",
     "preprocess_of",
@@ -173,7 +175,7 @@ class Runner:
     """A model with what was asked of it, on its device; made by :meth:`prepare`.
 
     ``preprocess`` turns 8-bit pictures into inputs; ``dtype`` is the parameters' own, ``autocast``
-    another one to run in.
+    another one to run in, ``precision`` what was asked for on the CPU.
     """
 
     model: Segmenter
@@ -182,6 +184,7 @@ class Runner:
     device: torch.device
     dtype: torch.dtype
     autocast: torch.dtype | None
+    precision: str | None = None
 
     @classmethod
     def prepare(
@@ -192,11 +195,12 @@ class Runner:
         options: PredictOptions,
         device: torch.device | None,
         dtype: torch.dtype | None,
+        precision: str | None = None,
     ) -> Runner:
         """A runner of a model that :func:`check_model` took, moved to ``device``.
 
         Raises:
-            ValueError: a dtype that the model cannot run in.
+            ValueError: a dtype or precision that the model cannot run in.
         """
         state = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
         # An optimised model has no parameters, but a dtype and a device.
@@ -219,7 +223,10 @@ class Runner:
                 device = images.device if isinstance(images, Tensor) else torch.device("cpu")
         elif state and not _same_device(state[0].device, device):
             model.to(device)
-        return cls(cast(Segmenter, model), preprocess, options, device, own, autocast)
+        check_precision_of(model, precision, dtype, device)
+        if precision == "bf16" and device.type != "cpu" and own == torch.float32:
+            autocast = torch.bfloat16
+        return cls(cast(Segmenter, model), preprocess, options, device, own, autocast, precision)
 
     def tensor(self, images: Tensor) -> tuple[Tensor, Tensor | None, list[int]]:
         batch = images if images.ndim == 4 else images[None]
@@ -405,7 +412,7 @@ class Runner:
             if self.autocast is None
             else torch.autocast(self.device.type, dtype=self.autocast)
         )
-        with mixed:
+        with asked(self.precision), mixed:
             return self.model.forward_logits(x)
 
     def scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
@@ -527,6 +534,37 @@ def check_model(model: object) -> None:
             "predict takes the models that deeplab_fast builds, e.g. "
             "deeplab_fast.deeplabv3_resnet50(...)"
         )
+
+
+def check_precision_of(
+    model: nn.Module, precision: str | None, dtype: object, device: torch.device
+) -> None:
+    """Whether a model can run in a precision that was asked for, None for its own.
+
+    Raises:
+        ValueError: it cannot, there is none of that name, or a dtype was asked for too.
+    """
+    if precision is None:
+        return
+    check_precision(precision)
+    if dtype is not None:
+        raise ValueError(
+            f"dtype {dtype} and precision {precision} were both asked for; leave one of them out"
+        )
+    own = getattr(model, "precision", None)
+    if device.type != "cpu":
+        if precision == "int8":
+            raise ValueError(f"precision int8 was asked for on {device}; there it is fp32 or bf16")
+    elif own == precision:
+        return
+    elif own is None or not hasattr(model, "calibration"):
+        has = f"computes in {own}" if own else "has no choice of precisions"
+        raise ValueError(
+            f"precision {precision} was asked for and the model ({type(model).__name__}) {has}; "
+            "leave it out, or pass a model that deeplab_fast builds"
+        )
+    elif reason := reason_against(precision, model.calibration):
+        raise ValueError(reason)
 
 
 def preprocess_of(model: object) -> Preprocess:

@@ -45,6 +45,12 @@ class DeepLabV3(Network):
             None for no bound. Each layer gets the part of it that its weights have of the model's.
             On a GPU the bound on the memory of CUDA graphs; None there for a sixteenth of the
             device's.
+        precision: what calls on the CPU that take the fast path compute in: "fp32"; "bf16", maps
+            and weights in bfloat16 and sums in fp32, where the CPU has instructions for it; "int8",
+            once `calibrate` has seen some photos. Under CPU autocast to bfloat16 calls compute in
+            bf16. Logits are float32, under autocast bfloat16. `predict(precision=...)` chooses for
+            one call.
+        calibration: ranges of the maps for int8, from `calibrate` or a file, or None.
         cuda_graphs: on a GPU, None captures calls in CUDA graphs where their launches take longer
             than the GPU's work, True all that repeat, False none.
 
@@ -54,8 +60,8 @@ class DeepLabV3(Network):
     is noticed at the next call and costs one preparation: each call compares the modules, version
     counters and storage of all tensors, and a hash of their bytes, which is one pass over the
     weights. `deeplab_fast.optimize` freezes a model and saves that. `fast_reasons(x)` says why a
-    call does not take the fast path; hooks on inner modules, autocast, compilation, scripting,
-    tracing, export, deterministic mode and `use_backend("reference")` are such reasons.
+    call does not take the fast path; hooks on inner modules, autocast to float16, compilation,
+    scripting, tracing, export, deterministic mode and `use_backend("reference")` are such reasons.
 
     On a CUDA device, for float16, bfloat16 and float32, under autocast or not, the batch norms are
     folded on the device inside every call, from what the tensors hold when the GPU comes to it, so
@@ -84,6 +90,7 @@ class DeepLabV3(Network):
         "atrous_rates",
         "num_classes",
         "output_stride",
+        "precision",
         "prepared_bytes",
     ]
 
@@ -164,10 +171,17 @@ class DeepLabV3(Network):
         """
         return self._fast_path.activation_bytes
 
+    def drop_prepared(self) -> None:
+        """Free what the fast path holds: prepared weights, memory for maps, CUDA graphs.
+
+        The next call makes them again.
+        """
+        self._fast_path.drop()
+
     def train(self, mode: bool = True) -> DeepLabV3:
-        """As nn.Module.train; frees the prepared weights when training begins."""
+        """As nn.Module.train; frees what the fast path holds when training begins."""
         if mode:
-            self._fast_path.drop()
+            self.drop_prepared()
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeepLabV3:

@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
+from ..dispatch import limits
+from ..dispatch.precision import Precision, of_call, reason_against
 from . import gpu_layers, gpu_path, inference
 from .activations import Activations
+from .forms import forms_of
 from .gpu_path import GpuPath
 from .intact import functional_is_intact, has_global_hooks, has_transforms
 from .layers import Program
@@ -37,7 +40,8 @@ class FastPath:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._state: _State | None = None
+        # The last one is used again where a model is called in one precision.
+        self._states: dict[Precision, _State] = {}
         self._gpu = GpuPath()
 
     def logits(self, model: Network, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
@@ -46,10 +50,11 @@ class FastPath:
             return None
         if gpu_layers.on_gpu(x):
             return self._gpu.logits(model, x, aux)
-        state = self._current(model)
+        state = self._current(model, _checked(model))
         if state.activations is None or state.program is None or state.program.reason_against(x):
             return None
-        return state.activations.logits(x, aux)
+        with gpu_layers.outside_autocast(x.device):
+            return state.activations.logits(x.float(), aux)
 
     def upsampled(
         self, logits: dict[str, Tensor], size: Sequence[int], align_corners: bool
@@ -64,7 +69,7 @@ class FastPath:
             return found
         if gpu_layers.on_gpu(x):
             return self._gpu.reasons(model, x)
-        state = self._current(model)
+        state = self._current(model, _checked(model))
         if state.program is None:
             return [state.reason]
         reason = state.program.reason_against(x)
@@ -72,32 +77,37 @@ class FastPath:
 
     def drop(self) -> None:
         """Free the prepared weights and graphs."""
-        self._state = None
+        self._states = {}
         self._gpu.drop()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of weights held beside the model's own, and of graphs."""
-        state = self._state
-        if state is None or state.program is None:
-            return self._gpu.held_bytes
-        return self._gpu.held_bytes + state.program.held_bytes + state.snapshot.held_bytes
+        programs = [(s.program, s.snapshot) for s in list(self._states.values())]
+        return self._gpu.held_bytes + sum(
+            program.held_bytes + snapshot.held_bytes
+            for program, snapshot in programs
+            if program is not None
+        )
 
     @property
     def activation_bytes(self) -> int:
         """Bytes of memory for maps that is kept between calls on the CPU."""
-        state = self._state
-        return 0 if state is None or state.activations is None else state.activations.held_bytes
+        kept = [s.activations for s in list(self._states.values())]
+        return sum(each.held_bytes for each in kept if each is not None)
 
-    def _current(self, model: Network) -> _State:
-        state = self._state
+    def _current(self, model: Network, precision: Precision) -> _State:
+        state = self._states.get(precision)
         if not _fits(state, model):
             with self._lock:
-                state = self._state
+                state = self._states.get(precision)
                 if not _fits(state, model):
-                    # The old weights go before the new ones come.
-                    self._state = state = None
-                    self._state = state = _prepare(model)
+                    # Weights that are out of date go before the new ones come.
+                    state = None
+                    self._states = {
+                        p: s for p, s in self._states.items() if p != precision and _fits(s, model)
+                    }
+                    self._states[precision] = state = _prepare(model, precision)
         assert state is not None
         return state
 
@@ -120,6 +130,7 @@ class _State:
     reason: str
     snapshot: Snapshot
     max_extra_bytes: int | None
+    calibration: object
 
 
 def reasons(model: Network, x: Tensor) -> Iterator[str]:
@@ -153,14 +164,18 @@ def reasons(model: Network, x: Tensor) -> Iterator[str]:
 
 
 def _cpu_reasons(x: Tensor) -> Iterator[str]:
-    if x.dtype != torch.float32 or x.device.type != "cpu" or x.layout != torch.strided:
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    allowed = (torch.float32,) if autocast is None else (torch.float32, autocast)
+    if x.dtype not in allowed or x.device.type != "cpu" or x.layout != torch.strided:
         dtype = str(x.dtype).removeprefix("torch.")
         yield (
             f"the input is {dtype} on {x.device}; programs exist for float32 on the CPU, and for "
             "float16, bfloat16 and float32 on CUDA devices"
         )
-    if torch.is_autocast_enabled("cpu"):
-        yield "autocast is on"
+    if autocast == torch.bfloat16 and (missing := limits.cpu_bf16()):
+        yield f"autocast to bfloat16 is on and {missing}"
+    elif autocast not in (None, torch.bfloat16):
+        yield f"autocast to {str(autocast).removeprefix('torch.')} is on"
     backend = backends.current_backend()
     if backend not in ("auto", "cpu"):
         yield f"backend {backend!r} is asked for"
@@ -168,8 +183,18 @@ def _cpu_reasons(x: Tensor) -> Iterator[str]:
         yield "oneDNN is switched off (torch.backends.mkldnn)"
 
 
+def _checked(model: Network) -> Precision:
+    """The precision of a call, which the CPU has."""
+    precision = of_call(model.precision)
+    if reason := reason_against(precision.name, model.calibration):
+        raise ValueError(reason)
+    return precision
+
+
 def _fits(state: _State | None, model: Network) -> bool:
     if state is None or state.max_extra_bytes != model.max_extra_bytes:
+        return False
+    if state.calibration is not model.calibration:
         return False
     snapshot = state.snapshot
     if not snapshot.is_of(model):
@@ -179,14 +204,14 @@ def _fits(state: _State | None, model: Network) -> bool:
     return snapshot.is_current()
 
 
-def _prepare(model: Network) -> _State:
+def _prepare(model: Network, precision: Precision) -> _State:
     bound = model.max_extra_bytes
     snapshot = Snapshot(model)
-    program, reason = inference.fold(model, max_extra_bytes=bound)
+    program, reason = inference.fold(model, forms_of(precision, model), max_extra_bytes=bound)
     if program is None:
         logger.info("the model runs its plain modules: %s", reason)
     activations = None if program is None else Activations(program)
-    return _State(program, activations, reason, snapshot, bound)
+    return _State(program, activations, reason, snapshot, bound, model.calibration)
 
 
 def with_memory_of(free: Callable[[], bool], function: Callable[..., T], *args: Any) -> T:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch.precision import Precision, reason_against
 from ..ops.folded_conv import Settings
 from ..ops.prepared import Plan
 from . import gpu_layers
 from .activations import Activations
 from .formats import in_plain_format
+from .forms import forms_of
 from .gpu_layers import (
     DTYPES,
     Folded,
@@ -31,18 +33,19 @@ from .network import Network
 
 
 class Frozen:
-    """A program with its weights, in fp32 on the CPU.
+    """A program with its weights, on the CPU.
 
     Attributes:
         program: the program.
+        precision: what it computes in.
         dtype, device: of inputs and logits.
     """
 
     dtype = torch.float32
     device = torch.device("cpu")
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, precision: str = "fp32") -> None:
+        self.program, self.precision = program, precision
         self._activations = Activations(program)
 
     def takes(self, x: Tensor) -> bool:
@@ -160,20 +163,31 @@ class FrozenOnGpu(Frozen):
 
 
 def freeze(
-    model: Network, aux: bool, max_extra_bytes: int | None, dtype: torch.dtype | None
+    model: Network,
+    aux: bool,
+    max_extra_bytes: int | None,
+    dtype: torch.dtype | None,
+    precision: str | None = None,
 ) -> tuple[Frozen | None, str]:
     """A model with fixed weights, or None and why it must run its plain modules.
 
     Args:
         model: the model.
         aux: with the auxiliary head.
-        max_extra_bytes, dtype: as for `optimize`.
+        max_extra_bytes, dtype, precision: as for `optimize`.
 
     Raises:
-        ValueError: a dtype that there is not for weights like these.
+        ValueError: a dtype or precision that there is not for weights like these, this model, or
+            this device.
     """
     filters = next((p for p in model.parameters() if p.dim() == 4), torch.empty(0))
     on_gpu = gpu_layers.on_gpu(filters)
+    if on_gpu and precision is not None:
+        if precision == "int8":
+            raise ValueError(
+                f"precision is int8; a model on {filters.device} can be optimised for fp32 and bf16"
+            )
+        dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     allowed = DTYPES if on_gpu else (torch.float32,)
     if dtype is not None and dtype not in allowed:
         names = ", ".join(str(each) for each in allowed)
@@ -181,8 +195,13 @@ def freeze(
             f"dtype is {dtype}; a model on {filters.device} can be optimised for {names}, or None"
         )
     if not on_gpu:
-        program, reason = fold(model, aux=aux, max_extra_bytes=max_extra_bytes, frozen=True)
-        return None if program is None else Frozen(program), reason
+        own = Precision(model.precision if precision is None else precision)
+        if reason := reason_against(own.name, model.calibration):
+            raise ValueError(reason)
+        program, reason = fold(
+            model, forms_of(own, model), aux=aux, max_extra_bytes=max_extra_bytes, frozen=True
+        )
+        return None if program is None else Frozen(program, own.name), reason
     dtype, device = filters.dtype if dtype is None else dtype, filters.device
     forms = GpuForms(device, filters.dtype, frozen=dtype)
     program, reason = fold(model, forms, aux=aux, frozen=True)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..dispatch.precision import check_precision, reason_against
+
 
 class Network(nn.Module):
     """A segmentation model of the form that `DeepLabV3` has, and says the meaning of."""
@@ -20,10 +22,32 @@ class Network(nn.Module):
     fast: bool
     fused: bool
     max_extra_bytes: int | None
-    precision: str = "fp32"
     # Ranges of the maps for int8, or None.
     calibration: Any = None
     cuda_graphs: bool | None = None
+    _precision = "fp32"
+
+    @property
+    def precision(self) -> str:
+        """What eval calls without gradients on the CPU compute in: "fp32", "bf16" or "int8".
+
+        Raises:
+            ValueError: set to another name, or to one that this CPU or the model cannot compute in;
+                says why and what to do.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, name: str) -> None:
+        checked = check_precision(name)
+        if reason := reason_against(checked, self.calibration):
+            raise ValueError(reason)
+        if checked != self._precision:
+            self.drop_prepared()
+        self._precision = checked
+
+    def drop_prepared(self) -> None:
+        """Free what the fast path holds: prepared weights, memory for maps, CUDA graphs."""
 
     def parts(self, aux: bool = True) -> list[tuple[str, nn.Module]]:
         """Backbone and heads by name, the auxiliary head only if asked for."""

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..dispatch.precision import check_precision
 from .fast_path import upsampled, with_memory_of
 from .frozen import Frozen, freeze
 from .gpu_layers import outside_autocast
@@ -29,6 +30,7 @@ def optimize(
     keep_aux: bool = False,
     max_extra_bytes: int | None = None,
     dtype: torch.dtype | str | None = None,
+    precision: str | None = None,
 ) -> OptimizedDeepLabV3:
     """A frozen copy of a model for inference, with kernels and weights chosen for good.
 
@@ -52,10 +54,13 @@ def optimize(
             GPU the bound on CUDA graphs (`DeepLabV3.max_extra_bytes`).
         dtype: of weights, maps and logits: float16, bfloat16 or float32 on a GPU ("fp16", "bf16",
             "fp32"), from the model's weights rounded once; None for that of the weights.
+        precision: on the CPU "fp32", "bf16" or "int8", with logits in float32 (see `DeepLabV3`);
+            None for the model's own. On a GPU "fp32" and "bf16" are dtypes.
 
     Raises:
         TypeError: a model of another library.
-        ValueError: a negative bound, or a dtype that there is not.
+        ValueError: a negative bound, or a dtype or precision that there is not, on this CPU or for
+            this model.
     """
     if not isinstance(model, Network):
         raise TypeError(
@@ -68,7 +73,9 @@ def optimize(
         if dtype not in _DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}, or None")
         dtype = _DTYPES[dtype]
-    return OptimizedDeepLabV3(model, keep_aux, max_extra_bytes, dtype)
+    if precision is not None:
+        check_precision(precision)
+    return OptimizedDeepLabV3(model, keep_aux, max_extra_bytes, dtype, precision)
 
 
 class OptimizedDeepLabV3(nn.Module):
@@ -80,6 +87,7 @@ class OptimizedDeepLabV3(nn.Module):
         reasons: why the model could not be folded and runs as a copy; empty where it could.
         cuda_graphs, max_extra_bytes: as of a `DeepLabV3`, of which they may be set.
         dtype, device: of the logits; None of a model that runs as a copy.
+        precision: what it computes in on the CPU; None on a GPU and of a copy.
 
     Input: float32 [N, 3, H, W] on the CPU; on a GPU float16, bfloat16 or float32, cast to `dtype`
     (of a copied model: as that takes it); autocast has no effect. Sizes may change from call to
@@ -96,6 +104,7 @@ class OptimizedDeepLabV3(nn.Module):
         keep_aux: bool,
         max_extra_bytes: int | None,
         dtype: torch.dtype | None = None,
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         super().train(False)
@@ -107,12 +116,14 @@ class OptimizedDeepLabV3(nn.Module):
         self.classes, self.palette = model.classes, model.palette
         self.config = copy.deepcopy(model.config)
         self.cuda_graphs, self.max_extra_bytes = model.cuda_graphs, max_extra_bytes
-        frozen, reason = freeze(model, keep_aux, max_extra_bytes, dtype)
+        frozen, reason = freeze(model, keep_aux, max_extra_bytes, dtype, precision)
         self.reasons: tuple[str, ...] = (reason,) if reason else ()
         self._keep_aux = keep_aux and model.aux_classifier is not None
         self._frozen: Frozen | None = frozen
         self.dtype = None if frozen is None else frozen.dtype
         self.device = None if frozen is None else frozen.device
+        on_cpu = frozen is not None and frozen.device.type == "cpu"
+        self.precision = frozen.precision if frozen is not None and on_cpu else None
         self.copy: Network | None = None
         if frozen is None:
             logger.warning("optimize: the model is copied and runs its plain modules: %s", reason)

@@ -25,7 +25,18 @@ from ._common import CheckpointError, tuples
 Settings = dict[str, "dict[str, Any] | None"]
 
 # Attributes of the whole model that are written on their own, or say how to run and not what.
-_OF_MODEL = ("preprocess", "classes", "palette", "config", "fast", "fused", "max_extra_bytes")
+_OF_MODEL = (
+    "preprocess",
+    "classes",
+    "palette",
+    "config",
+    "fast",
+    "fused",
+    "max_extra_bytes",
+    "cuda_graphs",
+    "_precision",
+    "calibration",
+)
 # Values that act in training only, or on memory.
 _NOT_IN_NUMBERS = ("momentum", "p", "inplace")
 # The padding that a convolution with another padding_mode than "zeros" computes with.

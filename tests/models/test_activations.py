@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fast_models import FAMILIES, quick, trained
 from torch import Tensor, nn
 
 import deeplab_fast as dlf
@@ -17,7 +18,6 @@ from deeplab_fast.program import activations
 from deeplab_fast.program.activations import Activations, plan
 from deeplab_fast.program.inference import fold
 from deeplab_fast.program.layers import Layer, Program
-from tests.helpers.fast_models import FAMILIES, quick, trained
 
 SHAPE = (1, 3, 72, 104)
 

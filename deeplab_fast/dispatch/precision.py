@@ -9,10 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..dispatch import limits
-from .cpu_layers import CpuForms
-from .inference import Forms
-from .network import Network
+from . import limits
 
 PRECISIONS = ("fp32", "bf16", "int8")
 
@@ -43,14 +40,15 @@ def check_precision(name: object) -> str:
     return str(name)
 
 
-def reason_against(name: str, model: Network) -> str:
-    """Why a model cannot compute in a precision on this CPU, and what to do; "" where it can."""
+def reason_against(name: str, calibration: object) -> str:
+    """Why a model with this calibration cannot compute in a precision on this CPU, and what to do;
+    "" where it can."""
     if name == "bf16" and (reason := limits.cpu_bf16()):
         return f"precision bf16: {reason}; use fp32 or int8"
     if name == "int8":
         if reason := limits.cpu_int8():
             return f"precision int8: {reason}; use fp32"
-        if model.calibration is None:
+        if calibration is None:
             return (
                 "precision int8: the ranges of the model's maps are not known; call "
                 "model.calibrate(images) with some photos of the kind it will see, or load a "
@@ -59,9 +57,9 @@ def reason_against(name: str, model: Network) -> str:
     return ""
 
 
-def of_call(model: Network) -> Precision:
-    """The precision of a call of a model on the CPU: asked for, autocast's, or the model's own."""
-    name = _asked.get() or model.precision
+def of_call(own: str) -> Precision:
+    """The precision of a call on the CPU: asked for, autocast's, or the model's own."""
+    name = _asked.get() or own
     if torch.is_autocast_enabled("cpu") and name in ("fp32", "bf16"):
         return Precision("bf16", torch.bfloat16)
     return Precision(name)
@@ -75,8 +73,3 @@ def asked(name: str | None) -> Iterator[None]:
         yield
     finally:
         _asked.reset(token)
-
-
-def forms(precision: Precision, model: Network) -> Forms:
-    """The layers of a precision."""
-    return CpuForms()

@@ -1,0 +1,17 @@
+"""The layers that programs are made of on the CPU, by precision."""
+
+from __future__ import annotations
+
+from ..dispatch.precision import Precision
+from .cpu_layers import CpuForms
+from .inference import Forms
+from .network import Network
+
+
+def forms_of(precision: Precision, model: Network) -> Forms:
+    """The layers of a precision for a model.
+
+    Raises:
+        ValueError: the calibration of the model is of other weights.
+    """
+    return CpuForms()
