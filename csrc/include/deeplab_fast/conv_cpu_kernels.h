@@ -164,14 +164,16 @@ void output_rows(const float* from, int64_t stride, int count, int columns, floa
   }
 }
 
+DEEPLAB_FAST_INLINE Vector hardswish(Vector v) {
+  const Vector six = broadcast(6);
+  Vector gate = v + 3;
+  gate = gate < 0 ? Vector{} : gate;
+  gate = gate > six ? six : gate;
+  return v * gate / 6;
+}
+
 DEEPLAB_FAST_INLINE Vector activate(Vector v, const Epilogue& epilogue) {
-  if (epilogue.hardswish) {
-    const Vector six = broadcast(6);
-    Vector gate = v + 3;
-    gate = gate < 0 ? Vector{} : gate;
-    gate = gate > six ? six : gate;
-    return v * gate / 6;
-  }
+  if (epilogue.hardswish) return hardswish(v);
   // nan compares false and stays.
   const Vector low = broadcast(epilogue.low), high = broadcast(epilogue.high);
   v = v < low ? low : v;
@@ -219,119 +221,219 @@ void output_columns(const float* from, int rows, const int64_t* pixels, int64_t 
   }
 }
 
-// kCount rows from `row` times kVectors vectors of columns from `column`. Of what follows the panel
-// `ahead_lines` cache lines are prefetched for each kPanel of depth.
-template <int kCount, int kVectors>
-void multiply_tile(const Product& product, int64_t row, int64_t column, const float* panel,
-                   int64_t vector_stride, const float* ahead, int ahead_lines) {
-  const int64_t a_stride = product.a_stride, c_stride = product.c_stride, depth = product.depth;
-  const float* const a = product.a + row * a_stride;
-  float* const c = product.c + row * c_stride + column;
+// Depth below which a register tile ends before a line that it asks for at its beginning has come.
+constexpr int64_t kShortDepth = 64;
+
+// How the sums of a register tile end: in c, or through the epilogue. kAny decides for each vector what
+// the others have compiled.
+enum Ending {
+  kSums,
+  kIdentity,
+  kIdentityResidual,
+  kRelu,
+  kReluResidual,
+  kRelu6,
+  kHardswish,
+  kAny,
+  kNumEndings,
+};
+
+inline Ending ending_of(const Epilogue* epilogue) {
+  if (epilogue == nullptr) return kSums;
+  const bool residual = epilogue->residual != nullptr;
+  if (epilogue->hardswish) return residual ? kAny : kHardswish;
+  const bool low = epilogue->low == 0, high = epilogue->high < __builtin_inff();
+  if (!low && !high) return residual ? kIdentityResidual : kIdentity;
+  if (low && !high) return residual ? kReluResidual : kRelu;
+  return low && epilogue->high == 6 && !residual ? kRelu6 : kAny;
+}
+
+// As `finish` for kLanes channels that there are.
+template <Ending kEnding>
+DEEPLAB_FAST_INLINE void finish_whole(Vector v, Vector shift, const float* residual, float* out) {
+  v = v + shift;
+  if constexpr (kEnding == kIdentityResidual || kEnding == kReluResidual) v = v + load(residual);
+  if constexpr (kEnding == kRelu || kEnding == kReluResidual || kEnding == kRelu6) {
+    v = v < 0 ? Vector{} : v;
+  }
+  if constexpr (kEnding == kRelu6) v = v > 6 ? broadcast(6) : v;
+  if constexpr (kEnding == kHardswish) v = hardswish(v);
+  store(out, v);
+}
+
+// Rows [row, last) times kVectors vectors of columns from `column`, in register tiles of kCount
+// rows. For each kPanel of depth a tile prefetches `ahead_lines` cache lines of the kAhead panels from
+// `ahead`. Returns the first row that is left.
+template <int kCount, int kVectors, Ending kEnding>
+int64_t multiply_rows(const Product& product, int64_t row, int64_t last, int64_t column,
+                      const float* panel, int64_t vector_stride, const float* ahead,
+                      int ahead_lines) {
+  constexpr int kAhead = kParts > 1 ? 1 : kVectors;
   constexpr int kLine = kPanel;
-  const float* const next = product.prefetch_rows ? a + kCount * a_stride : a;
-  for (int64_t begin = 0; begin < depth; begin += product.run) {
-    const int64_t end = depth - begin < product.run ? depth : begin + product.run;
-    Vector sum[kCount][kVectors] = {};
-    const auto step = [&](int64_t k) DEEPLAB_FAST_LAMBDA {
-      Vector b[kVectors];
-#pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) b[j] = load(panel + k * kPanel + j * vector_stride);
+  constexpr bool kResidual = kEnding == kIdentityResidual || kEnding == kReluResidual;
+  const int64_t a_stride = product.a_stride, c_stride = product.c_stride, depth = product.depth;
+  // A copy: what is behind the pointer would be read again after each store.
+  const Epilogue epilogue = kEnding == kSums ? Epilogue{} : *product.epilogue;
+  const int64_t out_stride = epilogue.out_stride, residual_stride = epilogue.residual_stride;
+  const int64_t early = depth < kShortDepth ? 2 * kCount : 0;
+  for (; row + kCount <= last; row += kCount) {
+    const float* const a = product.a + row * a_stride;
+    const float* const next = product.prefetch_rows ? a + kCount * a_stride : a;
+    float* const c = product.c + row * c_stride + column;
+    const int64_t tile = row / kCount;
+    const float* line = ahead + tile % kAhead * product.panel_stride +
+                        tile / kAhead * ahead_lines * (depth / kLine) * kLine;
+    if constexpr (kEnding != kSums) {
+      const int64_t pixel = product.first_pixel + row + early;
 #pragma GCC unroll 16
       for (int i = 0; i < kCount; ++i) {
-        const Vector value = broadcast(a[i * a_stride + k]);
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sum[i][j] += value * b[j];
+        __builtin_prefetch(epilogue.out + (pixel + i) * out_stride + column, 1);
       }
-    };
-    int64_t k = begin;
-    for (; k + kLine <= end; k += kLine) {
+      if constexpr (kResidual) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) __builtin_prefetch(next + i * a_stride + k);
-      for (int i = 0; i < ahead_lines; ++i, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
-#pragma GCC unroll 4
-      for (int q = 0; q < kLine; ++q) step(k + q);
-    }
-    for (; k < end; ++k) step(k);
-    if (product.accumulate || begin > 0) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) sum[i][j] += load(c + i * c_stride + j * kLanes);
-      }
-    }
-    if (product.epilogue != nullptr && end == depth) {
-      // A copy: what is behind the pointer would be read again after each store.
-      const Epilogue epilogue = *product.epilogue;
-#pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) {
-          finish(sum[i][j], product.first_pixel + row + i, column + j * kLanes, epilogue);
+        for (int i = 0; i < kCount; ++i) {
+          __builtin_prefetch(epilogue.residual + (pixel + i) * residual_stride + column);
         }
       }
-    } else {
-#pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) {
+    }
+    for (int64_t begin = 0; begin < depth; begin += product.run) {
+      const int64_t end = depth - begin < product.run ? depth : begin + product.run;
+      Vector sum[kCount][kVectors] = {};
+      const auto step = [&](int64_t k) DEEPLAB_FAST_LAMBDA {
+        Vector b[kVectors];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVectors; ++j) store(c + i * c_stride + j * kLanes, sum[i][j]);
+        for (int j = 0; j < kVectors; ++j) b[j] = load(panel + k * kPanel + j * vector_stride);
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i) {
+          const Vector value = broadcast(a[i * a_stride + k]);
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j) sum[i][j] += value * b[j];
+        }
+      };
+      int64_t k = begin;
+      for (; k + kLine <= end; k += kLine) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i) __builtin_prefetch(next + i * a_stride + k);
+        for (int i = 0; i < ahead_lines; ++i, line += kLine) __builtin_prefetch(line, 0, 2);
+#pragma GCC unroll 4
+        for (int q = 0; q < kLine; ++q) step(k + q);
+      }
+      for (; k < end; ++k) step(k);
+      if (product.accumulate || begin > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j) sum[i][j] += load(c + i * c_stride + j * kLanes);
+        }
+      }
+      if (kEnding == kSums || end < depth) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j) store(c + i * c_stride + j * kLanes, sum[i][j]);
+        }
+        continue;
+      }
+      const int64_t pixel = product.first_pixel + row;
+      if constexpr (kEnding == kAny) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j) {
+            finish(sum[i][j], pixel + i, column + j * kLanes, epilogue);
+          }
+        }
+      } else if constexpr (kEnding != kSums) {
+        Vector shift[kVectors];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) shift[j] = load(epilogue.shift + column + j * kLanes);
+        float* const out = epilogue.out + pixel * out_stride + column;
+        const float* const residual =
+            kResidual ? epilogue.residual + pixel * residual_stride + column : nullptr;
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j) {
+            finish_whole<kEnding>(sum[i][j], shift[j], residual + i * residual_stride + j * kLanes,
+                                  out + i * out_stride + j * kLanes);
+          }
+        }
       }
     }
   }
+  return row;
 }
 
-using MultiplyTile = void (*)(const Product&, int64_t, int64_t, const float*, int64_t, const float*,
-                              int);
+using MultiplyRows = int64_t (*)(const Product&, int64_t, int64_t, int64_t, const float*, int64_t,
+                                 const float*, int);
 
-template <int kVectors>
-DEEPLAB_FAST_INLINE MultiplyTile tile_of_rows(int64_t rows) {
-  MultiplyTile tile = nullptr;
-  unrolled<1, kRows + 1>([&](auto count) DEEPLAB_FAST_LAMBDA {
-    if (count.value == rows) tile = multiply_tile<decltype(count)::value, kVectors>;
+template <int kCount, int kVectors>
+DEEPLAB_FAST_INLINE MultiplyRows whole_tiles(Ending ending) {
+  static constexpr MultiplyRows functions[kNumEndings] = {
+      multiply_rows<kCount, kVectors, kSums>,
+      multiply_rows<kCount, kVectors, kIdentity>,
+      multiply_rows<kCount, kVectors, kIdentityResidual>,
+      multiply_rows<kCount, kVectors, kRelu>,
+      multiply_rows<kCount, kVectors, kReluResidual>,
+      multiply_rows<kCount, kVectors, kRelu6>,
+      multiply_rows<kCount, kVectors, kHardswish>,
+      multiply_rows<kCount, kVectors, kAny>,
+  };
+  return functions[ending];
+}
+
+// The rows that fill no tile.
+template <int kCount, int kVectors>
+DEEPLAB_FAST_INLINE MultiplyRows last_tile(bool sums, int64_t rows) {
+  MultiplyRows tile = nullptr;
+  unrolled<1, kCount>([&](auto count) DEEPLAB_FAST_LAMBDA {
+    constexpr int kRest = decltype(count)::value;
+    if (kRest == rows) {
+      tile = sums ? multiply_rows<kRest, kVectors, kSums> : multiply_rows<kRest, kVectors, kAny>;
+    }
   });
   return tile;
 }
 
-// All rows times kVectors vectors of columns. The tiles of rows share in prefetching the kAhead
+// All rows times kVectors vectors of columns. Where `prefetches`, the tiles share in prefetching the
 // panels from `ahead`.
-template <int kVectors, int kAhead>
+template <int kCount, int kVectors>
 void multiply_columns(const Product& product, int64_t column, const float* panel,
-                      int64_t vector_stride, const float* ahead) {
-  const int64_t tiles = (product.rows + kRows - 1) / kRows;
-  const int64_t share = kAhead > 0 ? (tiles + kAhead - 1) / kAhead : 1;
-  const int ahead_lines = kAhead > 0 ? static_cast<int>((kPanel + share - 1) / share) : 0;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t row = tile * kRows, left = product.rows - row;
-    const float* const next =
-        ahead + tile % (kAhead > 0 ? kAhead : 1) * product.panel_stride +
-        tile / (kAhead > 0 ? kAhead : 1) * ahead_lines * (product.depth / kPanel) * kPanel;
-    const MultiplyTile multiply =
-        left >= kRows ? multiply_tile<kRows, kVectors> : tile_of_rows<kVectors>(left);
-    multiply(product, row, column, panel, vector_stride, next, ahead_lines);
-  }
+                      int64_t vector_stride, const float* ahead, bool prefetches) {
+  constexpr int kAhead = kParts > 1 ? 1 : kVectors;
+  const Epilogue* const epilogue = product.epilogue;
+  const bool whole = epilogue == nullptr || epilogue->channels - column >= kVectors * kLanes;
+  const Ending ending = whole ? ending_of(epilogue) : kAny;
+  const int64_t rows = product.rows;
+  const int64_t share = (rows + kAhead * kCount - 1) / (kAhead * kCount);
+  const int lines = prefetches ? static_cast<int>((kPanel + share - 1) / share) : 0;
+  const int64_t row = whole_tiles<kCount, kVectors>(ending)(product, 0, rows, column, panel,
+                                                            vector_stride, ahead, lines);
+  if (row == rows) return;
+  last_tile<kCount, kVectors>(epilogue == nullptr, rows - row)(product, row, rows, column, panel,
+                                                               vector_stride, ahead, 0);
 }
 
+// Rows of a register tile one vector wide: enough sums to hide the latency of their additions.
+constexpr int kSingleRows = kRows < 8 ? 2 * kRows : kRows;
+
 void multiply(const Product& product) {
-  constexpr int kVectors = 2;
   const int64_t stride = product.panel_stride;
-  int64_t n = 0;
-  if constexpr (kParts >= kVectors) {
-    for (; n < product.num_panels; ++n) {
-      const float* const panel = product.panels + n * stride;
-      multiply_columns<kVectors, 1>(product, n * kPanel, panel, kLanes, panel + stride);
-      for (int part = kVectors; part < kParts; part += kVectors) {
-        multiply_columns<kVectors, 0>(product, n * kPanel + part * kLanes, panel + part * kLanes,
-                                      kLanes, panel);
-      }
-    }
-  } else {
-    for (; n + kVectors <= product.num_panels; n += kVectors) {
-      const float* const panel = product.panels + n * stride;
-      multiply_columns<kVectors, kVectors>(product, n * kPanel, panel, stride,
-                                           panel + kVectors * stride);
-    }
-    if (n < product.num_panels) {
-      const float* const panel = product.panels + n * stride;
-      multiply_columns<1, 1>(product, n * kPanel, panel, 0, panel + stride);
+  int64_t vectors = product.num_panels * kParts;
+  if (product.epilogue != nullptr) {
+    const int64_t needed = (product.epilogue->channels + kLanes - 1) / kLanes;
+    vectors = vectors < needed ? vectors : needed;
+  }
+  // Two vectors of one panel, or of two panels that are one vector wide.
+  const int64_t vector_stride = kParts > 1 ? kLanes : stride;
+  for (int64_t v = 0; v < vectors; v += 2) {
+    const int64_t part = v % kParts;
+    const float* const panel = product.panels + v / kParts * stride + part * kLanes;
+    const float* const ahead = panel + (kParts > 1 ? 1 : 2) * stride;
+    if (v + 1 < vectors) {
+      multiply_columns<kRows, 2>(product, v * kLanes, panel, vector_stride, ahead, part == 0);
+    } else {
+      multiply_columns<kSingleRows, 1>(product, v * kLanes, panel, 0, ahead, part == 0);
     }
   }
 }
