@@ -44,7 +44,8 @@ void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
                 std::string_view act, int64_t block_tiles);
 void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
                  const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
-                 std::string_view act);
+                 std::string_view act, at::IntArrayRef kernel, at::IntArrayRef stride,
+                 at::IntArrayRef padding, at::IntArrayRef dilation);
 Tensor conv_weight_gradient(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t stride,
                             int64_t dilation, bool spreads);
 
@@ -107,7 +108,8 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
       "int block_tiles=0) -> ()");
   m.def(
       "_conv_pixels_cpu(Tensor x, Tensor weight, Tensor shift, Tensor? residual, Tensor(a!) out, "
-      "int channel_offset, str act) -> ()");
+      "int channel_offset, str act, int[2] kernel=1, int[2] stride=1, int[2] padding=0, "
+      "int[2] dilation=1) -> ()");
   m.def(
       "_conv_weight_gradient_cpu(Tensor grad, Tensor x, int kernel, int stride, int dilation, "
       "bool spreads) -> Tensor");

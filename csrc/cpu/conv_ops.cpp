@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "conv_checks.h"
+#include "deeplab_fast/conv_patches.h"
 #include "deeplab_fast/conv_run.h"
 
 namespace deeplab_fast::cpu {
@@ -204,34 +205,51 @@ void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
             num_threads(), parallel, allocate);
 }
 
-// A 1x1 convolution. `weight` is prepared: [panels, C, kPanel]; shift [K], or [N, K] for one of
-// each image.
+// A convolution as one product, 1x1 or by its patches; see conv_patches.h. x may have any strides.
+// `weight` is prepared: [panels, depth, kPanel] with the depth in the order of the patches; shift
+// [K], or [N, K] for one of each image. The other lists are (rows, columns).
 void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
                  const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
-                 std::string_view act) {
-  InputMap map = input_map(x);
+                 std::string_view act, at::IntArrayRef kernel, at::IntArrayRef stride,
+                 at::IntArrayRef padding, at::IntArrayRef dilation) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat,
+                    "x must be a float32 map [N, C, H, W], got ", x.scalar_type(), " ", x.sizes());
+  Patches patches{
+      x.const_data_ptr<float>(), x.size(0), x.stride(0), x.size(1), x.stride(1), {}, {}};
+  for (int axis = 0; axis < 2; ++axis) {
+    TORCH_CHECK_VALUE(
+        std::min({kernel[axis], stride[axis], dilation[axis]}) >= 1 && padding[axis] >= 0 &&
+            x.size(2 + axis) + 2 * padding[axis] > dilation[axis] * (kernel[axis] - 1),
+        "no result for x ", x.sizes(), " of kernel ", kernel, ", stride ", stride, ", padding ",
+        padding, ", dilation ", dilation);
+    (axis == 0 ? patches.rows : patches.columns) = {x.size(2 + axis), x.stride(2 + axis),
+                                                    kernel[axis],     stride[axis],
+                                                    padding[axis],    dilation[axis]};
+  }
+  const int64_t images = patches.images, height = patches.rows.outputs();
+  const int64_t width = patches.columns.outputs();
   Epilogue epilogue =
-      make_epilogue(map.images, map.height, map.width, shift, residual, out, channel_offset, act);
+      make_epilogue(images, height, width, shift, residual, out, channel_offset, act);
   const int64_t panels = padded(epilogue.channels) / kPanel;
   TORCH_CHECK_VALUE(weight.is_contiguous() && weight.scalar_type() == at::kFloat &&
-                        weight.sizes() == at::IntArrayRef({panels, map.channels, kPanel}),
+                        weight.sizes() == at::IntArrayRef({panels, patches.depth(), kPanel}),
                     "prepared weight ", weight.sizes(), " does not fit x ", x.sizes());
-  TORCH_CHECK_VALUE(shift.dim() == 1 || shift.size(0) == map.images, "shift ", shift.sizes(),
+  TORCH_CHECK_VALUE(shift.dim() == 1 || shift.size(0) == images, "shift ", shift.sizes(),
                     " does not fit x ", x.sizes());
   const ConvKernels& kernels = current_conv_kernels();
   const float* const weights = weight.const_data_ptr<float>();
   if (shift.dim() == 1) {
-    run_pixels(kernels, map, weights, epilogue, num_threads(), parallel, allocate);
+    run_patches(kernels, patches, weights, epilogue, num_threads(), parallel, allocate);
     return;
   }
-  const int64_t images = map.images, pixels = map.height * map.width;
-  map.images = 1;
+  patches.images = 1;
   for (int64_t n = 0; n < images; ++n) {
-    run_pixels(kernels, map, weights, epilogue, num_threads(), parallel, allocate);
-    map.data += pixels * map.channels;
-    epilogue.out += pixels * epilogue.out_stride;
+    run_patches(kernels, patches, weights, epilogue, num_threads(), parallel, allocate);
+    patches.data += patches.image_step;
+    epilogue.out += height * width * epilogue.out_stride;
     epilogue.shift += epilogue.channels;
-    if (epilogue.residual != nullptr) epilogue.residual += pixels * epilogue.residual_stride;
+    if (epilogue.residual != nullptr)
+      epilogue.residual += height * width * epilogue.residual_stride;
   }
 }
 

@@ -29,6 +29,8 @@ TESTS = (
     "test_conv_cpu.py::TestTiles::test_is_the_convolution",
     "test_conv_cpu.py::TestTiles::test_writes_its_channels_only",
     "test_conv_cpu.py::TestPixels::test_is_the_convolution",
+    "test_conv_cpu.py::TestPatches::test_is_the_convolution",
+    "test_conv_cpu.py::TestPatches::test_every_ending",
     "test_conv_cpu.py::TestWeightGradient::test_is_pytorchs",
     "test_upsample_ops.py::TestArgmax::test_against_float64",
     "test_upsample_ops.py::TestConfusion::test_counts",

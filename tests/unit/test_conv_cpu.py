@@ -330,6 +330,136 @@ class TestPixels:
         assert torch.equal(out.isinf(), expected.isinf())
 
 
+LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=CHANNELS_LAST),
+    "contiguous": lambda x: x,
+    "strided": lambda x: x.repeat_interleave(2, 1).repeat_interleave(3, 3)[:, ::2, :, ::3],
+    "slice": lambda x: torch.cat([x, x, x], 1).contiguous(memory_format=CHANNELS_LAST)[
+        :, x.shape[1] : 2 * x.shape[1]
+    ],
+    "expanded": lambda x: x[..., :1].expand(x.shape),
+}
+
+# [N, C, K, H, W], kernel, stride, padding, dilation
+PATCHES = [
+    pytest.param((2, 3, 24, 17, 19), (7, 7), (2, 2), (3, 3), (1, 1), id="7x7 of a photo"),
+    pytest.param((1, 3, 8, 12, 9), (3, 3), (2, 2), (0, 1), (1, 1), id="3x3 of a photo"),
+    pytest.param((1, 1, 17, 9, 8), (5, 5), (1, 1), (2, 2), (1, 1), id="one channel"),
+    pytest.param((2, 20, 40, 9, 11), (3, 3), (2, 2), (1, 1), (1, 1), id="3x3 with a stride"),
+    pytest.param((1, 70, 16, 7, 6), (3, 3), (1, 2), (2, 4), (2, 3), id="dilated, in chunks"),
+    pytest.param((2, 40, 21, 9, 8), (1, 1), (2, 2), (0, 0), (1, 1), id="1x1 with a stride"),
+    pytest.param((1, 530, 24, 4, 5), (1, 1), (3, 3), (0, 0), (1, 1), id="stride above the kernel"),
+    pytest.param((1, 6, 9, 2, 3), (3, 5), (1, 1), (4, 6), (3, 2), id="kernel beyond the map"),
+    pytest.param((1, 17, 1, 1, 1), (1, 1), (1, 1), (1, 1), (1, 1), id="one pixel, padded 1x1"),
+    pytest.param((0, 3, 8, 5, 5), (3, 3), (2, 2), (1, 1), (1, 1), id="no image"),
+]
+every_patch = pytest.mark.parametrize(("shape", "kernel", "stride", "padding", "dilation"), PATCHES)
+
+
+def run_patches(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    *,
+    act: str = "relu",
+    residual: Tensor | None = None,
+    margin: int = 0,
+) -> Tensor:
+    """The convolution, into channels from `margin` on of a map that is nan before."""
+    k, kernel = weight.shape[0], weight.shape[2:]
+    sizes = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    size = [output_size(*axis) for axis in sizes]
+    out = torch.full((x.shape[0], k + 2 * margin, *size), float("nan"))
+    out = out.contiguous(memory_format=CHANNELS_LAST)
+    planar = x.shape[1] > 1 and x.stride(1) != 1
+    rows = (weight if planar else weight.permute(0, 2, 3, 1)).flatten(1)
+    panels = F.pad(rows, (0, 0, 0, -k % 16)).unflatten(0, (-1, 16)).mT.contiguous()
+    geometry = (list(kernel), stride, padding, dilation)
+    OPS._conv_pixels_cpu(x, panels, shift, residual, out, margin, act, *geometry)
+    assert out[:, :margin].isnan().all() and out[:, margin + k :].isnan().all()
+    return out[:, margin : margin + k]
+
+
+class TestPatches:
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    @every_patch
+    def test_is_the_convolution(
+        self, instruction_set, shape, kernel, stride, padding, dilation, layout
+    ) -> None:
+        n, c, k, height, width = shape
+        geometry = (stride, padding, dilation)
+        x, weight, shift = (
+            torch.randn(n, c, height, width),
+            torch.randn(k, c, *kernel),
+            torch.randn(k),
+        )
+        x = layout(x)
+        product = F.conv2d(x.double(), weight.double(), shift.double(), *geometry)
+        y = run_patches(x, weight, shift, *geometry, act="none", margin=3)
+        # Of few values all may be small differences of large terms.
+        terms = F.conv2d(x.double().abs(), weight.double().abs(), shift.double().abs(), *geometry)
+        norm = max(product.norm().item(), terms.norm().item() / 16)
+        assert (y.double() - product).norm().item() <= DIRECT * norm
+
+    # Widths of register tiles: halves of panels, one and two panels, a rest that fills no vector.
+    @pytest.mark.parametrize("outputs", [1, 8, 16, 21, 24, 32, 40])
+    @pytest.mark.parametrize("channels", [1, 3, 17, 64, 300])
+    def test_every_ending(self, instruction_set, channels: int, outputs: int) -> None:
+        """Activations and residuals, which are compiled for whole tiles of 6, 12 or 24 rows."""
+        x, residual = nhwc(1, channels, 7, 9), nhwc(1, outputs, 7, 9)
+        weight, shift = torch.randn(outputs, channels, 1, 1), torch.randn(outputs)
+        product = F.conv2d(x.double(), weight.double(), shift.double())
+        scale = F.conv2d(x.double().abs(), weight.double().abs()).norm()
+        for act in ("none", "relu", "relu6", "hardswish"):
+            for added in (None, residual):
+                y = run_patches(x, weight, shift, act=act, residual=added)
+                expected = activate(product if added is None else product + added, act)
+                assert (y.double() - expected).norm() <= DIRECT / 4 * scale
+
+    def test_threads_do_not_matter(self) -> None:
+        weight, shift = torch.randn(40, 70, 3, 3), torch.randn(40)
+        for layout in LAYOUTS.values():
+            x = layout(torch.randn(2, 70, 23, 31))
+            expected = run_patches(x, weight, shift, (2, 2), (1, 1))
+            for count in (1, 2, 3, 7):
+                with threads(count):
+                    y = run_patches(x, weight, shift, (2, 2), (1, 1))
+                assert torch.equal(y, expected), count
+
+    @pytest.mark.parametrize("act", ["relu", "relu6", "hardswish", "none"])
+    @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
+    def test_what_is_not_finite_stays_so(self, instruction_set, value, act) -> None:
+        """In whole tiles and in the rows and channels that fill none."""
+        x, residual, shift = nhwc(1, 20, 13, 15), nhwc(1, 21, 7, 8), torch.randn(21)
+        x[0, 3, 0, 4] = x[0, 3, 12, 14] = residual[0, 3, 2, 2] = residual[0, 20, 6, 7] = value
+        shift[16] = value
+        weight, geometry = torch.randn(21, 20, 3, 3), ((2, 2), (1, 1))
+        for added in (None, residual):
+            y = run_patches(x, weight, shift, *geometry, act=act, residual=added)
+            product = F.conv2d(x.double(), weight.double(), shift.double(), *geometry)
+            expected = activate(product if added is None else product + added, act)
+            assert torch.equal(y.isnan(), expected.isnan())
+            assert torch.equal(y.isinf(), expected.isinf())
+
+    @pytest.mark.parametrize(
+        ("geometry", "text"),
+        [
+            (((3, 3), (1, 1), (0, 0), (3, 3)), "no result for x .* dilation"),
+            (((1, 1), (0, 1), (0, 0), (1, 1)), "no result for x .* stride"),
+            (((3, 3), (1, 1), (1, 1), (1, 1)), "prepared weight .* does not fit x"),
+            (((1, 1), (2, 2), (0, 0), (1, 1)), "out .* has no place for 16 channels"),
+        ],
+        ids=["kernel", "stride", "weight", "out"],
+    )
+    def test_what_does_not_fit_is_refused(self, geometry, text: str) -> None:
+        x, out, panels = nhwc(1, 4, 5, 5), nhwc(1, 16, 5, 5), torch.zeros(1, 4, 16)
+        with pytest.raises(ValueError, match=text):
+            OPS._conv_pixels_cpu(x, panels, torch.zeros(16), None, out, 0, "none", *geometry)
+
+
 class TestBackend:
     """The public ops on backend "cpu"."""
 

@@ -130,9 +130,6 @@ inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channel
 // 5.2e-6 with these.
 constexpr int64_t kRun = 128;
 
-// Pixels of a 1x1 convolution in a block: its inputs and sums stay in a second-level cache.
-constexpr int64_t kPixels = 48;
-
 // Stages of units of work, done in one parallel region: a unit goes to the first thread that is
 // free, and a stage begins when all units of the one before are done. A region for each stage would
 // wait for every thread at its end, which takes long where another process holds a processor.
@@ -429,46 +426,6 @@ void run_tiles(const ConvKernels& kernels, const InputMap& x, const std::vector<
       });
     }
   }
-  team.run(threads, parallel);
-}
-
-// A 1x1 convolution: y [pixels][outputs] from x [pixels][channels], weights [panels][channels]
-// [kPanel]; the rest as for run_tiles.
-template <typename Parallel, typename Allocate>
-void run_pixels(const ConvKernels& kernels, const InputMap& x, const float* weights,
-                const Epilogue& epilogue, int64_t threads, const Parallel& parallel,
-                const Allocate& allocate) {
-  const int64_t pixels = x.images * x.height * x.width;
-  if (pixels == 0) return;
-  threads = useful_threads(pixels * x.channels * epilogue.channels, threads);
-  const int64_t chunk = chunk_channels(x.channels);
-  const int64_t stride = padded(epilogue.channels) + kRowPad;
-  const int64_t rounds = (pixels + kPixels * threads - 1) / (kPixels * threads);
-  const int64_t size = (pixels + rounds * threads - 1) / (rounds * threads);
-  const int64_t floats = chunk < x.channels ? padded(size * stride) : 0;
-  auto sums = allocate(floats * threads);
-  Team team;
-  team.add((pixels + size - 1) / size, [&](int64_t block, int64_t worker) {
-    Product product{};
-    product.first_pixel = block * size;
-    product.a_stride = x.channels;
-    product.rows = std::min(size, pixels - product.first_pixel);
-    product.panel_stride = x.channels * kPanel;
-    product.num_panels = padded(epilogue.channels) / kPanel;
-    product.c = sums.data() + worker * floats;
-    product.c_stride = stride;
-    product.run = chunk;
-    // Long rows that are a power of two apart would push each other out of the cache.
-    product.prefetch_rows = x.channels < 512;
-    for (int64_t channel = 0; channel < x.channels; channel += chunk) {
-      product.a = x.data + product.first_pixel * x.channels + channel;
-      product.panels = weights + channel * kPanel;
-      product.depth = std::min(chunk, x.channels - channel);
-      product.accumulate = channel > 0;
-      product.epilogue = channel + chunk < x.channels ? nullptr : &epilogue;
-      kernels.multiply(product);
-    }
-  });
   team.run(threads, parallel);
 }
 
