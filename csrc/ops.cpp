@@ -42,6 +42,9 @@ void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
                 const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
                 int64_t dilation, at::IntArrayRef row_forms, at::IntArrayRef column_forms,
                 std::string_view act, int64_t block_tiles);
+Tensor conv_tile_units(at::IntArrayRef shape, int64_t outputs, int64_t dilation,
+                       at::IntArrayRef row_forms, at::IntArrayRef column_forms, int64_t threads,
+                       int64_t cache_bytes);
 void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
                  const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
                  std::string_view act, at::IntArrayRef kernel, at::IntArrayRef stride,
@@ -106,6 +109,10 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
       "_conv_tiles_cpu(Tensor x, Tensor[] weights, Tensor shift, Tensor? residual, Tensor(a!) out, "
       "int channel_offset, int dilation, int[2] row_forms, int[2] column_forms, str act, "
       "int block_tiles=0) -> ()");
+  m.def(
+      "_conv_tile_units(int[4] shape, int outputs, int dilation, int[2] row_forms, "
+      "int[2] column_forms, int threads, int cache_bytes=0) -> Tensor",
+      &cpu::conv_tile_units);
   m.def(
       "_conv_pixels_cpu(Tensor x, Tensor weight, Tensor shift, Tensor? residual, Tensor(a!) out, "
       "int channel_offset, str act, int[2] kernel=1, int[2] stride=1, int[2] padding=0, "

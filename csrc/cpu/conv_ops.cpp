@@ -19,10 +19,16 @@
 #include "conv_checks.h"
 #include "deeplab_fast/conv_patches.h"
 #include "deeplab_fast/conv_run.h"
+#include "deeplab_fast/cpu_caches.h"
 
 namespace deeplab_fast::cpu {
 
 namespace {
+
+const CacheShares& this_cache() {
+  static const CacheShares shares = cache_shares(third_level_cache());
+  return shares;
+}
 
 // A map as pixels one behind another, [images, height, width][channels].
 struct PixelMap {
@@ -202,7 +208,36 @@ void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
     }
   }
   run_tiles(current_conv_kernels(), map, groups, epilogue, static_cast<int>(dilation), block_tiles,
-            num_threads(), parallel, allocate);
+            num_threads(), this_cache(), parallel, allocate);
+}
+
+// The units of work of such a call on a map of these sizes, in the order in which they are taken:
+// [units, 3], the number of the stage, multiply-adds, and lines that transforms read or write.
+Tensor conv_tile_units(at::IntArrayRef shape, int64_t outputs, int64_t dilation,
+                       at::IntArrayRef row_forms, at::IntArrayRef column_forms, int64_t threads,
+                       int64_t cache_bytes) {
+  TORCH_CHECK_VALUE(shape.size() == 4 && row_forms.size() == 2 && column_forms.size() == 2,
+                    "expected [N, C, H, W] and two forms for each axis");
+  const InputMap map{nullptr, shape[0], shape[2], shape[3], shape[1]};
+  Epilogue epilogue{};
+  epilogue.channels = outputs;
+  std::vector<TileGroup> groups;
+  for (const AxisTiles& row : checked_axis(map.height, dilation, row_forms[0], row_forms[1])) {
+    for (const AxisTiles& column :
+         checked_axis(map.width, dilation, column_forms[0], column_forms[1])) {
+      groups.push_back({row, column, nullptr});
+    }
+  }
+  const TileWork work(current_conv_kernels(), map, groups, epilogue, static_cast<int>(dilation), 0,
+                      threads, cache_bytes > 0 ? cache_shares(cache_bytes) : this_cache());
+  Team team;
+  work.add_to(team, nullptr);
+  Tensor result = at::empty({team.total(), 3}, at::kLong);
+  int64_t* to = result.data_ptr<int64_t>();
+  team.for_costs([&](int64_t stage, UnitCost cost) {
+    for (const int64_t value : {stage, cost.macs, cost.lines}) *to++ = value;
+  });
+  return result;
 }
 
 // A convolution as one product, 1x1 or by its patches; see conv_patches.h. x may have any strides.

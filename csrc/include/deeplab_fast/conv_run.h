@@ -90,15 +90,27 @@ inline int64_t block_floats(int64_t products, int64_t tiles, int64_t channels, i
   return products * tiles * (chunk_channels(channels) + padded(outputs) + 2 * kRowPad);
 }
 
-// Prepared weights up to this size stay in a third-level cache, and blocks can be as small as makes
-// the products worth their calls; larger ones come from memory for each block anew, which all
-// threads then share, so that each weight is read by one of them only.
-constexpr int64_t kCachedWeights = int64_t{12} << 20;
 constexpr int64_t kTilesCached = 24;
 constexpr int64_t kTilesStreamed = 192;
-// Of the buffers of a shared block; twice this, in a third-level cache of 32 MiB, took twice as
-// long.
-constexpr int64_t kBlockBytes = int64_t{20} << 20;
+
+// What the blocks may take of the last cache that processors share.
+struct CacheShares {
+  // Prepared weights up to this size stay in the cache, and blocks can be as small as makes the
+  // products worth their calls; larger ones come from memory for each block anew, which all threads
+  // then share, so that each weight is read by one of them only.
+  int64_t weights;
+  // Of the buffers of a shared block.
+  int64_t block;
+};
+
+// Of a cache of so many bytes. Measured with 32 MiB: shared blocks of 20 MiB, and of twice that,
+// which took twice as long. Where nothing is known of the cache it is taken to be of that size; a
+// cache beyond 64 MiB is one of many processors, of which a process may have few.
+constexpr CacheShares cache_shares(int64_t bytes) {
+  constexpr int64_t kMiB = int64_t{1} << 20;
+  const int64_t size = std::clamp(bytes > 0 ? bytes : 32 * kMiB, 8 * kMiB, 64 * kMiB);
+  return {size / 8 * 3, size / 8 * 5};
+}
 
 // Time of multiplying a block of `tiles` rows, in rows. A few rows beyond whole register tiles of 6
 // (or 12) take as long as 4, which the latency of their additions needs.
@@ -107,11 +119,13 @@ constexpr int64_t row_cost(int64_t tiles) {
 }
 
 inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channels, int64_t outputs,
-                                int64_t threads) {
-  const bool cached = 4 * products * channels * padded(outputs) <= kCachedWeights;
+                                int64_t threads, const CacheShares& cache) {
+  const bool cached = 4 * products * channels * padded(outputs) <= cache.weights;
   if (!cached || (threads > 1 && tiles < kTilesCached * threads)) {
     const int64_t bytes = 4 * block_floats(products, 1, channels, outputs);
-    const int64_t most = std::clamp(kBlockBytes / bytes, kTilesStreamed / 2, kTilesStreamed);
+    // Many threads end a stage of few tiles together seldom, and wait for each other.
+    const int64_t most = std::clamp(cache.block / bytes, kTilesStreamed / 2,
+                                    std::max(kTilesStreamed, kTilesCached / 2 * threads));
     const int64_t blocks = std::max<int64_t>(1, (tiles + most - 1) / most);
     return {(tiles + blocks - 1) / blocks, threads > 1};
   }
@@ -130,16 +144,36 @@ inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channel
 // 5.2e-6 with these.
 constexpr int64_t kRun = 128;
 
+// What a unit of work costs: multiply-adds of products, and lines of kPanel floats that transforms
+// read or write.
+struct UnitCost {
+  int64_t macs;
+  int64_t lines;
+};
+
 // Stages of units of work, done in one parallel region: a unit goes to the first thread that is
 // free, and a stage begins when all units of the one before are done. A region for each stage would
 // wait for every thread at its end, which takes long where another process holds a processor.
 class Team {
  public:
   // `work` gets the unit and the number of the thread's place in a workspace.
-  void add(int64_t units, std::function<void(int64_t unit, int64_t worker)> work) {
+  void add(int64_t units, std::function<void(int64_t unit, int64_t worker)> work,
+           std::function<UnitCost(int64_t unit)> cost = nullptr) {
     if (units == 0) return;
-    stages_.emplace_back(units, total_, std::move(work));
+    stages_.emplace_back(units, total_, std::move(work), std::move(cost));
     total_ += units;
+  }
+
+  int64_t total() const { return total_; }
+
+  // function(stage, cost) for each unit, in their order.
+  template <typename Function>
+  void for_costs(const Function& function) const {
+    for (size_t stage = 0; stage < stages_.size(); ++stage) {
+      for (int64_t unit = 0; unit < stages_[stage].units; ++unit) {
+        function(static_cast<int64_t>(stage), stages_[stage].cost(unit));
+      }
+    }
   }
 
   // parallel(count, function(begin, end)) calls the function in up to `threads` threads.
@@ -150,11 +184,13 @@ class Team {
 
  private:
   struct Stage {
-    Stage(int64_t units, int64_t first, std::function<void(int64_t, int64_t)> work)
-        : units(units), first(first), work(std::move(work)) {}
+    Stage(int64_t units, int64_t first, std::function<void(int64_t, int64_t)> work,
+          std::function<UnitCost(int64_t)> cost)
+        : units(units), first(first), work(std::move(work)), cost(std::move(cost)) {}
     const int64_t units;
     const int64_t first;
     const std::function<void(int64_t, int64_t)> work;
+    const std::function<UnitCost(int64_t)> cost;
     std::atomic<int64_t> done{0};
   };
 
@@ -183,19 +219,83 @@ class Team {
   int64_t total_ = 0;
 };
 
-// Tiles [first, first + count) of a group.
+// [first, first + count) of something.
 struct Span {
   int64_t first;
   int64_t count;
+
+  int64_t end() const { return first + count; }
 };
+
+// Two axes cut into units of `first` by `second`.
+struct Cut {
+  int64_t first;
+  int64_t second;
+};
+
+constexpr int64_t parts_of(int64_t length, int64_t size) { return (length + size - 1) / size; }
+
+inline Span part_of(int64_t length, int64_t size, int64_t part) {
+  return {part * size, std::min(size, length - part * size)};
+}
+
+// The costs below are in lines that a transform reads or writes, of about 5 ns, which is also what
+// the first reading of a line of a product's operands takes: of the multiply-adds that take as
+// long, of a unit, of a tile in it, and of taking a unit from the counter that all threads share.
+constexpr int64_t kLineMacs = 200;
+constexpr int64_t kUnitLines = 40;
+constexpr int64_t kTileLines = 12;
+constexpr int64_t kTakeLines = 10;
+
+// Time until the threads have done `units` units of cost `each`.
+constexpr int64_t stage_cost(int64_t units, int64_t each, int64_t threads) {
+  return (units + threads - 1) / threads * (each + kUnitLines) + units * kTakeLines;
+}
+
+// Whether a smaller unit is worth its cost: a gain of less than 3 % is none.
+constexpr bool pays(int64_t cost, int64_t best) { return cost < best / 100 * 97; }
+
+// Tiles and strips of channels that a unit transforms, of strips that cost `lines` in each tile.
+inline Cut cut_transform(int64_t tiles, int64_t strips, int64_t lines, int64_t threads) {
+  constexpr int64_t kMostTiles = 8;
+  Cut best{};
+  int64_t best_cost = std::numeric_limits<int64_t>::max();
+  for (int64_t strip = strips;; strip = (strip + 1) / 2) {
+    for (int64_t size = std::min(kMostTiles, tiles); size > 0; --size) {
+      const int64_t units = parts_of(tiles, size) * parts_of(strips, strip);
+      const int64_t cost = stage_cost(units, size * (strip * lines + kTileLines), threads);
+      if (pays(cost, best_cost)) best = {size, strip}, best_cost = cost;
+    }
+    if (strip == 1) return best;
+  }
+}
+
+// Rows and panels that a unit multiplies, of `products` products of depth `depth`.
+inline Cut cut_product(int64_t products, int64_t rows, int64_t panels, int64_t depth,
+                       int64_t threads) {
+  // Rows of register tiles in every instruction set; the multiplication takes panels in pairs.
+  constexpr int64_t kWholeRows = 12, kLeastRows = 24;
+  Cut best{};
+  int64_t best_cost = std::numeric_limits<int64_t>::max();
+  for (const int64_t most : {8, 4, 2}) {
+    const int64_t some = std::min(most, panels);
+    for (int64_t parts = 1; parts == 1 || rows / parts >= kLeastRows; ++parts) {
+      const int64_t size =
+          parts == 1 ? rows : parts_of(parts_of(rows, parts), kWholeRows) * kWholeRows;
+      const int64_t units = products * parts_of(panels, some) * parts_of(rows, size);
+      const int64_t macs = row_cost(size) * some * kPanel * depth;
+      const int64_t each = macs / kLineMacs + (size + some * kPanel) * depth / kPanel;
+      const int64_t cost = stage_cost(units, each, threads);
+      if (pays(cost, best_cost)) best = {size, some}, best_cost = cost;
+    }
+  }
+  return best;
+}
 
 // The work on the blocks of one group. A block's buffers hold its transformed inputs
 // [products][capacity][chunk], then its products [products][capacity][outputs].
 class GroupWork {
  public:
-  // What transforms and finishes a unit's tiles takes about as long as a unit of products.
-  static constexpr int64_t kUnitTiles = 8;
-
   GroupWork(const ConvKernels& kernels, const InputMap& x, TileGroup group,
             const Epilogue& epilogue, int dilation, int64_t capacity)
       : kernels_(kernels),
@@ -212,27 +312,47 @@ class GroupWork {
 
   // A whole block in one thread.
   void run(Span block, float* buffer) const {
+    const Span tiles{0, block.count};
+    const Cut cut = cut_product(group_.products(), block.count, num_panels(), chunk_, 1);
     for (int64_t channel = 0; channel < x_.channels; channel += chunk_) {
-      transform(block, buffer, channel, {0, block.count});
-      for (int64_t unit = 0; unit < units(); ++unit) multiply(block, buffer, channel, unit);
+      transform(block, buffer, channel, tiles, {0, depth(channel)});
+      for (int64_t unit = 0; unit < product_units(block, cut); ++unit) {
+        multiply(block, buffer, channel, cut, unit);
+      }
     }
-    finish(block, buffer, {0, block.count});
+    finish(block, buffer, tiles, {0, padded(epilogue_.channels)});
   }
 
-  // A block whose units the threads of a team share.
-  void add_to(Team& team, Span block, float* buffer) const {
-    const int64_t parts = (block.count + kUnitTiles - 1) / kUnitTiles;
-    const auto part = [block](int64_t unit) {
-      const int64_t first = unit * kUnitTiles;
-      return Span{first, std::min(kUnitTiles, block.count - first)};
-    };
+  UnitCost run_cost(Span block) const {
+    UnitCost cost = finish_cost({0, block.count}, {0, padded(epilogue_.channels)});
+    cost.macs = block.count * group_.products() * x_.channels * padded(epilogue_.channels);
     for (int64_t channel = 0; channel < x_.channels; channel += chunk_) {
-      team.add(parts,
-               [=, this](int64_t unit, int64_t) { transform(block, buffer, channel, part(unit)); });
-      team.add(units(),
-               [=, this](int64_t unit, int64_t) { multiply(block, buffer, channel, unit); });
+      cost.lines += transform_cost({0, block.count}, {0, depth(channel)}).lines;
     }
-    team.add(parts, [=, this](int64_t unit, int64_t) { finish(block, buffer, part(unit)); });
+    return cost;
+  }
+
+  // A block whose units `threads` threads of a team share.
+  void add_to(Team& team, Span block, float* buffer, int64_t threads) const {
+    for (int64_t channel = 0; channel < x_.channels; channel += chunk_) {
+      const int64_t channels = depth(channel);
+      add_strips(
+          team, block, channels, transform_cost({0, 1}, {0, kStrip}).lines, threads,
+          [=, this](Span tiles, Span strip) { transform(block, buffer, channel, tiles, strip); },
+          [this](Span tiles, Span strip) { return transform_cost(tiles, strip); });
+      const Cut cut = cut_product(group_.products(), block.count, num_panels(), channels, threads);
+      team.add(
+          product_units(block, cut),
+          [=, this](int64_t unit, int64_t) { multiply(block, buffer, channel, cut, unit); },
+          [=, this](int64_t unit) {
+            const ProductUnit own = product_unit(block, cut, unit);
+            return UnitCost{own.rows.count * own.panels.count * kPanel * channels, 0};
+          });
+    }
+    add_strips(
+        team, block, padded(epilogue_.channels), finish_cost({0, 1}, {0, kStrip}).lines, threads,
+        [=, this](Span tiles, Span strip) { finish(block, buffer, tiles, strip); },
+        [this](Span tiles, Span strip) { return finish_cost(tiles, strip); });
   }
 
  private:
@@ -247,16 +367,47 @@ class GroupWork {
     image = tile / (columns * rows);
   }
 
+  // Channels of the chunk from `channel`.
+  int64_t depth(int64_t channel) const { return std::min(chunk_, x_.channels - channel); }
+
+  UnitCost transform_cost(Span tiles, Span channels) const {
+    const int64_t values = row_.inputs * column_.inputs + group_.products();
+    return {0, tiles.count * parts_of(channels.count, kPanel) * values};
+  }
+
+  UnitCost finish_cost(Span tiles, Span channels) const {
+    const int64_t values = row_.outputs * column_.outputs + group_.products();
+    return {0, tiles.count * parts_of(channels.count, kPanel) * values};
+  }
+
+  // A stage of units of tiles and strips of channels: work and cost get both.
+  template <typename Work, typename Cost>
+  static void add_strips(Team& team, Span block, int64_t channels, int64_t strip_lines,
+                         int64_t threads, const Work& work, const Cost& cost) {
+    const int64_t strips = parts_of(channels, kStrip);
+    const Cut cut = cut_transform(block.count, strips, strip_lines, threads);
+    const int64_t across = parts_of(strips, cut.second);
+    const auto tiles = [=](int64_t unit) { return part_of(block.count, cut.first, unit / across); };
+    const auto strip = [=](int64_t unit) {
+      return part_of(channels, cut.second * kStrip, unit % across);
+    };
+    team.add(
+        parts_of(block.count, cut.first) * across,
+        [=](int64_t unit, int64_t) { work(tiles(unit), strip(unit)); },
+        [=](int64_t unit) { return cost(tiles(unit), strip(unit)); });
+  }
+
   float* products(float* buffer) const {
     return buffer + group_.products() * capacity_ * input_stride_;
   }
 
-  // To the transformed inputs of the block's tiles `span`, for the chunk from `channel`.
-  void transform(Span block, float* buffer, int64_t channel, Span span) const {
+  // To the transformed inputs of the block's tiles `span`, for `channels` of the chunk from
+  // `chunk`.
+  void transform(Span block, float* buffer, int64_t chunk, Span span, Span channels) const {
     alignas(64) static const float zeros[kMaxChunk + kPanel] = {};
     const FormKernels& rows = kernels_.forms[group_.rows.form];
     const FormKernels& columns = kernels_.forms[group_.columns.form];
-    const int64_t depth = std::min(chunk_, x_.channels - channel);
+    const int64_t depth = channels.end();
     const int64_t whole = depth / kPanel * kPanel;
     const int64_t plane = capacity_ * input_stride_;
     const int count = row_.inputs * column_.inputs;
@@ -274,12 +425,12 @@ class GroupWork {
         for (int j = 0; j < column_.inputs; ++j) {
           const int64_t x = x0 + int64_t{j} * dilation_;
           pixels[i * column_.inputs + j] = inside && x >= 0 && x < x_.width
-                                               ? x_.data + (start + x) * x_.channels + channel
+                                               ? x_.data + (start + x) * x_.channels + chunk
                                                : zeros;
         }
       }
       float* const to = buffer + tile * input_stride_;
-      for (int64_t c = 0; c < whole; c += kStrip) {
+      for (int64_t c = channels.first; c < whole; c += kStrip) {
         const int size = static_cast<int>(std::min<int64_t>(kStrip, whole - c));
         rows.input_rows(pixels, c, size, column_.inputs, line);
         columns.input_columns(line, size, row_.products, to + c, plane);
@@ -297,33 +448,51 @@ class GroupWork {
     }
   }
 
-  // Units are products times parts of the output channels.
-  int64_t parts() const { return (num_panels() + kUnitPanels - 1) / kUnitPanels; }
-  int64_t units() const { return group_.products() * parts(); }
   int64_t num_panels() const { return padded(epilogue_.channels) / kPanel; }
 
-  void multiply(Span block, float* buffer, int64_t channel, int64_t unit) const {
+  // Units are products times parts of the output channels times parts of the rows, so that units
+  // that follow each other read the same weights.
+  int64_t product_units(Span block, Cut cut) const {
+    return group_.products() * parts_of(num_panels(), cut.second) *
+           parts_of(block.count, cut.first);
+  }
+
+  struct ProductUnit {
+    int64_t product;
+    Span panels;
+    Span rows;
+  };
+
+  ProductUnit product_unit(Span block, Cut cut, int64_t unit) const {
+    const int64_t down = parts_of(block.count, cut.first);
+    const int64_t across = parts_of(num_panels(), cut.second);
+    return {unit / (down * across), part_of(num_panels(), cut.second, unit / down % across),
+            part_of(block.count, cut.first, unit % down)};
+  }
+
+  void multiply(Span block, float* buffer, int64_t channel, Cut cut, int64_t unit) const {
     const int64_t panel_size = x_.channels * kPanel;
-    const int64_t p = unit / parts(), first_panel = unit % parts() * kUnitPanels;
+    const auto [p, panels, rows] = product_unit(block, cut, unit);
+    const int64_t first_row = p * capacity_ + rows.first;
     Product product{};
-    product.a = buffer + p * capacity_ * input_stride_;
+    product.a = buffer + first_row * input_stride_;
     product.a_stride = input_stride_;
-    product.rows = block.count;
+    product.rows = rows.count;
     product.panels =
-        group_.weights + (p * num_panels() + first_panel) * panel_size + channel * kPanel;
+        group_.weights + (p * num_panels() + panels.first) * panel_size + channel * kPanel;
     product.panel_stride = panel_size;
-    product.num_panels = std::min(kUnitPanels, num_panels() - first_panel);
-    product.c = products(buffer) + p * capacity_ * output_stride_ + first_panel * kPanel;
+    product.num_panels = panels.count;
+    product.c = products(buffer) + first_row * output_stride_ + panels.first * kPanel;
     product.c_stride = output_stride_;
-    product.depth = std::min(chunk_, x_.channels - channel);
+    product.depth = depth(channel);
     product.accumulate = channel > 0;
     product.prefetch_rows = true;
     product.run = kRun;
     kernels_.multiply(product);
   }
 
-  // From the products of the block's tiles `span` to the outputs.
-  void finish(Span block, float* buffer, Span span) const {
+  // From the products of the block's tiles `span` to the outputs `channels`.
+  void finish(Span block, float* buffer, Span span, Span channels) const {
     const FormKernels& rows = kernels_.forms[group_.rows.form];
     const FormKernels& columns = kernels_.forms[group_.columns.form];
     const int64_t plane = capacity_ * output_stride_;
@@ -340,18 +509,14 @@ class GroupWork {
               y < x_.height && x < x_.width ? (image * x_.height + y) * x_.width + x : -1;
         }
       }
-      const int64_t channels = padded(epilogue_.channels);
-      for (int64_t channel = 0; channel < channels; channel += kStrip) {
-        const int count = static_cast<int>(std::min<int64_t>(kStrip, channels - channel));
+      for (int64_t channel = channels.first; channel < channels.end(); channel += kStrip) {
+        const int count = static_cast<int>(std::min<int64_t>(kStrip, channels.end() - channel));
         rows.output_rows(products(buffer) + tile * output_stride_ + channel, plane, count,
                          column_.products, line);
         columns.output_columns(line, row_.outputs, pixels, channel, count, epilogue_);
       }
     }
   }
-
-  // Output channels that a unit multiplies, in panels.
-  static constexpr int64_t kUnitPanels = 8;
 
   const ConvKernels& kernels_;
   const InputMap& x_;
@@ -373,60 +538,84 @@ inline int64_t useful_threads(int64_t work, int64_t threads) {
   return std::clamp<int64_t>(work / kThreadWork, 1, threads);
 }
 
-// A convolution by all its groups. block_tiles 0 chooses the blocks, n blocks of n tiles for each
-// thread, -n blocks of n tiles that the threads share. parallel(count, function(begin, end)) calls
-// the function in threads; allocate(floats) gives memory that lives as long as its result, with
-// data() to the first float, aligned to 64 bytes.
-template <typename Parallel, typename Allocate>
-void run_tiles(const ConvKernels& kernels, const InputMap& x, const std::vector<TileGroup>& groups,
-               const Epilogue& epilogue, int dilation, int64_t block_tiles, int64_t threads,
-               const Parallel& parallel, const Allocate& allocate) {
-  int64_t work = 0;
-  for (const TileGroup& group : groups) {
-    work += group.products() * x.images * group.tiles() * x.channels * epilogue.channels;
+// A convolution by all its groups, as a team's stages. block_tiles 0 chooses the blocks, n blocks of
+// n tiles for each thread, -n blocks of n tiles that the threads share.
+class TileWork {
+ public:
+  TileWork(const ConvKernels& kernels, const InputMap& x, const std::vector<TileGroup>& groups,
+           const Epilogue& epilogue, int dilation, int64_t block_tiles, int64_t threads,
+           const CacheShares& cache) {
+    int64_t work = 0;
+    for (const TileGroup& group : groups) {
+      work += group.products() * x.images * group.tiles() * x.channels * epilogue.channels;
+    }
+    if (work == 0) return;
+    threads_ = useful_threads(work, threads);
+    int64_t floats = 0;
+    for (const TileGroup& group : groups) {
+      const int64_t tiles = x.images * group.tiles();
+      Blocking blocking =
+          choose_blocking(group.products(), tiles, x.channels, epilogue.channels, threads_, cache);
+      if (block_tiles != 0) blocking = {std::abs(block_tiles), block_tiles < 0};
+      blocking.tiles = std::min(blocking.tiles, tiles);
+      parts_.push_back(
+          {GroupWork(kernels, x, group, epilogue, dilation, blocking.tiles), blocking, tiles});
+      floats = std::max(
+          floats, block_floats(group.products(), blocking.tiles, x.channels, epilogue.channels));
+    }
+    block_floats_ = padded(floats);
   }
-  if (work == 0) return;
-  threads = useful_threads(work, threads);
 
+  int64_t threads() const { return threads_; }
+
+  // Floats of the buffer: it serves the shared blocks, one after the other, and each thread's own.
+  int64_t floats() const { return block_floats_ * threads_; }
+
+  void add_to(Team& team, float* buffer) const {
+    for (const Part& part : parts_) {
+      const GroupWork& group = part.work;
+      const int64_t size = part.blocking.tiles, tiles = part.tiles, floats = block_floats_;
+      const int64_t blocks = parts_of(tiles, size);
+      if (part.blocking.shared) {
+        for (int64_t i = 0; i < blocks; ++i) {
+          group.add_to(team, part_of(tiles, size, i), buffer, threads_);
+        }
+      } else {
+        team.add(
+            blocks,
+            [=, &group](int64_t i, int64_t worker) {
+              group.run(part_of(tiles, size, i), buffer + worker * floats);
+            },
+            [=, &group](int64_t i) { return group.run_cost(part_of(tiles, size, i)); });
+      }
+    }
+  }
+
+ private:
   struct Part {
     GroupWork work;
     Blocking blocking;
     int64_t tiles;
   };
-  std::deque<Part> parts;
-  int64_t floats = 0;
-  for (const TileGroup& group : groups) {
-    const int64_t tiles = x.images * group.tiles();
-    Blocking blocking =
-        choose_blocking(group.products(), tiles, x.channels, epilogue.channels, threads);
-    if (block_tiles != 0) blocking = {std::abs(block_tiles), block_tiles < 0};
-    blocking.tiles = std::min(blocking.tiles, tiles);
-    parts.push_back(
-        {GroupWork(kernels, x, group, epilogue, dilation, blocking.tiles), blocking, tiles});
-    floats = std::max(
-        floats, block_floats(group.products(), blocking.tiles, x.channels, epilogue.channels));
-  }
-  // One buffer serves the shared blocks, one after the other, and each thread's own ones.
-  floats = padded(floats);
-  auto buffers = allocate(floats * threads);
-  float* const buffer = buffers.data();
+
+  std::deque<Part> parts_;
+  int64_t threads_ = 1;
+  int64_t block_floats_ = 0;
+};
+
+// Runs a TileWork of these arguments. parallel(count, function(begin, end)) calls the function in
+// threads; allocate(floats) gives memory that lives as long as its result, with data() to the first
+// float, aligned to 64 bytes.
+template <typename Parallel, typename Allocate>
+void run_tiles(const ConvKernels& kernels, const InputMap& x, const std::vector<TileGroup>& groups,
+               const Epilogue& epilogue, int dilation, int64_t block_tiles, int64_t threads,
+               const CacheShares& cache, const Parallel& parallel, const Allocate& allocate) {
+  const TileWork work(kernels, x, groups, epilogue, dilation, block_tiles, threads, cache);
+  if (work.floats() == 0) return;
+  auto buffers = allocate(work.floats());
   Team team;
-  for (const Part& part : parts) {
-    const GroupWork& group = part.work;
-    const int64_t size = part.blocking.tiles, tiles = part.tiles;
-    const auto block = [size, tiles](int64_t i) {
-      return Span{i * size, std::min(size, tiles - i * size)};
-    };
-    const int64_t blocks = (tiles + size - 1) / size;
-    if (part.blocking.shared) {
-      for (int64_t i = 0; i < blocks; ++i) group.add_to(team, block(i), buffer);
-    } else {
-      team.add(blocks, [=, &group](int64_t i, int64_t worker) {
-        group.run(block(i), buffer + worker * floats);
-      });
-    }
-  }
-  team.run(threads, parallel);
+  work.add_to(team, buffers.data());
+  team.run(work.threads(), parallel);
 }
 
 }  // namespace deeplab_fast::cpu
