@@ -23,7 +23,15 @@ from deeplab_fast.engine.runner import (
     preprocess_of,
 )
 
-__all__ = ["PredictOptions", "check_device", "check_dtype", "predict"]
+__all__ = [
+    "PredictOptions",
+    "check_device",
+    "check_dtype",
+    "check_tensor",
+    "checked_images",
+    "name_of",
+    "predict",
+]
 
 
 def predict(
@@ -104,9 +112,9 @@ def predict(
     wanted_device = check_device(device)
     entries: list[ImageLike] = []
     if isinstance(images, torch.Tensor):
-        _check_tensor(images)
+        check_tensor(images)
     else:
-        entries = _checked_images(images)
+        entries = checked_images(images)
     ready = isinstance(images, torch.Tensor) and images.is_floating_point()
     preprocess = None if ready else preprocess_of(model)
     runner = Runner.prepare(
@@ -131,26 +139,26 @@ def predict(
 def _warn_of_not_finite(images: object, spoiled: Sequence[int]) -> None:
     if not any(spoiled):
         return
-    names: list[str]
-    if isinstance(images, torch.Tensor):
-        names = [f"image {i} of the tensor" for i in range(len(spoiled))]
-    else:
-        several = isinstance(images, (list, tuple))
-        entries: Sequence[object] = images if isinstance(images, (list, tuple)) else [images]
-        names = [
-            os.fspath(entry)
-            if isinstance(entry, (str, os.PathLike))
-            else getattr(entry, "filename", "") or (f"images[{i}]" if several else "the image")
-            for i, entry in enumerate(entries)
-        ]
     pixels: Counter[str] = Counter()
-    for name, count in zip(names, spoiled, strict=True):
+    for index, count in enumerate(spoiled):
         if count:
-            pixels[name] += count
+            pixels[name_of(images, index)] += count
     warnings.warn(NotFiniteWarning(pixels), stacklevel=3)
 
 
-def _check_tensor(images: torch.Tensor) -> None:
+def name_of(images: object, index: int) -> str:
+    """What messages call an image."""
+    if isinstance(images, torch.Tensor):
+        return f"image {index} of the tensor"
+    several = isinstance(images, (list, tuple))
+    entry = images[index] if isinstance(images, (list, tuple)) else images
+    if isinstance(entry, (str, os.PathLike)):
+        return os.fspath(entry)
+    return getattr(entry, "filename", "") or (f"images[{index}]" if several else "the image")
+
+
+def check_tensor(images: torch.Tensor) -> None:
+    """Raises ValueError for a tensor that holds no images."""
     if not (images.is_floating_point() or images.dtype == torch.uint8):
         raise ValueError(
             f"image tensor has dtype {images.dtype}, expected a float dtype (normalised) or "
@@ -164,7 +172,8 @@ def _check_tensor(images: torch.Tensor) -> None:
         raise ValueError(f"image tensor has shape {list(images.shape)}: it has no pixels")
 
 
-def _checked_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+def checked_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    """One image or several as a list; raises ValueError for something else."""
     entries = list(images) if isinstance(images, (list, tuple)) else [cast(ImageLike, images)]
     for i, entry in enumerate(entries):
         is_image = isinstance(entry, (str, os.PathLike, np.ndarray)) or hasattr(entry, "getbands")

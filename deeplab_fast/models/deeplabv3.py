@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from ..program.fast_path import FastPath
 from ..program.network import Network
 from ..weights.save import model_metadata
 from .backbone import Backbone, Geometry, set_dilation
+
+if TYPE_CHECKING:
+    from ..program.calibrate import CalibrationReport
 
 OUTPUT_STRIDES = (8, 16)
 
@@ -208,6 +211,19 @@ class DeepLabV3(Network):
         from ..engine.predict import predict
 
         return predict(self, images, **options)
+
+    def calibrate(
+        self,
+        images: Tensor | ImageLike | Sequence[ImageLike],
+        *,
+        method: str | None = None,
+        batch_size: int | None = None,
+        limit: int | None = None,
+    ) -> CalibrationReport:
+        """Measure on photos what int8 needs; see `deeplab_fast.program.calibrate.calibrate`."""
+        from ..program.calibrate import calibrate
+
+        return calibrate(self, images, method=method, batch_size=batch_size, limit=limit)
 
     @property
     def num_classes(self) -> int:

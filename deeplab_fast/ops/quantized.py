@@ -266,6 +266,17 @@ class QuantizedConv:
         overwrite_residual: bool = ...,
     ) -> Tensor: ...
 
+    @overload
+    def __call__(
+        self,
+        x: Quantised,
+        residual: Quantised | Tensor | None = ...,
+        *,
+        into: Affine | None,
+        shift: Tensor | None = ...,
+        overwrite_residual: bool = ...,
+    ) -> Quantised | Tensor: ...
+
     def __call__(
         self,
         x: Quantised,
@@ -308,6 +319,12 @@ class QuantizedConv:
         y = y.contiguous(memory_format=torch.channels_last)
         return y if into is None else Quantised(y, into)
 
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[N, K, H', W'] of the result for an input [N, C, H, W]."""
+        n, _, height, width = shape
+        size = (output_size(*axis) for axis in self._axes((height, width)))
+        return (n, self.out_channels, *size)
+
     def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
         """What a call on an input of this shape runs; arguments as for `PreparedConv.plan`."""
         n, _, height, width = shape
@@ -315,7 +332,7 @@ class QuantizedConv:
         macs = n * self.weight.numel()
         for axis in axes:
             macs = macs * live_taps(*axis) // axis[1]
-        outputs = math.prod(output_size(*axis) for axis in axes) * n * self.out_channels
+        outputs = math.prod(self.output_shape(shape))
         threads = threads or torch.get_num_threads()
         rate = _VNNI_RATE if weight_limit(False) == 127 else _RATE
         return Plan(
@@ -360,13 +377,13 @@ class QuantizedConv:
     def _check(
         self, x: Quantised, residual: Quantised | Tensor | None, into: Affine | None
     ) -> tuple[int, ...]:
-        n, channels, height, width = x.shape
+        _, channels, height, width = x.shape
         if channels != self.in_channels or x.affine != self.source:
             raise ValueError(
                 f"QuantizedConv: x {list(x.shape)} of {x.affine} does not fit, expected "
                 f"{self.in_channels} channels of {self.source}"
             )
-        shape = (n, self.out_channels, *(output_size(*a) for a in self._axes((height, width))))
+        shape = self.output_shape(x.shape)
         if min(shape[2:]) < 1:
             raise ValueError(
                 f"QuantizedConv: a map of {height}x{width} is smaller than the dilated kernel of "

@@ -16,10 +16,12 @@ from .layers import (
     Layer,
     MapLayer,
     PlainLayer,
+    Program,
     SamePadding,
     ScalingLayer,
     spread,
 )
+from .network import Network
 from .staleness import is_dense
 
 Prepared = PreparedConv | PreparedAspp | PreparedProject
@@ -55,6 +57,9 @@ class CpuForms:
 
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         return PlainLayer(name, module)
+
+    def finish(self, model: Network, program: Program) -> None:
+        pass
 
 
 class _Layer(Layer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..dispatch.precision import Precision
 from .cpu_layers import CpuForms
 from .inference import Forms
+from .int8_layers import Int8Forms
 from .network import Network
 
 
@@ -14,4 +15,6 @@ def forms_of(precision: Precision, model: Network) -> Forms:
     Raises:
         ValueError: the calibration of the model is of other weights.
     """
+    if precision.name == "int8" and model.calibration is not None:
+        return Int8Forms(model.calibration)
     return CpuForms()

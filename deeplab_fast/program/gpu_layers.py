@@ -25,10 +25,12 @@ from .layers import (
     Layer,
     MapLayer,
     PlainLayer,
+    Program,
     SamePadding,
     ScalingLayer,
     spread,
 )
+from .network import Network
 from .staleness import is_dense
 
 # Elements, in any dtype a multiple of 32 bytes.
@@ -249,6 +251,9 @@ class GpuForms:
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         # A frozen program has a copy of it.
         return UnknownLayer(name, module.to(self._frozen_dtype) if self._frozen else module)
+
+    def finish(self, model: Network, program: Program) -> None:
+        pass
 
 
 class FoldedLayer(Layer):

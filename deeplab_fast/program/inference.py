@@ -74,6 +74,9 @@ class Forms(Protocol):
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         """A module that runs as it is."""
 
+    def finish(self, model: Network, program: Program) -> None:
+        """Called with the program of all layers, before it runs."""
+
 
 class _NotFoldable(Exception):
     """A block needs what is not there, and runs as it is."""
@@ -99,6 +102,9 @@ def fold(
 
     Returns:
         The program and "", or None and why the whole model must run its plain modules.
+
+    Raises:
+        CalibrationError: forms of int8 that were calibrated for other weights.
     """
     parts = model.parts(aux)
     names: dict[nn.Module, str] = {}
@@ -111,11 +117,14 @@ def fold(
     folder = _Folder(forms, names, frozen, max_extra_bytes)
     with torch.inference_mode(False), torch.no_grad():
         backbone, *heads = (folder.step(root) for _, root in parts)
-    if not any(isinstance(layer, MapLayer) for layer in folder.layers):
-        return None, _why_nothing(names, forms)
-    results = tuple((name, name, head) for name, head in zip(("out", "aux"), heads, strict=False))
-    layers = tuple(folder.layers)
-    return Program(backbone, results, layers, folder.in_channels, folder.channels_last), ""
+        if not any(isinstance(layer, MapLayer) for layer in folder.layers):
+            return None, _why_nothing(names, forms)
+        named = zip(("out", "aux"), heads, strict=False)
+        results = tuple((name, name, head) for name, head in named)
+        layers = tuple(folder.layers)
+        program = Program(backbone, results, layers, folder.in_channels, folder.channels_last)
+        forms.finish(model, program)
+    return program, ""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..dispatch.precision import check_precision, reason_against
+from .calibration import Calibration
 
 
 class Network(nn.Module):
@@ -22,8 +23,7 @@ class Network(nn.Module):
     fast: bool
     fused: bool
     max_extra_bytes: int | None
-    # Ranges of the maps for int8, or None.
-    calibration: Any = None
+    calibration: Calibration | None = None
     cuda_graphs: bool | None = None
     _precision = "fp32"
 
