@@ -52,6 +52,19 @@ void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
 Tensor conv_weight_gradient(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t stride,
                             int64_t dilation, bool spreads);
 
+// csrc/cpu/strips_ops.cpp
+void inverted_residual(const Tensor& x, const std::optional<Tensor>& expand,
+                       const std::optional<Tensor>& expand_shift, const Tensor& depthwise,
+                       const Tensor& depthwise_shift, const std::optional<Tensor>& project,
+                       const std::optional<Tensor>& project_shift,
+                       const std::optional<Tensor>& residual, const Tensor& out,
+                       int64_t channel_offset, const std::optional<Tensor>& sums,
+                       at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                       std::string_view expand_act, std::string_view depthwise_act,
+                       std::string_view project_act);
+void scaled_pixels(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                   const std::optional<Tensor>& residual, const Tensor& out, std::string_view act);
+
 // csrc/cpu/batch_norm_ops.cpp
 std::tuple<Tensor, Tensor, Tensor> batch_stats(const Tensor& x, double eps,
                                                const std::optional<Tensor>& running_mean,
@@ -121,6 +134,14 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
       "_conv_weight_gradient_cpu(Tensor grad, Tensor x, int kernel, int stride, int dilation, "
       "bool spreads) -> Tensor");
   m.def(
+      "_inverted_residual_cpu(Tensor x, Tensor? expand, Tensor? expand_shift, Tensor depthwise, "
+      "Tensor depthwise_shift, Tensor? project, Tensor? project_shift, Tensor? residual, "
+      "Tensor(a!) out, int channel_offset, Tensor(b!)? sums, int[2] stride, int[2] padding, "
+      "int[2] dilation, str expand_act, str depthwise_act, str project_act) -> ()");
+  m.def(
+      "_scaled_pixels_cpu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
+      "Tensor(a!) out, str act) -> ()");
+  m.def(
       "_batch_stats_cpu(Tensor x, float eps, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, float? momentum) -> (Tensor, Tensor, Tensor)");
   m.def("_bn_act_cpu(" DEEPLAB_FAST_BATCH_NORM "Tensor? residual, str? act) -> Tensor");
@@ -145,6 +166,8 @@ TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
   m.impl("_conv_tiles_cpu", &cpu::conv_tiles);
   m.impl("_conv_pixels_cpu", &cpu::conv_pixels);
   m.impl("_conv_weight_gradient_cpu", &cpu::conv_weight_gradient);
+  m.impl("_inverted_residual_cpu", &cpu::inverted_residual);
+  m.impl("_scaled_pixels_cpu", &cpu::scaled_pixels);
   m.impl("_batch_stats_cpu", &cpu::batch_stats);
   m.impl("_bn_act_cpu", &cpu::bn_act);
   m.impl("_bn_act_reduce_cpu", &cpu::bn_act_reduce);

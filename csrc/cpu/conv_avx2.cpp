@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "deeplab_fast/conv_cpu.h"
+#include "deeplab_fast/strips_cpu.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 
@@ -19,12 +20,18 @@ static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_
 #define DEEPLAB_FAST_VECTOR_BYTES 32
 #define DEEPLAB_FAST_ROWS 6
 #include "deeplab_fast/conv_cpu_kernels.h"
+#include "deeplab_fast/strips_cpu_kernels.h"
 #pragma GCC pop_options
 
 namespace deeplab_fast::cpu {
 
 const ConvKernels& conv_avx2() {
   static constexpr ConvKernels kernels = avx2_set::conv_kernels("avx2", has_avx2);
+  return kernels;
+}
+
+const StripKernels& strips_avx2() {
+  static constexpr StripKernels kernels = avx2_set::strip_kernels();
   return kernels;
 }
 
@@ -36,6 +43,11 @@ namespace deeplab_fast::cpu {
 
 const ConvKernels& conv_avx2() {
   static const ConvKernels kernels = {"avx2", [] { return false; }, {}, nullptr, nullptr};
+  return kernels;
+}
+
+const StripKernels& strips_avx2() {
+  static const StripKernels kernels = {};
   return kernels;
 }
 

@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "deeplab_fast/conv_cpu.h"
+#include "deeplab_fast/strips_cpu.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 
@@ -17,12 +18,18 @@
 #define DEEPLAB_FAST_VECTOR_BYTES 64
 #define DEEPLAB_FAST_ROWS 12
 #include "deeplab_fast/conv_cpu_kernels.h"
+#include "deeplab_fast/strips_cpu_kernels.h"
 #pragma GCC pop_options
 
 namespace deeplab_fast::cpu {
 
 const ConvKernels& conv_avx512() {
   static constexpr ConvKernels kernels = avx512_set::conv_kernels("avx512", has_avx512);
+  return kernels;
+}
+
+const StripKernels& strips_avx512() {
+  static constexpr StripKernels kernels = avx512_set::strip_kernels();
   return kernels;
 }
 
@@ -34,6 +41,11 @@ namespace deeplab_fast::cpu {
 
 const ConvKernels& conv_avx512() {
   static const ConvKernels kernels = {"avx512", [] { return false; }, {}, nullptr, nullptr};
+  return kernels;
+}
+
+const StripKernels& strips_avx512() {
+  static const StripKernels kernels = {};
   return kernels;
 }
 
