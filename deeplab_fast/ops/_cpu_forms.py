@@ -25,6 +25,10 @@ STREAM_RATE = 20e9
 # Preparing weights: bytes written to fresh memory, and a time for each of outputs x channels.
 PREPARE_RATE = 1e9
 PREPARE_SECONDS = 20e-9
+# Multiply-adds of the depthwise kernel, whose taps come from a first-level cache two at a time, and
+# of products of few channels.
+DEPTHWISE_RATE = 18e9
+STRIPS_RATE = 42e9
 # Of a call, and of a form within it; of a call to oneDNN.
 CALL_SECONDS = 15e-6
 ONEDNN_CALL_SECONDS = 80e-6
@@ -252,3 +256,14 @@ def pixels_seconds(macs: int, threads: int, *, dtype: str = "float32") -> float:
 
 def _lines(channels: int) -> int:
     return -(-channels // _PANEL)
+
+
+def depthwise_seconds(macs: int, threads: int) -> float:
+    """Predicted time of the depthwise kernel."""
+    return CALL_SECONDS + macs / (DEPTHWISE_RATE * threads)
+
+
+def strips_seconds(macs_pointwise: int, macs_depthwise: int, threads: int) -> float:
+    """Predicted time of an inverted residual in strips."""
+    pointwise = macs_pointwise / (STRIPS_RATE * threads)
+    return pointwise + depthwise_seconds(macs_depthwise, threads)

@@ -12,6 +12,7 @@ for each shape by the cost model of `_cpu_forms`:
 
     tiles    3x3 convolutions with stride 1 and padding = dilation by few multiplications
     pixels   1x1 convolutions as one matrix product, written straight into a channel slice
+    depthwise  each channel by its own filter, with any stride
     onednn   everything else, and those where it is predicted to be faster
     aten     where PyTorch has no oneDNN, and where a weight is not finite: what such a weight makes
              of padding depends on the algorithm, and here it is PyTorch's choice
@@ -44,8 +45,8 @@ class Plan:
     """What one call runs.
 
     Attributes:
-        kernel: what computes it: "tiles", "pixels", "onednn" or "aten"; on a GPU one of
-            `folded_conv`.
+        kernel: what computes it: "tiles", "pixels", "depthwise", "strips" (of
+            `prepared_inverted_residual`), "onednn" or "aten"; on a GPU one of `folded_conv`.
         form: the algorithm: "direct", or the forms along rows x columns, phases of the larger
             number of samples / the others.
         shape: of the input, [N, C, H, W].
@@ -187,10 +188,18 @@ class PreparedConv:
                 and residual is not None
                 and residual.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
             )
-            if choice.kernel in ("tiles", "pixels"):
+            if choice.kernel in _OWN:
+                # The depthwise kernel writes some channels twice, and would add their residual so.
+                overwrite = overwrite and choice.kernel != "depthwise"
                 if out is None:
                     out, channel_offset = residual if overwrite else empty(shape), 0
                     assert out is not None
+                elif (
+                    residual is not None
+                    and choice.kernel == "depthwise"
+                    and _overlap(out, residual)
+                ):
+                    residual = residual.clone()
                 self._run_own(choice, x, self.shift, residual, out, channel_offset)
                 return out.narrow(1, channel_offset, self.out_channels) if into is None else into
             y = self._run_pytorch(choice, x, self.shift, residual, overwrite and into is None)
@@ -202,8 +211,7 @@ class PreparedConv:
     def writes_into(self, shape: Sequence[int]) -> bool:
         """Whether a call on an input of this shape writes straight into `out`; else the result is
         copied there."""
-        kernel = self._choose(shape, torch.get_num_threads(), False).kernel
-        return kernel in ("tiles", "pixels")
+        return self._choose(shape, torch.get_num_threads(), False).kernel in _OWN
 
     def shifted(self, x: Tensor, shifts: Tensor, out: Tensor | None = None) -> Tensor:
         """As a call on x, with shifts [N, K] of the images in place of the own shift; `out` as for
@@ -248,6 +256,21 @@ class PreparedConv:
             choice.weight_bytes,
         )
 
+    @property
+    def weight(self) -> Tensor:
+        """scale * weight."""
+        return self._weight
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """Taps along rows and columns."""
+        return self._weight.shape[2], self._weight.shape[3]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the weight is finite; else PyTorch's convolution runs."""
+        return self._finite
+
     def prepare(self, shape: Sequence[int], *, into_slice: bool = False) -> None:
         """Prepare the weights that such a call needs; arguments as for `plan`."""
         choice = self._choose(shape, torch.get_num_threads(), into_slice)
@@ -255,6 +278,8 @@ class PreparedConv:
             self._tile_weights(choice)
         elif choice.kernel == "pixels":
             self._pixel_weight()
+        elif choice.kernel == "depthwise":
+            self._depthwise_weight()
         elif choice.kernel == "onednn":
             self._reordered(shape)
 
@@ -341,7 +366,14 @@ class PreparedConv:
                 macs, threads, pointwise=tuple(self._weight.shape[2:]) == (1, 1)
             ),
         )
-        if not self._finite or self.groups != 1 or self.stride != (1, 1) or not _has_kernels():
+        if not self._finite or not _has_kernels():
+            return direct
+        if self.groups == self.in_channels == self.out_channels > 1:
+            size = 4 * math.prod(self._weight.shape[2:]) * padded(self.out_channels)
+            if self._allows("depthwise", size):
+                seconds = _cpu_forms.depthwise_seconds(macs, threads)
+                return _Choice("depthwise", "direct", macs, size, seconds)
+        if self.groups != 1 or self.stride != (1, 1):
             return direct
         kernel = tuple(self._weight.shape[2:])
         if kernel == (1, 1) and self.padding == (0, 0):
@@ -404,7 +436,10 @@ class PreparedConv:
         ]
 
     def _pixel_weight(self) -> Tensor:
-        return self._form("pixels", partial(_panels, self._weight))
+        return self._form("pixels", partial(panels, self._weight))
+
+    def _depthwise_weight(self) -> Tensor:
+        return self._form("depthwise", partial(depthwise_taps, self._weight))
 
     def _run_own(
         self,
@@ -417,6 +452,13 @@ class PreparedConv:
     ) -> None:
         ops = torch.ops.deeplab_fast
         target = (residual, out, channel_offset)
+        if choice.kernel == "depthwise":
+            weight, act = self._depthwise_weight(), self.act or "none"
+            geometry = (self.stride, self.padding, self.dilation)
+            ops._inverted_residual_cpu(
+                x, None, None, weight, shift, None, None, *target, None, *geometry, "none", act, ""
+            )
+            return
         if choice.tiles is None:
             ops._conv_pixels_cpu(x, self._pixel_weight(), shift, *target, self.act or "none")
             return
@@ -478,6 +520,8 @@ class PreparedConv:
         return self._form("onednn", lambda: reorder(self._weight, *geometry, list(shape)))
 
 
+# Kernels of our own, which write into a given map.
+_OWN = ("tiles", "pixels", "depthwise")
 _PANEL = 16
 _KEPT_CHOICES = 64
 
@@ -492,7 +536,7 @@ def _has_onednn() -> bool:
 
 
 def _has_kernels() -> bool:
-    return not limits.extension(_ext.CPU, "_conv_tiles_cpu")
+    return not limits.extension(_ext.CPU, "_inverted_residual_cpu")
 
 
 def _pixels_are_faster(channels: int, outputs: int) -> bool:
@@ -507,11 +551,28 @@ def _tile_key(row: _cpu_forms.Form, column: _cpu_forms.Form) -> tuple[str, str]:
     return row.name, column.name
 
 
-def _panels(weight: Tensor) -> Tensor:
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two maps may lie in the same memory."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def padded(channels: int) -> int:
+    """Channels filled up to whole panels of prepared weights."""
+    return -(-channels // _PANEL) * _PANEL
+
+
+def depthwise_taps(weight: Tensor) -> Tensor:
+    """[C, 1, R, S] -> [R, S, C], the channels filled up with zeros to whole panels."""
+    channels = weight.shape[0]
+    taps = weight.flatten(0, 1).permute(1, 2, 0)
+    return F.pad(taps, (0, padded(channels) - channels)).contiguous()
+
+
+def panels(weight: Tensor) -> Tensor:
     """[K, C, 1, 1] -> [K / 16, C, 16], the output channels filled up with zeros."""
     outputs, channels = weight.shape[:2]
-    padded = F.pad(weight.flatten(1), (0, 0, 0, -outputs % _PANEL))
-    return padded.view(-1, _PANEL, channels).transpose(1, 2).contiguous()
+    rows = F.pad(weight.flatten(1), (0, 0, 0, -outputs % _PANEL))
+    return rows.view(-1, _PANEL, channels).transpose(1, 2).contiguous()
 
 
 def empty(shape: Sequence[int]) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..ops.prepared import Plan, PreparedConv, activate_
 from ..ops.prepared_aspp import PreparedAspp, PreparedProject
+from ..ops.prepared_inverted_residual import Folded, PreparedInvertedResidual
 from .layers import (
     ConvSpec,
+    InvertedResidualSpec,
     Layer,
     MapLayer,
     PlainLayer,
@@ -24,7 +26,7 @@ from .layers import (
 from .network import Network
 from .staleness import is_dense
 
-Prepared = PreparedConv | PreparedAspp | PreparedProject
+Prepared = PreparedConv | PreparedAspp | PreparedProject | PreparedInvertedResidual
 
 
 class CpuForms:
@@ -54,6 +56,13 @@ class CpuForms:
         self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module
     ) -> ScalingLayer:
         return SqueezeExcitationLayer(name, fc1, fc2, gate)
+
+    def inverted_residual(
+        self, spec: InvertedResidualSpec, max_extra_bytes: int | None
+    ) -> MapLayer | None:
+        # Forms whose convolutions are others than those here have no such block.
+        own = type(self).conv is CpuForms.conv
+        return InvertedResidualLayer(spec, max_extra_bytes) if own else None
 
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         return PlainLayer(name, module)
@@ -134,6 +143,45 @@ class ConvLayer(_Layer, MapLayer):
         left, right, top, bottom = sides
         n, c, height, width = shape
         return self._uneven, (n, c, height + top + bottom, width + left + right)
+
+
+class InvertedResidualLayer(_Layer, MapLayer):
+    """project(scaled(depthwise(expand(x)))), with x added where the block is a residual one."""
+
+    def __init__(self, spec: InvertedResidualSpec, max_extra_bytes: int | None) -> None:
+        depthwise, squeeze = spec.depthwise, spec.squeeze
+        same = SamePadding(depthwise.weight.shape[2:], depthwise.stride, depthwise.dilation)
+        self._same = same if depthwise.padding == "same" and same.can_be_uneven else None
+        self._adds = spec.adds
+        padding = same.halves if isinstance(depthwise.padding, str) else depthwise.padding
+        rows_columns = (depthwise.stride, padding, depthwise.dilation)
+        stride, padding, dilation = ((rows, columns) for rows, columns in rows_columns)
+        self._block = PreparedInvertedResidual(
+            None if spec.expand is None else _folded(spec.expand),
+            _folded(depthwise),
+            _folded(spec.project),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            squeeze=None if squeeze is None else _Squeeze(*squeeze),
+            max_extra_bytes=max_extra_bytes,
+        )
+        super().__init__(spec.name, [conv.weight for conv in spec.convs], [self._block])
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._block(x, x if self._adds else None, out=out, sides=self._sides(x.shape))
+
+    def writes_into(self, shape: Sequence[int]) -> bool:
+        return self._block.writes_into(shape)
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return self._block.output_shape(shape, self._sides(shape))
+
+    def plans(self, shape: Sequence[int]) -> tuple[Plan, ...]:
+        return self._block.plan(shape, self._sides(shape))
+
+    def _sides(self, shape: Sequence[int]) -> list[int] | None:
+        return None if self._same is None else self._same.sides(shape)
 
 
 class AsppLayer(_Layer, MapLayer):
@@ -248,14 +296,24 @@ class SqueezeExcitationLayer(_Layer, ScalingLayer):
 
     def __init__(self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module) -> None:
         super().__init__(name, [fc1.weight, fc2.weight])
-        self._fc1, self._fc2, self._gate = _Linear(fc1), _Linear(fc2), copy.deepcopy(gate)
+        self._factors = _Squeeze(fc1, fc2, gate)
 
     def __call__(self, x: Tensor) -> Tensor:
-        scale = self._gate(self._fc2(self._fc1(x.mean((2, 3)))))[:, :, None, None]
+        scale = self._factors(x.mean((2, 3)))[:, :, None, None]
         return x.mul_(scale) if self.in_place else x * scale
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape)
+
+
+class _Squeeze:
+    """The factors of channels by their means: gate(fc2(fc1(means)))."""
+
+    def __init__(self, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module) -> None:
+        self._fc1, self._fc2, self._gate = _Linear(fc1), _Linear(fc2), copy.deepcopy(gate)
+
+    def __call__(self, means: Tensor) -> Tensor:
+        return self._gate(self._fc2(self._fc1(means)))
 
 
 class _Linear:
@@ -293,6 +351,10 @@ def affine(spec: ConvSpec) -> tuple[Tensor | None, Tensor | None]:
     if norm.bias is not None:
         shift = norm.bias.double() if shift is None else shift + norm.bias.double()
     return scale.float(), None if shift is None else shift.float()
+
+
+def _folded(spec: ConvSpec) -> Folded:
+    return Folded(spec.weight, *affine(spec), spec.act)
 
 
 def _or(value: Tensor | None, spec: ConvSpec, default: float) -> Tensor:

@@ -22,6 +22,7 @@ from ..plan import fold
 from .layers import (
     CHANNELS_LAST,
     ConvSpec,
+    InvertedResidualSpec,
     Layer,
     MapLayer,
     PlainLayer,
@@ -247,6 +248,9 @@ class GpuForms:
         self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module
     ) -> ScalingLayer:
         return SqueezeExcitationLayer(name, fc1, fc2, gate, self.sources)
+
+    def inverted_residual(self, spec: InvertedResidualSpec, max_extra_bytes: int | None) -> None:
+        return None
 
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         # A frozen program has a copy of it.

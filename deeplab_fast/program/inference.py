@@ -25,6 +25,7 @@ from .layers import (
     Chain,
     ConvSpec,
     Features,
+    InvertedResidualSpec,
     Layer,
     MapLayer,
     NormSpec,
@@ -70,6 +71,11 @@ class Forms(Protocol):
         self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module
     ) -> ScalingLayer:
         """x * gate(fc2(fc1(mean of x)))."""
+
+    def inverted_residual(
+        self, spec: InvertedResidualSpec, max_extra_bytes: int | None
+    ) -> MapLayer | None:
+        """An inverted residual in one layer, None where its convolutions are layers each."""
 
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         """A module that runs as it is."""
@@ -280,7 +286,10 @@ class _Folder:
 
 
 def _block(folder: _Folder, block: match.Block) -> Step:
-    """The sum in the epilogue of the last convolution."""
+    """One layer for an inverted residual, else the sum in the epilogue of the last convolution."""
+    fused = _inverted_residual(folder, block)
+    if fused is not None:
+        return fused
     pieces = folder.pieces(block.modules)
     if not block.adds:
         return folder.chain(pieces)
@@ -295,7 +304,49 @@ def _block(folder: _Folder, block: match.Block) -> Step:
     return ResidualBlock(folder.chain(body), folder.conv(tail), shortcut)
 
 
-def _squeeze_excite(folder: _Folder, block: match.SqueezeExcite) -> Step:
+def _inverted_residual(folder: _Folder, block: match.Block) -> Step | None:
+    """The step of a block that expands, filters each channel and projects, None for another."""
+    before = len(folder.layers)
+    try:
+        spec = _inverted_residual_spec(folder, block)
+    except _NotFoldable:
+        spec = None
+    # A part that is not folded has made a layer.
+    if spec is not None and len(folder.layers) == before:
+        layer = folder.forms.inverted_residual(spec, folder.share(*spec.convs))
+        if layer is not None:
+            return folder.add(layer)
+    del folder.layers[before:]
+    return None
+
+
+def _inverted_residual_spec(folder: _Folder, block: match.Block) -> InvertedResidualSpec:
+    segments = match.segments(block.modules)
+    squeezes = [part for part in segments if isinstance(part, match.SqueezeExcite)]
+    squeeze = None
+    if squeezes:
+        if segments[-2:-1] != squeezes:
+            raise _NotFoldable
+        squeeze = _squeeze(folder, squeezes[0])
+        del segments[-2]
+    if block.shortcut is not None or block.act is not None or not 2 <= len(segments) <= 3:
+        raise _NotFoldable
+    if not all(isinstance(part, match.Unit) for part in segments):
+        raise _NotFoldable
+    convs = [_only(folder.fold([part])) for part in segments]
+    expand, (depthwise, project) = convs[:-2], convs[-2:]
+    if (
+        not all(conv.is_pointwise for conv in (*expand, project))
+        or not depthwise.is_depthwise
+        or (block.adds and project.act is not None)
+    ):
+        raise _NotFoldable
+    name = folder.name(block.module)
+    first = expand[0] if expand else None
+    return InvertedResidualSpec(name, first, depthwise, squeeze, project, block.adds)
+
+
+def _squeeze(folder: _Folder, block: match.SqueezeExcite) -> tuple[ConvSpec, ConvSpec, nn.Module]:
     gate = match.segment_of(block.gate)
     fc1, fc2 = folder.one(*block.fc1), folder.one(*block.fc2)
     if not (
@@ -305,8 +356,12 @@ def _squeeze_excite(folder: _Folder, block: match.SqueezeExcite) -> Step:
         and fc2.is_pointwise
     ):
         raise _NotFoldable
+    return fc1, fc2, gate.module
+
+
+def _squeeze_excite(folder: _Folder, block: match.SqueezeExcite) -> Step:
     name = folder.name(block.module)
-    return folder.add(folder.forms.squeeze_excitation(name, fc1, fc2, gate.module))
+    return folder.add(folder.forms.squeeze_excitation(name, *_squeeze(folder, block)))
 
 
 def _aspp(folder: _Folder, aspp: match.Aspp) -> Step:

@@ -111,6 +111,11 @@ class ConvSpec:
             and self.groups == 1
         )
 
+    @property
+    def is_depthwise(self) -> bool:
+        """A convolution of each channel by a filter of its own."""
+        return self.groups == self.weight.shape[0] > 1 and self.weight.shape[1] == 1
+
     def split(self, channels: int) -> tuple[ConvSpec, ConvSpec]:
         """Two whose sum it is, before the activation: of its first input channels, with its shift
         and activation, and of the others, without."""
@@ -119,6 +124,31 @@ class ConvSpec:
         return replace(self, weight=first), replace(
             self, weight=second, bias=None, norm=norm, act=None
         )
+
+
+@dataclass
+class InvertedResidualSpec:
+    """project(scaled(depthwise(expand(x)))), plus x where `adds`.
+
+    Attributes:
+        name: of the module.
+        expand, project: 1x1 convolutions.
+        squeeze: (fc1, fc2, gate) of the squeeze-excitation, None for none.
+    """
+
+    name: str
+    expand: ConvSpec | None
+    depthwise: ConvSpec
+    squeeze: tuple[ConvSpec, ConvSpec, nn.Module] | None
+    project: ConvSpec
+    adds: bool
+
+    @property
+    def convs(self) -> list[ConvSpec]:
+        """All convolutions."""
+        squeeze = () if self.squeeze is None else self.squeeze[:2]
+        found = (self.expand, self.depthwise, *squeeze, self.project)
+        return [conv for conv in found if conv is not None]
 
 
 class SamePadding:

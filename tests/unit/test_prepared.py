@@ -346,8 +346,8 @@ PATHS = [
     pytest.param((128, 32), 1, {}, "pixels", id="1x1 of many channels"),
     pytest.param((64, 32), 3, {"padding": 1}, "tiles", id="3x3"),
     pytest.param((64, 32), 3, {"padding": 3, "dilation": 3}, "tiles", id="3x3 dilated"),
-    pytest.param((24, 24), 3, {"padding": 1, "groups": 24}, "onednn", id="depthwise"),
-    pytest.param((24, 24), 5, {"padding": 2, "groups": 24}, "onednn", id="depthwise 5x5"),
+    pytest.param((24, 24), 3, {"padding": 1, "groups": 24}, "depthwise", id="depthwise"),
+    pytest.param((24, 24), 5, {"padding": 2, "groups": 24}, "depthwise", id="depthwise 5x5"),
 ]
 
 
