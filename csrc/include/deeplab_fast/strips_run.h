@@ -316,14 +316,17 @@ void run_strips(const StripKernels& kernels, const InvertedResidual& block, int6
   team.run(threads, parallel);
 }
 
-// A 1x1 convolution with an epilogue, as run_pixels, on the kernels for few channels.
+// A 1x1 convolution, y [pixels][outputs] from x [pixels][channels], weights [panels][channels]
+// [kPanel], on the kernels for few channels.
 template <typename Parallel>
 void run_strip_pixels(const StripKernels& kernels, const InputMap& x, const float* weights,
                       const Epilogue& epilogue, int64_t threads, const Parallel& parallel) {
   const int64_t pixels = x.images * x.height * x.width;
   if (pixels == 0) return;
   threads = useful_threads(pixels * x.channels * epilogue.channels, threads);
-  const int64_t rounds = (pixels + 2 * kPixels * threads - 1) / (2 * kPixels * threads);
+  // Rows of a unit: enough to pay for reading the weights again, few enough to stay in a cache.
+  constexpr int64_t kPixels = 96;
+  const int64_t rounds = (pixels + kPixels * threads - 1) / (kPixels * threads);
   const int64_t size = (pixels + rounds * threads - 1) / (rounds * threads);
   Team team;
   team.add((pixels + size - 1) / size, [&](int64_t block, int64_t) {
