@@ -9,10 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _ext
+from ..dispatch import limits
 from ..ops.prepared import Plan, PreparedConv, activate_
 from ..ops.prepared_aspp import PreparedAspp, PreparedProject
 from ..ops.prepared_inverted_residual import Folded, PreparedInvertedResidual
+from . import match
 from .layers import (
+    AtenLayer,
     ConvSpec,
     InvertedResidualSpec,
     Layer,
@@ -63,6 +67,11 @@ class CpuForms:
         # Forms whose convolutions are others than those here have no such block.
         own = type(self).conv is CpuForms.conv
         return InvertedResidualLayer(spec, max_extra_bytes) if own else None
+
+    def free(self, name: str, module: nn.Module) -> Layer:
+        if MaxPoolLayer.takes(module):
+            return MaxPoolLayer(name, module)
+        return AtenLayer(name, module)
 
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         return PlainLayer(name, module)
@@ -314,6 +323,39 @@ class _Squeeze:
 
     def __call__(self, means: Tensor) -> Tensor:
         return self._gate(self._fc2(self._fc1(means)))
+
+
+class MaxPoolLayer(AtenLayer):
+    """Maxima over windows, without the indices that PyTorch's function gives too."""
+
+    def __init__(self, name: str, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(name, module)
+        self.result_dtype = dtype
+
+    @staticmethod
+    def takes(module: nn.Module) -> bool:
+        """Whether it stands for a module."""
+        return (
+            type(module) is nn.MaxPool2d
+            and not module.return_indices
+            and not limits.extension(_ext.CPU, "_max_pool_cpu")
+        )
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        pool = self._module
+        if out is None:
+            out = torch.empty(
+                self.output_shape(x.shape), dtype=x.dtype, memory_format=torch.channels_last
+            )
+        stride = pool.kernel_size if pool.stride is None else pool.stride
+        options = (pool.kernel_size, stride, pool.padding, pool.dilation)
+        torch.ops.deeplab_fast._max_pool_cpu(
+            x.contiguous(memory_format=torch.channels_last), *map(match.pair, options), out
+        )
+        return out
+
+    def writes_into(self, *shapes: object) -> bool:
+        return True
 
 
 class _Linear:

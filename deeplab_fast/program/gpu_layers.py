@@ -21,6 +21,7 @@ from ..ops.prepared import Plan
 from ..plan import fold
 from .layers import (
     CHANNELS_LAST,
+    AtenLayer,
     ConvSpec,
     InvertedResidualSpec,
     Layer,
@@ -251,6 +252,9 @@ class GpuForms:
 
     def inverted_residual(self, spec: InvertedResidualSpec, max_extra_bytes: int | None) -> None:
         return None
+
+    def free(self, name: str, module: nn.Module) -> Layer:
+        return AtenLayer(name, module)
 
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         # A frozen program has a copy of it.

@@ -21,7 +21,6 @@ from .formats import is_channels_last
 from .intact import has_hooks
 from .layers import (
     Aspp,
-    AtenLayer,
     Chain,
     ConvSpec,
     Features,
@@ -76,6 +75,9 @@ class Forms(Protocol):
         self, spec: InvertedResidualSpec, max_extra_bytes: int | None
     ) -> MapLayer | None:
         """An inverted residual in one layer, None where its convolutions are layers each."""
+
+    def free(self, name: str, module: nn.Module) -> Layer:
+        """A module of PyTorch without weights."""
 
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         """A module that runs as it is."""
@@ -213,7 +215,7 @@ class _Folder:
         """The step of a module that is not folded."""
         module = segment.module
         if isinstance(segment, match.Free) and not isinstance(module, match.DROPOUTS):
-            return self.add(AtenLayer(self.name(module), module))
+            return self.add(self.forms.free(self.name(module), module))
         plain = copy.deepcopy(module).eval() if self.frozen else module
         return self.add(self.forms.plain(self.name(module), plain))
 

@@ -1,0 +1,118 @@
+// Maxima over windows of maps in channels_last, without the indices that PyTorch's gives too.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace deeplab_fast::cpu {
+namespace {
+
+using at::Tensor;
+
+// Of a task of one thread.
+constexpr int64_t kTaskElements = 32 * 1024;
+
+inline float as_float(float value) { return value; }
+
+// bfloat16 is the upper half of a float.
+inline float as_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+struct Axis {
+  int64_t size, outputs, kernel, stride, padding, dilation;
+
+  // Place of a tap; negative or at least `size` outside the map.
+  int64_t place(int64_t output, int64_t tap) const {
+    return output * stride - padding + tap * dilation;
+  }
+  bool inside(int64_t place) const { return place >= 0 && place < size; }
+};
+
+template <typename T>
+void max_pool_row(const T* image, int64_t y, const Axis& rows, const Axis& columns,
+                  int64_t channels, T least, T* out) {
+  for (int64_t x = 0; x < columns.outputs; ++x, out += channels) {
+    std::fill_n(out, channels, least);
+    for (int64_t i = 0; i < rows.kernel; ++i) {
+      const int64_t row = rows.place(y, i);
+      if (!rows.inside(row)) continue;
+      for (int64_t j = 0; j < columns.kernel; ++j) {
+        const int64_t column = columns.place(x, j);
+        if (!columns.inside(column)) continue;
+        const T* const from = image + (row * columns.size + column) * channels;
+        for (int64_t c = 0; c < channels; ++c) {
+          const float value = as_float(from[c]);
+          // A NaN that came stays: nothing is larger.
+          out[c] = value > as_float(out[c]) || value != value ? from[c] : out[c];
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void max_pool_map(const T* from, int64_t images, const Axis& rows, const Axis& columns,
+                  int64_t channels, T least, T* to) {
+  const int64_t width = columns.outputs * channels;
+  const int64_t grain = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, width));
+  at::parallel_for(0, images * rows.outputs, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* const image = from + i / rows.outputs * rows.size * columns.size * channels;
+      max_pool_row(image, i % rows.outputs, rows, columns, channels, least, to + i * width);
+    }
+  });
+}
+
+}  // namespace
+
+// out [N, C, H', W'] = maxima over the windows of x [N, C, H, W], both float32 or bfloat16 in
+// channels_last; (rows, columns) of each option. NaN wins. H' and W' are out's, whose windows may
+// reach beyond the map.
+void max_pool(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
+              at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& out) {
+  constexpr auto layout = at::MemoryFormat::ChannelsLast;
+  TORCH_CHECK_VALUE((x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
+                        x.dim() == 4 && x.is_contiguous(layout),
+                    "x must be a float32 or bfloat16 map [N, C, H, W] in channels_last, got ",
+                    x.scalar_type(), " ", x.sizes(), " with strides ", x.strides());
+  TORCH_CHECK_VALUE(out.scalar_type() == x.scalar_type() && out.dim() == 4 &&
+                        out.is_contiguous(layout) && out.size(0) == x.size(0) &&
+                        out.size(1) == x.size(1),
+                    "out ", out.sizes(), " of ", out.scalar_type(), " does not fit x ", x.sizes());
+  for (const at::IntArrayRef option : {kernel, stride, padding, dilation}) {
+    TORCH_CHECK_VALUE(option.size() == 2 && std::min(option[0], option[1]) >= 0,
+                      "options are pairs (rows, columns) of at least 0, got ", option);
+  }
+  const auto axis = [&](int i) {
+    return Axis{x.size(2 + i), out.size(2 + i), kernel[i], stride[i], padding[i], dilation[i]};
+  };
+  const Axis rows = axis(0), columns = axis(1);
+  if (x.scalar_type() == at::kFloat) {
+    max_pool_map(x.const_data_ptr<float>(), x.size(0), rows, columns, x.size(1),
+                 -std::numeric_limits<float>::infinity(), out.mutable_data_ptr<float>());
+    return;
+  }
+  constexpr uint16_t kMinusInfinity = 0xff80;
+  max_pool_map(static_cast<const uint16_t*>(x.const_data_ptr()), x.size(0), rows, columns,
+               x.size(1), kMinusInfinity, static_cast<uint16_t*>(out.mutable_data_ptr()));
+}
+
+}  // namespace deeplab_fast::cpu
+
+TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
+  m.def(
+      "_max_pool_cpu(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "Tensor(a!) out) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
+  m.impl("_max_pool_cpu", &deeplab_fast::cpu::max_pool);
+}
