@@ -13,7 +13,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from deeplab_fast.cli import check_data, evaluate, info, models, predict, train, tune
+from deeplab_fast.cli import (
+    calibrate,
+    check_data,
+    evaluate,
+    info,
+    models,
+    predict,
+    train,
+    tune,
+)
 from deeplab_fast.cli.common import PROGRAM, Command, UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +35,7 @@ _COMMANDS: dict[str, Command] = {
     "eval": evaluate,
     "train": train,
     "check-data": check_data,
+    "calibrate": calibrate,
     "tune": tune,
     "info": info,
     "models": models,

@@ -80,6 +80,30 @@ def _data_names() -> str:
 
 
 def add_model_arguments(add: Callable[..., object]) -> None:
+    add_weights_arguments(add)
+    add("--device", type=str, default="auto", metavar="cpu|cuda|auto")
+    add(
+        "--dtype",
+        type=str | None,
+        metavar="fp32|bf16|fp16",
+        help="default: as the weights are; bf16 and fp16 run under autocast",
+    )
+    add(
+        "--precision",
+        type=str | None,
+        metavar="fp32|bf16|int8",
+        help="what is computed in on a CPU; default: fp32. bf16 where the CPU has instructions for "
+        "it, int8 with weights that 'deeplab-fast calibrate' wrote",
+    )
+    add(
+        "--backend",
+        type=str | None,
+        metavar="NAME",
+        help="auto, cuda, triton, cpu or reference; default: auto, or DEEPLAB_FAST_BACKEND",
+    )
+
+
+def add_weights_arguments(add: Callable[..., object]) -> None:
     add(
         "--weights",
         type=str | None,
@@ -99,31 +123,11 @@ def add_model_arguments(add: Callable[..., object]) -> None:
         help="see 'deeplab-fast models'; default: what the weights file is for",
     )
     add("--num-classes", type=int | None, metavar="N", help="default: as the weights have")
-    add("--device", type=str, default="auto", metavar="cpu|cuda|auto")
-    add(
-        "--dtype",
-        type=str | None,
-        metavar="fp32|bf16|fp16",
-        help="default: as the weights are; bf16 and fp16 run under autocast",
-    )
-    add(
-        "--precision",
-        type=str | None,
-        metavar="fp32|bf16|int8",
-        help="what is computed in on a CPU; default: fp32. bf16 where the CPU has instructions for "
-        "it, int8 with weights that 'deeplab-fast calibrate' wrote",
-    )
     add(
         "--output-stride",
         type=int | None,
         metavar="8|16",
         help="run at this one, the atrous rates scaled with it; default: as the weights have",
-    )
-    add(
-        "--backend",
-        type=str | None,
-        metavar="NAME",
-        help="auto, cuda, triton, cpu or reference; default: auto, or DEEPLAB_FAST_BACKEND",
     )
 
 
@@ -215,9 +219,10 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
     from deeplab_fast.models import list_models
     from deeplab_fast.weights import embedded_path, from_checkpoint, inspect_weights, list_embedded
 
-    if config.backend is not None and config.backend not in ("auto", *backends.BACKENDS):
+    backend = config.get("backend")
+    if backend is not None and backend not in ("auto", *backends.BACKENDS):
         raise UsageError(
-            f"no backend is named {config.backend!r}; allowed: auto, {', '.join(backends.BACKENDS)}"
+            f"no backend is named {backend!r}; allowed: auto, {', '.join(backends.BACKENDS)}"
         )
     if config.output_stride not in (None, 8, 16):
         raise UsageError(f"--output-stride is {config.output_stride}, expected 8 or 16")

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..program.calibration import Calibration, CalibrationError
 from . import registry
-from ._common import Source, call, tuples
+from ._common import CheckpointError, Source, call, tuples
 from .files import Checkpoint, open_checkpoint
 from .layouts import Layout, detect_layout, rename_tensors
 from .registry import Found
@@ -34,6 +35,7 @@ class WeightsInfo:
         settings: what differs from the builder's model with these options, by module: modules that
             were exchanged, values that were set by hand (`restore_settings`).
         lost: what the model of a file of this package had that the file cannot give back.
+        calibration: the ranges of the model's maps for int8, or None.
         classes, palette, preprocess, preprocess_kind: from this package's own metadata, or None.
     """
 
@@ -50,6 +52,7 @@ class WeightsInfo:
     untold: tuple[str, ...] = ()
     settings: Settings = field(default_factory=dict)
     lost: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
     def builder_call(self) -> str:
         """The call that builds the model, as text; empty where no builder fits."""
@@ -118,7 +121,17 @@ def inspect_open(
         untold=untold,
         settings=settings,
         lost=tuple(own.get("lost") or ()),
+        calibration=_calibration(own.get("calibration"), checkpoint.label),
     )
+
+
+def _calibration(value: object, label: str) -> Calibration | None:
+    if value is None:
+        return None
+    try:
+        return Calibration.from_plain(value)
+    except CalibrationError as error:
+        raise CheckpointError(f"{label}: {error}") from error
 
 
 def head_options(state: Mapping[str, Tensor]) -> dict[str, Any] | None:

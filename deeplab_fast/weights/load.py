@@ -71,8 +71,8 @@ def load_weights(
 
     The auxiliary head of a checkpoint is left out, and reported, where the model has none. Counters
     named num_batches_tracked may be absent (TensorFlow and PyTorch before 0.4.1 have none). The
-    .safetensors files of `save_weights` carry preprocessing, class names and colours; these are set
-    on the model too, names and colours where it has none yet.
+    .safetensors files of `save_weights` carry preprocessing, class names, colours and a calibration
+    for int8; these are set on the model too, names and colours where it has none yet.
 
     Args:
         model: what a builder of this package returns, also inside DistributedDataParallel or
@@ -433,7 +433,9 @@ def _initialised(model: nn.Module, keys: set[str]) -> StateDict:
 
 
 def _describe(model: Any, info: WeightsInfo) -> None:
-    """Set class names, colours and preprocessing from the package's own metadata."""
+    """Set class names, colours, preprocessing and calibration from the package's own metadata."""
+    if info.calibration is not None:
+        model.calibration = info.calibration
     if info.classes is not None and getattr(model, "classes", None) is None:
         model.classes, model.palette = info.classes, info.palette
     if info.preprocess is not None:

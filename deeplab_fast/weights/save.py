@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..program.calibration import Calibration, fingerprint, fingerprint_of
 from ._common import METADATA_KEY, SHOWN, StateDict, unwrapped
 from .registry import preprocess_kinds
 from .settings import plain, rebuilding
 
 
 def model_metadata(model: nn.Module) -> dict[str, Any]:
-    """What rebuilds a model, as JSON's types: builder, options, classes, palette, preprocess.
+    """What rebuilds a model, as JSON's types: builder, options, classes, palette, preprocess, and
+    the ranges of its maps for int8 where it is calibrated.
 
     "settings" has what differs from the builder's model (modules exchanged, values set by hand),
     "lost" names what cannot be written down. `inspect_weights`, `from_checkpoint` and
@@ -43,6 +45,9 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
             f"config: {type(model.config).__name__}, not the builder's name and its options as the "
             "builder left it"
         )
+    calibration = getattr(model, "calibration", None)
+    if isinstance(calibration, Calibration):
+        metadata["calibration"] = calibration.as_plain()
     preprocess = getattr(model, "preprocess", None)
     if preprocess is not None:
         kind = type(preprocess).__name__
@@ -91,7 +96,8 @@ def save_weights(
     """Write a model's state dict under a temporary name in the same folder, then rename it.
 
     `from_checkpoint` of the file gives the model back: what a user set or exchanged is written with
-    the weights (see `model_metadata`). Hooks and the choice of training or eval mode are not.
+    the weights (see `model_metadata`), a calibration for int8 too. Hooks, the precision and the
+    choice of training or eval mode are not.
 
     Args:
         model: also inside DistributedDataParallel or torch.compile, whose prefixes are left out.
@@ -128,6 +134,14 @@ def save_weights(
     state = model.state_dict()
     for key, value in state.items():
         state[key] = _stored(key, value.detach().cpu().contiguous(), dtype)
+    if dtype is not None and "calibration" in metadata:
+        mark = fingerprint(model)
+        kept = getattr(state, "_metadata", {}).get("", {}).get(METADATA_KEY, {})
+        for about in (metadata, kept):
+            found = about.get("calibration", {})
+            # What was measured holds for the weights as they come back too.
+            if found.get("fingerprint") == mark:
+                found["fingerprint"] = fingerprint_of(state)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".safetensors":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +280,91 @@ class TestWeights:
         assert fingerprint(model) == mark
         norm.running_mean.data.add_(1e-6)
         assert fingerprint(model) != mark
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> nn.Module:
+    model = small_wide()
+    model.calibrate(IMAGES, method="minmax")
+    return model
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [
+            ("m.safetensors", None),
+            ("m.safetensors", torch.float16),
+            ("m.pth", torch.float16),
+            ("state.pth", None),
+        ],
+    )
+    def test_a_file_gives_the_calibration_back(self, calibrated, tmp_path, name, dtype) -> None:
+        path = tmp_path / name
+        if name == "state.pth":
+            torch.save(calibrated.state_dict(), path)
+        else:
+            dlf.save_weights(calibrated, path, dtype=dtype)
+        again = dlf.from_checkpoint(path).eval()
+        assert again.precision == "fp32"
+        known = calibrated.calibration
+        assert again.calibration == replace(known, fingerprint=again.calibration.fingerprint)
+        assert (again.calibration == known) == (dtype is None)
+        with torch.inference_mode():
+            y = again.forward_logits(IMAGES)
+            again.precision = "int8"
+            assert 0 < error(again.forward_logits(IMAGES), y) < 0.2
+        into = copy.deepcopy(again)
+        into.calibration = None
+        dlf.load_weights(into, path)
+        assert into.calibration == again.calibration
+
+    def test_a_stale_calibration_stays_stale(self, calibrated, tmp_path) -> None:
+        model = copy.deepcopy(calibrated)
+        model.classifier[1].bias.data += 1
+        dlf.save_weights(model, tmp_path / "m.safetensors", dtype=torch.float16)
+        again = dlf.from_checkpoint(tmp_path / "m.safetensors")
+        with pytest.raises(CalibrationError, match="not those"):
+            again.calibration.check(again)
+
+    def test_a_model_without_one_has_none(self, tmp_path) -> None:
+        dlf.save_weights(small(), tmp_path / "m.safetensors")
+        assert dlf.from_checkpoint(tmp_path / "m.safetensors").calibration is None
+
+    def test_a_checkpoint_that_is_hostile(self, calibrated) -> None:
+        state = calibrated.state_dict()
+        state._metadata[""]["deeplab_fast"]["calibration"]["ranges"]["x"] = [0, "1"]
+        with pytest.raises(ValueError, match="range of x is no pair"):
+            dlf.from_checkpoint(state)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"ranges": [1, 2]}, "no mapping of at most"),
+            ({"ranges": {str(i): [0, 1] for i in range(10_001)}}, "no mapping of at most"),
+            ({"ranges": {"a": [0, math.nan]}}, "range of a is no pair"),
+            ({"ranges": {"a": [0, math.inf]}}, "range of a is no pair"),
+            ({"ranges": {"a": [1, 0]}}, "range of a is no pair"),
+            ({"ranges": {"a": [0, 10**400]}}, "range of a is no pair"),
+            ({"ranges": {"a": [0, 1, 2]}}, "range of a is no pair"),
+            ({"ranges": {"a": [False, True]}}, "range of a is no pair"),
+            ({"ranges": {"a" * 501: [0, 1]}}, "no short text"),
+            ({"ranges": {3: [0, 1]}}, "no short text"),
+            ({"method": 3}, "method or fingerprint"),
+            ({"fingerprint": None}, "method or fingerprint"),
+            ({"images": 0}, "number of images is 0"),
+            ({"images": True}, "number of images is True"),
+            ({"agreement": 1.5}, "agreement is 1.5"),
+            ({"agreement": "all"}, "agreement is 'all'"),
+        ],
+    )
+    def test_values_that_are_refused(self, calibrated, change, message) -> None:
+        value = calibrated.calibration.as_plain()
+        assert Calibration.from_plain(json.loads(json.dumps(value))) == calibrated.calibration
+        with pytest.raises(CalibrationError, match=message):
+            Calibration.from_plain({**value, **change})
+        with pytest.raises(CalibrationError, match="no mapping"):
+            Calibration.from_plain([value])
 
 
 def test_the_embedded_model_keeps_its_labels(shared_data: Path) -> None:

@@ -17,6 +17,7 @@ from deeplab_fast import cli
 from deeplab_fast.cli.predict import unique_stems
 from deeplab_fast.data.classes import ClassSet, class_set, generic_classes
 from deeplab_fast.data.images import read_image
+from deeplab_fast.dispatch import limits
 from deeplab_fast.engine import outputs
 from deeplab_fast.engine import predict as predict_module
 
@@ -602,3 +603,45 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 def test_read_image_reads_what_is_written(tmp_path):
     paths = outputs.write_outputs(tmp_path, "a", IMAGE, LABELS, TWO)
     np.testing.assert_array_equal(read_image(paths["overlay"]), outputs.overlay(IMAGE, LABELS, TWO))
+
+
+@pytest.mark.skipif(bool(limits.cpu_int8()), reason=limits.cpu_int8())
+def test_calibrate_writes_weights_for_int8(capsys, model, weights, photos, tmp_path):
+    out = tmp_path / "int8.safetensors"
+    arguments = ["calibrate", "--weights", weights, "--images", photos, "--output", out]
+    options = ["--method", "minmax", "--limit", "2", "--size", "48"]
+    status, printed, errors = run(capsys, *arguments, *options)
+    assert status == 0
+    assert "ranges by minmax on 2 images" in printed
+    assert f"--weights {out} --precision int8" in printed
+    # Random weights keep fewer labels than is wanted.
+    assert not errors or "less than 99%" in errors
+    again = dlf.from_checkpoint(out)
+    assert again.calibration.images == 2
+    assert again.preprocess == model.preprocess
+    predicted = tmp_path / "labels"
+    status, _, _ = run(
+        capsys, "predict", photos, "--weights", out, "--output", predicted, "--precision", "int8"
+    )
+    assert status == 0
+    assert list(predicted.glob("*_labels.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "PHOTOS"], "--output FILE.safetensors is missing"),
+        (["--output", "FILE.safetensors"], "--images is missing"),
+        (["--images", "PHOTOS", "--output", "FILE.pth"], "expected a .safetensors file"),
+        (["--images", "NONE", "--output", "FILE.safetensors"], "NONE"),
+        (["--images", "PHOTOS", "--output", "FILE.safetensors", "--method", "best"], "minmax"),
+        (["--images", "PHOTOS", "--output", "FILE.safetensors", "--limit", "0"], "limit is 0"),
+    ],
+)
+def test_calibrate_refuses(capsys, weights, photos, tmp_path, arguments, message):
+    names = {"PHOTOS": photos, "NONE": tmp_path / "NONE"}
+    given = [names.get(a, tmp_path / a if a.startswith("FILE") else a) for a in arguments]
+    status, _, errors = run(capsys, "calibrate", "--weights", weights, *given)
+    assert status == 2
+    assert message in errors
+    assert not list(tmp_path.glob("FILE*"))
