@@ -46,12 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         work = registry.select(options.suite, options.k)
-        names = options.providers or [p.name for p in registry.providers() if not p.baseline]
+        suite = registry.SUITES[options.suite]
+        ours = [p.name for p in registry.providers() if not p.baseline]
+        names = options.providers or [name for name in ours if name not in suite.left_out]
         providers = [registry.provider(name) for name in names]
         if not work:
             raise ValueError(f"no case of suite {options.suite} matches -k {options.k}")
         with worktree(options.base, build=not options.no_build) as base:
-            compare(base, work, providers, registry.SUITES[options.suite], options)
+            compare(base, work, providers, suite, options)
     except (ValueError, CompareError) as error:
         print(f"bench.compare: error: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,3 +29,15 @@ def write_text(path: Path, text: str) -> None:
     """Put a text in place of a file."""
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")
+
+
+def scratch() -> Path:
+    """A folder for files that providers make, removed with the process that first asked for it.
+
+    Its children share it: DEEPLAB_FAST_BENCH_SCRATCH names it to them.
+    """
+    name = "DEEPLAB_FAST_BENCH_SCRATCH"
+    if name not in os.environ:
+        os.environ[name] = tempfile.mkdtemp(prefix="deeplab_fast_bench_")
+        atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
+    return Path(os.environ[name])

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from deeplab_fast.dispatch.errors import count_error, label_error, norm_error, norms_error
@@ -15,8 +17,9 @@ from deeplab_fast.dispatch.examples import COUNTS, LABELS, VALUES, flat
 
 from .registry import GRADIENT, Case
 
-# Unit roundoff of the formats that a product's operands are rounded to.
-ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11, "tf32": 2.0**-11}
+# Unit roundoff of the formats that a product's operands are rounded to. Of int8 it is half a step
+# over the root mean square of the values, whose largest, 127 steps, is about four times that.
+ROUNDOFF = {"bf16": 2.0**-8, "fp16": 2.0**-11, "tf32": 2.0**-11, "int8": 2.0**-6}
 # Errors of a network of rounded operands may be this many times their expected size.
 SAFETY = 4.0
 
@@ -72,6 +75,65 @@ def limit(
     if kind == GRADIENT:
         bound = min(1.0, math.sqrt(layers * bound))
     return bound if anchor is None else min(bound, 2 * anchor + roundoff)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Exact labels of sets of inputs, one behind another.
+
+    Attributes:
+        labels: for each set [N, H, W].
+        gaps: for each set [N, H, W], fp32: the largest logit minus the second largest, over the
+            root mean square of all logits.
+    """
+
+    labels: list[Tensor]
+    gaps: list[Tensor]
+
+    def add(self, logits: Tensor) -> None:
+        """Put in what logits [N, C, H, W] give."""
+        best, second = logits.topk(2, 1).values.unbind(1)
+        self.labels.append(logits.argmax(1))
+        self.gaps.append((best - second) / logits.square().mean().sqrt())
+
+    def equal(self, found: Sequence[Tensor]) -> float:
+        """The share of pixels whose labels are the exact ones; 0 for other shapes."""
+        same = pixels = 0
+        for labels, exact in zip(found, self.labels, strict=True):
+            if labels.shape != exact.shape:
+                return 0.0
+            same += int((labels.long() == exact).sum())
+            pixels += exact.numel()
+        return same / pixels
+
+    def least_equal(self, error: float) -> float:
+        """The share to expect where every logit has an independent normal error.
+
+        Args:
+            error: standard deviation over the root mean square of the logits.
+
+        Two logits change places where the difference of their errors, of sqrt(2) times that
+        deviation, exceeds their gap.
+        """
+        scale = -1 / (math.sqrt(2) * error)
+        moved = sum(float(torch.special.ndtr(gaps * scale).sum()) for gaps in self.gaps)
+        return 1 - moved / sum(gaps.numel() for gaps in self.gaps)
+
+
+def logit_error(case: Case, precision: str, layers: int) -> float:
+    """What the logits of a network are off, as `Truth.least_equal` takes it.
+
+    Args:
+        case: the network.
+        precision, layers: as `limit` has them.
+
+    In fp32 the case's tolerance. Below, independent roundings of both operands of every
+    convolution, each taken at its largest. What they are on average is 0.4 of that, so that labels
+    that follow from it stay two to three times nearer.
+    """
+    if precision == "fp32":
+        return case.tolerance(LABELS)
+    return math.sqrt(2 * layers) * ROUNDOFF[precision]
 
 
 def outputs(result: object) -> list[Tensor]:

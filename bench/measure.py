@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import math
 import statistics
 import sys
@@ -60,7 +61,10 @@ class Result:
         provider: the provider.
         status: OK, MISSING, FAILED or DISAGREES.
         note: the reason where it is not OK.
+        precision: what its operands are rounded to.
         errors: kind of output -> (error, limit).
+        equal: (share of labels that are the exact ones, the least that is allowed); None where a
+            case does not judge by it.
         samples: seconds of a call, one for each round.
         device_samples: seconds of a call replayed from a CUDA graph, one for each round.
         peak_bytes: most memory that a call took beyond what was there before it.
@@ -71,7 +75,9 @@ class Result:
     provider: Provider
     status: str = OK
     note: str = ""
+    precision: str = ""
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    equal: tuple[float, float] | None = None
     samples: list[float] = field(default_factory=list)
     device_samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
@@ -91,9 +97,14 @@ class Ceilings:
         return max(cost.live_macs / self.macs, cost.bytes / self.bytes)
 
 
-def best_baseline(results: Sequence[Result]) -> Result | None:
-    """The fastest baseline whose results agree."""
-    usable = [r for r in results if r.provider.baseline and r.status == OK and r.samples]
+def best_baseline(results: Sequence[Result], precision: str | None = None) -> Result | None:
+    """The fastest baseline, of all or of a precision, whose results agree."""
+    usable = [
+        r
+        for r in results
+        if r.provider.baseline and r.status == OK and r.samples
+        if precision in (None, r.precision)
+    ]
     return min(usable, key=lambda r: statistics.median(r.samples), default=None)
 
 
@@ -103,7 +114,7 @@ def copies_for(case: Case, suite: Suite) -> int:
     size = sum(t.numel() * t.element_size() for t in args.inputs[0])
     wanted = math.ceil(CACHE_BYTES[suite.device] / size)
     allowed = MOST_INPUT_BYTES[suite.device] // size
-    return max(1, min(wanted, suite.copies, allowed))
+    return max(1, case.judged, min(wanted, suite.copies, allowed))
 
 
 def measure(
@@ -132,6 +143,7 @@ def measure(
     """
     results = [Result(p) for p in providers]
     for r in results:
+        r.precision = r.provider.precision(case, mode, suite.device, suite.dtype)
         reason = missing_reason(r.provider, case, mode, suite)
         if reason:
             r.status, r.note = MISSING, reason
@@ -143,6 +155,7 @@ def measure(
     try:
         args = case.setup(suite.device, suite.dtype, seed, copies_for(case, suite))
         exact = expected(case, mode, args)
+        truth = _truth(case, mode, args, exact)
         layers = max(1, case.cost(mode, suite.dtype.itemsize).convolutions)
     except Exception as error:
         for r in results:
@@ -160,12 +173,13 @@ def measure(
             r.status, r.note = MISSING, OUT_OF_TIME
             continue
         try:
-            runs[r.provider.name] = _prepare(r, case, mode, suite, args, exact)
+            runs[r.provider.name] = _prepare(r, case, mode, suite, args, exact, truth)
         except Exception as error:
             r.status, r.note = FAILED, one_line(error)
             _free(suite.device)
     del exact
-    _judge(results, case, mode, suite, layers)
+    _judge(results, case, mode, layers, truth)
+    del truth
     time_of = clock(suite.device)
     sample_seconds = SAMPLE_SECONDS[suite.device]
     try:
@@ -199,26 +213,38 @@ def _prepare(
     suite: Suite,
     args: Arguments,
     exact: list[torch.Tensor],
+    truth: gate.Truth,
 ) -> Runnable:
-    """Build a provider, compare its first result, and on a GPU measure its memory."""
+    """Build a provider, compare its results, and on a GPU measure its memory."""
     before = _pool_bytes() if suite.device == "cuda" else 0
     run = r.provider.build(case, mode, suite.device, suite.dtype, args)
     if r.provider.own_expected is not None:
         exact = r.provider.own_expected(case, args, run)
     found = gate.errors(case, mode, gate.outputs(run.probe()), exact)
     r.errors = {kind: (error, math.nan) for kind, error in found.items()}
+    if truth.labels and r.provider.own_expected is None:
+        r.equal = (truth.equal([run(i).clone() for i in range(len(truth.labels))]), math.nan)
+    r.note = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in r.provider.packages)
     if suite.device == "cuda":
         run(0)
         r.peak_bytes = peak_bytes(partial(run, 0)) + _pool_bytes() - before
     return run
 
 
-def _judge(results: Sequence[Result], case: Case, mode: str, suite: Suite, layers: int) -> None:
+def _truth(case: Case, mode: str, args: Arguments, exact: list[torch.Tensor]) -> gate.Truth:
+    """Exact labels of the sets that a case judges by; `exact` is the result of the first."""
+    truth = gate.Truth([], [])
+    if case.judged:
+        truth.add(exact[0])
+    for given in args.inputs[1 : case.judged]:
+        truth.add(expected(case, mode, Arguments(args.module, [given]))[0])
+    return truth
+
+
+def _judge(
+    results: Sequence[Result], case: Case, mode: str, layers: int, truth: gate.Truth
+) -> None:
     """Hold errors against their limits; in low precision those of eager PyTorch are the measure."""
-
-    def precision(r: Result) -> str:
-        return r.provider.precision(case, mode, suite.device, suite.dtype)
-
     anchors = ("channels_last", "autocast")
     for r in results:
         if r.status != OK:
@@ -230,15 +256,22 @@ def _judge(results: Sequence[Result], case: Case, mode: str, suite: Suite, layer
                     a.errors[kind][0]
                     for a in results
                     if a.provider.name in anchors and kind in a.errors
-                    if precision(a) == precision(r)
+                    if a.precision == r.precision
                 ]
                 anchor = max(known, default=None)
-            bound = gate.limit(case, mode, kind, precision(r), layers, anchor)
+            bound = gate.limit(case, mode, kind, r.precision, layers, anchor)
             r.errors[kind] = (error, bound)
             # NaN compares false.
             if not error <= bound:
                 r.status = DISAGREES
                 r.note = f"{kind}: error {error:.2e} above {bound:.2e}"
+        if r.equal is not None:
+            equal = r.equal[0]
+            least = truth.least_equal(gate.logit_error(case, r.precision, layers))
+            r.equal = (equal, least)
+            if equal < least and r.status == OK:
+                r.status = DISAGREES
+                r.note = f"labels: {equal:.4f} of them equal, below {least:.4f}"
 
 
 def _time_replays(results: Sequence[Result], runs: Mapping[str, Runnable], suite: Suite) -> None:

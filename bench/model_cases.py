@@ -6,17 +6,22 @@ takes longer than all that is measured with it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeplab_fast import get_model, ops
+from deeplab_fast import get_model, load, ops
+from deeplab_fast.data import Preprocess, read_image
 from deeplab_fast.dispatch.examples import IGNORED, LABELS, VALUES
 from deeplab_fast.testing import import_torchvision
 
+from . import photos
 from .costs import Cost, network_cost
 from .op_cases import OS8_RATES, OS16_RATES
 from .registry import (
@@ -31,8 +36,10 @@ from .registry import (
 )
 
 BUILDERS = {"r50": "resnet50", "r101": "resnet101", "mbv3": "mobilenet_v3_large"}
+# Of recipes that take hundreds: the ranges of a trained model's maps hardly move beyond a few.
+CALIBRATION_IMAGES = 8
 # Main path of a forward pass, for tolerances: convolutions one behind another.
-DEPTH = {"r50": 53, "r101": 104, "mbv3": 51}
+DEPTH = {"r50": 53, "r101": 104, "mbv3": 51, "camvid": 51}
 
 
 def torchvision_model(backbone: str, output_stride: int, classes: int) -> nn.Module:
@@ -122,9 +129,12 @@ class ModelCase(Case):
         """A model as the case runs it; dropout's masks would differ between layouts."""
         return without_dropout(output(model)).train(self.training)
 
+    def plain_model(self) -> nn.Module:
+        """The network by PyTorch's own modules."""
+        return torchvision_model(self.backbone, self.output_stride, self.classes)
+
     def make_module(self) -> nn.Module:
-        model = torchvision_model(self.backbone, self.output_stride, self.classes)
-        return self.wrap(model, self.output)
+        return self.wrap(self.plain_model(), self.output)
 
     def make_inputs(self, device: str, seed: int) -> tuple[Tensor, ...]:
         return (torch.randn(self.n, 3, self.height, self.width),)
@@ -146,7 +156,7 @@ class ModelCase(Case):
     def network_cost(self, itemsize: int) -> Cost:
         """Cost up to the low-resolution logits."""
         with torch.device("meta"):
-            model = torchvision_model(self.backbone, self.output_stride, self.classes).eval()
+            model = self.plain_model().to("meta").eval()
             x = torch.empty(self.n, 3, self.height, self.width)
         return network_cost(model, [x], itemsize)
 
@@ -180,19 +190,75 @@ class ModelLabels(ModelCase):
 
     output: ClassVar[type[FullLogits]] = Labels
     own_output: ClassVar[type[FullLogits]] = Labels
+    judged: ClassVar[int] = 1
+
+    @property
+    def judged_on(self) -> str:
+        return "random images"
 
     def oracle(self, module: nn.Module) -> nn.Module:
         return FullLogits(module.model).eval()
 
-    def predict(self, args: Arguments) -> nn.Module:
-        """deeplab_fast's model through `predict`."""
-        return self.wrap(self.own_model(args), Predict)
+    def predict(self, args: Arguments, precision: str = "fp32") -> nn.Module:
+        """deeplab_fast's model through `predict`, in a precision on the CPU."""
+        model = self.own_model(args).eval()
+        if precision == "int8":
+            model.calibrate(self.calibration(CALIBRATION_IMAGES))
+        model.precision = precision
+        return self.wrap(model, Predict)
+
+    def calibration(self, count: int) -> list[Tensor]:
+        """Images [1, 3, H, W] like those of the sets, and none of them, for quantization."""
+        torch.manual_seed(-1)
+        return [torch.randn(1, 3, self.height, self.width) for _ in range(count)]
 
     def cost(self, mode: str, itemsize: int) -> Cost:
         return self.with_output(self.network_cost(itemsize), self.pixels)
 
     def kinds(self, mode: str) -> tuple[str, ...]:
         return (LABELS,)
+
+
+@cache
+def _preprocess(name: str) -> Preprocess:
+    return load(name).preprocess
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedLabels(ModelLabels):
+    """Labels of photos by a model that comes with the package, with its trained weights.
+
+    `backbone` is the model's name; the exact result is that of its plain modules.
+    """
+
+    trained: ClassVar[bool] = True
+    judged: ClassVar[int] = 16
+
+    @property
+    def judged_on(self) -> str:
+        return f"{self.judged} {photos.source()}"
+
+    def plain_model(self) -> nn.Module:
+        with torch.device("cpu"):
+            model = load(self.backbone)
+        model.fast = False
+        return model
+
+    def make_inputs(self, device: str, seed: int) -> tuple[Tensor, ...]:
+        if device == "meta":
+            return super().make_inputs(device, seed)
+        return (self.photo(photos.judged(), seed).to(device),)
+
+    def photo(self, found: Sequence[Path], number: int) -> Tensor:
+        """A photo as the network takes it, counted round, at the case's size."""
+        image = torch.from_numpy(read_image(found[number % len(found)])).permute(2, 0, 1)
+        return _preprocess(self.backbone).batch(image[None], size=(self.height, self.width))
+
+    def calibration(self, count: int) -> list[Tensor]:
+        return [self.photo(photos.for_calibration(), i) for i in range(count)]
+
+    def own_model(self, args: Arguments) -> nn.Module:
+        return load(self.backbone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,18 +294,18 @@ def _cases() -> list[Case]:
     found: list[Case] = []
     # backbone, output stride, image, batch, classes, suites of logits, suites of labels
     for backbone, output_stride, size, n, classes, logits, labels in (
-        ("r50", 8, (520, 520), 1, 21, ("gpu",), ("cpu", "gpu")),
+        ("r50", 8, (520, 520), 1, 21, ("gpu",), ("cpu", "gpu", "rivals")),
         ("r50", 16, (513, 513), 16, 21, ("gpu",), ("gpu",)),
         ("r50", 8, (520, 520), 16, 21, ("gpu",), ("gpu",)),
         ("r101", 8, (520, 520), 16, 21, (), ("gpu",)),
-        ("mbv3", 16, (520, 520), 1, 21, ("cpu", "gpu"), ("cpu", "gpu")),
+        ("mbv3", 16, (520, 520), 1, 21, ("cpu", "gpu"), ("cpu", "gpu", "rivals")),
         ("mbv3", 16, (257, 257), 1, 21, (), ("quick",)),
         ("r50", 16, (520, 520), 1, 21, (), ("cpu", "gpu")),
         ("r101", 16, (520, 520), 1, 21, (), ("cpu", "gpu")),
         ("r101", 8, (520, 520), 1, 21, (), ("gpu",)),
         ("r101", 16, (513, 513), 16, 21, (), ("gpu",)),
         ("r50", 8, (1024, 2048), 1, 19, (), ("gpu",)),
-        ("mbv3", 16, (1024, 2048), 1, 19, (), ("cpu", "gpu")),
+        ("mbv3", 16, (1024, 2048), 1, 19, (), ("cpu", "gpu", "rivals")),
         ("mbv3", 16, (520, 520), 16, 21, (), ("gpu",)),
     ):
         named = f"{backbone}-os{output_stride}"
@@ -275,6 +341,22 @@ def _cases() -> list[Case]:
                     op="model_logits", suites=logits, left_out=left_out, headline=True, **given
                 )
             )
+    for height, width in ((520, 520), (360, 480)):
+        side = height if height == width else (height, width)
+        found.append(
+            EmbeddedLabels(
+                op="model_labels",
+                shape=shape_name("camvid-os16", side, "b1"),
+                suites=("rivals",),
+                headline=True,
+                backbone="camvid",
+                output_stride=16,
+                n=1,
+                height=height,
+                width=width,
+                classes=11,
+            )
+        )
     for backbone, output_stride, side, n, suites in (
         ("r50", 16, 513, 16, ("gpu",)),
         ("mbv3", 16, 513, 16, ("gpu",)),

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplab_fast import backends
+from deeplab_fast.dispatch import limits
 from deeplab_fast.dispatch.examples import LABELS
 from deeplab_fast.testing import import_torchvision
 
@@ -265,9 +266,9 @@ def _build_compiled(
     return eager
 
 
-def _build_own(attribute: str) -> Build:
+def _build_own(attribute: str, **options: str) -> Build:
     def build(case: Case, mode: str, device: str, dtype: torch.dtype, args: Arguments) -> Runnable:
-        module = getattr(case, attribute)(args)
+        module = getattr(case, attribute)(args, **options)
         context: Context = nullcontext
         if trains(case, mode):
             dtype, context = torch.float32, _autocast(device, dtype)
@@ -327,9 +328,24 @@ def _fp32_in_training(case: Case, mode: str, device: str, dtype: torch.dtype) ->
 
 
 def _no_bf16(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
-    if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return ""
-    return "this CPU has no instructions for bf16, which PyTorch then emulates"
+    return "" if device == "cuda" else limits.cpu_bf16()
+
+
+def _cpu_precision(name: str, limit: Callable[[], str]) -> Provider:
+    """deeplab_fast's `predict` in a precision below fp32 that only a CPU has."""
+
+    def missing(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
+        return limit() if device == "cpu" else "a precision of models on a CPU"
+
+    return Provider(
+        f"ours-predict-{name}",
+        f'deeplab_fast\'s model through predict, precision = "{name}"',
+        baseline=False,
+        applies=lambda case, mode: isinstance(case, ModelLabels),
+        missing_reason=missing,
+        build=_build_own("predict", precision=name),
+        precision=lambda case, mode, device, dtype: name,
+    )
 
 
 def _no_compiler(case: Case, mode: str, device: str, dtype: torch.dtype) -> str:
@@ -460,5 +476,7 @@ for _provider in (
         applies=lambda case, mode: isinstance(case, ModelLabels),
         build=_build_own("predict"),
     ),
+    _cpu_precision("bf16", limits.cpu_bf16),
+    _cpu_precision("int8", limits.cpu_int8),
 ):
     register_provider(_provider)

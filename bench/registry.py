@@ -8,6 +8,7 @@ theirs when they are imported, which `everything.py` does.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from abc import ABC, abstractmethod
@@ -122,6 +123,10 @@ class Case(ABC):
     """
 
     kind: ClassVar[str]
+    # Weights as training left them, which `setup` then keeps.
+    trained: ClassVar[bool] = False
+    # Sets of inputs, at least, on each of which the share of labels that are the exact ones counts.
+    judged: ClassVar[int] = 0
     # The dtype that the exact result is computed in.
     oracle_dtype: ClassVar[torch.dtype] = torch.float64
 
@@ -131,6 +136,11 @@ class Case(ABC):
     modes: tuple[str, ...] = (FORWARD,)
     left_out: dict[str, dict[str, str]] = field(default_factory=dict, hash=False, compare=False)
     headline: bool = False
+
+    @property
+    def judged_on(self) -> str:
+        """What those sets are."""
+        return ""
 
     @property
     def mutated(self) -> tuple[int, ...]:
@@ -162,7 +172,8 @@ class Case(ABC):
         torch.manual_seed(seed)
         with torch.device(device):
             module = self.make_module()
-        spread_batch_norm(module)
+        if not self.trained:
+            spread_batch_norm(module)
         with torch.no_grad():
             for t in (*module.parameters(), *module.buffers()):
                 if t.is_floating_point():
@@ -250,8 +261,9 @@ class Provider:
         applies: (case, mode) -> whether there is such a form at all; one that does not apply is
             not missing.
         missing_reason: (case, mode, device, dtype) -> why it cannot run here; "" where it can.
-        precision: (case, mode, device, dtype) -> "fp32", "tf32", "bf16" or "fp16": what the
+        precision: (case, mode, device, dtype) -> "fp32", "tf32", "bf16", "fp16" or "int8": what the
             operands of its products are rounded to.
+        packages: distributions it is made of beside PyTorch; their versions are told with its time.
         graphs: whether its calls on a GPU already replay CUDA graphs.
         slow: building it may take minutes; it is not begun when a run's time is up, while the
             others of a case that has begun still are.
@@ -266,6 +278,7 @@ class Provider:
     applies: Callable[[Case, str], bool] = lambda case, mode: True
     missing_reason: Text = lambda case, mode, device, dtype: ""
     precision: Text = case_precision
+    packages: tuple[str, ...] = ()
     graphs: bool = False
     slow: bool = False
     own_expected: Callable[[Any, Arguments, Runnable], list[Tensor]] | None = None
@@ -284,6 +297,8 @@ class Suite:
         rounds: (fewest, most) rounds.
         copies: most sets of inputs that calls rotate over.
         no_memory: providers whose peak memory is not measured: that compiles them again.
+        left_out: providers that are only measured where they are named.
+        by_precision: whether its table tells the fastest baseline of each precision.
     """
 
     name: str
@@ -293,7 +308,20 @@ class Suite:
     rounds: tuple[int, int]
     copies: int
     no_memory: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    by_precision: bool = False
 
+
+# Measured in a suite of their own: some take minutes to quantize a model.
+_RIVALS = (
+    "ours-predict-bf16",
+    "ours-predict-int8",
+    "openvino",
+    "openvino_default",
+    "openvino_int8",
+    "onnxruntime",
+    "onnxruntime_int8",
+)
 
 SUITES = {
     suite.name: suite
@@ -306,6 +334,7 @@ SUITES = {
             rounds=(3, 9),
             copies=2,
             no_memory=("compile",),
+            left_out=_RIVALS,
         ),
         Suite(
             "cpu",
@@ -315,8 +344,22 @@ SUITES = {
             rounds=(5, 25),
             copies=2,
             no_memory=("compile",),
+            left_out=_RIVALS,
         ),
-        Suite("gpu", "cuda", torch.bfloat16, seconds=0.5, rounds=(10, 30), copies=8),
+        Suite(
+            "gpu", "cuda", torch.bfloat16, seconds=0.5, rounds=(10, 30), copies=8, left_out=_RIVALS
+        ),
+        Suite(
+            "rivals",
+            "cpu",
+            torch.float32,
+            seconds=8.0,
+            rounds=(5, 25),
+            copies=2,
+            # Of suite `cpu`; eager is never the fastest on a CPU, and compiling takes minutes.
+            left_out=("eager", "cudagraph", "compile", "smp", "ours"),
+            by_precision=True,
+        ),
     )
 }
 
@@ -387,9 +430,14 @@ def select(suite: str, pattern: str | None = None) -> list[tuple[Case, str]]:
     ]
 
 
-def applicable(found: Case, mode: str, names: Iterable[str] | None = None) -> list[Provider]:
-    """The providers, of all or of the named ones, that have a form of a case."""
-    chosen = providers() if names is None else [provider(name) for name in names]
+def applicable(
+    found: Case, mode: str, suite: Suite, names: Iterable[str] | None = None
+) -> list[Provider]:
+    """The providers, of all of a suite or of the named ones, that have a form of a case."""
+    if names is None:
+        chosen = [p for p in providers() if p.name not in suite.left_out]
+    else:
+        chosen = [provider(name) for name in names]
     return [p for p in chosen if p.applies(found, mode)]
 
 
@@ -398,6 +446,9 @@ def missing_reason(p: Provider, found: Case, mode: str, suite: Suite) -> str:
     left_out = found.left_out.get(suite.name, {}).get(p.name)
     if left_out:
         return f"left out of suite {suite.name}: {left_out}"
+    absent = [name for name in p.packages if importlib.util.find_spec(name) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)} (extra rivals)"
     return p.missing_reason(found, mode, suite.device, suite.dtype)
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import rows
 from .everything import registry
 from .files import replacing, write_text
@@ -72,9 +74,20 @@ class Group:
     @property
     def best(self) -> str:
         """The fastest baseline that agrees; empty where there is none."""
-        times = {p: self.value(p, rows.TIME) for p in self.baselines}
+        return self.fastest(self.baselines)
+
+    def fastest(self, names: Iterable[str]) -> str:
+        """The fastest of some providers that agrees; empty where there is none."""
+        times = {p: self.value(p, rows.TIME) for p in names}
         known = {p: t for p, t in times.items() if t is not None}
         return min(known, key=lambda p: (known[p], p), default="")
+
+    def of_precision(self, precision: str) -> list[str]:
+        """The providers whose operands have a precision."""
+        _, op, case, dtype, mode, _ = self.key
+        found = registry.case(f"{op}/{case}")
+        given = found, mode, "cpu", getattr(torch, dtype)
+        return [p for p in self.order if registry.provider(p).precision(*given) == precision]
 
 
 def groups(found: Iterable[Row]) -> list[Group]:
@@ -104,9 +117,15 @@ def groups(found: Iterable[Row]) -> list[Group]:
 def readme_table(found: Sequence[Row]) -> str:
     """What stands between the markers: a table for each suite and device, and its conditions."""
     parts = []
-    for (_, device), some in _by_suite(found).items():
+    suites = _by_suite(found)
+    told = {g.key[1:] for (s, _), some in suites.items() if _by_precision(s) for g in groups(some)}
+    # What is compared by precision comes first, and is not told twice.
+    for (suite, device), some in sorted(suites.items(), key=lambda s: not _by_precision(s[0][0])):
         every = groups(some)
-        shown = [g for g in every if _is_headline(g)] or every
+        if _by_precision(suite):
+            parts += ["", f"**{device}.** {_conditions(some)}", "", *_strongest(every), ""]
+            continue
+        shown = [g for g in every if _is_headline(g) and g.key[1:] not in told] or every
         shown.sort(key=lambda g: not g.key[1].startswith("model"))
         parts += ["", f"**{device}.** {_conditions(some)}", "", *_summary(shown), ""]
         if len(shown) < len(every):
@@ -121,11 +140,20 @@ def readme_table(found: Sequence[Row]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _is_headline(group: Group) -> bool:
+def _case(group: Group) -> registry.Case | None:
     try:
-        return registry.case(f"{group.key[1]}/{group.key[2]}").headline
+        return registry.case(f"{group.key[1]}/{group.key[2]}")
     except ValueError:
-        return False
+        return None
+
+
+def _is_headline(group: Group) -> bool:
+    case = _case(group)
+    return case is not None and case.headline
+
+
+def _by_precision(suite: str) -> bool:
+    return suite in registry.SUITES and registry.SUITES[suite].by_precision
 
 
 def _by_suite(found: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -179,6 +207,69 @@ def _summary(found: Sequence[Group]) -> Iterator[str]:
         "of that baseline and of deeplab_fast. Baselines: " + "; ".join(descriptions) + "."
     )
     yield from _left_out(found)
+
+
+_PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def _strongest(found: Sequence[Group]) -> Iterator[str]:
+    """One line for each case and precision: the fastest baseline, ours, the labels of both."""
+    head = "case precision baseline ms labels deeplab_fast,~ms labels speed-up MiB"
+    titles = [title.replace("~", " ") for title in head.split()]
+    yield "| " + " | ".join(titles) + " |"
+    yield "|---|---|---" + "|---:" * (len(titles) - 3) + "|"
+    told: dict[str, None] = {}
+    judged: dict[str, None] = {}
+    for g in found:
+        for precision in _PRECISIONS:
+            names = g.of_precision(precision)
+            best = g.fastest(p for p in names if p in g.baselines)
+            ours = next((p for p in names if p not in g.baselines), "")
+            if not best and ours not in g.providers:
+                continue
+            if best:
+                told.setdefault(f"{best}: {_description(g, best)}")
+            if (case := _case(g)) is not None and case.trained:
+                judged.setdefault(case.judged_on)
+            yield f"| {g.name} | {precision} | " + " | ".join(_beside(g, best, ours)) + " |"
+    yield ""
+    yield (
+        "Times are medians in milliseconds, for each precision of the fastest baseline and of "
+        "deeplab_fast; the speed-up is the median of their ratio over rounds in which all ran side "
+        "by side. Labels are the share that equals those of the plain model in fp32, on "
+        + ", ".join(judged or {"photos": None})
+        + "; with random weights that would say nothing. MiB is the peak memory of a call, of that "
+        "baseline and of deeplab_fast. Baselines: " + "; ".join(told) + "."
+    )
+    yield from _left_out(found)
+
+
+def _description(g: Group, provider: str) -> str:
+    """What a baseline is, with the versions that its time was noted with."""
+    note = g.providers[provider][rows.TIME].note
+    return registry.provider(provider).description + (f" ({note})" if note else "")
+
+
+def _beside(g: Group, best: str, ours: str) -> list[str]:
+    """The cells of a baseline and of ours."""
+
+    def labels(provider: str) -> str:
+        equal, case = g.value(provider, rows.EQUAL), _case(g)
+        trained = case is not None and case.trained
+        return "" if equal is None or not trained else f"{equal:.2%}"
+
+    time = _number(g.value(ours, rows.TIME)) or ("disagrees" if ours in g.refused else "")
+    ratio = g.value(ours, rows.PRECISION_RATIO)
+    before, after = (g.value(p, rows.PEAK) for p in (best, ours))
+    return [
+        best,
+        _number(g.value(best, rows.TIME)),
+        labels(best),
+        time,
+        labels(ours),
+        "" if ratio is None else f"{ratio:.2f}x",
+        "" if before is None or after is None else f"{before:.1f} → {after:.1f}",
+    ]
 
 
 def _ours(g: Group) -> list[str]:
@@ -242,6 +333,8 @@ _COLUMNS = (
     (rows.DEVICE_TIME, "device ms", "{:.4g}"),
     (rows.RATIO, "ratio", "{:.2f}"),
     (rows.DEVICE_RATIO, "device ratio", "{:.2f}"),
+    (rows.PRECISION_RATIO, "ratio in its precision", "{:.2f}"),
+    (rows.EQUAL, "equal labels", "{:.3%}"),
     (rows.LIVE, "TFLOP/s live", "{:.3g}"),
     (rows.DENSE, "dense", "{:.3g}"),
     (rows.BANDWIDTH, "GB/s", "{:.3g}"),

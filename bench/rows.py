@@ -21,6 +21,9 @@ TIME = "time"
 DEVICE_TIME = "device_time"
 RATIO = "ratio"
 DEVICE_RATIO = "device_ratio"
+# Over the fastest baseline of the same precision.
+PRECISION_RATIO = "precision_ratio"
+EQUAL = "equal_labels"
 PEAK = "peak_memory"
 HELD = "held_memory"
 DENSE = "dense_equivalent"
@@ -33,6 +36,8 @@ UNITS = {
     DEVICE_TIME: "ms",
     RATIO: "x",
     DEVICE_RATIO: "x",
+    PRECISION_RATIO: "x",
+    EQUAL: "1",
     PEAK: "MiB",
     HELD: "MiB",
     DENSE: "TFLOP/s",

@@ -1,4 +1,4 @@
-"""`python -m bench.run --suite cpu|gpu|quick --out DIR`: measure, and write rows to DIR/SUITE.csv.
+"""`python -m bench.run --suite NAME --out DIR`: measure, and write rows to DIR/NAME.csv.
 
 All providers of a case run side by side in one process. Each first result is compared with the
 exact one; a provider whose result lies further off than its op allows gets a row that says so, and
@@ -86,7 +86,7 @@ def run(
         for name, _, value, unit in found:
             print(f"  {name:<24}{value:>10.4g} {unit}")
         for case, mode in work:
-            providers = registry.applicable(case, mode, options.providers)
+            providers = registry.applicable(case, mode, suite, options.providers)
             if not providers:
                 continue
             began = time.monotonic()
@@ -193,14 +193,19 @@ def result_rows(
                 yield make(metric, **_spread(ms), note=note)
         for kind, (error, bound) in r.errors.items():
             yield make(f"error_{kind}", error, note=f"limit {bound:.3g}")
+        if r.equal is not None:
+            equal, least = r.equal
+            yield make(rows.EQUAL, equal, note=f"{case.judged_on}, at least {least:.6f}")
         if r.peak_bytes is not None:
             yield make(rows.PEAK, r.peak_bytes / _MIB)
         if r.held_bytes is not None:
             yield make(rows.HELD, r.held_bytes / _MIB)
         if r.status != OK or not r.samples:
             continue
+        alike = measure.best_baseline(results, r.precision) if suite.by_precision else None
         for metric, base, samples in (
             (rows.RATIO, best and best.samples, r.samples),
+            (rows.PRECISION_RATIO, alike and alike.samples, r.samples),
             (rows.DEVICE_RATIO, best_device, r.device_samples),
         ):
             if base and samples and len(base) == len(samples):
@@ -253,12 +258,13 @@ def table(
             f"at least {ceilings.floor(cost) * 1e3:.4g} ms"
         )
     head = ("", "ms", "p20..p80", "ratio", "TFLOP/s live", "dense", "GB/s", "roofline", "MiB")
-    widths = (16, 10, 20, 8, 14, 10, 9, 10, 9)
+    head += ("equal labels",)
+    widths = (18, 10, 20, 8, 14, 10, 9, 10, 9, 14)
     lines.append("".join(f"{h:>{w}}" for h, w in zip(head, widths, strict=True)))
     for r in results:
         mark = "*" if r.chosen else ""
         if not r.samples:
-            lines.append(f"{r.provider.name + mark:<16}  {r.status}: {r.note}")
+            lines.append(f"{r.provider.name + mark:<18}  {r.status}: {r.note}")
             continue
         ms, low, high = (s * 1e3 for s in _spread(r.samples).values())
         cells = [f"{ms:.4g}", f"{low:.4g}..{high:.4g}"]
@@ -273,7 +279,8 @@ def table(
             ):
                 cells.append(f"{rates[metric]:{form}}" if metric in rates else "")
             cells.append("" if r.peak_bytes is None else f"{r.peak_bytes / _MIB:.1f}")
-        line = f"{r.provider.name + mark:<16}"
+            cells.append("" if r.equal is None else f"{r.equal[0]:.4%}")
+        line = f"{r.provider.name + mark:<18}"
         line += "".join(f"{c:>{w}}" for c, w in zip(cells, widths[1:], strict=False))
         if r.device_samples:
             line += f"  device {statistics.median(r.device_samples) * 1e3:.4g} ms"

@@ -34,11 +34,12 @@ def suite() -> Suite:
 
 def parameters(kind: str) -> list[Any]:
     """pytest parameters (case, mode, provider) of all cases of a kind."""
+    chosen = suite()
     return [
         pytest.param(case, mode, p, id=f"{case.id}-{mode}-{p.name}")
-        for case, mode in registry.select(suite().name)
+        for case, mode in registry.select(chosen.name)
         if case.kind == kind
-        for p in registry.applicable(case, mode)
+        for p in registry.applicable(case, mode, chosen)
     ]
 
 

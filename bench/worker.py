@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from .files import ROOT
+from .files import ROOT, scratch
 
 if TYPE_CHECKING:
     from .registry import Case, Provider
@@ -53,6 +53,8 @@ class Worker:
 
     def __init__(self, root: Path = ROOT, threads: int | None = None) -> None:
         command = [sys.executable, "-m", "bench.worker", str(threads or 0)]
+        # A child that is ended by force removes no folder.
+        scratch()
         environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
         self._process = subprocess.Popen(
             command,

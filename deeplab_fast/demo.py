@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from deeplab_fast import DeepLabV3
     from deeplab_fast.data import ClassSet
 
-__all__ = ["main"]
+__all__ = ["main", "photos"]
 
 # Photos that come inside the installed packages, no download.
 # The embedded model knows the things of a street; of these photos the first has most of them.
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _photos(quick: bool) -> list[Path]:
+def photos() -> list[Path]:
+    """The photos inside the packages that are installed, the most telling first."""
     found = []
     for package, name in _PHOTOS:
         spec = importlib.util.find_spec(package)
@@ -78,7 +79,7 @@ def _photos(quick: bool) -> list[Path]:
             path = Path(spec.origin).parent / name
             if path.is_file():
                 found.append(path)
-    return found[:_QUICK_PHOTOS] if quick else found
+    return found
 
 
 def _segment_photos(weights: str | None, output: Path, quick: bool) -> None:
@@ -105,15 +106,15 @@ def _segment_photos(weights: str | None, output: Path, quick: bool) -> None:
         count = model.num_classes if names is None else len(names)
         classes = generic_classes(count, names).of_labels()
     assert model.config is not None
-    photos = _photos(quick)
-    if not photos:
+    found = photos()[: _QUICK_PHOTOS if quick else None]
+    if not found:
         print("No photos: neither scikit-image nor scikit-learn is installed with its pictures.")
         return
     print(f"\n{'photo':<18}{'size':>10}{'ms':>7}   class areas")
     done = []
     # The first run compiles and allocates.
-    model.predict(read_image(photos[0]))
-    for path in photos:
+    model.predict(read_image(found[0]))
+    for path in found:
         image = read_image(path)
         start = time.perf_counter()
         labels = model.predict(image)
@@ -256,10 +257,9 @@ def _timing_input(size: int) -> torch.Tensor:
 
     from deeplab_fast.data import Preprocess, read_image
 
-    photos = _photos(quick=True)
     step = Preprocess(size=(size, size))
-    if photos:
-        return step(read_image(photos[0]))
+    if found := photos():
+        return step(read_image(found[0]))
     return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 

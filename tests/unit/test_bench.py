@@ -356,7 +356,7 @@ def test_missing_and_failing_providers_have_rows_with_reasons() -> None:
 @pytest.mark.parametrize("mode", [FORWARD, FORWARD_BACKWARD])
 def test_backends_that_cannot_run_here_are_reported_for_each_op(mode) -> None:
     case = op_case("upsample_cross_entropy", modes=(mode,))
-    names = {p.name for p in registry.applicable(case, mode)}
+    names = {p.name for p in registry.applicable(case, mode, SUITE)}
     assert {"eager", "channels_last", "autocast", "compile", "triton", "cuda"} <= names
     if not torch.cuda.is_available():
         for name in ("triton", "cuda"):
@@ -553,6 +553,43 @@ def test_report_refuses_results_that_disagree(tmp_path) -> None:
     assert "off by far" in text
     lines = "\n".join(report._summary([group]))
     assert "disagrees (ours)" in lines and "Not shown" in lines and "x |" not in lines
+
+
+def test_report_names_the_strongest_rival_of_each_precision(tmp_path) -> None:
+    def figures(provider: str, ms: float, ratio: float, equal: float, note: str = ""):
+        given = {
+            "suite": "rivals",
+            "op": "model_labels",
+            "case": "camvid-os16-520-b1",
+            "baseline": not provider.startswith("ours"),
+            "chosen": provider == "ours-predict",
+        }
+        yield _row(provider, value=ms, note=note, **given)
+        yield _row(provider, rows.RATIO, 4.0 / ms, **given)
+        yield _row(provider, rows.PRECISION_RATIO, ratio, **given)
+        yield _row(provider, rows.EQUAL, equal, **given)
+        yield _row(provider, rows.PEAK, ms + 1, **given)
+
+    made = [
+        *figures("channels_last", 9.0, 0.8, 1.0),
+        *figures("openvino", 7.0, 1.0, 1.0, "openvino 1.2"),
+        *figures("onnxruntime", 8.0, 0.9, 1.0),
+        *figures("ours-predict", 5.0, 1.4, 1.0),
+        *figures("openvino_int8", 5.0, 0.8, 0.99),
+        *figures("onnxruntime_int8", 4.0, 1.0, 0.981234, "onnxruntime 3.4"),
+        *figures("ours-predict-int8", 2.0, 2.0, 0.995),
+    ]
+    told_before = _row("eager", value=8.0, op="model_labels", case="camvid-os16-520-b1")
+    text = report.readme_table([*rows.read(_file(tmp_path, [told_before])), *made])
+    name = "model_labels camvid-os16-520-b1"
+    fp32 = f"| {name} | fp32 | openvino | 7 | 100.00% | 5 | 100.00% | 1.40x | 8.0 → 6.0 |"
+    int8 = f"| {name} | int8 | onnxruntime_int8 | 4 | 98.12% | 2 | 99.50% | 2.00x | 5.0 → 3.0 |"
+    assert fp32 in text and int8 in text
+    # Nothing ran in bf16; the case stands in no other suite's table.
+    assert text.count(name) == 2
+    assert "OpenVINO in fp32 (openvino 1.2)" in text and "(onnxruntime 3.4)" in text
+    wrong = [dataclasses.replace(r, agrees="no") if r.provider == "openvino" else r for r in made]
+    assert f"| {name} | fp32 | onnxruntime | 8 |" in report.readme_table(wrong)
 
 
 def test_spread_of_two_runs(tmp_path) -> None:
