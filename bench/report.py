@@ -238,10 +238,16 @@ def _strongest(found: Sequence[Group]) -> Iterator[str]:
         "deeplab_fast; the speed-up is the median of their ratio over rounds in which all ran side "
         "by side. Labels are the share that equals those of the plain model in fp32, on "
         + ", ".join(judged or {"photos": None})
-        + "; with random weights that would say nothing. MiB is the peak memory of a call, of that "
-        "baseline and of deeplab_fast. Baselines: " + "; ".join(told) + "."
+        + "; with random weights that would say nothing. MiB is what the baseline and deeplab_fast "
+        "hold, weights included, and take at most in a call. Baselines: " + "; ".join(told) + "."
     )
     yield from _left_out(found)
+
+
+def _memory(g: Group, provider: str) -> float | None:
+    """What a provider holds and takes in a call: some runtimes keep all memory between calls."""
+    peak, held = g.value(provider, rows.PEAK), g.value(provider, rows.HELD)
+    return None if peak is None or held is None else peak + held
 
 
 def _description(g: Group, provider: str) -> str:
@@ -260,7 +266,7 @@ def _beside(g: Group, best: str, ours: str) -> list[str]:
 
     time = _number(g.value(ours, rows.TIME)) or ("disagrees" if ours in g.refused else "")
     ratio = g.value(ours, rows.PRECISION_RATIO)
-    before, after = (g.value(p, rows.PEAK) for p in (best, ours))
+    before, after = (_memory(g, p) for p in (best, ours))
     return [
         best,
         _number(g.value(best, rows.TIME)),
