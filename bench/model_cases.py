@@ -6,6 +6,8 @@ takes longer than all that is measured with it.
 
 from __future__ import annotations
 
+import pickle
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +25,7 @@ from deeplab_fast.testing import import_torchvision
 
 from . import photos
 from .costs import Cost, network_cost
+from .files import scratch
 from .op_cases import OS8_RATES, OS16_RATES
 from .registry import (
     GRADIENT,
@@ -203,9 +206,21 @@ class ModelLabels(ModelCase):
         """deeplab_fast's model through `predict`, in a precision on the CPU."""
         model = self.own_model(args).eval()
         if precision == "int8":
-            model.calibrate(self.calibration(CALIBRATION_IMAGES))
+            kept = self.file(args, "calibration")
+            if kept.exists():
+                model.calibration = pickle.loads(kept.read_bytes())
+            else:
+                model.calibrate(torch.cat(self.calibration(CALIBRATION_IMAGES)))
+                kept.write_bytes(pickle.dumps(model.calibration))
         model.precision = precision
         return self.wrap(model, Predict)
+
+    def file(self, args: Arguments, ending: str) -> Path:
+        """Where something made of the case's weights is kept for a run (`files.scratch`)."""
+        state = 0
+        for t in args.module.state_dict().values():
+            state = zlib.crc32(t.contiguous().reshape(-1).view(torch.uint8).numpy(), state)
+        return scratch() / f"{self.op}-{self.shape}-{state:08x}-{ending}"
 
     def calibration(self, count: int) -> list[Tensor]:
         """Images [1, 3, H, W] like those of the sets, and none of them, for quantization."""

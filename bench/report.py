@@ -214,10 +214,10 @@ _PRECISIONS = ("fp32", "bf16", "int8")
 
 def _strongest(found: Sequence[Group]) -> Iterator[str]:
     """One line for each case and precision: the fastest baseline, ours, the labels of both."""
-    head = "case precision baseline ms labels deeplab_fast,~ms labels speed-up MiB"
-    titles = [title.replace("~", " ") for title in head.split()]
-    yield "| " + " | ".join(titles) + " |"
-    yield "|---|---|---" + "|---:" * (len(titles) - 3) + "|"
+    yield (
+        "| case | precision | baseline | ms | labels | deeplab_fast, ms | labels | speed-up | MiB |"
+    )
+    yield "|---|---|---" + "|---:" * 6 + "|"
     told: dict[str, None] = {}
     judged: dict[str, None] = {}
     for g in found:
@@ -229,15 +229,16 @@ def _strongest(found: Sequence[Group]) -> Iterator[str]:
                 continue
             if best:
                 told.setdefault(f"{best}: {_description(g, best)}")
-            if (case := _case(g)) is not None and case.trained:
-                judged.setdefault(case.judged_on)
+            for p in (best, ours):
+                if _equal(g, p) is not None:
+                    judged.setdefault(g.providers[p][rows.EQUAL].note.partition(",")[0])
             yield f"| {g.name} | {precision} | " + " | ".join(_beside(g, best, ours)) + " |"
     yield ""
     yield (
         "Times are medians in milliseconds, for each precision of the fastest baseline and of "
         "deeplab_fast; the speed-up is the median of their ratio over rounds in which all ran side "
         "by side. Labels are the share that equals those of the plain model in fp32, on "
-        + ", ".join(judged or {"photos": None})
+        + (", ".join(judged) or "photos")
         + "; with random weights that would say nothing. MiB is what the baseline and deeplab_fast "
         "hold, weights included, and take at most in a call. Baselines: " + "; ".join(told) + "."
     )
@@ -256,13 +257,18 @@ def _description(g: Group, provider: str) -> str:
     return registry.provider(provider).description + (f" ({note})" if note else "")
 
 
+def _equal(g: Group, provider: str) -> float | None:
+    """The share of a provider's labels that are the exact ones, of a trained model."""
+    case = _case(g)
+    return g.value(provider, rows.EQUAL) if case is not None and case.trained else None
+
+
 def _beside(g: Group, best: str, ours: str) -> list[str]:
     """The cells of a baseline and of ours."""
 
     def labels(provider: str) -> str:
-        equal, case = g.value(provider, rows.EQUAL), _case(g)
-        trained = case is not None and case.trained
-        return "" if equal is None or not trained else f"{equal:.2%}"
+        equal = _equal(g, provider)
+        return "" if equal is None else f"{equal:.2%}"
 
     time = _number(g.value(ours, rows.TIME)) or ("disagrees" if ours in g.refused else "")
     ratio = g.value(ours, rows.PRECISION_RATIO)

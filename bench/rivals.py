@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .files import scratch
 from .model_cases import CALIBRATION_IMAGES, ModelLabels
 from .registry import Arguments, Case, Inputs, Provider, Runnable, Text, register_provider
 
@@ -44,7 +42,7 @@ class _Session(Runnable):
 
 def exported(case: ModelLabels, args: Arguments) -> Path:
     """The ONNX file of a case's plain model, labels included; made once."""
-    path = _file(case, args, "fp32.onnx")
+    path = case.file(args, "fp32.onnx")
     if path.exists():
         return path
     with warnings.catch_warnings():
@@ -61,13 +59,6 @@ def exported(case: ModelLabels, args: Arguments) -> Path:
             output_names=["labels"],
         )
     return path
-
-
-def _file(case: Case, args: Arguments, ending: str) -> Path:
-    state = 0
-    for t in args.module.state_dict().values():
-        state = zlib.crc32(t.contiguous().reshape(-1).view(torch.uint8).numpy(), state)
-    return scratch() / f"{case.op}-{case.shape}-{state:08x}-{ending}"
 
 
 def _openvino(model: Any, **options: str) -> Infer:
@@ -90,7 +81,7 @@ def _onnxruntime(path: Path) -> Infer:
 
 def quantized_openvino(case: ModelLabels, args: Arguments) -> Path:
     """The graph after NNCF's post-training quantization, as OpenVINO's IR; made once."""
-    path = _file(case, args, "int8.xml")
+    path = case.file(args, "int8.xml")
     if path.exists():
         return path
     # Before it is imported: a benchmark reports to nobody.
@@ -113,7 +104,7 @@ def quantized_openvino(case: ModelLabels, args: Arguments) -> Path:
 
 def quantized_onnx(case: ModelLabels, args: Arguments) -> Path:
     """The graph after ONNX Runtime's static quantization (QDQ); made once."""
-    path = _file(case, args, "int8.onnx")
+    path = case.file(args, "int8.onnx")
     if path.exists():
         return path
     from onnxruntime.quantization import (

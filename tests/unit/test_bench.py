@@ -567,7 +567,7 @@ def test_report_names_the_strongest_rival_of_each_precision(tmp_path) -> None:
         yield _row(provider, value=ms, note=note, **given)
         yield _row(provider, rows.RATIO, 4.0 / ms, **given)
         yield _row(provider, rows.PRECISION_RATIO, ratio, **given)
-        yield _row(provider, rows.EQUAL, equal, **given)
+        yield _row(provider, rows.EQUAL, equal, note="7 photos, at least 0.9", **given)
         yield _row(provider, rows.PEAK, ms + 1, **given)
         yield _row(provider, rows.HELD, 10.0, **given)
 
@@ -588,6 +588,7 @@ def test_report_names_the_strongest_rival_of_each_precision(tmp_path) -> None:
     assert fp32 in text and int8 in text
     # Nothing ran in bf16; the case stands in no other suite's table.
     assert text.count(name) == 2
+    assert "on 7 photos;" in text
     assert "OpenVINO in fp32 (openvino 1.2)" in text and "(onnxruntime 3.4)" in text
     wrong = [dataclasses.replace(r, agrees="no") if r.provider == "openvino" else r for r in made]
     assert f"| {name} | fp32 | onnxruntime | 8 |" in report.readme_table(wrong)
