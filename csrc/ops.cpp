@@ -13,6 +13,7 @@ using at::Tensor;
 
 // csrc/cpu/upsample_ops.cpp
 std::string instruction_set(std::string name);
+std::string suggest_set(std::string family, std::string name);
 std::tuple<Tensor, Tensor, Tensor, Tensor> bilinear_axis(int64_t in, int64_t out,
                                                          bool align_corners, bool is_double);
 Tensor exp_nonpositive(const Tensor& x);
@@ -96,6 +97,7 @@ std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& grad, const Tensor& x, 
 TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
   namespace cpu = deeplab_fast::cpu;
   m.def("_cpu_instruction_set(str name) -> str", &cpu::instruction_set);
+  m.def("_cpu_suggest_set(str family, str name) -> str", &cpu::suggest_set);
   m.def(
       "_bilinear_axis(int inputs, int outputs, bool align_corners, bool is_double) "
       "-> (Tensor, Tensor, Tensor, Tensor)",

@@ -19,6 +19,8 @@ from ._version import __version__
 from .dispatch import records
 from .dispatch.declare import declared_ops, steps
 from .dispatch.examples import Shapes, Size
+from .ops import cpu_rates
+from .ops.cpu_processors import DTYPES, Cpu
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ _ENVIRONMENT = (
     (backends.ENVIRONMENT_VARIABLE, "backend of every op: auto, cuda, triton, cpu, reference"),
     ("DEEPLAB_FAST_DISABLE_EXT", "1: do not load the compiled extension"),
     ("DEEPLAB_FAST_CPU_SET", "instruction set of the C++ code: baseline, avx2 or avx512"),
+    (cpu_rates.ENVIRONMENT_VARIABLE, "file of the CPU's measured rates; 0: neither read nor probe"),
     ("DEEPLAB_FAST_STRICT_LABELS", "1: a label outside the classes is an error on a GPU too"),
     (records.ENVIRONMENT_VARIABLE, "file of your records of GPU kernels; 0: read none"),
     ("TRITON_INTERPRET", "1: Triton kernels run in its interpreter, on a CPU"),
@@ -96,6 +99,8 @@ def report() -> str:
             *_devices(),
             "",
             *_built(),
+            "",
+            *_rates(),
             "",
             *_records(),
             "",
@@ -154,6 +159,24 @@ def _built() -> Iterator[str]:
         has_compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         lacking = "" if has_compiler else "; needs a C compiler, which is missing"
         yield f"  {'triton':<14}yes: triton {version}, compiles at first use on a GPU{lacking}"
+
+
+def _rates() -> Iterator[str]:
+    yield "Rates of one thread of the CPU, by which convolutions are chosen"
+    known = cpu_rates.choose_sets()
+    yield f"  {Cpu.here().name}: {known.origin}"
+    if _ext.CPU.loaded:
+        families = (
+            f"{family} {torch.ops.deeplab_fast._cpu_suggest_set(family, '')}"
+            for family in cpu_rates.FAMILIES
+        )
+        yield f"  instruction sets: {', '.join(families)}"
+    yield f"  {'GMAC/s':<14}{'tiles':>8}{'1x1':>8}{'oneDNN 1x1':>13}{'3x3':>8}{'ns a line':>12}"
+    for dtype in DTYPES:
+        row = cpu_rates.rates(dtype)
+        own = f"{row.multiply / 1e9:>8.1f}{row.pixels / 1e9:>8.1f}"
+        onednn = f"{row.onednn_1x1 / 1e9:>13.1f}{row.onednn_3x3 / 1e9:>8.1f}"
+        yield f"  {dtype:<14}{own}{onednn}{row.line_seconds * 1e9:>12.1f}"
 
 
 def _records() -> Iterator[str]:

@@ -88,13 +88,13 @@ def cpu_instruction_sets() -> list[str]:
     """The instruction sets that the C++ code is compiled for and this processor has."""
     if not _ext.CPU.loaded:
         return []
-    before, found = torch.ops.deeplab_fast._cpu_instruction_set(""), []
+    found = []
     for name in ("baseline", "avx2", "avx512"):
         try:
             found.append(torch.ops.deeplab_fast._cpu_instruction_set(name))
         except ValueError:
             continue
-    torch.ops.deeplab_fast._cpu_instruction_set(before)
+    torch.ops.deeplab_fast._cpu_instruction_set("auto")
     return found
 
 

@@ -15,13 +15,11 @@
 #include <vector>
 
 #include "deeplab_fast/batch_norm_cpu.h"
+#include "instruction_sets.h"
 
 namespace deeplab_fast::cpu {
 
 using at::Tensor;
-
-// csrc/cpu/upsample_ops.cpp
-std::string instruction_set(std::string name);
 
 namespace {
 
@@ -29,7 +27,7 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;
 
 const BatchNormKernels& current_batch_norm_kernels() {
-  const std::string name = instruction_set("");
+  const std::string_view name = current_set_name(kBatchNorm);
   for (const BatchNormKernels* kernels : {&batch_norm_avx512(), &batch_norm_avx2()}) {
     if (name == kernels->name) return *kernels;
   }

@@ -19,6 +19,7 @@ static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_
 #define DEEPLAB_FAST_SET avx2_set
 #define DEEPLAB_FAST_VECTOR_BYTES 32
 #define DEEPLAB_FAST_ROWS 6
+#define DEEPLAB_FAST_COLUMNS 2
 #include "deeplab_fast/conv_cpu_kernels.h"
 #include "deeplab_fast/strips_cpu_kernels.h"
 #pragma GCC pop_options

@@ -16,7 +16,10 @@
 #endif
 #define DEEPLAB_FAST_SET avx512_set
 #define DEEPLAB_FAST_VECTOR_BYTES 64
-#define DEEPLAB_FAST_ROWS 12
+// 12 rows of 2 vectors were slower on Zen 4 where rows are a power of two apart: 12 rows of 8 KiB
+// share one set of a first-level cache.
+#define DEEPLAB_FAST_ROWS 6
+#define DEEPLAB_FAST_COLUMNS 4
 #include "deeplab_fast/conv_cpu_kernels.h"
 #include "deeplab_fast/strips_cpu_kernels.h"
 #pragma GCC pop_options

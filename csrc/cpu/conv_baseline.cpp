@@ -7,6 +7,7 @@
 #define DEEPLAB_FAST_SET baseline_set
 #define DEEPLAB_FAST_VECTOR_BYTES 16
 #define DEEPLAB_FAST_ROWS 6
+#define DEEPLAB_FAST_COLUMNS 2
 #include "deeplab_fast/conv_cpu_kernels.h"
 #include "deeplab_fast/strips_cpu_kernels.h"
 

@@ -11,16 +11,14 @@
 #include <string_view>
 
 #include "deeplab_fast/conv_run.h"
+#include "instruction_sets.h"
 
 namespace deeplab_fast::cpu {
 
 using at::Tensor;
 
-// csrc/cpu/upsample_ops.cpp
-std::string instruction_set(std::string name);
-
 inline const ConvKernels& current_conv_kernels() {
-  const std::string name = instruction_set("");
+  const std::string_view name = current_set_name(kConvolutions);
   for (const ConvKernels* kernels : {&conv_avx512(), &conv_avx2()}) {
     if (name == kernels->name) return *kernels;
   }

@@ -19,6 +19,7 @@
 
 #include "deeplab_fast/bilinear.h"
 #include "deeplab_fast/upsample_cpu.h"
+#include "instruction_sets.h"
 
 namespace deeplab_fast::cpu {
 
@@ -43,26 +44,40 @@ const InstructionSet* named_set(const std::string& name) {
                     "'; allowed: baseline, avx2, avx512");
 }
 
-const InstructionSet* default_set() {
+const InstructionSet* environment_set() {
   const char* name = std::getenv("DEEPLAB_FAST_CPU_SET");
-  if (name != nullptr && *name != '\0') return named_set(name);
+  return name != nullptr && *name != '\0' ? named_set(name) : nullptr;
+}
+
+const InstructionSet* automatic_set() {
   for (const InstructionSet* set : {&avx512(), &avx2()}) {
     if (set->automatic && set->supported()) return set;
   }
   return &baseline();
 }
 
-const InstructionSet*& current_set() {
-  static const InstructionSet* set = default_set();
-  return set;
+// Ops read them while another thread may change them.
+struct Sets {
+  std::atomic<const InstructionSet*> fixed;  // null for none
+  std::atomic<const InstructionSet*> automatic[kNumFamilies];
+};
+
+Sets& sets() {
+  static Sets all = {environment_set(), {automatic_set(), automatic_set(), automatic_set()}};
+  return all;
+}
+
+const InstructionSet& current_set(Family family) {
+  const InstructionSet* const fixed = sets().fixed;
+  return fixed != nullptr ? *fixed : *sets().automatic[family];
 }
 
 template <typename T>
 const Kernels<T>& current_kernels() {
   if constexpr (std::is_same_v<T, double>) {
-    return current_set()->double_precision;
+    return current_set(kUpsampling).double_precision;
   } else {
-    return current_set()->single_precision;
+    return current_set(kUpsampling).single_precision;
   }
 }
 
@@ -339,10 +354,21 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
 
 }  // namespace
 
-// The instruction set in use; a name that is not empty makes it the one in use.
+const char* current_set_name(Family family) { return current_set(family).name; }
+
 std::string instruction_set(std::string name) {
-  if (!name.empty()) current_set() = named_set(name);
-  return current_set()->name;
+  if (!name.empty()) sets().fixed = name == "auto" ? environment_set() : named_set(name);
+  return current_set_name(kConvolutions);
+}
+
+std::string suggest_set(std::string family, std::string name) {
+  for (const Family each : {kConvolutions, kUpsampling, kBatchNorm}) {
+    if (family != kFamilies[each]) continue;
+    if (!name.empty()) sets().automatic[each] = named_set(name);
+    return current_set_name(each);
+  }
+  TORCH_CHECK_VALUE(false, "no family of kernels is named '", family,
+                    "'; allowed: convolutions, upsampling, batch_norm");
 }
 
 std::tuple<Tensor, Tensor> upsample_argmax(const Tensor& logits, int64_t height, int64_t width,

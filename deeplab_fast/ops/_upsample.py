@@ -16,6 +16,7 @@ from ..dispatch import limits
 from ..dispatch.choice import current_backend
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import Examples, Forms, Maker, Shapes, Size, Step
+from . import cpu_rates
 from .common import triton_kernel
 
 STRICT_LABELS = "DEEPLAB_FAST_STRICT_LABELS"
@@ -41,6 +42,8 @@ def cpu_reasons(desc: OpDesc) -> list[str]:
     The automatic choice also leaves it out where it was measured to be the slower one.
     """
     reasons = limits.device(desc, "cpu")
+    if not reasons:
+        cpu_rates.choose_sets()
     (height, width), (out_height, out_width) = desc.shape[-2:], desc.params["size"]
     # Nothing is shared between outputs then; bench/NOTES.md has the measurement.
     if out_height * out_width <= height * width and current_backend() == "auto":

@@ -1,136 +1,54 @@
-"""How fast one thread of this processor runs the convolution kernels: what the cost model of
-`_cpu_forms` reckons with.
+"""How fast one thread of this processor runs the kernels, which the cost model of `_cpu_forms`
+reckons with, and which instruction set the C++ code takes.
 
-Rates are kept by processor, instruction set of our kernels and dtype of the maps. Those of
-processors that were measured stand here; others take those of the nearest one.
+    built-in   processors that were measured: `cpu_processors`
+    probed     others, at the first plan: 0.1 s, kept in $XDG_CACHE_HOME/deeplab_fast/cpu_rates.json
+               (~/.cache by default)
+    nearest    where nothing may be probed, those of the nearest that was measured
+
+`DEEPLAB_FAST_CPU_RATES` names another file; 0 leaves it unread and nothing probed.
 """
 
 from __future__ import annotations
 
-import platform
-import re
-from contextlib import suppress
-from dataclasses import dataclass
+import os
+import threading
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from .. import _ext
+from ..dispatch.files import cache_folder
+from . import _cpu_probe
+from .cpu_processors import DTYPES, SETS, ZEN3, ZEN4, Cpu, Processor, Rates
 
-SETS = ("baseline", "avx2", "avx512")
-DTYPES = ("float32", "bfloat16")
+ENVIRONMENT_VARIABLE = "DEEPLAB_FAST_CPU_RATES"
+# Of kernels in C++, each with an instruction set of its own.
+FAMILIES = ("convolutions", "upsampling", "batch_norm")
 
-
-@dataclass(frozen=True)
-class Rates:
-    """Of one thread, with maps of one dtype.
-
-    Attributes:
-        instruction_set: of our kernels: "baseline", "avx2" or "avx512".
-        dtype: of the maps: "float32" or "bfloat16".
-        multiply: multiply-adds a second of the products of tiles.
-        pixels: the same of our 1x1 convolution.
-        onednn_1x1, onednn_3x3: the same of oneDNN's convolutions, which skip padded taps. 0 where
-            there is none.
-        line_seconds: of a transform, for each cache line of 16 channels that it reads or writes.
-    """
-
-    instruction_set: str
-    dtype: str
-    multiply: float
-    pixels: float
-    onednn_1x1: float
-    onednn_3x3: float
-    line_seconds: float
+_lock = threading.Lock()
+_chosen: Processor | None = None
 
 
-@dataclass(frozen=True)
-class Processor:
-    """What is known of a processor.
-
-    Attributes:
-        rates: a row for each instruction set and dtype that was measured.
-        origin: where they come from, in words.
-    """
-
-    rates: tuple[Rates, ...]
-    origin: str
-
-
-# Measured in November 2026, one thread: on 2 cores of an AMD EPYC of the third generation (family
-# 25, model 1; 512 KiB of second-level cache each, 32 MiB third-level), and on 2 cores of one of the
-# fourth, whose own products run hot at 52e9 and within a model at 46e9. bfloat16 on AVX2: oneDNN
-# has no convolutions, and our kernels multiply in float32.
-ZEN3 = Processor(
-    (
-        Rates("baseline", "float32", 13e9, 14e9, 37e9, 37e9, 6e-9),
-        Rates("baseline", "bfloat16", 13e9, 14e9, 0.0, 0.0, 6e-9),
-        Rates("avx2", "float32", 39e9, 40e9, 37e9, 37e9, 5e-9),
-        Rates("avx2", "bfloat16", 39e9, 40e9, 0.0, 0.0, 5e-9),
-    ),
-    "measured on an AMD EPYC of the third generation (Zen 3)",
-)
-ZEN4 = Processor(
-    (
-        Rates("baseline", "float32", 15e9, 16e9, 54e9, 54e9, 5e-9),
-        Rates("baseline", "bfloat16", 15e9, 16e9, 90e9, 108e9, 5e-9),
-        Rates("avx2", "float32", 46e9, 45e9, 53e9, 54e9, 4.3e-9),
-        Rates("avx2", "bfloat16", 46e9, 45e9, 90e9, 108e9, 4.3e-9),
-        Rates("avx512", "float32", 46e9, 45e9, 53e9, 54e9, 4.3e-9),
-        Rates("avx512", "bfloat16", 46e9, 45e9, 90e9, 108e9, 4.3e-9),
-    ),
-    "measured on an AMD EPYC of the fourth generation (Zen 4)",
-)
-
-
-@dataclass(frozen=True)
-class Cpu:
-    """Which processor this is.
-
-    Attributes:
-        vendor: such as "AuthenticAMD"; the machine's architecture where it is not known.
-        name: that the maker gave it.
-        family, model: by cpuid; -1 where they are not known.
-    """
-
-    vendor: str
-    name: str
-    family: int
-    model: int
-
-    @classmethod
-    @cache
-    def here(cls) -> Cpu:
-        """The one of this process."""
-        text = ""
-        with suppress(OSError):
-            text = Path("/proc/cpuinfo").read_text("utf-8", "replace").partition("\n\n")[0]
-        facts = dict(re.findall(r"^(.+?)\s*:\s*(.*?)\s*$", text, re.MULTILINE))
-
-        def number(name: str) -> int:
-            value = facts.get(name, "")
-            return int(value) if value.isdecimal() else -1
-
-        name = facts.get("model name") or platform.processor() or platform.machine()
-        vendor = facts.get("vendor_id") or platform.machine()
-        return cls(vendor, name, number("cpu family"), number("model"))
-
-    @property
-    def built_in(self) -> Processor | None:
-        """The measured processor that this one is like, None for none."""
-        if self.vendor != "AuthenticAMD" or self.family != 25:
-            return None
-        zen4 = 0x10 <= self.model < 0x20 or 0x60 <= self.model < 0x80 or self.model >= 0xA0
-        return ZEN4 if zen4 else ZEN3
+def path() -> Path | None:
+    """The file of probed rates; None where it is switched off."""
+    named = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if named == "0":
+        return None
+    return Path(named).expanduser() if named else cache_folder() / "cpu_rates.json"
 
 
 def processor() -> Processor:
     """What is known of this processor, or of the nearest one."""
-    if known := Cpu.here().built_in:
+    cpu = Cpu.here()
+    if known := cpu.built_in:
         return known
-    nearest = ZEN4 if torch.backends.cpu.get_cpu_capability() == "AVX512" else ZEN3
-    return Processor(nearest.rates, f"taken to be as on another: {nearest.origin}")
+    file = path()
+    if file is None or not _ext.CPU.loaded or torch.compiler.is_compiling():
+        return _nearest("avx512" in cpu.sets)
+    with _lock:
+        return _probed(file, cpu)
 
 
 def rates(dtype: str = "float32") -> Rates:
@@ -141,7 +59,24 @@ def rates(dtype: str = "float32") -> Rates:
     """
     if dtype not in DTYPES:
         raise ValueError(f"rates: dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
-    return _row(processor(), instruction_set(), dtype)
+    return _row(choose_sets(), instruction_set(), dtype)
+
+
+def choose_sets() -> Processor:
+    """Make the fastest instruction sets of this processor those of the C++ code.
+
+    They hold where neither DEEPLAB_FAST_CPU_SET nor a call names another.
+    """
+    global _chosen
+    known = processor()
+    if known is not _chosen and _ext.CPU.loaded:
+        suggest = torch.ops.deeplab_fast._cpu_suggest_set
+        for family in FAMILIES:
+            name = getattr(known, family)
+            if name in Cpu.here().sets:
+                suggest(family, name)
+        _chosen = known
+    return known
 
 
 def instruction_set() -> str:
@@ -153,8 +88,19 @@ def instruction_set() -> str:
 
 
 @cache
+def _nearest(wide: bool) -> Processor:
+    known = ZEN4 if wide else ZEN3
+    return Processor(known.rates, f"taken to be as on another: {known.origin}")
+
+
+@cache
+def _probed(file: Path, cpu: Cpu) -> Processor:
+    return _cpu_probe.kept(file, cpu) or _nearest("avx512" in cpu.sets)
+
+
+@cache
 def _row(known: Processor, name: str, dtype: str) -> Rates:
-    # Of a set that was not measured, those of the next smaller one.
-    names = SETS[SETS.index(name) :: -1]
+    # Of a set that was not measured, those of the next smaller one, or of the smallest there is.
+    names = (*SETS[SETS.index(name) :: -1], *SETS)
     rows = {(row.instruction_set, row.dtype): row for row in known.rates}
     return next(rows[each, dtype] for each in names if (each, dtype) in rows)

@@ -26,11 +26,10 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
         with dlf.use_backend("reference"):
             yield request.param
         return
-    before = OPS._cpu_instruction_set("")
     OPS._cpu_instruction_set(request.param)
     with dlf.use_backend("cpu"):
         yield request.param
-    OPS._cpu_instruction_set(before)
+    OPS._cpu_instruction_set("auto")
 
 
 @pytest.fixture

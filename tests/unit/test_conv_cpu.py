@@ -29,10 +29,9 @@ NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
 
 @pytest.fixture(params=cpu_instruction_sets())
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = OPS._cpu_instruction_set("")
     OPS._cpu_instruction_set(request.param)
     yield request.param
-    OPS._cpu_instruction_set(before)
+    OPS._cpu_instruction_set("auto")
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:

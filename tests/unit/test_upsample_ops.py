@@ -442,7 +442,7 @@ class TestInstructionSets:
         with pytest.raises(ValueError, match="allowed: baseline, avx2, avx512"):
             OPS._cpu_instruction_set(name + "?")
 
-    def test_the_default_was_measured(self, compiled) -> None:
+    def test_the_default_of_convolutions_is_no_wider_than_was_measured(self, compiled) -> None:
         assert OPS._cpu_instruction_set("") in ("avx2", "baseline")
 
 

@@ -2,7 +2,8 @@
 //
 // Included once by each csrc/cpu/conv_<set>.cpp, in the way and under the rules of
 // upsample_cpu_kernels.h. The file defines DEEPLAB_FAST_SET (a namespace),
-// DEEPLAB_FAST_VECTOR_BYTES and DEEPLAB_FAST_ROWS (rows of the multiplication's register tile).
+// DEEPLAB_FAST_VECTOR_BYTES, DEEPLAB_FAST_ROWS and DEEPLAB_FAST_COLUMNS (rows and vectors in a row of the
+// multiplication's register tile).
 //
 // Vectors hold channels.
 namespace deeplab_fast::cpu::DEEPLAB_FAST_SET {
@@ -12,6 +13,8 @@ typedef float Vector __attribute__((vector_size(DEEPLAB_FAST_VECTOR_BYTES)));
 constexpr int kLanes = DEEPLAB_FAST_VECTOR_BYTES / sizeof(float);
 constexpr int kParts = kPanel / kLanes;  // vectors in a panel
 constexpr int kRows = DEEPLAB_FAST_ROWS;
+constexpr int kColumns = DEEPLAB_FAST_COLUMNS;
+static_assert(kColumns == 2 || kParts == 1, "wide tiles take whole panels");
 
 #define DEEPLAB_FAST_INLINE inline __attribute__((always_inline))
 #define DEEPLAB_FAST_LAMBDA __attribute__((always_inline))
@@ -424,9 +427,17 @@ void multiply(const Product& product) {
     const int64_t needed = (product.epilogue->channels + kLanes - 1) / kLanes;
     vectors = vectors < needed ? vectors : needed;
   }
+  int64_t v = 0;
+  if constexpr (kColumns > 2) {
+    for (; v + kColumns <= vectors; v += kColumns) {
+      const float* const panel = product.panels + v * stride;
+      multiply_columns<kRows, kColumns>(product, v * kLanes, panel, stride,
+                                        panel + kColumns * stride, true);
+    }
+  }
   // Two vectors of one panel, or of two panels that are one vector wide.
   const int64_t vector_stride = kParts > 1 ? kLanes : stride;
-  for (int64_t v = 0; v < vectors; v += 2) {
+  for (; v < vectors; v += 2) {
     const int64_t part = v % kParts;
     const float* const panel = product.panels + v / kParts * stride + part * kLanes;
     const float* const ahead = panel + (kParts > 1 ? 1 : 2) * stride;

@@ -223,21 +223,24 @@ void strip_columns(const Product& product, int64_t column) {
   for (; row < product.rows; ++row) strip_tile<1, kVectors>(product, row, column);
 }
 
+// Rows of a tile of 2 vectors.
+constexpr int kStripRows = kRows * kColumns / 2;
+
 // Tiles of 3 and 2 vectors use all registers for sums as well; one of 1 vector loads twice as much
 // for each product.
 void strip_multiply(const Product& product) {
   int64_t vectors = (product.epilogue->channels + kLanes - 1) / kLanes, column = 0;
   while (vectors > 0) {
     if (vectors == 3 || vectors >= 5) {
-      strip_columns<kRows * 2 / 3, 3>(product, column);
+      strip_columns<kStripRows * 2 / 3, 3>(product, column);
       column += 3 * kLanes;
       vectors -= 3;
     } else if (vectors >= 2) {
-      strip_columns<kRows, 2>(product, column);
+      strip_columns<kStripRows, 2>(product, column);
       column += 2 * kLanes;
       vectors -= 2;
     } else {
-      strip_columns<kRows, 1>(product, column);
+      strip_columns<kStripRows, 1>(product, column);
       vectors = 0;
     }
   }
