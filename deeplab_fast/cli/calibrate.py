@@ -33,15 +33,8 @@ def parser() -> ArgumentParser:
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
+    add("paths", nargs="+", type=str, metavar="PATH", help="files, folders or glob patterns")
     add_weights_arguments(add)
-    add(
-        "--images",
-        type=str,
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="photos: files, folders or glob patterns (required)",
-    )
     add("--output", type=str | None, metavar="FILE", help=".safetensors to write (required)")
     add(
         "--method",
@@ -64,8 +57,6 @@ def run(config: Namespace) -> int:
     from deeplab_fast.data.images import list_images
     from deeplab_fast.weights import save_weights
 
-    if not config.images:
-        raise UsageError("--images is missing: name files, folders or glob patterns of photos")
     if not config.output:
         raise UsageError("--output FILE.safetensors is missing: where shall the weights go?")
     output = Path(config.output)
@@ -74,7 +65,7 @@ def run(config: Namespace) -> int:
     need_weights(config)
     check_size(config)
     try:
-        paths = list_images(config.images)
+        paths = list_images(config.paths)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     model, _ = load_model(config, "calibrate")

@@ -19,8 +19,9 @@ from ..engine.predict import check_tensor, checked_images, name_of
 from ..engine.runner import PredictOptions, Runner, check_model, eval_mode, preprocess_of
 from . import inference
 from .calibration import Calibration, CalibrationError, Range, fingerprint
+from .cpu_layers import CpuForms
 from .int8_layers import Int8Forms
-from .layers import Layer, Program
+from .layers import InvertedResidualSpec, Layer, MapLayer, Program
 from .network import Network
 
 METHODS = ("minmax", "percentile", "entropy")
@@ -133,7 +134,7 @@ def calibrate(
         return list(runner.images(data)[0])
 
     with eval_mode(model), torch.inference_mode():
-        program, reason = inference.fold(model)
+        program, reason = inference.fold(model, _EachLayer())
         if program is None:
             raise CalibrationError(f"this model cannot be calibrated for int8: {reason}")
         maps = _Maps()
@@ -186,6 +187,15 @@ def _images(images: Any, limit: int | None) -> Tensor | list[ImageLike]:
     if not entries:
         raise ValueError("the list of images is empty; calibrate on a few dozen")
     return entries[:limit]
+
+
+class _EachLayer(CpuForms):
+    """Layers whose results int8 has too: no block of convolutions in one."""
+
+    def inverted_residual(
+        self, spec: InvertedResidualSpec, max_extra_bytes: int | None
+    ) -> MapLayer | None:
+        return None
 
 
 class _Runs:

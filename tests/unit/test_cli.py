@@ -608,7 +608,7 @@ def test_read_image_reads_what_is_written(tmp_path):
 @pytest.mark.skipif(bool(limits.cpu_int8()), reason=limits.cpu_int8())
 def test_calibrate_writes_weights_for_int8(capsys, model, weights, photos, tmp_path):
     out = tmp_path / "int8.safetensors"
-    arguments = ["calibrate", "--weights", weights, "--images", photos, "--output", out]
+    arguments = ["calibrate", photos, "--weights", weights, "--output", out]
     options = ["--method", "minmax", "--limit", "2", "--size", "48"]
     status, printed, errors = run(capsys, *arguments, *options)
     assert status == 0
@@ -630,12 +630,12 @@ def test_calibrate_writes_weights_for_int8(capsys, model, weights, photos, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--images", "PHOTOS"], "--output FILE.safetensors is missing"),
-        (["--output", "FILE.safetensors"], "--images is missing"),
-        (["--images", "PHOTOS", "--output", "FILE.pth"], "expected a .safetensors file"),
-        (["--images", "NONE", "--output", "FILE.safetensors"], "NONE"),
-        (["--images", "PHOTOS", "--output", "FILE.safetensors", "--method", "best"], "minmax"),
-        (["--images", "PHOTOS", "--output", "FILE.safetensors", "--limit", "0"], "limit is 0"),
+        (["PHOTOS"], "--output FILE.safetensors is missing"),
+        (["--output", "FILE.safetensors"], "required: calibrate.paths"),
+        (["PHOTOS", "--output", "FILE.pth"], "expected a .safetensors file"),
+        (["NONE", "--output", "FILE.safetensors"], "NONE"),
+        (["PHOTOS", "--output", "FILE.safetensors", "--method", "best"], "minmax"),
+        (["PHOTOS", "--output", "FILE.safetensors", "--limit", "0"], "limit is 0"),
     ],
 )
 def test_calibrate_refuses(capsys, weights, photos, tmp_path, arguments, message):
