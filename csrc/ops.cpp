@@ -49,7 +49,7 @@ Tensor conv_tile_units(at::IntArrayRef shape, int64_t outputs, int64_t dilation,
 void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
                  const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
                  std::string_view act, at::IntArrayRef kernel, at::IntArrayRef stride,
-                 at::IntArrayRef padding, at::IntArrayRef dilation);
+                 at::IntArrayRef padding, at::IntArrayRef dilation, bool planar);
 Tensor conv_weight_gradient(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t stride,
                             int64_t dilation, bool spreads);
 
@@ -131,7 +131,7 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
   m.def(
       "_conv_pixels_cpu(Tensor x, Tensor weight, Tensor shift, Tensor? residual, Tensor(a!) out, "
       "int channel_offset, str act, int[2] kernel=1, int[2] stride=1, int[2] padding=0, "
-      "int[2] dilation=1) -> ()");
+      "int[2] dilation=1, bool planar=False) -> ()");
   m.def(
       "_conv_weight_gradient_cpu(Tensor grad, Tensor x, int kernel, int stride, int dilation, "
       "bool spreads) -> Tensor");

@@ -241,16 +241,19 @@ Tensor conv_tile_units(at::IntArrayRef shape, int64_t outputs, int64_t dilation,
 }
 
 // A convolution as one product, 1x1 or by its patches; see conv_patches.h. x may have any strides.
-// `weight` is prepared: [panels, depth, kPanel] with the depth in the order of the patches; shift
-// [K], or [N, K] for one of each image. The other lists are (rows, columns).
+// `weight` is prepared: [panels, depth, kPanel] with the depth in the order of the patches, planar
+// or not; shift [K], or [N, K] for one of each image. The other lists are (rows, columns).
 void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
                  const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
                  std::string_view act, at::IntArrayRef kernel, at::IntArrayRef stride,
-                 at::IntArrayRef padding, at::IntArrayRef dilation) {
+                 at::IntArrayRef padding, at::IntArrayRef dilation, bool planar) {
   TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat,
                     "x must be a float32 map [N, C, H, W], got ", x.scalar_type(), " ", x.sizes());
   Patches patches{
-      x.const_data_ptr<float>(), x.size(0), x.stride(0), x.size(1), x.stride(1), {}, {}};
+      x.const_data_ptr<float>(), x.size(0), x.stride(0), x.size(1), x.stride(1), {}, {}, planar};
+  TORCH_CHECK_VALUE(planar || x.size(1) == 1 || x.stride(1) == 1,
+                    "channels must lie one behind another where patches are not planar, got x ",
+                    x.sizes(), " with strides ", x.strides());
   for (int axis = 0; axis < 2; ++axis) {
     TORCH_CHECK_VALUE(
         std::min({kernel[axis], stride[axis], dilation[axis]}) >= 1 && padding[axis] >= 0 &&

@@ -29,6 +29,9 @@ PREPARE_SECONDS = 20e-9
 # of products of few channels.
 DEPTHWISE_RATE = 18e9
 STRIPS_RATE = 42e9
+# Of a value that is copied into a patch; of one of a map that a pass over it reads and writes.
+GATHER_SECONDS = 0.15e-9
+PASS_SECONDS = 0.3e-9
 # Of a call, and of a form within it; of a call to oneDNN.
 CALL_SECONDS = 15e-6
 ONEDNN_CALL_SECONDS = 80e-6
@@ -249,9 +252,22 @@ def onednn_seconds(
     return ONEDNN_CALL_SECONDS + macs / (rate * threads) if rate else math.inf
 
 
-def pixels_seconds(macs: int, threads: int, *, dtype: str = "float32") -> float:
-    """Predicted time of our 1x1 convolution; arguments as for `onednn_seconds`."""
-    return CALL_SECONDS + macs / (rates(dtype).pixels * threads)
+def pixels_seconds(macs: int, threads: int, *, gathered: int = 0, dtype: str = "float32") -> float:
+    """Predicted time of our convolution as one product.
+
+    Args:
+        macs: multiply-adds.
+        threads: that work on it.
+        gathered: values of patches that are copied first.
+        dtype: of the maps, "float32" or "bfloat16".
+    """
+    busy = macs / rates(dtype).pixels + gathered * GATHER_SECONDS
+    return CALL_SECONDS + busy / threads
+
+
+def pass_seconds(values: int, threads: int) -> float:
+    """Predicted time of reading and writing a map of this many values."""
+    return values * PASS_SECONDS / threads
 
 
 def _lines(channels: int) -> int:

@@ -11,7 +11,9 @@ infinite or nan input spreads to all outputs of its tile where tiles are used. W
 for each shape by the cost model of `_cpu_forms`:
 
     tiles    3x3 convolutions with stride 1 and padding = dilation by few multiplications
-    pixels   1x1 convolutions as one matrix product, written straight into a channel slice
+    pixels   1x1 convolutions as one matrix product
+    patches  any other convolution of one group as one, over its taps at every output pixel, which
+             are gathered block by block
     depthwise  each channel by its own filter, with any stride
     onednn   everything else, and those where it is predicted to be faster
     aten     where PyTorch has no oneDNN, and where a weight is not finite: what such a weight makes
@@ -45,17 +47,18 @@ class Plan:
     """What one call runs.
 
     Attributes:
-        kernel: what computes it: "tiles", "pixels", "depthwise", "strips" (of
+        kernel: what computes it: "tiles", "pixels", "patches", "depthwise", "strips" (of
             `prepared_inverted_residual`), "onednn" or "aten"; on a GPU one of `folded_conv`.
         form: the algorithm: "direct", or the forms along rows x columns, phases of the larger
             number of samples / the others.
         shape: of the input, [N, C, H, W].
         threads: that the prediction is for.
-        macs: multiply-adds that are done; taps outside the map are not.
+        macs: multiply-adds that are done; taps outside the map are by "patches" alone.
         bytes: of input, output and weights.
         predicted_seconds: by the cost model; on a GPU the least that operations and bytes take,
             None where its rates are not known.
-        extra_bytes: of the prepared weights that the call needs beyond the original ones.
+        extra_bytes: of the prepared weights that the call needs beyond the original ones, whose
+            place those of "pixels" and "patches" take.
     """
 
     kernel: str
@@ -140,10 +143,13 @@ class PreparedConv:
         self.max_extra_bytes = max_extra_bytes
         self.reuse = reuse
         self.coarse = coarse
-        self._weight, self.shift = fold("PreparedConv", weight, scale, shift)
+        folded, self.shift = fold("PreparedConv", weight, scale, shift)
+        # None where panels, which are a permutation of it, have taken its place.
+        self._folded: Tensor | None = folded
+        self._shape = tuple(folded.shape)
         # No sum of what is not finite is finite. One of huge weights may overflow, which costs them
         # a slower algorithm and nothing else.
-        self._finite = math.isfinite(self._weight.sum().item())
+        self._finite = math.isfinite(folded.sum().item())
         self._forms: dict[Hashable, Tensor] = {}
         self._choices: dict[Hashable, _Choice] = {}
         self._lock = threading.Lock()
@@ -179,10 +185,10 @@ class PreparedConv:
             _check_map("PreparedConv", "residual", residual, shape)
         into = None if out is None else _slice("PreparedConv", out, channel_offset, shape)
         with torch.no_grad():
-            x = x.contiguous(memory_format=torch.channels_last)
+            choice = self._choose(x.shape, torch.get_num_threads())
+            x = self._in_format(x, choice)
             if residual is not None:
                 residual = residual.contiguous(memory_format=torch.channels_last)
-            choice = self._choose(x.shape, torch.get_num_threads(), into is not None)
             overwrite = (
                 overwrite_residual
                 and residual is not None
@@ -211,17 +217,17 @@ class PreparedConv:
     def writes_into(self, shape: Sequence[int]) -> bool:
         """Whether a call on an input of this shape writes straight into `out`; else the result is
         copied there."""
-        return self._choose(shape, torch.get_num_threads(), False).kernel in _OWN
+        return self._choose(shape, torch.get_num_threads()).kernel in _OWN
 
     def shifted(self, x: Tensor, shifts: Tensor, out: Tensor | None = None) -> Tensor:
         """As a call on x, with shifts [N, K] of the images in place of the own shift; `out` as for
         a call, of the result's shape."""
         shape = self.check_input(x)
         with torch.no_grad():
-            x = x.contiguous(memory_format=torch.channels_last)
-            choice = self._choose(x.shape, torch.get_num_threads(), True)
+            choice = self._choose(x.shape, torch.get_num_threads())
+            x = self._in_format(x, choice)
             y = empty(shape) if out is None else _slice("PreparedConv", out, 0, shape)
-            if choice.kernel == "pixels":
+            if choice.kernel in ("pixels", "patches"):
                 self._run_own(choice, x, shifts, None, y, 0)
                 return y
             for image in range(shape[0]):
@@ -229,20 +235,17 @@ class PreparedConv:
                 y[one] = self._run_pytorch(choice, x[one], shifts[image], None)
             return y
 
-    def plan(
-        self, shape: Sequence[int], threads: int | None = None, *, into_slice: bool = False
-    ) -> Plan:
+    def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
         """What a call on an input of this shape runs.
 
         Args:
             shape: of the input, [N, C, H, W].
             threads: None for the number that PyTorch uses now.
-            into_slice: whether the call is given `out`.
         """
         n, _, height, width = shape
         out_height, out_width = self._output_size(height, width)
         threads = threads or torch.get_num_threads()
-        choice = self._choose(shape, threads, into_slice)
+        choice = self._choose(shape, threads)
         moved = n * self.in_channels * height * width
         moved += n * self.out_channels * out_height * out_width
         return Plan(
@@ -251,33 +254,41 @@ class PreparedConv:
             (n, self.in_channels, height, width),
             threads,
             choice.macs,
-            4 * moved + (choice.weight_bytes or 4 * self._weight.numel()),
+            4 * moved + (choice.weight_bytes or self._folded_bytes),
             choice.seconds,
-            choice.weight_bytes,
+            choice.weight_bytes - (self._folded_bytes if choice.kernel in _PANELS else 0),
         )
 
     @property
     def weight(self) -> Tensor:
-        """scale * weight."""
-        return self._weight
+        """scale * weight, made anew where it is not held."""
+        weight = self._folded
+        if weight is not None:
+            return weight
+        return _unpanelled(self._forms["panels"], self._shape, self._is_planar)
 
     @property
     def kernel(self) -> tuple[int, int]:
         """Taps along rows and columns."""
-        return self._weight.shape[2], self._weight.shape[3]
+        return self._shape[2], self._shape[3]
 
     @property
     def is_finite(self) -> bool:
         """Whether the weight is finite; else PyTorch's convolution runs."""
         return self._finite
 
-    def prepare(self, shape: Sequence[int], *, into_slice: bool = False) -> None:
-        """Prepare the weights that such a call needs; arguments as for `plan`."""
-        choice = self._choose(shape, torch.get_num_threads(), into_slice)
+    @property
+    def takes_any_format(self) -> bool:
+        """Whether an input of another memory format than channels_last costs no copy, as a rule."""
+        return self.groups == 1 and self._is_planar
+
+    def prepare(self, shape: Sequence[int]) -> None:
+        """Prepare the weights that a call on an input of this shape needs."""
+        choice = self._choose(shape, torch.get_num_threads())
         if choice.kernel == "tiles":
             self._tile_weights(choice)
-        elif choice.kernel == "pixels":
-            self._pixel_weight()
+        elif choice.kernel in _PANELS:
+            self._panels()
         elif choice.kernel == "depthwise":
             self._depthwise_weight()
         elif choice.kernel == "onednn":
@@ -286,12 +297,18 @@ class PreparedConv:
     @property
     def extra_bytes(self) -> int:
         """Bytes of prepared weights now held beyond the original ones."""
-        return sum(_bytes(t) for t in list(self._forms.values()))
+        held = sum(_bytes(t) for t in list(self._forms.values()))
+        return held - (self._folded_bytes if self._folded is None else 0)
+
+    @property
+    def _folded_bytes(self) -> int:
+        return 4 * math.prod(self._shape)
 
     def __getstate__(self) -> dict[str, Any]:
         # Prepared weights come back on demand; those in oneDNN's layout cannot be copied.
         own = ("_lock", "_forms", "_choices")
-        return {k: v for k, v in self.__dict__.items() if k not in own}
+        state = {k: v for k, v in self.__dict__.items() if k not in own}
+        return state | {"_folded": self.weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -304,7 +321,7 @@ class PreparedConv:
             output_size(*axis)
             for axis in zip(
                 (height, width),
-                self._weight.shape[2:],
+                self.kernel,
                 self.stride,
                 self.padding,
                 self.dilation,
@@ -314,7 +331,7 @@ class PreparedConv:
         if min(h, w) < 1:
             raise ValueError(
                 f"PreparedConv: a map of {height}x{width} is smaller than the dilated kernel of "
-                f"weight {list(self._weight.shape)} with dilation={self.dilation}, "
+                f"weight {list(self._shape)} with dilation={self.dilation}, "
                 f"padding={self.padding}"
             )
         return h, w
@@ -333,55 +350,60 @@ class PreparedConv:
             )
         return (x.shape[0], self.out_channels, *self._output_size(x.shape[2], x.shape[3]))
 
-    def _choose(self, shape: Sequence[int], threads: int, into_slice: bool) -> _Choice:
+    def _choose(self, shape: Sequence[int], threads: int) -> _Choice:
         # All that a choice depends on and that can change.
-        key = (*shape, threads, into_slice, _has_onednn(), self.max_extra_bytes, len(self._forms))
+        key = (*shape, threads, _has_onednn(), self.max_extra_bytes, len(self._forms))
         choice = self._choices.get(key)
         if choice is None:
             if len(self._choices) >= _KEPT_CHOICES:
                 self._choices.clear()
-            choice = self._choices[key] = self._choose_now(shape, threads, into_slice)
+            choice = self._choices[key] = self._choose_now(shape, threads)
         return choice
 
-    def _choose_now(self, shape: Sequence[int], threads: int, into_slice: bool) -> _Choice:
+    def _choose_now(self, shape: Sequence[int], threads: int) -> _Choice:
         n, _, height, width = shape
-        macs = n * self._weight.numel()
+        kernel = self.kernel
+        macs = n * math.prod(self._shape[:2])
         for axis, length in enumerate((height, width)):
             macs *= live_taps(
-                length,
-                self._weight.shape[2 + axis],
-                self.stride[axis],
-                self.padding[axis],
-                self.dilation[axis],
+                length, kernel[axis], self.stride[axis], self.padding[axis], self.dilation[axis]
             )
-        macs //= self._weight.shape[2] * self._weight.shape[3]
-        size = 4 * self._weight.numel()
+        size = self._folded_bytes
         onednn = _has_onednn() and self._finite
+        pointwise = kernel == (1, 1)
         direct = _Choice(
             "onednn" if onednn else "aten",
             "direct",
             macs,
             size if onednn and self._allows("onednn", size) else 0,
-            _cpu_forms.onednn_seconds(
-                macs, threads, pointwise=tuple(self._weight.shape[2:]) == (1, 1)
-            ),
+            _cpu_forms.onednn_seconds(macs, threads, pointwise=pointwise),
         )
         if not self._finite or not _has_kernels():
             return direct
         if self.groups == self.in_channels == self.out_channels > 1:
-            size = 4 * math.prod(self._weight.shape[2:]) * padded(self.out_channels)
+            size = 4 * math.prod(kernel) * padded(self.out_channels)
             if self._allows("depthwise", size):
                 seconds = _cpu_forms.depthwise_seconds(macs, threads)
                 return _Choice("depthwise", "direct", macs, size, seconds)
-        if self.groups != 1 or self.stride != (1, 1):
+        if self.groups != 1:
             return direct
-        kernel = tuple(self._weight.shape[2:])
-        if kernel == (1, 1) and self.padding == (0, 0):
-            size = 4 * -(-self.out_channels // _PANEL) * _PANEL * self.in_channels
-            faster = _pixels_are_faster(self.in_channels, self.out_channels)
-            if (faster or into_slice or not _has_onednn()) and self._allows("pixels", size):
-                return _Choice("pixels", "direct", macs, size, direct.seconds)
-        if kernel == (3, 3) and self.padding == self.dilation and len(set(self.dilation)) == 1:
+        out_height, out_width = self._output_size(height, width)
+        outputs = n * self.out_channels * out_height * out_width
+        size = 4 * padded(self.out_channels) * math.prod(self._shape[1:])
+        if self._allows_panels(size):
+            # The least that oneDNN cannot do in its own pass: the activation, and writing into a
+            # given map, which costs no less where the map is a new one.
+            passes = 1 + (self.act in ("relu", "relu6"))
+            done = outputs * math.prod(self._shape[1:])
+            geometry = (self.stride, self.padding, pointwise)
+            name = "pixels" if geometry == ((1, 1), (0, 0), True) else "patches"
+            gathered = 0 if name == "pixels" else done // self.out_channels
+            seconds = _cpu_forms.pixels_seconds(done, threads, gathered=gathered)
+            rival = direct.seconds + passes * _cpu_forms.pass_seconds(outputs, threads)
+            if seconds <= rival or not onednn:
+                direct = _Choice(name, "direct", done, size, seconds)
+        same = self.padding == self.dilation and len(set(self.dilation)) == 1
+        if kernel == (3, 3) and self.stride == (1, 1) and same:
             forms = _cpu_forms.tile_forms(
                 n,
                 self.in_channels,
@@ -408,6 +430,11 @@ class PreparedConv:
             return True
         return self.extra_bytes + size <= self.max_extra_bytes
 
+    def _allows_panels(self, size: int) -> bool:
+        if self.max_extra_bytes is None or "panels" in self._forms:
+            return True
+        return self.extra_bytes + size - self._folded_bytes <= self.max_extra_bytes
+
     def _allows_tiles(self, form: TileForm) -> bool:
         if self.max_extra_bytes is None:
             return True
@@ -430,16 +457,35 @@ class PreparedConv:
     def _tile_weights(self, choice: _Choice) -> list[Tensor]:
         assert choice.tiles is not None
         prepare = torch.ops.deeplab_fast._conv_prepare_tiles_cpu
+
+        def make(rows: int, columns: int) -> Tensor:
+            made: Tensor = prepare(self.weight, rows, columns)
+            return made
+
         return [
-            self._form(_tile_key(r, c), partial(prepare, self._weight, r.number, c.number))
+            self._form(_tile_key(r, c), partial(make, r.number, c.number))
             for r, c in choice.tiles.pairs
         ]
 
-    def _pixel_weight(self) -> Tensor:
-        return self._form("pixels", partial(panels, self._weight))
+    @property
+    def _is_planar(self) -> bool:
+        """Whether patches have channels before taps: of few channels lines of a photo's planes are
+        longer than pixels. Sums are added up in the same order in any memory format."""
+        return self.in_channels <= _FEW_CHANNELS
+
+    def _panels(self) -> Tensor:
+        form = self._form("panels", lambda: panels(self.weight, self._is_planar))
+        self._folded = None
+        return form
 
     def _depthwise_weight(self) -> Tensor:
-        return self._form("depthwise", partial(depthwise_taps, self._weight))
+        return self._form("depthwise", lambda: depthwise_taps(self.weight))
+
+    def _in_format(self, x: Tensor, choice: _Choice) -> Tensor:
+        """x as the kernel takes it: channels_last, a dense slice of channels, or few planes."""
+        if choice.kernel in _PANELS and (self._is_planar or x.stride(1) == 1):
+            return x
+        return x.contiguous(memory_format=torch.channels_last)
 
     def _run_own(
         self,
@@ -460,7 +506,8 @@ class PreparedConv:
             )
             return
         if choice.tiles is None:
-            ops._conv_pixels_cpu(x, self._pixel_weight(), shift, *target, self.act or "none")
+            geometry = (self.kernel, self.stride, self.padding, self.dilation, self._is_planar)
+            ops._conv_pixels_cpu(x, self._panels(), shift, *target, self.act or "none", *geometry)
             return
         ops._conv_tiles_cpu(
             x,
@@ -485,7 +532,7 @@ class PreparedConv:
                 # In channels_last PyTorch skips padding, which a nan makes nan.
                 x = x.contiguous()
             y = F.conv2d(
-                x, self._weight, shift, self.stride, self.padding, self.dilation, self.groups
+                x, self.weight, shift, self.stride, self.padding, self.dilation, self.groups
             )
             return activate_(y if residual is None else y.add_(residual), self.act)
         mkldnn = torch.ops.mkldnn
@@ -513,17 +560,21 @@ class PreparedConv:
         return activate_(y, self.act)
 
     def _reordered(self, shape: Sequence[int]) -> Tensor:
-        if not self._allows("onednn", 4 * self._weight.numel()):
-            return self._weight
+        if not self._allows("onednn", self._folded_bytes):
+            return self.weight
         reorder = torch.ops.mkldnn._reorder_convolution_weight
         geometry = (self.padding, self.stride, self.dilation, self.groups)
-        return self._form("onednn", lambda: reorder(self._weight, *geometry, list(shape)))
+        return self._form("onednn", lambda: reorder(self.weight, *geometry, list(shape)))
 
 
 # Kernels of our own, which write into a given map.
-_OWN = ("tiles", "pixels", "depthwise")
+_OWN = ("tiles", "pixels", "patches", "depthwise")
+# Those whose weights are panels.
+_PANELS = ("pixels", "patches")
 _PANEL = 16
 _KEPT_CHOICES = 64
+# Channels up to which patches are planar; of more, a copy in channels_last is faster than planes.
+_FEW_CHANNELS = 4
 
 
 def _in_any_format(x: Tensor) -> bool:
@@ -537,14 +588,6 @@ def _has_onednn() -> bool:
 
 def _has_kernels() -> bool:
     return not limits.extension(_ext.CPU, "_inverted_residual_cpu")
-
-
-def _pixels_are_faster(channels: int, outputs: int) -> bool:
-    """Where the matrix product was measured to be faster than oneDNN's 1x1 convolution.
-
-    Elsewhere it takes up to 1.1 times as long, and up to 1.4 times with few input channels.
-    """
-    return channels >= 128 and channels >= 2 * outputs and channels % 512 != 0
 
 
 def _tile_key(row: _cpu_forms.Form, column: _cpu_forms.Form) -> tuple[str, str]:
@@ -568,11 +611,21 @@ def depthwise_taps(weight: Tensor) -> Tensor:
     return F.pad(taps, (0, padded(channels) - channels)).contiguous()
 
 
-def panels(weight: Tensor) -> Tensor:
-    """[K, C, 1, 1] -> [K / 16, C, 16], the output channels filled up with zeros."""
-    outputs, channels = weight.shape[:2]
-    rows = F.pad(weight.flatten(1), (0, 0, 0, -outputs % _PANEL))
-    return rows.view(-1, _PANEL, channels).transpose(1, 2).contiguous()
+def panels(weight: Tensor, planar: bool = False) -> Tensor:
+    """[K, C, R, S] -> [K / 16, R * S * C, 16], the output channels filled up with zeros; planar:
+    [K / 16, C * R * S, 16]."""
+    rows = (weight if planar else weight.permute(0, 2, 3, 1)).flatten(1)
+    whole = F.pad(rows, (0, 0, 0, padded(rows.shape[0]) - rows.shape[0]))
+    return whole.unflatten(0, (-1, _PANEL)).mT.contiguous()
+
+
+def _unpanelled(form: Tensor, shape: Sequence[int], planar: bool) -> Tensor:
+    """The weight of this shape that `panels` gave `form` for."""
+    k, c, r, s = shape
+    rows = form.mT.flatten(0, 1)[:k]
+    if planar:
+        return rows.view(k, c, r, s).contiguous()
+    return rows.view(k, r, s, c).permute(0, 3, 1, 2).contiguous()
 
 
 def empty(shape: Sequence[int]) -> Tensor:

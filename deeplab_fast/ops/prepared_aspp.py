@@ -90,13 +90,13 @@ class PreparedAspp:
         """What each branch runs; arguments as for `PreparedConv.plan`."""
         for branch in self.branches:
             self._share_bound(branch)
-        return tuple(branch.plan(shape, threads, into_slice=True) for branch in self.branches)
+        return tuple(branch.plan(shape, threads) for branch in self.branches)
 
     def prepare(self, shape: Sequence[int]) -> None:
         """Prepare the weights that a call on an input of this shape needs."""
         for branch in self.branches:
             self._share_bound(branch)
-            branch.prepare(shape, into_slice=True)
+            branch.prepare(shape)
 
     @property
     def extra_bytes(self) -> int:
@@ -165,11 +165,11 @@ class PreparedProject:
 
     def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
         """What a call runs for branches of this shape; arguments as for `PreparedConv.plan`."""
-        return self._conv.plan(shape, threads, into_slice=True)
+        return self._conv.plan(shape, threads)
 
     def prepare(self, shape: Sequence[int]) -> None:
         """Prepare the weights that a call on branches of this shape needs."""
-        self._conv.prepare(shape, into_slice=True)
+        self._conv.prepare(shape)
 
     @property
     def extra_bytes(self) -> int:

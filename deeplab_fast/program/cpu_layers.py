@@ -118,6 +118,8 @@ class ConvLayer(_Layer, MapLayer):
 
         self._conv = prepare(same.halves if isinstance(spec.padding, str) else spec.padding)
         self._uneven = None if self._same is None else prepare(0)
+        # A photo is gathered from as it lies.
+        self.takes_any_format = self._conv.takes_any_format
         prepared = [self._conv] if self._uneven is None else [self._conv, self._uneven]
         super().__init__(spec.name, [spec.weight] * len(prepared), prepared)
 

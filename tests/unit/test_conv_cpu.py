@@ -376,10 +376,12 @@ def run_patches(
     size = [output_size(*axis) for axis in sizes]
     out = torch.full((x.shape[0], k + 2 * margin, *size), float("nan"))
     out = out.contiguous(memory_format=CHANNELS_LAST)
-    planar = x.shape[1] > 1 and x.stride(1) != 1
+    planar = x.shape[1] <= 4
+    if not planar and x.stride(1) != 1:
+        x = x.contiguous(memory_format=CHANNELS_LAST)
     rows = (weight if planar else weight.permute(0, 2, 3, 1)).flatten(1)
     panels = F.pad(rows, (0, 0, 0, -k % 16)).unflatten(0, (-1, 16)).mT.contiguous()
-    geometry = (list(kernel), stride, padding, dilation)
+    geometry = (list(kernel), stride, padding, dilation, planar)
     OPS._conv_pixels_cpu(x, panels, shift, residual, out, margin, act, *geometry)
     assert out[:, :margin].isnan().all() and out[:, margin + k :].isnan().all()
     return out[:, margin : margin + k]
@@ -421,15 +423,16 @@ class TestPatches:
                 expected = activate(product if added is None else product + added, act)
                 assert (y.double() - expected).norm() <= DIRECT / 4 * scale
 
-    def test_threads_do_not_matter(self) -> None:
-        weight, shift = torch.randn(40, 70, 3, 3), torch.randn(40)
-        for layout in LAYOUTS.values():
-            x = layout(torch.randn(2, 70, 23, 31))
-            expected = run_patches(x, weight, shift, (2, 2), (1, 1))
+    @pytest.mark.parametrize("channels", [3, 70], ids=["planar", "channels one behind another"])
+    def test_threads_and_layouts_do_not_matter(self, channels: int) -> None:
+        weight, shift = torch.randn(40, channels, 3, 3), torch.randn(40)
+        x = torch.randn(2, channels, 23, 31)
+        expected = run_patches(x, weight, shift, (2, 2), (1, 1))
+        for name in ("channels_last", "contiguous", "strided", "slice"):
             for count in (1, 2, 3, 7):
                 with threads(count):
-                    y = run_patches(x, weight, shift, (2, 2), (1, 1))
-                assert torch.equal(y, expected), count
+                    y = run_patches(LAYOUTS[name](x), weight, shift, (2, 2), (1, 1))
+                assert torch.equal(y, expected), (name, count)
 
     @pytest.mark.parametrize("act", ["relu", "relu6", "hardswish", "none"])
     @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
@@ -460,6 +463,8 @@ class TestPatches:
         x, out, panels = nhwc(1, 4, 5, 5), nhwc(1, 16, 5, 5), torch.zeros(1, 4, 16)
         with pytest.raises(ValueError, match=text):
             OPS._conv_pixels_cpu(x, panels, torch.zeros(16), None, out, 0, "none", *geometry)
+        with pytest.raises(ValueError, match="channels must lie one behind another"):
+            OPS._conv_pixels_cpu(x.contiguous(), panels, torch.zeros(16), None, out, 0, "none")
 
 
 class TestBackend:

@@ -168,7 +168,8 @@ class TestConv:
         other = copied(conv)
         assert other.extra_bytes == 0
         assert torch.equal(other(x), expected)
-        assert other.extra_bytes == conv.extra_bytes > 0
+        assert other.extra_bytes == conv.extra_bytes
+        assert conv.plan(x.shape).extra_bytes == conv.extra_bytes
 
     def test_inference_mode_on_either_side(self) -> None:
         weight, scale, shift = layer(64, 64, 3)
@@ -257,9 +258,12 @@ class TestConv:
 
 class TestBounds:
     @needs_kernels
-    @pytest.mark.parametrize(("c", "kernel"), [(64, 3), (256, 1)], ids=["tiles", "pixels"])
-    def test_memory_is_bounded(self, c: int, kernel: int) -> None:
-        weight, scale, shift = layer(c, 32, kernel)
+    # Panels are larger than a weight whose outputs fill none.
+    @pytest.mark.parametrize(
+        ("c", "k", "kernel"), [(64, 32, 3), (256, 40, 1)], ids=["tiles", "pixels"]
+    )
+    def test_memory_is_bounded(self, c: int, k: int, kernel: int) -> None:
+        weight, scale, shift = layer(c, k, kernel)
         free = PreparedConv(weight, scale, shift, padding=kernel // 2)
         x = torch.randn(1, c, 33, 33)
         expected = free(x)
@@ -272,6 +276,38 @@ class TestBounds:
             conv(torch.randn(1, c, 2, 2))
             assert conv.extra_bytes <= bound
         assert conv.plan(x.shape).kernel == free.plan(x.shape).kernel
+
+    @needs_kernels
+    @pytest.mark.parametrize(
+        ("shape", "kernel", "options"),
+        [
+            ((1, 40, 48, 9, 9), 1, {}),
+            ((1, 20, 32, 9, 9), 3, {"stride": 2}),
+            ((1, 3, 21, 9, 9), 7, {"stride": 2, "padding": 3}),
+        ],
+        ids=["1x1", "3x3", "7x7 of planes, outputs that fill no panel"],
+    )
+    def test_panels_take_the_weights_place(self, shape, kernel, options) -> None:
+        n, c, k, height, width = shape
+        weight, scale, shift = layer(c, k, kernel)
+        conv = PreparedConv(weight, scale, shift, **options)
+        before, x = conv.weight, torch.randn(n, c, height, width)
+        y = conv(x)
+        assert conv.extra_bytes == 4 * (-k % 16) * c * kernel**2
+        assert torch.equal(conv.weight, before) and conv.weight is not before
+        assert torch.equal(copy.deepcopy(conv)(x), y)
+        assert torch.equal(conv(x.contiguous(memory_format=CHANNELS_LAST)), y)
+
+    @needs_kernels
+    def test_writes_into(self) -> None:
+        """Whatever has one group and finite weights; what cannot gives the same in `out`."""
+        x = torch.randn(1, 24, 9, 9)
+        for groups, kernel, written in ((1, 1, True), (1, 3, True), (2, 3, False)):
+            conv = PreparedConv(*layer(24, 32, kernel, groups), stride=2, groups=groups)
+            assert conv.writes_into(x.shape) == written
+            out = torch.empty_like(conv(x))
+            assert conv(x, out=out).data_ptr() == out.data_ptr()
+            assert torch.equal(out, conv(x))
 
     @needs_kernels
     def test_branches_share_a_bound(self) -> None:
@@ -340,9 +376,11 @@ class TestBounds:
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
 # (C, K), kernel, options, what runs where all is finite
 PATHS = [
-    pytest.param((3, 16), 7, {"stride": 2, "padding": 3}, "onednn", id="stem"),
-    pytest.param((24, 32), 1, {}, "onednn", id="1x1"),
-    pytest.param((24, 32), 1, {"stride": 2}, "onednn", id="1x1 with stride"),
+    pytest.param((3, 16), 7, {"stride": 2, "padding": 3}, "patches", id="stem"),
+    pytest.param((24, 32), 1, {}, "pixels", id="1x1"),
+    pytest.param((24, 32), 1, {"stride": 2}, "patches", id="1x1 with stride"),
+    pytest.param((24, 32), 3, {"stride": 2, "padding": 1}, "patches", id="3x3 with stride"),
+    pytest.param((24, 32), 3, {"padding": 1, "groups": 2}, "onednn", id="groups"),
     pytest.param((128, 32), 1, {}, "pixels", id="1x1 of many channels"),
     pytest.param((64, 32), 3, {"padding": 1}, "tiles", id="3x3"),
     pytest.param((64, 32), 3, {"padding": 3, "dilation": 3}, "tiles", id="3x3 dilated"),

@@ -25,8 +25,8 @@ struct PatchAxis {
 };
 
 // The patches of x [images][channels][rows.size][columns.size]. A patch is [rows.taps]
-// [columns.taps][channels], where channels lie one behind another, else [channels][rows.taps]
-// [columns.taps].
+// [columns.taps][channels], for which channels must lie one behind another, or, where planar,
+// [channels][rows.taps][columns.taps] from any x.
 struct Patches {
   const float* data;
   int64_t images;
@@ -35,8 +35,8 @@ struct Patches {
   int64_t channel_step;
   PatchAxis rows;
   PatchAxis columns;
+  bool planar;
 
-  bool planar() const { return channel_step != 1 && channels != 1; }
   int64_t depth() const { return rows.taps * columns.taps * channels; }
   int64_t pixels() const { return images * rows.outputs() * columns.outputs(); }
 
@@ -45,7 +45,7 @@ struct Patches {
     const auto trivial = [](const PatchAxis& axis) {
       return axis.taps == 1 && axis.stride == 1 && axis.padding == 0;
     };
-    return trivial(rows) && trivial(columns) && !planar() &&
+    return trivial(rows) && trivial(columns) && (channels == 1 || channel_step == 1) &&
            (rows.size == 1 || rows.step == columns.size * columns.step) &&
            (images == 1 || image_step == rows.size * columns.size * columns.step);
   }
@@ -63,7 +63,7 @@ inline void copy_floats(float* to, const float* from, int64_t count) {
 template <int kLine>
 void gather_lines(const Patches& x, int64_t first, int64_t pixels, int64_t begin, int64_t count,
                   float* to, int64_t stride) {
-  const bool planar = x.planar();
+  const bool planar = x.planar;
   const PatchAxis &rows = x.rows, &columns = x.columns;
   const int64_t unit = planar ? 1 : x.channels;  // floats of a tap
   const int64_t length = kLine != 0 ? kLine : columns.taps * unit;
@@ -93,6 +93,8 @@ void gather_lines(const Patches& x, int64_t first, int64_t pixels, int64_t begin
         copy_floats<kLine>(target, from, length);
       } else if (dense) {
         copy_floats<0>(target + low, from + low, high - low);
+      } else if (inside && unit == 1) {
+        for (int64_t tap = low; tap < high; ++tap) target[tap] = from[tap * tap_step];
       } else {
         for (int64_t tap = low / unit; tap * unit < high; ++tap) {
           const int64_t from_unit = std::max<int64_t>(low - tap * unit, 0);
@@ -119,14 +121,12 @@ void gather_lines(const Patches& x, int64_t first, int64_t pixels, int64_t begin
 
 inline void gather(const Patches& x, int64_t first, int64_t pixels, int64_t begin, int64_t count,
                    float* to, int64_t stride) {
-  const int64_t length = x.columns.taps * (x.planar() ? 1 : x.channels);
-  // 3x3, 5x5 and 7x7 of planes, 3x3 and 7x7 of three interleaved channels.
-  const auto function = length == 3    ? gather_lines<3>
-                        : length == 5  ? gather_lines<5>
-                        : length == 7  ? gather_lines<7>
-                        : length == 9  ? gather_lines<9>
-                        : length == 21 ? gather_lines<21>
-                                       : gather_lines<0>;
+  const int64_t length = x.columns.taps * (x.planar ? 1 : x.channels);
+  // 3x3, 5x5 and 7x7 of planes.
+  const auto function = length == 3   ? gather_lines<3>
+                        : length == 5 ? gather_lines<5>
+                        : length == 7 ? gather_lines<7>
+                                      : gather_lines<0>;
   function(x, first, pixels, begin, count, to, stride);
 }
 
