@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <functional>
 #include <limits>
 #include <optional>
@@ -12,6 +13,7 @@
 
 #include "deeplab_fast/conv_run.h"
 #include "instruction_sets.h"
+#include "deeplab_fast/workspace.h"
 
 namespace deeplab_fast::cpu {
 
@@ -31,17 +33,15 @@ inline void parallel(int64_t count, const std::function<void(int64_t, int64_t)>&
 
 inline int64_t num_threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-// Memory of PyTorch's allocator.
-class Buffer {
- public:
-  explicit Buffer(int64_t floats) : tensor_(at::empty({floats}, at::kFloat)) {}
-  float* data() { return tensor_.data_ptr<float>(); }
-
- private:
-  Tensor tensor_;
-};
-
-inline Buffer allocate(int64_t floats) { return Buffer(floats); }
+// Memory for a call's buffers; nan where PyTorch fills what is not initialised.
+inline Workspace allocate(int64_t floats) {
+  Workspace workspace(floats);
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+    std::fill_n(workspace.data(), floats, std::numeric_limits<float>::quiet_NaN());
+  }
+  return workspace;
+}
 
 inline void check_map(const char* name, const Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat &&

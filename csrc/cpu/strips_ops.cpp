@@ -116,7 +116,7 @@ void scaled_pixels(const Tensor& x, const Tensor& weight, const Tensor& scale, c
                     "scale ", scale.sizes(), " does not fit x ", x.sizes());
   const int64_t pixels = map.height * map.width, panels = weight.size(0);
   const int64_t images = map.images;
-  Buffer scaled(weight.numel());
+  const Workspace scaled = allocate(weight.numel());
   map.images = 1;
   for (int64_t n = 0; n < images; ++n) {
     const float* const factors = scale.const_data_ptr<float>() + n * map.channels;
