@@ -506,8 +506,8 @@ class PreparedConv:
             )
             return
         if choice.tiles is None:
-            geometry = (self.kernel, self.stride, self.padding, self.dilation, self._is_planar)
-            ops._conv_pixels_cpu(x, self._panels(), shift, *target, self.act or "none", *geometry)
+            patch = (self.kernel, self.stride, self.padding, self.dilation, self._is_planar)
+            ops._conv_pixels_cpu(x, self._panels(), shift, *target, self.act or "none", *patch)
             return
         ops._conv_tiles_cpu(
             x,
