@@ -12,8 +12,8 @@
 #include <string_view>
 
 #include "deeplab_fast/conv_run.h"
-#include "instruction_sets.h"
 #include "deeplab_fast/workspace.h"
+#include "instruction_sets.h"
 
 namespace deeplab_fast::cpu {
 
