@@ -16,7 +16,7 @@ import torch
 
 from . import _ext, backends
 from ._version import __version__
-from .dispatch import records
+from .dispatch import limits, records
 from .dispatch.declare import declared_ops, steps
 from .dispatch.examples import Shapes, Size
 from .ops import cpu_rates
@@ -165,7 +165,7 @@ def _rates() -> Iterator[str]:
     yield "Rates of one thread of the CPU, by which convolutions are chosen"
     known = cpu_rates.choose_sets()
     yield f"  {Cpu.here().name}: {known.origin}"
-    if _ext.CPU.loaded:
+    if not limits.extension(_ext.CPU, "_cpu_suggest_set"):
         families = (
             f"{family} {torch.ops.deeplab_fast._cpu_suggest_set(family, '')}"
             for family in cpu_rates.FAMILIES

@@ -41,8 +41,11 @@ ONEDNN_CALL_SECONDS = 80e-6
 # (geometric mean of 8), without it they are 1.4 times as far off, and 1.3 times with oneDNN alone,
 # which is what folding costs.
 TILE6_HANDICAP = 1.2
-# Prepared weights of this size must make the call twice as fast.
-WEIGHT_HANDICAP = 1 << 30
+# What a byte of prepared weights that stay must save, in seconds of one thread. A ResNet-50 at
+# 520x520 holds 380 MB for the 101 MB of its 3x3 convolutions by it, predicted to take 407.6 ms of
+# 1.45 s; 449 MB and 399.0 ms without, 298 MB and 446.6 ms at twice the price. bench/NOTES.md has
+# the forms one by one, and why 1.5 times the weights are out of reach.
+WEIGHT_PRICE = 0.35e-9
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class TileForm:
         macs: multiply-adds.
         weight_bytes: of the prepared weights.
         seconds: predicted.
+        price: seconds that the prepared weights must save.
     """
 
     rows: Axis
@@ -140,6 +144,7 @@ class TileForm:
     macs: int
     weight_bytes: int
     seconds: float
+    price: float
 
     @property
     def pairs(self) -> Iterator[tuple[Form, Form]]:
@@ -153,9 +158,8 @@ class TileForm:
 
     @property
     def score(self) -> float:
-        """What the choice minimises: the seconds, tile6 and large weights with a handicap."""
-        seconds = self.seconds * (TILE6_HANDICAP if self.is_coarse else 1)
-        return seconds * (1 + self.weight_bytes / WEIGHT_HANDICAP)
+        """What the choice minimises: the seconds, tile6 with a handicap, and the price."""
+        return self.seconds * (TILE6_HANDICAP if self.is_coarse else 1) + self.price
 
     def __str__(self) -> str:
         return f"{self.rows} x {self.columns}"
@@ -233,7 +237,9 @@ def _cost(
             macs += products * tiles * channels * outputs
             weight_bytes += size
             seconds += CALL_SECONDS + busy / threads
-    return TileForm(rows, columns, macs, weight_bytes, seconds)
+    # Weights that serve one call do not stay.
+    price = WEIGHT_PRICE * weight_bytes / threads if reuse else 0.0
+    return TileForm(rows, columns, macs, weight_bytes, seconds, price)
 
 
 def onednn_seconds(

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from .. import _ext
+from ..dispatch import limits
 from ..dispatch.files import cache_folder
 from . import _cpu_probe
 from .cpu_processors import DTYPES, SETS, ZEN3, ZEN4, Cpu, Processor, Rates
@@ -45,7 +46,8 @@ def processor() -> Processor:
     if known := cpu.built_in:
         return known
     file = path()
-    if file is None or not _ext.CPU.loaded or torch.compiler.is_compiling():
+    compiled = not limits.extension(_ext.CPU, "_cpu_suggest_set")
+    if file is None or not compiled or torch.compiler.is_compiling():
         return _nearest("avx512" in cpu.sets)
     with _lock:
         return _probed(file, cpu)
@@ -69,7 +71,7 @@ def choose_sets() -> Processor:
     """
     global _chosen
     known = processor()
-    if known is not _chosen and _ext.CPU.loaded:
+    if known is not _chosen and not limits.extension(_ext.CPU, "_cpu_suggest_set"):
         suggest = torch.ops.deeplab_fast._cpu_suggest_set
         for family in FAMILIES:
             name = getattr(known, family)
