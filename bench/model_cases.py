@@ -39,8 +39,6 @@ from .registry import (
 )
 
 BUILDERS = {"r50": "resnet50", "r101": "resnet101", "mbv3": "mobilenet_v3_large"}
-# Of recipes that take hundreds: the ranges of a trained model's maps hardly move beyond a few.
-CALIBRATION_IMAGES = 8
 # Main path of a forward pass, for tolerances: convolutions one behind another.
 DEPTH = {"r50": 53, "r101": 104, "mbv3": 51, "camvid": 51}
 
@@ -194,6 +192,8 @@ class ModelLabels(ModelCase):
     output: ClassVar[type[FullLogits]] = Labels
     own_output: ClassVar[type[FullLogits]] = Labels
     judged: ClassVar[int] = 1
+    # Images to calibrate on; random ones are all alike.
+    calibrated: ClassVar[int] = 2
 
     @property
     def judged_on(self) -> str:
@@ -210,7 +210,7 @@ class ModelLabels(ModelCase):
             if kept.exists():
                 model.calibration = pickle.loads(kept.read_bytes())
             else:
-                model.calibrate(torch.cat(self.calibration(CALIBRATION_IMAGES)))
+                model.calibrate(torch.cat(self.calibration()))
                 kept.write_bytes(pickle.dumps(model.calibration))
         model.precision = precision
         return self.wrap(model, Predict)
@@ -222,10 +222,10 @@ class ModelLabels(ModelCase):
             state = zlib.crc32(t.contiguous().reshape(-1).view(torch.uint8).numpy(), state)
         return scratch() / f"{self.op}-{self.shape}-{state:08x}-{ending}"
 
-    def calibration(self, count: int) -> list[Tensor]:
+    def calibration(self) -> list[Tensor]:
         """Images [1, 3, H, W] like those of the sets, and none of them, for quantization."""
         torch.manual_seed(-1)
-        return [torch.randn(1, 3, self.height, self.width) for _ in range(count)]
+        return [torch.randn(1, 3, self.height, self.width) for _ in range(self.calibrated)]
 
     def cost(self, mode: str, itemsize: int) -> Cost:
         return self.with_output(self.network_cost(itemsize), self.pixels)
@@ -248,6 +248,8 @@ class EmbeddedLabels(ModelLabels):
 
     trained: ClassVar[bool] = True
     judged: ClassVar[int] = 16
+    # Of recipes that take hundreds: the ranges of a trained model's maps hardly move beyond a few.
+    calibrated: ClassVar[int] = 8
 
     @property
     def judged_on(self) -> str:
@@ -269,8 +271,8 @@ class EmbeddedLabels(ModelLabels):
         image = torch.from_numpy(read_image(found[number % len(found)])).permute(2, 0, 1)
         return _preprocess(self.backbone).batch(image[None], size=(self.height, self.width))
 
-    def calibration(self, count: int) -> list[Tensor]:
-        return [self.photo(photos.for_calibration(), i) for i in range(count)]
+    def calibration(self) -> list[Tensor]:
+        return [self.photo(photos.for_calibration(), i) for i in range(self.calibrated)]
 
     def own_model(self, args: Arguments) -> nn.Module:
         return load(self.backbone)

@@ -345,6 +345,7 @@ def _cpu_precision(name: str, limit: Callable[[], str]) -> Provider:
         missing_reason=missing,
         build=_build_own("predict", precision=name),
         precision=lambda case, mode, device, dtype: name,
+        slow=name == "int8",
     )
 
 

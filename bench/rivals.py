@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .model_cases import CALIBRATION_IMAGES, ModelLabels
+from .model_cases import ModelLabels
 from .registry import Arguments, Case, Inputs, Provider, Runnable, Text, register_provider
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def quantized_openvino(case: ModelLabels, args: Arguments) -> Path:
     import openvino
 
     nncf.set_log_level(logging.ERROR)
-    images = [x.numpy() for x in case.calibration(CALIBRATION_IMAGES)]
+    images = [x.numpy() for x in case.calibration()]
     model = nncf.quantize(
         openvino.Core().read_model(exported(case, args)),
         nncf.Dataset(images),
@@ -129,7 +129,7 @@ def quantized_onnx(case: ModelLabels, args: Arguments) -> Path:
     quantize_static(
         prepared,
         path,
-        Images(iter(case.calibration(CALIBRATION_IMAGES))),
+        Images(iter(case.calibration())),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         # Sums of two products of 8 bits overflow 16 bits in the instructions before VNNI.

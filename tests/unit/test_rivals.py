@@ -163,7 +163,7 @@ def test_the_embedded_model_is_judged_on_photos(monkeypatch) -> None:
     args = case.setup("cpu", torch.float32, seed=0, copies=1)
     (x,) = args.inputs[0]
     assert x.shape == (1, 3, 360, 480)
-    assert not torch.equal(x, case.calibration(1)[0])
+    assert not torch.equal(x, case.photo(photos.for_calibration(), 0))
     # Trained weights stay as they are, and are run by plain modules.
     state = case.own_model(args).state_dict()
     assert all(torch.equal(t, state[name]) for name, t in args.module.model.state_dict().items())
