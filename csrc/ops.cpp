@@ -39,6 +39,8 @@ void upsample_softmax_add(const Tensor& accumulator, const Tensor& logits, bool 
 // csrc/cpu/conv_ops.cpp
 std::tuple<std::string, Tensor, Tensor, Tensor, int64_t> conv_form(int64_t number);
 Tensor conv_prepare_tiles(const Tensor& weight, int64_t row_form, int64_t column_form);
+std::string conv_bf16_set(std::string name);
+Tensor conv_panels_bf16(const Tensor& panels);
 void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
                 const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
                 int64_t dilation, at::IntArrayRef row_forms, at::IntArrayRef column_forms,
@@ -120,6 +122,8 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
       "bool align_corners) -> ()");
   m.def("_conv_form(int number) -> (str, Tensor, Tensor, Tensor, int)", &cpu::conv_form);
   m.def("_conv_prepare_tiles_cpu(Tensor weight, int row_form, int column_form) -> Tensor");
+  m.def("_conv_bf16_set(str name) -> str", &cpu::conv_bf16_set);
+  m.def("_conv_panels_bf16_cpu(Tensor panels) -> Tensor");
   m.def(
       "_conv_tiles_cpu(Tensor x, Tensor[] weights, Tensor shift, Tensor? residual, Tensor(a!) out, "
       "int channel_offset, int dilation, int[2] row_forms, int[2] column_forms, str act, "
@@ -165,6 +169,7 @@ TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
   m.impl("_upsample_confusion_cpu", &cpu::upsample_confusion);
   m.impl("_upsample_softmax_add_cpu", &cpu::upsample_softmax_add);
   m.impl("_conv_prepare_tiles_cpu", &cpu::conv_prepare_tiles);
+  m.impl("_conv_panels_bf16_cpu", &cpu::conv_panels_bf16);
   m.impl("_conv_tiles_cpu", &cpu::conv_tiles);
   m.impl("_conv_pixels_cpu", &cpu::conv_pixels);
   m.impl("_conv_weight_gradient_cpu", &cpu::conv_weight_gradient);

@@ -21,13 +21,15 @@ static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_
 #define DEEPLAB_FAST_ROWS 6
 #define DEEPLAB_FAST_COLUMNS 2
 #include "deeplab_fast/conv_cpu_kernels.h"
+#include "deeplab_fast/conv_cpu_kernels_bf16.h"
 #include "deeplab_fast/strips_cpu_kernels.h"
 #pragma GCC pop_options
 
 namespace deeplab_fast::cpu {
 
 const ConvKernels& conv_avx2() {
-  static constexpr ConvKernels kernels = avx2_set::conv_kernels("avx2", has_avx2);
+  static constexpr ConvKernels kernels =
+      avx2_set::with_bf16(avx2_set::conv_kernels("avx2", has_avx2));
   return kernels;
 }
 
@@ -43,7 +45,7 @@ const StripKernels& strips_avx2() {
 namespace deeplab_fast::cpu {
 
 const ConvKernels& conv_avx2() {
-  static const ConvKernels kernels = {"avx2", [] { return false; }, {}, nullptr, nullptr};
+  static const ConvKernels kernels = {"avx2", [] { return false; }, {}, nullptr, nullptr, nullptr};
   return kernels;
 }
 

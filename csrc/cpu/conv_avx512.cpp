@@ -43,7 +43,8 @@ const StripKernels& strips_avx512() {
 namespace deeplab_fast::cpu {
 
 const ConvKernels& conv_avx512() {
-  static const ConvKernels kernels = {"avx512", [] { return false; }, {}, nullptr, nullptr};
+  static const ConvKernels kernels = {"avx512", [] { return false; }, {}, nullptr, nullptr,
+                                      nullptr};
   return kernels;
 }
 

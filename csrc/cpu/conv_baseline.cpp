@@ -9,13 +9,14 @@
 #define DEEPLAB_FAST_ROWS 6
 #define DEEPLAB_FAST_COLUMNS 2
 #include "deeplab_fast/conv_cpu_kernels.h"
+#include "deeplab_fast/conv_cpu_kernels_bf16.h"
 #include "deeplab_fast/strips_cpu_kernels.h"
 
 namespace deeplab_fast::cpu {
 
 const ConvKernels& conv_baseline() {
   static constexpr ConvKernels kernels =
-      baseline_set::conv_kernels("baseline", [] { return true; });
+      baseline_set::with_bf16(baseline_set::conv_kernels("baseline", [] { return true; }));
   return kernels;
 }
 

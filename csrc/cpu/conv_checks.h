@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "deeplab_fast/conv_run.h"
 #include "deeplab_fast/workspace.h"
@@ -43,20 +44,45 @@ inline Workspace allocate(int64_t floats) {
   return workspace;
 }
 
-inline void check_map(const char* name, const Tensor& x) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat &&
-                        x.is_contiguous(at::MemoryFormat::ChannelsLast),
-                    name, " must be a float32 map [N, C, H, W] in channels_last, got ",
-                    x.scalar_type(), " ", x.sizes(), " with strides ", x.strides());
+template <typename Value>
+constexpr bool kIsFloat = std::is_same_v<Value, float>;
+
+template <typename Value>
+constexpr at::ScalarType kScalarType = kIsFloat<Value> ? at::kFloat : at::kBFloat16;
+
+template <typename Value>
+const Value* values(const Tensor& x) {
+  return static_cast<const Value*>(x.const_data_ptr());
 }
 
-inline InputMap input_map(const Tensor& x) {
-  check_map("x", x);
-  return {x.const_data_ptr<float>(), x.size(0), x.size(2), x.size(3), x.size(1)};
+template <typename Value = float>
+void check_map(const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == kScalarType<Value> &&
+                        x.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    name, " must be a ", kIsFloat<Value> ? "float32" : "bfloat16",
+                    " map [N, C, H, W] in channels_last, got ", x.scalar_type(), " ", x.sizes(),
+                    " with strides ", x.strides());
+}
+
+template <typename Value = float>
+InputMapOf<Value> input_map(const Tensor& x) {
+  check_map<Value>("x", x);
+  return {values<Value>(x), x.size(0), x.size(2), x.size(3), x.size(1)};
+}
+
+// function(zero of the type of a tensor's values).
+template <typename Function>
+void with_type(const Tensor& t, const Function& function) {
+  if (t.scalar_type() == at::kBFloat16) {
+    function(BFloat16{});
+  } else {
+    function(float{});
+  }
 }
 
 // Sets the bounds or the formula of an activation by its name.
-inline void set_activation(std::string_view act, Epilogue& epilogue) {
+template <typename Value>
+void set_activation(std::string_view act, EpilogueOf<Value>& epilogue) {
   const float infinity = std::numeric_limits<float>::infinity();
   epilogue.low = act == "relu" || act == "relu6" ? 0 : -infinity;
   epilogue.high = act == "relu6" ? 6 : infinity;
@@ -66,10 +92,11 @@ inline void set_activation(std::string_view act, Epilogue& epilogue) {
 }
 
 // The epilogue of a result of `images` maps of height x width pixels.
-inline Epilogue make_epilogue(int64_t images, int64_t height, int64_t width, const Tensor& shift,
-                              const std::optional<Tensor>& residual, const Tensor& out,
-                              int64_t channel_offset, std::string_view act) {
-  check_map("out", out);
+template <typename Value = float>
+EpilogueOf<Value> make_epilogue(int64_t images, int64_t height, int64_t width, const Tensor& shift,
+                                const std::optional<Tensor>& residual, const Tensor& out,
+                                int64_t channel_offset, std::string_view act) {
+  check_map<Value>("out", out);
   const int64_t channels = shift.size(-1);
   TORCH_CHECK_VALUE(out.size(0) == images && out.size(2) == height && out.size(3) == width &&
                         channel_offset >= 0 && channel_offset + channels <= out.size(1),
@@ -77,18 +104,18 @@ inline Epilogue make_epilogue(int64_t images, int64_t height, int64_t width, con
                     channel_offset, " of a result for ", images, " maps of ", height, "x", width);
   TORCH_CHECK_VALUE(shift.scalar_type() == at::kFloat && shift.is_contiguous(),
                     "shift must be contiguous float32");
-  Epilogue epilogue{};
+  EpilogueOf<Value> epilogue{};
   epilogue.shift = shift.const_data_ptr<float>();
   epilogue.channels = channels;
-  epilogue.out = out.data_ptr<float>() + channel_offset;
+  epilogue.out = static_cast<Value*>(out.data_ptr()) + channel_offset;
   epilogue.out_stride = out.size(1);
   if (residual.has_value()) {
-    check_map("residual", *residual);
+    check_map<Value>("residual", *residual);
     TORCH_CHECK_VALUE(residual->size(0) == images && residual->size(1) == channels &&
                           residual->size(2) == height && residual->size(3) == width,
                       "residual ", residual->sizes(), " does not fit ", images, " maps of ", height,
                       "x", width);
-    epilogue.residual = residual->const_data_ptr<float>();
+    epilogue.residual = values<Value>(*residual);
     epilogue.residual_stride = channels;
   }
   set_activation(act, epilogue);

@@ -110,6 +110,55 @@ std::vector<bool> not_finite_filters(const PixelMap& grad) {
   return found;
 }
 
+// Those of a set that multiplies bf16 and that this processor has, else null.
+const ConvKernels* bf16_kernels(std::string_view name) {
+  for (const ConvKernels* kernels : {&conv_avx512_bf16(), &conv_avx2(), &conv_baseline()}) {
+    if (name == kernels->name && kernels->supported()) return kernels;
+  }
+  return nullptr;
+}
+
+// The set for bf16 is chosen apart from that for fp32, which may be the faster of two.
+const ConvKernels* default_bf16_kernels() {
+  const char* const name = std::getenv("DEEPLAB_FAST_CPU_SET");
+  if (name != nullptr) {
+    if (const ConvKernels* const named = bf16_kernels(name)) return named;
+  }
+  if (conv_avx512_bf16().supported()) return &conv_avx512_bf16();
+  return conv_avx2().supported() ? &conv_avx2() : &conv_baseline();
+}
+
+const ConvKernels*& current_bf16_kernels() {
+  static const ConvKernels* kernels = default_bf16_kernels();
+  return kernels;
+}
+
+template <typename Factor>
+std::vector<int64_t> panels_shape(int64_t outputs, int64_t channels) {
+  const int64_t panels = padded(outputs) / kPanel;
+  if constexpr (kIsFloat<Factor>) return {panels, channels, kPanel};
+  return {panels, (channels + 1) / 2, kPanel, 2};
+}
+
+template <typename Factor>
+const Factor* checked_panels(const Tensor& weight, const std::vector<int64_t>& shape,
+                             const Tensor& x) {
+  TORCH_CHECK_VALUE(weight.is_contiguous() && weight.scalar_type() == kScalarType<Factor> &&
+                        weight.sizes() == shape,
+                    "prepared weights ", weight.sizes(), " do not fit x ", x.sizes());
+  return values<Factor>(weight);
+}
+
+// [channels][kPanel] floats -> pairs of channels [kPanel][2].
+void pack_pairs(const float* from, int64_t channels, BFloat16* to) {
+  for (int64_t c = 0; c < channels + channels % 2; ++c) {
+    BFloat16* const pairs = to + c / 2 * 2 * kPanel + c % 2;
+    for (int i = 0; i < kPanel; ++i) {
+      pairs[2 * i] = c < channels ? to_bf16(from[c * kPanel + i]) : BFloat16{};
+    }
+  }
+}
+
 int checked_form(int64_t form) {
   TORCH_CHECK_VALUE(form >= 0 && form < kNumForms, "no form has number ", form);
   return static_cast<int>(form);
@@ -174,16 +223,49 @@ Tensor conv_prepare_tiles(const Tensor& weight_any, int64_t row_form, int64_t co
   return result;
 }
 
-// A 3x3 convolution with stride 1 and padding = dilation, by the forms of the long and the short
-// phases along rows and columns; see conv_run.h. `weights` are prepared for the pairs of forms that
-// occur, those of the long rows first, within them the long columns first.
-void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
-                const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
-                int64_t dilation, at::IntArrayRef row_forms, at::IntArrayRef column_forms,
-                std::string_view act, int64_t block_tiles) {
-  const InputMap map = input_map(x);
-  const Epilogue epilogue =
-      make_epilogue(map.images, map.height, map.width, shift, residual, out, channel_offset, act);
+// The instruction set that multiplies bf16; a name that is not empty makes it the one in use.
+std::string conv_bf16_set(std::string name) {
+  if (!name.empty()) {
+    const ConvKernels* const named = bf16_kernels(name);
+    TORCH_CHECK_VALUE(named != nullptr, "no instruction set for bf16 is named '", name,
+                      "', or this processor does not have it");
+    current_bf16_kernels() = named;
+  }
+  return current_bf16_kernels()->name;
+}
+
+// Panels [..., C, kPanel] in fp32, rounded to bf16: [..., pairs of C, kPanel, 2].
+Tensor conv_panels_bf16(const Tensor& panels) {
+  TORCH_CHECK_VALUE(panels.dim() >= 2 && panels.size(-1) == kPanel && panels.is_contiguous() &&
+                        panels.scalar_type() == at::kFloat,
+                    "panels must be contiguous float32 [..., C, ", kPanel, "], got ",
+                    panels.scalar_type(), " ", panels.sizes());
+  const int64_t channels = panels.size(-2);
+  std::vector<int64_t> shape = panels.sizes().vec();
+  shape.end()[-2] = (channels + 1) / 2;
+  shape.push_back(2);
+  Tensor result = at::empty(shape, panels.options().dtype(at::kBFloat16));
+  const float* const from = panels.const_data_ptr<float>();
+  BFloat16* const to = static_cast<BFloat16*>(result.data_ptr());
+  const int64_t count = channels == 0 ? 0 : panels.numel() / (channels * kPanel);
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      pack_pairs(from + i * channels * kPanel, channels, to + i * panel_size<BFloat16>(channels));
+    }
+  });
+  return result;
+}
+
+namespace {
+
+template <typename In, typename Factor, typename Out>
+void tiles(const ConvKernels& kernels, const Tensor& x, at::TensorList weights, const Tensor& shift,
+           const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
+           int64_t dilation, at::IntArrayRef row_forms, at::IntArrayRef column_forms,
+           std::string_view act, int64_t block_tiles) {
+  const InputMapOf<In> map = input_map<In>(x);
+  const EpilogueOf<Out> epilogue = make_epilogue<Out>(map.images, map.height, map.width, shift,
+                                                      residual, out, channel_offset, act);
   TORCH_CHECK_VALUE(dilation >= 1 && dilation <= std::numeric_limits<int32_t>::max() / 16 &&
                         row_forms.size() == 2 && column_forms.size() == 2,
                     "dilation must be positive, and two forms given for each axis");
@@ -194,21 +276,42 @@ void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
       checked_axis(map.width, dilation, column_forms[0], column_forms[1]);
   TORCH_CHECK_VALUE(weights.size() == rows.size() * columns.size(), "expected ",
                     rows.size() * columns.size(), " prepared weights, got ", weights.size());
-  const int64_t panels = padded(epilogue.channels) / kPanel;
-  std::vector<TileGroup> groups;
+  std::vector<TileGroupOf<Factor>> groups;
   for (const AxisTiles& row : rows) {
     for (const AxisTiles& column : columns) {
       const Tensor& w = weights[groups.size()];
       groups.push_back({row, column, nullptr});
-      TORCH_CHECK_VALUE(w.is_contiguous() && w.scalar_type() == at::kFloat &&
-                            w.sizes() == at::IntArrayRef({groups.back().products(), panels,
-                                                          map.channels, kPanel}),
-                        "prepared weights ", w.sizes(), " do not fit x ", x.sizes());
-      groups.back().weights = w.const_data_ptr<float>();
+      std::vector<int64_t> shape = panels_shape<Factor>(epilogue.channels, map.channels);
+      shape.insert(shape.begin(), groups.back().products());
+      groups.back().weights = checked_panels<Factor>(w, shape, x);
     }
   }
-  run_tiles(current_conv_kernels(), map, groups, epilogue, static_cast<int>(dilation), block_tiles,
-            num_threads(), this_cache(), parallel, allocate);
+  run_tiles(kernels, map, groups, epilogue, static_cast<int>(dilation), block_tiles, num_threads(),
+            this_cache(), parallel, allocate);
+}
+
+}  // namespace
+
+// A 3x3 convolution with stride 1 and padding = dilation, by the forms of the long and the short
+// phases along rows and columns; see conv_run.h. `weights` are prepared for the pairs of forms that
+// occur, those of the long rows first, within them the long columns first. A map of bf16 gives one
+// of bf16 or fp32; weights in bf16 are multiplied by transformed inputs that are rounded to it.
+void conv_tiles(const Tensor& x, at::TensorList weights, const Tensor& shift,
+                const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
+                int64_t dilation, at::IntArrayRef row_forms, at::IntArrayRef column_forms,
+                std::string_view act, int64_t block_tiles) {
+  if (x.scalar_type() != at::kBFloat16) {
+    tiles<float, float, float>(current_conv_kernels(), x, weights, shift, residual, out,
+                               channel_offset, dilation, row_forms, column_forms, act, block_tiles);
+    return;
+  }
+  with_type(out, [&](auto stored) {
+    using Out = decltype(stored);
+    const bool bf16 = !weights.empty() && weights[0].scalar_type() == at::kBFloat16;
+    const auto run = bf16 ? tiles<BFloat16, BFloat16, Out> : tiles<BFloat16, float, Out>;
+    run(*current_bf16_kernels(), x, weights, shift, residual, out, channel_offset, dilation,
+        row_forms, column_forms, act, block_tiles);
+  });
 }
 
 // The units of work of such a call on a map of these sizes, in the order in which they are taken:
@@ -240,17 +343,19 @@ Tensor conv_tile_units(at::IntArrayRef shape, int64_t outputs, int64_t dilation,
   return result;
 }
 
-// A convolution as one product, 1x1 or by its patches; see conv_patches.h. x may have any strides.
-// `weight` is prepared: [panels, depth, kPanel] with the depth in the order of the patches, planar
-// or not; shift [K], or [N, K] for one of each image. The other lists are (rows, columns).
-void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
-                 const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
-                 std::string_view act, at::IntArrayRef kernel, at::IntArrayRef stride,
-                 at::IntArrayRef padding, at::IntArrayRef dilation, bool planar) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == at::kFloat,
-                    "x must be a float32 map [N, C, H, W], got ", x.scalar_type(), " ", x.sizes());
-  Patches patches{
-      x.const_data_ptr<float>(), x.size(0), x.stride(0), x.size(1), x.stride(1), {}, {}, planar};
+namespace {
+
+template <typename In, typename Factor, typename Out>
+void patches_product(const ConvKernels& kernels, const Tensor& x, const Tensor& weight,
+                     const Tensor& shift, const std::optional<Tensor>& residual, const Tensor& out,
+                     int64_t channel_offset, std::string_view act, at::IntArrayRef kernel,
+                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                     bool planar) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.scalar_type() == kScalarType<In>, "x must be a ",
+                    kIsFloat<In> ? "float32" : "bfloat16", " map [N, C, H, W], got ",
+                    x.scalar_type(), " ", x.sizes());
+  PatchesOf<In> patches{values<In>(x), x.size(0), x.stride(0), x.size(1),
+                        x.stride(1),   {},        {},          planar};
   TORCH_CHECK_VALUE(planar || x.size(1) == 1 || x.stride(1) == 1,
                     "channels must lie one behind another where patches are not planar, got x ",
                     x.sizes(), " with strides ", x.strides());
@@ -260,22 +365,18 @@ void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
             x.size(2 + axis) + 2 * padding[axis] > dilation[axis] * (kernel[axis] - 1),
         "no result for x ", x.sizes(), " of kernel ", kernel, ", stride ", stride, ", padding ",
         padding, ", dilation ", dilation);
-    (axis == 0 ? patches.rows : patches.columns) = {x.size(2 + axis), x.stride(2 + axis),
-                                                    kernel[axis],     stride[axis],
-                                                    padding[axis],    dilation[axis]};
+    PatchAxis& along = axis == 0 ? patches.rows : patches.columns;
+    along = PatchAxis{x.size(2 + axis), x.stride(2 + axis), kernel[axis],
+                      stride[axis],     padding[axis],      dilation[axis]};
   }
   const int64_t images = patches.images, height = patches.rows.outputs();
   const int64_t width = patches.columns.outputs();
-  Epilogue epilogue =
-      make_epilogue(images, height, width, shift, residual, out, channel_offset, act);
-  const int64_t panels = padded(epilogue.channels) / kPanel;
-  TORCH_CHECK_VALUE(weight.is_contiguous() && weight.scalar_type() == at::kFloat &&
-                        weight.sizes() == at::IntArrayRef({panels, patches.depth(), kPanel}),
-                    "prepared weight ", weight.sizes(), " does not fit x ", x.sizes());
+  EpilogueOf<Out> epilogue =
+      make_epilogue<Out>(images, height, width, shift, residual, out, channel_offset, act);
+  const Factor* const weights =
+      checked_panels<Factor>(weight, panels_shape<Factor>(epilogue.channels, patches.depth()), x);
   TORCH_CHECK_VALUE(shift.dim() == 1 || shift.size(0) == images, "shift ", shift.sizes(),
                     " does not fit x ", x.sizes());
-  const ConvKernels& kernels = current_conv_kernels();
-  const float* const weights = weight.const_data_ptr<float>();
   if (shift.dim() == 1) {
     run_patches(kernels, patches, weights, epilogue, num_threads(), parallel, allocate);
     return;
@@ -289,6 +390,31 @@ void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
     if (epilogue.residual != nullptr)
       epilogue.residual += height * width * epilogue.residual_stride;
   }
+}
+
+}  // namespace
+
+// A convolution as one product, 1x1 or by its patches; see conv_patches.h. x may have any strides.
+// `weight` is prepared: panels with the depth in the order of the patches, planar or not; shift [K], or [N, K] for
+// one of each image. The other lists are (rows, columns). Weights in bf16 are multiplied by a map
+// of bf16, or of fp32 that is rounded to it, and give a map of bf16 or fp32.
+void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
+                 const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
+                 std::string_view act, at::IntArrayRef kernel, at::IntArrayRef stride,
+                 at::IntArrayRef padding, at::IntArrayRef dilation, bool planar) {
+  if (weight.scalar_type() != at::kBFloat16) {
+    patches_product<float, float, float>(current_conv_kernels(), x, weight, shift, residual, out,
+                                         channel_offset, act, kernel, stride, padding, dilation,
+                                         planar);
+    return;
+  }
+  with_type(x, [&](auto given) {
+    with_type(out, [&](auto stored) {
+      patches_product<decltype(given), BFloat16, decltype(stored)>(
+          *current_bf16_kernels(), x, weight, shift, residual, out, channel_offset, act, kernel,
+          stride, padding, dilation, planar);
+    });
+  });
 }
 
 // deeplab_fast/ops/_cpu_conv.py says what it computes; spreads is whether maps are padded once for

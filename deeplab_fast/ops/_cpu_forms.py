@@ -176,13 +176,15 @@ def tile_forms(
     reuse: bool,
     coarse: bool,
     dtype: str = "float32",
+    by: Rates | None = None,
 ) -> tuple[TileForm, ...]:
     """All candidates for a 3x3 convolution with stride 1 and padding = dilation, the best first.
 
     Without `reuse` the time of preparing the weights counts; without `coarse` tile6 is left out.
+    `by` are the rates that it reckons with, those of maps of `dtype` where it is None.
     """
     shape = (images, channels, outputs, height, width)
-    return _tile_forms(*shape, dilation, threads, reuse, coarse, rates(dtype))
+    return _tile_forms(*shape, dilation, threads, reuse, coarse, by or rates(dtype))
 
 
 @lru_cache(maxsize=4096)

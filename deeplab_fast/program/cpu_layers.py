@@ -13,6 +13,8 @@ from .. import _ext
 from ..dispatch import limits
 from ..ops.prepared import Plan, PreparedConv, activate_
 from ..ops.prepared_aspp import PreparedAspp, PreparedProject
+from ..ops.prepared_bf16 import Bf16Conv
+from ..ops.prepared_bf16_aspp import Bf16Aspp, Bf16Project
 from ..ops.prepared_inverted_residual import Folded, PreparedInvertedResidual
 from . import match
 from .layers import (
@@ -30,7 +32,15 @@ from .layers import (
 from .network import Network
 from .staleness import is_dense
 
-Prepared = PreparedConv | PreparedAspp | PreparedProject | PreparedInvertedResidual
+Prepared = (
+    PreparedConv
+    | PreparedAspp
+    | PreparedProject
+    | PreparedInvertedResidual
+    | Bf16Conv
+    | Bf16Aspp
+    | Bf16Project
+)
 
 
 class CpuForms:
@@ -93,7 +103,14 @@ class _Layer(Layer):
 
 
 class ConvLayer(_Layer, MapLayer):
-    """act(scale * conv(x) + shift [+ residual])."""
+    """act(scale * conv(x) + shift [+ residual]).
+
+    Attributes:
+        kind: of the convolutions.
+        convs: one, or one for each padding that the size of a map may ask for.
+    """
+
+    kind: type[PreparedConv] | type[Bf16Conv] = PreparedConv
 
     def __init__(self, spec: ConvSpec, max_extra_bytes: int | None) -> None:
         kernel = spec.weight.shape[2:]
@@ -103,8 +120,8 @@ class ConvLayer(_Layer, MapLayer):
             max_extra_bytes //= 2
         scale, shift = affine(spec)
 
-        def prepare(padding: int | Sequence[int]) -> PreparedConv:
-            return PreparedConv(
+        def prepare(padding: int | Sequence[int]) -> PreparedConv | Bf16Conv:
+            return self.kind(
                 spec.weight,
                 scale,
                 shift,
@@ -120,8 +137,9 @@ class ConvLayer(_Layer, MapLayer):
         self._uneven = None if self._same is None else prepare(0)
         # A photo is gathered from as it lies.
         self.takes_any_format = self._conv.takes_any_format
-        prepared = [self._conv] if self._uneven is None else [self._conv, self._uneven]
-        super().__init__(spec.name, [spec.weight] * len(prepared), prepared)
+        both = (self._conv, self._uneven)
+        self.convs = [conv for conv in both if conv is not None]
+        super().__init__(spec.name, [spec.weight] * len(self.convs), self.convs)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None = None, out: Tensor | None = None
@@ -146,7 +164,7 @@ class ConvLayer(_Layer, MapLayer):
         conv, shape = self._at(shape)
         return (conv.plan(shape),)
 
-    def _at(self, shape: Sequence[int]) -> tuple[PreparedConv, tuple[int, ...]]:
+    def _at(self, shape: Sequence[int]) -> tuple[PreparedConv | Bf16Conv, tuple[int, ...]]:
         sides = None if self._same is None else self._same.sides(shape)
         if sides is None:
             return self._conv, tuple(shape)
@@ -198,9 +216,11 @@ class InvertedResidualLayer(_Layer, MapLayer):
 class AsppLayer(_Layer, MapLayer):
     """The branches of an ASPP: [N, C, H, W] -> [N, sum K, H, W]."""
 
+    kind: type[PreparedAspp] | type[Bf16Aspp] = PreparedAspp
+
     def __init__(self, name: str, specs: Sequence[ConvSpec], max_extra_bytes: int | None) -> None:
         affines = [affine(s) for s in specs]
-        self._aspp = PreparedAspp(
+        self._aspp = self.kind(
             [s.weight for s in specs],
             [_or(scale, s, 1.0) for s, (scale, _) in zip(specs, affines, strict=True)],
             [_or(shift, s, 0.0) for s, (_, shift) in zip(specs, affines, strict=True)],
@@ -225,8 +245,10 @@ class AsppLayer(_Layer, MapLayer):
 class ProjectLayer(_Layer, MapLayer):
     """The projection of the branches and the pooled vector, without their concat."""
 
+    kind: type[PreparedProject] | type[Bf16Project] = PreparedProject
+
     def __init__(self, spec: ConvSpec, branch_channels: int, max_extra_bytes: int | None) -> None:
-        self._project = PreparedProject(
+        self._project = self.kind(
             spec.weight,
             *affine(spec),
             branch_channels=branch_channels,
@@ -255,19 +277,24 @@ class WideProjectLayer(_Layer, MapLayer):
     size, whose middle row and column are then repeated, and enters as a residual.
     """
 
+    kind: type[PreparedConv] | type[Bf16Conv] = PreparedConv
+
     def __init__(self, spec: ConvSpec, branch_channels: int, max_extra_bytes: int | None) -> None:
-        def prepare(part: ConvSpec) -> PreparedConv:
+        def prepare(
+            part: ConvSpec, kind: type[PreparedConv] | type[Bf16Conv]
+        ) -> PreparedConv | Bf16Conv:
             bound = max_extra_bytes
             if bound is not None:
                 bound = bound * part.weight.shape[1] // spec.weight.shape[1]
             # A square odd kernel.
             padding = part.weight.shape[2] // 2
-            return PreparedConv(
+            return kind(
                 part.weight, *affine(part), padding=padding, act=part.act, max_extra_bytes=bound
             )
 
         to_branches, to_pooled = spec.split(branch_channels)
-        self._branches, self._pooled = prepare(to_branches), prepare(to_pooled)
+        self._branches = prepare(to_branches, self.kind)
+        self._pooled = prepare(to_pooled, PreparedConv)
         self._kernel = tuple(spec.weight.shape[2:])
         super().__init__(spec.name, [spec.weight], [self._branches, self._pooled])
 
@@ -275,7 +302,7 @@ class WideProjectLayer(_Layer, MapLayer):
         height, width = branches.shape[2:]
         rows, columns = self._kernel
         constant = pooled[:, :, None, None].expand(-1, -1, min(rows, height), min(columns, width))
-        few = spread(self._pooled(constant), rows, 2, height)
+        few = spread(self._pooled(constant).to(self.result_dtype), rows, 2, height)
         return self._branches(branches, spread(few, columns, 3, width), out=out)
 
     def writes_into(self, branches: Sequence[int], pooled: object) -> bool:

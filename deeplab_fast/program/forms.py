@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..dispatch.precision import Precision
+from .bf16_layers import Bf16Forms
 from .cpu_layers import CpuForms
 from .inference import Forms
 from .int8_layers import Int8Forms
@@ -17,4 +18,6 @@ def forms_of(precision: Precision, model: Network) -> Forms:
     """
     if precision.name == "int8" and model.calibration is not None:
         return Int8Forms(model.calibration)
+    if precision.name == "bf16":
+        return Bf16Forms(precision.logits_dtype)
     return CpuForms()

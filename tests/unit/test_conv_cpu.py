@@ -454,7 +454,7 @@ class TestPatches:
         [
             (((3, 3), (1, 1), (0, 0), (3, 3)), "no result for x .* dilation"),
             (((1, 1), (0, 1), (0, 0), (1, 1)), "no result for x .* stride"),
-            (((3, 3), (1, 1), (1, 1), (1, 1)), "prepared weight .* does not fit x"),
+            (((3, 3), (1, 1), (1, 1), (1, 1)), "prepared weights .* do not fit x"),
             (((1, 1), (2, 2), (0, 0), (1, 1)), "out .* has no place for 16 channels"),
         ],
         ids=["kernel", "stride", "weight", "out"],

@@ -15,4 +15,12 @@ inline bool has_avx512() {
 #endif
 }
 
+inline bool has_avx512_bf16() {
+#if defined(DEEPLAB_FAST_SANITIZE)
+  return true;
+#else
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#endif
+}
+
 }  // namespace deeplab_fast::cpu

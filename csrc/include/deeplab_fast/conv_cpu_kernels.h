@@ -4,11 +4,14 @@
 // upsample_cpu_kernels.h. The file defines DEEPLAB_FAST_SET (a namespace),
 // DEEPLAB_FAST_VECTOR_BYTES, DEEPLAB_FAST_ROWS and DEEPLAB_FAST_COLUMNS (rows and vectors in a row of the
 // multiplication's register tile).
+// With DEEPLAB_FAST_BF16_INSTRUCTIONS those of avx512_bf16 are used.
 //
 // Vectors hold channels.
 namespace deeplab_fast::cpu::DEEPLAB_FAST_SET {
 
 typedef float Vector __attribute__((vector_size(DEEPLAB_FAST_VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(DEEPLAB_FAST_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(DEEPLAB_FAST_VECTOR_BYTES / 2)));
 
 constexpr int kLanes = DEEPLAB_FAST_VECTOR_BYTES / sizeof(float);
 constexpr int kParts = kPanel / kLanes;  // vectors in a panel
@@ -31,6 +34,27 @@ DEEPLAB_FAST_INLINE void store(float* to, Vector vector) {
 
 // value - 0 is value also for -0, so that no addition is left; value + 0 is not.
 DEEPLAB_FAST_INLINE Vector broadcast(float value) { return value - Vector{}; }
+
+DEEPLAB_FAST_INLINE Vector load(const BFloat16* from) {
+  Halves halves;
+  __builtin_memcpy(&halves, from, sizeof(halves));
+  return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
+}
+
+// To the nearest, ties to even; nan stays nan.
+DEEPLAB_FAST_INLINE void store(BFloat16* to, Vector vector) {
+#if defined(DEEPLAB_FAST_BF16_INSTRUCTIONS)
+  const __m256bh halves = _mm512_cvtneps_pbh(vector);
+#else
+  const Words bits = reinterpret_cast<Words>(vector);
+  const Words rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const Words is_nan = reinterpret_cast<Words>(vector != vector);
+  // Rounding would carry a nan's bits into the sign; the quiet bit keeps them from all being cut.
+  const Words kept = (rounded & ~is_nan) | ((bits | 0x400000) & is_nan);
+  const Halves halves = __builtin_convertvector(kept >> 16, Halves);
+#endif
+  __builtin_memcpy(to, &halves, sizeof(halves));
+}
 
 template <int kValue>
 struct Index {
@@ -125,11 +149,11 @@ DEEPLAB_FAST_INLINE void transform_output(const Load& input, const Store& output
   });
 }
 
-template <int kForm>
-void input_rows(const float* const* pixels, int64_t channel, int count, int columns, float* to) {
+template <int kForm, typename Value>
+void input_rows(const Value* const* pixels, int64_t channel, int count, int columns, float* to) {
   constexpr int inputs = kForms[kForm].inputs;
   for (int column = 0; column < columns; ++column) {
-    const float* from[inputs];
+    const Value* from[inputs];
     for (int i = 0; i < inputs; ++i) from[i] = pixels[i * columns + column] + channel;
     float* const line = to + column * kStrip;
     for (int c = 0; c < count; c += kLanes) {
@@ -140,12 +164,12 @@ void input_rows(const float* const* pixels, int64_t channel, int count, int colu
   }
 }
 
-template <int kForm>
-void input_columns(const float* from, int count, int rows, float* to, int64_t stride) {
+template <int kForm, typename Factor>
+void input_columns(const float* from, int count, int rows, Factor* to, int64_t stride) {
   constexpr int inputs = kForms[kForm].inputs, products = kForms[kForm].products;
   for (int row = 0; row < rows; ++row) {
     const float* const line = from + row * inputs * kStrip;
-    float* const product = to + row * products * stride;
+    Factor* const product = to + row * products * stride;
     for (int c = 0; c < count; c += kLanes) {
       transform_input<kForm>([&](int j) DEEPLAB_FAST_LAMBDA { return load(line + j * kStrip + c); },
                              [&](int p, Vector v)
@@ -175,7 +199,8 @@ DEEPLAB_FAST_INLINE Vector hardswish(Vector v) {
   return v * gate / 6;
 }
 
-DEEPLAB_FAST_INLINE Vector activate(Vector v, const Epilogue& epilogue) {
+template <typename Value>
+DEEPLAB_FAST_INLINE Vector activate(Vector v, const EpilogueOf<Value>& epilogue) {
   if (epilogue.hardswish) return hardswish(v);
   // nan compares false and stays.
   const Vector low = broadcast(epilogue.low), high = broadcast(epilogue.high);
@@ -184,34 +209,36 @@ DEEPLAB_FAST_INLINE Vector activate(Vector v, const Epilogue& epilogue) {
 }
 
 // Of the kLanes channels from `channel`, those that there are.
+template <typename Value>
 DEEPLAB_FAST_INLINE void finish(Vector v, int64_t pixel, int64_t channel,
-                                const Epilogue& epilogue) {
+                                const EpilogueOf<Value>& epilogue) {
   const int64_t left = epilogue.channels - channel;
-  float* const out = epilogue.out + pixel * epilogue.out_stride + channel;
+  Value* const out = epilogue.out + pixel * epilogue.out_stride + channel;
   const int64_t residual = pixel * epilogue.residual_stride + channel;
   if (left >= kLanes) {
     v = v + load(epilogue.shift + channel);
     if (epilogue.residual != nullptr) v = v + load(epilogue.residual + residual);
     store(out, activate(v, epilogue));
   } else if (left > 0) {
-    float lanes[kLanes] = {};
-    __builtin_memcpy(lanes, epilogue.shift + channel, left * sizeof(float));
-    v = v + load(lanes);
+    float shift[kLanes] = {};
+    Value lanes[kLanes] = {};
+    __builtin_memcpy(shift, epilogue.shift + channel, left * sizeof(float));
+    v = v + load(shift);
     if (epilogue.residual != nullptr) {
-      __builtin_memcpy(lanes, epilogue.residual + residual, left * sizeof(float));
+      __builtin_memcpy(lanes, epilogue.residual + residual, left * sizeof(Value));
       v = v + load(lanes);
     }
     store(lanes, activate(v, epilogue));
-    __builtin_memcpy(out, lanes, left * sizeof(float));
+    __builtin_memcpy(out, lanes, left * sizeof(Value));
   }
 }
 
-template <int kForm>
+template <int kForm, typename Value>
 void output_columns(const float* from, int rows, const int64_t* pixels, int64_t channel, int count,
-                    const Epilogue& shared_epilogue) {
+                    const EpilogueOf<Value>& shared_epilogue) {
   constexpr int outputs = kForms[kForm].outputs, products = kForms[kForm].products;
   // A copy: what is behind the reference would be read again after each store.
-  const Epilogue epilogue = shared_epilogue;
+  const EpilogueOf<Value> epilogue = shared_epilogue;
   for (int row = 0; row < rows; ++row, pixels += outputs) {
     const float* const line = from + row * products * kStrip;
     for (int c = 0; c < count; c += kLanes) {
@@ -498,7 +525,11 @@ void prepare(const float* weights, int64_t outputs, int64_t channels, int64_t pa
 
 template <int kForm>
 constexpr FormKernels form_kernels() {
-  return {input_rows<kForm>, input_columns<kForm>, output_rows<kForm>, output_columns<kForm>};
+  return {{input_rows<kForm, float>, output_columns<kForm, float>},
+          {},
+          {input_columns<kForm, float>},
+          {},
+          output_rows<kForm>};
 }
 
 constexpr ConvKernels conv_kernels(const char* name, bool (*supported)()) {
@@ -508,7 +539,8 @@ constexpr ConvKernels conv_kernels(const char* name, bool (*supported)()) {
            form_kernels<kTile2>(), form_kernels<kTile3>(), form_kernels<kTile4>(),
            form_kernels<kTile6>()},
           multiply,
-          prepare};
+          prepare,
+          nullptr};
 }
 
 #undef DEEPLAB_FAST_INLINE

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "deeplab_fast/conv_cpu.h"
 #include "deeplab_fast/conv_run.h"
@@ -15,7 +16,7 @@ namespace deeplab_fast::cpu {
 // Along one axis of a convolution.
 struct PatchAxis {
   int64_t size;  // of x
-  int64_t step;  // floats between neighbours of x
+  int64_t step;  // values between neighbours of x
   int64_t taps;
   int64_t stride;
   int64_t padding;
@@ -27,8 +28,9 @@ struct PatchAxis {
 // The patches of x [images][channels][rows.size][columns.size]. A patch is [rows.taps]
 // [columns.taps][channels], for which channels must lie one behind another, or, where planar,
 // [channels][rows.taps][columns.taps] from any x.
-struct Patches {
-  const float* data;
+template <typename Value>
+struct PatchesOf {
+  const Value* data;
   int64_t images;
   int64_t image_step;
   int64_t channels;
@@ -51,21 +53,36 @@ struct Patches {
   }
 };
 
-// Copies floats; a known kCount costs a few moves, where a call to memcpy takes longer than those.
-template <int kCount>
-inline void copy_floats(float* to, const float* from, int64_t count) {
-  std::memcpy(to, from, (kCount != 0 ? kCount : count) * sizeof(float));
+using Patches = PatchesOf<float>;
+
+// To the nearest, ties to even; nan stays nan.
+inline BFloat16 to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return {static_cast<uint16_t>((value != value ? bits | 0x400000 : rounded) >> 16)};
+}
+
+// Copies values, rounding fp32 to bf16 where that is multiplied; a known kCount costs a few moves,
+// where a call to memcpy takes longer than those.
+template <int kCount, typename Factor, typename Value>
+inline void copy_values(Factor* to, const Value* from, int64_t count) {
+  if constexpr (std::is_same_v<Factor, Value>) {
+    std::memcpy(to, from, (kCount != 0 ? kCount : count) * sizeof(Value));
+  } else {
+    std::transform(from, from + (kCount != 0 ? kCount : count), to, to_bf16);
+  }
 }
 
 // The values [begin, begin + count) of the patches of pixels [first, first + pixels), to rows
-// `stride` floats apart. A line of a patch is what one row of taps gives: the taps' values one
-// behind another, kLine floats, or any number of them for 0.
-template <int kLine>
-void gather_lines(const Patches& x, int64_t first, int64_t pixels, int64_t begin, int64_t count,
-                  float* to, int64_t stride) {
+// `stride` factors apart. A line of a patch is what one row of taps gives: the taps' values one
+// behind another, kLine values, or any number of them for 0.
+template <int kLine, typename Value, typename Factor>
+void gather_lines(const PatchesOf<Value>& x, int64_t first, int64_t pixels, int64_t begin,
+                  int64_t count, Factor* to, int64_t stride) {
   const bool planar = x.planar;
   const PatchAxis &rows = x.rows, &columns = x.columns;
-  const int64_t unit = planar ? 1 : x.channels;  // floats of a tap
+  const int64_t unit = planar ? 1 : x.channels;  // values of a tap
   const int64_t length = kLine != 0 ? kLine : columns.taps * unit;
   const int64_t tap_step = columns.dilation * columns.step;
   const int64_t reach = columns.dilation * (columns.taps - 1);
@@ -75,38 +92,40 @@ void gather_lines(const Patches& x, int64_t first, int64_t pixels, int64_t begin
   for (int64_t pixel = 0; pixel < pixels; ++pixel, to += stride) {
     const int64_t x0 = column * columns.stride - columns.padding;
     const int64_t y0 = row * rows.stride - rows.padding;
-    const float* const corner = x.data + image * x.image_step + x0 * columns.step;
+    const Value* const corner = x.data + image * x.image_step + x0 * columns.step;
     // Lines that are copied as they lie.
     const bool inside = x0 >= 0 && x0 + reach < columns.size;
     const bool dense = inside && (columns.taps == 1 || tap_step == unit);
     for (int64_t line = first_line; line <= last_line; ++line) {
       const int64_t y = y0 + line % rows.taps * rows.dilation;
-      const float* const from =
+      const Value* const from =
           corner + y * rows.step + (planar ? line / rows.taps * x.channel_step : 0);
       // Of the line, the part that is asked for.
       const int64_t low = std::max<int64_t>(begin - line * length, 0);
       const int64_t high = std::min(begin + count - line * length, length);
-      float* const target = to + line * length - begin;
+      Factor* const target = to + line * length - begin;
       if (y < 0 || y >= rows.size) {
-        std::fill(target + low, target + high, 0.0f);
+        std::fill(target + low, target + high, Factor{});
       } else if (dense && high - low == length) {
-        copy_floats<kLine>(target, from, length);
+        copy_values<kLine>(target, from, length);
       } else if (dense) {
-        copy_floats<0>(target + low, from + low, high - low);
+        copy_values<0>(target + low, from + low, high - low);
       } else if (inside && unit == 1) {
-        for (int64_t tap = low; tap < high; ++tap) target[tap] = from[tap * tap_step];
+        for (int64_t tap = low; tap < high; ++tap) {
+          copy_values<1>(target + tap, from + tap * tap_step, 1);
+        }
       } else {
         for (int64_t tap = low / unit; tap * unit < high; ++tap) {
           const int64_t from_unit = std::max<int64_t>(low - tap * unit, 0);
           const int64_t to_unit = std::min(high - tap * unit, unit);
-          float* const values = target + tap * unit;
+          Factor* const values = target + tap * unit;
           const int64_t at = x0 + tap * columns.dilation;
           if (at < 0 || at >= columns.size) {
-            std::fill(values + from_unit, values + to_unit, 0.0f);
+            std::fill(values + from_unit, values + to_unit, Factor{});
           } else if (unit == 1) {
-            *values = from[tap * tap_step];
+            copy_values<1>(values, from + tap * tap_step, 1);
           } else {
-            copy_floats<0>(values + from_unit, from + tap * tap_step + from_unit,
+            copy_values<0>(values + from_unit, from + tap * tap_step + from_unit,
                            to_unit - from_unit);
           }
         }
@@ -119,14 +138,15 @@ void gather_lines(const Patches& x, int64_t first, int64_t pixels, int64_t begin
   }
 }
 
-inline void gather(const Patches& x, int64_t first, int64_t pixels, int64_t begin, int64_t count,
-                   float* to, int64_t stride) {
+template <typename Value, typename Factor>
+void gather(const PatchesOf<Value>& x, int64_t first, int64_t pixels, int64_t begin, int64_t count,
+            Factor* to, int64_t stride) {
   const int64_t length = x.columns.taps * (x.planar ? 1 : x.channels);
   // 3x3, 5x5 and 7x7 of planes.
-  const auto function = length == 3   ? gather_lines<3>
-                        : length == 5 ? gather_lines<5>
-                        : length == 7 ? gather_lines<7>
-                                      : gather_lines<0>;
+  const auto function = length == 3   ? gather_lines<3, Value, Factor>
+                        : length == 5 ? gather_lines<5, Value, Factor>
+                        : length == 7 ? gather_lines<7, Value, Factor>
+                                      : gather_lines<0, Value, Factor>;
   function(x, first, pixels, begin, count, to, stride);
 }
 
@@ -144,35 +164,38 @@ constexpr int64_t kCopyOutputs = 256;
 constexpr int64_t kPixels = 96;
 constexpr int64_t kPixelStep = 12;
 
-// y [pixels][outputs] by weights [panels][depth][kPanel]; threads, parallel and allocate as for
-// run_tiles.
-template <typename Parallel, typename Allocate>
-void run_patches(const ConvKernels& kernels, const Patches& x, const float* weights,
-                 const Epilogue& epilogue, int64_t threads, const Parallel& parallel,
+// y [pixels][outputs] by the panels of weights [outputs][depth]; threads, parallel and allocate as
+// for run_tiles. What is stored as another type than is multiplied goes through memory.
+template <typename Value, typename Factor, typename Out, typename Parallel, typename Allocate>
+void run_patches(const ConvKernels& kernels, const PatchesOf<Value>& x, const Factor* weights,
+                 const EpilogueOf<Out>& epilogue, int64_t threads, const Parallel& parallel,
                  const Allocate& allocate) {
   const int64_t pixels = x.pixels(), depth = x.depth(), outputs = epilogue.channels;
   if (pixels == 0) return;
   threads = useful_threads(pixels * depth * outputs, threads);
   const int64_t chunks = (depth + kDepth - 1) / kDepth;
   const int64_t chunk = padded((depth + chunks - 1) / chunks);
+  constexpr bool kConverts = !std::is_same_v<Value, Factor>;
+  constexpr bool kFinishes = std::is_same_v<Factor, Out>;
   const bool copies =
-      !x.are_pixels() || (x.columns.step % kBadStep == 0 && outputs >= kCopyOutputs);
+      kConverts || !x.are_pixels() || (x.columns.step % kBadStep == 0 && outputs >= kCopyOutputs);
   const int64_t rounds = (pixels + kPixels * threads - 1) / (kPixels * threads);
   const int64_t each = (pixels + rounds * threads - 1) / (rounds * threads);
   const int64_t size = (each + kPixelStep - 1) / kPixelStep * kPixelStep;
   const int64_t patch_stride = chunk + kRowPad, sum_stride = padded(outputs) + kRowPad;
-  const int64_t patch_floats = copies ? size * patch_stride : 0;
-  const int64_t floats = patch_floats + (chunk < depth ? size * sum_stride : 0);
+  const int64_t patch_floats = copies ? size * patch_stride / kPerWord<Factor> : 0;
+  const int64_t floats = patch_floats + (chunk < depth || !kFinishes ? size * sum_stride : 0);
   auto buffers = allocate(floats * threads);
   Team team;
   team.add((pixels + size - 1) / size, [&](int64_t block, int64_t worker) {
-    float* const patches = buffers.data() + worker * floats;
-    Product product{};
+    float* const buffer = buffers.data() + worker * floats;
+    Factor* const patches = reinterpret_cast<Factor*>(buffer);
+    ProductOf<Factor> product{};
     product.first_pixel = block * size;
     product.rows = std::min(size, pixels - product.first_pixel);
-    product.panel_stride = depth * kPanel;
+    product.panel_stride = panel_size<Factor>(depth);
     product.num_panels = padded(outputs) / kPanel;
-    product.c = patches + patch_floats;
+    product.c = buffer + patch_floats;
     product.c_stride = sum_stride;
     product.run = chunk;
     product.prefetch_rows = true;
@@ -182,14 +205,22 @@ void run_patches(const ConvKernels& kernels, const Patches& x, const float* weig
         gather(x, product.first_pixel, product.rows, begin, product.depth, patches, patch_stride);
         product.a = patches;
         product.a_stride = patch_stride;
-      } else {
+      } else if constexpr (!kConverts) {
         product.a = x.data + product.first_pixel * x.columns.step + begin;
         product.a_stride = x.columns.step;
       }
       product.panels = weights + begin * kPanel;
       product.accumulate = begin > 0;
-      product.epilogue = begin + chunk < depth ? nullptr : &epilogue;
-      kernels.multiply(product);
+      if constexpr (kFinishes) product.epilogue = begin + chunk < depth ? nullptr : &epilogue;
+      multiply(kernels, product);
+    }
+    if constexpr (!kFinishes) {
+      const MapKernels<Out>& identity = kernels.forms[kLine1];
+      for (int64_t row = 0; row < product.rows; ++row) {
+        const int64_t pixel = product.first_pixel + row;
+        identity.output_columns(product.c + row * sum_stride, 1, &pixel, 0,
+                                static_cast<int>(padded(outputs)), epilogue);
+      }
     }
   });
   team.run(threads, parallel);

@@ -22,14 +22,17 @@
 
 namespace deeplab_fast::cpu {
 
-// Pixels of x [images][height][width], each `channels` contiguous floats.
-struct InputMap {
-  const float* data;
+// Pixels of x [images][height][width], each `channels` contiguous values.
+template <typename Value>
+struct InputMapOf {
+  const Value* data;
   int64_t images;
   int64_t height;
   int64_t width;
   int64_t channels;
 };
+
+using InputMap = InputMapOf<float>;
 
 // The tiles of one form along one axis: the positions of their first outputs.
 struct AxisTiles {
@@ -62,10 +65,11 @@ inline bool fits_phase(int form, int64_t samples) {
 }
 
 // One part of a convolution: all tiles with one form along rows and one along columns.
-struct TileGroup {
+template <typename Factor>
+struct TileGroupOf {
   AxisTiles rows;
   AxisTiles columns;
-  const float* weights;  // [products][panels][channels][kPanel]
+  const Factor* weights;  // panels of each product
 
   int64_t products() const {
     return int64_t{kForms[rows.form].products} * kForms[columns.form].products;
@@ -74,6 +78,8 @@ struct TileGroup {
     return static_cast<int64_t>(rows.starts.size()) * static_cast<int64_t>(columns.starts.size());
   }
 };
+
+using TileGroup = TileGroupOf<float>;
 
 struct Blocking {
   int64_t tiles;  // in a block
@@ -86,8 +92,10 @@ inline int64_t chunk_channels(int64_t channels) {
 }
 
 // Floats of the buffers of one block: transformed inputs of a chunk of channels, and products.
-inline int64_t block_floats(int64_t products, int64_t tiles, int64_t channels, int64_t outputs) {
-  return products * tiles * (chunk_channels(channels) + padded(outputs) + 2 * kRowPad);
+template <typename Factor>
+int64_t block_floats(int64_t products, int64_t tiles, int64_t channels, int64_t outputs) {
+  const int64_t inputs = (chunk_channels(channels) + kRowPad) / kPerWord<Factor>;
+  return products * tiles * (inputs + padded(outputs) + kRowPad);
 }
 
 constexpr int64_t kTilesCached = 24;
@@ -118,11 +126,13 @@ constexpr int64_t row_cost(int64_t tiles) {
   return tiles / 6 * 6 + (tiles % 6 == 0 ? 0 : std::max<int64_t>(tiles % 6, 4));
 }
 
-inline Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channels, int64_t outputs,
-                                int64_t threads, const CacheShares& cache) {
-  const bool cached = 4 * products * channels * padded(outputs) <= cache.weights;
+template <typename Factor>
+Blocking choose_blocking(int64_t products, int64_t tiles, int64_t channels, int64_t outputs,
+                         int64_t threads, const CacheShares& cache) {
+  const int64_t weight_bytes = sizeof(Factor) * products * channels * padded(outputs);
+  const bool cached = weight_bytes <= cache.weights;
   if (!cached || (threads > 1 && tiles < kTilesCached * threads)) {
-    const int64_t bytes = 4 * block_floats(products, 1, channels, outputs);
+    const int64_t bytes = 4 * block_floats<Factor>(products, 1, channels, outputs);
     // Many threads end a stage of few tiles together seldom, and wait for each other.
     const int64_t most = std::clamp(cache.block / bytes, kTilesStreamed / 2,
                                     std::max(kTilesStreamed, kTilesCached / 2 * threads));
@@ -293,11 +303,13 @@ inline Cut cut_product(int64_t products, int64_t rows, int64_t panels, int64_t d
 }
 
 // The work on the blocks of one group. A block's buffers hold its transformed inputs
-// [products][capacity][chunk], then its products [products][capacity][outputs].
+// [products][capacity][chunk], then its products [products][capacity][outputs]. Maps of In give
+// maps of Out, by products of Factor.
+template <typename In, typename Factor, typename Out>
 class GroupWork {
  public:
-  GroupWork(const ConvKernels& kernels, const InputMap& x, TileGroup group,
-            const Epilogue& epilogue, int dilation, int64_t capacity)
+  GroupWork(const ConvKernels& kernels, const InputMapOf<In>& x, TileGroupOf<Factor> group,
+            const EpilogueOf<Out>& epilogue, int dilation, int64_t capacity)
       : kernels_(kernels),
         x_(x),
         group_(std::move(group)),
@@ -397,22 +409,24 @@ class GroupWork {
         [=](int64_t unit) { return cost(tiles(unit), strip(unit)); });
   }
 
+  Factor* inputs(float* buffer) const { return reinterpret_cast<Factor*>(buffer); }
+
   float* products(float* buffer) const {
-    return buffer + group_.products() * capacity_ * input_stride_;
+    return buffer + group_.products() * capacity_ * input_stride_ / kPerWord<Factor>;
   }
 
   // To the transformed inputs of the block's tiles `span`, for `channels` of the chunk from
   // `chunk`.
   void transform(Span block, float* buffer, int64_t chunk, Span span, Span channels) const {
-    alignas(64) static const float zeros[kMaxChunk + kPanel] = {};
-    const FormKernels& rows = kernels_.forms[group_.rows.form];
-    const FormKernels& columns = kernels_.forms[group_.columns.form];
+    alignas(64) static const In zeros[kMaxChunk + kPanel] = {};
+    const MapKernels<In>& rows = kernels_.forms[group_.rows.form];
+    const FactorKernels<Factor>& columns = kernels_.forms[group_.columns.form];
     const int64_t depth = channels.end();
     const int64_t whole = depth / kPanel * kPanel;
     const int64_t plane = capacity_ * input_stride_;
     const int count = row_.inputs * column_.inputs;
     alignas(64) float line[kMaxProducts * kMaxInputs * kStrip];
-    const float* pixels[kMaxTile];
+    const In* pixels[kMaxTile];
     for (int64_t tile = span.first; tile < span.first + span.count; ++tile) {
       int64_t image, row, column;
       locate(block.first + tile, image, row, column);
@@ -429,16 +443,16 @@ class GroupWork {
                                                : zeros;
         }
       }
-      float* const to = buffer + tile * input_stride_;
+      Factor* const to = inputs(buffer) + tile * input_stride_;
       for (int64_t c = channels.first; c < whole; c += kStrip) {
         const int size = static_cast<int>(std::min<int64_t>(kStrip, whole - c));
         rows.input_rows(pixels, c, size, column_.inputs, line);
         columns.input_columns(line, size, row_.products, to + c, plane);
       }
       if (whole < depth) {
-        alignas(64) float tail[kMaxTile][kPanel];
+        alignas(64) In tail[kMaxTile][kPanel];
         for (int i = 0; i < count; ++i) {
-          std::fill(tail[i], tail[i] + kPanel, 0.0f);
+          std::fill(tail[i], tail[i] + kPanel, In{});
           std::copy(pixels[i] + whole, pixels[i] + depth, tail[i]);
           pixels[i] = tail[i];
         }
@@ -471,16 +485,15 @@ class GroupWork {
   }
 
   void multiply(Span block, float* buffer, int64_t channel, Cut cut, int64_t unit) const {
-    const int64_t panel_size = x_.channels * kPanel;
+    const int64_t size = panel_size<Factor>(x_.channels);
     const auto [p, panels, rows] = product_unit(block, cut, unit);
     const int64_t first_row = p * capacity_ + rows.first;
-    Product product{};
-    product.a = buffer + first_row * input_stride_;
+    ProductOf<Factor> product{};
+    product.a = inputs(buffer) + first_row * input_stride_;
     product.a_stride = input_stride_;
     product.rows = rows.count;
-    product.panels =
-        group_.weights + (p * num_panels() + panels.first) * panel_size + channel * kPanel;
-    product.panel_stride = panel_size;
+    product.panels = group_.weights + (p * num_panels() + panels.first) * size + channel * kPanel;
+    product.panel_stride = size;
     product.num_panels = panels.count;
     product.c = products(buffer) + first_row * output_stride_ + panels.first * kPanel;
     product.c_stride = output_stride_;
@@ -488,13 +501,13 @@ class GroupWork {
     product.accumulate = channel > 0;
     product.prefetch_rows = true;
     product.run = kRun;
-    kernels_.multiply(product);
+    cpu::multiply(kernels_, product);
   }
 
   // From the products of the block's tiles `span` to the outputs `channels`.
   void finish(Span block, float* buffer, Span span, Span channels) const {
     const FormKernels& rows = kernels_.forms[group_.rows.form];
-    const FormKernels& columns = kernels_.forms[group_.columns.form];
+    const MapKernels<Out>& columns = kernels_.forms[group_.columns.form];
     const int64_t plane = capacity_ * output_stride_;
     alignas(64) float line[kMaxOutputs * kMaxProducts * kStrip];
     int64_t pixels[kMaxOutputs * kMaxOutputs];
@@ -519,9 +532,9 @@ class GroupWork {
   }
 
   const ConvKernels& kernels_;
-  const InputMap& x_;
-  const TileGroup group_;
-  const Epilogue& epilogue_;
+  const InputMapOf<In>& x_;
+  const TileGroupOf<Factor> group_;
+  const EpilogueOf<Out>& epilogue_;
   const Form& row_;
   const Form& column_;
   const int dilation_;
@@ -540,28 +553,30 @@ inline int64_t useful_threads(int64_t work, int64_t threads) {
 
 // A convolution by all its groups, as a team's stages. block_tiles 0 chooses the blocks, n blocks of
 // n tiles for each thread, -n blocks of n tiles that the threads share.
+template <typename In, typename Factor, typename Out>
 class TileWork {
  public:
-  TileWork(const ConvKernels& kernels, const InputMap& x, const std::vector<TileGroup>& groups,
-           const Epilogue& epilogue, int dilation, int64_t block_tiles, int64_t threads,
-           const CacheShares& cache) {
+  TileWork(const ConvKernels& kernels, const InputMapOf<In>& x,
+           const std::vector<TileGroupOf<Factor>>& groups, const EpilogueOf<Out>& epilogue,
+           int dilation, int64_t block_tiles, int64_t threads, const CacheShares& cache) {
     int64_t work = 0;
-    for (const TileGroup& group : groups) {
+    for (const TileGroupOf<Factor>& group : groups) {
       work += group.products() * x.images * group.tiles() * x.channels * epilogue.channels;
     }
     if (work == 0) return;
     threads_ = useful_threads(work, threads);
     int64_t floats = 0;
-    for (const TileGroup& group : groups) {
+    for (const TileGroupOf<Factor>& group : groups) {
       const int64_t tiles = x.images * group.tiles();
-      Blocking blocking =
-          choose_blocking(group.products(), tiles, x.channels, epilogue.channels, threads_, cache);
+      Blocking blocking = choose_blocking<Factor>(group.products(), tiles, x.channels,
+                                                  epilogue.channels, threads_, cache);
       if (block_tiles != 0) blocking = {std::abs(block_tiles), block_tiles < 0};
       blocking.tiles = std::min(blocking.tiles, tiles);
       parts_.push_back(
-          {GroupWork(kernels, x, group, epilogue, dilation, blocking.tiles), blocking, tiles});
-      floats = std::max(
-          floats, block_floats(group.products(), blocking.tiles, x.channels, epilogue.channels));
+          {GroupWork<In, Factor, Out>(kernels, x, group, epilogue, dilation, blocking.tiles),
+           blocking, tiles});
+      floats = std::max(floats, block_floats<Factor>(group.products(), blocking.tiles, x.channels,
+                                                     epilogue.channels));
     }
     block_floats_ = padded(floats);
   }
@@ -573,7 +588,7 @@ class TileWork {
 
   void add_to(Team& team, float* buffer) const {
     for (const Part& part : parts_) {
-      const GroupWork& group = part.work;
+      const GroupWork<In, Factor, Out>& group = part.work;
       const int64_t size = part.blocking.tiles, tiles = part.tiles, floats = block_floats_;
       const int64_t blocks = parts_of(tiles, size);
       if (part.blocking.shared) {
@@ -593,7 +608,7 @@ class TileWork {
 
  private:
   struct Part {
-    GroupWork work;
+    GroupWork<In, Factor, Out> work;
     Blocking blocking;
     int64_t tiles;
   };
@@ -606,10 +621,11 @@ class TileWork {
 // Runs a TileWork of these arguments. parallel(count, function(begin, end)) calls the function in
 // threads; allocate(floats) gives memory that lives as long as its result, with data() to the first
 // float, aligned to 64 bytes.
-template <typename Parallel, typename Allocate>
-void run_tiles(const ConvKernels& kernels, const InputMap& x, const std::vector<TileGroup>& groups,
-               const Epilogue& epilogue, int dilation, int64_t block_tiles, int64_t threads,
-               const CacheShares& cache, const Parallel& parallel, const Allocate& allocate) {
+template <typename In, typename Factor, typename Out, typename Parallel, typename Allocate>
+void run_tiles(const ConvKernels& kernels, const InputMapOf<In>& x,
+               const std::vector<TileGroupOf<Factor>>& groups, const EpilogueOf<Out>& epilogue,
+               int dilation, int64_t block_tiles, int64_t threads, const CacheShares& cache,
+               const Parallel& parallel, const Allocate& allocate) {
   const TileWork work(kernels, x, groups, epilogue, dilation, block_tiles, threads, cache);
   if (work.floats() == 0) return;
   auto buffers = allocate(work.floats());
