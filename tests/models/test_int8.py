@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import deeplab_fast as dlf
 from deeplab_fast.dispatch import limits
+from deeplab_fast.dispatch.errors import SAVING
 from deeplab_fast.program import calibrate as calibrating
 from deeplab_fast.program import inference, int8_layers
 from deeplab_fast.program.calibrate import CalibrationWarning
@@ -130,8 +131,9 @@ def test_what_was_not_measured_stays_in_fp32() -> None:
         assert same is not None
         assert not any(in_bytes(same).values())
         with torch.inference_mode():
-            assert torch.equal(same.logits(IMAGES)["out"], fp32.logits(IMAGES)["out"])
-    some = {k: v for k, v in known.ranges.items() if "_3" not in k}
+            # Blocks are no layers of their own here: sums are in another order.
+            assert error(same.logits(IMAGES)["out"], fp32.logits(IMAGES)["out"]) <= SAVING
+    some = {k: v for k, v in known.ranges.items() if "block1" not in k}
     part, _ = inference.fold(model, Int8Forms(Calibration(some, "", 1, known.fingerprint, 1.0)))
     assert part is not None
     assert 0 < sum(in_bytes(part).values()) < sum(in_bytes(int8).values())
@@ -141,7 +143,7 @@ def test_what_was_not_measured_stays_in_fp32() -> None:
 
 def small_wide() -> nn.Module:
     torch.manual_seed(1)
-    return narrow(FAMILIES["mobilenetv2-os8"], 2)
+    return narrow(FAMILIES["efficientnet-lite"], 2)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +254,7 @@ def test_distributions_that_ranges_are_chosen_from() -> None:
 
 class TestWeights:
     def test_other_weights_are_refused_until_calibrated_again(self) -> None:
-        model = small()
+        model = small_wide()
         model.calibrate(IMAGES, method="minmax")
         model.precision = "int8"
         with torch.inference_mode():
@@ -321,7 +323,7 @@ class TestFiles:
 
     def test_a_stale_calibration_stays_stale(self, calibrated, tmp_path) -> None:
         model = copy.deepcopy(calibrated)
-        model.classifier[1].bias.data += 1
+        model.classifier[-1].weight.data += 1
         dlf.save_weights(model, tmp_path / "m.safetensors", dtype=torch.float16)
         again = dlf.from_checkpoint(tmp_path / "m.safetensors")
         with pytest.raises(CalibrationError, match="not those"):
