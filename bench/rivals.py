@@ -184,14 +184,14 @@ for _provider in (
     _rival(
         "openvino",
         "OpenVINO in fp32",
-        ("openvino",),
+        ("onnx", "openvino"),
         "fp32",
         lambda case, args: _openvino(exported(case, args), INFERENCE_PRECISION_HINT="f32"),
     ),
     _rival(
         "openvino_default",
         "OpenVINO in the precision that it chooses itself, where that is bf16",
-        ("openvino",),
+        ("onnx", "openvino"),
         "bf16",
         lambda case, args: _openvino(exported(case, args)),
         _own_precision_reason,
@@ -199,7 +199,7 @@ for _provider in (
     _rival(
         "openvino_int8",
         "OpenVINO after NNCF's post-training quantization",
-        ("openvino", "nncf"),
+        ("onnx", "openvino", "nncf"),
         "int8",
         lambda case, args: _openvino(quantized_openvino(case, args)),
     ),
