@@ -46,6 +46,8 @@ TILE6_HANDICAP = 1.2
 # 1.45 s; 449 MB and 399.0 ms without, 298 MB and 446.6 ms at twice the price. bench/NOTES.md has
 # the forms one by one, and why 1.5 times the weights are out of reach.
 WEIGHT_PRICE = 0.35e-9
+# Bytes of a layer without a price: what a model holds is in few large layers.
+FREE_WEIGHTS = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,8 @@ def _cost(
             weight_bytes += size
             seconds += CALL_SECONDS + busy / threads
     # Weights that serve one call do not stay.
-    price = WEIGHT_PRICE * weight_bytes / threads if reuse else 0.0
+    priced = max(0, weight_bytes - FREE_WEIGHTS) if reuse else 0
+    price = WEIGHT_PRICE * priced / threads
     return TileForm(rows, columns, macs, weight_bytes, seconds, price)
 
 

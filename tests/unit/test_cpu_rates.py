@@ -137,6 +137,11 @@ class TestCosts:
         assert all(form.price > 0 for form in kept)
         assert all(form.price == 0 for form in once)
 
+    def test_small_weights_have_no_price(self, zen3) -> None:
+        """A small map takes its fastest form, which no kilobytes are worth."""
+        forms = _cpu_forms.tile_forms(2, 64, 32, 13, 17, 1, 2, reuse=True, coarse=False)
+        assert forms[0].seconds == min(form.seconds for form in forms)
+
 
 def times(gain: float, argmax_gain: float) -> dict[tuple[str, str], float]:
     """Seconds of the probe's calls, with AVX-512 faster than AVX2 by so much."""
