@@ -242,6 +242,15 @@ def _strongest(found: Sequence[Group]) -> Iterator[str]:
         + "; with random weights that would say nothing. MiB is what the baseline and deeplab_fast "
         "hold, weights included, and take at most in a call. Baselines: " + "; ".join(told) + "."
     )
+    ours_missing = {
+        f"{p}: {note.removeprefix('missing: ')}": None
+        for g in found
+        for p, note in g.missing.items()
+        if p not in g.baselines
+    }
+    if ours_missing:
+        yield ""
+        yield "Missing of deeplab_fast: " + "; ".join(ours_missing) + "."
     yield from _left_out(found)
 
 

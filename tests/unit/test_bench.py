@@ -580,6 +580,18 @@ def test_report_names_the_strongest_rival_of_each_precision(tmp_path) -> None:
         *figures("onnxruntime_int8", 4.0, 1.0, 0.981234, "onnxruntime 3.4"),
         *figures("ours-predict-int8", 2.0, 2.0, 0.995),
     ]
+    made.append(
+        _row(
+            "ours-predict-bf16",
+            rows.STATUS,
+            None,
+            suite="rivals",
+            op="model_labels",
+            case="camvid-os16-520-b1",
+            agrees="",
+            note="missing: no such instructions",
+        )
+    )
     told_before = _row("eager", value=8.0, op="model_labels", case="camvid-os16-520-b1")
     text = report.readme_table([*rows.read(_file(tmp_path, [told_before])), *made])
     name = "model_labels camvid-os16-520-b1"
@@ -589,6 +601,7 @@ def test_report_names_the_strongest_rival_of_each_precision(tmp_path) -> None:
     # Nothing ran in bf16; the case stands in no other suite's table.
     assert text.count(name) == 2
     assert "on 7 photos;" in text
+    assert "Missing of deeplab_fast: ours-predict-bf16: no such instructions." in text
     assert "OpenVINO in fp32 (openvino 1.2)" in text and "(onnxruntime 3.4)" in text
     wrong = [dataclasses.replace(r, agrees="no") if r.provider == "openvino" else r for r in made]
     assert f"| {name} | fp32 | onnxruntime | 8 |" in report.readme_table(wrong)
