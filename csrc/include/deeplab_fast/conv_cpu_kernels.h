@@ -2,8 +2,8 @@
 //
 // Included once by each csrc/cpu/conv_<set>.cpp, in the way and under the rules of
 // upsample_cpu_kernels.h. The file defines DEEPLAB_FAST_SET (a namespace),
-// DEEPLAB_FAST_VECTOR_BYTES, DEEPLAB_FAST_ROWS and DEEPLAB_FAST_COLUMNS (rows and vectors in a row of the
-// multiplication's register tile).
+// DEEPLAB_FAST_VECTOR_BYTES, DEEPLAB_FAST_ROWS and DEEPLAB_FAST_COLUMNS (rows of the
+// multiplication's register tile, and vectors in each).
 // With DEEPLAB_FAST_BF16_INSTRUCTIONS those of avx512_bf16 are used.
 //
 // Vectors hold channels.

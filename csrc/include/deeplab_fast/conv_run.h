@@ -551,8 +551,8 @@ inline int64_t useful_threads(int64_t work, int64_t threads) {
   return std::clamp<int64_t>(work / kThreadWork, 1, threads);
 }
 
-// A convolution by all its groups, as a team's stages. block_tiles 0 chooses the blocks, n blocks of
-// n tiles for each thread, -n blocks of n tiles that the threads share.
+// A convolution by all its groups, as a team's stages. block_tiles 0 chooses the blocks, n asks for
+// blocks of n tiles for each thread, -n for blocks of n tiles that the threads share.
 template <typename In, typename Factor, typename Out>
 class TileWork {
  public:
