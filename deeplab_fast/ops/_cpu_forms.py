@@ -29,8 +29,10 @@ PREPARE_SECONDS = 20e-9
 # of products of few channels.
 DEPTHWISE_RATE = 18e9
 STRIPS_RATE = 42e9
-# Of a value that is copied into a patch; of one of a map that a pass over it reads and writes.
-GATHER_SECONDS = 0.15e-9
+# Of a value that is copied into a patch, and of a run of them that lie one behind another; of a
+# value of a map that a pass over it reads and writes.
+GATHER_SECONDS = 0.1e-9
+GATHER_RUN_SECONDS = 1.7e-9
 PASS_SECONDS = 0.3e-9
 # Of a call, and of a form within it; of a call to oneDNN.
 CALL_SECONDS = 15e-6
@@ -263,16 +265,18 @@ def onednn_seconds(
     return ONEDNN_CALL_SECONDS + macs / (rate * threads) if rate else math.inf
 
 
-def pixels_seconds(macs: int, threads: int, *, gathered: int = 0, dtype: str = "float32") -> float:
+def pixels_seconds(
+    macs: int, threads: int, *, gathered: int = 0, runs: int = 0, dtype: str = "float32"
+) -> float:
     """Predicted time of our convolution as one product.
 
     Args:
         macs: multiply-adds.
         threads: that work on it.
-        gathered: values of patches that are copied first.
+        gathered, runs: values of patches that are copied first, and runs of them.
         dtype: of the maps, "float32" or "bfloat16".
     """
-    busy = macs / rates(dtype).pixels + gathered * GATHER_SECONDS
+    busy = macs / rates(dtype).pixels + gathered * GATHER_SECONDS + runs * GATHER_RUN_SECONDS
     return CALL_SECONDS + busy / threads
 
 

@@ -395,10 +395,11 @@ class PreparedConv:
             # given map, which costs no less where the map is a new one.
             passes = 1 + (self.act in ("relu", "relu6"))
             done = outputs * math.prod(self._shape[1:])
-            geometry = (self.stride, self.padding, pointwise)
-            name = "pixels" if geometry == ((1, 1), (0, 0), True) else "patches"
-            gathered = 0 if name == "pixels" else done // self.out_channels
-            seconds = _cpu_forms.pixels_seconds(done, threads, gathered=gathered)
+            name, gathered, runs = "pixels", 0, 0
+            if (self.stride, self.padding, pointwise) != ((1, 1), (0, 0), True):
+                name, gathered = "patches", done // self.out_channels
+                runs = n * out_height * out_width * self._runs_of_a_patch
+            seconds = _cpu_forms.pixels_seconds(done, threads, gathered=gathered, runs=runs)
             rival = direct.seconds + passes * _cpu_forms.pass_seconds(outputs, threads)
             if seconds <= rival or not onednn:
                 direct = _Choice(name, "direct", done, size, seconds)
@@ -472,6 +473,13 @@ class PreparedConv:
         """Whether patches have channels before taps: of few channels lines of a photo's planes are
         longer than pixels. Sums are added up in the same order in any memory format."""
         return self.in_channels <= _FEW_CHANNELS
+
+    @property
+    def _runs_of_a_patch(self) -> int:
+        """Parts of a patch that lie one behind another in a map."""
+        if self._is_planar:
+            return self.kernel[0] * self.in_channels
+        return self.kernel[0] * (1 if self.dilation[1] == 1 else self.kernel[1])
 
     def _panels(self) -> Tensor:
         form = self._form("panels", lambda: panels(self.weight, self._is_planar))

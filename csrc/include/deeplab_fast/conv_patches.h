@@ -74,9 +74,47 @@ inline void copy_values(Factor* to, const Value* from, int64_t count) {
   }
 }
 
+// The values [begin, begin + count) of one patch, which may reach beyond the map; x0 and y0 are the
+// place of its corner.
+template <typename Value, typename Factor>
+void gather_edge(const PatchesOf<Value>& x, const Value* corner, int64_t x0, int64_t y0,
+                 int64_t begin, int64_t count, Factor* to) {
+  const PatchAxis &rows = x.rows, &columns = x.columns;
+  const int64_t unit = x.planar ? 1 : x.channels;  // values of a tap
+  const int64_t length = columns.taps * unit, tap_step = columns.dilation * columns.step;
+  const bool inside = x0 >= 0 && x0 + columns.dilation * (columns.taps - 1) < columns.size;
+  const bool dense = inside && (columns.taps == 1 || tap_step == unit);
+  for (int64_t line = begin / length; line * length < begin + count; ++line) {
+    const int64_t y = y0 + line % rows.taps * rows.dilation;
+    const Value* const from =
+        corner + (y - y0) * rows.step + (x.planar ? line / rows.taps * x.channel_step : 0);
+    // Of the line, the part that is asked for.
+    const int64_t low = std::max<int64_t>(begin - line * length, 0);
+    const int64_t high = std::min(begin + count - line * length, length);
+    Factor* const target = to + line * length - begin;
+    if (y < 0 || y >= rows.size) {
+      std::fill(target + low, target + high, Factor{});
+    } else if (dense) {
+      copy_values<0>(target + low, from + low, high - low);
+    } else {
+      for (int64_t tap = low / unit; tap * unit < high; ++tap) {
+        const int64_t first = std::max<int64_t>(low - tap * unit, 0);
+        const int64_t last = std::min(high - tap * unit, unit);
+        Factor* const values = target + tap * unit;
+        const int64_t at = x0 + tap * columns.dilation;
+        if (at < 0 || at >= columns.size) {
+          std::fill(values + first, values + last, Factor{});
+        } else {
+          copy_values<0>(values + first, from + tap * tap_step + first, last - first);
+        }
+      }
+    }
+  }
+}
+
 // The values [begin, begin + count) of the patches of pixels [first, first + pixels), to rows
-// `stride` factors apart. A line of a patch is what one row of taps gives: the taps' values one
-// behind another, kLine values, or any number of them for 0.
+// `stride` factors apart. A line of a patch is what one row of taps gives, kLine values, or any
+// number of them for 0.
 template <int kLine, typename Value, typename Factor>
 void gather_lines(const PatchesOf<Value>& x, int64_t first, int64_t pixels, int64_t begin,
                   int64_t count, Factor* to, int64_t stride) {
@@ -85,51 +123,35 @@ void gather_lines(const PatchesOf<Value>& x, int64_t first, int64_t pixels, int6
   const int64_t unit = planar ? 1 : x.channels;  // values of a tap
   const int64_t length = kLine != 0 ? kLine : columns.taps * unit;
   const int64_t tap_step = columns.dilation * columns.step;
-  const int64_t reach = columns.dilation * (columns.taps - 1);
+  const int64_t line_step = rows.dilation * rows.step, plane_step = planar ? x.channel_step : 0;
+  const int64_t right = columns.dilation * (columns.taps - 1);
+  const int64_t down = rows.dilation * (rows.taps - 1);
   const int64_t width = columns.outputs(), height = rows.outputs();
   int64_t column = first % width, row = first / width % height, image = first / width / height;
-  const int64_t first_line = begin / length, last_line = (begin + count - 1) / length;
+  const bool whole = begin % length == 0 && count % length == 0;
+  const int64_t lines = count / length, first_plane = begin / length / rows.taps;
+  const int64_t first_tap = begin / length % rows.taps;
+  // Whether lines are copied as they lie.
+  const bool dense = columns.taps == 1 || tap_step == unit;
   for (int64_t pixel = 0; pixel < pixels; ++pixel, to += stride) {
     const int64_t x0 = column * columns.stride - columns.padding;
     const int64_t y0 = row * rows.stride - rows.padding;
-    const Value* const corner = x.data + image * x.image_step + x0 * columns.step;
-    // Lines that are copied as they lie.
-    const bool inside = x0 >= 0 && x0 + reach < columns.size;
-    const bool dense = inside && (columns.taps == 1 || tap_step == unit);
-    for (int64_t line = first_line; line <= last_line; ++line) {
-      const int64_t y = y0 + line % rows.taps * rows.dilation;
-      const Value* const from =
-          corner + y * rows.step + (planar ? line / rows.taps * x.channel_step : 0);
-      // Of the line, the part that is asked for.
-      const int64_t low = std::max<int64_t>(begin - line * length, 0);
-      const int64_t high = std::min(begin + count - line * length, length);
-      Factor* const target = to + line * length - begin;
-      if (y < 0 || y >= rows.size) {
-        std::fill(target + low, target + high, Factor{});
-      } else if (dense && high - low == length) {
-        copy_values<kLine>(target, from, length);
-      } else if (dense) {
-        copy_values<0>(target + low, from + low, high - low);
-      } else if (inside && unit == 1) {
-        for (int64_t tap = low; tap < high; ++tap) {
-          copy_values<1>(target + tap, from + tap * tap_step, 1);
+    const Value* const corner = x.data + image * x.image_step + y0 * rows.step + x0 * columns.step;
+    const bool inside = x0 >= 0 && x0 + right < columns.size && y0 >= 0 && y0 + down < rows.size;
+    if (inside && whole && (dense || unit == 1)) {
+      const Value* from = corner + first_plane * plane_step + first_tap * line_step;
+      Factor* target = to;
+      for (int64_t line = 0, tap = first_tap; line < lines; ++line, target += length) {
+        if (dense) {
+          copy_values<kLine>(target, from, length);
+        } else {
+          for (int64_t i = 0; i < length; ++i) copy_values<1>(target + i, from + i * tap_step, 1);
         }
-      } else {
-        for (int64_t tap = low / unit; tap * unit < high; ++tap) {
-          const int64_t from_unit = std::max<int64_t>(low - tap * unit, 0);
-          const int64_t to_unit = std::min(high - tap * unit, unit);
-          Factor* const values = target + tap * unit;
-          const int64_t at = x0 + tap * columns.dilation;
-          if (at < 0 || at >= columns.size) {
-            std::fill(values + from_unit, values + to_unit, Factor{});
-          } else if (unit == 1) {
-            copy_values<1>(values, from + tap * tap_step, 1);
-          } else {
-            copy_values<0>(values + from_unit, from + tap * tap_step + from_unit,
-                           to_unit - from_unit);
-          }
-        }
+        from += line_step;
+        if (++tap == rows.taps) tap = 0, from += plane_step - rows.taps * line_step;
       }
+    } else {
+      gather_edge(x, corner, x0, y0, begin, count, to);
     }
     if (++column == width) {
       column = 0;
@@ -150,8 +172,7 @@ void gather(const PatchesOf<Value>& x, int64_t first, int64_t pixels, int64_t be
   function(x, first, pixels, begin, count, to, stride);
 }
 
-// Additions in a row, and the depth of a block: with its panel a register tile stays in a first-level
-// cache.
+// Additions in a row, and the depth of a block, whose panel stays in a first-level cache.
 constexpr int64_t kDepth = 384;
 // Pixels of a 1x1 convolution that are a multiple of so many floats apart push each other out of a
 // first-level cache. They are copied where so many outputs make up for it (2048 channels to 512: 43
