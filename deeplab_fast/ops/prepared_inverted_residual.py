@@ -199,15 +199,20 @@ class PreparedInvertedResidual:
             pointwise += n * shape[2] * shape[3] * self.in_channels * self.channels
         taps = n * self.channels
         for axis, (before, _) in enumerate(self._sides(sides)):
-            kernel, stride = self._depthwise.kernel[axis], self.stride[axis]
-            taps *= live_taps(shape[2 + axis], kernel, stride, before, self.dilation[axis])
+            taps *= live_taps(
+                shape[2 + axis],
+                self._depthwise.kernel[axis],
+                self.stride[axis],
+                before,
+                self.dilation[axis],
+            )
         moved = math.prod(shape) + n * self.out_channels * height * width
         kernel = "x".join(map(str, self._depthwise.kernel))
         return (
             Plan(
                 "strips",
                 f"{'' if self._expand is None else '1x1, '}{kernel}, 1x1",
-                (n, self.in_channels, *shape[2:]),
+                (n, self.in_channels, shape[2], shape[3]),
                 threads,
                 pointwise + taps,
                 4 * moved + self._size,

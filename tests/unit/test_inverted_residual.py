@@ -213,7 +213,7 @@ BLOCKS = [
     pytest.param((1, 16, 21, 30), 16, 16, 3, False, {"padding": (1, 1)}, id="no expansion"),
     pytest.param((1, 21, 9, 11), 35, 13, 3, False, {"padding": (1, 1)}, id="odd channels"),
     pytest.param(
-        (1, 48, 33, 33), 288, 48, 5, False, {"padding": (4, 4), "dilation": (2, 2)}, id="dilated"
+        (1, 48, 17, 19), 160, 48, 5, False, {"padding": (4, 4), "dilation": (2, 2)}, id="dilated"
     ),
     pytest.param((2, 16, 1, 1), 96, 24, 5, True, {"padding": (2, 2)}, id="one pixel"),
     pytest.param((1, 8, 3, 4), 40, 8, 3, False, {"padding": (9, 9), "dilation": (9, 9)}, id="far"),
