@@ -10,14 +10,14 @@ a nan in the input, the weight, scale, shift or residual stays nan through every
 infinite or nan input spreads to all outputs of its tile where tiles are used. What runs is chosen
 for each shape by the cost model of `_cpu_forms`:
 
-    tiles    3x3 convolutions with stride 1 and padding = dilation by few multiplications
-    pixels   1x1 convolutions as one matrix product
-    patches  any other convolution of one group as one, over its taps at every output pixel, which
-             are gathered block by block
-    depthwise  each channel by its own filter, with any stride
-    onednn   everything else, and those where it is predicted to be faster
-    aten     where PyTorch has no oneDNN, and where a weight is not finite: what such a weight makes
-             of padding depends on the algorithm, and here it is PyTorch's choice
+    tiles      3x3 convolutions with stride 1 and padding = dilation by few multiplications
+    pixels     1x1 convolutions as one matrix product
+    patches    any other convolution of one group as one, over its taps at every output pixel, which
+               are gathered block by block
+    depthwise  those of each channel by a filter of its own
+    onednn     everything else, and those where it is predicted to be faster
+    aten       where PyTorch has no oneDNN, and where a weight is not finite: what such a weight
+               makes of padding depends on the algorithm, and here it is PyTorch's choice
 """
 
 from __future__ import annotations
