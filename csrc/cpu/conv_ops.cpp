@@ -395,9 +395,9 @@ void patches_product(const ConvKernels& kernels, const Tensor& x, const Tensor& 
 }  // namespace
 
 // A convolution as one product, 1x1 or by its patches; see conv_patches.h. x may have any strides.
-// `weight` is prepared: panels with the depth in the order of the patches, planar or not; shift [K], or [N, K] for
-// one of each image. The other lists are (rows, columns). Weights in bf16 are multiplied by a map
-// of bf16, or of fp32 that is rounded to it, and give a map of bf16 or fp32.
+// `weight` is prepared: panels with the depth in the order of the patches, planar or not; shift
+// [K], or [N, K] for one of each image. The other lists are (rows, columns). Weights in bf16 are
+// multiplied by a map of bf16, or of fp32 that is rounded to it, and give a map of bf16 or fp32.
 void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
                  const std::optional<Tensor>& residual, const Tensor& out, int64_t channel_offset,
                  std::string_view act, at::IntArrayRef kernel, at::IntArrayRef stride,

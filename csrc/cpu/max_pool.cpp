@@ -113,6 +113,4 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
       "Tensor(a!) out) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
-  m.impl("_max_pool_cpu", &deeplab_fast::cpu::max_pool);
-}
+TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) { m.impl("_max_pool_cpu", &deeplab_fast::cpu::max_pool); }

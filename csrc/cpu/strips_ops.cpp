@@ -45,8 +45,8 @@ DepthwiseAxis checked_axis(int64_t length, int64_t outputs, int64_t taps, int64_
 
 // A depthwise convolution, between 1x1 convolutions or not; see strips_run.h. Weights are prepared:
 // `expand` [panels, C, kPanel] with expand_shift filled up with zeros to whole panels, `depthwise`
-// [R, S, channels] filled up likewise, `project` [panels, channels, kPanel]. padding is above and on
-// the left; how much there is at the other sides follows from the size of `out`.
+// [R, S, channels] filled up likewise, `project` [panels, channels, kPanel]. padding is above and
+// on the left; how much there is at the other sides follows from the size of `out`.
 void inverted_residual(const Tensor& x, const std::optional<Tensor>& expand,
                        const std::optional<Tensor>& expand_shift, const Tensor& depthwise,
                        const Tensor& depthwise_shift, const std::optional<Tensor>& project,

@@ -34,6 +34,10 @@ STRIPS_RATE = 42e9
 GATHER_SECONDS = 0.1e-9
 GATHER_RUN_SECONDS = 1.7e-9
 PASS_SECONDS = 0.3e-9
+# Larger maps are mapped anew by malloc for every call; a page of 4 KiB that is faulted in took
+# 3.2 to 3.9 us (65,507 and 16,457 faults of a MobileNetV3 at 1024x2048).
+MAPPED_BYTES = 32 << 20
+FAULT_SECONDS = 3.2e-6
 # Of a call, and of a form within it; of a call to oneDNN.
 CALL_SECONDS = 15e-6
 ONEDNN_CALL_SECONDS = 80e-6
@@ -283,6 +287,14 @@ def pixels_seconds(
 def pass_seconds(values: int, threads: int) -> float:
     """Predicted time of reading and writing a map of this many values."""
     return values * PASS_SECONDS / threads
+
+
+def new_map_seconds(values: int, threads: int) -> float:
+    """Predicted time that a new map of this many fp32 values takes beyond one that is given."""
+    seconds = pass_seconds(values, threads)
+    if 4 * values >= MAPPED_BYTES:
+        seconds += 4 * values / 4096 * FAULT_SECONDS / threads
+    return seconds
 
 
 def _lines(channels: int) -> int:

@@ -391,17 +391,17 @@ class PreparedConv:
         outputs = n * self.out_channels * out_height * out_width
         size = 4 * padded(self.out_channels) * math.prod(self._shape[1:])
         if self._allows_panels(size):
-            # The least that oneDNN cannot do in its own pass: the activation, and writing into a
-            # given map, which costs no less where the map is a new one.
-            passes = 1 + (self.act in ("relu", "relu6"))
+            # What oneDNN cannot do in its own pass: the activation, and writing into a given map.
+            beside = _cpu_forms.new_map_seconds(outputs, threads)
+            if self.act in ("relu", "relu6"):
+                beside += _cpu_forms.pass_seconds(outputs, threads)
             done = outputs * math.prod(self._shape[1:])
             name, gathered, runs = "pixels", 0, 0
             if (self.stride, self.padding, pointwise) != ((1, 1), (0, 0), True):
                 name, gathered = "patches", done // self.out_channels
                 runs = n * out_height * out_width * self._runs_of_a_patch
             seconds = _cpu_forms.pixels_seconds(done, threads, gathered=gathered, runs=runs)
-            rival = direct.seconds + passes * _cpu_forms.pass_seconds(outputs, threads)
-            if seconds <= rival or not onednn:
+            if seconds <= direct.seconds + beside or not onednn:
                 direct = _Choice(name, "direct", done, size, seconds)
         same = self.padding == self.dilation and len(set(self.dilation)) == 1
         if kernel == (3, 3) and self.stride == (1, 1) and same:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import resource
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -124,6 +125,19 @@ def test_a_block_above_the_bound_is_given_back(
     runner = Activations(program)
     runner.logits(torch.randn(SHAPE), True)
     assert runner.held_bytes == 0
+
+
+@pytest.mark.parametrize("family", ["resnet18", "mobilenetv3", "efficientnet-lite"])
+def test_a_call_that_is_repeated_faults_in_no_map(family: str) -> None:
+    runner = Activations(folded(trained(quick(FAMILIES[family]))))
+    x = torch.randn(1, 3, 384, 512)
+    for _ in range(3):
+        runner.logits(x, False)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    runner.logits(x, False)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    # Less than one map of 16 channels at half the size, 3 MiB, has.
+    assert faults < 400
 
 
 def test_threads_have_blocks_of_their_own(program: Program) -> None:

@@ -254,8 +254,8 @@ void output_columns(const float* from, int rows, const int64_t* pixels, int64_t 
 // Depth below which a register tile ends before a line that it asks for at its beginning has come.
 constexpr int64_t kShortDepth = 64;
 
-// How the sums of a register tile end: in c, or through the epilogue. kAny decides for each vector what
-// the others have compiled.
+// How the sums of a register tile end: in c, or through the epilogue. kAny decides for each vector
+// what the others have compiled.
 enum Ending {
   kSums,
   kIdentity,
@@ -292,8 +292,8 @@ DEEPLAB_FAST_INLINE void finish_whole(Vector v, Vector shift, const float* resid
 }
 
 // Rows [row, last) times kVectors vectors of columns from `column`, in register tiles of kCount
-// rows. For each kPanel of depth a tile prefetches `ahead_lines` cache lines of the kAhead panels from
-// `ahead`. Returns the first row that is left.
+// rows. For each kPanel of depth a tile prefetches `ahead_lines` cache lines of the kAhead panels
+// from `ahead`. Returns the first row that is left.
 template <int kCount, int kVectors, Ending kEnding>
 int64_t multiply_rows(const Product& product, int64_t row, int64_t last, int64_t column,
                       const float* panel, int64_t vector_stride, const float* ahead,
@@ -425,8 +425,8 @@ DEEPLAB_FAST_INLINE MultiplyRows last_tile(bool sums, int64_t rows) {
   return tile;
 }
 
-// All rows times kVectors vectors of columns. Where `prefetches`, the tiles share in prefetching the
-// panels from `ahead`.
+// All rows times kVectors vectors of columns. Where `prefetches`, the tiles share in prefetching
+// the panels from `ahead`.
 template <int kCount, int kVectors>
 void multiply_columns(const Product& product, int64_t column, const float* panel,
                       int64_t vector_stride, const float* ahead, bool prefetches) {

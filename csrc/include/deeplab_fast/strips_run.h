@@ -282,8 +282,8 @@ class StripUnit {
   std::vector<const float*> weights_;
 };
 
-// By strips, whose columns are whole rows where nothing is projected and there are sums; parallel and
-// allocate as for run_tiles.
+// By strips, whose columns are whole rows where nothing is projected and there are sums; parallel
+// and allocate as for run_tiles.
 template <typename Parallel, typename Allocate>
 void run_strips(const StripKernels& kernels, const InvertedResidual& block, int64_t threads,
                 const Parallel& parallel, const Allocate& allocate) {
@@ -346,8 +346,8 @@ void run_strip_pixels(const StripKernels& kernels, const InputMap& x, const floa
   team.run(threads, parallel);
 }
 
-// By strips; or, where maps are small and strips would expand much of them twice, the filtered map by
-// groups of channels and its projection.
+// By strips; or, where maps are small and strips would expand much of them twice, the filtered map
+// by groups of channels and its projection.
 template <typename Parallel, typename Allocate>
 void run_inverted_residual(const StripKernels& kernels, const InvertedResidual& block,
                            int64_t threads, const Parallel& parallel, const Allocate& allocate) {

@@ -14,7 +14,7 @@ namespace deeplab_fast::cpu {
 class Workspace {
  public:
   static constexpr int kKept = 2;
-  static constexpr int64_t kKeptBytes = int64_t{32} << 20;
+  static constexpr int64_t kKeptBytes = int64_t{64} << 20;
 
   explicit Workspace(int64_t floats) {
     if (floats <= 0) return;
