@@ -54,8 +54,8 @@ OLDEST_INSTALLED := .venv-oldest/.installed
 # Of ops, backends and models, but for what tells models apart and writes them down, single models,
 # and how units of a GPU's run are started and watched.
 OLDEST_UNIT = $(filter-out tests/unit/test_gpu_program.py,$(wildcard tests/unit/test_gpu*.py)) \
-	$(filter-out $(patsubst %,tests/models/test_%.py,accuracy options saved_models bird \
-	efficientnet_lite embedded fregu856 torchvision_parity),$(wildcard tests/models/test_*.py)) \
+	$(filter-out $(patsubst %,tests/models/test_%.py,accuracy activations options precision \
+	saved_models bird efficientnet_lite embedded fregu856 torchvision_parity),$(wildcard tests/models/test_*.py)) \
 	$(wildcard $(patsubst %,tests/unit/test_%*.py,\
 	aspp backends batch_norm bilinear conv prepared tuned upsample))
 BUILD_LOG := build/oldest-build.log

@@ -99,7 +99,7 @@ EpilogueOf<Value> make_epilogue(int64_t images, int64_t height, int64_t width, c
   check_map<Value>("out", out);
   const int64_t channels = shift.size(-1);
   TORCH_CHECK_VALUE(out.size(0) == images && out.size(2) == height && out.size(3) == width &&
-                        channel_offset >= 0 && channel_offset + channels <= out.size(1),
+                        channel_offset >= 0 && channel_offset <= out.size(1) - channels,
                     "out ", out.sizes(), " has no place for ", channels, " channels from ",
                     channel_offset, " of a result for ", images, " maps of ", height, "x", width);
   TORCH_CHECK_VALUE(shift.scalar_type() == at::kFloat && shift.is_contiguous(),

@@ -128,9 +128,9 @@ bool quantise(const Tensor& x, const Tensor& out, int64_t channel_offset, double
   const int64_t channels = x.size(1), stride = out.size(1);
   TORCH_CHECK_VALUE(x.size(0) == out.size(0) && x.size(2) == out.size(2) &&
                         x.size(3) == out.size(3) && channel_offset >= 0 &&
-                        channel_offset + channels <= stride,
+                        channel_offset <= stride - channels,
                     "_quantise_cpu: out has shape ", out.sizes(), ", which does not hold channels ",
-                    channel_offset, " to ", channel_offset + channels, " of x ", x.sizes());
+                    channel_offset, ", ", channels, " of them, of x ", x.sizes());
   if (x.numel() == 0) return true;
   const Affine affine = {static_cast<float>(scale), static_cast<float>(zero_point)};
   const auto run = kernels().quantise;

@@ -24,6 +24,10 @@ const float* vector_of(const char* name, const Tensor& tensor, int64_t floats) {
   return tensor.const_data_ptr<float>();
 }
 
+void check_vector(const Tensor& shift) {
+  TORCH_CHECK_VALUE(shift.dim() == 1, "shift must be a vector, got ", shift.sizes());
+}
+
 const float* panels_of(const char* name, const Tensor& tensor, int64_t outputs, int64_t channels) {
   const int64_t panels = padded(outputs) / kPanel;
   TORCH_CHECK_VALUE(tensor.is_contiguous() && tensor.scalar_type() == at::kFloat &&
@@ -81,6 +85,7 @@ void inverted_residual(const Tensor& x, const std::optional<Tensor>& expand,
     set_activation(expand_act, block.expanded);
   }
   block.depthwise = depthwise.const_data_ptr<float>();
+  check_vector(project.has_value() ? *project_shift : depthwise_shift);
   const Epilogue epilogue =
       make_epilogue(block.x.images, block.rows.outputs, block.columns.outputs,
                     project.has_value() ? *project_shift : depthwise_shift, residual, out,
@@ -108,6 +113,7 @@ void inverted_residual(const Tensor& x, const std::optional<Tensor>& expand,
 void scaled_pixels(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                    const std::optional<Tensor>& residual, const Tensor& out, std::string_view act) {
   InputMap map = input_map(x);
+  check_vector(shift);
   Epilogue epilogue =
       make_epilogue(map.images, map.height, map.width, shift, residual, out, 0, act);
   const float* const weights = panels_of("weight", weight, epilogue.channels, map.channels);

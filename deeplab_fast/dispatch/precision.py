@@ -58,11 +58,15 @@ def reason_against(name: str, calibration: object) -> str:
 
 
 def of_call(own: str) -> Precision:
-    """The precision of a call on the CPU: asked for, autocast's, or the model's own."""
-    name = _asked.get() or own
-    if torch.is_autocast_enabled("cpu") and name in ("fp32", "bf16"):
+    """The precision of a call on the CPU: autocast's, asked for by name, or the model's own."""
+    if torch.is_autocast_enabled("cpu"):
         return Precision("bf16", torch.bfloat16)
-    return Precision(name)
+    return Precision(_asked.get() or own)
+
+
+def asked_for() -> str | None:
+    """The precision that was asked for by name, None for none."""
+    return _asked.get()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeGuard, cast
 
@@ -407,11 +407,12 @@ class Runner:
         return labels.to(_label_dtype(summed.shape[1])), prob
 
     def logits(self, x: Tensor) -> Tensor:
-        mixed = (
-            nullcontext()
-            if self.autocast is None
-            else torch.autocast(self.device.type, dtype=self.autocast)
-        )
+        mixed: AbstractContextManager[object] = nullcontext()
+        if self.autocast is not None:
+            mixed = torch.autocast(self.device.type, dtype=self.autocast)
+        elif self.precision is not None and self.device.type == "cpu":
+            # What was asked for by name stands above the caller's autocast.
+            mixed = torch.autocast("cpu", enabled=False)
         with asked(self.precision), mixed:
             return self.model.forward_logits(x)
 

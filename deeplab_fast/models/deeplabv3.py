@@ -46,6 +46,7 @@ class DeepLabV3(Network):
         fused: False makes calls that need gradients run the plain modules.
         max_extra_bytes: bound on its prepared weights beyond one copy of the weights, 0 for none;
             None for no bound. Each layer gets the part of it that its weights have of the model's.
+            8-bit weights of int8, half the bytes of a copy, are held in any case.
             On a GPU the bound on the memory of CUDA graphs; None there for a sixteenth of the
             device's.
         precision: what calls on the CPU that take the fast path compute in: "fp32"; "bf16", maps

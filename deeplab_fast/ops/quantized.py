@@ -511,10 +511,12 @@ def weight_limit(depthwise: bool) -> int:
     one = Affine(1.0, 0)
     x = Quantised(torch.full_like(empty_bytes((1, channels, 4, 4)), LEVELS), one)
     for limit in (127, 64):
-        weight = torch.full((channels, channels // groups, 3, 3), float(limit))
+        weight = torch.full((channels, channels // groups, 3, 3), float(limit), dtype=torch.float32)
         conv = QuantizedConv(weight, None, None, source=one, groups=groups, act=None, limit=limit)
         wanted = weight[0].numel() * limit * LEVELS
         # The sums of 25 bits are rounded to fp32's 24.
-        if torch.allclose(conv(x), torch.tensor(float(wanted)), rtol=1e-6, atol=0.0):
+        if torch.allclose(
+            conv(x), torch.tensor(float(wanted), dtype=torch.float32), rtol=1e-6, atol=0.0
+        ):
             return limit
     raise RuntimeError("oneDNN's 8-bit convolutions give wrong sums on this processor")

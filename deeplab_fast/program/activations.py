@@ -29,6 +29,8 @@ from .layers import CHANNELS_LAST, Layer, Program, execute
 KEPT_BYTES = 1 << 30
 # Blocks kept, for as many threads that call at a time.
 _KEPT_BLOCKS = 4
+# Calls in a row that need less than a quarter of a block, until a smaller one takes its place.
+_PATIENCE = 16
 # Shapes whose plans are remembered.
 _KEPT_PLANS = 64
 _ALIGNMENT = 256
@@ -88,13 +90,15 @@ class Activations:
 
     def _take(self, size: int) -> _Block:
         with self._lock:
-            # One that is much too large is not held on to.
-            fitting = [b for b in self._blocks if size <= b.size <= 4 * size]
+            fitting = [b for b in self._blocks if size <= b.size]
             found = min(fitting, key=lambda b: b.size, default=None)
             if found is not None:
                 self._blocks.remove(found)
+                found.spared = found.spared + 1 if found.size > 4 * size else 0
+                # One that is much too large is not held on to.
+                found = None if found.spared >= _PATIENCE else found
             elif self._blocks:
-                # Its place is taken by the new one.
+                # The new one, which is larger, serves its calls too.
                 self._blocks.pop(0)
         return _Block(size) if found is None else found
 
@@ -218,6 +222,8 @@ class _Recorder:
         if value is None or value is self.source or value.shape != shape or len(value.slots) != 1:
             return None
         (slot,) = value.slots
+        if slot in _slots(v for i, v in enumerate(values) if i != layer.overwrites):
+            return None
         return slot if slot.size == math.prod(shape) * layer.result_dtype.itemsize else None
 
 
@@ -243,7 +249,11 @@ class _Block:
 
     def __init__(self, size: int) -> None:
         self.size = -(-max(size, 1) // _PAGE) * _PAGE
-        memory = mmap.mmap(-1, self.size)
+        # Private: a forked process writes into pages of its own.
+        private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+        memory = mmap.mmap(-1, self.size, flags=private) if private else mmap.mmap(-1, self.size)
+        # Calls in a row that needed less than a quarter of it.
+        self.spared = 0
         if hasattr(mmap, "MADV_HUGEPAGE"):
             # Not every kernel has them.
             with suppress(OSError):

@@ -20,6 +20,7 @@ from ..engine.runner import PredictOptions, Runner, check_model, eval_mode, prep
 from . import inference
 from .calibration import Calibration, CalibrationError, Range, fingerprint
 from .cpu_layers import CpuForms
+from .gpu_layers import outside_autocast
 from .int8_layers import Int8Forms
 from .layers import InvertedResidualSpec, Layer, MapLayer, Program
 from .network import Network
@@ -133,7 +134,7 @@ def calibrate(
             return list(runner.tensor(data)[0].numpy())
         return list(runner.images(data)[0])
 
-    with eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode(), outside_autocast(cpu):
         program, reason = inference.fold(model, _EachLayer())
         if program is None:
             raise CalibrationError(f"this model cannot be calibrated for int8: {reason}")
@@ -208,7 +209,7 @@ class _Runs:
         self._program, self._observe = program, observe
 
     def forward_logits(self, x: Tensor) -> Tensor:
-        return self._program.logits(x, self._run, aux=self._observe is not None)["out"]
+        return self._program.logits(x, self._run, aux=False)["out"]
 
     def _run(self, layer: Layer, *tensors: Tensor | None) -> Tensor:
         y = layer(*tensors)

@@ -115,6 +115,7 @@ def _range(name: object, both: object) -> Range:
 def fingerprint(model: nn.Module) -> str:
     """A hash of all weights and statistics of a model, by name, as fp32 numbers.
 
+    Those of the auxiliary head, which is not calibrated, do not count: a model may lose it.
     It takes a second for each GB, and does not depend on the machine.
     """
     return fingerprint_of({**dict(model.named_parameters()), **dict(model.named_buffers())})
@@ -125,6 +126,8 @@ def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]
+        if name.startswith("aux_classifier."):
+            continue
         # The others count batches of training.
         if tensor.is_floating_point():
             values = tensor.detach().to("cpu", torch.float32).contiguous()

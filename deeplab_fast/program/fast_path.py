@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..dispatch import limits
-from ..dispatch.precision import Precision, of_call, reason_against
+from ..dispatch.precision import Precision, asked_for, of_call, reason_against
 from . import gpu_layers, gpu_path, inference
 from .activations import Activations
 from .forms import forms_of
@@ -46,12 +46,17 @@ class FastPath:
 
     def logits(self, model: Network, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
         """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules."""
-        for _ in reasons(model, x):
+        for reason in reasons(model, x):
+            _check_plain(x, reason)
             return None
         if gpu_layers.on_gpu(x):
             return self._gpu.logits(model, x, aux)
         state = self._current(model, _checked(model))
-        if state.activations is None or state.program is None or state.program.reason_against(x):
+        if state.activations is None or state.program is None:
+            _check_plain(x, state.reason)
+            return None
+        if reason := state.program.reason_against(x):
+            _check_plain(x, reason)
             return None
         with gpu_layers.outside_autocast(x.device):
             return state.activations.logits(x.float(), aux)
@@ -69,7 +74,10 @@ class FastPath:
             return found
         if gpu_layers.on_gpu(x):
             return self._gpu.reasons(model, x)
-        state = self._current(model, _checked(model))
+        try:
+            state = self._current(model, _checked(model))
+        except ValueError as error:
+            return [str(error)]
         if state.program is None:
             return [state.reason]
         reason = state.program.reason_against(x)
@@ -183,6 +191,20 @@ def _cpu_reasons(x: Tensor) -> Iterator[str]:
         yield "oneDNN is switched off (torch.backends.mkldnn)"
 
 
+def _check_plain(x: Tensor, reason: str) -> None:
+    """Whether the plain modules may run, which compute in fp32.
+
+    Raises:
+        ValueError: another precision was asked for by name.
+    """
+    name = asked_for()
+    if name not in (None, "fp32") and not gpu_layers.on_gpu(x):
+        raise ValueError(
+            f"precision {name} was asked for and the model runs its plain modules: {reason}; leave "
+            "the precision out, or change that"
+        )
+
+
 def _checked(model: Network) -> Precision:
     """The precision of a call, which the CPU has."""
     precision = of_call(model.precision)
@@ -205,13 +227,15 @@ def _fits(state: _State | None, model: Network) -> bool:
 
 
 def _prepare(model: Network, precision: Precision) -> _State:
-    bound = model.max_extra_bytes
+    # Read before weights are prepared, so that what is prepared is never older.
+    bound, calibration = model.max_extra_bytes, model.calibration
     snapshot = Snapshot(model)
-    program, reason = inference.fold(model, forms_of(precision, model), max_extra_bytes=bound)
+    forms = forms_of(precision, calibration)
+    program, reason = inference.fold(model, forms, max_extra_bytes=bound)
     if program is None:
         logger.info("the model runs its plain modules: %s", reason)
     activations = None if program is None else Activations(program)
-    return _State(program, activations, reason, snapshot, bound, model.calibration)
+    return _State(program, activations, reason, snapshot, bound, calibration)
 
 
 def with_memory_of(free: Callable[[], bool], function: Callable[..., T], *args: Any) -> T:

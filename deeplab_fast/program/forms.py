@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from ..dispatch.precision import Precision
 from .bf16_layers import Bf16Forms
+from .calibration import Calibration
 from .cpu_layers import CpuForms
 from .inference import Forms
 from .int8_layers import Int8Forms
-from .network import Network
 
 
-def forms_of(precision: Precision, model: Network) -> Forms:
-    """The layers of a precision for a model.
+def forms_of(precision: Precision, calibration: object) -> Forms:
+    """The layers of a precision for a model with this calibration.
 
     Raises:
-        ValueError: the calibration of the model is of other weights.
+        ValueError: int8 without a calibration.
     """
-    if precision.name == "int8" and model.calibration is not None:
-        return Int8Forms(model.calibration)
+    if precision.name == "int8":
+        if not isinstance(calibration, Calibration):
+            raise ValueError(
+                f"precision int8: model.calibration is a {type(calibration).__name__}, expected "
+                "what model.calibrate(images) sets"
+            )
+        return Int8Forms(calibration)
     if precision.name == "bf16":
         return Bf16Forms(precision.logits_dtype)
     return CpuForms()

@@ -196,10 +196,11 @@ def freeze(
         )
     if not on_gpu:
         own = Precision(model.precision if precision is None else precision)
-        if reason := reason_against(own.name, model.calibration):
+        calibration = model.calibration
+        if reason := reason_against(own.name, calibration):
             raise ValueError(reason)
         program, reason = fold(
-            model, forms_of(own, model), aux=aux, max_extra_bytes=max_extra_bytes, frozen=True
+            model, forms_of(own, calibration), aux=aux, max_extra_bytes=max_extra_bytes, frozen=True
         )
         return None if program is None else Frozen(program, own.name), reason
     dtype, device = filters.dtype if dtype is None else dtype, filters.device

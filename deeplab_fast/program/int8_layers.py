@@ -14,6 +14,7 @@ an fp32 map. `Int8Forms.finish` decides which, once the whole program is known.
 
 An 8-bit map cannot hold nan or infinity. A layer that is given an fp32 map with one, where it reads
 8 bits, computes this call in fp32 with its weights and gives an fp32 map on; so do those behind it.
+That goes for all images of a batch.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import resource
 import threading
@@ -112,7 +113,13 @@ def test_shapes_share_a_block_and_a_small_one_does_not_keep_a_large(program: Pro
     runner.logits(torch.randn(1, 3, 72, 96), True)
     assert runner._blocks == [block]
     assert runner.held_bytes == block.size
-    runner.logits(torch.randn(1, 3, 16, 16), True)
+    # Two sizes in turn share it, many small ones do not keep it.
+    small = torch.randn(1, 3, 16, 16)
+    for x in (small, torch.randn(SHAPE)) * 20:
+        runner.logits(x, True)
+    assert runner._blocks == [block]
+    for _ in range(20):
+        runner.logits(small, True)
     assert runner.held_bytes < block.size
     runner.free()
     assert runner.held_bytes == 0
@@ -158,6 +165,21 @@ def test_threads_have_blocks_of_their_own(program: Program) -> None:
         thread.join()
     assert found == expected
     assert 1 <= len(runner._blocks) <= 4
+
+
+def test_a_forked_process_has_maps_of_its_own(program: Program) -> None:
+    runner = Activations(program)
+    runner.logits(torch.randn(SHAPE), True)
+    (block,) = runner._blocks
+    memory = block._bytes.numpy()
+    memory[:] = 1
+    child = os.fork()
+    if child == 0:
+        # Nothing of PyTorch, whose threads a fork does not have.
+        memory[:] = 2
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert memory.max() == 1
 
 
 def test_a_call_that_fails_gives_its_block_back(

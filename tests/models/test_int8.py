@@ -237,6 +237,21 @@ class TestCalibrate:
         assert trained.precision == "fp32"
 
 
+def test_autocast_and_the_auxiliary_head_do_not_matter() -> None:
+    torch.manual_seed(0)
+    model = narrow(FAMILIES["resnet18"], 2)
+    model.calibrate(IMAGES, method="minmax")
+    plain = model.calibration
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.calibrate(IMAGES, method="minmax")
+    assert model.calibration == plain
+    model.precision = "int8"
+    with torch.inference_mode():
+        y = model.forward_logits(IMAGES)
+        model.aux_classifier = None
+        assert torch.equal(model.forward_logits(IMAGES), y)
+
+
 def test_distributions_that_ranges_are_chosen_from() -> None:
     # Fifty values in a million lie far out.
     values = calibrating._Values(0.0, 8.0, np.zeros(calibrating._BINS))

@@ -30,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Precision]:
     """A CPU with bf16 instructions; what programs are made for, all of them of fp32."""
     found: list[Precision] = []
 
-    def forms_of(precision: Precision, model: object) -> CpuForms:
+    def forms_of(precision: Precision, calibration: object) -> CpuForms:
         found.append(precision)
         return CpuForms()
 
@@ -168,3 +168,48 @@ def test_training_is_not_touched(model: Any, asked: list[Precision]) -> None:
     out = model(torch.randn(2, 3, 40, 56))["out"]
     assert out.dtype == torch.float32
     assert asked == []
+
+
+def test_what_was_asked_for_by_name_is_not_silently_another(
+    model: Any, asked: list[Precision]
+) -> None:
+    x = torch.randn(SHAPE)
+    model.fast = False
+    with pytest.raises(ValueError, match=r"precision bf16 was asked for .* model.fast is False"):
+        model.predict(x, precision="bf16")
+    model.predict(x, precision="fp32")
+    model.fast = True
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.predict(x, precision="fp32")
+        model.predict(x)
+    assert asked == [Precision("fp32"), Precision("bf16", torch.bfloat16)]
+
+
+def test_a_calibration_that_comes_while_weights_are_prepared_is_not_taken_for_theirs(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[object] = []
+
+    def forms_of(precision: Precision, calibration: object) -> CpuForms:
+        used.append(calibration)
+        model.calibration = second
+        return CpuForms()
+
+    first, second = object(), object()
+    model.calibration = first
+    monkeypatch.setattr(fast_path, "forms_of", forms_of)
+    x = torch.randn(SHAPE)
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    assert used == [first, second]
+
+
+def test_a_calibration_of_another_kind_is_refused(model: Any) -> None:
+    model.calibration = {"ranges": {}}
+    model.precision = "int8"
+    x = torch.randn(SHAPE)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"model\.calibration is a dict"):
+            model(x)
+        assert "model.calibration is a dict" in model.fast_reasons(x)[0]

@@ -349,8 +349,15 @@ def test_scaled_pixels(instruction_set) -> None:
     x[0, 4], scale[0, 4] = INF, 0.0
     OPS._scaled_pixels_cpu(x, panels(weight), scale, shift, None, out, "relu")
     assert out[0].isnan().all() and out[1].isfinite().all()
+
+
+def test_what_scaling_refuses() -> None:
+    x, weight, out = nhwc(2, 40, 7, 9), panels(torch.randn(21, 40, 1, 1)), nhwc(2, 21, 7, 9)
+    scale, shift = torch.rand(2, 40), torch.randn(21)
     with pytest.raises(ValueError, match="scale"):
-        OPS._scaled_pixels_cpu(x, panels(weight), scale[:1], shift, None, out, "relu")
+        OPS._scaled_pixels_cpu(x, weight, scale[:1], shift, None, out, "relu")
+    with pytest.raises(ValueError, match="shift must be a vector"):
+        OPS._scaled_pixels_cpu(x, weight, scale, shift.expand(2, 21).clone(), None, out, "relu")
 
 
 class TestPrograms:
