@@ -3,11 +3,20 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include <string>
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "deeplab_fast/aspp_tile_table.h"
+
+namespace deeplab_fast::cpu {
+
+// csrc/cpu/upsample_ops.cpp
+std::string instruction_set(std::string name);
+
+}  // namespace deeplab_fast::cpu
 
 namespace py = pybind11;
 
@@ -98,6 +107,9 @@ Returns a dict:
   openmp_threads (int): threads that a parallel region starts; follows torch.set_num_threads.
   cpu_features (dict[str, bool]): instruction sets of the processor at run time.
 )");
+  m.def(
+      "conv_instruction_set", [] { return deeplab_fast::cpu::instruction_set(""); },
+      "The instruction set of the C++ convolutions; past the dispatcher, as every plan asks.");
   m.def("aspp_tiles", &aspp_tiles, R"(The table of tiles of the CUDA matrix kernels of the ASPP.
 
 It is the same in every build, with CUDA or without. Returns for each row a dict of ints:

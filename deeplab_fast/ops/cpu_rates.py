@@ -83,9 +83,9 @@ def choose_sets() -> Processor:
 
 def instruction_set() -> str:
     """The instruction set of the C++ convolutions, "baseline" where they are not compiled."""
-    if not _ext.CPU.loaded:
-        return "baseline"
-    name: str = torch.ops.deeplab_fast._cpu_instruction_set("")
+    # An extension of older sources does not tell.
+    current = getattr(_ext.CPU.module, "conv_instruction_set", None)
+    name: str = "baseline" if current is None else current()
     return name
 
 
