@@ -327,9 +327,13 @@ class TestSets:
             OPS._cpu_suggest_set(family, name)
 
     def test_families_are_apart(self) -> None:
-        before = OPS._cpu_suggest_set("convolutions", "")
-        assert OPS._cpu_suggest_set("upsampling", "baseline") == "baseline"
-        assert OPS._cpu_suggest_set("convolutions", "") == before
+        OPS._cpu_instruction_set("auto")
+        before = [OPS._cpu_suggest_set(family, "") for family in ("convolutions", "upsampling")]
+        try:
+            assert OPS._cpu_suggest_set("upsampling", "baseline") == "baseline"
+            assert OPS._cpu_suggest_set("convolutions", "") == before[0]
+        finally:
+            OPS._cpu_suggest_set("upsampling", before[1])
 
     def test_a_named_set_is_that_of_all(self) -> None:
         before = [OPS._cpu_suggest_set(family, "") for family in cpu_rates.FAMILIES]
