@@ -12,7 +12,7 @@ import torch
 from deeplab_fast import testing
 
 # Their assertions say what they compared, as those of test files do.
-pytest.register_assert_rewrite("aot_harness", "fast_models", "gpu_harness")
+pytest.register_assert_rewrite("aot_harness", "fast_models", "gpu_harness", "other_models")
 
 # What is chosen does not depend on how busy a machine was.
 os.environ["DEEPLAB_FAST_CPU_RATES"] = "0"
