@@ -129,8 +129,40 @@ def settle(model: nn.Module, call: Callable[[Tensor], object], x: Tensor) -> Non
         m.running_var.clamp_(min=0.3 * float(m.running_var.mean()))
         m.running_mean.add_(0.1 * m.running_var.sqrt() * torch.randn_like(m.running_mean))
         m.running_var.mul_(torch.empty_like(m.running_var).uniform_(0.8, 1.25))
+        # A frozen encoder stays as it is when the model changes its mode.
+        m.eval()
     for m, p in kept:
         m.p = p
+
+
+def _narrow(build: Callable[[], nn.Module], factor: int = 4) -> Callable[[], nn.Module]:
+    """One of `factor` channels wherever they can be divided: not those of images and classes."""
+
+    def divided(channels: int) -> int:
+        return channels if channels % factor else channels // factor
+
+    def narrow() -> nn.Module:
+        with torch.device("meta"):
+            model = build()
+            for m in model.modules():
+                if isinstance(m, nn.Conv2d):
+                    m.groups = m.groups if m.groups == 1 else divided(m.groups)
+                    m.in_channels, m.out_channels = divided(m.in_channels), divided(m.out_channels)
+                    shape = (m.out_channels, m.in_channels // m.groups, *m.kernel_size)
+                    m.weight = nn.Parameter(torch.empty(shape))
+                    if m.bias is not None:
+                        m.bias = nn.Parameter(torch.empty(m.out_channels))
+                elif isinstance(m, nn.BatchNorm2d):
+                    m.__init__(divided(m.num_features), m.eps, m.momentum)
+                elif isinstance(m, nn.Linear):
+                    m.__init__(divided(m.in_features), m.out_features)
+        model.to_empty(device="cpu")
+        for m in model.modules():
+            if hasattr(m, "reset_parameters"):
+                m.reset_parameters()
+        return model
+
+    return narrow
 
 
 def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -254,15 +286,16 @@ _PARAMS = {"classes": 3, "dropout": 0.2, "activation": "sigmoid"}
 
 CASES: dict[str, Case] = {
     **_cases("torchvision", "torchvision", {
-        "deeplabv3_resnet50": (_torchvision("deeplabv3_resnet50"), "no auxiliary head"),
+        "deeplabv3_resnet50": (_narrow(_torchvision("deeplabv3_resnet50")), "no auxiliary head"),
         "deeplabv3_resnet50 aux": (
-            _torchvision("deeplabv3_resnet50", **_AUX), "an auxiliary head: a dict of two"),
+            _narrow(_torchvision("deeplabv3_resnet50", **_AUX)), "an auxiliary head: two maps"),
         "deeplabv3_resnet101": (
-            _torchvision("deeplabv3_resnet101"), "its depth", {"sizes": ((33, 49), (48, 64))}),
+            _narrow(_torchvision("deeplabv3_resnet101")), "its depth",
+            {"sizes": ((33, 49), (48, 64))}),
         "deeplabv3_mobilenet_v3_large aux": (
             _torchvision("deeplabv3_mobilenet_v3_large", **_AUX),
             "h-swish, squeeze-excitation, eps and momentum of its own"),
-        "fcn_resnet50 aux": (_torchvision("fcn_resnet50", **_AUX), "no ASPP"),
+        "fcn_resnet50 aux": (_narrow(_torchvision("fcn_resnet50", **_AUX)), "no ASPP"),
         "lraspp_mobilenet_v3_large": (
             _torchvision("lraspp_mobilenet_v3_large"), "a product with a gate over the mean"),
     }),
@@ -271,7 +304,8 @@ CASES: dict[str, Case] = {
             _smp("DeepLabV3", "resnet18", decoder_atrous_rates=(1, 2, 4)),
             "BasicBlocks with dilated shortcuts, rates inside of the map", _BY_16),
         "v3 resnet50 os16": (
-            _smp("DeepLabV3", "resnet50", encoder_output_stride=16), "stride 16, up by 16", _BY_16),
+            _narrow(_smp("DeepLabV3", "resnet50", encoder_output_stride=16)),
+            "stride 16, up by 16", _BY_16),
         "v3 separable": (
             _smp("DeepLabV3", "resnet18", decoder_aspp_separable=True, upsampling=4),
             "separable ASPP, logits of another size", _BY_16),
@@ -281,7 +315,7 @@ CASES: dict[str, Case] = {
         "v3plus resnet18": (
             _smp("DeepLabV3Plus", "resnet18", upsampling=8), "up by 8, twice the size", _BY_16),
         "v3plus resnet50 os8 aux": (
-            _smp("DeepLabV3Plus", "resnet50", encoder_output_stride=8, aux_params=_PARAMS),
+            _narrow(_smp("DeepLabV3Plus", "resnet50", encoder_output_stride=8, aux_params=_PARAMS)),
             "(mask, label), up by 2", _BY_16),
         "v3plus resnet18 depth 3": (
             _smp("DeepLabV3Plus", "resnet18", encoder_depth=3, decoder_aspp_separable=False),
