@@ -22,6 +22,7 @@ from . import backends, models, ops, reference
 from ._version import __version__
 from .backends import use_backend, why
 from .models import *  # noqa: F403
+from .program.accelerate import accelerate, accelerate_report, restore
 from .program.optimize import OptimizedDeepLabV3, optimize
 from .program.training import fuse
 from .tuning.api import tune
@@ -30,6 +31,8 @@ from .weights import from_checkpoint, load_weights, save_weights
 __all__ = [
     "OptimizedDeepLabV3",
     "__version__",
+    "accelerate",
+    "accelerate_report",
     "backends",
     "from_checkpoint",
     "fuse",
@@ -38,6 +41,7 @@ __all__ = [
     "ops",
     "optimize",
     "reference",
+    "restore",
     "save_weights",
     "tune",
     "use_backend",

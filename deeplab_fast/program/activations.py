@@ -52,11 +52,11 @@ class Activations:
         self._blocks: list[_Block] = []
         self._plans: OrderedDict[Any, Places] = OrderedDict()
 
-    def logits(self, x: Tensor, aux: bool) -> dict[str, Tensor]:
+    def logits(self, x: Any, aux: bool) -> dict[str, Tensor]:
         """As `Program.logits`, to the bit."""
         program = self._program
         # A module that runs as it is may keep its input.
-        if program.has_plain_layers or x.numel() == 0:
+        if program.has_plain_layers or not isinstance(x, Tensor) or x.numel() == 0:
             return program.logits(x, aux=aux)
         places = self._places(x.shape, aux)
         block = self._take(places.size)
@@ -150,7 +150,7 @@ def plan(program: Program, shape: Sequence[int], aux: bool = True) -> Places:
     the same time.
     """
     recorder = _Recorder(tuple(shape))
-    maps: Any = program.maps(recorder.source, recorder, aux)  # type: ignore[arg-type]
+    maps: Any = program.maps(recorder.source, recorder, aux)
     # What is returned, or may share memory with it, outlives the call.
     kept = _slots(maps.values())
     size = _pack([slot for slot in recorder.slots if slot not in kept])

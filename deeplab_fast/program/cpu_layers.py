@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,6 @@ from .layers import (
     ScalingLayer,
     spread,
 )
-from .network import Network
 from .staleness import is_dense
 
 Prepared = (
@@ -47,6 +47,7 @@ class CpuForms:
     """`inference.Forms` of fp32 weights on the CPU."""
 
     what = "dense float32 on the CPU"
+    keeps_values = True
 
     def takes(self, tensor: Tensor) -> bool:
         return is_dense(tensor) and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
@@ -86,7 +87,7 @@ class CpuForms:
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         return PlainLayer(name, module)
 
-    def finish(self, model: Network, program: Program) -> None:
+    def finish(self, model: Any, program: Program) -> None:
         pass
 
 

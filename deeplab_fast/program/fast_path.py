@@ -23,8 +23,9 @@ from .forms import forms_of
 from .gpu_path import GpuPath
 from .intact import functional_is_intact, has_global_hooks, has_transforms
 from .layers import Program
-from .network import Network
+from .network import Runnable
 from .staleness import Snapshot
+from .trace import filled, leaves
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -44,22 +45,26 @@ class FastPath:
         self._states: dict[Precision, _State] = {}
         self._gpu = GpuPath()
 
-    def logits(self, model: Network, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
-        """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules."""
-        for reason in reasons(model, x):
-            _check_plain(x, reason)
+    def logits(self, model: Runnable, x: Any, aux: bool) -> dict[str, Tensor] | None:
+        """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules.
+
+        Of a module of another library's, its results, for maps in lists, tuples and dicts too.
+        """
+        first = x if isinstance(x, Tensor) else next(leaves(x), x)
+        for reason in reasons(model, first):
+            _check_plain(first, reason)
             return None
-        if gpu_layers.on_gpu(x):
-            return self._gpu.logits(model, x, aux)
+        if gpu_layers.on_gpu(first):
+            return self._gpu.logits(model, x, aux) if first is x else None
         state = self._current(model, _checked(model))
         if state.activations is None or state.program is None:
-            _check_plain(x, state.reason)
+            _check_plain(first, state.reason)
             return None
         if reason := state.program.reason_against(x):
-            _check_plain(x, reason)
+            _check_plain(first, reason)
             return None
-        with gpu_layers.outside_autocast(x.device):
-            return state.activations.logits(x.float(), aux)
+        with gpu_layers.outside_autocast(first.device):
+            return state.activations.logits(filled(x, Tensor.float), aux)
 
     def upsampled(
         self, logits: dict[str, Tensor], size: Sequence[int], align_corners: bool
@@ -67,7 +72,7 @@ class FastPath:
         """As `upsampled`, which takes the memory of graphs where there is no other."""
         return with_memory_of(self._gpu.free, upsampled, logits, size, align_corners)
 
-    def reasons(self, model: Network, x: Tensor) -> list[str]:
+    def reasons(self, model: Runnable, x: Tensor) -> list[str]:
         """Why a call on x takes the plain modules; empty where it takes the fast path."""
         found = list(reasons(model, x))
         if found:
@@ -104,7 +109,7 @@ class FastPath:
         kept = [s.activations for s in list(self._states.values())]
         return sum(each.held_bytes for each in kept if each is not None)
 
-    def _current(self, model: Network, precision: Precision) -> _State:
+    def _current(self, model: Runnable, precision: Precision) -> _State:
         state = self._states.get(precision)
         if not _fits(state, model):
             with self._lock:
@@ -141,7 +146,7 @@ class _State:
     calibration: object
 
 
-def reasons(model: Network, x: Tensor) -> Iterator[str]:
+def reasons(model: Runnable, x: Tensor) -> Iterator[str]:
     """What speaks against the fast path before any weight is looked at, cheapest first."""
     if not model.fast:
         yield "model.fast is False"
@@ -205,7 +210,7 @@ def _check_plain(x: Tensor, reason: str) -> None:
         )
 
 
-def _checked(model: Network) -> Precision:
+def _checked(model: Runnable) -> Precision:
     """The precision of a call, which the CPU has."""
     precision = of_call(model.precision)
     if reason := reason_against(precision.name, model.calibration):
@@ -213,7 +218,7 @@ def _checked(model: Network) -> Precision:
     return precision
 
 
-def _fits(state: _State | None, model: Network) -> bool:
+def _fits(state: _State | None, model: Runnable) -> bool:
     if state is None or state.max_extra_bytes != model.max_extra_bytes:
         return False
     if state.calibration is not model.calibration:
@@ -226,7 +231,7 @@ def _fits(state: _State | None, model: Network) -> bool:
     return snapshot.is_current()
 
 
-def _prepare(model: Network, precision: Precision) -> _State:
+def _prepare(model: Runnable, precision: Precision) -> _State:
     # Read before weights are prepared, so that what is prepared is never older.
     bound, calibration = model.max_extra_bytes, model.calibration
     snapshot = Snapshot(model)

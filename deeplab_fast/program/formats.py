@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def in_plain_format(
-    logits: Mapping[str, Tensor], x: Tensor, weights_channels_last: bool, copy: bool = False
-) -> dict[str, Tensor]:
+    logits: Mapping[Any, Tensor], x: Tensor, weights_channels_last: bool, copy: bool = False
+) -> dict[Any, Tensor]:
     """Logits of the input x in the memory format that plain modules give them on a CPU.
 
     The ASPP's concat with the pooled map, which is contiguous, makes "out" follow the weights;

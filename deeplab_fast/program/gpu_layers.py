@@ -223,6 +223,7 @@ class GpuForms:
         self.sources = Sources(device)
         self._device, self._dtype = device, dtype
         self._frozen, self._frozen_dtype = frozen is not None, frozen
+        self.keeps_values = self._frozen
         self.what = f"dense fp16, bf16 or fp32, one dtype for all, on {device}"
 
     def takes(self, tensor: Tensor) -> bool:

@@ -28,7 +28,7 @@ from .formats import in_plain_format
 from .gpu_layers import DTYPES, Folded, GpuForms, Sources, execute, outside_autocast
 from .graphs import Graphs
 from .layers import Program
-from .network import Network
+from .network import Runnable
 from .staleness import Snapshot
 
 logger = logging.getLogger("deeplab_fast")
@@ -44,7 +44,7 @@ class GpuPath:
         self._lock = threading.Lock()
         self._state: _State | None = None
 
-    def logits(self, model: Network, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
+    def logits(self, model: Runnable, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
         """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules."""
         for _ in range(_ATTEMPTS):
             state = self._current(model, x.device)
@@ -68,7 +68,7 @@ class GpuPath:
             self._forget(state)
         return None
 
-    def reasons(self, model: Network, x: Tensor) -> list[str]:
+    def reasons(self, model: Runnable, x: Tensor) -> list[str]:
         """Why a call on x takes the plain modules, as far as the model's modules decide it."""
         state = self._current(model, x.device)
         if not state.snapshot.is_current():
@@ -96,7 +96,7 @@ class GpuPath:
         state = self._state
         return 0 if state is None else state.graphs.held_bytes
 
-    def _current(self, model: Network, device: torch.device) -> _State:
+    def _current(self, model: Runnable, device: torch.device) -> _State:
         state = self._state
         if state is None or not state.is_of(model, device):
             with self._lock:
@@ -123,7 +123,7 @@ class _State:
     device: torch.device
     graphs: Graphs
 
-    def is_of(self, model: Network, device: torch.device) -> bool:
+    def is_of(self, model: Runnable, device: torch.device) -> bool:
         return self.device == device and self.snapshot.is_of(model)
 
     def reason_against(self, x: Tensor) -> str:
@@ -137,7 +137,7 @@ class _State:
             return f"the input is {_name(x.dtype)}, the weights are {_name(weights)}"
         return reason
 
-    def run(self, model: Network, x: Tensor, aux: bool) -> dict[str, Tensor]:
+    def run(self, model: Runnable, x: Tensor, aux: bool) -> dict[str, Tensor]:
         program, autocast = self.program, autocast_dtype(x.device)
         assert program is not None
         dtype = x.dtype if autocast is None else autocast
@@ -169,7 +169,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
-def reasons(model: Network, x: Tensor) -> Iterator[str]:
+def reasons(model: Runnable, x: Tensor) -> Iterator[str]:
     """What speaks against the path before any module is looked at, but for what `fast_path.reasons`
     says."""
     dtype = autocast_dtype(x.device) or x.dtype
@@ -183,9 +183,9 @@ def reasons(model: Network, x: Tensor) -> Iterator[str]:
         yield "backend 'reference' is asked for"
 
 
-def _prepare(model: Network, device: torch.device) -> _State:
+def _prepare(model: Runnable, device: torch.device) -> _State:
     snapshot = Snapshot(model, values=False)
-    convs = [m for _, root in model.parts() for m in root.modules() if isinstance(m, nn.Conv2d)]
+    convs = [m for _, root, _ in model.parts() for m in root.modules() if isinstance(m, nn.Conv2d)]
     filters = [conv.weight for conv in convs if isinstance(conv.weight, Tensor)]
     # Filters of another dtype than the first stay in their modules.
     dtype = filters[0].dtype if filters else torch.float32

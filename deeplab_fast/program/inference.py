@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,11 @@ from .layers import (
     Aspp,
     Chain,
     ConvSpec,
+    Dataflow,
     Features,
     InvertedResidualSpec,
+    Join,
+    JoinLayer,
     Layer,
     MapLayer,
     NormSpec,
@@ -36,7 +39,7 @@ from .layers import (
     Step,
     SumOfConvs,
 )
-from .network import Network
+from .network import Runnable
 
 
 class Forms(Protocol):
@@ -44,9 +47,12 @@ class Forms(Protocol):
 
     Attributes:
         what: names the weights that it takes.
+        keeps_values: its layers have the values of weights from when they were made; else they read
+            them at each call, and take no copies.
     """
 
     what: str
+    keeps_values: bool
 
     def takes(self, tensor: Tensor) -> bool:
         """Whether it has layers for filters or a bias like this tensor."""
@@ -82,7 +88,7 @@ class Forms(Protocol):
     def plain(self, name: str, module: nn.Module) -> PlainLayer:
         """A module that runs as it is."""
 
-    def finish(self, model: Network, program: Program) -> None:
+    def finish(self, model: Any, program: Program) -> None:
         """Called with the program of all layers, before it runs."""
 
 
@@ -91,7 +97,7 @@ class _NotFoldable(Exception):
 
 
 def fold(
-    model: Network,
+    model: Runnable,
     forms: Forms | None = None,
     *,
     aux: bool = True,
@@ -116,21 +122,21 @@ def fold(
     """
     parts = model.parts(aux)
     names: dict[nn.Module, str] = {}
-    for part, root in parts:
+    for part, root, item in parts:
         for name, module in root.named_modules(prefix=part):
             names.setdefault(module, name)
-            if has_hooks(module):
+            # Those of a module that was entered have run.
+            if has_hooks(module) and (module is not root or item is root):
                 return None, f"{name} has forward hooks"
     forms = CpuForms() if forms is None else forms
     folder = _Folder(forms, names, frozen, max_extra_bytes)
     with torch.inference_mode(False), torch.no_grad():
-        backbone, *heads = (folder.step(root) for _, root in parts)
+        steps = [folder.step(item) for *_, item in parts]
         if not any(isinstance(layer, MapLayer) for layer in folder.layers):
             return None, _why_nothing(names, forms)
-        named = zip(("out", "aux"), heads, strict=False)
-        results = tuple((name, name, head) for name, head in named)
+        backbone, heads = model.assembled(steps)
         layers = tuple(folder.layers)
-        program = Program(backbone, results, layers, folder.in_channels, folder.channels_last)
+        program = Program(backbone, heads, layers, folder.in_channels, folder.channels_last)
         forms.finish(model, program)
     return program, ""
 
@@ -153,7 +159,7 @@ class _Folder:
         # A module that is an attribute only has none.
         return self.names.get(module, type(module).__name__)
 
-    def step(self, *modules: nn.Module) -> Step:
+    def step(self, *modules: match.Item) -> Step:
         """The step of modules one after another."""
         return self.chain(self.pieces(modules))
 
@@ -171,7 +177,7 @@ class _Folder:
             steps.append(step)
         return steps[0] if len(steps) == 1 else Chain(steps)
 
-    def pieces(self, modules: Iterable[nn.Module]) -> list[ConvSpec | Step]:
+    def pieces(self, modules: Iterable[match.Item]) -> list[ConvSpec | Step]:
         """Fold a sequence of modules: convolutions take the norm and activation behind them."""
         return self.fold(match.segments(modules))
 
@@ -219,7 +225,7 @@ class _Folder:
         plain = copy.deepcopy(module).eval() if self.frozen else module
         return self.add(self.forms.plain(self.name(module), plain))
 
-    def one(self, *modules: nn.Module) -> ConvSpec:
+    def one(self, *modules: match.Item) -> ConvSpec:
         """The convolution that a sequence comes down to."""
         return _only(self.pieces(modules))
 
@@ -384,6 +390,11 @@ def _aspp(folder: _Folder, aspp: match.Aspp) -> Step:
     ):
         raise _NotFoldable
     forms = folder.forms
+    place = range(len(aspp.branches))[aspp.pooled]
+    before = sum(spec.weight.shape[0] for spec in branches[:place])
+    if before not in (0, channels) and not forms.keeps_values:
+        raise _NotFoldable
+    project = replace(project, before_pooled=before)
     layers: tuple[Layer, Layer, Layer] = (
         forms.aspp(f"{folder.name(aspp.module)}.convs", branches, folder.share(*branches)),
         forms.pooled(pooled),
@@ -404,12 +415,28 @@ def _features(folder: _Folder, block: match.Features) -> Step:
     return Features([(folder.step(*modules), name) for modules, name in block.stages])
 
 
+def _graph(folder: _Folder, graph: match.Graph) -> Step:
+    name = folder.name(graph.module)
+    steps: list[Step | Join | None] = []
+    for stage in graph.stages:
+        if stage.items:
+            steps.append(folder.step(*stage.items))
+        elif stage.node.kind in ("item", "group"):
+            steps.append(None)
+        else:
+            layer = JoinLayer(name, stage.node)
+            folder.layers.append(layer)
+            steps.append(Join(layer))
+    return Dataflow(graph, steps)
+
+
 _FOLDED: dict[type[match.Segment], Callable[..., Step]] = {
     match.Block: _block,
     match.SqueezeExcite: _squeeze_excite,
     match.Aspp: _aspp,
     match.Sum: _sum,
     match.Features: _features,
+    match.Graph: _graph,
 }
 
 

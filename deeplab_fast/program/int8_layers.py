@@ -161,7 +161,7 @@ def _calls(program: Program) -> list[_Call]:
         calls.append(call)
         return call
 
-    results: dict[str, Any] = program.maps(_Call(None), run)  # type: ignore[arg-type]
+    results: dict[str, Any] = program.maps(_Call(None), run)
     for call in results.values():
         call.is_result = True
     return calls

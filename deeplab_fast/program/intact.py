@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from operator import attrgetter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ CALLED = (
     "_check_input_dim",
     "__getattr__",
 )
+# Of these, what every class has from nn.Module.
+_ENTRANCE = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward")
 # What an instance's attribute can stand before: Python looks the others up on the class.
 _METHODS = tuple(name for name in CALLED if not name.startswith("__"))
 # What a subclass may define anew without changing what a call computes.
@@ -108,13 +111,48 @@ _Functions = tuple[object, ...]
 _judged: dict[type, tuple[Callable[[type], object], object, bool]] = {}
 
 
+class BoundForward:
+    """Base of what an instance may have as its `forward` and still compute what its class does.
+
+    Attributes:
+        opaque: the module is to run as it is.
+    """
+
+    opaque = False
+
+    def segment(self, module: nn.Module) -> Any:
+        """What the module is, as a `match.Segment`, where no rule knows its class."""
+        raise NotImplementedError
+
+
+def bound_forward(module: nn.Module) -> BoundForward | None:
+    """What stands before the forward of a module's class and computes the same, or None."""
+    bound = module.__dict__.get("forward")
+    return bound if isinstance(bound, BoundForward) else None
+
+
+def is_followed(module: nn.Module) -> bool:
+    """Whether a call of a module of any class runs the forward of its class, and nothing else."""
+    own = module.__dict__
+    cls = type(module)
+    return not (
+        any(name in own for name in CALLED if name != "forward" or bound_forward(module) is None)
+        or module._compiled_call_impl is not None
+        or _runs_hooks(module)
+        or any(getattr(cls, name) is not shipped for name, shipped in _ENTRANCE_SHIPPED)
+    )
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a call of the module computes what its class was shipped to compute, and runs no
     hooks."""
-    return is_intact(module) and not (
-        has_hooks(module)
+    return is_intact(module) and not _runs_hooks(module)
+
+
+def _runs_hooks(module: nn.Module) -> bool:
+    return has_hooks(module) or (
         # They see gradients only.
-        or (torch.is_grad_enabled() and (module._backward_hooks or module._backward_pre_hooks))
+        torch.is_grad_enabled() and bool(module._backward_hooks or module._backward_pre_hooks)
     )
 
 
@@ -159,7 +197,7 @@ def is_intact(module: nn.Module) -> bool:
     else:
         own = module.__dict__
         for name in CALLED:
-            if name in own:
+            if name in own and not (name == "forward" and isinstance(own[name], BoundForward)):
                 return False
     return module._compiled_call_impl is None and is_intact_class(type(module))
 
@@ -251,3 +289,7 @@ def _shipped_functions() -> _Functions:
 
 
 _FUNCTIONS_SHIPPED = _shipped_functions()
+# None where it was exchanged before this package was imported.
+_ENTRANCE_SHIPPED = [
+    (name, getattr(nn.Module, name) if _is_own(nn.Module, name) else None) for name in _ENTRANCE
+]

@@ -10,7 +10,7 @@ except in `PlainLayer`.
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from ..ops.prepared import Plan
 from .formats import in_plain_format
+from .match import Graph
+from .structure import compute
+from .trace import Node, filled, leaves
 
 CHANNELS_LAST = torch.channels_last
 
@@ -62,7 +65,9 @@ class Layer:
 
 Run = Callable[..., Tensor]
 # Features give a dict of maps.
-Step = Callable[[Tensor, Run], Any]
+Step = Callable[[Any, Run], Any]
+# (name of the result, name of the feature, step) of each head.
+Heads = tuple[tuple[str, str, Step], ...]
 
 
 def execute(layer: Layer, *tensors: Tensor | None, **options: Tensor) -> Tensor:
@@ -88,7 +93,8 @@ class NormSpec:
 class ConvSpec:
     """A convolution with its batch norm and activation, as the model has them now.
 
-    Tensors are the model's own memory; padding "same" is TensorFlow's.
+    Tensors are the model's own memory; padding "same" is TensorFlow's. Of the projection of an ASPP
+    whose pooled map does not stand last, `before_pooled` channels stand before that.
     """
 
     name: str
@@ -100,6 +106,7 @@ class ConvSpec:
     dilation: tuple[int, ...]
     groups: int
     act: str | None
+    before_pooled: int | None = None
 
     @property
     def is_pointwise(self) -> bool:
@@ -117,9 +124,14 @@ class ConvSpec:
         return self.groups == self.weight.shape[0] > 1 and self.weight.shape[1] == 1
 
     def split(self, channels: int) -> tuple[ConvSpec, ConvSpec]:
-        """Two whose sum it is, before the activation: of its first input channels, with its shift
-        and activation, and of the others, without."""
-        first, second = self.weight.tensor_split([channels], dim=1)
+        """Two whose sum it is, before the activation: of so many input channels, with its shift and
+        activation, and of those of the pooled map, without."""
+        pooled = self.weight.shape[1] - channels
+        before = channels if self.before_pooled is None else self.before_pooled
+        first, second, last = self.weight.tensor_split([before, before + pooled], dim=1)
+        if last.shape[1]:
+            # Views, but for a pooled map amid others.
+            first = torch.cat([first, last], dim=1) if before else last
         norm = None if self.norm is None else replace(self.norm, bias=None, mean=None)
         return replace(self, weight=first), replace(
             self, weight=second, bias=None, norm=norm, act=None
@@ -240,6 +252,71 @@ class PlainLayer(Layer):
         return OrderedDict((k, tuple(v.shape)) for k, v in output.items())
 
 
+class JoinLayer(Layer):
+    """A function of maps between modules, as `structure.compute` has it.
+
+    Args:
+        node: of a kind that makes a new map: "cat", "add", "mul", "resize" or "spread".
+    """
+
+    def __init__(self, name: str, node: Node) -> None:
+        super().__init__(f"{name}.{node.kind}")
+        self._node = node
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        return compute(self._node, tensors).contiguous(memory_format=CHANNELS_LAST)
+
+    def output_shape(self, *shapes: Sequence[int]) -> tuple[int, ...]:
+        return tuple(compute(self._node, [_meta(shape) for shape in shapes]).shape)
+
+
+class Join:
+    """One layer of several maps."""
+
+    def __init__(self, layer: JoinLayer) -> None:
+        self.layer = layer
+
+    def __call__(self, maps: Sequence[Tensor], run: Run) -> Tensor:
+        return run(self.layer, *maps)
+
+
+class Dataflow:
+    """Steps whose results later ones take, as a `match.Graph` has them.
+
+    Args:
+        graph: the stages.
+        steps: of each stage, of its input, or of all its inputs for `Join`; None where no map is
+            computed.
+    """
+
+    def __init__(self, graph: Graph, steps: Sequence[Step | Join | None]) -> None:
+        numbers = {graph.source: 0}
+        for i, stage in enumerate(graph.stages, start=1):
+            numbers[stage] = i
+        self._rows = [
+            (stage.node, step, tuple(numbers[each] for each in stage.inputs))
+            for stage, step in zip(graph.stages, steps, strict=True)
+        ]
+        self._output = filled(graph.output, numbers.__getitem__)
+        read = [number for _, _, inputs in self._rows for number in inputs]
+        self._reads = Counter([*read, *leaves(self._output)])
+
+    def __call__(self, x: Any, run: Run) -> Any:
+        values = {0: x}
+        left = self._reads.copy()
+        for number, (node, step, places) in enumerate(self._rows, start=1):
+            inputs = [values[place] for place in places]
+            for place in places:
+                left[place] -= 1
+                if not left[place]:
+                    del values[place]
+            if step is None:
+                values[number] = compute(node, inputs)
+            else:
+                values[number] = step(inputs if isinstance(step, Join) else inputs[0], run)
+        return filled(self._output, values.__getitem__)
+
+
 class Single:
     """One layer."""
 
@@ -324,40 +401,42 @@ class Features:
 
 @dataclass
 class Program:
-    """What computes the logits of a DeepLabv3.
+    """What computes the logits of a DeepLabv3, or the results of one module.
 
     Attributes:
         backbone: x -> features by name.
-        heads: (name of the result, name of the feature, step) of the main and auxiliary heads.
+        heads: of the main and auxiliary heads; none where the features are the results.
         layers: all layers, in the order in which they were folded.
         in_channels: of the input; None where a plain module reads it.
         channels_last: memory format of the original's weights.
     """
 
-    backbone: Callable[[Tensor, Run], dict[str, Tensor]]
-    heads: tuple[tuple[str, str, Step], ...]
+    backbone: Step
+    heads: Heads
     layers: tuple[Layer, ...]
     in_channels: int | None
     channels_last: bool
 
-    def logits(self, x: Tensor, run: Run = execute, aux: bool = True) -> dict[str, Tensor]:
+    def logits(self, x: Any, run: Run = execute, aux: bool = True) -> dict[str, Tensor]:
         """Low-resolution logits by name, in the memory format that plain modules give them."""
-        maps = self.maps(x.contiguous(memory_format=CHANNELS_LAST), run, aux)
-        return in_plain_format(maps, x, self.channels_last)
+        given = filled(x, lambda t: t.contiguous(memory_format=CHANNELS_LAST))
+        return in_plain_format(self.maps(given, run, aux), next(leaves(x)), self.channels_last)
 
-    def maps(self, x: Tensor, run: Run = execute, aux: bool = True) -> dict[str, Tensor]:
+    def maps(self, x: Any, run: Run = execute, aux: bool = True) -> dict[str, Tensor]:
         """Low-resolution logits by name, in any memory format, of a channels_last x."""
         features = self.backbone(x, run)
+        if not self.heads:
+            return features
         results = OrderedDict()
         for name, feature, head in self.heads:
             if aux or name == "out":
                 results[name] = head(features[feature], run)
         return results
 
-    def reason_against(self, x: Tensor) -> str:
+    def reason_against(self, x: Any) -> str:
         """What speaks against running it on x; "" where nothing does."""
         # The plain modules have the error for another number of channels.
-        if self.in_channels not in (None, x.shape[1]):
+        if isinstance(x, Tensor) and self.in_channels not in (None, x.shape[1]):
             return f"the input has {x.shape[1]} channels, the model wants {self.in_channels}"
         if torch.is_grad_enabled() and self.has_plain_layers:
             return (

@@ -11,14 +11,16 @@ A module that computes something of its own (`intact.is_plain`), or that no rule
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .intact import is_plain
+from .intact import bound_forward, is_followed, is_intact_class, is_plain
+from .trace import Node
 
 # Activations that the epilogues of convolutions and batch norms have.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -28,11 +30,9 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 # Identities of a model that does not train.
 DROPOUTS = (nn.Dropout, nn.Dropout2d)
-# Without weights, and the same in any memory format.
-_FREE = (
+# Of single values.
+ELEMENTWISE = (
     *DROPOUTS,
-    nn.AdaptiveAvgPool2d,
-    nn.AvgPool2d,
     nn.ELU,
     nn.GELU,
     nn.Hardsigmoid,
@@ -40,6 +40,16 @@ _FREE = (
     nn.SiLU,
     nn.Sigmoid,
     nn.Tanh,
+)
+# Without weights, and the same in any memory format.
+_FREE = (
+    *ELEMENTWISE,
+    nn.AdaptiveAvgPool2d,
+    nn.AvgPool2d,
+    nn.Upsample,
+    nn.UpsamplingBilinear2d,
+    nn.UpsamplingNearest2d,
+    nn.ZeroPad2d,
 )
 
 
@@ -100,20 +110,24 @@ class Unit:
     pool: Pool | None = None
 
 
+# What runs as one of several, one after another: a module, or what is known of one.
+Item = nn.Module | Segment
+
+
 @dataclass(frozen=True)
 class Members(Segment):
     """Runs these one after another, and nothing else: one with what stands before and behind."""
 
-    modules: Iterable[nn.Module]
+    modules: Iterable[Item]
 
 
 @dataclass(frozen=True)
 class Block(Segment):
     """act(modules(x) + shortcut(x)), or modules(x); without a shortcut x itself is added."""
 
-    modules: Sequence[nn.Module]
+    modules: Sequence[Item]
     adds: bool
-    shortcut: nn.Module | None = None
+    shortcut: Item | None = None
     act: nn.Module | None = None
 
 
@@ -122,8 +136,8 @@ class SqueezeExcite(Segment):
     """x * gate(modules(pool(x)))."""
 
     pool: nn.Module
-    fc1: Sequence[nn.Module]
-    fc2: Sequence[nn.Module]
+    fc1: Sequence[Item]
+    fc2: Sequence[Item]
     gate: nn.Module
 
 
@@ -132,15 +146,16 @@ class Pooling(Segment):
     """modules(pool(x)), spread over the map."""
 
     pool: nn.Module
-    modules: Sequence[nn.Module]
+    modules: Sequence[Item]
 
 
 @dataclass(frozen=True)
 class Aspp(Segment):
-    """project(concat of branch(x)); the last branch is the image pooling."""
+    """project(concat of branch(x)); `pooled` is the place of the image pooling."""
 
-    branches: Sequence[nn.Module]
-    project: nn.Module
+    branches: Sequence[Item]
+    project: Item
+    pooled: int = -1
 
 
 @dataclass(frozen=True)
@@ -157,12 +172,34 @@ class Features(Segment):
     stages: Sequence[tuple[Sequence[nn.Module], str | None]]
 
 
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One value of a `Graph`: that of a `trace.Node` which is no call, or of items in a row."""
+
+    node: Node
+    inputs: tuple[Stage, ...]
+    items: tuple[Item, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graph(Segment):
+    """A data flow: the stages in the order in which they run, and the stages that are returned, in
+    lists, tuples and dicts. Its input is `source`."""
+
+    source: Stage
+    stages: Sequence[Stage]
+    output: Any
+
+
 Part = Segment | Unit
 Geometry = tuple[list[int], list[int], list[int], int]
 S = TypeVar("S", bound=Segment)
 Rule = Callable[..., Segment]
 # By the forward that a rule stands for: a subclass that keeps it keeps the rule.
 _RULES: dict[Callable[..., object], Rule] = {}
+# The same of libraries that may not be there, by the module and the qualified name of the forward.
+_LIBRARY_RULES: dict[tuple[str, str], Rule] = {}
+_LIBRARIES = ("segmentation_models_pytorch.", "timm.", "torchvision.", "transformers.")
 
 
 def rule(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
@@ -176,7 +213,31 @@ def rule(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
     return register
 
 
-def segments(modules: Iterable[nn.Module]) -> list[Part]:
+def rule_of_library(*names: str) -> Callable[[Rule], Rule]:
+    """As `rule`, for classes of other libraries by their full names."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            home, cls = name.rsplit(".", 1)
+            _LIBRARY_RULES[home, f"{cls}.forward"] = function
+        return function
+
+    return register
+
+
+def library_rule(cls: type[nn.Module]) -> Rule | None:
+    """The rule of another library's class, whose forward is still the library's."""
+    if not cls.__module__.startswith(_LIBRARIES):
+        return None
+    forward = cls.forward
+    code, home = getattr(forward, "__code__", None), getattr(forward, "__module__", "")
+    found = _LIBRARY_RULES.get((home, getattr(code, "co_qualname", "")))
+    # Unlike a name, which functools.wraps copies.
+    is_own = found is not None and forward.__globals__ is vars(sys.modules[home])
+    return found if is_own else None
+
+
+def segments(modules: Iterable[Item]) -> list[Part]:
     """What a sequence of modules computes."""
     # The first is the last of the list.
     flat: list[Segment] = []
@@ -194,16 +255,29 @@ def segments(modules: Iterable[nn.Module]) -> list[Part]:
     return found
 
 
-def segment_of(module: nn.Module) -> Segment:
+def segment_of(item: Item) -> Segment:
     """What one module is."""
-    if not is_plain(module):
-        return Plain(module)
-    # A scripted module's class has no forward to look at, and is not plain.
-    function = _RULES.get(type(module).forward)
-    return Plain(module) if function is None else function(module)
+    if isinstance(item, Segment):
+        return item
+    bound = bound_forward(item)
+    if bound is not None and bound.opaque:
+        return Plain(item)
+    function = rule_of_class(type(item))
+    if function is not None:
+        intact = is_plain if is_intact_class(type(item)) else is_followed
+        return function(item) if intact(item) else Plain(item)
+    return Plain(item) if bound is None or not is_followed(item) else bound.segment(item)
 
 
-def one(modules: Iterable[nn.Module]) -> Unit | None:
+def rule_of_class(cls: type[nn.Module]) -> Rule | None:
+    """The rule that a class has, of PyTorch's, this package or a known library."""
+    if is_intact_class(cls):
+        # A scripted module's class has no forward to look at, and is not intact.
+        return _RULES.get(cls.forward)
+    return library_rule(cls)
+
+
+def one(modules: Iterable[Item]) -> Unit | None:
     """The unit with a convolution that a sequence comes down to, or None."""
     found = segments(modules)
     unit = found[0] if len(found) == 1 else None
@@ -218,7 +292,8 @@ def joint(aspp: Aspp) -> tuple[list[Unit], Pooling, list[Part]] | None:
     """
     if len(aspp.branches) < 2:
         return None
-    *modules, last = aspp.branches
+    modules = list(aspp.branches)
+    last = modules.pop(aspp.pooled)
     branches = [unit for unit in (one([module]) for module in modules) if unit is not None]
     pooling = segment_of(last)
     project = segments([aspp.project])
@@ -247,14 +322,14 @@ def is_relu(module: nn.Module) -> bool:
     return isinstance(segment, Act) and segment.name == "relu"
 
 
-def keeps_size(conv: Conv) -> bool:
+def keeps_size(conv: Conv, any_groups: bool = False) -> bool:
     """Stride 1, one group, and a square odd kernel that is padded to keep the size of the map."""
     stride, padding, (rate, other), groups = geometry(conv.module)
     height, width = conv.module.weight.shape[2:]
     return (
         not conv.same
         and stride == [1, 1]
-        and groups == 1
+        and (groups == 1 or any_groups)
         and height == width
         and height % 2 == 1
         and rate == other
@@ -321,8 +396,8 @@ def _identity(module: nn.Identity) -> Segment:
     return Members(module, ())
 
 
-def _flatten(module: nn.Module, found: list[Segment]) -> None:
-    segment = segment_of(module)
+def _flatten(item: Item, found: list[Segment]) -> None:
+    segment = segment_of(item)
     if isinstance(segment, Members):
         for member in segment.modules:
             _flatten(member, found)

@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..dispatch.precision import check_precision, reason_against
+from . import match
 from .calibration import Calibration
+from .layers import Heads, Step
+
+
+class Runnable(Protocol):
+    """What the fast path runs: a whole `Network`, or one module of another library's model.
+
+    The attributes are those of a `Network`, with its meanings.
+    """
+
+    fast: bool
+    fused: bool
+    max_extra_bytes: int | None
+    calibration: Calibration | None
+    cuda_graphs: bool | None
+    _modules: Any
+
+    @property
+    def training(self) -> bool: ...
+
+    @property
+    def precision(self) -> str: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
+
+    def parts(self, aux: bool = True) -> list[tuple[str, nn.Module, match.Item]]: ...
+
+    def assembled(self, steps: Sequence[Step]) -> tuple[Step, Heads]: ...
 
 
 class Network(nn.Module):
@@ -49,9 +80,15 @@ class Network(nn.Module):
     def drop_prepared(self) -> None:
         """Free what the fast path holds: prepared weights, memory for maps, CUDA graphs."""
 
-    def parts(self, aux: bool = True) -> list[tuple[str, nn.Module]]:
-        """Backbone and heads by name, the auxiliary head only if asked for."""
+    def parts(self, aux: bool = True) -> list[tuple[str, nn.Module, match.Item]]:
+        """Backbone and heads by name, the auxiliary head only if asked for, and what runs them."""
         parts = [("backbone", self.backbone), ("classifier", self.classifier)]
         if aux and self.aux_classifier is not None:
             parts.append(("aux_classifier", self.aux_classifier))
-        return parts
+        return [(name, module, module) for name, module in parts]
+
+    def assembled(self, steps: Sequence[Step]) -> tuple[Step, Heads]:
+        """Backbone and heads of a program, from the steps of `parts`."""
+        backbone, *heads = steps
+        named = zip(("out", "aux"), heads, strict=False)
+        return backbone, tuple((name, name, head) for name, head in named)

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .intact import has_hooks, is_intact_class
+from .intact import bound_forward, has_hooks, is_intact_class
+from .match import library_rule
+from .network import Runnable
 
-_PARTS = ("backbone", "classifier", "aux_classifier")
+_PARTS = ("backbone", "classifier", "aux_classifier", "module")
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -50,13 +52,16 @@ class Snapshot:
         values: the values of its weights count too.
     """
 
-    def __init__(self, model: nn.Module, values: bool = True) -> None:
+    def __init__(self, model: Runnable, values: bool = True) -> None:
         self._model = model._modules
         self._parts = [(part, model._modules.get(part)) for part in _PARTS]
         inner = [m for _, root in self._parts if root is not None for m in root.modules()]
-        watched = {id(m): m for m in inner if _is_watched(type(m)) or has_hooks(m)}.values()
+        watched = {id(m): m for m in inner if _is_watched(m) or has_hooks(m)}.values()
         self._modules = [_module_state(m) for m in watched]
-        self._classes = [(cls, is_intact_class(cls)) for cls in {type(m) for m in watched}]
+        classes = {type(m) for m in watched}
+        self._classes = [(cls, is_intact_class(cls)) for cls in classes]
+        foreign = {base for cls in classes if not is_intact_class(cls) for base in cls.__mro__}
+        self._foreign = [(vars(cls), dict(vars(cls))) for cls in foreign if not _is_shipped(cls)]
         held = [
             (holder, key, tensor)
             for m in watched
@@ -75,7 +80,7 @@ class Snapshot:
         if values:
             self._bytes = _Bytes([t.detach() for t in tensors if _has_fp32_bytes(t)])
 
-    def is_of(self, model: nn.Module) -> bool:
+    def is_of(self, model: Runnable) -> bool:
         """Whether it was taken of this model; a shallow copy has parts of its own."""
         return self._model is model._modules
 
@@ -115,6 +120,7 @@ class Snapshot:
                     ]
                 )
                 and all([is_intact_class(cls) == was for cls, was in self._classes])
+                and all([now == was for now, was in self._foreign])
             )
         except (RuntimeError, TypeError, ValueError):
             # An attribute that has no equality, such as a tensor, has been exchanged.
@@ -156,7 +162,7 @@ def _module_state(module: nn.Module) -> tuple[Any, ...]:
     containers = [
         (value, dict(value))
         for key, value in module.__dict__.items()
-        if type(value) is dict and not key.startswith("_")
+        if type(value) is dict and (not key.startswith("_") or not is_intact_class(type(module)))
     ]
     return (
         module,
@@ -172,9 +178,19 @@ def _module_state(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _is_watched(cls: type[nn.Module]) -> bool:
-    """Whether modules of a class change their attributes only when asked to."""
-    return cls.__module__.startswith(("torch.nn.", "deeplab_fast.")) or is_intact_class(cls)
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a module changes its attributes only when asked to."""
+    cls = type(module)
+    return (
+        _is_shipped(cls)
+        or is_intact_class(cls)
+        or bound_forward(module) is not None
+        or library_rule(cls) is not None
+    )
+
+
+def _is_shipped(cls: type) -> bool:
+    return cls is object or cls.__module__.startswith(("torch.nn.", "deeplab_fast."))
 
 
 def _has_fp32_bytes(tensor: Tensor) -> bool:

@@ -49,6 +49,7 @@ from .norms import (
     sum_over,
     uses_batch,
 )
+from .structure import evaluate
 
 _NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 # (kernel, stride, padding, dilation, ceil_mode) of torch.ops.aten.max_pool2d_with_indices.
@@ -82,14 +83,14 @@ def fuse(model: N, fused: bool = True) -> N:
     return model
 
 
-def run(module: nn.Module, x: Tensor) -> Any:
+def run(module: match.Item, x: Any) -> Any:
     """module(x), by segments where they are known."""
     return sequence([module], x)
 
 
 def sequence(
-    modules: Iterable[nn.Module],
-    x: Tensor,
+    modules: Iterable[match.Item],
+    x: Any,
     residual: Tensor | None = None,
     act: str | None = None,
 ) -> Tensor:
@@ -173,6 +174,8 @@ def _other(segment: match.Segment, x: Tensor) -> Any:
         return _aspp(segment, x)
     if isinstance(segment, match.Features):
         return _features(segment, x)
+    if isinstance(segment, match.Graph):
+        return evaluate(segment, x, sequence)
     return segment.module(x)
 
 
@@ -461,7 +464,7 @@ def logits(model: Network, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
     # torch.fx traces with a Proxy, and other ranks have PyTorch's own messages.
     if not model.fused or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
         return None
-    if not needs_gradients(model, x) or transformed() or not has_kernels(x):
+    if not needs_gradients(model, [x]) or transformed() or not has_kernels(x):
         return None
     features = run(model.backbone, x.contiguous(memory_format=torch.channels_last))
     results = OrderedDict(out=run(model.classifier, features["out"]))
@@ -480,10 +483,10 @@ def transformed() -> bool:
     return has_transforms() or has_global_hooks() or not functional_is_intact()
 
 
-def needs_gradients(module: nn.Module, x: Tensor) -> bool:
-    """Whether autograd records a call of the module on x."""
+def needs_gradients(module: nn.Module, maps: Sequence[Tensor]) -> bool:
+    """Whether autograd records a call of the module on these maps."""
     return torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for p in module.parameters())
+        any(x.requires_grad for x in maps) or any(p.requires_grad for p in module.parameters())
     )
 
 
@@ -527,10 +530,21 @@ def _aspp(aspp: match.Aspp, x: Tensor) -> Tensor:
     joint = JointNorm(norms, y, mean, variance)
     # The map of the pooled vector is constant: its part of the projection is one bias an image.
     pooled = sequence((pooling.pool, *pooling.modules), x)
-    to_branches, to_pooled = project.weight.tensor_split([y.shape[1]], dim=1)
+    to_branches, to_pooled = _split(project.weight, aspp, convs, pooled.shape[1])
     z, _ = _convolve(y, joint, match.geometry(project), to_branches)
     z = z + F.conv2d(pooled, to_pooled).to(z.dtype)
     return _run(rest, z)
+
+
+def _split(
+    weight: Tensor, aspp: match.Aspp, convs: Sequence[nn.Conv2d], pooled: int
+) -> tuple[Tensor, Tensor]:
+    """The filters of a projection for the branches and for the pooled vector."""
+    place = range(len(aspp.branches))[aspp.pooled]
+    before = sum(conv.out_channels for conv in convs[:place])
+    first, to_pooled, last = weight.tensor_split([before, before + pooled], dim=1)
+    parts = [part for part in (first, last) if part.shape[1]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), to_pooled
 
 
 def _fused_form(

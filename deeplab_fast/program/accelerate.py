@@ -1,0 +1,408 @@
+"""`deeplab_fast.accelerate`: another library's model, fast in place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from . import libraries as libraries
+from . import match
+from .intact import CALLED, BoundForward, has_hooks, is_followed
+from .network import Network
+from .probe import sample
+from .region import Forward, Replicate, forward_of
+from .trace import Untraceable
+
+logger = logging.getLogger("deeplab_fast")
+
+M = TypeVar("M", bound=nn.Module)
+# Names with wildcards, or a function of a module's name and the module.
+Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+# Hold modules and have no forward.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def accelerate(
+    model: M,
+    *,
+    training: bool = True,
+    inference: bool = True,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    strict: bool = False,
+) -> M:
+    """Make a model of any library faster in place: the same numbers in less time and memory.
+
+    The model stays the object that it is, with its classes, its state_dict keys, its parameters and
+    what refers to them. Modules whose forward is a fixed order of calls of their children, joined
+    by sums, products, concatenations and interpolations, get a forward bound on the instance, which
+    runs
+
+    - in eval mode without gradients (`torch.inference_mode()`, `torch.no_grad()`), in fp32 on a CPU
+      and in fp16, bf16 and fp32 on a GPU: folded batch norms, prepared weights, fused sums and
+      activations, atrous branches and image pooling joined, as a `DeepLabV3` runs by itself;
+    - where gradients are needed: the fused training forms, with the same gradients and running
+      statistics and about half of the saved activations.
+
+    What they are is found by structure, not by names of classes. A change of the model (weights,
+    attributes, modules, hooks, mode, dtype, device) is noticed at the next call. What is not known,
+    has hooks or overrides runs as it is inside of what is accelerated. `torch.compile`, exporters,
+    tracing and torch.func see the modules' own forwards.
+
+    Before a module runs in our forms its results, and in training its gradients, are compared once
+    with its own forward, on a small input of its dtype and device: here for the model as it is, and
+    at the first call of another kind. One that differs by more than rounding runs as it is, and
+    `accelerate_report` has the number.
+
+    Args:
+        model: any module, also inside of DDP, FSDP, `torch.compile` or PEFT wrappers, changed in
+            place.
+        training: run the training forms.
+        inference: run the inference forms.
+        include: only these modules and what is in them: names with wildcards ("backbone.layer*"),
+            or a function of (name, module).
+        exclude: not these, nor what is in them.
+        strict: raise where a module with parameters is left alone.
+
+    Returns:
+        The model itself. A second call with the same arguments changes nothing.
+
+    Raises:
+        TypeError: no nn.Module, a scripted one, or a filter of another kind.
+        ValueError: a filter that no module fits; with `strict`, modules that are left alone, by
+            name with their reasons. The model is then as it was.
+
+    Copies, also deep ones, and pickles of an accelerated model are accelerated too. `restore`
+    undoes it, which scripting needs.
+    """
+    _check(model)
+    if isinstance(model, Network):
+        # It runs so by itself.
+        model.fused, model.fast = training, inference
+        return model
+    names = dict(model.named_modules())
+    included = _fitting("include", include, names)
+    excluded = _fitting("exclude", exclude, names) or set()
+    before = {name: forward_of(m) for name, m in names.items()}
+    settings = {name: f.region.settings for name, f in before.items() if f is not None}
+    for name, module in names.items():
+        wanted = (included is None or name in included) and name not in excluded
+        _bind(module, opaque=not wanted)
+    for module in names.values():
+        forward = forward_of(module)
+        if forward is not None:
+            forward.region.settings = (inference, training)
+    _compare(model)
+    if strict and (left := accelerate_report(model).left_alone):
+        for name, module in names.items():
+            if before[name] is None:
+                _unbind(module)
+            elif (forward := forward_of(module)) is not None:
+                forward.region.settings = settings[name]
+        reasons = "; ".join(f"{row.name}: {row.how}" for row in left[:8])
+        more = f" and {len(left) - 8} more" if len(left) > 8 else ""
+        raise ValueError(
+            f"strict: {len(left)} modules would be left alone ({reasons}{more}); exclude them, "
+            "change them, or leave strict out"
+        )
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo `accelerate`: every module runs its own forward, and prepared weights are freed.
+
+    Args:
+        model: any module, changed in place.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore takes an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        _unbind(module)
+    return model
+
+
+@dataclass(frozen=True)
+class AccelerateRow:
+    """One module of a model.
+
+    Attributes:
+        name, cls: its qualified name and the name of its class.
+        runs: "region": it is entered by a call and runs in our forms; "inside": it runs inside of
+            one; "own": its own forward runs, and what is in it is accelerated; "alone": nothing of
+            it is accelerated.
+        how: what it runs as, or why it does not.
+        is_leaf: it has no modules in it.
+    """
+
+    name: str
+    cls: str
+    runs: str
+    how: str
+    is_leaf: bool
+
+
+@dataclass(frozen=True)
+class AccelerateReport:
+    """What runs how in an accelerated model.
+
+    Attributes:
+        rows: of every module, in the order of `named_modules`.
+    """
+
+    rows: tuple[AccelerateRow, ...]
+
+    @property
+    def accelerated(self) -> int:
+        """Number of modules without modules in them that run in our forms."""
+        return sum(row.is_leaf and row.runs == "inside" for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        """Number of modules without modules in them."""
+        return sum(row.is_leaf for row in self.rows)
+
+    @property
+    def left_alone(self) -> tuple[AccelerateRow, ...]:
+        """Modules that nothing is accelerated of, with the reasons."""
+        return tuple(row for row in self.rows if row.runs == "alone")
+
+    def __str__(self) -> str:
+        shown = [row for row in self.rows if row.runs != "inside" or not row.is_leaf]
+        lines = [f"{self.accelerated} of {self.total} modules run in our forms"]
+        heads = {
+            "region": "runs in our forms",
+            "own": "runs its own forward",
+            "alone": "left alone",
+            "inside": "",
+        }
+        for row in shown:
+            if row.runs == "inside":
+                continue
+            name = row.name or "(the model)"
+            lines.append(f"  {name} ({row.cls}): {heads[row.runs]}: {row.how}")
+        return "\n".join(lines)
+
+
+def accelerate_report(model: nn.Module) -> AccelerateReport:
+    """What runs how in a model, and every module left alone with the reason.
+
+    Args:
+        model: any module; one that was not accelerated is left alone as a whole.
+
+    Raises:
+        TypeError: no nn.Module, or a scripted one.
+    """
+    _check(model)
+    names = {module: name for name, module in model.named_modules()}
+    found: dict[nn.Module, tuple[str, str]] = {}
+    _explain_calls(model, found)
+    rows = []
+    for module, name in names.items():
+        is_leaf = not any(True for _ in module.children())
+        if isinstance(module, _CONTAINERS) and module not in found:
+            continue
+        runs, how = found.get(module, ("inside", "a part of what it stands in"))
+        rows.append(AccelerateRow(name, type(module).__name__, runs, how, is_leaf))
+    return AccelerateReport(tuple(rows))
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"got {type(model).__name__}; accelerate takes an nn.Module that is not scripted: "
+            "accelerate the model that it was made from"
+        )
+
+
+def _fitting(what: str, wanted: Filter | None, names: dict[str, nn.Module]) -> set[str] | None:
+    """The names of the modules that a filter fits, and of what is in them."""
+    if wanted is None:
+        return None
+    if callable(wanted):
+        roots = [name for name, module in names.items() if wanted(name, module)]
+    else:
+        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(
+                f"{what} is {wanted!r}; expected names of modules with wildcards, or a function of "
+                "(name, module)"
+            )
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                some = ", ".join(list(names)[1:6])
+                raise ValueError(
+                    f"{what}={pattern!r} fits no module; there are {len(names)}: {some}, ..."
+                )
+        roots = [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
+    return {n for n in names if any(not r or n == r or n.startswith(f"{r}.") for r in roots)}
+
+
+def _bind(module: nn.Module, opaque: bool) -> None:
+    forward = forward_of(module)
+    if forward is not None:
+        if forward.opaque == opaque:
+            return
+        _unbind(module)
+    if not opaque and not _is_bindable(module):
+        return
+    # A plain attribute: nn.Module's own setting of it knows parameters and modules only.
+    vars(module)["forward"] = Forward(module, opaque)
+    vars(module)["_replicate_for_data_parallel"] = Replicate(module)
+
+
+def _is_bindable(module: nn.Module) -> bool:
+    """Whether a module is made of others, and its call runs the forward of its class."""
+    if any(name in vars(module) for name in CALLED) or isinstance(module, _CONTAINERS):
+        return False
+    if isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children()):
+        return False
+    return type(module).forward is not nn.Module.forward
+
+
+def _unbind(module: nn.Module) -> None:
+    forward = forward_of(module)
+    if forward is not None:
+        forward.region.path.drop()
+        del vars(module)["forward"]
+        vars(module).pop("_replicate_for_data_parallel", None)
+
+
+def _compare(module: nn.Module) -> None:
+    """Compare what is entered by calls with its own forward, each kind of call once."""
+    forward = forward_of(module)
+    if forward is not None and not forward.opaque and _runs(forward):
+        x = sample(module)
+        if x is None:
+            return
+        modes = {m: m.training for m in module.modules()}
+        fine = True
+        try:
+            for kind, wanted in (
+                ("inference", forward.region.fast),
+                ("training", forward.region.fused),
+            ):
+                if not wanted:
+                    continue
+                module.train(kind == "training")
+                with torch.set_grad_enabled(kind == "training"):
+                    fine = not forward.region.check(kind, x) and fine
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+        if fine:
+            return
+    for child in module.children():
+        _compare(child)
+
+
+def _runs(forward: Forward) -> bool:
+    """Whether a call of the module runs in our forms, as far as its structure decides that."""
+    segment = forward.segment(forward.module)
+    return not isinstance(segment, match.Plain)
+
+
+def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -> None:
+    """What happens where a module is called from outside of our forms."""
+    if module in found:
+        return
+    forward = forward_of(module)
+    if forward is not None and not forward.opaque and _runs(forward):
+        refused = {why for why in forward.region.verdicts.values() if why}
+        if not refused:
+            kinds = zip(("inference", "training"), forward.region.settings, strict=True)
+            found[module] = ("region", " and ".join(kind for kind, wanted in kinds if wanted))
+            _explain([forward.segment(module)], found)
+            return
+        reason = "; ".join(sorted(refused))
+    else:
+        reason = why_plain(module)
+    children = list(module.children())
+    for child in children:
+        _explain_calls(child, found)
+    helped = any(found[m][0] in ("region", "inside") for m in module.modules() if m in found)
+    found[module] = ("own" if helped else "alone", reason)
+
+
+def _explain(items: Iterable[match.Item], found: dict[nn.Module, tuple[str, str]]) -> None:
+    """What happens to items inside of our forms."""
+    for part in match.segments(items):
+        if isinstance(part, match.Unit):
+            segments = [s for s in (part.conv, part.norm, part.act, part.pool) if s is not None]
+            how = " + ".join(_KINDS[type(s)] for s in segments)
+            for segment in segments:
+                found[libraries.original(segment.module)] = ("inside", how)
+        elif isinstance(part, match.Plain):
+            _explain_calls(part.module, found)
+        elif isinstance(part, match.Free):
+            found.setdefault(part.module, ("inside", "as it is"))
+        else:
+            found.setdefault(part.module, ("inside", _KINDS.get(type(part), "parts")))
+            _explain(_parts(part), found)
+
+
+_KINDS: dict[type, str] = {
+    match.Conv: "convolution",
+    match.Norm: "batch norm",
+    match.Act: "activation",
+    match.Pool: "max pooling",
+    match.Block: "residual block",
+    match.SqueezeExcite: "squeeze-excitation",
+    match.Pooling: "image pooling",
+    match.Aspp: "ASPP",
+}
+
+
+def _parts(segment: match.Segment) -> Iterator[match.Item]:
+    if isinstance(segment, match.Block):
+        yield from segment.modules
+        yield from [each for each in (segment.shortcut, segment.act) if each is not None]
+    elif isinstance(segment, match.SqueezeExcite):
+        yield from (segment.pool, *segment.fc1, *segment.fc2, segment.gate)
+    elif isinstance(segment, match.Pooling):
+        yield from (segment.pool, *segment.modules)
+    elif isinstance(segment, match.Aspp):
+        yield from (*segment.branches, segment.project)
+    elif isinstance(segment, match.Sum):
+        yield from segment.branches
+    elif isinstance(segment, match.Features):
+        for modules, _ in segment.stages:
+            yield from modules
+    elif isinstance(segment, match.Graph):
+        for stage in segment.stages:
+            yield from stage.items
+
+
+def why_plain(module: nn.Module) -> str:
+    """Why a module runs as it is."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, Forward):
+        if forward.opaque:
+            return "it was excluded"
+        flow = forward.flow()
+        if isinstance(flow, Untraceable):
+            return str(flow)
+    if has_hooks(module):
+        return "it has forward hooks"
+    own = [n for n in CALLED if n in vars(module) and not isinstance(vars(module)[n], BoundForward)]
+    if own:
+        return f"{own[0]} was exchanged on the instance"
+    if module._compiled_call_impl is not None:
+        return "it was compiled by itself"
+    if not is_followed(module):
+        return "its class is called in another way than nn.Module"
+    if isinstance(module, nn.Conv2d):
+        return "a convolution with another padding than by zeros, or with weights of another kind"
+    return f"no rule knows a {type(module).__name__}"

@@ -1,0 +1,613 @@
+"""What a module's forward does with its children: its data flow, from one run on stand-ins.
+
+`trace(module)` calls the forward of the module's class on a shadow of it, whose children record
+that they are called and compute nothing, and on a symbol in place of the map. What comes out is the
+order of calls of children and of a few functions of PyTorch between them. A forward that does
+anything else (reads a number out of a map, decides by its size, uses its own parameters, draws
+random numbers, leaves something behind on itself) has no data flow here: `Untraceable` says why.
+
+The module itself, its children and their tensors are not touched, and nothing global is exchanged,
+so other threads may run models meanwhile. The flow holds for the module as it is, its mode
+included: whoever keeps one compares the module's attributes and children (`staleness.Snapshot`).
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.node import Node as Recorded
+from torch.fx.proxy import GraphAppendingTracer, Proxy, TraceError
+
+from .intact import CALLED, bound_forward, is_followed
+
+
+class Untraceable(Exception):
+    """A forward whose data flow is not to be had; says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One value of a data flow.
+
+    Attributes:
+        kind: "input"; "call" of `module` on its one input; "item", `options["key"]` of a structured
+            value; "group", a list of maps, or a dict with `options["keys"]`; "cat" over channels;
+            "add"; "mul"; "resize", F.interpolate with `options`, to the size of its second input
+            where it has one; "spread", an expansion of a map of one pixel to that size.
+        inputs: the values that it takes.
+        module: of a call: a child, or a stand-in for a function.
+        options: what else the kind has.
+        in_place: its first input has the result afterwards.
+    """
+
+    kind: str
+    inputs: tuple[Node, ...] = ()
+    module: nn.Module | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    in_place: bool = False
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The data flow of a forward of one argument.
+
+    Attributes:
+        input: its argument.
+        nodes: all values but the input, in the order in which they are computed.
+        output: what it returns: a node, or lists, tuples and dicts of nodes.
+        followed: the modules whose forwards it has in it: the module itself, its containers, and
+            children that are called with constants beside a map.
+    """
+
+    input: Node
+    nodes: tuple[Node, ...]
+    output: Any
+    followed: tuple[nn.Module, ...]
+
+    @property
+    def outputs(self) -> list[Node]:
+        """The nodes in the output."""
+        return list(leaves(self.output))
+
+
+def leaves(structure: Any) -> Iterator[Any]:
+    """What stands in lists, tuples and dicts, in order."""
+    if type(structure) in (list, tuple):
+        for each in structure:
+            yield from leaves(each)
+    elif type(structure) in (dict, OrderedDict):
+        for each in structure.values():
+            yield from leaves(each)
+    else:
+        yield structure
+
+
+def filled(structure: Any, value: Callable[[Any], Any]) -> Any:
+    """The structure with `value(leaf)` in place of each of its leaves."""
+    cls = type(structure)
+    if cls in (list, tuple):
+        return cls([filled(each, value) for each in structure])
+    if cls in (dict, OrderedDict):
+        return cls((key, filled(each, value)) for key, each in structure.items())
+    return value(structure)
+
+
+def trace(module: nn.Module) -> Flow:
+    """The data flow of a module's forward, called with one map.
+
+    Raises:
+        Untraceable: it has none; says why.
+    """
+    tracer = _Tracer()
+    symbol = tracer.create_proxy("placeholder", "x", (), {})
+    with _random_numbers() as drawn:
+        output = _followed(module, tracer, (symbol,), {})
+    if drawn:
+        raise Untraceable("its forward draws random numbers")
+    return _Reader(tracer, symbol.node).flow(output)
+
+
+def _followed(
+    module: nn.Module, tracer: _Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What a module's forward returns for symbols, its children recorded."""
+    if not is_followed(module):
+        raise Untraceable(f"a {type(module).__name__} has hooks or computes something of its own")
+    shadow = _shadow(module, tracer)
+    attributes = dict(shadow.__dict__)
+    containers = _Containers(module)
+    try:
+        output = type(module).forward(shadow, *args, **kwargs)
+    except Untraceable:
+        raise
+    except Exception as error:
+        raise Untraceable(_reason(error)) from None
+    finally:
+        changed = containers.put_back()
+    now = shadow.__dict__
+    if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
+        raise Untraceable("its forward sets attributes of the module")
+    if changed:
+        raise Untraceable("its forward changes a list or dict of the module")
+    tracer.followed.append(module)
+    return output
+
+
+def starts_in_place(module: nn.Module) -> bool:
+    """Whether the first thing that a module does to its input may be a change of it.
+
+    Of modules without children and of sequences; others are looked at in their data flow.
+    """
+    while type(module).forward is nn.Sequential.forward:
+        members = list(module.children())
+        if not members:
+            return False
+        module = members[0]
+    return bool(getattr(module, "inplace", False))
+
+
+class _Tracer(GraphAppendingTracer):
+    """Records calls of functions and children; what a forward asks of a value is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.fx.Graph())
+        self.children: dict[str, nn.Module] = {}
+        self.followed: list[nn.Module] = []
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, (Tensor, _Held)):
+            raise Untraceable("its forward computes with tensors of its own")
+        if isinstance(a, nn.Module):
+            raise Untraceable("its forward hands modules to functions")
+        return super().create_arg(a)
+
+    def call(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:
+        if len(args) > 1 or kwargs:
+            # What it does with constants its own forward says.
+            return _followed(child, self, args, kwargs)
+        name = f"child{len(self.children)}"
+        self.children[name] = child
+        return self.create_proxy("call_module", name, args, kwargs)
+
+
+class _Held:
+    """Stands for a tensor that a module holds: it may be asked what it is, not what it contains."""
+
+    _ASKED = frozenset(
+        "device dim dtype element_size is_cuda is_floating_point layout ndim numel requires_grad "
+        "shape size".split()
+    )
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._ASKED:
+            return getattr(self._tensor, name)
+        raise Untraceable("its forward computes with tensors of its own")
+
+    @classmethod
+    def __torch_function__(cls, *args: object, **kwargs: object) -> Any:
+        raise Untraceable("its forward computes with tensors of its own")
+
+
+def _held(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    return {name: None if t is None else _Held(t) for name, t in tensors.items()}
+
+
+def _copied(module: nn.Module, cls: type) -> nn.Module:
+    """A module of a class with the attributes of another, that computes nothing."""
+    copy: nn.Module = object.__new__(cls)
+    own = {key: value for key, value in vars(module).items() if key not in CALLED}
+    own.update(_parameters=_held(module._parameters), _buffers=_held(module._buffers))
+    copy.__dict__.update(own)
+    return copy
+
+
+def _shadow(module: nn.Module, tracer: _Tracer) -> nn.Module:
+    """A copy of a module whose children record."""
+    shadow = _copied(module, type(module))
+    shadow.__dict__["_modules"] = {
+        name: None if child is None else _recorder(child, tracer)
+        for name, child in module._modules.items()
+    }
+    return shadow
+
+
+def _recorder(child: nn.Module, tracer: _Tracer) -> nn.Module:
+    """What stands for a child: a container that its parent may walk, or a module to be called."""
+    is_list = isinstance(child, (nn.ModuleList, nn.ModuleDict))
+    is_sequence = type(child).forward is nn.Sequential.forward
+    bound = bound_forward(child)
+    opaque = bound is not None and bound.opaque
+    if (is_list or is_sequence) and is_followed(child) and not opaque:
+        tracer.followed.append(child)
+        return _shadow(child, tracer)
+    cls: Any = type(child)
+    copy = _copied(child, _recording_class(cls))
+    copy.__dict__["_recorded_call"] = lambda args, kwargs: tracer.call(child, args, kwargs)
+    return copy
+
+
+@cache
+def _recording_class(cls: Any) -> type:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_recorded_call"](args, kwargs)
+
+    own = {"__call__": call, "forward": call, "__module__": cls.__module__, "__doc__": None}
+    return type(cls)(cls.__name__, (cls,), own)
+
+
+class _Containers:
+    """The lists and dicts of a module, which its forward may change."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kept: list[tuple[Any, Any]] = [
+            (value, value.copy())
+            for value in vars(module).values()
+            if type(value) in (list, dict, set, OrderedDict)
+        ]
+
+    def put_back(self) -> bool:
+        """Undo changes; whether there were any."""
+        changed = False
+        for value, before in self._kept:
+            entries, old = (list(v.items() if isinstance(v, dict) else v) for v in (value, before))
+            same = len(entries) == len(old) and all(map(_is_same, entries, old))
+            if not same:
+                changed = True
+                value.clear()
+                (value.extend if isinstance(value, list) else value.update)(before)
+        return changed
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is tuple and len(a) == len(b) == 2 and a[0] == b[0] and a[1] is b[1])
+
+
+@contextmanager
+def _random_numbers() -> Iterator[list[str]]:
+    """Names the generators that were drawn from, which are put back, at the end."""
+    drawn: list[str] = []
+    python, own = random.getstate(), torch.get_rng_state()
+    grad = torch.is_grad_enabled()
+    try:
+        yield drawn
+    finally:
+        torch.set_grad_enabled(grad)
+        if random.getstate() != python:
+            random.setstate(python)
+            drawn.append("random")
+        if not torch.equal(torch.get_rng_state(), own):
+            torch.set_rng_state(own)
+            drawn.append("torch")
+
+
+def _reason(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, TraceError):
+        return "its forward decides by the size or the values of a map"
+    if isinstance(error, TypeError) and "required positional argument" in text:
+        return "its forward takes more than one argument"
+    return f"its forward cannot be followed ({type(error).__name__}: {text[:160]})"
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Height and width of a value, or what was asked of its shape on the way there."""
+
+    node: Node
+    dims: tuple[int, ...]
+
+
+_ADD = (operator.add, operator.iadd, torch.add)
+_MUL = (operator.mul, operator.imul, torch.mul, torch.multiply)
+_CAT = (torch.cat, torch.concat, torch.concatenate)
+_IN_PLACE = (operator.iadd, operator.imul)
+_NEUTRAL = ("contiguous",)
+_INTERPOLATE = (F.interpolate, F.upsample)
+# By function or method: the module that computes the same, from the call's further arguments.
+_Make = Callable[..., nn.Module]
+
+
+def _dropout(cls: type[nn.Module]) -> _Make:
+    def make(p: float = 0.5, training: bool = True, inplace: bool = False) -> nn.Module:
+        return cls(p, inplace=inplace).train(bool(training))
+
+    return make
+
+
+def _activation(cls: type[nn.Module]) -> _Make:
+    def make(inplace: bool = False) -> nn.Module:
+        return cls(inplace=inplace)
+
+    return make
+
+
+def _mean(dim: Any = None, keepdim: bool = False, dtype: Any = None) -> nn.Module:
+    if dtype is not None or not keepdim or sorted(d % 4 for d in _ints(dim)) != [2, 3]:
+        raise Untraceable("its forward takes a mean other than that over rows and columns")
+    return nn.AdaptiveAvgPool2d(1)
+
+
+def _ints(value: Any) -> list[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(each, int) for each in values):
+        raise Untraceable("its forward computes with sizes of maps")
+    return list(values)
+
+
+def _max_pool(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> nn.Module:
+    return nn.MaxPool2d(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+
+
+def _avg_pool(
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
+) -> nn.Module:
+    return nn.AvgPool2d(
+        kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+    )
+
+
+def _hardtanh(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> nn.Module:
+    if (min_val, max_val) == (0, 6):
+        return nn.ReLU6(inplace)
+    return nn.Hardtanh(min_val, max_val, inplace)
+
+
+_STAND_INS: dict[Any, _Make] = {
+    F.relu: _activation(nn.ReLU),
+    torch.relu: nn.ReLU,
+    torch.relu_: lambda: nn.ReLU(True),
+    "relu": nn.ReLU,
+    "relu_": lambda: nn.ReLU(True),
+    F.relu6: _activation(nn.ReLU6),
+    F.hardtanh: _hardtanh,
+    F.hardswish: _activation(nn.Hardswish),
+    F.hardsigmoid: _activation(nn.Hardsigmoid),
+    F.silu: _activation(nn.SiLU),
+    F.sigmoid: nn.Sigmoid,
+    torch.sigmoid: nn.Sigmoid,
+    "sigmoid": nn.Sigmoid,
+    F.tanh: nn.Tanh,
+    torch.tanh: nn.Tanh,
+    "tanh": nn.Tanh,
+    F.gelu: lambda approximate="none": nn.GELU(approximate),
+    F.leaky_relu: lambda negative_slope=0.01, inplace=False: nn.LeakyReLU(negative_slope, inplace),
+    F.elu: lambda alpha=1.0, inplace=False: nn.ELU(alpha, inplace),
+    F.dropout: _dropout(nn.Dropout),
+    F.dropout2d: _dropout(nn.Dropout2d),
+    F.adaptive_avg_pool2d: lambda output_size: nn.AdaptiveAvgPool2d(output_size),
+    F.avg_pool2d: _avg_pool,
+    F.max_pool2d: _max_pool,
+    torch.mean: _mean,
+    "mean": _mean,
+}
+
+
+class _Reader:
+    """Turns what was recorded into a flow."""
+
+    def __init__(self, tracer: _Tracer, source: Recorded) -> None:
+        self._tracer = tracer
+        self._input = Node("input")
+        self._values: dict[Recorded, Any] = {source: self._input}
+        self._nodes: list[Node] = []
+
+    def flow(self, output: Any) -> Flow:
+        for recorded in self._tracer.graph.nodes:
+            if recorded not in self._values:
+                self._values[recorded] = self._value(recorded)
+        structure = filled(self._structure(output), self._returned)
+        followed = tuple(self._tracer.followed)
+        flow = Flow(self._input, tuple(self._nodes), structure, followed)
+        self._check(flow)
+        return flow
+
+    def _structure(self, output: Any) -> Any:
+        for leaf in leaves(output):
+            if not isinstance(leaf, Proxy):
+                raise Untraceable(f"its forward returns a {type(leaf).__name__}")
+        if not list(leaves(output)):
+            raise Untraceable("its forward returns no map")
+        return output
+
+    def _returned(self, proxy: Proxy) -> Node:
+        # An attribute becomes a node when it is asked for.
+        value = self._read(proxy.node)
+        if not isinstance(value, Node):
+            raise Untraceable("its forward returns sizes of maps")
+        return value
+
+    def _read(self, recorded: Recorded) -> Any:
+        if recorded not in self._values:
+            self._values[recorded] = self._value(recorded)
+        return self._values[recorded]
+
+    def _check(self, flow: Flow) -> None:
+        users: dict[Node, list[Node]] = {}
+        for node in flow.nodes:
+            for value in node.inputs:
+                users.setdefault(value, []).append(node)
+        outputs = flow.outputs
+        live = set(outputs)
+        for node in reversed(flow.nodes):
+            if node in live:
+                live.update(node.inputs)
+            elif node.kind == "call" or node.in_place:
+                raise Untraceable("its forward calls a module whose result it does not use")
+        for node in flow.nodes:
+            if not node.in_place:
+                continue
+            changed = node.inputs[0]
+            if changed is flow.input or changed.kind == "item":
+                raise Untraceable("its forward changes its input in place")
+            if len(users[changed]) > 1 or changed in outputs:
+                raise Untraceable("its forward changes a map in place that it uses elsewhere")
+
+    def _add(self, node: Node) -> Node:
+        self._nodes.append(node)
+        return node
+
+    def _map(self, value: Any) -> Node:
+        if isinstance(value, Recorded):
+            value = self._read(value)
+        if not isinstance(value, Node):
+            raise Untraceable("its forward computes with something else than maps")
+        return value
+
+    def _value(self, recorded: Recorded) -> Any:
+        """The node of what was recorded, a size, or None of what has no value of its own."""
+        args, kwargs = recorded.args, dict(recorded.kwargs)
+        if recorded.op == "call_module":
+            return self._call(recorded.target, args, kwargs)
+        target = recorded.target
+        if target is getattr or target is operator.getitem:
+            return self._part(target, self._any(args[0]), args[1])
+        if target in ("size", "dim"):
+            source = self._any(args[0])
+            if target == "size" and isinstance(source, Node):
+                dims = tuple(range(4)) if len(args) == 1 else tuple(_ints(args[1]))
+                return _Size(source, dims)
+        if target is torch._assert:
+            return None
+        first = args[0] if args else kwargs.pop("input", None)
+        rest = args[1:]
+        if target in _NEUTRAL and not rest and not kwargs:
+            return self._map(first)
+        if target in _CAT:
+            dim = rest[0] if rest else kwargs.get("dim", 0)
+            maps = args[0] if args else kwargs.get("tensors")
+            if dim not in (1, -3) or not isinstance(maps, Sequence):
+                raise Untraceable("its forward concatenates other than by channels")
+            return self._add(Node("cat", tuple(self._map(each) for each in maps)))
+        for kind, functions, methods in (
+            ("add", _ADD, ("add", "add_")),
+            ("mul", _MUL, ("mul", "mul_")),
+        ):
+            if target in functions or target in methods:
+                if kwargs or len(rest) != 1:
+                    raise Untraceable(f"its forward scales what it {kind}s")
+                in_place = target in _IN_PLACE or str(target).endswith("_")
+                pair = (self._map(first), self._map(rest[0]))
+                return self._add(Node(kind, pair, in_place=in_place))
+        if target in _INTERPOLATE:
+            return self._resize(first, rest, kwargs)
+        if target in ("expand", "expand_as"):
+            return self._spread(target, first, rest)
+        make = _STAND_INS.get(target)
+        if make is None or isinstance(first, (list, tuple)):
+            raise Untraceable(f"its forward calls {_name(target)}")
+        module = make(*self._constants(rest), **self._constants(kwargs))
+        in_place = bool(getattr(module, "inplace", False))
+        return self._add(Node("call", (self._map(first),), module, in_place=in_place))
+
+    def _any(self, value: Any) -> Any:
+        return self._read(value) if isinstance(value, Recorded) else value
+
+    def _constants(self, values: Any) -> Any:
+        found = list(values.values()) if isinstance(values, dict) else values
+        if any(isinstance(each, Recorded) for each in leaves(list(found))):
+            raise Untraceable("its forward computes with sizes of maps")
+        return values
+
+    def _call(self, name: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Node:
+        module = self._tracer.children[name]
+        if kwargs or len(args) != 1:
+            raise Untraceable(
+                f"its forward calls a {type(module).__name__} with other than one argument"
+            )
+        argument = args[0]
+        if isinstance(argument, (list, tuple, dict)):
+            entries = argument.values() if isinstance(argument, dict) else argument
+            maps = tuple(self._map(each) for each in entries)
+            keys = tuple(argument) if isinstance(argument, dict) else None
+            argument = self._add(Node("group", maps, options={"keys": keys}))
+        else:
+            argument = self._map(argument)
+        in_place = starts_in_place(module)
+        return self._add(Node("call", (argument,), module, in_place=in_place))
+
+    def _part(self, target: Any, value: Any, key: Any) -> Any:
+        if target is getattr:
+            if key == "shape" and isinstance(value, Node):
+                return _Size(value, tuple(range(4)))
+            # Asked for on the way to an assertion or a call, or not at all.
+            return None
+        if isinstance(value, _Size):
+            if isinstance(key, (int, slice)):
+                dims = value.dims[key]
+                return _Size(value.node, dims if isinstance(dims, tuple) else (dims,))
+        elif isinstance(value, Node) and isinstance(key, (int, str)):
+            return self._add(Node("item", (value,), options={"key": key}))
+        return None
+
+    def _resize(self, x: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Node:
+        names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+        options: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        options = {name: value for name, value in options.items() if value is not None}
+        size = options.pop("size", None)
+        inputs = [self._map(x)]
+        if size is not None:
+            like = self._size(size)
+            if isinstance(like, Node):
+                inputs.append(like)
+            else:
+                options["size"] = like
+        self._constants(options)
+        if options.get("mode", "nearest") not in ("bilinear", "nearest") or options.get(
+            "antialias"
+        ):
+            raise Untraceable("its forward interpolates in another mode than bilinear and nearest")
+        return self._add(Node("resize", tuple(inputs), options=options))
+
+    def _size(self, size: Any) -> Any:
+        """The node whose height and width a size has, or the constant that it is."""
+        found = self._any(size)
+        if isinstance(found, _Size) and found.dims == (2, 3):
+            return found.node
+        parts = [self._any(each) for each in size] if isinstance(size, (list, tuple)) else [size]
+        if all(isinstance(each, int) for each in parts):
+            return size
+        if len(parts) == 2 and all(isinstance(each, _Size) for each in parts):
+            rows, columns = parts
+            if rows.node is columns.node and (rows.dims, columns.dims) == ((2,), (3,)):
+                return rows.node
+        raise Untraceable("its forward computes with sizes of maps")
+
+    def _spread(self, target: Any, x: Any, args: Sequence[Any]) -> Node:
+        if target == "expand_as" and len(args) == 1:
+            return self._add(Node("spread", (self._map(x), self._map(args[0]))))
+        sizes = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple)) else args
+        if len(sizes) == 4 and all(each == -1 for each in sizes[:2]):
+            like = self._size(list(sizes[2:]))
+            if isinstance(like, Node):
+                return self._add(Node("spread", (self._map(x), like)))
+        raise Untraceable("its forward expands a map")
+
+
+def _name(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", repr(target))
