@@ -27,25 +27,27 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 # The groups of tests; each runs in a process of its own. The one that skips all its tests where
 # there is no GPU does not come last, where it would read as a run without a test.
 GROUPS := gpu launch interpret aot training unit
-# Few tests of many seconds first: at the end one process would wait for the other.
-FOLDERS_unit := $(patsubst %,tests/unit/test_%.py,gpu_program tuning packaging) tests/models tests/unit
 # In a process that ran thousands of other tests before, the first training crashed.
-FOLDERS_training := tests/unit/test_train*.py
+FOLDERS_training := $(wildcard tests/unit/test_train*.py)
+FOLDERS_unit := $(filter-out $(FOLDERS_training),$(wildcard tests/unit/test_*.py)) tests/models
 FOLDERS_interpret := tests/interpret
-FOLDERS_aot := tests/aot
+# Those of many seconds first: a file stays in one process, as its tests share what they compile.
+SLOW_aot := $(patsubst %,tests/aot/test_%.py,cpu_sanitized)
+FOLDERS_aot := $(SLOW_aot) $(filter-out $(SLOW_aot),$(wildcard tests/aot/test_*.py))
 FOLDERS_gpu := tests/gpu
 FOLDERS_launch := tests/launch
+# Two processes; the one that has no test left takes some of the other's.
+STEALING := -n 2 --dist worksteal
+ARGS_launch := $(STEALING)
+ARGS_interpret := $(STEALING)
+ARGS_aot := -n 2 --dist loadfile --no-loadscope-reorder
+ARGS_unit := $(STEALING)
+ARGS_training := $(STEALING)
+# One thread each. More, which a test asks for, sleep while they wait: on a busy machine they spun
+# for minutes.
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 # Triton reads it when it is imported; the other groups need it unset.
 ENV_interpret := TRITON_INTERPRET=1
-# Two processes of one thread each; files share what they compile and build.
-ARGS_launch := -n 2 --dist worksteal
-ARGS_interpret := -n 2 --dist loadfile
-ARGS_aot := -n 2 --dist loadfile
-ARGS_unit := -n 2 --dist loadfile --no-loadscope-reorder --ignore-glob='*/test_train*.py'
-ARGS_training := -n 2 --dist loadfile
-# Threads that a test asks for sleep while they wait: on a busy machine they spun for minutes.
-ENV_unit := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-ENV_training := $(ENV_unit)
 
 # The oldest PyTorch and Triton that are supported, beside Python 3.12: what a GPU machine has.
 PYTHON312 ?= $(shell for python in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12.*/bin/python; do \
@@ -87,9 +89,9 @@ $(GROUPS:%=test-%): test-%: $(INSTALLED)
 	if [ -z "$$folders" ] || [ -z "$$(find $$folders -name 'test_*.py')" ]; then \
 		echo "== $*: no tests"; exit 0; \
 	fi; \
-	echo "== $*: $$folders"; \
+	echo "== $*"; \
 	mkdir -p $(RESULTS); touch $(RESULTS)/$*.started; \
-	env -u TRITON_INTERPRET $(ENV_$*) $(VENV_PYTHON) -m pytest $$folders \
+	env -u TRITON_INTERPRET $(THREADS) $(ENV_$*) $(VENV_PYTHON) -m pytest $$folders \
 		--junitxml=$(RESULTS)/$*.xml $(ARGS_$*) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
 # A group without a result file crashed, and counts as one failure.
@@ -120,8 +122,8 @@ test-oldest: $(OLDEST_INSTALLED) ## test beside the oldest PyTorch and Triton, w
 		raise SystemExit("\n".join(missing) or 0)'
 	@status=0; unset TRITON_INTERPRET; \
 	$(OLDEST) -m pytest tests/gpu -q || status=1; \
-	$(OLDEST) -m pytest tests/launch $(ARGS_launch) $(PYTEST_ARGS) || status=1; \
-	env $(ENV_unit) $(OLDEST) -m pytest $(OLDEST_UNIT) $(ARGS_unit) $(PYTEST_ARGS) || status=1; \
+	env $(THREADS) $(OLDEST) -m pytest tests/launch $(ARGS_launch) $(PYTEST_ARGS) || status=1; \
+	env $(THREADS) $(OLDEST) -m pytest $(OLDEST_UNIT) $(ARGS_unit) $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
 python312: ## print the Python 3.12 that test-oldest takes
