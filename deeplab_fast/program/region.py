@@ -30,6 +30,7 @@ from .formats import in_plain_format, is_channels_last
 from .intact import BoundForward
 from .layers import Heads, Run, Step
 from .probe import differing
+from .staleness import Snapshot
 from .structure import is_map, segment_of_flow
 from .trace import Flow, Untraceable, filled, leaves, trace
 
@@ -75,6 +76,8 @@ class Forward(BoundForward):
         self.region = Region(module, self)
         # By mode: (what it was found in, the flow or why there is none).
         self._flows: dict[bool, tuple[_Origin, Flow | Untraceable]] = {}
+        # By mode, and whether gradients are recorded: what of the module decides it, and it.
+        self._segments: dict[tuple[bool, bool], tuple[Snapshot, match.Segment]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not (kwargs or self.opaque or torch.compiler.is_compiling()):
@@ -88,6 +91,15 @@ class Forward(BoundForward):
         rule = match.rule_of_class(type(module))
         if rule is not None:
             return rule(module)
+        mode = (module.training, torch.is_grad_enabled())
+        known = self._segments.get(mode)
+        if known is None or not (known[0].same_structure() and known[0].same_tensors()):
+            # Read before it is found, so that it is never older.
+            snapshot = Snapshot(self.region, values=False)
+            known = self._segments[mode] = snapshot, self._found(module)
+        return known[1]
+
+    def _found(self, module: nn.Module) -> match.Segment:
         flow = self.flow()
         return (
             match.Plain(module) if isinstance(flow, Untraceable) else segment_of_flow(module, flow)
