@@ -1,5 +1,5 @@
 """The registry with all cases and providers in it: what looks any up takes it from here."""
 
-from . import model_cases, op_cases, providers, registry, rivals
+from . import model_cases, op_cases, other_models, providers, registry, rivals
 
-__all__ = ["model_cases", "op_cases", "providers", "registry", "rivals"]
+__all__ = ["model_cases", "op_cases", "other_models", "providers", "registry", "rivals"]

@@ -69,6 +69,7 @@ class Result:
         device_samples: seconds of a call replayed from a CUDA graph, one for each round.
         peak_bytes: most memory that a call took beyond what was there before it.
         held_bytes: what it keeps between calls: its weights, and what it made of them.
+        facts: what a case tells of it beside: metric -> (value, note).
         chosen: whether it is what a user of deeplab_fast gets without choosing.
     """
 
@@ -82,6 +83,7 @@ class Result:
     device_samples: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     held_bytes: int | None = None
+    facts: dict[str, tuple[float, str]] = field(default_factory=dict)
     chosen: bool = False
 
 
@@ -221,6 +223,7 @@ def _prepare(
     if r.provider.own_expected is not None:
         exact = r.provider.own_expected(case, args, run)
     found = gate.errors(case, mode, gate.outputs(run.probe()), exact)
+    r.facts = case.facts(run)
     r.errors = {kind: (error, math.nan) for kind, error in found.items()}
     if truth.labels and r.provider.own_expected is None:
         r.equal = (truth.equal([run(i).clone() for i in range(len(truth.labels))]), math.nan)

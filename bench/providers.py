@@ -471,6 +471,13 @@ for _provider in (
         build=_build_own("own"),
     ),
     Provider(
+        "ours-built",
+        "deeplab_fast's own model in place of another library's",
+        baseline=False,
+        applies=lambda case, mode: getattr(case, "has_builder", False),
+        build=_build_own("built"),
+    ),
+    Provider(
         "ours-predict",
         "deeplab_fast's model through predict",
         baseline=False,

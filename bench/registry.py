@@ -224,6 +224,10 @@ class Case(ABC):
         form."""
         return []
 
+    def facts(self, run: Runnable) -> dict[str, tuple[float, str]]:
+        """What else is told of a provider's form: metric -> (value, note)."""
+        return {}
+
     @abstractmethod
     def cost(self, mode: str, itemsize: int) -> Cost:
         """What the case costs at least, with elements of `itemsize` bytes."""
@@ -359,6 +363,16 @@ SUITES = {
             # Of suite `cpu`; eager is never the fastest on a CPU, and compiling takes minutes.
             left_out=("eager", "cudagraph", "compile", "smp", "ours"),
             by_precision=True,
+        ),
+        Suite(
+            "accelerate",
+            "cpu",
+            torch.float32,
+            seconds=6.0,
+            rounds=(5, 15),
+            copies=2,
+            # Of suite `cpu`: compiling a model takes minutes.
+            left_out=(*_RIVALS, "compile", "smp"),
         ),
     )
 }

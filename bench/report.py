@@ -125,6 +125,9 @@ def readme_table(found: Sequence[Row]) -> str:
         if _by_precision(suite):
             parts += ["", f"**{device}.** {_conditions(some)}", "", *_strongest(every), ""]
             continue
+        if any(g.value(p, rows.MODULES) is not None for g in every for p in g.order):
+            parts += ["", f"**{device}.** {_conditions(some)}", "", *_accelerated(every), ""]
+            continue
         shown = [g for g in every if _is_headline(g) and g.key[1:] not in told] or every
         shown.sort(key=lambda g: not g.key[1].startswith("model"))
         parts += ["", f"**{device}.** {_conditions(some)}", "", *_summary(shown), ""]
@@ -205,6 +208,48 @@ def _summary(found: Sequence[Group]) -> Iterator[str]:
         "ran side by side, of the time of the fastest baseline (bold) over that of deeplab_fast, "
         "with what runs in it without choosing in parentheses. MiB is the peak memory of a call, "
         "of that baseline and of deeplab_fast. Baselines: " + "; ".join(descriptions) + "."
+    )
+    yield from _left_out(found)
+
+
+_BUILT = "ours-built"
+
+
+def _accelerated(found: Sequence[Group]) -> Iterator[str]:
+    """One line for each model of another library: its modules, and both kinds of call."""
+    yield (
+        "| model | modules | call | as it is, ms | accelerated, ms | speed-up | error | MiB "
+        "| our builder, ms |"
+    )
+    yield "|---" * 3 + "|---:" * 6 + "|"
+    for g in found:
+        ours = g.providers.get(g.chosen, {})
+        modules = ours.get(rows.MODULES)
+        error = max((r.number for m, r in ours.items() if m.startswith("error_")), default=None)
+        call = "training step" if g.key[4] == registry.STEP else "labels"
+        cells = [
+            f"{g.key[2]}",
+            "" if modules is None else f"{modules.number:.0f} {modules.note}",
+            call,
+            f"{_number(g.value(g.best, rows.TIME))} ({g.best})" if g.best else "",
+            *_ours(g),
+        ]
+        time, speed_up, memory = cells.pop(4), cells.pop(4), cells.pop(4)
+        cells += [
+            time.partition(" (ours")[0],
+            speed_up,
+            "" if error is None else f"{error:.1e}",
+            memory,
+            _number(g.value(_BUILT, rows.TIME)),
+        ]
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+    yield (
+        "Other libraries' models before and after `deeplab_fast.accelerate`. As it is: the faster "
+        "of eager and channels_last. The speed-up is the median over rounds in which all ran side "
+        "by side; the error is the distance from the model's own results, in units of their "
+        "2-norm, of a training step that of its gradients; MiB is the peak memory of a call. Our "
+        "builder's model has the same weights."
     )
     yield from _left_out(found)
 

@@ -26,6 +26,8 @@ PRECISION_RATIO = "precision_ratio"
 EQUAL = "equal_labels"
 PEAK = "peak_memory"
 HELD = "held_memory"
+# That run in our forms, of a library's model.
+MODULES = "modules"
 DENSE = "dense_equivalent"
 LIVE = "live_taps"
 BANDWIDTH = "bandwidth"
@@ -40,6 +42,7 @@ UNITS = {
     EQUAL: "1",
     PEAK: "MiB",
     HELD: "MiB",
+    MODULES: "1",
     DENSE: "TFLOP/s",
     LIVE: "TFLOP/s",
     BANDWIDTH: "GB/s",

@@ -196,6 +196,8 @@ def result_rows(
         if r.equal is not None:
             equal, least = r.equal
             yield make(rows.EQUAL, equal, note=f"{case.judged_on}, at least {least:.6f}")
+        for metric, (value, told) in r.facts.items():
+            yield make(metric, value, note=told)
         if r.peak_bytes is not None:
             yield make(rows.PEAK, r.peak_bytes / _MIB)
         if r.held_bytes is not None:
