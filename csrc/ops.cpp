@@ -89,6 +89,18 @@ std::tuple<Tensor, Tensor> bn_act_backward(const Tensor& grad, const Tensor& x, 
                                            std::optional<std::string_view> act, bool to_residual,
                                            double count);
 
+// csrc/cpu/max_pool.cpp
+void max_pool(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
+              at::IntArrayRef padding, at::IntArrayRef dilation, const Tensor& out);
+
+// csrc/cpu/quantise.cpp
+bool quantise(const Tensor& x, const Tensor& out, int64_t channel_offset, double scale,
+              int64_t zero_point);
+void dequantise(const Tensor& x, const Tensor& out, double scale, int64_t zero_point);
+
+// csrc/cpu/hash_bytes.cpp
+int64_t hash_bytes(at::TensorList tensors);
+
 }  // namespace deeplab_fast::cpu
 
 #define DEEPLAB_FAST_CROSS_ENTROPY_OPTIONS                                                  \
@@ -156,6 +168,15 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
   m.def("_bn_act_backward_cpu(Tensor grad, " DEEPLAB_FAST_BATCH_NORM
         "Tensor? out, Tensor? mean_grad, Tensor? mean_grad_xhat, str? act, bool to_residual, "
         "float count) -> (Tensor, Tensor)");
+  m.def(
+      "_max_pool_cpu(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "_quantise_cpu(Tensor x, Tensor(a!) out, int channel_offset, float scale, int zero_point)"
+      " -> bool");
+  m.def("_dequantise_cpu(Tensor x, Tensor(a!) out, float scale, int zero_point) -> ()");
+  m.def("_hash_bytes(Tensor[] tensors) -> int");
+  m.impl("_hash_bytes", c10::DispatchKey::CompositeExplicitAutograd, &cpu::hash_bytes);
 }
 
 TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
@@ -179,4 +200,7 @@ TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
   m.impl("_bn_act_cpu", &cpu::bn_act);
   m.impl("_bn_act_reduce_cpu", &cpu::bn_act_reduce);
   m.impl("_bn_act_backward_cpu", &cpu::bn_act_backward);
+  m.impl("_max_pool_cpu", &cpu::max_pool);
+  m.impl("_quantise_cpu", &cpu::quantise);
+  m.impl("_dequantise_cpu", &cpu::dequantise);
 }

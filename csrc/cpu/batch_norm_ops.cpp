@@ -1,7 +1,8 @@
 // The batch norm kernels on CPU tensors: checks, threads, memory. deeplab_fast/ops/batch_norm.py
 // says what the ops compute.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cmath>

@@ -1,8 +1,9 @@
 // What ops on the kernels of conv_cpu.h have in common: checks, threads, memory.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <functional>

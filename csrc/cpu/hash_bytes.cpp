@@ -1,7 +1,6 @@
 // 64-bit hash of the memory of dense tensors, at the speed of memory: whether weights have changed.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -87,11 +86,6 @@ int64_t hash_bytes(at::TensorList tensors) {
   uint64_t hash = 0;
   for (uint64_t h : hashes) hash = step(hash, h);
   return static_cast<int64_t>(hash);
-}
-
-TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
-  m.def("_hash_bytes(Tensor[] tensors) -> int");
-  m.impl("_hash_bytes", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(hash_bytes));
 }
 
 }  // namespace deeplab_fast::cpu

@@ -1,7 +1,6 @@
 // Maxima over windows of maps in channels_last, without the indices that PyTorch's gives too.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -106,11 +105,3 @@ void max_pool(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
 }
 
 }  // namespace deeplab_fast::cpu
-
-TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
-  m.def(
-      "_max_pool_cpu(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, "
-      "Tensor(a!) out) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) { m.impl("_max_pool_cpu", &deeplab_fast::cpu::max_pool); }

@@ -1,7 +1,6 @@
 // Maps between fp32 and 8 bits: q = clamp(round(x / scale) + zero_point, 0, 255).
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
@@ -164,18 +163,6 @@ void dequantise(const Tensor& x, const Tensor& out, double scale, int64_t zero_p
   at::parallel_for(0, x.numel(), kTaskElements, [&](int64_t begin, int64_t end) {
     run(from + begin, to + begin, end - begin, affine);
   });
-}
-
-TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
-  m.def(
-      "_quantise_cpu(Tensor x, Tensor(a!) out, int channel_offset, float scale, int zero_point)"
-      " -> bool");
-  m.def("_dequantise_cpu(Tensor x, Tensor(a!) out, float scale, int zero_point) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
-  m.impl("_quantise_cpu", &quantise);
-  m.impl("_dequantise_cpu", &dequantise);
 }
 
 }  // namespace deeplab_fast::cpu

@@ -3,8 +3,12 @@
 //
 // Gradients of cross entropy: each band writes what it gives to its two source rows to a place of
 // its own, so that the result does not depend on the number of threads.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <atomic>
@@ -421,7 +425,7 @@ Tensor upsample_cross_entropy_backward(const Tensor& grad, const Tensor& logits,
     Tensor result = std::get<1>(cross_entropy<decltype(type)>(
         logits, target, {weight, ignore_index, label_smoothing, reduction, align_corners}, true,
         none ? &grad : nullptr));
-    if (!none) result = result * grad.to(result.scalar_type());
+    if (!none) result = result.mul(grad.to(result.scalar_type()));
     return result.to(logits.scalar_type());
   });
 }
