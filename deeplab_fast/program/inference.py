@@ -392,9 +392,13 @@ def _aspp(folder: _Folder, aspp: match.Aspp) -> Step:
     forms = folder.forms
     place = range(len(aspp.branches))[aspp.pooled]
     before = sum(spec.weight.shape[0] for spec in branches[:place])
-    if before not in (0, channels) and not forms.keeps_values:
-        raise _NotFoldable
-    project = replace(project, before_pooled=before)
+    if before < channels:
+        project = replace(project, before_pooled=before)
+        if forms.keeps_values:
+            parts = [part.weight for part in project.split(channels)]
+            project = replace(project, weight=torch.cat(parts, dim=1), before_pooled=None)
+        elif before:
+            raise _NotFoldable
     layers: tuple[Layer, Layer, Layer] = (
         forms.aspp(f"{folder.name(aspp.module)}.convs", branches, folder.share(*branches)),
         forms.pooled(pooled),

@@ -94,7 +94,7 @@ class ConvSpec:
     """A convolution with its batch norm and activation, as the model has them now.
 
     Tensors are the model's own memory; padding "same" is TensorFlow's. Of the projection of an ASPP
-    whose pooled map does not stand last, `before_pooled` channels stand before that.
+    whose pooled map stands first, `before_pooled` is 0: the channels before that.
     """
 
     name: str
