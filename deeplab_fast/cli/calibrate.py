@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from deeplab_fast.cli.common import (
     UsageError,
     add_weights_arguments,
-    apply_size,
-    check_size,
+    apply_preprocess,
+    check_preprocess,
     load_model,
     need_weights,
     tell,
@@ -63,14 +63,14 @@ def run(config: Namespace) -> int:
     if output.suffix != ".safetensors" or not output.parent.is_dir():
         raise UsageError(f"--output is {output}, expected a .safetensors file in a folder there is")
     need_weights(config)
-    check_size(config)
+    check_preprocess(config)
     try:
         paths = list_images(config.paths)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     model, _ = load_model(config, "calibrate")
     preprocess = model.preprocess
-    apply_size(config, model)
+    apply_preprocess(config, model)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
     from deeplab_fast import DeepLabV3
     from deeplab_fast.data.datasets import SegmentationDataset
+    from deeplab_fast.engine.adapter import AdaptedModel
     from deeplab_fast.engine.predict import PredictOptions
+
+    Model = DeepLabV3 | AdaptedModel
+    """What a command runs: a model of this package, or one that the user's code builds."""
 
 
 PROGRAM = "deeplab-fast"
@@ -81,6 +85,27 @@ def _data_names() -> str:
 
 def add_model_arguments(add: Callable[..., object]) -> None:
     add_weights_arguments(add)
+    add(
+        "--model-from",
+        type=str | None,
+        metavar="MODULE:FUNCTION",
+        help="a model of any library that your own code builds: a function without arguments that "
+        "returns a torch.nn.Module, in a module or FILE.py; --weights, if given, are its own",
+    )
+    add(
+        "--mean",
+        type=float,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="what is subtracted from the 0..1 image; default: the model's, or ImageNet's",
+    )
+    add(
+        "--std",
+        type=float,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="what it is divided by then; default: the model's, or ImageNet's",
+    )
     add("--device", type=str, default="auto", metavar="cpu|cuda|auto")
     add(
         "--dtype",
@@ -108,7 +133,8 @@ def add_weights_arguments(add: Callable[..., object]) -> None:
         "--weights",
         type=str | None,
         metavar="NAME|FILE",
-        help="trained weights (required): camvid, the embedded model for road scenes, or a file",
+        help="trained weights: camvid, the embedded model for road scenes, or a file (required "
+        "without --model-from)",
     )
     add(
         "--weights-part",
@@ -131,7 +157,7 @@ def add_weights_arguments(add: Callable[..., object]) -> None:
     )
 
 
-def check_precision(config: Namespace, model: DeepLabV3, device: torch.device | None) -> None:
+def check_precision(config: Namespace, model: Model, device: torch.device | None) -> None:
     """Raises UsageError for a --precision that the model cannot run in."""
     import torch
 
@@ -176,7 +202,7 @@ def add_pass_arguments(add: Callable[..., object]) -> None:
     )
 
 
-def check_classes(options: PredictOptions, model: DeepLabV3) -> None:
+def check_classes(options: PredictOptions, model: Model) -> None:
     try:
         options.check_classes(model)
     except ValueError as error:
@@ -186,23 +212,51 @@ def check_classes(options: PredictOptions, model: DeepLabV3) -> None:
 def need_weights(config: Namespace) -> None:
     from deeplab_fast.weights import list_embedded
 
-    if not config.weights:
+    if not config.weights and not config.get("model_from"):
         raise UsageError(
             "--weights is missing, and untrained weights give meaningless labels. Pass the name of "
             f"an embedded model ({', '.join(list_embedded())}) or a .pth or .safetensors file of a "
             "trained DeepLabv3 (deeplab_fast, torchvision, segmentation-models-pytorch, "
-            "mmsegmentation, VainF, jfzhang95, fregu856, TensorFlow Lite MobileNetV2)"
+            "mmsegmentation, VainF, jfzhang95, fregu856, TensorFlow Lite MobileNetV2), or a model "
+            "of your own with --model-from MODULE:FUNCTION"
         )
 
 
-def check_size(config: Namespace) -> None:
+def check_preprocess(config: Namespace) -> None:
+    from deeplab_fast.data.preprocess import Preprocess
+
     if config.size is not None and config.size < 0:
         raise UsageError(f"--size is {config.size}, expected pixels above 0, or 0 for no resizing")
+    for name in ("mean", "std"):
+        if config.get(name) is not None:
+            try:
+                Preprocess(**{name: config[name]})
+            except ValueError as error:
+                raise UsageError(f"--{name}: {error}") from error
 
 
-def apply_size(config: Namespace, model: DeepLabV3) -> None:
-    if config.size is not None:
-        model.preprocess = replace(model.preprocess, size=config.size or None)
+def apply_preprocess(config: Namespace, model: Model) -> None:
+    """``--size``, ``--mean`` and ``--std`` in place of the model's own."""
+    from deeplab_fast.data.preprocess import Preprocess
+    from deeplab_fast.engine.adapter import AssumedPreprocess
+
+    given = {name: tuple(config[name]) for name in ("mean", "std") if config.get(name) is not None}
+    preprocess = model.preprocess
+    # Where both are told nothing is assumed.
+    if isinstance(preprocess, AssumedPreprocess) and len(given) == 2:
+        preprocess = Preprocess(size=preprocess.size)
+    size = preprocess.size if config.size is None else config.size or None
+    model.preprocess = replace(preprocess, size=size, **given)
+
+
+def check_backend(config: Namespace) -> None:
+    from deeplab_fast import backends
+
+    backend = config.get("backend")
+    if backend is not None and backend not in ("auto", *backends.BACKENDS):
+        raise UsageError(
+            f"no backend is named {backend!r}; allowed: auto, {', '.join(backends.BACKENDS)}"
+        )
 
 
 def device_name(name: str) -> str:
@@ -215,15 +269,10 @@ def device_name(name: str) -> str:
 
 def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
     """The model that ``--weights`` is for, at ``--output-stride``, and its name."""
-    from deeplab_fast import backends
     from deeplab_fast.models import list_models
     from deeplab_fast.weights import embedded_path, from_checkpoint, inspect_weights, list_embedded
 
-    backend = config.get("backend")
-    if backend is not None and backend not in ("auto", *backends.BACKENDS):
-        raise UsageError(
-            f"no backend is named {backend!r}; allowed: auto, {', '.join(backends.BACKENDS)}"
-        )
+    check_backend(config)
     if config.output_stride not in (None, 8, 16):
         raise UsageError(f"--output-stride is {config.output_stride}, expected 8 or 16")
     if config.num_classes is not None and config.num_classes < 1:

@@ -15,16 +15,16 @@ from deeplab_fast.cli.common import (
     add_data_arguments,
     add_model_arguments,
     add_pass_arguments,
-    apply_size,
+    apply_preprocess,
     check_classes,
     check_precision,
-    check_size,
+    check_preprocess,
     device_name,
-    load_model,
     need_weights,
     open_data,
     tell,
 )
+from deeplab_fast.cli.model_from import load_any_model
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -74,7 +74,7 @@ def run(config: Namespace) -> int:
     from deeplab_fast.engine.predict import PredictOptions, check_device, check_dtype
 
     need_weights(config)
-    check_size(config)
+    check_preprocess(config)
     with _processes(config) as (rank, device_given):
         try:
             device = check_device(device_given)
@@ -96,7 +96,7 @@ def run(config: Namespace) -> int:
         except ValueError as error:
             raise UsageError(str(error)) from error
         dataset = open_data(config)
-        model, name = load_model(config, "eval")
+        model, name = load_any_model(config, "eval")
         check_classes(options, model)
         check_precision(config, model, device)
         if label_count(model.num_classes) != dataset.num_classes:
@@ -104,7 +104,7 @@ def run(config: Namespace) -> int:
                 f"the weights have {model.num_classes} classes and the data set {config.data} "
                 f"{dataset.num_classes}; evaluate them on the classes they were trained on"
             )
-        apply_size(config, model)
+        apply_preprocess(config, model)
         try:
             with (
                 use_backend(config.backend) if config.backend else nullcontext(),
@@ -140,7 +140,7 @@ def run(config: Namespace) -> int:
         print(result.metrics.table())
         if config.output:
             try:
-                paths = result.save(config.output, builder=name, weights=str(config.weights))
+                paths = result.save(config.output, builder=name, weights=config.weights or None)
             except OSError as error:
                 tell("eval", f"cannot write: {error}")
                 return 1

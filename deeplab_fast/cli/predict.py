@@ -18,20 +18,20 @@ from deeplab_fast.cli.common import (
     UsageError,
     add_model_arguments,
     add_pass_arguments,
-    apply_size,
+    apply_preprocess,
     check_classes,
     check_precision,
-    check_size,
+    check_preprocess,
     device_name,
-    load_model,
     need_weights,
     tell,
 )
+from deeplab_fast.cli.model_from import load_any_model
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from deeplab_fast import DeepLabV3
+    from deeplab_fast.cli.common import Model
     from deeplab_fast.data.classes import ClassSet
 
 HELP = "segment photos: label maps, overlays, class areas"
@@ -90,7 +90,7 @@ class _Job:
     paths: tuple[Path, ...]
     stems: tuple[str, ...]
     output: Path
-    model: DeepLabV3
+    model: Model
     model_name: str
     classes: ClassSet
     arguments: dict[str, Any]
@@ -121,12 +121,12 @@ def _prepare(config: Namespace) -> _Job:
         paths = _inputs(list_images(config.paths), config.paths, output)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
-    check_size(config)
-    model, name = load_model(config, "predict")
+    check_preprocess(config)
+    model, name = load_any_model(config, "predict")
     check_classes(options, model)
     check_precision(config, model, device)
     classes = _classes(config, model, name)
-    apply_size(config, model)
+    apply_preprocess(config, model)
     model.to(device).eval()
     return _Job(
         paths=tuple(paths),
@@ -218,7 +218,7 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _classes(config: Namespace, model: DeepLabV3, name: str) -> ClassSet:
+def _classes(config: Namespace, model: Model, name: str) -> ClassSet:
     from deeplab_fast.data.classes import ClassSet, class_set, generic_classes, label_count
 
     labels = label_count(model.num_classes)
@@ -343,9 +343,9 @@ def _backend_used(job: _Job, size: tuple[int, int]) -> str | None:
     if model.num_classes == 1:
         # A sigmoid has no op of its own.
         return "reference"
-    parameter = next(model.parameters())
-    height, width = (max(1, n // model.output_stride) for n in size)
-    logits = torch.empty(
-        1, model.num_classes, height, width, device=parameter.device, dtype=parameter.dtype
-    )
+    # The place of a model without tensors is the default's.
+    like = next(model.parameters(), torch.empty(0))
+    stride: int = getattr(model, "output_stride", 0) or getattr(model, "logits_stride", 1)
+    height, width = (max(1, n // stride) for n in size)
+    logits = torch.empty(1, model.num_classes, height, width, device=like.device, dtype=like.dtype)
     return why("upsample_argmax", logits, size, align_corners=model.align_corners).chosen

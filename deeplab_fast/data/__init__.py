@@ -2,12 +2,13 @@
 
 from deeplab_fast.data.classes import ClassSet, class_set, generic_classes, pascal_colour_map
 from deeplab_fast.data.images import ImageReadError, as_rgb_array, list_images, read_image
-from deeplab_fast.data.preprocess import Preprocess
+from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
 
 __all__ = [
     "ClassSet",
     "ImageReadError",
     "Preprocess",
+    "PreprocessBGR",
     "as_rgb_array",
     "class_set",
     "generic_classes",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess", "PreprocessBGR"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -116,6 +116,25 @@ class Preprocess:
         mean = values.new_tensor(self.mean).view(1, 3, 1, 1)
         std = values.new_tensor(self.std).view(1, 3, 1, 1)
         return values.div_(255).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class PreprocessBGR(Preprocess):
+    """``Preprocess`` for networks that read B, G, R; ``mean`` and ``std`` are in that order.
+
+    fregu856's scripts read photos with OpenCV and apply the means of R, G, B to B, G, R.
+    Hugging Face's MobileViT reads B, G, R in 0..1: ``mean=(0,) * 3, std=(1,) * 3``.
+    """
+
+    def batch(
+        self,
+        pixels: torch.Tensor,
+        *,
+        size: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        bgr = pixels.flip(1) if pixels.ndim == 4 else pixels
+        return super().batch(bgr, size=size, device=device)
 
 
 def _as_nchw(image: np.ndarray) -> torch.Tensor:

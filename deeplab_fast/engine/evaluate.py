@@ -23,6 +23,7 @@ from deeplab_fast.data.classes import ClassSet, label_count, same_name
 from deeplab_fast.data.datasets import LabelledData
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.data.transforms import check_labels, to_tensors
+from deeplab_fast.engine.adapter import as_segmenter
 from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.metrics import ImageScore, Metrics
 from deeplab_fast.engine.outputs import write_atomically
@@ -40,7 +41,7 @@ from deeplab_fast.engine.runner import (
     at_output_stride,
     check_device,
     check_dtype,
-    check_model,
+    class_name,
     eval_mode,
     is_out_of_memory,
     preprocess_of,
@@ -178,6 +179,7 @@ def evaluate(
     panels: int = 0,
     progress: bool = False,
     threshold: float | None = None,
+    preprocess: Preprocess | None = None,
 ) -> Evaluation:
     """Counts, for every labelled pixel of a data set, which class the model predicts there.
 
@@ -194,14 +196,14 @@ def evaluate(
         model: as for ``predict``; eval mode, training modes are restored.
         dataset: gives (photo, labels) and has ``classes`` (a ``ClassSet``), ``num_classes`` and
             ``ignore_index``, e.g. ``data.datasets.open_dataset(...)``, or one in an
-            ``AugmentedDataset``. uint8 photos go through ``model.preprocess``.
+            ``AugmentedDataset``. uint8 photos go through ``preprocess``.
         output_stride: run the model at this one and give it back with its own; None keeps it.
         scales, flip, tile, overlap, device, dtype, precision: as for ``predict``.
         batch_size: images of one size, or windows, that run together.
         workers: processes that read.
         panels: number of worst and of best images (by image mIoU) kept with their predictions.
         progress: a bar on stderr where that is a terminal.
-        threshold: as for ``predict``.
+        threshold, preprocess: as for ``predict``.
 
     Warns:
         NotFiniteWarning: logits that are NaN or infinite, by image; ``metrics.not_finite`` counts
@@ -213,7 +215,7 @@ def evaluate(
         MemoryError: not enough memory; names the images and what to lower.
     """
     options = PredictOptions.checked(scales, flip, tile, overlap, batch_size, threshold=threshold)
-    check_model(model)
+    model = as_segmenter(model)
     options.check_classes(model)
     wanted_dtype, wanted_device = check_dtype(dtype), check_device(device)
     if not isinstance(panels, int) or isinstance(panels, bool) or panels < 0:
@@ -221,7 +223,10 @@ def evaluate(
     classes = _classes_of(dataset, model)
     if len(dataset) == 0:
         raise ValueError(f"the data set {dataset!r} is empty")
-    preprocess = getattr(model, "preprocess", None)
+    if preprocess is None:
+        preprocess = getattr(model, "preprocess", None)
+    else:
+        preprocess = preprocess_of(model, preprocess)
     with at_output_stride(model, output_stride):
         runner = Runner.prepare(
             model, None, preprocess, options, wanted_device, wanted_dtype, precision
@@ -236,7 +241,7 @@ def evaluate(
             "split": getattr(dataset, "split", None),
             "samples": len(dataset),
             "ignore_index": dataset.ignore_index,
-            "model": type(model).__name__,
+            "model": class_name(model),
             "output_stride": getattr(model, "output_stride", None),
             "scales": list(options.scales),
             "flip": options.flip,
@@ -355,7 +360,7 @@ class ImageCounter:
     def pixels(self, data: Tensor) -> Pixels:
         if data.is_floating_point():
             return Pixels(data, None)
-        return Pixels(data, preprocess_of(self.runner.model))
+        return Pixels(data, preprocess_of(self.runner))
 
     def name(self, index: int) -> str:
         samples = getattr(self.dataset, "samples", None)

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from deeplab_fast.data.images import ImageLike
+from deeplab_fast.data.preprocess import Preprocess
+from deeplab_fast.engine.adapter import as_segmenter
 from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.runner import (
     PredictOptions,
     Runner,
     check_device,
     check_dtype,
-    check_model,
     eval_mode,
     preprocess_of,
 )
@@ -48,6 +49,7 @@ def predict(
     precision: str | None = None,
     return_prob: bool = False,
     threshold: float | None = None,
+    preprocess: Preprocess | None = None,
 ) -> Any:
     """Labels of images: the class with the largest logit, or mean probability, at every pixel.
 
@@ -69,11 +71,13 @@ def predict(
     the photo at its own size: ``model.preprocess.size`` is not applied.
 
     Args:
-        model: has ``forward_logits(x) -> [N, C, h, w]`` and ``align_corners``, and for anything
-            but a float tensor ``preprocess``. It runs in eval mode; every submodule's mode is
-            restored.
+        model: of this package, or any other that maps images to logits: torchvision, smp,
+            mmsegmentation, transformers, your own; ``engine.adapter.as_segmenter`` says how such a
+            model is run, and takes what it cannot see. It runs in eval mode; every submodule's mode
+            is restored. One with ``forward_logits(x) -> [N, C, h, w]``, ``align_corners`` and, for
+            anything but a float tensor, ``preprocess`` is run by these.
         images: a float tensor [N, 3, H, W] or [3, H, W], already normalised; a uint8 tensor of the
-            same shapes (RGB, ``model.preprocess`` is applied); a path, PIL image or array (see
+            same shapes (RGB, ``preprocess`` is applied); a path, PIL image or array (see
             ``data.as_rgb_array``); or a list of these, of any sizes, read as they are needed.
         scales: factors on the network's input size.
         flip: adds the left-right flipped image at every scale.
@@ -85,10 +89,12 @@ def predict(
         dtype: None or the parameters' own dtype runs as the model is; torch.bfloat16 or
             torch.float16 on fp32 parameters runs under autocast. Also "fp32", "bf16", "fp16".
         precision: on the CPU "fp32", "bf16" or "int8" for this call, None for the model's own; see
-            ``DeepLabV3.precision``. On a GPU "bf16" is autocast. Not together with ``dtype``.
+            ``DeepLabV3.precision``. On a GPU "bf16" is autocast. Not together with ``dtype``. Of
+            another library's model None or "fp32": it runs as it is.
         return_prob: also gives the chosen class's probability; of one class its sigmoid, at every
             pixel.
         threshold: of one class only, between 0 and 1; None is 0.5.
+        preprocess: in place of ``model.preprocess``; a float tensor needs none.
 
     Returns:
         For a tensor: labels [N, H, W] or [H, W] on the model's device, uint8, int64 above 256
@@ -97,16 +103,18 @@ def predict(
         fp32 (fp64 of a double model).
 
     Raises:
-        ValueError: an argument or image of the wrong kind; says what came and what is allowed.
+        ValueError: an argument or image of the wrong kind, or a model that returns no
+            logits; says what came and what is allowed.
         ImageReadError: a path that cannot be read (a ValueError too).
 
     Warns:
         NotFiniteWarning: logits that are NaN or infinite, by image with the number of pixels.
+        UserWarning: nothing tells how pictures for another library's model are normalised.
     """
     options = PredictOptions.checked(
         scales, flip, tile, overlap, batch_size, return_prob, threshold
     )
-    check_model(model)
+    model = as_segmenter(model)
     options.check_classes(model)
     wanted_dtype = check_dtype(dtype)
     wanted_device = check_device(device)
@@ -116,7 +124,7 @@ def predict(
     else:
         entries = checked_images(images)
     ready = isinstance(images, torch.Tensor) and images.is_floating_point()
-    preprocess = None if ready else preprocess_of(model)
+    preprocess = None if ready else preprocess_of(model, preprocess)
     runner = Runner.prepare(
         model, images, preprocess, options, wanted_device, wanted_dtype, precision
     )

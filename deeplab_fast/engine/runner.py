@@ -31,6 +31,7 @@ __all__ = [
     "check_dtype",
     "check_model",
     "check_precision_of",
+    "class_name",
     "eval_mode",
     "is_out_of_memory",
     "preprocess_of",
@@ -112,8 +113,10 @@ class PredictOptions:
 
     def check_classes(self, model: nn.Module) -> None:
         """Raises ValueError for a threshold and a model of several classes."""
+        if self.threshold is None:
+            return
         count = getattr(model, "num_classes", 1)
-        if self.threshold is not None and count != 1:
+        if count != 1:
             raise ValueError(
                 f"threshold is {self.threshold} and the model has {count} classes, of which the "
                 "largest is taken; a threshold is for models of one class: leave it out"
@@ -197,7 +200,7 @@ class Runner:
         dtype: torch.dtype | None,
         precision: str | None = None,
     ) -> Runner:
-        """A runner of a model that :func:`check_model` took, moved to ``device``.
+        """A runner of a model that ``as_segmenter`` gave, moved to ``device``.
 
         Raises:
             ValueError: a dtype or precision that the model cannot run in.
@@ -513,7 +516,7 @@ def at_output_stride(model: nn.Module, output_stride: int | None) -> Iterator[No
         return
     if before is None or not hasattr(model, "set_output_stride"):
         raise ValueError(
-            f"output_stride={output_stride}: {type(model).__name__} cannot change its output "
+            f"output_stride={output_stride}: {class_name(model)} cannot change its output "
             "stride; leave it out"
         )
     strided = cast(_Strided, model)
@@ -532,9 +535,13 @@ def check_model(model: object) -> None:
     if missing or not isinstance(model, nn.Module):
         raise ValueError(
             f"the model is a {type(model).__name__} without {' and '.join(missing) or 'modules'}; "
-            "predict takes the models that deeplab_fast builds, e.g. "
-            "deeplab_fast.deeplabv3_resnet50(...)"
+            "expected one that deeplab_fast builds, e.g. deeplab_fast.deeplabv3_resnet50(...)"
         )
+
+
+def class_name(model: nn.Module) -> str:
+    """What messages call a model: its class, of one inside an adapter the inner one's."""
+    return str(getattr(model, "library_class", type(model).__name__))
 
 
 def check_precision_of(
@@ -561,15 +568,23 @@ def check_precision_of(
     elif own is None or not hasattr(model, "calibration"):
         has = f"computes in {own}" if own else "has no choice of precisions"
         raise ValueError(
-            f"precision {precision} was asked for and the model ({type(model).__name__}) {has}; "
+            f"precision {precision} was asked for and the model ({class_name(model)}) {has}; "
             "leave it out, or pass a model that deeplab_fast builds"
         )
     elif reason := reason_against(precision, model.calibration):
         raise ValueError(reason)
 
 
-def preprocess_of(model: object) -> Preprocess:
-    """``model.preprocess``; ValueError where it is none."""
+def preprocess_of(model: object, given: Preprocess | None = None) -> Preprocess:
+    """``given``, or ``model.preprocess`` where it is None; ValueError where it is none."""
+    if given is not None:
+        if isinstance(given, Preprocess):
+            return given
+        raise ValueError(
+            f"preprocess is a {type(given).__name__}, expected a deeplab_fast.data.Preprocess, "
+            "e.g. Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3); for other steps pass a normalised "
+            "float tensor [N,3,H,W]"
+        )
     preprocess = getattr(model, "preprocess", None)
     if not isinstance(preprocess, Preprocess):
         raise ValueError(

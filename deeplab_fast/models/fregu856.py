@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ..data.classes import class_set
-from ..data.preprocess import Preprocess
+from ..data.preprocess import PreprocessBGR
 from ..nn import PaperHead
 from ..weights.inspect import head_options
 from ..weights.load import load_weights
@@ -23,24 +21,6 @@ from .resnet import RESNETS, BasicBlock, ResNetBackbone, resnet_depth
 DEFAULT_NUM_CLASSES = 20
 # The same at output stride 8 and 16, unlike the paper's.
 ATROUS_RATES = (6, 12, 18)
-
-
-@dataclass(frozen=True)
-class PreprocessBGR(Preprocess):
-    """``Preprocess`` for networks that read B, G, R; ``mean`` and ``std`` are in that order.
-
-    fregu856's scripts read photos with OpenCV and apply the means of R, G, B to B, G, R.
-    """
-
-    def batch(
-        self,
-        pixels: Tensor,
-        *,
-        size: tuple[int, int] | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        bgr = pixels.flip(1) if pixels.ndim == 4 else pixels
-        return super().batch(bgr, size=size, device=device)
 
 
 class BiasedPaperHead(PaperHead):

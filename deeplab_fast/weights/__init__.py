@@ -1,6 +1,7 @@
 """Checkpoints: reading files, foreign key layouts, loading with a report, saving."""
 
 from ._common import CheckpointError
+from .any_module import load_module
 from .embedded import embedded_path, list_embedded, model_card
 from .files import read_state_dict
 from .from_file import from_checkpoint, load, restore_settings, warn_of_assumptions
@@ -22,6 +23,7 @@ __all__ = [
     "inspect_weights",
     "list_embedded",
     "load",
+    "load_module",
     "load_weights",
     "model_card",
     "model_metadata",

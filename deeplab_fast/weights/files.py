@@ -41,7 +41,7 @@ _LONGEST_HEADER = 100_000_000
 
 # Lightning's WeightAveraging keeps here what it goes on training with; its model, the averaged one,
 # is the "state_dict" beside it.
-_FOR_RESUMING = "current_model_state"
+FOR_RESUMING = "current_model_state"
 # What smp's and other libraries' save_pretrained call the weights, beside a config.json.
 _PRETRAINED = ("model.safetensors", "pytorch_model.bin")
 
@@ -83,8 +83,20 @@ def read_state_dict(path: str | os.PathLike[str], *, part: str | None = None) ->
     return open_checkpoint(os.fspath(path), part).state
 
 
+def read_content(path: str | os.PathLike[str]) -> object:
+    """What a checkpoint file holds, containers and all; files and errors of `read_state_dict`."""
+    return _content(_in_folder(Path(path)))[0]
+
+
 def _read(path: str | os.PathLike[str], part: str | None) -> Checkpoint:
     path = _in_folder(Path(path))
+    content, metadata, header = _content(path)
+    origin = Origin(path.name, header, _config_beside(path), _meta(content))
+    return _opened(content, str(path), part, metadata, origin)
+
+
+def _content(path: Path) -> tuple[object, dict[str, Any], dict[str, str]]:
+    """What a file holds, the package's own facts in it, and a .safetensors file's header."""
     if not path.exists():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     with path.open("rb") as file:
@@ -97,8 +109,7 @@ def _read(path: str | os.PathLike[str], part: str | None) -> Checkpoint:
         content, metadata = _read_npz(path), {}
     else:
         content, metadata = _read_torch(path, kind)
-    origin = Origin(path.name, header, _config_beside(path), _meta(content))
-    return _opened(content, str(path), part, metadata, origin)
+    return content, metadata, header
 
 
 def _in_folder(path: Path) -> Path:
@@ -326,14 +337,14 @@ def _opened(
 ) -> Checkpoint:
     wanted = part.split("/") if part else []
     raw = _find_state(content, label, wanted)
-    state = _tensors(raw)
+    state = tensors_in(raw)
     if not state:
         held = ", ".join(f"{k!r} ({type(v).__name__})" for k, v in list(raw.items())[:SHOWN])
         raise CheckpointError(
             f"{label} holds no tensors where they are expected; it has {held or 'nothing'}. "
             f"Expected a state dict, or one under {', '.join(_CONTAINERS[:4])}"
         )
-    _check(state, label)
+    check_dense(state, label)
     originals = _unwrapped_names(list(state), label, wanted)
     if wanted:
         raise CheckpointError(
@@ -354,7 +365,7 @@ def _find_state(content: object, label: str, wanted: list[str]) -> Mapping[Any, 
     networks = _networks(content)
     if wanted and wanted[0] in networks:
         return _find_state(content[wanted.pop(0)], label, wanted)
-    known = [n for n in networks if n != _FOR_RESUMING and _is_known(content[n])]
+    known = [n for n in networks if n != FOR_RESUMING and _is_known(content[n])]
     # Of several that are none of ours the usual names are those of the model.
     rivals = known or [n for n in networks if n in _CONTAINERS]
     if len(rivals) > 1:
@@ -388,14 +399,14 @@ def _is_known(content: Mapping[Any, Any]) -> bool:
     inside = [content[n] for n in _CONTAINERS if isinstance(content.get(n), Mapping)]
     if any(_is_known(value) for value in inside):
         return True
-    names = list(_tensors(content))
+    names = list(tensors_in(content))
     if not names:
         return False
-    bare = _without_prefixes({_without_wrappers(n): n for n in names})
+    bare = _without_prefixes({without_wrappers(n): n for n in names})
     return known_layout(bare) is not None or bool(_groups(bare))
 
 
-def _tensors(content: Mapping[Any, Any]) -> StateDict:
+def tensors_in(content: Mapping[Any, Any]) -> StateDict:
     return {
         key: tensor
         for key, value in content.items()
@@ -425,13 +436,13 @@ def _as_tensor(value: object) -> Tensor | None:
     return None
 
 
-def _without_wrappers(key: str) -> str:
+def without_wrappers(key: str) -> str:
     return re.sub(r"(?:(?<=\.)|^)(?:(?:module|_orig_mod)\.)+", "", key)
 
 
 def _unwrapped_names(names: list[str], label: str, wanted: list[str]) -> dict[str, str]:
     """Names without the prefixes of wrappers -> names in the file; of the part that is wanted."""
-    bare = _without_prefixes({_without_wrappers(name): name for name in names})
+    bare = _without_prefixes({without_wrappers(name): name for name in names})
     while True:
         whole = known_layout(bare)
         groups = _groups(bare)
@@ -506,7 +517,7 @@ def _kept_beside(raw: Mapping[Any, Any], originals: Mapping[str, str]) -> dict[s
     return {}
 
 
-def _check(state: StateDict, label: str) -> None:
+def check_dense(state: StateDict, label: str) -> None:
     quantised = [k for k, v in state.items() if v.is_quantized or v.is_sparse]
     if quantised:
         raise CheckpointError(

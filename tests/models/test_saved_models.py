@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import deeplab_fast as dlf
-from deeplab_fast.data import Preprocess
+from deeplab_fast.data import Preprocess, PreprocessBGR
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
-from deeplab_fast.models.fregu856 import PreprocessBGR
 from deeplab_fast.nn import DeepLabHead, SingleValueBatchNorm2d
 from deeplab_fast.testing import import_torchvision
 from deeplab_fast.weights import (

@@ -4,7 +4,9 @@ import copy
 import io
 import json
 import math
+import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from deeplab_fast import cli
 from deeplab_fast.cli.predict import unique_stems
 from deeplab_fast.data.classes import ClassSet, class_set, generic_classes
 from deeplab_fast.data.images import read_image
+from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.dispatch import limits
 from deeplab_fast.engine import outputs
 from deeplab_fast.engine import predict as predict_module
@@ -482,6 +485,277 @@ def test_the_other_commands(capsys):
     assert status == 0 and dlf.__version__ in printed
     status, printed, _ = run(capsys, "predict", "--help")
     assert status == 0 and "--output-stride" in printed
+
+
+# ---- models of the user's own ----
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes=4):
+        super().__init__()
+        self.conv = nn.Conv2d(3, classes, 7, 4, padding=3)
+        self.norm = nn.BatchNorm2d(classes)
+
+    def forward(self, x):
+        y = nn.functional.interpolate(self.norm(self.conv(x)), x.shape[-2:], mode="bilinear")
+        return {"out": y}
+
+def build():
+    torch.manual_seed(5)
+    return Net()
+
+def one_class():
+    return nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), nn.Sigmoid())
+
+def named():
+    from deeplab_fast.data import Preprocess
+
+    net = build()
+    net.classes = ("wall", "floor", "sky", "tree")
+    net.preprocess = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3)
+    return net
+
+def ours():
+    import deeplab_fast
+    return deeplab_fast.deeplabv3_mobilenet_v2_tf(num_classes=4, width=0.25, aspp_channels=8)
+
+def half_a_segmenter():
+    net = build()
+    net.forward_logits, net.align_corners, net.num_classes = net.forward, False, 4
+    return net
+
+def nothing():
+    pass
+
+def pair():
+    return build(), None
+
+def broken():
+    return helper({"classes": 3})
+
+def helper(options):
+    return Net(options["clases"])
+
+def leaves():
+    raise SystemExit(3)
+
+def wrong_output():
+    return nn.Flatten()
+
+def wants(path):
+    return build()
+
+network = build()
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The user's folder, which is the current one, with a module, a package and a file."""
+    folder = tmp_path / "project"
+    (folder / "ownpkg").mkdir(parents=True)
+    (folder / "scripts").mkdir()
+    for path in ("own_models.py", "ownpkg/nets.py", "scripts/build model.py"):
+        (folder / path).write_text(OWN)
+    (folder / "ownpkg" / "__init__.py").write_text("")
+    (folder / "ownpkg" / "lacks.py").write_text("import no_such_library\n")
+    (folder / "scripts" / "uses.py").write_text("import neighbour\nbuild = neighbour.make\n")
+    (folder / "scripts" / "neighbour.py").write_text("from own_models import build as make\n")
+    (folder / "scripts" / "torch.py").write_text(OWN)
+    (folder / "syntax.py").write_text("def build(:\n    pass\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield folder
+    for name in set(sys.modules) - before:
+        if name.startswith(("own", "deeplab_fast_model_from", "neighbour", "syntax")):
+            del sys.modules[name]
+
+
+def own_net(source="build"):
+    names = {}
+    exec(OWN, names)
+    return names[source]().eval()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param("own_models:build", id="module"),
+        pytest.param("ownpkg.nets:build", id="module-of-a-package"),
+        pytest.param("own_models.py:build", id="file"),
+        pytest.param("scripts/build model.py:build", id="file-elsewhere"),
+        pytest.param("{}/ownpkg/nets.py:build", id="absolute-path"),
+        pytest.param("scripts/uses.py:build", id="file-that-imports-its-neighbour"),
+        pytest.param("scripts/torch.py:build", id="file-called-like-a-library"),
+    ],
+)
+def test_predict_by_a_model_of_ones_own(capsys, own, photos, tmp_path, spec):
+    out = tmp_path / "o"
+    image = photos / "plain.png"
+    spec = spec.format(own)
+    status, printed, errors = run(
+        capsys, "predict", image, "--output", out, "--model-from", spec, "--flip"
+    )
+    assert status == 0, errors
+    assert "1 of 1 images" in printed
+    assert "how photos for Net are normalised; assumed" in errors and "--mean" in errors
+    expected = predict_module.predict(own_net(), image, flip=True, preprocess=Preprocess())
+    np.testing.assert_array_equal(labels_of(out, "plain")[1], expected)
+    assert len(np.unique(expected)) > 1
+    areas = json.loads((out / "plain.json").read_text())
+    assert areas["model"] == spec and areas["backend"] in dlf.backends.BACKENDS
+    assert {a["name"] for a in areas["classes"]} <= {f"class {i}" for i in range(4)}
+
+
+def test_what_a_model_of_ones_own_tells(capsys, own, photos, tmp_path):
+    out, image = tmp_path / "o", photos / "plain.png"
+    base = ("predict", image, "--output", out, "--model-from")
+    half = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3)
+    status, _, errors = run(capsys, *base, "own_models:named")
+    assert (status, errors) == (0, "")
+    expected = predict_module.predict(own_net("named"), image)
+    np.testing.assert_array_equal(labels_of(out, "plain")[1], expected)
+    areas = json.loads((out / "plain.json").read_text())
+    assert {a["name"] for a in areas["classes"]} <= {"wall", "floor", "sky", "tree"}
+    # Mean and std of the command line, above the model's or in place of what is assumed.
+    for source in ("named", "build"):
+        other = ("--mean", 0.1, 0.2, 0.3, "--std", 0.3, 0.2, 0.1, "--size", 24)
+        status, _, errors = run(capsys, *base, f"own_models:{source}", *other)
+        assert (status, errors) == (0, "")
+        given = Preprocess((0.1, 0.2, 0.3), (0.3, 0.2, 0.1), 24)
+        expected = predict_module.predict(own_net(source), image, preprocess=given)
+        np.testing.assert_array_equal(labels_of(out, "plain")[1], expected)
+    run(capsys, *base, "own_models:named", "--mean", 0, 0, 0)
+    expected = predict_module.predict(
+        own_net("named"), image, preprocess=replace(half, mean=(0, 0, 0))
+    )
+    np.testing.assert_array_equal(labels_of(out, "plain")[1], expected)
+
+
+def test_mean_and_std_of_a_models_weights(capsys, model, weights, photos, tmp_path):
+    image = photos / "plain.png"
+    base = ("predict", image, "--output", tmp_path / "o", "--weights", weights)
+    assert run(capsys, *base, "--mean", 0, 0, 0, "--std", 1, 0.5, 1)[0] == 0
+    given = replace(model.preprocess, mean=(0, 0, 0), std=(1, 0.5, 1))
+    expected = model.predict(image, preprocess=given)
+    np.testing.assert_array_equal(labels_of(tmp_path / "o", "plain")[1], expected)
+    assert (expected != model.predict(image)).any()
+
+
+def test_one_class_of_ones_own(capsys, own, photos, tmp_path):
+    out, image = tmp_path / "o", photos / "plain.png"
+    base = ("predict", image, "--output", out, "--model-from", "own_models:one_class")
+    torch.manual_seed(3)
+    status, _, errors = run(capsys, *base, "--threshold", 0.4, "--mean", 0, 0, 0, "--std", 1, 1, 1)
+    assert (status, errors) == (0, "")
+    torch.manual_seed(3)
+    net = own_net("one_class")
+    with torch.no_grad():
+        x = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)[None] / 255
+        p = net(x)[0, 0].numpy()
+    clear = abs(p - 0.4) > 1e-6
+    np.testing.assert_array_equal((labels_of(out, "plain")[1] == 1)[clear], (p > 0.4)[clear])
+    assert "foreground" in (out / "plain.json").read_text() or (p < 0.4).all()
+
+
+def test_weights_of_a_model_of_ones_own(capsys, own, weights, model, photos, tmp_path):
+    out, image = tmp_path / "o", photos / "plain.png"
+    base = ("predict", image, "--output", out, "--mean", 0, 0, 0, "--std", 1, 1, 1)
+    net = own_net()
+    with torch.no_grad():
+        for value in net.parameters():
+            value.add_(torch.randn_like(value))
+    state = {f"module.{k}": v for k, v in net.state_dict().items()}
+    torch.save({"model": state, "model_ema": own_net().state_dict()}, tmp_path / "w.pth")
+    arguments = (*base, "--model-from", "own_models:build", "--weights", tmp_path / "w.pth")
+    status, _, errors = run(capsys, *arguments)
+    assert status == 2 and "more than one network that fits: model, model_ema" in errors
+    assert not out.exists()
+    status, _, errors = run(capsys, *arguments, "--weights-part", "model")
+    assert (status, errors) == (0, "")
+    plain = Preprocess(mean=(0,) * 3, std=(1,) * 3)
+    expected = predict_module.predict(net, image, preprocess=plain)
+    np.testing.assert_array_equal(labels_of(out, "plain")[1], expected)
+    # A model of this package takes weights as everywhere.
+    base = ("predict", image, "--output", out, "--model-from", "own_models:ours")
+    assert run(capsys, *base, "--weights", weights)[0] == 0
+    np.testing.assert_array_equal(labels_of(out, "plain")[1], model.predict(image))
+
+
+@pytest.mark.parametrize(
+    ("spec", "flags", "message"),
+    [
+        pytest.param("own_models", [], "own_models: expected MODULE:FUNCTION", id="no-colon"),
+        pytest.param("own_models:", [], "own_models:: expected MODULE:FUNCTION", id="no-name"),
+        pytest.param("nope:build", [], "no module is named 'nope', expected one in", id="module"),
+        pytest.param("ownpkg.nope:build", [], "is named 'ownpkg.nope'", id="module-of-a-package"),
+        pytest.param("nope.py:build", [], "nope.py is no file, expected FILE.py", id="file"),
+        pytest.param("own_models:make", [], "has no make; expected a function", id="function"),
+        pytest.param("own_models:make", [], "It has: Net, build, one_class", id="what-there-is"),
+        pytest.param("own_models:number", [], "is a int, expected a function", id="number"),
+        pytest.param("own_models:network", [], "is a Net, expected a function", id="a-model"),
+        pytest.param("own_models:nothing", [], "returned None, expected a torch.nn", id="none"),
+        pytest.param("own_models:pair", [], "returned a tuple, expected", id="tuple"),
+        pytest.param("own_models:wrong_output", [], "a tensor [1, 12288]", id="no-map"),
+        pytest.param(
+            "own_models:half_a_segmenter", [], "forward_logits but no preprocess;", id="half"
+        ),
+        pytest.param("own_models:broken", [], "failed with KeyError; expected", id="raises"),
+        pytest.param("own_models:broken", [], "in helper\n    return Net(opt", id="traceback"),
+        pytest.param("own_models:broken", [], "KeyError: 'clases'", id="its-error"),
+        pytest.param("own_models:leaves", [], "failed with SystemExit", id="exits"),
+        pytest.param("own_models:wants", [], "missing 1 required positional", id="arguments"),
+        pytest.param("syntax:build", [], 'syntax.py", line 1', id="syntax"),
+        pytest.param("ownpkg.lacks:build", [], "No module named 'no_such_library'", id="library"),
+        pytest.param(
+            "own_models:build",
+            ["--model", "deeplabv3_resnet50", "--num-classes", "3"],
+            "--model-from and --model, --num-classes were both given; expected one",
+            id="model-and-classes",
+        ),
+        pytest.param(
+            "own_models:build", ["--output-stride", "8"], "--output-stride were", id="stride"
+        ),
+        pytest.param("own_models:build", ["--reset-head"], "--reset-head were", id="reset-head"),
+        pytest.param(
+            "own_models:build", ["--weights-part", "x"], "--weights FILE, which", id="part"
+        ),
+        pytest.param(
+            "own_models:build", ["--weights", "no.pth"], "no such checkpoint: no.pth", id="weights"
+        ),
+        pytest.param(
+            "own_models:build",
+            ["--precision", "int8"],
+            "--precision: precision int8 was asked for and the model (Net) computes in fp32",
+            id="precision",
+        ),
+        pytest.param(
+            "own_models:build", ["--threshold", "0.4"], "the model has 4 classes", id="threshold"
+        ),
+        pytest.param(
+            "own_models:build", ["--classes", "voc"], "voc has 21 classes", id="class-names"
+        ),
+        pytest.param(
+            "own_models:build", ["--backend", "opencl"], "allowed: auto, cuda", id="backend"
+        ),
+        pytest.param("own_models:build", ["--std", "1", "0", "1"], "--std: std is", id="std-of-0"),
+        pytest.param("own_models:build", ["--mean", "1"], "--mean", id="mean-of-one"),
+    ],
+)
+def test_models_of_ones_own_that_fail(capsys, own, photos, tmp_path, spec, flags, message):
+    out = tmp_path / "o"
+    status, printed, errors = run(
+        capsys, "predict", photos / "plain.png", "--output", out, "--model-from", spec, *flags
+    )
+    assert status == 2 and printed == "" and message in errors
+    # Of a traceback the user's own part only.
+    assert "cli/" not in errors and "importlib" not in errors
+    assert not out.exists()
 
 
 # ---- the files ----

@@ -12,6 +12,7 @@ from torch import nn
 import deeplab_fast as dlf
 from deeplab_fast import cli
 from deeplab_fast.data.datasets import open_dataset
+from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.engine import evaluate as module
 from deeplab_fast.engine.evaluate import evaluate
 
@@ -89,6 +90,46 @@ def test_eval_with_bad_arguments(capsys, weights, data, flags, message):
     flags = [flag.format(data) for flag in flags]
     status, printed, errors = run(capsys, "eval", "--data", data, "--weights", weights, *flags)
     assert (status, printed) == (2, "") and message in errors
+
+
+def test_eval_of_a_model_of_ones_own(capsys, data, tmp_path):
+    source = tmp_path / "nets.py"
+    source.write_text(
+        "import torch\nfrom torch import nn\n"
+        "def build():\n"
+        "    torch.manual_seed(1)\n"
+        "    return nn.Conv2d(3, 4, 5, 2, padding=2)\n"
+        "def five():\n"
+        "    return nn.Conv2d(3, 5, 1)\n"
+    )
+    out = tmp_path / "out"
+    base = ("eval", "--data", data, "--device", "cpu", "--model-from")
+    status, printed, errors = run(capsys, *base, f"{source}:build", "--output", out)
+    assert status == 0
+    assert errors.count("how photos for Conv2d are normalised") == 1
+    torch.manual_seed(1)
+    net = nn.Conv2d(3, 4, 5, 2, padding=2)
+    expected = evaluate(net, open_dataset(data), preprocess=Preprocess())
+    assert expected.metrics.table() in printed
+    content = json.loads((out / "metrics.json").read_text())
+    assert content["confusion"] == expected.confusion.tolist()
+    assert content["settings"]["model"] == "Conv2d"
+    assert content["builder"] == f"{source}:build" and content["weights"] is None
+    other = ("--mean", 0.5, 0.5, 0.5, "--std", 0.5, 0.5, 0.5)
+    status, printed, errors = run(capsys, *base, f"{source}:build", *other)
+    assert (status, errors) == (0, "")
+    half = Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert evaluate(net, open_dataset(data), preprocess=half).metrics.table() in printed
+    torch.save({"state_dict": {k: v + 1 for k, v in net.state_dict().items()}}, tmp_path / "w.pth")
+    weights = ("--weights", tmp_path / "w.pth")
+    status, printed, _ = run(capsys, *base, f"{source}:build", *other, *weights)
+    with torch.no_grad():
+        for value in net.parameters():
+            value += 1
+    assert status == 0
+    assert evaluate(net, open_dataset(data), preprocess=half).metrics.table() in printed
+    status, _, errors = run(capsys, *base, f"{source}:five")
+    assert status == 2 and "have 5 classes and the data set" in errors
 
 
 def test_eval_of_broken_weights(capsys, weights, data, tmp_path):

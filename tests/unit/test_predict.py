@@ -494,9 +494,28 @@ def test_a_dtype_that_does_not_fit_the_parameters():
         predict(Small().bfloat16(), X, dtype="fp32")
 
 
-def test_models_of_other_libraries_are_refused():
-    with pytest.raises(ValueError, match="a Conv2d without forward_logits and align_corners"):
-        predict(nn.Conv2d(3, 3, 1), X)
+def test_any_module_is_a_model_and_nothing_else():
+    # What other libraries' models need has its tests in test_adapter.py.
+    net = nn.Conv2d(3, 4, 1)
+    assert torch.equal(predict(net, X), net(X).argmax(1).to(torch.uint8))
+    with pytest.raises(ValueError, match=r"the model is a function, expected a torch\.nn\.Module"):
+        predict(net.forward.__func__, X)
+
+
+def test_preprocess_in_place_of_the_models():
+    model = Small()
+    image = photo(21, 34)
+    other = Preprocess(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7), size=16)
+    labels = predict(model, image, preprocess=other)
+    logits = model.plain(other(image))
+    assert_labels(torch.from_numpy(labels)[None], upsampled(model, logits, (21, 34)))
+    assert (labels != predict(model, image)).any()
+    del model.preprocess
+    np.testing.assert_array_equal(predict(model, image, preprocess=other), labels)
+    x = torch.randn(1, 3, 9, 9)
+    assert torch.equal(predict(model, x, preprocess=other), predict(model, x))
+    with pytest.raises(ValueError, match=r"preprocess is a str, expected a deeplab_fast\.data"):
+        predict(model, image, preprocess="imagenet")
 
 
 # Logits that are NaN or infinite
