@@ -93,6 +93,11 @@ def add_model_arguments(add: Callable[..., object]) -> None:
         "returns a torch.nn.Module, in a module or FILE.py; --weights, if given, are its own",
     )
     add(
+        "--no-accelerate",
+        action="store_true",
+        help="run the model of --model-from as it is, without deeplab_fast.accelerate",
+    )
+    add(
         "--mean",
         type=float,
         nargs=3,

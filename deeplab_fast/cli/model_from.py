@@ -32,11 +32,18 @@ def load_any_model(config: Namespace, command: str) -> tuple[Model, str]:
     """The model that ``--model-from`` or ``--weights`` names, and what it is called."""
     if config.model_from:
         return load_own_model(config, command)
+    if config.no_accelerate:
+        raise UsageError(
+            "--no-accelerate is for models of --model-from; expected that option too. Models of "
+            "this package are fast by themselves: leave it out"
+        )
     return load_model(config, command)
 
 
 def load_own_model(config: Namespace, command: str) -> tuple[AdaptedModel, str]:
     """The model that ``--model-from`` builds, with ``--weights`` in it, as predict takes it.
+
+    It is accelerated, but where its code did that already or with ``--no-accelerate``.
 
     Returns:
         The model and the text of ``--model-from``.
@@ -69,6 +76,9 @@ def load_own_model(config: Namespace, command: str) -> tuple[AdaptedModel, str]:
                 load_weights(inner, config.weights, part=config.weights_part)
             elif config.weights:
                 load_module(inner, config.weights, part=config.weights_part)
+            segmenter.eval()
+            if not config.no_accelerate:
+                _accelerate(inner, command)
             # What the model returns shows here, before anything is written.
             missing = [n for n in ("num_classes", "preprocess") if not hasattr(segmenter, n)]
     except (ValueError, OSError, RuntimeError) as error:
@@ -82,6 +92,18 @@ def load_own_model(config: Namespace, command: str) -> tuple[AdaptedModel, str]:
     for warning in caught:
         tell(command, f"warning: {warning.message}")
     return cast("AdaptedModel", segmenter), spec
+
+
+def _accelerate(model: nn.Module, command: str) -> None:
+    from deeplab_fast import accelerate, accelerate_report
+
+    try:
+        # Its own choice of what is left alone stands.
+        if not accelerate_report(model).accelerated:
+            accelerate(model, training=False)
+    except TypeError as error:
+        # A scripted model.
+        tell(command, f"note: the model runs as it is: {error}")
 
 
 def built(spec: str) -> nn.Module:

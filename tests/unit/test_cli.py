@@ -522,6 +522,13 @@ def ours():
     import deeplab_fast
     return deeplab_fast.deeplabv3_mobilenet_v2_tf(num_classes=4, width=0.25, aspp_channels=8)
 
+def fast():
+    import deeplab_fast
+    return deeplab_fast.accelerate(build(), exclude="norm")
+
+def traced():
+    return torch.jit.trace(nn.Conv2d(3, 4, 3), torch.rand(1, 3, 8, 8))
+
 def half_a_segmenter():
     net = build()
     net.forward_logits, net.align_corners, net.num_classes = net.forward, False, 4
@@ -576,6 +583,12 @@ def own(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
+def assert_nearly(labels, expected):
+    """Equal but for a few pixels: an accelerated model rounds differently."""
+    assert labels.shape == expected.shape and (labels == expected).mean() > 0.998
+    assert len(np.unique(expected)) > 1
+
+
 def own_net(source="build"):
     names = {}
     exec(OWN, names)
@@ -605,8 +618,7 @@ def test_predict_by_a_model_of_ones_own(capsys, own, photos, tmp_path, spec):
     assert "1 of 1 images" in printed
     assert "how photos for Net are normalised; assumed" in errors and "--mean" in errors
     expected = predict_module.predict(own_net(), image, flip=True, preprocess=Preprocess())
-    np.testing.assert_array_equal(labels_of(out, "plain")[1], expected)
-    assert len(np.unique(expected)) > 1
+    assert_nearly(labels_of(out, "plain")[1], expected)
     areas = json.loads((out / "plain.json").read_text())
     assert areas["model"] == spec and areas["backend"] in dlf.backends.BACKENDS
     assert {a["name"] for a in areas["classes"]} <= {f"class {i}" for i in range(4)}
@@ -619,7 +631,7 @@ def test_what_a_model_of_ones_own_tells(capsys, own, photos, tmp_path):
     status, _, errors = run(capsys, *base, "own_models:named")
     assert (status, errors) == (0, "")
     expected = predict_module.predict(own_net("named"), image)
-    np.testing.assert_array_equal(labels_of(out, "plain")[1], expected)
+    assert_nearly(labels_of(out, "plain")[1], expected)
     areas = json.loads((out / "plain.json").read_text())
     assert {a["name"] for a in areas["classes"]} <= {"wall", "floor", "sky", "tree"}
     # Mean and std of the command line, above the model's or in place of what is assumed.
@@ -629,12 +641,12 @@ def test_what_a_model_of_ones_own_tells(capsys, own, photos, tmp_path):
         assert (status, errors) == (0, "")
         given = Preprocess((0.1, 0.2, 0.3), (0.3, 0.2, 0.1), 24)
         expected = predict_module.predict(own_net(source), image, preprocess=given)
-        np.testing.assert_array_equal(labels_of(out, "plain")[1], expected)
+        assert_nearly(labels_of(out, "plain")[1], expected)
     run(capsys, *base, "own_models:named", "--mean", 0, 0, 0)
     expected = predict_module.predict(
         own_net("named"), image, preprocess=replace(half, mean=(0, 0, 0))
     )
-    np.testing.assert_array_equal(labels_of(out, "plain")[1], expected)
+    assert_nearly(labels_of(out, "plain")[1], expected)
 
 
 def test_mean_and_std_of_a_models_weights(capsys, model, weights, photos, tmp_path):
@@ -680,11 +692,63 @@ def test_weights_of_a_model_of_ones_own(capsys, own, weights, model, photos, tmp
     assert (status, errors) == (0, "")
     plain = Preprocess(mean=(0,) * 3, std=(1,) * 3)
     expected = predict_module.predict(net, image, preprocess=plain)
-    np.testing.assert_array_equal(labels_of(out, "plain")[1], expected)
+    assert_nearly(labels_of(out, "plain")[1], expected)
     # A model of this package takes weights as everywhere.
     base = ("predict", image, "--output", out, "--model-from", "own_models:ours")
     assert run(capsys, *base, "--weights", weights)[0] == 0
     np.testing.assert_array_equal(labels_of(out, "plain")[1], model.predict(image))
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "calls", "note"),
+    [
+        pytest.param("build", [], 1, "", id="by-itself"),
+        pytest.param("build", ["--no-accelerate"], 0, "", id="told-not-to"),
+        # Its exclude would be lost.
+        pytest.param("fast", [], 0, "", id="done-by-its-code"),
+        pytest.param("traced", [], 0, "note: the model runs as it is: got ", id="scripted"),
+        pytest.param("traced", ["--no-accelerate"], 0, "", id="scripted-and-told-not-to"),
+    ],
+)
+def test_models_of_ones_own_are_accelerated(
+    capsys, own, photos, tmp_path, monkeypatch, source, flags, calls, note
+):
+    seen, ran = [], []
+    accelerate, predict = dlf.accelerate, predict_module.predict
+
+    def recorded(model, **options):
+        accelerate(model, **options)
+        if options == {"training": False}:
+            seen.append(dlf.accelerate_report(model).accelerated)
+        return model
+
+    def noted(model, image, **options):
+        ran.append(model.model)
+        return predict(model, image, **options)
+
+    monkeypatch.setattr(dlf, "accelerate", recorded)
+    monkeypatch.setattr(predict_module, "predict", noted)
+    base = ("--mean", 0, 0, 0, "--std", 1, 1, 1, "--model-from", f"own_models:{source}")
+    image = photos / "plain.png"
+    status, _, errors = run(capsys, "predict", image, "--output", tmp_path / "o", *base, *flags)
+    assert status == 0, errors
+    assert len(seen) == calls and all(count > 0 for count in seen)
+    (model,) = ran
+    if not isinstance(model, torch.jit.ScriptModule):
+        fast = dlf.accelerate_report(model).accelerated > 0
+        assert fast == (source == "fast" or calls == 1)
+    assert (note in errors) if note else errors == ""
+    if source == "build":
+        plain = Preprocess(mean=(0,) * 3, std=(1,) * 3)
+        expected = predict(own_net(), image, preprocess=plain)
+        assert_nearly(labels_of(tmp_path / "o", "plain")[1], expected)
+
+
+def test_no_accelerate_is_for_models_of_ones_own(capsys, weights, photos, tmp_path):
+    base = ("predict", photos, "--output", tmp_path / "o", "--weights", weights)
+    status, _, errors = run(capsys, *base, "--no-accelerate")
+    assert status == 2 and "--no-accelerate is for models of --model-from; expected" in errors
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize(
