@@ -836,8 +836,15 @@ def test_assumed_preprocessing_that_is_replaced_stays_assumed():
 
 
 @pytest.fixture
-def smp():
-    import_torchvision()
+def torchvision():
+    try:
+        return import_torchvision()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def smp(torchvision):
     return pytest.importorskip("segmentation_models_pytorch")
 
 
@@ -858,6 +865,20 @@ def test_smp(smp, activation):
     assert_labels(labels[None], expected)
     # Logits near 0, where tanh is as exact as the others.
     torch.testing.assert_close(torch.as_tensor(prob)[None], expected.amax(1), rtol=0, atol=2e-5)
+
+
+def test_smp_of_one_class(smp):
+    options = {"encoder_name": "resnet18", "encoder_weights": None, "decoder_channels": 16}
+    net = smp.DeepLabV3(**options, classes=1, activation="sigmoid").eval()
+    image = photo(33, 46)
+    with torch.inference_mode():
+        p = net(F.pad(HALF(image), (0, 2, 0, 7)))[0, 0, :33, :46]
+    threshold = float(p.median())
+    labels, prob = predict(net, image, threshold=threshold, return_prob=True, preprocess=HALF)
+    torch.testing.assert_close(torch.as_tensor(prob), p, rtol=0, atol=1e-6)
+    clear = (p - threshold).abs() > 1e-6
+    assert clear.float().mean() > 0.9
+    assert torch.equal(torch.as_tensor(labels == 1)[clear], (p > threshold)[clear])
 
 
 def test_smp_encoders_of_timm_tell_their_preprocessing(smp):
@@ -902,8 +923,23 @@ def test_transformers():
     )
 
 
-def test_torchvision():
-    models = import_torchvision().models.segmentation
+@pytest.mark.parametrize("name", ["MobileNetV2", "MobileViT", "MobileViTV2"])
+def test_transformers_image_processors(torchvision, name):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")
+    with torch.device("meta"):
+        net = getattr(transformers, f"{name}ForSemanticSegmentation")(config())
+    processors = {"MobileNetV2": "MobileNetV2ImageProcessor"}
+    processor = getattr(transformers, processors.get(name, "MobileViTImageProcessor"))
+    image = photo(30, 40)
+    as_is = processor(do_resize=False, do_center_crop=False)
+    wanted = as_is(image, return_tensors="pt")["pixel_values"]
+    # One rounding of a division by 255 or a product with its inverse, of values up to 1.
+    torch.testing.assert_close(as_segmenter(net).preprocess(image), wanted, rtol=0, atol=3e-7)
+
+
+def test_torchvision(torchvision):
+    models = torchvision.models.segmentation
     net = models.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
     image = photo(50, 70)
     with warnings.catch_warnings():
