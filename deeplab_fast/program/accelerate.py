@@ -17,6 +17,7 @@ from .intact import CALLED, BoundForward, has_hooks, is_followed
 from .network import Network
 from .probe import sample
 from .region import Forward, Replicate, forward_of
+from .stand_ins import original
 from .trace import Untraceable
 
 logger = logging.getLogger("deeplab_fast")
@@ -267,7 +268,11 @@ def _is_bindable(module: nn.Module) -> bool:
     """Whether a module is made of others, and its call runs the forward of its class."""
     if any(name in vars(module) for name in CALLED) or isinstance(module, _CONTAINERS):
         return False
-    if isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children()):
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    # Other libraries' layers call functions of PyTorch, some with weights of their own.
+    is_layer = type(module).__module__.startswith("torch.nn.")
+    if is_layer and not any(True for _ in module.children()):
         return False
     return type(module).forward is not nn.Module.forward
 
@@ -311,7 +316,7 @@ def _compare(module: nn.Module) -> None:
 def _runs(forward: Forward) -> bool:
     """Whether a call of the module runs in our forms, as far as its structure decides that."""
     segment = forward.segment(forward.module)
-    return not isinstance(segment, match.Plain)
+    return not (isinstance(segment, match.Plain) or forward.changes_input())
 
 
 def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -> None:
@@ -343,7 +348,7 @@ def _explain(items: Iterable[match.Item], found: dict[nn.Module, tuple[str, str]
             segments = [s for s in (part.conv, part.norm, part.act, part.pool) if s is not None]
             how = " + ".join(_KINDS[type(s)] for s in segments)
             for segment in segments:
-                found[libraries.original(segment.module)] = ("inside", how)
+                found[original(segment.module)] = ("inside", how)
         elif isinstance(part, match.Plain):
             _explain_calls(part.module, found)
         elif isinstance(part, match.Free):
@@ -394,6 +399,8 @@ def why_plain(module: nn.Module) -> str:
         flow = forward.flow()
         if isinstance(flow, Untraceable):
             return str(flow)
+        if forward.changes_input():
+            return "its forward changes its input in place"
     if has_hooks(module):
         return "it has forward hooks"
     own = [n for n in CALLED if n in vars(module) and not isinstance(vars(module)[n], BoundForward)]
@@ -403,6 +410,10 @@ def why_plain(module: nn.Module) -> str:
         return "it was compiled by itself"
     if not is_followed(module):
         return "its class is called in another way than nn.Module"
+    if match.rule_of_class(type(module)) is not None and not isinstance(
+        match.segment_of(module), match.Plain
+    ):
+        return "it is called by a forward that runs as it is"
     if isinstance(module, nn.Conv2d):
         return "a convolution with another padding than by zeros, or with weights of another kind"
     return f"no rule knows a {type(module).__name__}"

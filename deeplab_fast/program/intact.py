@@ -124,6 +124,10 @@ class BoundForward:
         """What the module is, as a `match.Segment`, where no rule knows its class."""
         raise NotImplementedError
 
+    def changes_input(self) -> bool:
+        """Whether the class's forward changes the map that it is called with."""
+        raise NotImplementedError
+
 
 def bound_forward(module: nn.Module) -> BoundForward | None:
     """What stands before the forward of a module's class and computes the same, or None."""

@@ -7,30 +7,14 @@ before and behind it.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import match
 from .layers import SamePadding
-
-L = TypeVar("L", bound=nn.Module)
-
-
-def original(module: nn.Module) -> nn.Module:
-    """The layer that a stand-in stands for."""
-    return vars(module).get("_stands_for", (module,))[0]
-
-
-def stand_in(cls: type[L], layer: nn.Module) -> L:
-    """A layer of a class of PyTorch's, with the state and the settings of one derived from it."""
-    stand = object.__new__(cls)
-    stand.__dict__.update({k: v for k, v in vars(layer).items() if k != "forward"})
-    stand.__dict__["_modules"] = {}
-    # In a tuple: it is no child.
-    stand.__dict__["_stands_for"] = (layer,)
-    return stand
+from .stand_ins import stand_in
 
 
 class SamePadded(nn.Conv2d):
@@ -63,12 +47,6 @@ def _sync_norm_act(module: Any) -> match.Segment:
 )
 def _same_conv(module: Any) -> match.Segment:
     return match.convolution(stand_in(SamePadded, module), same=True)
-
-
-@match.rule_of_library("segmentation_models_pytorch.encoders._efficientnet.Conv2dStaticSamePadding")
-def _static_conv(module: Any) -> match.Segment:
-    conv = match.convolution(stand_in(nn.Conv2d, module))
-    return match.Members(module, (module.static_padding, conv))
 
 
 @match.rule_of_library(

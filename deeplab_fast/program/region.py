@@ -32,7 +32,7 @@ from .layers import Heads, Run, Step
 from .probe import differing
 from .staleness import Snapshot
 from .structure import is_map, segment_of_flow
-from .trace import Flow, Untraceable, filled, leaves, trace
+from .trace import Flow, Untraceable, changes_input, filled, leaves, trace
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -74,8 +74,9 @@ class Forward(BoundForward):
     def __init__(self, module: nn.Module, opaque: bool = False) -> None:
         self.module, self.opaque = module, opaque
         self.region = Region(module, self)
-        # By mode: (what it was found in, the flow or why there is none).
-        self._flows: dict[bool, tuple[_Origin, Flow | Untraceable]] = {}
+        # By mode, and whether gradients are recorded: (what it was found in, the flow or why there
+        # is none).
+        self._flows: dict[tuple[bool, bool], tuple[_Origin, Flow | Untraceable]] = {}
         # By mode, and whether gradients are recorded: what of the module decides it, and it.
         self._segments: dict[tuple[bool, bool], tuple[Snapshot, match.Segment]] = {}
 
@@ -107,7 +108,7 @@ class Forward(BoundForward):
 
     def flow(self) -> Flow | Untraceable:
         """The data flow of the module as it is now, or why it has none."""
-        mode = self.module.training
+        mode = (self.module.training, torch.is_grad_enabled())
         known = self._flows.get(mode)
         if known is None or not known[0].is_current():
             found: Flow | Untraceable
@@ -118,6 +119,16 @@ class Forward(BoundForward):
             followed = (self.module,) if isinstance(found, Untraceable) else found.followed
             known = self._flows[mode] = (_Origin(followed), found)
         return known[1]
+
+    def changes_input(self) -> bool:
+        """Whether the class's forward changes the map that it is called with."""
+        module = self.module
+        if match.rule_of_class(type(module)) is not None:
+            first = next(module.children(), None)
+            is_row = type(module).forward is nn.Sequential.forward
+            return is_row and first is not None and changes_input(first)
+        flow = self.flow()
+        return isinstance(flow, Untraceable) and flow.changes_input
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -262,7 +273,7 @@ class Region:
             run, kind = (self._train, "training") if self.fused else (None, "")
         else:
             run, kind = (self._infer, "inference") if self.fast else (None, "")
-        if run is None or training.transformed() or torch.jit.is_tracing():
+        if run is None or training.transformed() or self._forward.changes_input():
             return _PLAIN
         if self._verdict(kind, x, first):
             return _PLAIN

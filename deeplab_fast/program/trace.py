@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 import random
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,21 @@ from torch.fx.node import Node as Recorded
 from torch.fx.proxy import GraphAppendingTracer, Proxy, TraceError
 
 from .intact import CALLED, bound_forward, is_followed
+from .stand_ins import conv_of, norm_of
+
+_OWN_TENSORS = "its forward computes with tensors of its own"
 
 
 class Untraceable(Exception):
-    """A forward whose data flow is not to be had; says why."""
+    """A forward whose data flow is not to be had; says why.
+
+    Attributes:
+        changes_input: it changes the map that it is called with.
+    """
+
+    def __init__(self, reason: str, changes_input: bool = False) -> None:
+        super().__init__(reason)
+        self.changes_input = changes_input
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +123,9 @@ def trace(module: nn.Module) -> Flow:
     """
     tracer = _Tracer()
     symbol = tracer.create_proxy("placeholder", "x", (), {})
-    with _random_numbers() as drawn:
+    with _random_numbers() as drawn, warnings.catch_warnings():
+        # Of what a forward does with real maps.
+        warnings.simplefilter("ignore")
         output = _followed(module, tracer, (symbol,), {})
     if drawn:
         raise Untraceable("its forward draws random numbers")
@@ -144,16 +158,19 @@ def _followed(
     return output
 
 
-def starts_in_place(module: nn.Module) -> bool:
-    """Whether the first thing that a module does to its input may be a change of it.
+def changes_input(module: nn.Module) -> bool:
+    """Whether a module's own forward changes the map that it is called with.
 
-    Of modules without children and of sequences; others are looked at in their data flow.
+    Known of layers, of sequences, and of modules with a bound forward.
     """
     while type(module).forward is nn.Sequential.forward:
         members = list(module.children())
         if not members:
             return False
         module = members[0]
+    bound = bound_forward(module)
+    if bound is not None:
+        return bound.changes_input()
     return bool(getattr(module, "inplace", False))
 
 
@@ -162,12 +179,20 @@ class _Tracer(GraphAppendingTracer):
 
     def __init__(self) -> None:
         super().__init__(torch.fx.Graph())
+        self._ambient = _ambient()
         self.children: dict[str, nn.Module] = {}
         self.followed: list[nn.Module] = []
 
+    def proxy(self, node: Recorded) -> Proxy:
+        if _ambient() != self._ambient:
+            raise Untraceable("its forward checkpoints, or switches gradients")
+        return _Symbol(node, self)
+
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, (Tensor, _Held)):
-            raise Untraceable("its forward computes with tensors of its own")
+        if isinstance(a, Tensor):
+            raise Untraceable(_OWN_TENSORS)
+        if isinstance(a, _Held):
+            return a
         if isinstance(a, nn.Module):
             raise Untraceable("its forward hands modules to functions")
         return super().create_arg(a)
@@ -181,6 +206,12 @@ class _Tracer(GraphAppendingTracer):
         return self.create_proxy("call_module", name, args, kwargs)
 
 
+def _ambient() -> tuple[bool, object]:
+    """What decides how operations are recorded for gradients."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), hooks
+
+
 class _Held:
     """Stands for a tensor that a module holds: it may be asked what it is, not what it contains."""
 
@@ -189,28 +220,38 @@ class _Held:
         "shape size".split()
     )
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
+    def __init__(self, tensor: Tensor, owner: nn.Module, name: str) -> None:
+        self._tensor, self.owner, self.name = tensor, owner, name
 
     def __getattr__(self, name: str) -> Any:
         if name in self._ASKED:
             return getattr(self._tensor, name)
-        raise Untraceable("its forward computes with tensors of its own")
+        raise Untraceable(_OWN_TENSORS)
 
     @classmethod
     def __torch_function__(cls, *args: object, **kwargs: object) -> Any:
-        raise Untraceable("its forward computes with tensors of its own")
+        raise Untraceable(_OWN_TENSORS)
 
 
-def _held(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    return {name: None if t is None else _Held(t) for name, t in tensors.items()}
+class _Symbol(Proxy):
+    """Stands for a value; whether it requires gradients, the mode says."""
+
+    @property
+    def requires_grad(self) -> bool:
+        return torch.is_grad_enabled()
+
+
+def _held(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    return {name: None if t is None else _Held(t, module, name) for name, t in tensors.items()}
 
 
 def _copied(module: nn.Module, cls: type) -> nn.Module:
     """A module of a class with the attributes of another, that computes nothing."""
     copy: nn.Module = object.__new__(cls)
     own = {key: value for key, value in vars(module).items() if key not in CALLED}
-    own.update(_parameters=_held(module._parameters), _buffers=_held(module._buffers))
+    own.update(
+        _parameters=_held(module, module._parameters), _buffers=_held(module, module._buffers)
+    )
     copy.__dict__.update(own)
     return copy
 
@@ -464,7 +505,7 @@ class _Reader:
                 continue
             changed = node.inputs[0]
             if changed is flow.input or changed.kind == "item":
-                raise Untraceable("its forward changes its input in place")
+                raise Untraceable("its forward changes its input in place", True)
             if len(users[changed]) > 1 or changed in outputs:
                 raise Untraceable("its forward changes a map in place that it uses elsewhere")
 
@@ -475,6 +516,8 @@ class _Reader:
     def _map(self, value: Any) -> Node:
         if isinstance(value, Recorded):
             value = self._read(value)
+        if isinstance(value, _Held):
+            raise Untraceable(_OWN_TENSORS)
         if not isinstance(value, Node):
             raise Untraceable("its forward computes with something else than maps")
         return value
@@ -516,6 +559,9 @@ class _Reader:
                 return self._add(Node(kind, pair, in_place=in_place))
         if target in _INTERPOLATE:
             return self._resize(first, rest, kwargs)
+        if target in (F.batch_norm, F.conv2d):
+            module = _layer(target, args[1:], kwargs)
+            return self._add(Node("call", (self._map(first),), module))
         if target in ("expand", "expand_as"):
             return self._spread(target, first, rest)
         make = _STAND_INS.get(target)
@@ -530,6 +576,8 @@ class _Reader:
 
     def _constants(self, values: Any) -> Any:
         found = list(values.values()) if isinstance(values, dict) else values
+        if any(isinstance(each, _Held) for each in leaves(list(found))):
+            raise Untraceable(_OWN_TENSORS)
         if any(isinstance(each, Recorded) for each in leaves(list(found))):
             raise Untraceable("its forward computes with sizes of maps")
         return values
@@ -548,7 +596,7 @@ class _Reader:
             argument = self._add(Node("group", maps, options={"keys": keys}))
         else:
             argument = self._map(argument)
-        in_place = starts_in_place(module)
+        in_place = changes_input(module)
         return self._add(Node("call", (argument,), module, in_place=in_place))
 
     def _part(self, target: Any, value: Any, key: Any) -> Any:
@@ -607,6 +655,48 @@ class _Reader:
             if isinstance(like, Node):
                 return self._add(Node("spread", (self._map(x), like)))
         raise Untraceable("its forward expands a map")
+
+
+def _layer(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> nn.Module:
+    """The layer that F.batch_norm or F.conv2d is with a module's own tensors."""
+    names: tuple[str, ...] = ("weight", "bias", "stride", "padding", "dilation", "groups")
+    default: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    tensors = names[:2]
+    if function is F.batch_norm:
+        names = ("running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        default = {"training": False, "momentum": 0.1, "eps": 1e-5}
+        tensors = names[:4]
+    given = {**default, **dict(zip(names, args, strict=False)), **kwargs}
+    owners = {v.owner for name in tensors if isinstance(v := given.get(name), _Held)}
+    if len(owners) != 1 or any(isinstance(v, Recorded) for v in given.values()):
+        raise Untraceable("its forward computes weights")
+    (owner,) = owners
+    for name in tensors:
+        own = {**owner._parameters, **owner._buffers}.get(name)
+        value = given.get(name)
+        if value is None and own is None:
+            continue
+        if not isinstance(value, _Held) or value.owner is not owner or value.name != name:
+            raise Untraceable(_OWN_TENSORS)
+    if set(owner._parameters) != {"weight", "bias"}:
+        raise Untraceable(_OWN_TENSORS)
+    rest = {name: given[name] for name in names if name not in tensors}
+    if function is F.conv2d:
+        if isinstance(rest["padding"], str):
+            raise Untraceable("its forward pads by name")
+        return conv_of(owner, **rest)
+    if given.get("running_mean") is None or not isinstance(rest["momentum"], float):
+        raise Untraceable("its forward normalises without running statistics")
+    return norm_of(owner, bool(rest["training"]), rest["momentum"], rest["eps"])
+
+
+def _pad(pad: Any, mode: str = "constant", value: float | None = None) -> nn.Module:
+    if mode != "constant" or value not in (None, 0) or len(_ints(pad)) != 4:
+        raise Untraceable("its forward pads other than rows and columns by zeros")
+    return nn.ZeroPad2d(tuple(pad))
+
+
+_STAND_INS[F.pad] = _pad
 
 
 def _name(target: Any) -> str:
