@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from .network import Network
 from .probe import sample
 from .region import Forward, Replicate, forward_of
 from .stand_ins import original
+from .structure import has_depthwise
 from .trace import Untraceable
 
 logger = logging.getLogger("deeplab_fast")
@@ -328,8 +330,13 @@ def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -
         refused = {why for why in forward.region.verdicts.values() if why}
         if not refused:
             kinds = zip(("inference", "training"), forward.region.settings, strict=True)
-            found[module] = ("region", " and ".join(kind for kind, wanted in kinds if wanted))
+            calls = " and ".join(kind for kind, wanted in kinds if wanted) or "no call"
+            before = len(found)
             _explain([forward.segment(module)], found)
+            parts = Counter(how for runs, how in list(found.values())[before:] if runs == "inside")
+            named = [(parts[name], name) for name in _COUNTED if parts[name]]
+            told = ", ".join(f"{n} {name}{'s' * (n > 1)}" for n, name in named)
+            found[module] = ("region", f"{calls}" + (f"; {told}" if told else ""))
             return
         reason = "; ".join(sorted(refused))
     else:
@@ -354,7 +361,10 @@ def _explain(items: Iterable[match.Item], found: dict[nn.Module, tuple[str, str]
         elif isinstance(part, match.Free):
             found.setdefault(part.module, ("inside", "as it is"))
         else:
-            found.setdefault(part.module, ("inside", _KINDS.get(type(part), "parts")))
+            kind = _KINDS.get(type(part), "parts")
+            if isinstance(part, match.Block) and has_depthwise(part.modules):
+                kind = "inverted residual"
+            found.setdefault(part.module, ("inside", kind))
             _explain(_parts(part), found)
 
 
@@ -368,6 +378,10 @@ _KINDS: dict[type, str] = {
     match.Pooling: "image pooling",
     match.Aspp: "ASPP",
 }
+
+
+# What is told of a region.
+_COUNTED = ("residual block", "inverted residual", "squeeze-excitation", "ASPP")
 
 
 def _parts(segment: match.Segment) -> Iterator[match.Item]:

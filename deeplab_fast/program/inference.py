@@ -36,10 +36,12 @@ from .layers import (
     ResidualBlock,
     ScalingLayer,
     Single,
+    Spread,
     Step,
     SumOfConvs,
 )
 from .network import Runnable
+from .trace import Node
 
 
 class Forms(Protocol):
@@ -408,6 +410,13 @@ def _aspp(folder: _Folder, aspp: match.Aspp) -> Step:
     return folder.chain([Aspp(*layers), *pieces[1:]])
 
 
+def _pooling(folder: _Folder, block: match.Pooling) -> Step:
+    step = folder.step(block.pool, *block.modules)
+    layer = JoinLayer(folder.name(block.module), Node("spread"))
+    folder.layers.append(layer)
+    return Spread(step, layer)
+
+
 def _sum(folder: _Folder, block: match.Sum) -> Step:
     specs = [folder.one(module) for module in block.branches]
     if any(spec.act is not None for spec in specs):
@@ -438,6 +447,7 @@ _FOLDED: dict[type[match.Segment], Callable[..., Step]] = {
     match.Block: _block,
     match.SqueezeExcite: _squeeze_excite,
     match.Aspp: _aspp,
+    match.Pooling: _pooling,
     match.Sum: _sum,
     match.Features: _features,
     match.Graph: _graph,

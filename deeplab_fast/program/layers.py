@@ -280,6 +280,16 @@ class Join:
         return run(self.layer, *maps)
 
 
+class Spread:
+    """A map of one pixel, of a map, over that map."""
+
+    def __init__(self, step: Step, layer: JoinLayer) -> None:
+        self.step, self.layer = step, layer
+
+    def __call__(self, x: Tensor, run: Run) -> Tensor:
+        return run(self.layer, self.step(x, run), x)
+
+
 class Dataflow:
     """Steps whose results later ones take, as a `match.Graph` has them.
 

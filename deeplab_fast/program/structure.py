@@ -36,7 +36,7 @@ def segment_of_flow(module: nn.Module, flow: Flow) -> Segment:
         return replace(items[0], module=module)
     # One layer can compute it, which a neighbour in the row would hide.
     return (
-        match.Block(module, items, False) if _has_depthwise(items) else match.Members(module, items)
+        match.Block(module, items, False) if has_depthwise(items) else match.Members(module, items)
     )
 
 
@@ -122,7 +122,15 @@ class _Builder:
         self._drop_unused()
 
     def graph(self) -> Graph:
-        for found in (self._sizes, self._row, self._gate, self._row, self._sum, self._row):
+        for found in (
+            self._sizes,
+            self._row,
+            self._gate,
+            self._image,
+            self._row,
+            self._sum,
+            self._row,
+        ):
             while found():
                 pass
         while self._pyramid():
@@ -274,20 +282,27 @@ class _Builder:
             return True
         return False
 
+    def _image(self) -> bool:
+        """What is computed of the mean of a map and spread over it is an image pooling."""
+        users = self._users()
+        for stage in self._stages:
+            if stage.node.kind not in ("resize", "spread") or stage.items:
+                continue
+            base, items = self._base(stage.inputs[0], users)
+            first = items[0] if len(items) > 1 else None
+            if stage.inputs[1:] != (base,) or not isinstance(first, nn.Module):
+                continue
+            if match.is_mean(first):
+                pooling = match.Pooling(self._part(stage, base), first, items[1:])
+                self._replace(stage, _row_of((base,), (pooling,)))
+                return True
+        return False
+
     def _pooled(self, stage: Stage, users: Counter[Stage]) -> tuple[Stage, Item] | None:
         """The image pooling that a branch is, and its input."""
-        if stage.node.kind in ("resize", "spread") and not stage.items and users[stage] == 1:
-            base, items = self._base(stage.inputs[0], users)
-            if len(items) > 1 and stage.inputs[1:] == (base,) and isinstance(items[0], nn.Module):
-                if match.is_mean(items[0]):
-                    part = self._part(stage, base)
-                    return base, match.Pooling(part, items[0], items[1:])
         base, items = self._base(stage, users)
-        if len(items) == 1:
-            segment = match.segment_of(items[0])
-            if isinstance(segment, match.Pooling):
-                return base, segment
-        return None
+        segment = match.segment_of(items[0]) if len(items) == 1 else None
+        return (base, segment) if isinstance(segment, match.Pooling) else None
 
     def _sequence(self, items: Sequence[Item], base: Stage) -> Item:
         """Items in a row as one."""
@@ -353,7 +368,8 @@ def _part_keeps_size(part: match.Part) -> bool:
     )
 
 
-def _has_depthwise(items: Sequence[Item]) -> bool:
+def has_depthwise(items: Sequence[Item]) -> bool:
+    """Whether a convolution of each channel by a filter of its own stands in a row."""
     parts = match.segments(items)
     convs = [part.conv for part in parts if isinstance(part, match.Unit) and part.conv is not None]
     return any(1 < conv.module.groups == conv.module.in_channels for conv in convs)

@@ -172,6 +172,9 @@ def _other(segment: match.Segment, x: Tensor) -> Any:
         return _block(segment, x)
     if isinstance(segment, match.Aspp):
         return _aspp(segment, x)
+    if isinstance(segment, match.Pooling):
+        y = sequence((segment.pool, *segment.modules), x)
+        return y.expand(-1, -1, *x.shape[2:])
     if isinstance(segment, match.Features):
         return _features(segment, x)
     if isinstance(segment, match.Graph):
