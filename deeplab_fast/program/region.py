@@ -81,7 +81,8 @@ class Forward(BoundForward):
         self._segments: dict[tuple[bool, bool], tuple[Snapshot, match.Segment]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not (kwargs or self.opaque or torch.compiler.is_compiling()):
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if len(args) == 1 and not (kwargs or self.opaque or recorded):
             result = self.region.call(args[0])
             if result is not _PLAIN:
                 return result

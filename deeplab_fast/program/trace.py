@@ -64,7 +64,7 @@ class Node:
     """
 
     kind: str
-    inputs: tuple[Node, ...] = ()
+    inputs: tuple[Node, ...] = field(default=(), repr=False)
     module: nn.Module | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     in_place: bool = False
@@ -123,12 +123,14 @@ def trace(module: nn.Module) -> Flow:
     """
     tracer = _Tracer()
     symbol = tracer.create_proxy("placeholder", "x", (), {})
-    with _random_numbers() as drawn, warnings.catch_warnings():
-        # Of what a forward does with real maps.
-        warnings.simplefilter("ignore")
-        output = _followed(module, tracer, (symbol,), {})
-    if drawn:
-        raise Untraceable("its forward draws random numbers")
+    try:
+        with _random_numbers() as drawn, warnings.catch_warnings():
+            # Of what a forward does with real maps.
+            warnings.simplefilter("ignore")
+            output = _followed(module, tracer, (symbol,), {})
+    finally:
+        if drawn:
+            raise Untraceable("its forward draws random numbers") from None
     return _Reader(tracer, symbol.node).flow(output)
 
 
@@ -188,6 +190,10 @@ class _Tracer(GraphAppendingTracer):
             raise Untraceable("its forward checkpoints, or switches gradients")
         return _Symbol(node, self)
 
+    def iter(self, obj: Any) -> Iterator[Any]:
+        count = _sizes_in(obj.node)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
+
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):
             raise Untraceable(_OWN_TENSORS)
@@ -204,6 +210,18 @@ class _Tracer(GraphAppendingTracer):
         name = f"child{len(self.children)}"
         self.children[name] = child
         return self.create_proxy("call_module", name, args, kwargs)
+
+
+def _sizes_in(recorded: Recorded) -> int | None:
+    """How many sizes a shape of a map, or a part of one, has; None for something else."""
+    target, args = recorded.target, recorded.args
+    if (target is getattr and args[1] == "shape") or (target == "size" and len(args) == 1):
+        return 4
+    if target is operator.getitem and isinstance(args[1], slice):
+        whole = args[0]
+        count = _sizes_in(whole) if isinstance(whole, Recorded) else None
+        return None if count is None else len(range(count)[args[1]])
+    return None
 
 
 def _ambient() -> tuple[bool, object]:
