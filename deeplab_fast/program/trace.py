@@ -258,6 +258,10 @@ class _Symbol(Proxy):
     def requires_grad(self) -> bool:
         return torch.is_grad_enabled()
 
+    def __len__(self) -> int:
+        count = _sizes_in(self.node)
+        return super().__len__() if count is None else count
+
 
 def _held(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
     return {name: None if t is None else _Held(t, module, name) for name, t in tensors.items()}
