@@ -7,6 +7,7 @@ model is built; what has no library on PyPI that imports here was written anew (
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ class Case:
         sizes: heights and widths of maps that it takes.
         call: runs it on a map.
         trains: whether a step of training on a CPU is possible.
+        share: of its layers, at least so many run in our forms.
     """
 
     library: str
@@ -49,6 +51,7 @@ class Case:
     sizes: tuple[tuple[int, int], ...] = ANY
     call: Callable[[nn.Module, Tensor], Any] = lambda model, x: model(x)
     trains: bool = True
+    share: float = 1.0
 
     def model(self) -> nn.Module:
         """A new one in eval mode."""
@@ -273,11 +276,14 @@ def _jfzhang(backbone: str, **options: Any) -> Callable[[], nn.Module]:
 
 def _cases(library: str, requires: str, rows: dict[str, tuple]) -> dict[str, Case]:
     cases = {}
-    for name, (build, covers, *rest) in rows.items():
-        cases[f"{library} {name}"] = Case(
-            library, requires, build, covers, **(rest[0] if rest else {})
-        )
+    for name, (build, covers, *options) in rows.items():
+        rest = dict(ChainMap(*options))
+        cases[f"{library} {name}"] = Case(library, requires, build, covers, **rest)
     return cases
+
+
+def _least(share: float) -> dict[str, float]:
+    return {"share": share}
 
 
 _BY_16 = {"sizes": BY_16}
@@ -316,21 +322,24 @@ CASES: dict[str, Case] = {
             _smp("DeepLabV3Plus", "resnet18", upsampling=8), "up by 8, twice the size", _BY_16),
         "v3plus resnet50 os8 aux": (
             _narrow(_smp("DeepLabV3Plus", "resnet50", encoder_output_stride=8, aux_params=_PARAMS)),
-            "(mask, label), up by 2", _BY_16),
+            "(mask, label), up by 2", _BY_16, _least(0.98)),
         "v3plus resnet18 depth 3": (
             _smp("DeepLabV3Plus", "resnet18", encoder_depth=3, decoder_aspp_separable=False),
             "depth 3: the map in front of the last is the skip", _BY_16),
         "v3plus mobilenet_v2": (
-            _smp("DeepLabV3Plus", "mobilenet_v2", activation="softmax2d"), "softmax", _BY_16),
+            _smp("DeepLabV3Plus", "mobilenet_v2", activation="softmax2d"), "softmax",
+            _BY_16, _least(0.99)),
         "v3plus efficientnet-b0": (
             _smp("DeepLabV3Plus", "efficientnet-b0"),
             "convolutions with their own padding, swish, a second argument of blocks", _BY_16),
         "v3plus tu-resnet18": (
             _smp("DeepLabV3Plus", "tu-resnet18"), "timm's FeatureListNet of a ResNet", _BY_16),
         "v3plus tu-skresnet18": (
-            _smp("DeepLabV3Plus", "tu-skresnet18"), "selective kernels: softmax of paths", _BY_16),
+            _smp("DeepLabV3Plus", "tu-skresnet18"), "selective kernels: softmax of paths",
+            _BY_16, _least(0.8)),
         "v3plus tu-regnety_002": (
-            _smp("DeepLabV3Plus", "tu-regnety_002"), "BatchNormAct2d, groups, gates", _BY_16),
+            _smp("DeepLabV3Plus", "tu-regnety_002"), "BatchNormAct2d, groups, gates",
+            _BY_16),
         "v3 tu-mobilenetv3_small_050": (
             _smp("DeepLabV3", "tu-mobilenetv3_small_050", encoder_output_stride=16),
             "BatchNormAct2d in inverted residuals", _BY_16),
@@ -338,13 +347,14 @@ CASES: dict[str, Case] = {
             _smp("DeepLabV3Plus", "tu-efficientnet_lite0"), "ReLU6 in BatchNormAct2d", _BY_16),
         "v3plus tu-convnext_atto": (
             _smp("DeepLabV3Plus", "tu-convnext_atto"),
-            "no batch norm, a skip of no channels", _BY_16),
+            "no batch norm, a skip of no channels", _BY_16, _least(0.65)),
         "v3plus frozen encoder": (
             lambda: _frozen(_smp("DeepLabV3Plus", "resnet18")()),
             "norms in eval through train(), parameters without gradients", _BY_16),
     }),
     **_cases("peft", "peft", {
-        "LoRA on smp": (_lora, "convolutions that are wrapped, a wrapped model", _BY_16),
+        "LoRA on smp": (
+            _lora, "convolutions that are wrapped, a wrapped model", _BY_16, _least(0.85)),
     }),
     **_cases("transformers", "transformers", {
         "mobilenet_v2": (_mobilenet_v2(), "SAME padding, pooling first, align_corners"),
@@ -353,8 +363,10 @@ CASES: dict[str, Case] = {
             "a stem with an expansion"),
         "mobilenet_v2 torch padding": (
             _mobilenet_v2(tf_padding=False, hidden_act="silu"), "symmetric padding, swish"),
-        "mobilevit os8": (_mobilevit(output_stride=8), "transformer blocks, odd maps resized"),
-        "mobilevit os16": (_mobilevit(output_stride=16, hidden_act="relu"), "ReLU instead"),
+        "mobilevit os8": (
+            _mobilevit(output_stride=8), "transformer blocks, odd maps resized", _least(0.6)),
+        "mobilevit os16": (
+            _mobilevit(output_stride=16, hidden_act="relu"), "ReLU instead", _least(0.6)),
     }),
     **_cases("mmseg", "", {
         "v3 r50-d8": (_mmseg(False, _narrow_resnet), "heads by their forward, 3x3 bottleneck"),
@@ -370,7 +382,7 @@ CASES: dict[str, Case] = {
         "v3 v1d mg checkpointed": (
             _mmseg(False, lambda: _narrow_resnet(
                 mmseg.ResNetV1d, multi_grid=(1, 2, 4), with_cp=True)),
-            "average pools in shortcuts, recomputation"),
+            "average pools in shortcuts, recomputation", _least(0.45)),
         "v3 caffe frozen": (
             _mmseg(False, lambda: _narrow_resnet(
                 mmseg.ResNet, style="caffe", frozen_stages=1, norm_eval=True), norm="reverted"),
@@ -400,13 +412,15 @@ CASES: dict[str, Case] = {
         "v3plus mobilenet separable": (lambda: _separable(True), "and behind a concatenation"),
     }),
     **_cases("jfzhang", "", {
-        "resnet os16": (_jfzhang("resnet"), "multi-grid, norms with a forward of their own"),
+        "resnet os16": (
+            _jfzhang("resnet"), "multi-grid, norms with a forward of their own"),
         "resnet os8 plain norms": (
             _jfzhang("resnet", output_stride=8, sync_bn=False), "BatchNorm2d"),
         "xception os16": (
-            _jfzhang("xception"), "a ReLU in place on what the skip reads, one for all"),
+            _jfzhang("xception"), "a ReLU in place on what the skip reads, one for all",
+            _least(0.85)),
         "xception os8 plain norms": (
-            _jfzhang("xception", output_stride=8, sync_bn=False), "its other strides"),
+            _jfzhang("xception", output_stride=8, sync_bn=False), "other strides", _least(0.85)),
         "mobilenet os8 plain norms": (
             _jfzhang("mobilenet", output_stride=8, sync_bn=False), "modules under two names"),
         "mobilenet os16": (_jfzhang("mobilenet"), "both"),
