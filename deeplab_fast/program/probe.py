@@ -18,7 +18,7 @@ from .trace import filled, leaves
 # Results and gradients.
 _Found = tuple[list[Tensor], list[Tensor]]
 # Columns of a map, at most as many rows, and images, that are compared.
-_PIXELS, _IMAGES = 57, 2
+_PIXELS, _IMAGES = 41, 4
 # Of a convolution in fp32 whose form saves multiplications, and in fp64 (CONTRIBUTING.md).
 _FP32, _FP64 = 1e-5, 1e-9
 _TF32 = 2.0**-10
@@ -30,13 +30,16 @@ def sample(module: nn.Module) -> Tensor | None:
     """An input [N, C, H, W] of a module's dtype and device, of the channels that the first layer
     with weights takes; None where none tells."""
     for m in module.modules():
-        channels = {nn.Conv2d: "in_channels", nn.BatchNorm2d: "num_features"}
-        name = next((name for cls, name in channels.items() if isinstance(m, cls)), None)
+        named = {nn.Conv2d: "in_channels", nn.BatchNorm2d: "num_features"}
+        name = next((name for cls, name in named.items() if isinstance(m, cls)), None)
         weight = next(iter(m.parameters(recurse=False)), None)
         if name is None or weight is None:
             continue
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(_IMAGES, getattr(m, name), 41, _PIXELS, generator=generator)
+        channels = getattr(m, name)
+        # Of an image, which a network makes smaller, and of a map in the middle of one.
+        size = (33, _PIXELS) if channels <= 4 else (13, 17)
+        x = torch.randn(_IMAGES, channels, *size, generator=generator)
         # Images of one distribution would have nearly one mean, which a batch norm blows up.
         scale = torch.linspace(0.5, 1.5, _IMAGES)[:, None, None, None]
         return (x * scale + scale - 1).to(weight.device, weight.dtype)
@@ -122,9 +125,10 @@ def _furthest(theirs: _Found, own: _Found) -> tuple[float, float]:
 
 
 def _moved(x: Tensor) -> Tensor:
-    """x with every value one rounding away."""
+    """x with every value a rounding away, and images apart, which means over pixels would hide."""
     signs = torch.ones_like(x)
     signs.view(-1)[::2] = -1
+    signs[::2] += 2
     return x + x * signs * torch.finfo(x.dtype).eps
 
 

@@ -24,10 +24,23 @@ EXACT = 1e-9
 SMALL = 1e-3
 
 
+# One of each library, for what does not depend on the structure.
+FEW = {case.library: name for name, case in reversed(CASES.items())}.values()
+
+
 @pytest.fixture(scope="module", params=CASES)
 def built(request: pytest.FixtureRequest) -> tuple[Case, nn.Module]:
     """A case and its model, which no test may change."""
-    case = CASES[request.param]
+    return _built(CASES[request.param])
+
+
+@pytest.fixture(scope="module", params=FEW)
+def one_of_library(request: pytest.FixtureRequest) -> tuple[Case, nn.Module]:
+    """As `built`."""
+    return _built(CASES[request.param])
+
+
+def _built(case: Case) -> tuple[Case, nn.Module]:
     if case.requires:
         reason = f"{case.library}'s models need {case.requires}"
         try:
@@ -62,18 +75,25 @@ def assert_runs_in_our_forms(case: Case, model: nn.Module) -> None:
     assert report.accelerated >= case.share * report.total, report
 
 
+def test_inference_is_the_plain_model(built) -> None:
+    assert_inference(*built, torch.float32, torch.no_grad)
+
+
 @pytest.mark.parametrize(
     ("dtype", "mode"),
     [
         # No form for inference on a CPU: the plain modules must run.
         pytest.param(torch.float64, torch.no_grad, id="float64"),
-        pytest.param(torch.float32, torch.no_grad, id="float32"),
         # Its tensors have no version counter.
         pytest.param(torch.float32, torch.inference_mode, id="float32 inference_mode"),
     ],
 )
-def test_inference_is_the_plain_model(built, dtype, mode) -> None:
-    case, model = built
+def test_inference_in_another_way(one_of_library, dtype, mode) -> None:
+    assert_inference(*one_of_library, dtype, mode)
+
+
+def assert_inference(case: Case, model: nn.Module, dtype: torch.dtype, mode: Any) -> None:
+    """Results are the plain model's, and inputs stay as they are."""
     model = copy.deepcopy(model).to(dtype)
     # One image and two, of another size: what was prepared for one holds for the other.
     xs = [case.map(1, 0, dtype), case.map(2, 1, dtype)]
@@ -132,10 +152,16 @@ def error_of_all(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_training_is_the_plain_model(built, dtype) -> None:
+def test_training_is_the_plain_model(built) -> None:
+    assert_training(*built, torch.float64)
+
+
+def test_training_in_float32(one_of_library) -> None:
+    assert_training(*one_of_library, torch.float32)
+
+
+def assert_training(case: Case, model: nn.Module, dtype: torch.dtype) -> None:
     """A step in training mode, and one in eval mode with the statistics that it left."""
-    case, model = built
     plain = other_models.without_randomness(copy.deepcopy(model).to(dtype))
     model = dlf.accelerate(copy.deepcopy(plain))
     exact = copy.deepcopy(plain).double() if dtype == torch.float32 else None
@@ -199,8 +225,8 @@ def _plain(pairs: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
         yield (id(a), id(b)) if isinstance(a, Tensor) or isinstance(b, Tensor) else (a, b)
 
 
-def test_the_object_stays_and_restoring_leaves_no_trace(built) -> None:
-    case, model = built
+def test_the_object_stays_and_restoring_leaves_no_trace(one_of_library) -> None:
+    case, model = one_of_library
     model = copy.deepcopy(model)
     x = case.map(1)
     before = attributes(model)
