@@ -108,10 +108,8 @@ def test_reasons(desc: OpDesc, expected: list[str]) -> None:
 
 
 def test_in_a_fresh_process() -> None:
-    """Importing the launchers does not import Triton, and TF32 follows PyTorch's newer setting.
-
-    PyTorch refuses a mix of its two settings ever after, hence not in this process.
-    """
+    """TF32 follows PyTorch's newer setting, a mix of which with the older one PyTorch refuses ever
+    after; the launchers hold no Triton."""
     code = (
         "import torch\n"
         "from deeplab_fast.dispatch import limits\n"

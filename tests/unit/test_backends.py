@@ -178,5 +178,16 @@ def test_import_touches_no_gpu_and_nothing_heavy() -> None:
         "heavy = {'triton', 'torchvision', 'PIL', 'lightning', 'jsonargparse', 'tqdm'}\n"
         "loaded = heavy & (set(sys.modules) - before)\n"
         "assert not loaded, loaded\n"
+        # Neither do the launchers of kernels, of which one process imports all.
+        "import importlib, pkgutil\n"
+        "from deeplab_fast import kernels\n"
+        "names = [m.name for m in pkgutil.iter_modules(kernels.__path__)]\n"
+        "launchers = [name for name in names if not name.endswith('_kernels')]\n"
+        "assert {'aspp', 'batch_norm', 'conv', 'launch', 'tuned', 'upsample'} <= set(launchers)\n"
+        "for name in launchers:\n"
+        "    importlib.import_module(f'{kernels.__name__}.{name}')\n"
+        "assert 'triton' not in sys.modules\n"
+        "assert not [name for name in sys.modules if name.endswith('_kernels')]\n"
+        "assert not torch.cuda.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
