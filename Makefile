@@ -60,7 +60,7 @@ OLDEST_INSTALLED := .venv-oldest/.installed
 # and how units of a GPU's run are started and watched.
 OLDEST_UNIT = $(filter-out tests/unit/test_gpu_program.py,$(wildcard tests/unit/test_gpu*.py)) \
 	$(filter-out $(patsubst %,tests/models/test_%.py,accuracy activations options precision \
-	saved_models weights bird efficientnet_lite embedded fregu856 torchvision_parity),$(wildcard tests/models/test_*.py)) \
+	accelerate_libraries saved_models weights bird efficientnet_lite embedded fregu856 torchvision_parity),$(wildcard tests/models/test_*.py)) \
 	$(wildcard $(patsubst %,tests/unit/test_%*.py,\
 	aspp backends batch_norm bilinear conv prepared tuned upsample))
 # Of launches not what the newest Triton tells as well: modes of fp16 and TF32, which differ from

@@ -282,7 +282,9 @@ def _is_bindable(module: nn.Module) -> bool:
 def _unbind(module: nn.Module) -> None:
     forward = forward_of(module)
     if forward is not None:
-        forward.region.path.drop()
+        # Not that of the module which this one is a shallow copy of.
+        if forward.module is module:
+            forward.region.path.drop()
         del vars(module)["forward"]
         vars(module).pop("_replicate_for_data_parallel", None)
 
@@ -303,8 +305,13 @@ def _compare(module: nn.Module) -> None:
             ):
                 if not wanted:
                     continue
-                module.train(kind == "training")
-                with torch.set_grad_enabled(kind == "training"):
+                trains = kind == "training"
+                if module.training != trains:
+                    # What `train` of a class does besides is not wanted here. Norms that are frozen
+                    # in a model that trains stay so.
+                    for m in modes:
+                        m.training = trains
+                with torch.inference_mode(False), torch.set_grad_enabled(trains):
                     fine = not forward.region.check(kind, x) and fine
         finally:
             for m, mode in modes.items():

@@ -411,6 +411,8 @@ def _aspp(folder: _Folder, aspp: match.Aspp) -> Step:
 
 
 def _pooling(folder: _Folder, block: match.Pooling) -> Step:
+    if not match.is_mean(block.pool):
+        raise _NotFoldable
     step = folder.step(block.pool, *block.modules)
     layer = JoinLayer(folder.name(block.module), Node("spread"))
     folder.layers.append(layer)

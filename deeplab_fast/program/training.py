@@ -172,7 +172,7 @@ def _other(segment: match.Segment, x: Tensor) -> Any:
         return _block(segment, x)
     if isinstance(segment, match.Aspp):
         return _aspp(segment, x)
-    if isinstance(segment, match.Pooling):
+    if isinstance(segment, match.Pooling) and match.is_mean(segment.pool):
         y = sequence((segment.pool, *segment.modules), x)
         return y.expand(-1, -1, *x.shape[2:])
     if isinstance(segment, match.Features):
