@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import FunctionType
 from typing import TypeVar
 
 import torch
@@ -14,22 +16,18 @@ from torch import nn
 
 from . import libraries as libraries
 from . import match
-from .intact import CALLED, BoundForward, has_hooks, is_followed
+from .intact import CALLED, has_hooks, is_followed
 from .network import Network
 from .probe import sample
 from .region import Forward, Replicate, forward_of
 from .stand_ins import original
 from .structure import has_depthwise
-from .trace import Untraceable
 
 logger = logging.getLogger("deeplab_fast")
 
 M = TypeVar("M", bound=nn.Module)
 # Names with wildcards, or a function of a module's name and the module.
 Filter = str | Sequence[str] | Callable[[str, nn.Module], bool]
-
-# Hold modules and have no forward.
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 def accelerate(
@@ -57,7 +55,7 @@ def accelerate(
     What they are is found by structure, not by names of classes. A change of the model (weights,
     attributes, modules, hooks, mode, dtype, device) is noticed at the next call. What is not known,
     has hooks or overrides runs as it is inside of what is accelerated. `torch.compile`, exporters,
-    tracing and torch.func see the modules' own forwards.
+    tracing, scripting and torch.func see the modules' own forwards.
 
     Before a module runs in our forms its results, and in training its gradients, are compared once
     with its own forward, on a small input of its dtype and device: here for the model as it is, and
@@ -83,7 +81,8 @@ def accelerate(
             name with their reasons. The model is then as it was.
 
     Copies, also deep ones, and pickles of an accelerated model are accelerated too. `restore`
-    undoes it, which scripting needs.
+    undoes it. A shallow copy (`copy.copy`) calls the forward of the original until it is accelerated
+    itself.
     """
     _check(model)
     if isinstance(model, Network):
@@ -93,22 +92,24 @@ def accelerate(
     names = dict(model.named_modules())
     included = _fitting("include", include, names)
     excluded = _fitting("exclude", exclude, names) or set()
-    before = {name: forward_of(m) for name, m in names.items()}
-    settings = {name: f.region.settings for name, f in before.items() if f is not None}
+    wanted = {n for n in names if (included is None or n in included) and n not in excluded}
+    before = [_Bound(module) for module in names.values()]
+    # Models of this package that stand in others run so by themselves.
+    own = [(name, module) for name, module in names.items() if isinstance(module, Network)]
+    inside = {m for _, network in own for m in network.modules()}
+    for name, network in own:
+        if name in wanted:
+            network.fused, network.fast = training, inference
     for name, module in names.items():
-        wanted = (included is None or name in included) and name not in excluded
-        _bind(module, opaque=not wanted)
-    for module in names.values():
+        if module not in inside:
+            _bind(module, opaque=name not in wanted)
         forward = forward_of(module)
         if forward is not None:
             forward.region.settings = (inference, training)
     _compare(model)
-    if strict and (left := accelerate_report(model).left_alone):
-        for name, module in names.items():
-            if before[name] is None:
-                _unbind(module)
-            elif (forward := forward_of(module)) is not None:
-                forward.region.settings = settings[name]
+    if strict and (left := _unwanted(model, names, wanted)):
+        for each in before:
+            each.put_back()
         reasons = "; ".join(f"{row.name}: {row.how}" for row in left[:8])
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         raise ValueError(
@@ -116,6 +117,37 @@ def accelerate(
             "change them, or leave strict out"
         )
     return model
+
+
+class _Bound:
+    """What is bound on a module now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._forward = module, forward_of(module)
+        self._settings = None if self._forward is None else self._forward.region.settings
+        self._attributes = {name: vars(module)[name] for name in _BOUND if name in vars(module)}
+        self._own = (module.fused, module.fast) if isinstance(module, Network) else None
+
+    def put_back(self) -> None:
+        """Bind that again, and nothing else."""
+        if forward_of(self._module) is not self._forward:
+            _unbind(self._module)
+        vars(self._module).update(self._attributes)
+        if self._forward is not None and self._settings is not None:
+            self._forward.region.settings = self._settings
+        if isinstance(self._module, Network) and self._own is not None:
+            self._module.fused, self._module.fast = self._own
+
+
+def _unwanted(
+    model: nn.Module, names: dict[str, nn.Module], wanted: set[str]
+) -> list[AccelerateRow]:
+    """What has parameters, should run in our forms, and does not."""
+    return [
+        row
+        for row in accelerate_report(model).left_alone
+        if row.name in wanted and any(True for _ in names[row.name].parameters())
+    ]
 
 
 def restore(model: M) -> M:
@@ -145,7 +177,7 @@ class AccelerateRow:
         name, cls: its qualified name and the name of its class.
         runs: "region": it is entered by a call and runs in our forms; "inside": it runs inside of
             one; "own": its own forward runs, and what is in it is accelerated; "alone": nothing of
-            it is accelerated.
+            it is accelerated; "unused": it does not run.
         how: what it runs as, or why it does not.
         is_leaf: it has no modules in it.
     """
@@ -162,7 +194,7 @@ class AccelerateReport:
     """What runs how in an accelerated model.
 
     Attributes:
-        rows: of every module, in the order of `named_modules`.
+        rows: of every module that has a forward, in the order of `named_modules`.
     """
 
     rows: tuple[AccelerateRow, ...]
@@ -174,8 +206,8 @@ class AccelerateReport:
 
     @property
     def total(self) -> int:
-        """Number of modules without modules in them."""
-        return sum(row.is_leaf for row in self.rows)
+        """Number of modules without modules in them, of those that run."""
+        return sum(row.is_leaf and row.runs != "unused" for row in self.rows)
 
     @property
     def left_alone(self) -> tuple[AccelerateRow, ...]:
@@ -189,6 +221,7 @@ class AccelerateReport:
             "region": "runs in our forms",
             "own": "runs its own forward",
             "alone": "left alone",
+            "unused": "does not run",
             "inside": "",
         }
         for row in shown:
@@ -200,7 +233,7 @@ class AccelerateReport:
 
 
 def accelerate_report(model: nn.Module) -> AccelerateReport:
-    """What runs how in a model, and every module left alone with the reason.
+    """What runs how in a model in its mode, and every module left alone with the reason.
 
     Args:
         model: any module; one that was not accelerated is left alone as a whole.
@@ -211,15 +244,29 @@ def accelerate_report(model: nn.Module) -> AccelerateReport:
     _check(model)
     names = {module: name for name, module in model.named_modules()}
     found: dict[nn.Module, tuple[str, str]] = {}
-    _explain_calls(model, found)
+    # As it is called in its mode.
+    with torch.set_grad_enabled(model.training):
+        _explain_calls(model, found)
     rows = []
     for module, name in names.items():
         is_leaf = not any(True for _ in module.children())
-        if isinstance(module, _CONTAINERS) and module not in found:
+        if _holds_only(module):
             continue
-        runs, how = found.get(module, ("inside", "a part of what it stands in"))
+        runs, how = found.get(module) or _unfound(module, found)
         rows.append(AccelerateRow(name, type(module).__name__, runs, how, is_leaf))
     return AccelerateReport(tuple(rows))
+
+
+def _holds_only(module: nn.Module) -> bool:
+    """Whether a module has no forward, as nn.ModuleList and nn.ModuleDict have none."""
+    return type(module).forward is nn.Module.forward
+
+
+def _unfound(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -> tuple[str, str]:
+    """Of a module that neither runs in our forms by itself nor is left to its own forward."""
+    if any(found.get(m, ("", ""))[0] in ("region", "inside") for m in module.modules()):
+        return "inside", "a part of what it stands in"
+    return "unused", "no call in this mode comes to it"
 
 
 def _check(model: object) -> None:
@@ -236,6 +283,11 @@ def _fitting(what: str, wanted: Filter | None, names: dict[str, nn.Module]) -> s
         return None
     if callable(wanted):
         roots = [name for name, module in names.items() if wanted(name, module)]
+        if not roots:
+            raise ValueError(
+                f"{what} is a function that is true of none of the {len(names)} modules; give one "
+                "of (name, module) that is, or leave it out"
+            )
     else:
         patterns = [wanted] if isinstance(wanted, str) else list(wanted)
         if not all(isinstance(pattern, str) for pattern in patterns):
@@ -255,38 +307,43 @@ def _fitting(what: str, wanted: Filter | None, names: dict[str, nn.Module]) -> s
 
 def _bind(module: nn.Module, opaque: bool) -> None:
     forward = forward_of(module)
-    if forward is not None:
-        if forward.opaque == opaque:
-            return
-        _unbind(module)
-    if not opaque and not _is_bindable(module):
+    if forward is not None and forward.opaque == opaque:
+        return
+    _unbind(module)
+    if not (_has_own_forward(module) and (opaque or _is_made_of_others(module))):
         return
     # A plain attribute: nn.Module's own setting of it knows parameters and modules only.
     vars(module)["forward"] = Forward(module, opaque)
     vars(module)["_replicate_for_data_parallel"] = Replicate(module)
 
 
-def _is_bindable(module: nn.Module) -> bool:
-    """Whether a module is made of others, and its call runs the forward of its class."""
-    if any(name in vars(module) for name in CALLED) or isinstance(module, _CONTAINERS):
+# Attributes of an instance.
+_BOUND = ("forward", "_replicate_for_data_parallel")
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a call of a module runs a function that is the forward of its class."""
+    if any(name in vars(module) for name in CALLED) or isinstance(module, torch.jit.ScriptModule):
         return False
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
-    # Other libraries' layers call functions of PyTorch, some with weights of their own.
+    forward = inspect.getattr_static(type(module), "forward", None)
+    return isinstance(forward, FunctionType) and not _holds_only(module)
+
+
+def _is_made_of_others(module: nn.Module) -> bool:
+    """Whether a module is anything else than a layer of PyTorch's: other libraries' layers call
+    functions of PyTorch, some with weights of their own."""
     is_layer = type(module).__module__.startswith("torch.nn.")
-    if is_layer and not any(True for _ in module.children()):
-        return False
-    return type(module).forward is not nn.Module.forward
+    return not is_layer or any(True for _ in module.children())
 
 
 def _unbind(module: nn.Module) -> None:
-    forward = forward_of(module)
-    if forward is not None:
-        # Not that of the module which this one is a shallow copy of.
+    # Also that of the module which this one is a shallow copy of.
+    forward = vars(module).get("forward")
+    if isinstance(forward, Forward):
         if forward.module is module:
             forward.region.path.drop()
-        del vars(module)["forward"]
-        vars(module).pop("_replicate_for_data_parallel", None)
+        for name in _BOUND:
+            vars(module).pop(name, None)
 
 
 def _compare(module: nn.Module) -> None:
@@ -324,8 +381,7 @@ def _compare(module: nn.Module) -> None:
 
 def _runs(forward: Forward) -> bool:
     """Whether a call of the module runs in our forms, as far as its structure decides that."""
-    segment = forward.segment(forward.module)
-    return not (isinstance(segment, match.Plain) or forward.changes_input())
+    return not (forward.why_plainly() or isinstance(forward.segment(forward.module), match.Plain))
 
 
 def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -> None:
@@ -334,10 +390,16 @@ def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -
         return
     forward = forward_of(module)
     if forward is not None and not forward.opaque and _runs(forward):
-        refused = {why for why in forward.region.verdicts.values() if why}
-        if not refused:
-            kinds = zip(("inference", "training"), forward.region.settings, strict=True)
-            calls = " and ".join(kind for kind, wanted in kinds if wanted) or "no call"
+        region = forward.region
+        refused = {v.reason for v in region.verdicts.values() if v.reason}
+        kinds = zip(("inference", "training"), region.settings, strict=True)
+        wanted = [kind for kind, is_wanted in kinds if is_wanted]
+        run = [kind for kind in wanted if kind not in region.reasons]
+        if not refused and (run or not wanted):
+            calls = " and ".join(run) or "no call"
+            for kind in wanted:
+                if kind in region.reasons:
+                    calls += f", {kind} by its own forward ({region.reasons[kind]})"
             before = len(found)
             _explain([forward.segment(module)], found)
             parts = Counter(how for runs, how in list(found.values())[before:] if runs == "inside")
@@ -345,7 +407,7 @@ def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -
             told = ", ".join(f"{n} {name}{'s' * (n > 1)}" for n, name in named)
             found[module] = ("region", f"{calls}" + (f"; {told}" if told else ""))
             return
-        reason = "; ".join(sorted(refused))
+        reason = "; ".join(sorted(refused or {region.reasons[kind] for kind in wanted}))
     else:
         reason = why_plain(module)
     children = list(module.children())
@@ -357,6 +419,9 @@ def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -
 
 def _explain(items: Iterable[match.Item], found: dict[nn.Module, tuple[str, str]]) -> None:
     """What happens to items inside of our forms."""
+    items = list(items)
+    for module in _layers(items):
+        found.setdefault(module, ("inside", "as it is"))
     for part in match.segments(items):
         if isinstance(part, match.Unit):
             segments = [s for s in (part.conv, part.norm, part.act, part.pool) if s is not None]
@@ -373,6 +438,16 @@ def _explain(items: Iterable[match.Item], found: dict[nn.Module, tuple[str, str]
                 kind = "inverted residual"
             found.setdefault(part.module, ("inside", kind))
             _explain(_parts(part), found)
+
+
+def _layers(items: Iterable[match.Item]) -> Iterator[nn.Module]:
+    """Those that are rows of what they call: other libraries' activations, and identities."""
+    for item in items:
+        segment = match.segment_of(item)
+        if isinstance(segment, match.Members):
+            if not any(True for _ in segment.module.children()):
+                yield segment.module
+            yield from _layers(segment.modules)
 
 
 _KINDS: dict[type, str] = {
@@ -413,18 +488,15 @@ def _parts(segment: match.Segment) -> Iterator[match.Item]:
 
 def why_plain(module: nn.Module) -> str:
     """Why a module runs as it is."""
-    forward = vars(module).get("forward")
-    if isinstance(forward, Forward):
+    forward = forward_of(module)
+    if forward is not None:
         if forward.opaque:
             return "it was excluded"
-        flow = forward.flow()
-        if isinstance(flow, Untraceable):
-            return str(flow)
-        if forward.changes_input():
-            return "its forward changes its input in place"
+        if why := forward.why_plainly():
+            return why
     if has_hooks(module):
         return "it has forward hooks"
-    own = [n for n in CALLED if n in vars(module) and not isinstance(vars(module)[n], BoundForward)]
+    own = [n for n in CALLED if n in vars(module) and (n != "forward" or forward is None)]
     if own:
         return f"{own[0]} was exchanged on the instance"
     if module._compiled_call_impl is not None:

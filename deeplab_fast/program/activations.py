@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats import in_plain_format
 from .layers import CHANNELS_LAST, Layer, Program, execute
 
 # A block above this size is given back after the call: there faults are a small part of it.
@@ -64,7 +63,7 @@ class Activations:
             maps = program.maps(x, _Run(places, block.views(places), x), aux)
         finally:
             self._give(block)
-        return in_plain_format(maps, x, program.channels_last)
+        return program.formatted(maps, x)
 
     def free(self) -> None:
         """Give the memory back."""

@@ -10,7 +10,7 @@ and the module then runs as it is. Inference and training both ask here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -115,13 +115,19 @@ class BoundForward:
     """Base of what an instance may have as its `forward` and still compute what its class does.
 
     Attributes:
+        module: the instance; a shallow copy of it has what computes with the original.
         opaque: the module is to run as it is.
     """
 
+    module: nn.Module
     opaque = False
 
     def segment(self, module: nn.Module) -> Any:
         """What the module is, as a `match.Segment`, where no rule knows its class."""
+        raise NotImplementedError
+
+    def origins(self) -> Iterator[Any]:
+        """What that depends on, as an `origin.Origin`, or nothing."""
         raise NotImplementedError
 
     def changes_input(self) -> bool:
@@ -132,17 +138,22 @@ class BoundForward:
 def bound_forward(module: nn.Module) -> BoundForward | None:
     """What stands before the forward of a module's class and computes the same, or None."""
     bound = module.__dict__.get("forward")
-    return bound if isinstance(bound, BoundForward) else None
+    return bound if isinstance(bound, BoundForward) and bound.module is module else None
 
 
-def is_followed(module: nn.Module) -> bool:
-    """Whether a call of a module of any class runs the forward of its class, and nothing else."""
+def is_followed(module: nn.Module, entered: bool = False) -> bool:
+    """Whether a call of a module of any class runs the forward of its class, and nothing else.
+
+    Args:
+        module: the module.
+        entered: its call is under way, and with it what hooks it has.
+    """
     own = module.__dict__
     cls = type(module)
     return not (
         any(name in own for name in CALLED if name != "forward" or bound_forward(module) is None)
         or module._compiled_call_impl is not None
-        or _runs_hooks(module)
+        or (not entered and runs_hooks(module))
         or any(getattr(cls, name) is not shipped for name, shipped in _ENTRANCE_SHIPPED)
     )
 
@@ -150,10 +161,11 @@ def is_followed(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Whether a call of the module computes what its class was shipped to compute, and runs no
     hooks."""
-    return is_intact(module) and not _runs_hooks(module)
+    return is_intact(module) and not runs_hooks(module)
 
 
-def _runs_hooks(module: nn.Module) -> bool:
+def runs_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module now runs anything beside its forward."""
     return has_hooks(module) or (
         # They see gradients only.
         torch.is_grad_enabled() and bool(module._backward_hooks or module._backward_pre_hooks)
@@ -201,7 +213,7 @@ def is_intact(module: nn.Module) -> bool:
     else:
         own = module.__dict__
         for name in CALLED:
-            if name in own and not (name == "forward" and isinstance(own[name], BoundForward)):
+            if name in own and not (name == "forward" and bound_forward(module) is not None):
                 return False
     return module._compiled_call_impl is None and is_intact_class(type(module))
 

@@ -243,13 +243,11 @@ class PlainLayer(Layer):
         self.module = module
 
     def __call__(self, x: Tensor) -> Any:
-        return self.module(x.contiguous())
+        return self.module(filled(x, Tensor.contiguous))
 
     def output_shape(self, shape: Sequence[int]) -> Any:
         output = copy.deepcopy(self.module).to("meta", torch.float32)(_meta(shape))
-        if isinstance(output, Tensor):
-            return tuple(output.shape)
-        return OrderedDict((k, tuple(v.shape)) for k, v in output.items())
+        return filled(output, lambda y: tuple(y.shape))
 
 
 class JoinLayer(Layer):
@@ -264,7 +262,8 @@ class JoinLayer(Layer):
         self._node = node
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        return compute(self._node, tensors).contiguous(memory_format=CHANNELS_LAST)
+        y = compute(self._node, tensors)
+        return y.contiguous(memory_format=CHANNELS_LAST) if y.dim() == 4 else y
 
     def output_shape(self, *shapes: Sequence[int]) -> tuple[int, ...]:
         return tuple(compute(self._node, [_meta(shape) for shape in shapes]).shape)
@@ -428,9 +427,14 @@ class Program:
     channels_last: bool
 
     def logits(self, x: Any, run: Run = execute, aux: bool = True) -> dict[str, Tensor]:
-        """Low-resolution logits by name, in the memory format that plain modules give them."""
+        """Low-resolution logits by name, in the memory format that plain modules give them; the
+        results of one module in any."""
         given = filled(x, lambda t: t.contiguous(memory_format=CHANNELS_LAST))
-        return in_plain_format(self.maps(given, run, aux), next(leaves(x)), self.channels_last)
+        return self.formatted(self.maps(given, run, aux), next(leaves(x)))
+
+    def formatted(self, maps: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        """Maps of the input x in the memory format that `logits` has."""
+        return in_plain_format(maps, x, self.channels_last) if self.heads else maps
 
     def maps(self, x: Any, run: Run = execute, aux: bool = True) -> dict[str, Tensor]:
         """Low-resolution logits by name, in any memory format, of a channels_last x."""

@@ -16,20 +16,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import match, training
 from .calibration import Calibration
-from .fast_path import FastPath
-from .formats import in_plain_format, is_channels_last
-from .intact import BoundForward
+from .fast_path import FastPath, reasons
+from .formats import is_channels_last
+from .intact import BoundForward, bound_forward
 from .layers import Heads, Run, Step
-from .probe import differing
+from .origin import Origin
+from .probe import UNCOMPARED, Found, differing
 from .staleness import Snapshot
 from .structure import is_map, segment_of_flow
 from .trace import Flow, Untraceable, changes_input, filled, leaves, trace
@@ -74,18 +76,19 @@ class Forward(BoundForward):
     def __init__(self, module: nn.Module, opaque: bool = False) -> None:
         self.module, self.opaque = module, opaque
         self.region = Region(module, self)
-        # By mode, and whether gradients are recorded: (what it was found in, the flow or why there
-        # is none).
-        self._flows: dict[tuple[bool, bool], tuple[_Origin, Flow | Untraceable]] = {}
-        # By mode, and whether gradients are recorded: what of the module decides it, and it.
-        self._segments: dict[tuple[bool, bool], tuple[Snapshot, match.Segment]] = {}
+        # By mode: the flow or why there is none.
+        self._flows: dict[_Mode, Flow | Untraceable] = {}
+        # By mode: what of the module decides it, and it.
+        self._segments: dict[_Mode, tuple[Snapshot, match.Segment]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if len(args) == 1 and not (kwargs or self.opaque or recorded):
-            result = self.region.call(args[0])
-            if result is not _PLAIN:
-                return result
+        if len(args) + len(kwargs) == 1 and not (self.opaque or recorded):
+            forward = type(self.module).forward
+            if args or next(iter(kwargs)) == _first_name(forward):
+                result = self.region.call(args[0] if args else next(iter(kwargs.values())))
+                if result is not _PLAIN:
+                    return result
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def segment(self, module: nn.Module) -> match.Segment:
@@ -93,7 +96,7 @@ class Forward(BoundForward):
         rule = match.rule_of_class(type(module))
         if rule is not None:
             return rule(module)
-        mode = (module.training, torch.is_grad_enabled())
+        mode = _mode(module)
         known = self._segments.get(mode)
         if known is None or not (known[0].same_structure() and known[0].same_tensors()):
             # Read before it is found, so that it is never older.
@@ -109,27 +112,43 @@ class Forward(BoundForward):
 
     def flow(self) -> Flow | Untraceable:
         """The data flow of the module as it is now, or why it has none."""
-        mode = (self.module.training, torch.is_grad_enabled())
+        mode = _mode(self.module)
         known = self._flows.get(mode)
-        if known is None or not known[0].is_current():
-            found: Flow | Untraceable
+        if known is None or not known.origin.is_current():
+            if known is not None:
+                # What was compared was another forward.
+                self.region.forget()
             try:
-                found = trace(self.module)
+                known = trace(self.module)
             except Untraceable as reason:
-                found = reason
-            followed = (self.module,) if isinstance(found, Untraceable) else found.followed
-            known = self._flows[mode] = (_Origin(followed), found)
-        return known[1]
+                known = reason
+            self._flows[mode] = known
+        return known
+
+    def origins(self) -> Iterator[Origin]:
+        """What the flow was found in, where a rule does not say what the module is."""
+        if match.rule_of_class(type(self.module)) is None:
+            yield self.flow().origin
 
     def changes_input(self) -> bool:
         """Whether the class's forward changes the map that it is called with."""
         module = self.module
         if match.rule_of_class(type(module)) is not None:
-            first = next(module.children(), None)
-            is_row = type(module).forward is nn.Sequential.forward
-            return is_row and first is not None and changes_input(first)
+            return type(module).forward is nn.Sequential.forward and changes_input(module)
         flow = self.flow()
         return isinstance(flow, Untraceable) and flow.changes_input
+
+    def why_plainly(self) -> str:
+        """Why the class's forward runs whatever it is called with; "" where it need not."""
+        if match.rule_of_class(type(self.module)) is not None:
+            return "its forward changes its input in place" if self.changes_input() else ""
+        flow = self.flow()
+        return str(flow) if isinstance(flow, Untraceable) else ""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """That of a bound method, for who asks for a source: `torch.jit.script` does."""
+        return MethodType
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -150,6 +169,26 @@ class Forward(BoundForward):
         return _bound, (self.module, self.opaque, self.region.settings)
 
 
+_Mode = tuple[bool, ...]
+
+
+def _mode(module: nn.Module) -> _Mode:
+    """What a forward may ask for and decide by."""
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    return (module.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+@cache
+def _first_name(forward: Callable[..., Any]) -> str | None:
+    """The name of a forward's first argument behind the module, where it can be given by name."""
+    try:
+        own = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    named = len(own) > 1 and own[1].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return own[1].name if named else None
+
+
 def _bound(module: nn.Module, opaque: bool, settings: tuple[bool, bool]) -> Forward:
     forward = Forward(module, opaque)
     forward.region.settings = settings
@@ -158,39 +197,8 @@ def _bound(module: nn.Module, opaque: bool, settings: tuple[bool, bool]) -> Forw
 
 def forward_of(module: nn.Module) -> Forward | None:
     """What `accelerate` bound on a module, or None."""
-    found = module.__dict__.get("forward")
+    found = bound_forward(module)
     return found if isinstance(found, Forward) else None
-
-
-class _Origin:
-    """What a flow was found in: modules, their attributes, children and classes."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._kept = [
-            (
-                module,
-                type(module),
-                type(module).forward,
-                dict(vars(module)),
-                dict(module._modules),
-                [(v, v.copy()) for v in vars(module).values() if type(v) in (list, dict, set)],
-            )
-            for module in modules
-        ]
-
-    def is_current(self) -> bool:
-        try:
-            return all(
-                type(module) is cls
-                and cls.forward is forward
-                and vars(module) == attributes
-                and module._modules == children
-                and all(value == before for value, before in containers)
-                for module, cls, forward, attributes, children, containers in self._kept
-            )
-        except (RuntimeError, TypeError, ValueError):
-            # An attribute without equality, such as a tensor, was exchanged.
-            return False
 
 
 class _Nothing:
@@ -206,8 +214,9 @@ class Region:
     Attributes:
         fast: run programs in inference.
         fused: run the training forms.
-        verdicts: what the comparison with the plain path said, by kind of call, dtypes and device:
-            "", or why the module runs plainly.
+        verdicts: what the comparison with the plain path said, by kind of call, dtypes, device,
+            structure and memory formats.
+        reasons: by kind of call why the last one ran plainly without a comparison, where it did.
     """
 
     calibration: Calibration | None = None
@@ -220,7 +229,8 @@ class Region:
         self._forward = forward
         self.fast = self.fused = True
         self.path = FastPath()
-        self.verdicts: dict[tuple[Any, ...], str] = {}
+        self.verdicts: dict[tuple[Any, ...], Found] = {}
+        self.reasons: dict[str, str] = {}
 
     @property
     def settings(self) -> tuple[bool, bool]:
@@ -267,6 +277,9 @@ class Region:
             return _PLAIN
         if not maps or not all(map(is_map, maps)):
             return _PLAIN
+        # Those of other classes give results of their classes.
+        if any(type(t) not in (Tensor, nn.Parameter) for t in maps):
+            return _PLAIN
         first = maps[0]
         if any(t.dtype != first.dtype or t.device != first.device for t in maps):
             return _PLAIN
@@ -274,11 +287,13 @@ class Region:
             run, kind = (self._train, "training") if self.fused else (None, "")
         else:
             run, kind = (self._infer, "inference") if self.fast else (None, "")
-        if run is None or training.transformed() or self._forward.changes_input():
+        if run is None or training.transformed() or self._forward.why_plainly():
             return _PLAIN
-        if self._verdict(kind, x, first):
+        found = self._verdict(kind, x)
+        if found is None or found.reason:
             return _PLAIN
-        return self._entered(run, x)
+        result = self._entered(run, x)
+        return result if result is _PLAIN else self._formatted(result, x, found.channels_last)
 
     def _entered(self, run: Callable[[Any], Any], x: Any) -> Any:
         _thread.running.add(id(self))
@@ -288,32 +303,84 @@ class Region:
             _thread.running.discard(id(self))
 
     def check(self, kind: str, x: Any) -> str:
-        """Why calls like that on x run plainly after a comparison; "" where they need not."""
-        return self._verdict(kind, x, next(leaves(x)))
+        """Why calls like that on x run plainly by what the module is, or after a comparison; ""
+        where they need not, and where nothing was compared."""
+        if why := self._forward.why_plainly():
+            self.reasons[kind] = why
+            return why
+        found = self._verdict(kind, x)
+        return "" if found is None else found.reason
 
-    def _verdict(self, kind: str, x: Any, first: Tensor) -> str:
+    def forget(self) -> None:
+        """What comparisons said, but those that are under way."""
+        self.verdicts = {k: found for k, found in self.verdicts.items() if found is _COMPARING}
+
+    def _verdict(self, kind: str, x: Any) -> Found | None:
+        """None where nothing could be compared: the module's own forward has an error for the call,
+        or our forms do not run."""
+        first = next(leaves(x))
         device = first.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key = (kind, self.training, first.dtype, device, autocast)
+        formats = tuple([is_channels_last(t) for t in leaves(x)])
+        weights = _in_channels_last(self.module)
+        places = tuple(_flat(x))
+        key = (kind, self.training, first.dtype, device, autocast, places, formats, weights)
         known = self.verdicts.get(key)
-        if known is None:
-            # Also what runs inside of the comparison.
-            self.verdicts[key] = "is being compared"
-            try:
-                run = partial(self._entered, self._train if kind == "training" else self._infer)
-                found = differing(self.module, x, run, _PLAIN, kind == "training", plainly)
-            except BaseException:
-                del self.verdicts[key]
-                raise
-            if found is None:
-                # Nothing was compared: the plain path refuses the call, or ours does.
-                del self.verdicts[key]
-                return ""
-            if found:
-                name = type(self.module).__name__
-                logger.warning("accelerate: %s runs its plain modules: %s", name, found)
-            known = self.verdicts[key] = found
-        return known
+        if known is not None:
+            return known
+        # Before anything is copied.
+        if kind == "inference" and (reason := self._reason_against(first)):
+            self.reasons[kind] = reason
+            return None
+        # Also what runs inside of the comparison.
+        self.verdicts[key] = _COMPARING
+        try:
+            run = partial(self._entered, self._train if kind == "training" else self._infer)
+            found = differing(self.module, x, run, _PLAIN, kind == "training", plainly)
+        finally:
+            del self.verdicts[key]
+        self.reasons.pop(kind, None)
+        if found is None:
+            if reason := self._why_not_compared(kind, first):
+                self.reasons[kind] = reason
+            return None
+        if found is UNCOMPARED:
+            return found
+        if found.reason:
+            name = type(self.module).__name__
+            logger.warning("accelerate: %s runs its plain modules: %s", name, found.reason)
+        self.verdicts[key] = found
+        return found
+
+    def _formatted(self, result: Any, x: Any, channels_last: Sequence[bool | None] | None) -> Any:
+        """The result in the memory formats that the module's own forward gives, inputs in it as
+        they came, and tensors that are in it twice once."""
+        if channels_last is None:
+            last = _in_channels_last(self.module) or is_channels_last(next(leaves(x)))
+            channels_last = [last if is_map(y) else None for y in leaves(result)]
+        made: dict[int, Any] = {id(t): t for t in leaves(x)}
+        formats = iter(channels_last)
+
+        def formatted(y: Any) -> Any:
+            last = next(formats) if isinstance(y, Tensor) else None
+            if id(y) not in made:
+                memory_format = torch.channels_last if last else torch.contiguous_format
+                made[id(y)] = y if last is None else y.contiguous(memory_format=memory_format)
+            return made[id(y)]
+
+        return filled(result, formatted)
+
+    def _reason_against(self, x: Tensor) -> str:
+        """Why programs do not run on maps like x, before any is made; "" where they do."""
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        return next(reasons(self, x), "")
+
+    def _why_not_compared(self, kind: str, x: Tensor) -> str:
+        """Why our forms do not run; "" where its own forward does not."""
+        if kind == "inference":
+            return next(iter(self.path.reasons(self, x)), "")
+        return "" if training.has_kernels(x) else "the training forms have no kernels here"
 
     def _infer(self, x: Any) -> Any:
         first = next(leaves(x))
@@ -329,12 +396,21 @@ class Region:
             return _PLAIN
         given = filled(x, lambda t: t.contiguous(memory_format=torch.channels_last))
         same = {id(new): old for new, old in zip(leaves(given), leaves(x), strict=True)}
-        result = _flat(training.run(segment, given))
-        own = {path: y for path, y in result.items() if id(y) not in same}
-        weight = next((p for p in self.module.parameters() if p.dim() == 4), None)
-        last = weight is not None and is_channels_last(weight)
-        formatted = in_plain_format(own, first, last)
-        return _nested({path: formatted.get(path, same.get(id(y))) for path, y in result.items()})
+        return filled(training.run(segment, given), lambda y: same.get(id(y), y))
+
+
+def _in_channels_last(module: nn.Module) -> bool:
+    """Whether a module's filters are, as far as they say: those of 1x1 are that and contiguous."""
+    for weight in module.parameters():
+        if not is_lazy(weight) and weight.dim() == 4:
+            last = weight.is_contiguous(memory_format=torch.channels_last)
+            if last != weight.is_contiguous():
+                return last
+    return False
+
+
+# Of a comparison that is under way, in which the forwards of the classes run.
+_COMPARING = Found("it is being compared")
 
 
 class _Results:

@@ -4,7 +4,7 @@
 of weights is:
 
 - the modules: identity, class and what its calls pass through, children, attributes (eval mode,
-  stride, dilation, eps, ...) and forward hooks;
+  stride, dilation, eps, ...) and hooks; of forwards that were followed what they read besides;
 - their tensors: identity, version counter, storage address, shape, strides;
 - the bytes of their tensors. A version counter counts what PyTorch's own in-place operations do; it
   does not see writes through `p.data`, a NumPy view, shared memory or another framework.
@@ -58,6 +58,8 @@ class Snapshot:
         inner = [m for _, root in self._parts if root is not None for m in root.modules()]
         watched = {id(m): m for m in inner if _is_watched(m) or has_hooks(m)}.values()
         self._modules = [_module_state(m) for m in watched]
+        bound = [forward for m in inner if (forward := bound_forward(m)) is not None]
+        self._origins = [origin for forward in bound for origin in forward.origins()]
         classes = {type(m) for m in watched}
         self._classes = [(cls, is_intact_class(cls)) for cls in classes]
         foreign = {base for cls in classes if not is_intact_class(cls) for base in cls.__mro__}
@@ -103,6 +105,7 @@ class Snapshot:
                         now == attributes
                         and type(module) is cls
                         and bool(hooks or pre_hooks) == hooked
+                        and bool(backward or pre_backward) == hooked_backward
                         and (not children or tuple(named.items()) == children)
                         and (not containers or all(value == kept for value, kept in containers))
                         for (
@@ -113,6 +116,9 @@ class Snapshot:
                             hooks,
                             pre_hooks,
                             hooked,
+                            backward,
+                            pre_backward,
+                            hooked_backward,
                             named,
                             children,
                             containers,
@@ -121,6 +127,7 @@ class Snapshot:
                 )
                 and all([is_intact_class(cls) == was for cls, was in self._classes])
                 and all([now == was for now, was in self._foreign])
+                and all([origin.is_current() for origin in self._origins])
             )
         except (RuntimeError, TypeError, ValueError):
             # An attribute that has no equality, such as a tensor, has been exchanged.
@@ -172,6 +179,9 @@ def _module_state(module: nn.Module) -> tuple[Any, ...]:
         module._forward_hooks,
         module._forward_pre_hooks,
         has_hooks(module),
+        module._backward_hooks,
+        module._backward_pre_hooks,
+        bool(module._backward_hooks or module._backward_pre_hooks),
         module._modules,
         tuple(module._modules.items()),
         containers,

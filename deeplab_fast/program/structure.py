@@ -68,10 +68,10 @@ def compute(node: Node, inputs: Sequence[Any]) -> Any:
         return list(inputs) if keys is None else OrderedDict(zip(keys, inputs, strict=True))
     if kind == "cat":
         return torch.cat(list(inputs), 1)
-    if kind == "add":
-        return inputs[0] + inputs[1]
-    if kind == "mul":
-        return inputs[0] * inputs[1]
+    if kind in ("add", "mul"):
+        result = inputs[0] + inputs[1] if kind == "add" else inputs[0] * inputs[1]
+        # What is changed in place keeps its dtype.
+        return result.to(inputs[0].dtype) if node.in_place else result
     size = inputs[1].shape[-2:] if len(inputs) > 1 else options.get("size")
     if kind == "spread":
         rows, columns = inputs[1].shape[-2:]

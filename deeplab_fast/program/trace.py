@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import operator
 import random
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,12 +29,18 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.node import Node as Recorded
-from torch.fx.proxy import GraphAppendingTracer, Proxy, TraceError
+from torch.fx.proxy import GraphAppendingTracer, Proxy
+from torch.nn.modules.dropout import _DropoutNd
 
-from .intact import CALLED, bound_forward, is_followed
+from .intact import CALLED, bound_forward, is_followed, runs_hooks
+from .origin import Contents, Origin, Reads
 from .stand_ins import conv_of, norm_of
 
 _OWN_TENSORS = "its forward computes with tensors of its own"
+_DECIDES = "its forward decides by the size or the values of a map"
+_IN_PLACE_INPUT = "its forward changes its input in place"
+_DRAWS = "its forward draws random numbers"
+_MISSING = object()
 
 
 class Untraceable(Exception):
@@ -41,7 +48,10 @@ class Untraceable(Exception):
 
     Attributes:
         changes_input: it changes the map that it is called with.
+        origin: what it was found in.
     """
+
+    origin: Origin
 
     def __init__(self, reason: str, changes_input: bool = False) -> None:
         super().__init__(reason)
@@ -78,14 +88,14 @@ class Flow:
         input: its argument.
         nodes: all values but the input, in the order in which they are computed.
         output: what it returns: a node, or lists, tuples and dicts of nodes.
-        followed: the modules whose forwards it has in it: the module itself, its containers, and
-            children that are called with constants beside a map.
+        origin: what it was found in: the module itself, its containers, and children that are
+            called with constants beside a map.
     """
 
     input: Node
     nodes: tuple[Node, ...]
     output: Any
-    followed: tuple[nn.Module, ...]
+    origin: Origin
 
     @property
     def outputs(self) -> list[Node]:
@@ -123,40 +133,55 @@ def trace(module: nn.Module) -> Flow:
     """
     tracer = _Tracer()
     symbol = tracer.create_proxy("placeholder", "x", (), {})
+    drawn: list[bool] = []
     try:
         with _random_numbers() as drawn, warnings.catch_warnings():
             # Of what a forward does with real maps.
             warnings.simplefilter("ignore")
-            output = _followed(module, tracer, (symbol,), {})
-    finally:
+            output = _followed(module, tracer, (symbol,), {}, entered=True)
         if drawn:
-            raise Untraceable("its forward draws random numbers") from None
-    return _Reader(tracer, symbol.node).flow(output)
+            raise tracer.refusal(_DRAWS)
+        return _Reader(tracer, symbol.node).flow(output)
+    except Untraceable as error:
+        # What a forward does with a number that it drew says less than that it drew one.
+        reason = Untraceable(_DRAWS) if drawn else error
+        reason.origin = tracer.origin()
+        raise reason from None
 
 
 def _followed(
-    module: nn.Module, tracer: _Tracer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    tracer: _Tracer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    entered: bool = False,
 ) -> Any:
     """What a module's forward returns for symbols, its children recorded."""
-    if not is_followed(module):
-        raise Untraceable(f"a {type(module).__name__} has hooks or computes something of its own")
+    tracer.followed.append(module)
+    if not is_followed(module, entered):
+        raise tracer.refusal(
+            f"a {type(module).__name__} has hooks or is called in a way of its own"
+        )
+    reads = Reads(module)
+    if reads.sets:
+        raise tracer.refusal("its forward sets variables outside of itself")
     shadow = _shadow(module, tracer)
-    attributes = dict(shadow.__dict__)
-    containers = _Containers(module)
+    contents = tracer.contents(reads)
     try:
         output = type(module).forward(shadow, *args, **kwargs)
-    except Untraceable:
-        raise
     except Exception as error:
-        raise Untraceable(_reason(error)) from None
+        if tracer.refused is None:
+            own = isinstance(error, Untraceable)
+            raise tracer.refusal(str(error) if own else _reason(error)) from None
     finally:
-        changed = containers.put_back()
-    now = shadow.__dict__
-    if now.keys() != attributes.keys() or any(now[k] is not v for k, v in attributes.items()):
-        raise Untraceable("its forward sets attributes of the module")
+        changed = contents.put_back()
+    if tracer.refused is not None:
+        # Also where the forward went on.
+        raise tracer.refused
+    if tracer.set_attributes():
+        raise tracer.refusal("its forward sets attributes of modules")
     if changed:
-        raise Untraceable("its forward changes a list or dict of the module")
-    tracer.followed.append(module)
+        raise tracer.refusal("its forward changes a list or dict that it reads, or an object")
     return output
 
 
@@ -165,15 +190,46 @@ def changes_input(module: nn.Module) -> bool:
 
     Known of layers, of sequences, and of modules with a bound forward.
     """
-    while type(module).forward is nn.Sequential.forward:
-        members = list(module.children())
-        if not members:
-            return False
-        module = members[0]
+    if type(module).forward is nn.Sequential.forward:
+        for member in module._modules.values():
+            assert member is not None
+            if changes_input(member):
+                return True
+            if not _hands_on(member):
+                return False
+        return False
     bound = bound_forward(module)
     if bound is not None:
         return bound.changes_input()
     return bool(getattr(module, "inplace", False))
+
+
+def _hands_on(module: nn.Module) -> bool:
+    """Whether what a module returns may be its input, or a view of it."""
+    cls = type(module)
+    if cls.forward is nn.Sequential.forward:
+        return all(_hands_on(each) for each in module._modules.values() if each is not None)
+    if not cls.__module__.startswith("torch.nn."):
+        # Modules that are made of others compute something.
+        return not any(True for _ in module.children())
+    shares = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd)
+    return isinstance(module, shares) or bool(getattr(module, "inplace", False))
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether a value may share memory with its first input."""
+    if node.in_place or node.kind == "spread":
+        return True
+    return node.module is not None and _hands_on(node.module)
+
+
+def _has_nothing(structure: Any) -> bool:
+    """Whether there is an empty list, tuple or dict in a structure."""
+    if type(structure) in (dict, OrderedDict):
+        structure = list(structure.values())
+    if type(structure) in (list, tuple):
+        return not structure or any(map(_has_nothing, structure))
+    return False
 
 
 class _Tracer(GraphAppendingTracer):
@@ -184,24 +240,76 @@ class _Tracer(GraphAppendingTracer):
         self._ambient = _ambient()
         self.children: dict[str, nn.Module] = {}
         self.followed: list[nn.Module] = []
+        # The first: a forward may catch what is raised in it.
+        self.refused: Untraceable | None = None
+        # Layers and what their `inplace` was.
+        self.flags: list[tuple[nn.Module, bool]] = []
+        self._copies: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
+        self._watched = 0
+
+    def refusal(self, reason: str) -> Untraceable:
+        """What to raise."""
+        if self.refused is None:
+            self.refused = Untraceable(reason)
+        return self.refused
+
+    def stands(self, copy: nn.Module, module: nn.Module) -> None:
+        """Note what stands for a module."""
+        self._copies.append((copy, module, dict(vars(copy))))
+
+    def contents(self, reads: Reads) -> Contents:
+        """What the forward of the module that was copied last could change."""
+        copies = [copy for copy, *_ in self._copies[self._watched :]]
+        self._watched = len(self._copies)
+        return Contents([v for copy in copies for v in vars(copy).values()] + reads.values())
+
+    def set_attributes(self) -> dict[nn.Module, set[str]]:
+        """By module the names of the attributes that the forwards have set or deleted."""
+        found: dict[nn.Module, set[str]] = {}
+        for copy, module, before in self._copies:
+            now = vars(copy)
+            names = {
+                name
+                for name in now.keys() | before.keys()
+                if now.get(name, _MISSING) is not before.get(name, _MISSING)
+            }
+            if names:
+                found.setdefault(module, set()).update(names)
+        return found
+
+    def origin(self) -> Origin:
+        """Of what was recorded."""
+        return Origin(self.followed, self.set_attributes(), self.flags)
 
     def proxy(self, node: Recorded) -> Proxy:
         if _ambient() != self._ambient:
-            raise Untraceable("its forward checkpoints, or switches gradients")
+            raise self.refusal("its forward checkpoints, or switches gradients or autocast")
         return _Symbol(node, self)
-
-    def iter(self, obj: Any) -> Iterator[Any]:
-        count = _sizes_in(obj.node)
-        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):
-            raise Untraceable(_OWN_TENSORS)
+            raise self.refusal(_OWN_TENSORS)
         if isinstance(a, _Held):
             return a
         if isinstance(a, nn.Module):
-            raise Untraceable("its forward hands modules to functions")
+            raise self.refusal("its forward hands modules to functions")
         return super().create_arg(a)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        raise self.refusal(_DECIDES)
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        return iter([operator.getitem(obj, i) for i in range(self.count(obj))])
+
+    def count(self, obj: Proxy) -> int:
+        """How many sizes a symbol is."""
+        count = _sizes_in(obj.node)
+        if count is None:
+            raise self.refusal(_DECIDES)
+        return count
+
+    def keys(self, obj: Proxy) -> Any:
+        raise self.refusal(_DECIDES)
 
     def call(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:
         if len(args) > 1 or kwargs:
@@ -224,10 +332,11 @@ def _sizes_in(recorded: Recorded) -> int | None:
     return None
 
 
-def _ambient() -> tuple[bool, object]:
-    """What decides how operations are recorded for gradients."""
+def _ambient() -> tuple[object, ...]:
+    """What decides how operations are computed and recorded for gradients."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled(), hooks
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), hooks, *autocast
 
 
 class _Held:
@@ -238,17 +347,30 @@ class _Held:
         "shape size".split()
     )
 
-    def __init__(self, tensor: Tensor, owner: nn.Module, name: str) -> None:
-        self._tensor, self.owner, self.name = tensor, owner, name
+    def __init__(self, tensor: Tensor, owner: nn.Module, name: str, tracer: _Tracer) -> None:
+        self._tensor, self.owner, self.name, self._tracer = tensor, owner, name, tracer
 
     def __getattr__(self, name: str) -> Any:
         if name in self._ASKED:
             return getattr(self._tensor, name)
-        raise Untraceable(_OWN_TENSORS)
+        raise self._tracer.refusal(_OWN_TENSORS)
+
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
+        raise self._tracer.refusal(_OWN_TENSORS)
 
     @classmethod
-    def __torch_function__(cls, *args: object, **kwargs: object) -> Any:
-        raise Untraceable(_OWN_TENSORS)
+    def __torch_function__(cls, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        held = next(v for v in leaves([list(args), kwargs or {}]) if isinstance(v, _Held))
+        raise held._tracer.refusal(_OWN_TENSORS)
+
+    # Python looks these up on the class.
+    __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __len__ = __iter__ = __contains__ = __getitem__ = __setitem__ = _refuse
+    __int__ = __float__ = __index__ = __neg__ = __abs__ = __invert__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __pow__ = __matmul__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rpow__ = __rmatmul__ = _refuse
+    __iadd__ = __isub__ = __imul__ = __itruediv__ = _refuse
+    __hash__ = object.__hash__
 
 
 class _Symbol(Proxy):
@@ -259,33 +381,55 @@ class _Symbol(Proxy):
         return torch.is_grad_enabled()
 
     def __len__(self) -> int:
-        count = _sizes_in(self.node)
-        return super().__len__() if count is None else count
+        return self.tracer.count(self)  # type: ignore[attr-defined]
+
+    # What a proxy would record as a sum and a product of their own.
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
 
 
-def _held(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
-    return {name: None if t is None else _Held(t, module, name) for name, t in tensors.items()}
-
-
-def _copied(module: nn.Module, cls: type) -> nn.Module:
+def _copied(module: nn.Module, cls: type, tracer: _Tracer) -> nn.Module:
     """A module of a class with the attributes of another, that computes nothing."""
+
+    def held(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        return {k: None if t is None else _Held(t, module, k, tracer) for k, t in tensors.items()}
+
     copy: nn.Module = object.__new__(cls)
     own = {key: value for key, value in vars(module).items() if key not in CALLED}
-    own.update(
-        _parameters=_held(module, module._parameters), _buffers=_held(module, module._buffers)
-    )
+    own.update(_parameters=held(module._parameters), _buffers=held(module._buffers))
     copy.__dict__.update(own)
     return copy
 
 
 def _shadow(module: nn.Module, tracer: _Tracer) -> nn.Module:
     """A copy of a module whose children record."""
-    shadow = _copied(module, type(module))
-    shadow.__dict__["_modules"] = {
+    shadow = _copied(module, type(module), tracer)
+    own = vars(shadow)
+    own["_modules"] = {
         name: None if child is None else _recorder(child, tracer)
         for name, child in module._modules.items()
     }
+    for name, value in vars(module).items():
+        if name != "_modules" and any(isinstance(each, nn.Module) for each in leaves(value)):
+            # Children that are attributes too, by themselves or in lists.
+            own[name] = filled(value, partial(_attribute, module=module, tracer=tracer))
+    tracer.stands(shadow, module)
     return shadow
+
+
+def _attribute(value: Any, module: nn.Module, tracer: _Tracer) -> Any:
+    if not isinstance(value, nn.Module):
+        return value
+    if any(value is each for each in module.modules()):
+        return _recorder(value, tracer)
+
+    def refuse(*args: object) -> None:
+        raise tracer.refusal("its forward calls modules that are not registered in it")
+
+    return _recording(value, tracer, refuse)
 
 
 def _recorder(child: nn.Module, tracer: _Tracer) -> nn.Module:
@@ -297,9 +441,22 @@ def _recorder(child: nn.Module, tracer: _Tracer) -> nn.Module:
     if (is_list or is_sequence) and is_followed(child) and not opaque:
         tracer.followed.append(child)
         return _shadow(child, tracer)
+    return _recording(child, tracer, partial(tracer.call, child))
+
+
+def _recording(child: nn.Module, tracer: _Tracer, call: Callable[..., Any]) -> nn.Module:
     cls: Any = type(child)
-    copy = _copied(child, _recording_class(cls))
-    copy.__dict__["_recorded_call"] = lambda args, kwargs: tracer.call(child, args, kwargs)
+    copy = _copied(child, _recording_class(cls), tracer)
+
+    def direct(args: Any, kwargs: Any) -> Any:
+        # Its hooks do not run; where it has none that is a call like others.
+        tracer.followed.append(child)
+        if runs_hooks(child):
+            raise tracer.refusal("its forward calls the forward of a module with hooks")
+        return call(args, kwargs)
+
+    copy.__dict__.update(_recorded_call=call, _recorded_forward=direct)
+    tracer.stands(copy, child)
     return copy
 
 
@@ -308,59 +465,32 @@ def _recording_class(cls: Any) -> type:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_recorded_call"](args, kwargs)
 
-    own = {"__call__": call, "forward": call, "__module__": cls.__module__, "__doc__": None}
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_recorded_forward"](args, kwargs)
+
+    own = {"__call__": call, "forward": forward, "__module__": cls.__module__, "__doc__": None}
     return type(cls)(cls.__name__, (cls,), own)
 
 
-class _Containers:
-    """The lists and dicts of a module, which its forward may change."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._kept: list[tuple[Any, Any]] = [
-            (value, value.copy())
-            for value in vars(module).values()
-            if type(value) in (list, dict, set, OrderedDict)
-        ]
-
-    def put_back(self) -> bool:
-        """Undo changes; whether there were any."""
-        changed = False
-        for value, before in self._kept:
-            entries, old = (list(v.items() if isinstance(v, dict) else v) for v in (value, before))
-            same = len(entries) == len(old) and all(map(_is_same, entries, old))
-            if not same:
-                changed = True
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(before)
-        return changed
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is tuple and len(a) == len(b) == 2 and a[0] == b[0] and a[1] is b[1])
-
-
 @contextmanager
-def _random_numbers() -> Iterator[list[str]]:
-    """Names the generators that were drawn from, which are put back, at the end."""
-    drawn: list[str] = []
-    python, own = random.getstate(), torch.get_rng_state()
+def _random_numbers() -> Iterator[list[bool]]:
+    """Notes that numbers were drawn, which the generators are put back from, at the end."""
+    drawn: list[bool] = []
+    generators = [random._inst, torch.default_generator]
+    if "numpy" in sys.modules:
+        generators.append(sys.modules["numpy"].random.mtrand._rand)
+    states = Contents(generators)
     grad = torch.is_grad_enabled()
     try:
         yield drawn
     finally:
         torch.set_grad_enabled(grad)
-        if random.getstate() != python:
-            random.setstate(python)
-            drawn.append("random")
-        if not torch.equal(torch.get_rng_state(), own):
-            torch.set_rng_state(own)
-            drawn.append("torch")
+        if states.put_back():
+            drawn.append(True)
 
 
 def _reason(error: Exception) -> str:
     text = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, TraceError):
-        return "its forward decides by the size or the values of a map"
     if isinstance(error, TypeError) and "required positional argument" in text:
         return "its forward takes more than one argument"
     return f"its forward cannot be followed ({type(error).__name__}: {text[:160]})"
@@ -377,6 +507,7 @@ class _Size:
 _ADD = (operator.add, operator.iadd, torch.add)
 _MUL = (operator.mul, operator.imul, torch.mul, torch.multiply)
 _CAT = (torch.cat, torch.concat, torch.concatenate)
+_OF_CAT = {"tensors", "dim"}
 _IN_PLACE = (operator.iadd, operator.imul)
 _NEUTRAL = ("contiguous",)
 _INTERPOLATE = (F.interpolate, F.upsample)
@@ -485,8 +616,7 @@ class _Reader:
             if recorded not in self._values:
                 self._values[recorded] = self._value(recorded)
         structure = filled(self._structure(output), self._returned)
-        followed = tuple(self._tracer.followed)
-        flow = Flow(self._input, tuple(self._nodes), structure, followed)
+        flow = Flow(self._input, tuple(self._nodes), structure, self._tracer.origin())
         self._check(flow)
         return flow
 
@@ -494,8 +624,8 @@ class _Reader:
         for leaf in leaves(output):
             if not isinstance(leaf, Proxy):
                 raise Untraceable(f"its forward returns a {type(leaf).__name__}")
-        if not list(leaves(output)):
-            raise Untraceable("its forward returns no map")
+        if _has_nothing(output):
+            raise Untraceable("its forward returns no map, or an empty list, tuple or dict")
         return output
 
     def _returned(self, proxy: Proxy) -> Node:
@@ -526,10 +656,14 @@ class _Reader:
             if not node.in_place:
                 continue
             changed = node.inputs[0]
-            if changed is flow.input or changed.kind == "item":
-                raise Untraceable("its forward changes its input in place", True)
-            if len(users[changed]) > 1 or changed in outputs:
-                raise Untraceable("its forward changes a map in place that it uses elsewhere")
+            while True:
+                if changed is flow.input or changed.kind in ("item", "group"):
+                    raise Untraceable(_IN_PLACE_INPUT, True)
+                if len(users[changed]) > 1 or changed in outputs:
+                    raise Untraceable("its forward changes a map in place that it uses elsewhere")
+                if not _shares_memory(changed):
+                    break
+                changed = changed.inputs[0]
 
     def _add(self, node: Node) -> Node:
         self._nodes.append(node)
@@ -556,7 +690,7 @@ class _Reader:
             source = self._any(args[0])
             if target == "size" and isinstance(source, Node):
                 dims = tuple(range(4)) if len(args) == 1 else tuple(_ints(args[1]))
-                return _Size(source, dims)
+                return _Size(source, tuple(dim % 4 for dim in dims))
         if target is torch._assert:
             return None
         first = args[0] if args else kwargs.pop("input", None)
@@ -566,7 +700,7 @@ class _Reader:
         if target in _CAT:
             dim = rest[0] if rest else kwargs.get("dim", 0)
             maps = args[0] if args else kwargs.get("tensors")
-            if dim not in (1, -3) or not isinstance(maps, Sequence):
+            if dim not in (1, -3) or not isinstance(maps, Sequence) or kwargs.keys() - _OF_CAT:
                 raise Untraceable("its forward concatenates other than by channels")
             return self._add(Node("cat", tuple(self._map(each) for each in maps)))
         for kind, functions, methods in (
@@ -589,7 +723,10 @@ class _Reader:
         make = _STAND_INS.get(target)
         if make is None or isinstance(first, (list, tuple)):
             raise Untraceable(f"its forward calls {_name(target)}")
-        module = make(*self._constants(rest), **self._constants(kwargs))
+        try:
+            module = make(*self._constants(rest), **self._constants(kwargs))
+        except (TypeError, ValueError) as error:
+            raise Untraceable(f"its forward calls {_name(target)}: {error}") from None
         in_place = bool(getattr(module, "inplace", False))
         return self._add(Node("call", (self._map(first),), module, in_place=in_place))
 
@@ -618,6 +755,8 @@ class _Reader:
             argument = self._add(Node("group", maps, options={"keys": keys}))
         else:
             argument = self._map(argument)
+        if hasattr(module, "inplace"):
+            self._tracer.flags.append((module, bool(module.inplace)))
         in_place = changes_input(module)
         return self._add(Node("call", (argument,), module, in_place=in_place))
 
