@@ -81,8 +81,8 @@ def accelerate(
             name with their reasons. The model is then as it was.
 
     Copies, also deep ones, and pickles of an accelerated model are accelerated too. `restore`
-    undoes it. A shallow copy (`copy.copy`) calls the forward of the original until it is accelerated
-    itself.
+    undoes it. A shallow copy (`copy.copy`) calls the forward of the original until it is itself
+    accelerated.
     """
     _check(model)
     if isinstance(model, Network):
