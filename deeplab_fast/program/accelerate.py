@@ -110,7 +110,7 @@ def accelerate(
     if strict and (left := _unwanted(model, names, wanted)):
         for each in before:
             each.put_back()
-        reasons = "; ".join(f"{row.name}: {row.how}" for row in left[:8])
+        reasons = "; ".join(f"{row.name or '(the model)'}: {row.how}" for row in left[:8])
         more = f" and {len(left) - 8} more" if len(left) > 8 else ""
         raise ValueError(
             f"strict: {len(left)} modules would be left alone ({reasons}{more}); exclude them, "
@@ -259,7 +259,8 @@ def accelerate_report(model: nn.Module) -> AccelerateReport:
 
 def _holds_only(module: nn.Module) -> bool:
     """Whether a module has no forward, as nn.ModuleList and nn.ModuleDict have none."""
-    return type(module).forward is nn.Module.forward
+    # The class of a scripted module has no forward.
+    return getattr(type(module), "forward", None) is nn.Module.forward
 
 
 def _unfound(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -> tuple[str, str]:
@@ -289,7 +290,8 @@ def _fitting(what: str, wanted: Filter | None, names: dict[str, nn.Module]) -> s
                 "of (name, module) that is, or leave it out"
             )
     else:
-        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+        is_many = isinstance(wanted, Iterable) and not isinstance(wanted, str)
+        patterns: list[str] = list(wanted) if is_many else [wanted]  # type: ignore[list-item]
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(
                 f"{what} is {wanted!r}; expected names of modules with wildcards, or a function of "
@@ -388,6 +390,12 @@ def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -
     """What happens where a module is called from outside of our forms."""
     if module in found:
         return
+    if isinstance(module, Network):
+        by_itself = {"inference": module.fast, "training": module.fused}
+        calls = " and ".join(kind for kind, runs in by_itself.items() if runs) or "no call"
+        found[module] = ("region", f"a model of this package, by itself: {calls}")
+        _explain([item for *_, item in module.parts()], found)
+        return
     forward = forward_of(module)
     if forward is not None and not forward.opaque and _runs(forward):
         region = forward.region
@@ -403,6 +411,10 @@ def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -
             before = len(found)
             _explain([forward.segment(module)], found)
             parts = Counter(how for runs, how in list(found.values())[before:] if runs == "inside")
+            if not parts.keys() - {"as it is"}:
+                helped = any(runs == "region" for runs, _ in list(found.values())[before:])
+                found[module] = ("own" if helped else "alone", "no layer in it has a form here")
+                return
             named = [(parts[name], name) for name in _COUNTED if parts[name]]
             told = ", ".join(f"{n} {name}{'s' * (n > 1)}" for n, name in named)
             found[module] = ("region", f"{calls}" + (f"; {told}" if told else ""))
@@ -491,9 +503,11 @@ def why_plain(module: nn.Module) -> str:
     forward = forward_of(module)
     if forward is not None:
         if forward.opaque:
-            return "it was excluded"
+            return "it was excluded, or not included"
         if why := forward.why_plainly():
             return why
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted"
     if has_hooks(module):
         return "it has forward hooks"
     own = [n for n in CALLED if n in vars(module) and (n != "forward" or forward is None)]
@@ -506,7 +520,7 @@ def why_plain(module: nn.Module) -> str:
     if match.rule_of_class(type(module)) is not None and not isinstance(
         match.segment_of(module), match.Plain
     ):
-        return "it is called by a forward that runs as it is"
+        return "it is part of nothing that runs in our forms"
     if isinstance(module, nn.Conv2d):
         return "a convolution with another padding than by zeros, or with weights of another kind"
     return f"no rule knows a {type(module).__name__}"

@@ -204,47 +204,47 @@ class Origin:
 
 
 class _State:
+    """One of these modules. Asked at every call of every block: what is not there costs nothing."""
+
     def __init__(self, module: nn.Module, changed: set[str], entered: bool) -> None:
-        self._module, self._entered = module, entered
+        self._module = module
         self._cls, self._forward = type(module), type(module).forward
-        self._hooked = not entered and runs_hooks(module)
+        self._hooked = None if entered else runs_hooks(module)
         self._reads = Reads(module)
-        attributes = vars(module)
-        # What nn.Module holds is looked at below, or by whoever runs children.
-        names = [
-            name
-            for name in attributes
-            if name not in changed and (name in self._reads.names or name not in _OF_MODULES)
-        ]
-        self._attributes = [(name, attributes[name]) for name in names]
-        self._count = len(attributes) - len(changed & attributes.keys())
-        self._changed = changed
+        self._attributes, self._changed = vars(module), changed
+        kept = {k: v for k, v in self._attributes.items() if k not in changed}
+        self._names, self._values = kept.keys(), list(kept.values())
         self._children = tuple(module._modules.items())
-        self._tensors = tuple({**module._parameters, **module._buffers}.values())
-        self._contents = Contents(
-            [value for _, value in self._attributes] + self._reads.values(), self._reads.names
-        )
+        self._tensors = [
+            (held, list(held.values())) for held in (module._parameters, module._buffers) if held
+        ]
+        own = [v for k, v in kept.items() if k not in _OF_MODULES]
+        self._contents = Contents(own + self._reads.values(), self._reads.names)
 
     def is_current(self) -> bool:
-        module = self._module
-        attributes = vars(module)
+        module, attributes = self._module, self._attributes
+        if self._changed:
+            attributes = {k: v for k, v in attributes.items() if k not in self._changed}
         return (
             type(module) is self._cls
             and self._cls.forward is self._forward
-            and len(attributes) - len(self._changed & attributes.keys()) == self._count
-            and all([attributes.get(name, _MISSING) is value for name, value in self._attributes])
+            and attributes.keys() == self._names
+            and all(map(is_, attributes.values(), self._values))
             and tuple(module._modules.items()) == self._children
-            and len(module._parameters) + len(module._buffers) == len(self._tensors)
             and all(
-                map(is_, (*module._parameters.values(), *module._buffers.values()), self._tensors)
+                [
+                    len(held) == len(tensors) and all(map(is_, held.values(), tensors))
+                    for held, tensors in self._tensors
+                ]
             )
-            and (self._entered or runs_hooks(module) == self._hooked)
+            and (self._hooked is None or runs_hooks(module) == self._hooked)
             and self._reads.is_current()
             and self._contents.is_current()
         )
 
 
-_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+# What nn.Module has of its own, which is looked at by itself.
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 @cache

@@ -34,7 +34,7 @@ from .origin import Origin
 from .probe import UNCOMPARED, Found, differing
 from .staleness import Snapshot
 from .structure import is_map, segment_of_flow
-from .trace import Flow, Untraceable, changes_input, filled, leaves, trace
+from .trace import Flow, Untraceable, changes_input, filled, is_row, leaves, trace
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -134,7 +134,7 @@ class Forward(BoundForward):
         """Whether the class's forward changes the map that it is called with."""
         module = self.module
         if match.rule_of_class(type(module)) is not None:
-            return type(module).forward is nn.Sequential.forward and changes_input(module)
+            return is_row(module) and changes_input(module)
         flow = self.flow()
         return isinstance(flow, Untraceable) and flow.changes_input
 
@@ -292,8 +292,27 @@ class Region:
         found = self._verdict(kind, x)
         if found is None or found.reason:
             return _PLAIN
-        result = self._entered(run, x)
-        return result if result is _PLAIN else self._formatted(result, x, found.channels_last)
+        try:
+            result = self._entered(run, x)
+        except ValueError:
+            if not self._misfits(x):
+                raise
+            # Its own forward has the error for that.
+            return _PLAIN
+        if result is _PLAIN:
+            if kind not in self.reasons and (reason := self._why_not(kind, first)):
+                self.reasons[kind] = reason
+            return _PLAIN
+        self.reasons.pop(kind, None)
+        return self._formatted(result, x, found.channels_last)
+
+    def _misfits(self, x: Any) -> bool:
+        """Whether a layer that reads x takes maps with other channels."""
+        if not isinstance(x, Tensor):
+            return False
+        return any(
+            _channels(unit) != x.shape[1] for unit in _readers([self._forward.segment(self.module)])
+        )
 
     def _entered(self, run: Callable[[Any], Any], x: Any) -> Any:
         _thread.running.add(id(self))
@@ -341,7 +360,7 @@ class Region:
             del self.verdicts[key]
         self.reasons.pop(kind, None)
         if found is None:
-            if reason := self._why_not_compared(kind, first):
+            if reason := self._why_not(kind, first):
                 self.reasons[kind] = reason
             return None
         if found is UNCOMPARED:
@@ -376,7 +395,7 @@ class Region:
             return "autocast is on"
         return next(reasons(self, x), "")
 
-    def _why_not_compared(self, kind: str, x: Tensor) -> str:
+    def _why_not(self, kind: str, x: Tensor) -> str:
         """Why our forms do not run; "" where its own forward does not."""
         if kind == "inference":
             return next(iter(self.path.reasons(self, x)), "")
@@ -397,6 +416,29 @@ class Region:
         given = filled(x, lambda t: t.contiguous(memory_format=torch.channels_last))
         same = {id(new): old for new, old in zip(leaves(given), leaves(x), strict=True)}
         return filled(training.run(segment, given), lambda y: same.get(id(y), y))
+
+
+def _readers(items: Sequence[match.Item]) -> Iterator[match.Unit]:
+    """Convolutions and norms that read what items in a row are called with."""
+    first = next(iter(match.segments(items)), None)
+    if isinstance(first, match.Unit):
+        yield first
+    elif isinstance(first, match.Block):
+        yield from _readers(first.modules)
+    elif isinstance(first, match.Aspp):
+        for branch in first.branches:
+            yield from _readers([branch])
+    elif isinstance(first, match.Graph):
+        for stage in first.stages:
+            if stage.items and first.source in stage.inputs:
+                yield from _readers(stage.items)
+
+
+def _channels(unit: match.Unit) -> int:
+    if unit.conv is not None:
+        return unit.conv.module.weight.shape[1] * unit.conv.module.groups
+    assert unit.norm is not None
+    return unit.norm.module.num_features
 
 
 def _in_channels_last(module: nn.Module) -> bool:

@@ -185,12 +185,18 @@ def _followed(
     return output
 
 
+def is_row(module: nn.Module) -> bool:
+    """Whether a module runs its children one after another, as nn.Sequential does."""
+    # The class of a scripted module has no forward.
+    return getattr(type(module), "forward", None) is nn.Sequential.forward
+
+
 def changes_input(module: nn.Module) -> bool:
     """Whether a module's own forward changes the map that it is called with.
 
     Known of layers, of sequences, and of modules with a bound forward.
     """
-    if type(module).forward is nn.Sequential.forward:
+    if is_row(module):
         for member in module._modules.values():
             assert member is not None
             if changes_input(member):
@@ -207,7 +213,7 @@ def changes_input(module: nn.Module) -> bool:
 def _hands_on(module: nn.Module) -> bool:
     """Whether what a module returns may be its input, or a view of it."""
     cls = type(module)
-    if cls.forward is nn.Sequential.forward:
+    if is_row(module):
         return all(_hands_on(each) for each in module._modules.values() if each is not None)
     if not cls.__module__.startswith("torch.nn."):
         # Modules that are made of others compute something.
@@ -435,7 +441,7 @@ def _attribute(value: Any, module: nn.Module, tracer: _Tracer) -> Any:
 def _recorder(child: nn.Module, tracer: _Tracer) -> nn.Module:
     """What stands for a child: a container that its parent may walk, or a module to be called."""
     is_list = isinstance(child, (nn.ModuleList, nn.ModuleDict))
-    is_sequence = type(child).forward is nn.Sequential.forward
+    is_sequence = is_row(child)
     bound = bound_forward(child)
     opaque = bound is not None and bound.opaque
     if (is_list or is_sequence) and is_followed(child) and not opaque:
@@ -445,8 +451,11 @@ def _recorder(child: nn.Module, tracer: _Tracer) -> nn.Module:
 
 
 def _recording(child: nn.Module, tracer: _Tracer, call: Callable[..., Any]) -> nn.Module:
-    cls: Any = type(child)
-    copy = _copied(child, _recording_class(cls), tracer)
+    scripted = isinstance(child, torch.jit.ScriptModule)
+    # What a scripted module holds lies elsewhere.
+    held = nn.Module() if scripted else child
+    cls: Any = type(held)
+    copy = _copied(held, _recording_class(cls), tracer)
 
     def direct(args: Any, kwargs: Any) -> Any:
         # Its hooks do not run; where it has none that is a call like others.
