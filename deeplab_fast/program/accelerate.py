@@ -19,7 +19,7 @@ from . import match
 from .intact import CALLED, has_hooks, is_followed
 from .network import Network
 from .probe import sample
-from .region import Forward, Replicate, forward_of
+from .region import BOUND, Forward, Replicate, Scriptable, forward_of
 from .stand_ins import original
 from .structure import has_depthwise
 
@@ -125,7 +125,7 @@ class _Bound:
     def __init__(self, module: nn.Module) -> None:
         self._module, self._forward = module, forward_of(module)
         self._settings = None if self._forward is None else self._forward.region.settings
-        self._attributes = {name: vars(module)[name] for name in _BOUND if name in vars(module)}
+        self._attributes = {name: vars(module)[name] for name in BOUND if name in vars(module)}
         self._own = (module.fused, module.fast) if isinstance(module, Network) else None
 
     def put_back(self) -> None:
@@ -317,10 +317,7 @@ def _bind(module: nn.Module, opaque: bool) -> None:
     # A plain attribute: nn.Module's own setting of it knows parameters and modules only.
     vars(module)["forward"] = Forward(module, opaque)
     vars(module)["_replicate_for_data_parallel"] = Replicate(module)
-
-
-# Attributes of an instance.
-_BOUND = ("forward", "_replicate_for_data_parallel")
+    vars(module)["__prepare_scriptable__"] = Scriptable(module)
 
 
 def _has_own_forward(module: nn.Module) -> bool:
@@ -344,7 +341,7 @@ def _unbind(module: nn.Module) -> None:
     if isinstance(forward, Forward):
         if forward.module is module:
             forward.region.path.drop()
-        for name in _BOUND:
+        for name in BOUND:
             vars(module).pop(name, None)
 
 

@@ -145,11 +145,6 @@ class Forward(BoundForward):
         flow = self.flow()
         return str(flow) if isinstance(flow, Untraceable) else ""
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """That of a bound method, for who asks for a source: `torch.jit.script` does."""
-        return MethodType
-
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._of_class())
@@ -509,23 +504,54 @@ def _rebuilt(results: dict[Any, Tensor], x: Any) -> Any:
     return _nested(flat)
 
 
-class Replicate:
-    """Stands before `_replicate_for_data_parallel`: a replica runs by its own parameters.
-
-    torch.nn.DataParallel copies a module's attributes, what is bound to the module too.
-    """
+class _Copier:
+    """Stands on an instance before a method that makes a copy of the module, which has the
+    forward of its class."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
     def __call__(self) -> nn.Module:
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Copier:
+        return type(self)(copy.deepcopy(self._module, memo))
+
+    def __reduce__(self) -> tuple[type[_Copier], tuple[nn.Module]]:
+        return type(self), (self._module,)
+
+
+class Replicate(_Copier):
+    """Before `_replicate_for_data_parallel`: a replica runs by its own parameters.
+
+    torch.nn.DataParallel copies a module's attributes, what is bound to the module too.
+    """
+
+    def __call__(self) -> nn.Module:
         replica: Any = type(self._module)._replicate_for_data_parallel(self._module)
-        for name in ("forward", "_replicate_for_data_parallel"):
-            replica.__dict__.pop(name, None)
-        return replica
+        return _without_bound(replica)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Replicate:
-        return Replicate(copy.deepcopy(self._module, memo))
 
-    def __reduce__(self) -> tuple[type[Replicate], tuple[nn.Module]]:
-        return Replicate, (self._module,)
+class Scriptable(_Copier):
+    """Before `__prepare_scriptable__`: torch.jit.script compiles forwards by their source."""
+
+    def __call__(self) -> nn.Module:
+        module: Any = self._module
+        prepare = getattr(type(module), "__prepare_scriptable__", None)
+        if prepare is not None and (prepared := prepare(module)) is not module:
+            return prepared
+        plain = module.__new__(type(module))
+        vars(plain).update(vars(module))
+        # In which torch.jit.script puts what it makes of the children.
+        vars(plain)["_modules"] = module._modules.copy()
+        return _without_bound(plain)
+
+
+def _without_bound(module: nn.Module) -> nn.Module:
+    for name in BOUND:
+        vars(module).pop(name, None)
+    return module
+
+
+# Attributes of an instance that `accelerate` sets.
+BOUND = ("forward", "_replicate_for_data_parallel", "__prepare_scriptable__")
