@@ -34,6 +34,7 @@ from .layers import (
 )
 from .network import Network
 from .staleness import is_dense
+from .trace import filled
 
 # Elements, in any dtype a multiple of 32 bytes.
 _ALIGNMENT = 16
@@ -454,7 +455,7 @@ class UnknownLayer(FoldedLayer, PlainLayer):
 
     def call(self, folded: Folded, x: Tensor) -> Any:
         with _autocast(folded):
-            return self.module(x.contiguous())
+            return self.module(filled(x, Tensor.contiguous))
 
 
 class _Linear:

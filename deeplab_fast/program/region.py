@@ -278,6 +278,9 @@ class Region:
         first = maps[0]
         if any(t.dtype != first.dtype or t.device != first.device for t in maps):
             return _PLAIN
+        if not isinstance(x, Tensor) and not _takes_lists([self._forward.segment(self.module)]):
+            # A forward may ask what it was given, which was one map when it was followed.
+            return _PLAIN
         if training.needs_gradients(self.module, maps):
             run, kind = (self._train, "training") if self.fused else (None, "")
         else:
@@ -427,6 +430,18 @@ def _readers(items: Sequence[match.Item]) -> Iterator[match.Unit]:
         for stage in first.stages:
             if stage.items and first.source in stage.inputs:
                 yield from _readers(stage.items)
+
+
+def _takes_lists(items: Sequence[match.Item]) -> bool:
+    """Whether what reads the input of items in a row may read lists and dicts of maps."""
+    first = next(iter(match.segments(items)), None)
+    if not isinstance(first, match.Graph):
+        return first is None or type(first) is match.Plain
+    return all(
+        _takes_lists(stage.items) if stage.items else stage.node.kind in ("item", "group")
+        for stage in first.stages
+        if first.source in stage.inputs
+    )
 
 
 def _channels(unit: match.Unit) -> int:

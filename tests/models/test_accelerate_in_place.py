@@ -314,6 +314,33 @@ def test_ddp(before: bool, group: None) -> None:
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["accelerated before", "after"])
+def test_fsdp2(before: bool, group: None) -> None:
+    """One block sharded by itself, the rest with the model: its class, hooks and tensors change."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, own = net(), net()
+    if before:
+        dlf.accelerate(model)
+    for part in (model.block, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (1,)))
+    if not before:
+        dlf.accelerate(model)
+    for training in (False, True):
+        for m in (model.train(training), own.train(training)):
+            with torch.set_grad_enabled(training):
+                y = m(image())["out"]
+            if training:
+                y.square().sum().backward()
+            else:
+                assert norm_error(y, plain(own, image())) <= BOUND
+    for p, q in zip(model.parameters(), own.parameters(), strict=True):
+        assert norm_error(p.grad.full_tensor(), q.grad) <= BOUND**0.5
+    ran = {row.name for row in dlf.accelerate_report(model).rows if row.runs == "region"}
+    assert {"block", "head"} <= ran
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["accelerated before", "after"])
 def test_peft(before: bool) -> None:
     from deeplab_fast import testing
 

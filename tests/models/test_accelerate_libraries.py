@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import textwrap
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import other_models
@@ -252,3 +254,15 @@ def test_the_object_stays_and_restoring_leaves_no_trace(one_of_library) -> None:
     assert_same_objects(attributes(model), before)
     with torch.no_grad():
         assert_same_results(case.call(model, x), expected, 0.0)
+
+
+def test_the_readme_shows_a_report() -> None:
+    try:
+        testing.import_torchvision()
+    except ImportError:
+        pytest.skip("segmentation_models_pytorch needs a torchvision that goes with PyTorch")
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = dlf.accelerate(smp.DeepLabV3Plus("resnet50", encoder_weights=None))
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = readme.split("<!-- report:begin -->")[1].split("<!-- report:end -->")[0]
+    assert textwrap.dedent(shown).strip() == str(dlf.accelerate_report(model))
