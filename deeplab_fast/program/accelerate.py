@@ -349,7 +349,8 @@ def _compare(module: nn.Module) -> None:
     """Compare what is entered by calls with its own forward, each kind of call once."""
     forward = forward_of(module)
     if forward is not None and not forward.opaque and _runs(forward):
-        x = sample(module)
+        samples = [x for x in (sample(module), sample(module, even=True)) if x is not None]
+        x = next(filter(forward.own().takes, samples), None)
         if x is None:
             return
         modes = {m: m.training for m in module.modules()}
@@ -380,7 +381,7 @@ def _compare(module: nn.Module) -> None:
 
 def _runs(forward: Forward) -> bool:
     """Whether a call of the module runs in our forms, as far as its structure decides that."""
-    return not (forward.why_plainly() or isinstance(forward.segment(forward.module), match.Plain))
+    return not (forward.why_plainly() or isinstance(forward.own().segment, match.Plain))
 
 
 def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -> None:
@@ -406,7 +407,7 @@ def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -
                 if kind in region.reasons:
                     calls += f", {kind} by its own forward ({region.reasons[kind]})"
             before = len(found)
-            _explain([forward.segment(module)], found)
+            _explain([forward.own().segment], found)
             parts = Counter(how for runs, how in list(found.values())[before:] if runs == "inside")
             if not parts.keys() - {"as it is"}:
                 helped = any(runs == "region" for runs, _ in list(found.values())[before:])
@@ -446,6 +447,9 @@ def _explain(items: Iterable[match.Item], found: dict[nn.Module, tuple[str, str]
             if isinstance(part, match.Block) and has_depthwise(part.modules):
                 kind = "inverted residual"
             found.setdefault(part.module, ("inside", kind))
+            if isinstance(part, match.Graph):
+                resizes = [s.node.module for s in part.stages if s.node.kind == "resize"]
+                found.update((m, ("inside", "interpolation")) for m in resizes if m is not None)
             _explain(_parts(part), found)
 
 

@@ -34,6 +34,7 @@ from .layers import (
     Program,
     ScalingLayer,
     Single,
+    SqueezeSpec,
     Step,
     SumOfConvs,
 )
@@ -63,10 +64,8 @@ class Bf16Forms(CpuForms):
         wide = Bf16ProjectLayer if spec.is_pointwise else Bf16WideProjectLayer
         return wide(spec, channels, max_extra_bytes)
 
-    def squeeze_excitation(
-        self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module
-    ) -> ScalingLayer:
-        return Bf16SqueezeExcitationLayer(name, fc1, fc2, gate)
+    def squeeze_excitation(self, spec: SqueezeSpec) -> ScalingLayer:
+        return Bf16SqueezeExcitationLayer(spec)
 
     def free(self, name: str, module: nn.Module) -> Layer:
         return AtenLayer(name, module)

@@ -28,6 +28,7 @@ from .layers import (
     Program,
     SamePadding,
     ScalingLayer,
+    SqueezeSpec,
     spread,
 )
 from .staleness import is_dense
@@ -67,10 +68,8 @@ class CpuForms:
         wide = ProjectLayer if spec.is_pointwise else WideProjectLayer
         return wide(spec, channels, max_extra_bytes)
 
-    def squeeze_excitation(
-        self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module
-    ) -> ScalingLayer:
-        return SqueezeExcitationLayer(name, fc1, fc2, gate)
+    def squeeze_excitation(self, spec: SqueezeSpec) -> ScalingLayer:
+        return SqueezeExcitationLayer(spec)
 
     def inverted_residual(
         self, spec: InvertedResidualSpec, max_extra_bytes: int | None
@@ -193,7 +192,7 @@ class InvertedResidualLayer(_Layer, MapLayer):
             stride=stride,
             padding=padding,
             dilation=dilation,
-            squeeze=None if squeeze is None else _Squeeze(*squeeze),
+            squeeze=None if squeeze is None else _Squeeze(squeeze),
             max_extra_bytes=max_extra_bytes,
         )
         super().__init__(spec.name, [conv.weight for conv in spec.convs], [self._block])
@@ -331,11 +330,11 @@ class PooledLayer(_Layer):
 
 
 class SqueezeExcitationLayer(_Layer, ScalingLayer):
-    """x * gate(fc2(fc1(mean of x))), in place on x where it is the program's own."""
+    """Squeeze-excitation, in place on x where it is the program's own."""
 
-    def __init__(self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module) -> None:
-        super().__init__(name, [fc1.weight, fc2.weight])
-        self._factors = _Squeeze(fc1, fc2, gate)
+    def __init__(self, spec: SqueezeSpec) -> None:
+        super().__init__(spec.name, [spec.fc1.weight, spec.fc2.weight])
+        self._factors = _Squeeze(spec)
 
     def __call__(self, x: Tensor) -> Tensor:
         scale = self._factors(x.mean((2, 3)))[:, :, None, None]
@@ -346,13 +345,15 @@ class SqueezeExcitationLayer(_Layer, ScalingLayer):
 
 
 class _Squeeze:
-    """The factors of channels by their means: gate(fc2(fc1(means)))."""
+    """The factors of channels by their means: gate(fc2(hidden(fc1(means))))."""
 
-    def __init__(self, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module) -> None:
-        self._fc1, self._fc2, self._gate = _Linear(fc1), _Linear(fc2), copy.deepcopy(gate)
+    def __init__(self, spec: SqueezeSpec) -> None:
+        self._fc1, self._fc2 = _Linear(spec.fc1), _Linear(spec.fc2)
+        self._hidden, self._gate = copy.deepcopy(spec.hidden), copy.deepcopy(spec.gate)
 
     def __call__(self, means: Tensor) -> Tensor:
-        return self._gate(self._fc2(self._fc1(means)))
+        vector = self._fc1(means)
+        return self._gate(self._fc2(vector if self._hidden is None else self._hidden(vector)))
 
 
 class MaxPoolLayer(AtenLayer):

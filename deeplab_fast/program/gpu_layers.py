@@ -30,6 +30,7 @@ from .layers import (
     Program,
     SamePadding,
     ScalingLayer,
+    SqueezeSpec,
     spread,
 )
 from .network import Network
@@ -247,10 +248,8 @@ class GpuForms:
             return ProjectLayer(spec, channels, self.sources, self._frozen)
         return WideProjectLayer(spec, channels, self.sources)
 
-    def squeeze_excitation(
-        self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module
-    ) -> ScalingLayer:
-        return SqueezeExcitationLayer(name, fc1, fc2, gate, self.sources)
+    def squeeze_excitation(self, spec: SqueezeSpec) -> ScalingLayer:
+        return SqueezeExcitationLayer(spec, self.sources)
 
     def inverted_residual(self, spec: InvertedResidualSpec, max_extra_bytes: int | None) -> None:
         return None
@@ -432,18 +431,17 @@ class PooledLayer(FoldedLayer):
 
 
 class SqueezeExcitationLayer(FoldedLayer, ScalingLayer):
-    """x * gate(fc2(fc1(mean of x))), in place on x where it is the program's own."""
+    """Squeeze-excitation, in place on x where it is the program's own."""
 
-    def __init__(
-        self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module, sources: Sources
-    ) -> None:
-        super().__init__(name)
-        self._fc1, self._fc2 = _Linear(fc1, sources), _Linear(fc2, sources)
-        self._gate = copy.deepcopy(gate)
+    def __init__(self, spec: SqueezeSpec, sources: Sources) -> None:
+        super().__init__(spec.name)
+        self._fc1, self._fc2 = _Linear(spec.fc1, sources), _Linear(spec.fc2, sources)
+        self._hidden, self._gate = copy.deepcopy(spec.hidden), copy.deepcopy(spec.gate)
 
     def call(self, folded: Folded, x: Tensor) -> Tensor:
-        vector = self._fc2(folded, self._fc1(folded, x.mean((2, 3))))
-        scale = self._gate(vector)[:, :, None, None]
+        vector = self._fc1(folded, x.mean((2, 3)))
+        vector = vector if self._hidden is None else self._hidden(vector)
+        scale = self._gate(self._fc2(folded, vector))[:, :, None, None]
         return x.mul_(scale) if self.in_place else x * scale
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ from .layers import (
     ScalingLayer,
     Single,
     Spread,
+    SqueezeSpec,
     Step,
     SumOfConvs,
 )
@@ -74,10 +75,8 @@ class Forms(Protocol):
     def project(self, spec: ConvSpec, channels: int, max_extra_bytes: int | None) -> MapLayer:
         """The convolution of branches with so many channels and the pooled vector."""
 
-    def squeeze_excitation(
-        self, name: str, fc1: ConvSpec, fc2: ConvSpec, gate: nn.Module
-    ) -> ScalingLayer:
-        """x * gate(fc2(fc1(mean of x)))."""
+    def squeeze_excitation(self, spec: SqueezeSpec) -> ScalingLayer:
+        """A squeeze-excitation, called with a map."""
 
     def inverted_residual(
         self, spec: InvertedResidualSpec, max_extra_bytes: int | None
@@ -356,22 +355,25 @@ def _inverted_residual_spec(folder: _Folder, block: match.Block) -> InvertedResi
     return InvertedResidualSpec(name, first, depthwise, squeeze, project, block.adds)
 
 
-def _squeeze(folder: _Folder, block: match.SqueezeExcite) -> tuple[ConvSpec, ConvSpec, nn.Module]:
+def _squeeze(folder: _Folder, block: match.SqueezeExcite) -> SqueezeSpec:
     gate = match.segment_of(block.gate)
-    fc1, fc2 = folder.one(*block.fc1), folder.one(*block.fc2)
+    first = match.segments(block.fc1)
+    hidden = first.pop() if first and isinstance(first[-1], match.Free) else None
+    fc1, fc2 = _only(folder.fold(first)), folder.one(*block.fc2)
     if not (
         match.is_mean(block.pool)
         and isinstance(gate, match.Free)
         and fc1.is_pointwise
         and fc2.is_pointwise
+        and (hidden is None or isinstance(hidden.module, match.ELEMENTWISE))
     ):
         raise _NotFoldable
-    return fc1, fc2, gate.module
+    inner = None if hidden is None or folder.is_idle(hidden) else hidden.module
+    return SqueezeSpec(folder.name(block.module), fc1, inner, fc2, gate.module)
 
 
 def _squeeze_excite(folder: _Folder, block: match.SqueezeExcite) -> Step:
-    name = folder.name(block.module)
-    return folder.add(folder.forms.squeeze_excitation(name, *_squeeze(folder, block)))
+    return folder.add(folder.forms.squeeze_excitation(_squeeze(folder, block)))
 
 
 def _aspp(folder: _Folder, aspp: match.Aspp) -> Step:

@@ -139,26 +139,44 @@ class ConvSpec:
 
 
 @dataclass
+class SqueezeSpec:
+    """x * gate(fc2(hidden(fc1(mean of x)))).
+
+    Attributes:
+        name: of the module.
+        fc1, fc2: 1x1 convolutions.
+        hidden: an activation behind the first that is none of a convolution's, or None.
+        gate: an activation.
+    """
+
+    name: str
+    fc1: ConvSpec
+    hidden: nn.Module | None
+    fc2: ConvSpec
+    gate: nn.Module
+
+
+@dataclass
 class InvertedResidualSpec:
     """project(scaled(depthwise(expand(x)))), plus x where `adds`.
 
     Attributes:
         name: of the module.
         expand, project: 1x1 convolutions.
-        squeeze: (fc1, fc2, gate) of the squeeze-excitation, None for none.
+        squeeze: the squeeze-excitation, None for none.
     """
 
     name: str
     expand: ConvSpec | None
     depthwise: ConvSpec
-    squeeze: tuple[ConvSpec, ConvSpec, nn.Module] | None
+    squeeze: SqueezeSpec | None
     project: ConvSpec
     adds: bool
 
     @property
     def convs(self) -> list[ConvSpec]:
         """All convolutions."""
-        squeeze = () if self.squeeze is None else self.squeeze[:2]
+        squeeze = () if self.squeeze is None else (self.squeeze.fc1, self.squeeze.fc2)
         found = (self.expand, self.depthwise, *squeeze, self.project)
         return [conv for conv in found if conv is not None]
 

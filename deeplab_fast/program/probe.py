@@ -30,9 +30,9 @@ _NOISE, _ANY = 8.0, 0.2
 _CANCELLED = 2.0**-5
 
 
-def sample(module: nn.Module) -> Tensor | None:
+def sample(module: nn.Module, even: bool = False) -> Tensor | None:
     """An input [N, C, H, W] of a module's dtype and device, of the channels that the first layer
-    with weights takes; None where none tells."""
+    with weights takes, of odd sizes or those that networks want; None where none tells."""
     for m in module.modules():
         named = {nn.Conv2d: "in_channels", nn.BatchNorm2d: "num_features"}
         name = next((name for cls, name in named.items() if isinstance(m, cls)), None)
@@ -48,6 +48,7 @@ def sample(module: nn.Module) -> Tensor | None:
             channels = getattr(m, name)
             # Of an image, which a network makes smaller, and of a map in the middle of one.
             size = (33, _PIXELS) if channels <= 4 else (13, 17)
+            size = (_EVEN, 2 * _EVEN) if even else size
             shape = (_IMAGES, channels, *size)
             x = torch.randn(shape, generator=generator, dtype=torch.float32)
             # Images of one distribution would have nearly one mean, which a batch norm blows up.
@@ -106,7 +107,8 @@ def differing(
         with _kept(module, next(leaves(part))) as again, _own_saved_tensors(gradients):
             found = _call(module, ours, part, gradients, refused)
             if found is None:
-                return None
+                # Of these sizes.
+                continue
             again()
             own = partial(_plain, module, gradients, plainly, again)
             try:

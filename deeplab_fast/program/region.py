@@ -33,8 +33,8 @@ from .layers import Heads, Run, Step
 from .origin import Origin
 from .probe import UNCOMPARED, Found, differing
 from .staleness import Snapshot
-from .structure import is_map, segment_of_flow
-from .trace import Flow, Untraceable, changes_input, filled, is_row, leaves, trace
+from .structure import compute, is_map, segment_of_flow, without_last_resizes
+from .trace import Flow, Node, Untraceable, changes_input, filled, is_row, leaves, trace
 
 logger = logging.getLogger("deeplab_fast")
 
@@ -79,7 +79,7 @@ class Forward(BoundForward):
         # By mode: the flow or why there is none.
         self._flows: dict[_Mode, Flow | Untraceable] = {}
         # By mode: what of the module decides it, and it.
-        self._segments: dict[_Mode, tuple[Snapshot, match.Segment]] = {}
+        self._segments: dict[_Mode, tuple[Snapshot, _Own]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -92,23 +92,32 @@ class Forward(BoundForward):
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def segment(self, module: nn.Module) -> match.Segment:
-        """What the module is; `match.Plain` where its forward has no data flow."""
+        """What the module is as a part of others; `match.Plain` where its forward has no data
+        flow, or one for maps of some sizes only."""
         rule = match.rule_of_class(type(module))
         if rule is not None:
             return rule(module)
+        own = self.own()
+        return match.Plain(module) if own.flow is not None and own.flow.decisions else own.segment
+
+    def own(self) -> _Own:
+        """What the module is where it is called."""
+        module = self.module
+        rule = match.rule_of_class(type(module))
+        if rule is not None:
+            return _Own(None, rule(module))
         mode = _mode(module)
         known = self._segments.get(mode)
         if known is None or not (known[0].same_structure() and known[0].same_tensors()):
             # Read before it is found, so that it is never older.
             snapshot = Snapshot(self.region, values=False)
-            known = self._segments[mode] = snapshot, self._found(module)
+            flow = self.flow()
+            if isinstance(flow, Untraceable):
+                own = _Own(None, match.Plain(module))
+            else:
+                own = _Own(flow, segment_of_flow(module, flow))
+            known = self._segments[mode] = snapshot, own
         return known[1]
-
-    def _found(self, module: nn.Module) -> match.Segment:
-        flow = self.flow()
-        return (
-            match.Plain(module) if isinstance(flow, Untraceable) else segment_of_flow(module, flow)
-        )
 
     def flow(self) -> Flow | Untraceable:
         """The data flow of the module as it is now, or why it has none."""
@@ -162,6 +171,27 @@ class Forward(BoundForward):
 
     def __reduce__(self) -> tuple[Callable[..., Forward], tuple[Any, ...]]:
         return _bound, (self.module, self.opaque, self.region.settings)
+
+
+class _Own:
+    """What a module is.
+
+    Attributes:
+        flow: what that was found in; None where a rule says it, or nothing.
+        segment: it.
+        inner, resizes: as `structure.without_last_resizes` has them.
+    """
+
+    def __init__(self, flow: Flow | None, segment: match.Segment) -> None:
+        self.flow, self.segment = flow, segment
+        self.inner, self.resizes = without_last_resizes(segment)
+
+    def takes(self, x: Any) -> bool:
+        """Whether the module does with a call's argument what it was followed with."""
+        if isinstance(x, Tensor):
+            return self.flow is None or self.flow.holds(x.shape)
+        # A forward may ask what it was given, which was one map.
+        return _takes_lists([self.segment]) and not (self.flow is not None and self.flow.decisions)
 
 
 _Mode = tuple[bool, ...]
@@ -258,7 +288,7 @@ class Region:
 
     def parts(self, aux: bool = True) -> list[tuple[str, nn.Module, match.Item]]:
         """The module, whose hooks run outside of what is bound."""
-        return [("", self.module, self._forward.segment(self.module))]
+        return [("", self.module, self._forward.own().inner)]
 
     def assembled(self, steps: Sequence[Step]) -> tuple[Step, Heads]:
         """A program's results, by place."""
@@ -278,20 +308,19 @@ class Region:
         first = maps[0]
         if any(t.dtype != first.dtype or t.device != first.device for t in maps):
             return _PLAIN
-        if not isinstance(x, Tensor) and not _takes_lists([self._forward.segment(self.module)]):
-            # A forward may ask what it was given, which was one map when it was followed.
-            return _PLAIN
         if training.needs_gradients(self.module, maps):
             run, kind = (self._train, "training") if self.fused else (None, "")
         else:
             run, kind = (self._infer, "inference") if self.fast else (None, "")
         if run is None or training.transformed() or self._forward.why_plainly():
             return _PLAIN
+        if not self._forward.own().takes(x):
+            return _PLAIN
         found = self._verdict(kind, x)
         if found is None or found.reason:
             return _PLAIN
         try:
-            result = self._entered(run, x)
+            result = self._run(run, x, found.channels_last)
         except ValueError:
             if not self._misfits(x):
                 raise
@@ -302,22 +331,29 @@ class Region:
                 self.reasons[kind] = reason
             return _PLAIN
         self.reasons.pop(kind, None)
-        return self._formatted(result, x, found.channels_last)
+        return result
 
     def _misfits(self, x: Any) -> bool:
         """Whether a layer that reads x takes maps with other channels."""
         if not isinstance(x, Tensor):
             return False
         return any(
-            _channels(unit) != x.shape[1] for unit in _readers([self._forward.segment(self.module)])
+            _channels(unit) != x.shape[1] for unit in _readers([self._forward.own().segment])
         )
 
-    def _entered(self, run: Callable[[Any], Any], x: Any) -> Any:
+    def _run(
+        self,
+        run: Callable[[Any], Any],
+        x: Any,
+        channels_last: Sequence[bool | None] | None = None,
+    ) -> Any:
+        """The result in the memory formats of that of the module's own forward."""
         _thread.running.add(id(self))
         try:
-            return run(x)
+            result = run(x)
         finally:
             _thread.running.discard(id(self))
+        return result if result is _PLAIN else self._formatted(result, x, channels_last)
 
     def check(self, kind: str, x: Any) -> str:
         """Why calls like that on x run plainly by what the module is, or after a comparison; ""
@@ -352,7 +388,7 @@ class Region:
         # Also what runs inside of the comparison.
         self.verdicts[key] = _COMPARING
         try:
-            run = partial(self._entered, self._train if kind == "training" else self._infer)
+            run = partial(self._run, self._train if kind == "training" else self._infer)
             found = differing(self.module, x, run, _PLAIN, kind == "training", plainly)
         finally:
             del self.verdicts[key]
@@ -370,20 +406,25 @@ class Region:
         return found
 
     def _formatted(self, result: Any, x: Any, channels_last: Sequence[bool | None] | None) -> Any:
-        """The result in the memory formats that the module's own forward gives, inputs in it as
-        they came, and tensors that are in it twice once."""
+        """The result in the memory formats that the module's own forward gives, interpolated where
+        that comes last, inputs in it as they came, and tensors that are in it twice once."""
         if channels_last is None:
             last = _in_channels_last(self.module) or is_channels_last(next(leaves(x)))
             channels_last = [last if is_map(y) else None for y in leaves(result)]
-        made: dict[int, Any] = {id(t): t for t in leaves(x)}
+        made: dict[tuple[int, Node | None], Any] = {(id(t), None): t for t in leaves(x)}
         formats = iter(channels_last)
+        resizes = iter(self._forward.own().resizes)
 
         def formatted(y: Any) -> Any:
+            resize = next(resizes, None)
             last = next(formats) if isinstance(y, Tensor) else None
-            if id(y) not in made:
+            if (id(y), resize) not in made:
                 memory_format = torch.channels_last if last else torch.contiguous_format
-                made[id(y)] = y if last is None else y.contiguous(memory_format=memory_format)
-            return made[id(y)]
+                z = y if last is None else y.contiguous(memory_format=memory_format)
+                made[id(y), resize] = z
+                if resize is not None:
+                    made[id(y), resize] = compute(resize, [z, x][: len(resize.inputs)])
+            return made[id(y), resize]
 
         return filled(result, formatted)
 
@@ -408,7 +449,7 @@ class Region:
 
     def _train(self, x: Any) -> Any:
         first = next(leaves(x))
-        segment = self._forward.segment(self.module)
+        segment = self._forward.own().inner
         if isinstance(segment, match.Plain) or not training.has_kernels(first):
             return _PLAIN
         given = filled(x, lambda t: t.contiguous(memory_format=torch.channels_last))

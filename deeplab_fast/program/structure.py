@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,52 @@ def segment_of_flow(module: nn.Module, flow: Flow) -> Segment:
     if len(items) == 1 and isinstance(items[0], Segment):
         # What was found in the flow stands for the module.
         return replace(items[0], module=module)
-    # One layer can compute it, which a neighbour in the row would hide.
-    return (
-        match.Block(module, items, False) if has_depthwise(items) else match.Members(module, items)
-    )
+    # One layer can compute an inverted residual, which a neighbour in the row would hide.
+    if has_depthwise(items) and sum(map(_is_conv, match.segments(items))) > 1:
+        return match.Block(module, items, False)
+    return match.Members(module, items)
+
+
+def without_last_resizes(segment: Segment) -> tuple[Segment, tuple[Node | None, ...]]:
+    """What a segment computes before the interpolations that come last, and of each result, in
+    order, that interpolation or None.
+
+    They write the largest maps of a network, once in whatever memory format is wanted. Their second
+    input, where they have one, is the segment's.
+    """
+    if not isinstance(segment, Graph):
+        return segment, ()
+    users = Counter(value for stage in segment.stages for value in stage.inputs)
+    users.update(leaves(segment.output))
+    left: set[Stage] = set()
+
+    def last(stage: Stage) -> Stage | None:
+        """The interpolation that a result is."""
+        idle = []
+        while stage.items and not match.segments(stage.items) and users[stage] == 1:
+            idle.append(stage)
+            stage = stage.inputs[0]
+        if (
+            stage.node.kind != "resize"
+            or users[stage] > 1
+            or stage.inputs[0] is segment.source
+            or stage.inputs[1:] not in ((), (segment.source,))
+        ):
+            return None
+        left.update((*idle, stage))
+        return stage
+
+    found = [last(stage) for stage in leaves(segment.output)]
+    resizes = iter(found)
+
+    def before(stage: Stage) -> Stage:
+        resize = next(resizes)
+        return stage if resize is None else resize.inputs[0]
+
+    output = filled(segment.output, before)
+    stages = tuple(stage for stage in segment.stages if stage not in left)
+    nodes = tuple(None if resize is None else resize.node for resize in found)
+    return replace(segment, stages=stages, output=output), nodes
 
 
 def evaluate(graph: Graph, x: Any, run: Callable[[Sequence[Item], Any], Any]) -> Any:
@@ -115,7 +157,10 @@ class _Builder:
         made = {flow.input: self._source}
         self._stages: list[Stage] = []
         for node in flow.nodes:
-            items: tuple[Item, ...] = () if node.module is None else (node.module,)
+            items: tuple[Item, ...] = ()
+            if node.kind == "call":
+                assert node.module is not None
+                items = (node.module,)
             stage = made[node] = Stage(node, tuple(made[each] for each in node.inputs), items)
             self._stages.append(stage)
         self._output = filled(flow.output, made.__getitem__)
@@ -128,8 +173,8 @@ class _Builder:
             self._gate,
             self._image,
             self._row,
-            self._sum,
-            self._row,
+            # A row of blocks may be summed again.
+            lambda: self._sum() or self._row(),
         ):
             while found():
                 pass
@@ -171,9 +216,7 @@ class _Builder:
         """Sizes are asked of the first map that has them."""
         for stage in self._stages:
             if stage.node.kind in ("resize", "spread") and len(stage.inputs) == 2:
-                like = stage.inputs[1]
-                while like.items and _keeps_size(like.items):
-                    like = like.inputs[0]
+                like = _first_of_size(stage.inputs[1])
                 if like is not stage.inputs[1]:
                     self._replace(stage, replace(stage, inputs=(stage.inputs[0], like)))
                     return True
@@ -212,9 +255,7 @@ class _Builder:
         """x * gate(fc2(fc1(mean of x)))."""
         if len(items) < 4 or not isinstance(items[0], nn.Module) or not match.is_mean(items[0]):
             return None
-        convs = [
-            i for i, item in enumerate(items) if isinstance(match.segment_of(item), match.Conv)
-        ]
+        convs = [i for i, item in enumerate(items) if match.one([item]) is not None]
         gate = items[-1]
         if len(convs) != 2 or convs[0] != 1 or not isinstance(gate, nn.Module):
             return None
@@ -290,9 +331,12 @@ class _Builder:
                 continue
             base, items = self._base(stage.inputs[0], users)
             first = items[0] if len(items) > 1 else None
-            if stage.inputs[1:] != (base,) or not isinstance(first, nn.Module):
+            if len(stage.inputs) < 2 or not isinstance(first, nn.Module):
                 continue
-            if match.is_mean(first):
+            if _first_of_size(base) is _first_of_size(stage.inputs[1]) and match.is_mean(first):
+                if stage.inputs[1] is not base:
+                    self._replace(stage, replace(stage, inputs=(stage.inputs[0], base)))
+                    return True
                 pooling = match.Pooling(self._part(stage, base), first, items[1:])
                 self._replace(stage, _row_of((base,), (pooling,)))
                 return True
@@ -353,6 +397,13 @@ def _joined(first: Sequence[Item], second: Sequence[Item]) -> tuple[Item, ...]:
     return (*first, *second)
 
 
+def _first_of_size(stage: Stage) -> Stage:
+    """The first map with the height and width of a stage's."""
+    while stage.items and _keeps_size(stage.items):
+        stage = stage.inputs[0]
+    return stage
+
+
 def _keeps_size(items: Sequence[Item]) -> bool:
     return all(map(_part_keeps_size, match.segments(items)))
 
@@ -370,9 +421,16 @@ def _part_keeps_size(part: match.Part) -> bool:
 
 def has_depthwise(items: Sequence[Item]) -> bool:
     """Whether a convolution of each channel by a filter of its own stands in a row."""
-    parts = match.segments(items)
-    convs = [part.conv for part in parts if isinstance(part, match.Unit) and part.conv is not None]
-    return any(1 < conv.module.groups == conv.module.in_channels for conv in convs)
+    convs = [part.conv.module for part in match.segments(items) if _is_conv(part)]
+    return any(1 < conv.groups == conv.in_channels for conv in convs)
+
+
+def _is_conv(part: match.Part) -> TypeGuard[_ConvUnit]:
+    return isinstance(part, match.Unit) and part.conv is not None
+
+
+class _ConvUnit(match.Unit):
+    conv: match.Conv
 
 
 def is_map(value: object) -> bool:

@@ -3,8 +3,10 @@
 `trace(module)` calls the forward of the module's class on a shadow of it, whose children record
 that they are called and compute nothing, and on a symbol in place of the map. What comes out is the
 order of calls of children and of a few functions of PyTorch between them. A forward that does
-anything else (reads a number out of a map, decides by its size, uses its own parameters, draws
-random numbers, leaves something behind on itself) has no data flow here: `Untraceable` says why.
+anything else (reads a number out of a map, uses its own parameters, draws random numbers, leaves
+something behind on itself) has no data flow here: `Untraceable` says why. What it decides by the
+height and width of its input, as those do that want multiples of 32, is decided as for a common
+size; `Flow.holds` says whether other sizes are decided like that.
 
 The module itself, its children and their tensors are not touched, and nothing global is exchanged,
 so other threads may run models meanwhile. The flow holds for the module as it is, its mode
@@ -32,7 +34,7 @@ from torch.fx.node import Node as Recorded
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 from torch.nn.modules.dropout import _DropoutNd
 
-from .intact import CALLED, bound_forward, is_followed, runs_hooks
+from .intact import CALLED, bound_forward, is_followed, is_plain, runs_hooks
 from .origin import Contents, Origin, Reads
 from .stand_ins import conv_of, norm_of
 
@@ -68,7 +70,7 @@ class Node:
             "add"; "mul"; "resize", F.interpolate with `options`, to the size of its second input
             where it has one; "spread", an expansion of a map of one pixel to that size.
         inputs: the values that it takes.
-        module: of a call: a child, or a stand-in for a function.
+        module: of a call: a child, or a stand-in for a function; of "resize" the layer that it is.
         options: what else the kind has.
         in_place: its first input has the result afterwards.
     """
@@ -90,12 +92,18 @@ class Flow:
         output: what it returns: a node, or lists, tuples and dicts of nodes.
         origin: what it was found in: the module itself, its containers, and children that are
             called with constants beside a map.
+        decisions: what was asked of the sizes of the input, and the answers.
     """
 
     input: Node
     nodes: tuple[Node, ...]
     output: Any
     origin: Origin
+    decisions: tuple[tuple[Recorded, bool], ...] = ()
+
+    def holds(self, shape: Sequence[int]) -> bool:
+        """Whether the forward does this with an input [N, C, H, W] of that shape."""
+        return all(_answer(asked, shape[2:]) is answer for asked, answer in self.decisions)
 
     @property
     def outputs(self) -> list[Node]:
@@ -250,6 +258,8 @@ class _Tracer(GraphAppendingTracer):
         self.refused: Untraceable | None = None
         # Layers and what their `inplace` was.
         self.flags: list[tuple[nn.Module, bool]] = []
+        # What was asked of sizes of the input, and the answers.
+        self.decisions: list[tuple[Recorded, bool]] = []
         self._copies: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
         self._watched = 0
 
@@ -302,7 +312,11 @@ class _Tracer(GraphAppendingTracer):
         return super().create_arg(a)
 
     def to_bool(self, obj: Proxy) -> bool:
-        raise self.refusal(_DECIDES)
+        answer = _answer(obj.node, _COMMON)
+        if answer is None:
+            raise self.refusal(_DECIDES)
+        self.decisions.append((obj.node, answer))
+        return answer
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
         return iter([operator.getitem(obj, i) for i in range(self.count(obj))])
@@ -335,6 +349,45 @@ def _sizes_in(recorded: Recorded) -> int | None:
         whole = args[0]
         count = _sizes_in(whole) if isinstance(whole, Recorded) else None
         return None if count is None else len(range(count)[args[1]])
+    return None
+
+
+# Height and width of maps of which decisions are taken: multiples of all that models want.
+_COMMON = (512, 512)
+_ASKED = (
+    *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod),
+    *(operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge),
+)
+
+
+def _answer(asked: Recorded, size: Sequence[int]) -> bool | None:
+    """What a comparison gives for an input of (height, width); None for something else."""
+    answer = _of_sizes(asked, size)
+    return answer if isinstance(answer, bool) else None
+
+
+def _of_sizes(value: Any, size: Sequence[int]) -> Any:
+    """The value of what was recorded of the sizes of the input; None where it is of more."""
+    if isinstance(value, int):
+        return value
+    if not isinstance(value, Recorded) or value.op not in ("call_function", "call_method"):
+        return None
+    source, *rest = value.args
+    if isinstance(source, Recorded) and source.op == "placeholder":
+        if (value.target is getattr and rest == ["ndim"]) or value.target == "dim":
+            return 4
+        found = (None, None, *size)
+        if (value.target is getattr and rest == ["shape"]) or (value.target == "size" and not rest):
+            return found
+        at = rest[0] if value.target == "size" else None
+        return found[at] if isinstance(at, int) else None
+    if value.target is operator.getitem:
+        sizes, at = _of_sizes(source, size), rest[0]
+        return sizes[at] if isinstance(sizes, tuple) and isinstance(at, (int, slice)) else None
+    if value.target in _ASKED and len(rest) == 1:
+        left, right = _of_sizes(source, size), _of_sizes(rest[0], size)
+        if isinstance(left, int) and isinstance(right, int):
+            return value.target(left, right)
     return None
 
 
@@ -520,6 +573,7 @@ _OF_CAT = {"tensors", "dim"}
 _IN_PLACE = (operator.iadd, operator.imul)
 _NEUTRAL = ("contiguous",)
 _INTERPOLATE = (F.interpolate, F.upsample)
+_MODES = ("bilinear", "nearest")
 # By function or method: the module that computes the same, from the call's further arguments.
 _Make = Callable[..., nn.Module]
 
@@ -625,7 +679,8 @@ class _Reader:
             if recorded not in self._values:
                 self._values[recorded] = self._value(recorded)
         structure = filled(self._structure(output), self._returned)
-        flow = Flow(self._input, tuple(self._nodes), structure, self._tracer.origin())
+        decisions = tuple(self._tracer.decisions)
+        flow = Flow(self._input, tuple(self._nodes), structure, self._tracer.origin(), decisions)
         self._check(flow)
         return flow
 
@@ -700,7 +755,9 @@ class _Reader:
             if target == "size" and isinstance(source, Node):
                 dims = tuple(range(4)) if len(args) == 1 else tuple(_ints(args[1]))
                 return _Size(source, tuple(dim % 4 for dim in dims))
-        if target is torch._assert:
+        if target is torch._assert or (
+            target in _ASKED and _of_sizes(recorded, _COMMON) is not None
+        ):
             return None
         first = args[0] if args else kwargs.pop("input", None)
         rest = args[1:]
@@ -764,6 +821,12 @@ class _Reader:
             argument = self._add(Node("group", maps, options={"keys": keys}))
         else:
             argument = self._map(argument)
+        if isinstance(module, nn.Upsample) and is_plain(module) and module.mode in _MODES:
+            self._tracer.followed.append(module)
+            names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+            options = {name: getattr(module, name) for name in names}
+            options = {name: value for name, value in options.items() if value is not None}
+            return self._add(Node("resize", (argument,), module, options))
         if hasattr(module, "inplace"):
             self._tracer.flags.append((module, bool(module.inplace)))
         in_place = changes_input(module)
@@ -796,9 +859,7 @@ class _Reader:
             else:
                 options["size"] = like
         self._constants(options)
-        if options.get("mode", "nearest") not in ("bilinear", "nearest") or options.get(
-            "antialias"
-        ):
+        if options.get("mode", "nearest") not in _MODES or options.get("antialias"):
             raise Untraceable("its forward interpolates in another mode than bilinear and nearest")
         return self._add(Node("resize", tuple(inputs), options=options))
 

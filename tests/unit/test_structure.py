@@ -158,7 +158,7 @@ FOUND: dict[str, tuple[Callable[[Parts, Any], Any], str]] = {
     ),
     "no pyramid: two pooled maps": (
         lambda m, x: m.project_four(torch.cat([pyramid(m, x, 0), image(m, x)], 1)),
-        f"graph(image({CONV}); {CONV}; {CONV}; cat; image({CONV}); cat; {CONV})",
+        f"graph({CONV}; {CONV}; image({CONV}); cat; image({CONV}); cat; {CONV})",
     ),
     "no pyramid: a linear branch": (
         lambda m, x: m.project(torch.cat([m.linear(x), m.atrous[0](x), image(m, x)], 1)),
