@@ -149,7 +149,12 @@ def _transformers(name: str, classes: int) -> nn.Module:
     import transformers
 
     config: Any = getattr(transformers, f"{name}Config")(num_labels=classes)
-    return getattr(transformers, f"{name}ForSemanticSegmentation")(config)
+    model: nn.Module = getattr(transformers, f"{name}ForSemanticSegmentation")(config)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            # Of 0.02 without trained norms, nothing but denormal numbers is left at the end.
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+    return model
 
 
 _BUILD = {"torchvision": _torchvision, "smp": _smp, "transformers": _transformers}
@@ -157,19 +162,21 @@ _BUILD = {"torchvision": _torchvision, "smp": _smp, "transformers": _transformer
 
 def _cases() -> list[Case]:
     found: list[Case] = []
-    # library and model, image of labels, images and their size in a training step
-    for backbone, side, n, trained in (
-        ("torchvision deeplabv3_resnet50", 520, 2, 257),
-        ("torchvision deeplabv3_mobilenet_v3_large", 520, 4, 257),
-        ("torchvision lraspp_mobilenet_v3_large", 520, 4, 257),
-        ("smp DeepLabV3 resnet50", 512, 2, 256),
-        ("smp DeepLabV3Plus resnet50", 512, 2, 256),
-        ("smp DeepLabV3Plus mobilenet_v2", 512, 4, 256),
-        ("smp DeepLabV3Plus efficientnet-b0", 512, 4, 256),
-        ("smp DeepLabV3Plus tu-regnety_004", 512, 4, 256),
-        ("transformers MobileNetV2", 512, 4, 256),
-        ("transformers MobileViT", 512, 4, 256),
+    # library and model, side of the image of labels, and of 4 images in a training step: the norm
+    # of the pooled map of two of them amplifies rounding
+    for backbone, side, trained in (
+        ("torchvision deeplabv3_resnet50", 520, 193),
+        ("torchvision deeplabv3_mobilenet_v3_large", 520, 257),
+        ("torchvision lraspp_mobilenet_v3_large", 520, 257),
+        ("smp DeepLabV3 resnet50", 512, 192),
+        ("smp DeepLabV3Plus resnet50", 512, 256),
+        ("smp DeepLabV3Plus mobilenet_v2", 512, 256),
+        ("smp DeepLabV3Plus efficientnet-b0", 512, 256),
+        ("smp DeepLabV3Plus tu-regnety_004", 512, 256),
+        ("transformers MobileNetV2", 512, 256),
+        ("transformers MobileViT", 512, 256),
     ):
+        n = 4
         given = {
             "suites": ("accelerate",),
             "backbone": backbone,

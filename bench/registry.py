@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from deeplab_fast.dispatch.errors import DIRECT, SAVING
 from deeplab_fast.dispatch.examples import VALUES, Step
@@ -477,10 +478,14 @@ def spread_batch_norm(module: nn.Module) -> None:
 
 
 def without_dropout(module: nn.Module) -> nn.Module:
-    """The module with a probability of 0 in every dropout, whose masks differ between layouts."""
+    """The module with a probability of 0 in every dropout, whose masks differ between layouts, and
+    of dropping paths, as other libraries call it."""
     for m in module.modules():
-        if isinstance(m, nn.Dropout):
+        if isinstance(m, _DropoutNd):
             m.p = 0.0
+        for name in ("drop_prob", "_drop_connect_rate"):
+            if hasattr(m, name):
+                setattr(m, name, 0.0)
     return module
 
 

@@ -249,7 +249,8 @@ def _accelerated(found: Sequence[Group]) -> Iterator[str]:
         "of eager and channels_last. The speed-up is the median over rounds in which all ran side "
         "by side; the error is the distance from the model's own results, in units of their "
         "2-norm, of a training step that of its gradients; MiB is the peak memory of a call. Our "
-        "builder's model has the same weights."
+        "builder's model has the same weights. Dropout and dropping of paths are off, so that "
+        "gradients can be compared."
     )
     yield from _left_out(found)
 

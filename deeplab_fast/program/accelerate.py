@@ -381,7 +381,7 @@ def _compare(module: nn.Module) -> None:
 
 def _runs(forward: Forward) -> bool:
     """Whether a call of the module runs in our forms, as far as its structure decides that."""
-    return not (forward.why_plainly() or isinstance(forward.own().segment, match.Plain))
+    return not (forward.why_plainly() or forward.own().is_one_layer)
 
 
 def _explain_calls(module: nn.Module, found: dict[nn.Module, tuple[str, str]]) -> None:
@@ -507,6 +507,8 @@ def why_plain(module: nn.Module) -> str:
             return "it was excluded, or not included"
         if why := forward.why_plainly():
             return why
+        if not isinstance(forward.own().segment, match.Plain):
+            return "it is one layer, which joins nothing"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted"
     if has_hooks(module):

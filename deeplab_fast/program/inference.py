@@ -358,8 +358,10 @@ def _inverted_residual_spec(folder: _Folder, block: match.Block) -> InvertedResi
 def _squeeze(folder: _Folder, block: match.SqueezeExcite) -> SqueezeSpec:
     gate = match.segment_of(block.gate)
     first = match.segments(block.fc1)
-    hidden = first.pop() if first and isinstance(first[-1], match.Free) else None
-    fc1, fc2 = _only(folder.fold(first)), folder.one(*block.fc2)
+    last = first[-1] if first else None
+    hidden = last if isinstance(last, match.Free) else None
+    fc1 = _only(folder.fold(first if hidden is None else first[:-1]))
+    fc2 = folder.one(*block.fc2)
     if not (
         match.is_mean(block.pool)
         and isinstance(gate, match.Free)

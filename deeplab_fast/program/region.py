@@ -180,11 +180,14 @@ class _Own:
         flow: what that was found in; None where a rule says it, or nothing.
         segment: it.
         inner, resizes: as `structure.without_last_resizes` has them.
+        is_one_layer: there is nothing in it that could be joined.
     """
 
     def __init__(self, flow: Flow | None, segment: match.Segment) -> None:
         self.flow, self.segment = flow, segment
         self.inner, self.resizes = without_last_resizes(segment)
+        parts = [p for p in match.segments([segment]) if not isinstance(p, match.Free)]
+        self.is_one_layer = len(parts) < 2 and all(map(_is_one_layer, parts))
 
     def takes(self, x: Any) -> bool:
         """Whether the module does with a call's argument what it was followed with."""
@@ -314,7 +317,8 @@ class Region:
             run, kind = (self._infer, "inference") if self.fast else (None, "")
         if run is None or training.transformed() or self._forward.why_plainly():
             return _PLAIN
-        if not self._forward.own().takes(x):
+        own = self._forward.own()
+        if own.is_one_layer or not own.takes(x):
             return _PLAIN
         found = self._verdict(kind, x)
         if found is None or found.reason:
@@ -471,6 +475,12 @@ def _readers(items: Sequence[match.Item]) -> Iterator[match.Unit]:
         for stage in first.stages:
             if stage.items and first.source in stage.inputs:
                 yield from _readers(stage.items)
+
+
+def _is_one_layer(part: match.Part) -> bool:
+    if isinstance(part, match.Unit):
+        return sum(each is not None for each in (part.conv, part.norm, part.act, part.pool)) == 1
+    return isinstance(part, match.Plain)
 
 
 def _takes_lists(items: Sequence[match.Item]) -> bool:

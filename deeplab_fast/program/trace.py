@@ -755,9 +755,10 @@ class _Reader:
             if target == "size" and isinstance(source, Node):
                 dims = tuple(range(4)) if len(args) == 1 else tuple(_ints(args[1]))
                 return _Size(source, tuple(dim % 4 for dim in dims))
-        if target is torch._assert or (
-            target in _ASKED and _of_sizes(recorded, _COMMON) is not None
-        ):
+        if target is torch._assert:
+            return None
+        if target == "dim" or (target in _ASKED and _of_sizes(recorded, _COMMON) is not None):
+            # Asked for on the way to a decision.
             return None
         first = args[0] if args else kwargs.pop("input", None)
         rest = args[1:]

@@ -903,6 +903,95 @@ def test_more_arguments() -> None:
     assert inspect.signature(model.forward) == inspect.signature(own.forward)
 
 
+class Resized(nn.Module):
+    """Interpolations that come last, and those that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(8, 8), conv(8, 3), conv(3, 3)
+        self.up, self.identity = nn.Upsample(scale_factor=2, mode="bilinear"), nn.Identity()
+        self.near = nn.UpsamplingNearest2d(size=(20, 11))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        low = self.b(F.interpolate(self.a(x), size=(9, 7), mode="bilinear"))
+        full = F.interpolate(low, x.shape[-2:], mode="bilinear", align_corners=True)
+        used = self.up(low)
+        return {
+            "full": full,
+            "aux": self.identity(self.up(self.c(low))),
+            "near": self.near(low),
+            "low": low,
+            "used": used,
+            "more": self.c(used),
+            "own": F.interpolate(x, scale_factor=0.5),
+        }
+
+
+@pytest.mark.parametrize("x_last", [False, True], ids=["x contiguous", "x channels_last"])
+@pytest.mark.parametrize("last", [False, True], ids=["weights contiguous", "channels_last"])
+def test_last_interpolations(last: bool, x_last: bool) -> None:
+    formats = (torch.contiguous_format, torch.channels_last)
+    own = settled(Resized()).to(memory_format=formats[last])
+    model = dlf.accelerate(copy.deepcopy(own))
+    x = maps().contiguous(memory_format=formats[x_last])
+    assert row_of(model).runs == REGION
+    with torch.no_grad():
+        found, expected = model(x), own(x)
+    assert_same_results(found, expected, CLOSE)
+    for name, y in expected.items():
+        assert found[name].stride() == y.stride(), name
+    assert_trains_alike(model, own, x)
+
+
+class Divisible(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        if h % 4 != 0 or w % 4 != 0:
+            raise RuntimeError(f"sizes must be multiples of 4, got {h}x{w}")
+        return super().forward(x)
+
+
+def test_a_model_that_wants_multiples() -> None:
+    own, model = pair(Divisible)
+    assert row_of(model).runs == REGION
+    for size in ((16, 20), (8, 4)):
+        assert_infers_alike(model, own, maps(2, 8, *size))
+        assert_trains_alike(model, own, maps(2, 8, *size))
+    with pytest.raises(RuntimeError, match="multiples of 4, got 17x22"):
+        model(maps())
+    # As a part of something else it is asked at every call.
+    outer = dlf.accelerate(nn.Sequential(copy.deepcopy(own), conv(3, 3)))
+    assert row_of(outer, "0").runs == REGION
+    with torch.no_grad(), pytest.raises(RuntimeError, match="multiples of 4, got 17x22"):
+        outer(maps())
+    assert_infers_alike(outer, dlf.restore(copy.deepcopy(outer)), maps(2, 8, 16, 20))
+
+
+class OneLayer(nn.Conv2d):
+    """A layer of its own, as other libraries have them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+def test_one_layer_by_itself_runs_as_it_is() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = OneLayer(8, 8, 3), nn.Sequential(OneLayer(8, 8, 3), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert float(x.sum()) == float(x.sum())
+            return self.two(self.one(x))
+
+    own = settled(Pair())
+    model = dlf.accelerate(copy.deepcopy(own))
+    assert row_of(model, "one").how == "it is one layer, which joins nothing"
+    assert row_of(model, "two").runs == REGION
+    assert_infers_alike(model, own)
+    assert_trains_alike(model, own)
+
+
 # Tools.
 
 

@@ -80,14 +80,18 @@ def test_structures() -> None:
 
 REASONS: dict[str, tuple[Callable[[Module, Any], Any], str]] = {
     "parameters": (lambda m, x: x * m.scale, "tensors of its own"),
-    "a size that decides": (lambda m, x: x if x.shape[2] > 3 else m.conv(x), "by the size"),
+    "a batch that decides": (lambda m, x: x if x.shape[0] > 3 else m.conv(x), "by the size"),
+    "a result's size that decides": (
+        lambda m, x: (lambda y: y if y.shape[2] > 3 else m.norm(y))(m.conv(x)),
+        "by the size",
+    ),
     "a value that decides": (lambda m, x: x if x.sum() > 0 else m.conv(x), "by the size"),
     "other dimensions": (lambda m, x: torch.cat([x, x], 2), "other than by channels"),
     "scaled sums": (lambda m, x: torch.add(x, x, alpha=2), "scales"),
     "numbers": (lambda m, x: x * 2, "something else than maps"),
     "unknown functions": (lambda m, x: x.flip(3), "calls flip"),
     "other means": (lambda m, x: x.mean((2, 3)), "a mean other than"),
-    "sizes computed": (lambda m, x: F.interpolate(x, x.shape[2] * 2), "something else than maps"),
+    "sizes computed": (lambda m, x: F.interpolate(x, x.shape[2] * 2), "computes with sizes"),
     "other modes": (lambda m, x: F.interpolate(x, scale_factor=2, mode="bicubic"), "another mode"),
     "its input": (lambda m, x: m.conv(m.changing(x)), "changes its input in place"),
     "a map used elsewhere": (
@@ -115,6 +119,41 @@ def test_what_has_no_flow(function: Callable[[Module, Any], Any], reason: str) -
         trace(module)
     assert vars(module) == attributes and not module.seen
     assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+
+
+def _checked(m: Module, x: Tensor) -> Tensor:
+    h, w = x.shape[-2:]
+    if h % 32 != 0 or w % 32 != 0:
+        raise RuntimeError("multiples of 32")
+    return m.conv(x)
+
+
+# With (height, width) of maps, and whether the forward does the same with them as with large even
+# ones.
+DECISIONS: dict[str, tuple[Callable[[Module, Any], Any], dict[tuple[int, int], bool]]] = {
+    "divisible": (_checked, {(64, 96): True, (64, 95): False, (33, 64): False}),
+    "larger than": (
+        lambda m, x: m.conv(x) if x.size(2) >= 10 else m.norm(x),
+        {(10, 3): True, (9, 30): False},
+    ),
+    "by size()": (
+        lambda m, x: m.conv(x) if x.size()[3] // 2 + 1 > 4 else m.norm(x),
+        {(1, 8): True, (8, 7): False},
+    ),
+    "square or not": (
+        lambda m, x: m.conv(x) if x.shape[2] == x.shape[3] else m.norm(x),
+        {(7, 7): True, (7, 8): False},
+    ),
+    "dimensions": (lambda m, x: m.conv(x) if x.dim() == 4 else x, {(1, 1): True}),
+    "not at all": (lambda m, x: m.conv(x), {(1, 1): True}),
+}
+
+
+@pytest.mark.parametrize(("function", "expected"), DECISIONS.values(), ids=DECISIONS)
+def test_what_is_decided_by_height_and_width(function: Callable, expected: dict) -> None:
+    flow = trace(Module(function))
+    assert [node.module.__class__ for node in flow.nodes] == [nn.Conv2d]
+    assert {size: flow.holds((2, 4, *size)) for size in expected} == expected
 
 
 def test_more_than_one_argument() -> None:
