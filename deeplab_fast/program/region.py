@@ -320,13 +320,13 @@ class Region:
         own = self._forward.own()
         if own.is_one_layer or not own.takes(x):
             return _PLAIN
-        found = self._verdict(kind, x)
+        found = self._verdict(kind, x, own)
         if found is None or found.reason:
             return _PLAIN
         try:
-            result = self._run(run, x, found.channels_last)
+            result = self._run(run, own, x, found.channels_last)
         except ValueError:
-            if not self._misfits(x):
+            if not _misfits(own.segment, x):
                 raise
             # Its own forward has the error for that.
             return _PLAIN
@@ -337,27 +337,20 @@ class Region:
         self.reasons.pop(kind, None)
         return result
 
-    def _misfits(self, x: Any) -> bool:
-        """Whether a layer that reads x takes maps with other channels."""
-        if not isinstance(x, Tensor):
-            return False
-        return any(
-            _channels(unit) != x.shape[1] for unit in _readers([self._forward.own().segment])
-        )
-
     def _run(
         self,
-        run: Callable[[Any], Any],
+        run: Callable[[_Own, Any], Any],
+        own: _Own,
         x: Any,
         channels_last: Sequence[bool | None] | None = None,
     ) -> Any:
         """The result in the memory formats of that of the module's own forward."""
         _thread.running.add(id(self))
         try:
-            result = run(x)
+            result = run(own, x)
         finally:
             _thread.running.discard(id(self))
-        return result if result is _PLAIN else self._formatted(result, x, channels_last)
+        return result if result is _PLAIN else self._formatted(result, own, x, channels_last)
 
     def check(self, kind: str, x: Any) -> str:
         """Why calls like that on x run plainly by what the module is, or after a comparison; ""
@@ -365,14 +358,14 @@ class Region:
         if why := self._forward.why_plainly():
             self.reasons[kind] = why
             return why
-        found = self._verdict(kind, x)
+        found = self._verdict(kind, x, self._forward.own())
         return "" if found is None else found.reason
 
     def forget(self) -> None:
         """What comparisons said, but those that are under way."""
         self.verdicts = {k: found for k, found in self.verdicts.items() if found is _COMPARING}
 
-    def _verdict(self, kind: str, x: Any) -> Found | None:
+    def _verdict(self, kind: str, x: Any, own: _Own) -> Found | None:
         """None where nothing could be compared: the module's own forward has an error for the call,
         or our forms do not run."""
         first = next(leaves(x))
@@ -392,7 +385,7 @@ class Region:
         # Also what runs inside of the comparison.
         self.verdicts[key] = _COMPARING
         try:
-            run = partial(self._run, self._train if kind == "training" else self._infer)
+            run = partial(self._run, self._train if kind == "training" else self._infer, own)
             found = differing(self.module, x, run, _PLAIN, kind == "training", plainly)
         finally:
             del self.verdicts[key]
@@ -409,7 +402,9 @@ class Region:
         self.verdicts[key] = found
         return found
 
-    def _formatted(self, result: Any, x: Any, channels_last: Sequence[bool | None] | None) -> Any:
+    def _formatted(
+        self, result: Any, own: _Own, x: Any, channels_last: Sequence[bool | None] | None
+    ) -> Any:
         """The result in the memory formats that the module's own forward gives, interpolated where
         that comes last, inputs in it as they came, and tensors that are in it twice once."""
         if channels_last is None:
@@ -417,7 +412,7 @@ class Region:
             channels_last = [last if is_map(y) else None for y in leaves(result)]
         made: dict[tuple[int, Node | None], Any] = {(id(t), None): t for t in leaves(x)}
         formats = iter(channels_last)
-        resizes = iter(self._forward.own().resizes)
+        resizes = iter(own.resizes)
 
         def formatted(y: Any) -> Any:
             resize = next(resizes, None)
@@ -444,21 +439,28 @@ class Region:
             return next(iter(self.path.reasons(self, x)), "")
         return "" if training.has_kernels(x) else "the training forms have no kernels here"
 
-    def _infer(self, x: Any) -> Any:
+    def _infer(self, own: _Own, x: Any) -> Any:
         first = next(leaves(x))
         if first.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             return _PLAIN
         results = self.path.logits(self, x, True)
         return _PLAIN if results is None else _rebuilt(results, x)
 
-    def _train(self, x: Any) -> Any:
+    def _train(self, own: _Own, x: Any) -> Any:
         first = next(leaves(x))
-        segment = self._forward.own().inner
+        segment = own.inner
         if isinstance(segment, match.Plain) or not training.has_kernels(first):
             return _PLAIN
         given = filled(x, lambda t: t.contiguous(memory_format=torch.channels_last))
         same = {id(new): old for new, old in zip(leaves(given), leaves(x), strict=True)}
         return filled(training.run(segment, given), lambda y: same.get(id(y), y))
+
+
+def _misfits(segment: match.Segment, x: Any) -> bool:
+    """Whether a layer that reads x takes maps with other channels."""
+    if not isinstance(x, Tensor):
+        return False
+    return any(_channels(unit) != x.shape[1] for unit in _readers([segment]))
 
 
 def _readers(items: Sequence[match.Item]) -> Iterator[match.Unit]:
