@@ -111,6 +111,8 @@ class ModelCase(Case):
 
     kind: ClassVar[str] = "model"
     oracle_dtype: ClassVar[torch.dtype] = torch.float32
+    # A model takes its images as its users hold them.
+    own_layout: ClassVar[torch.memory_format] = torch.contiguous_format
     output: ClassVar[type[FullLogits]]
     own_output: ClassVar[type[FullLogits]]
 

@@ -63,10 +63,7 @@ class OtherModel(ModelCase):
         return _BUILD[self.backbone.split()[0]](*self.backbone.split()[1:], classes=self.classes)
 
     def own_model(self, args: Arguments) -> nn.Module:
-        # As the baseline that is the faster one: results follow the weights, and the argmax of
-        # contiguous logits takes as long as a MobileNetV3.
-        model = copy.deepcopy(args.module.model)
-        return accelerate(model.to(memory_format=torch.channels_last))
+        return accelerate(copy.deepcopy(args.module.model))
 
     def own(self, args: Arguments) -> nn.Module:
         # Compared with its own forward as it runs here.
@@ -78,7 +75,7 @@ class OtherModel(ModelCase):
 
         model = get_model(self.backbone.split()[1], num_classes=self.classes)
         model.load_state_dict(args.module.model.state_dict())
-        return self.wrap(model.to(memory_format=torch.channels_last), self.own_output)
+        return self.wrap(model, self.own_output)
 
     @property
     def has_builder(self) -> bool:
@@ -100,6 +97,8 @@ class OtherModel(ModelCase):
 class OtherLabels(OtherModel):
     """Labels of a batch of images."""
 
+    # Results follow the weights, and the argmax of contiguous logits takes as long as a MobileNet.
+    own_layout: ClassVar[torch.memory_format] = torch.channels_last
     output: ClassVar[type[FullLogits]] = _Labels
     own_output: ClassVar[type[FullLogits]] = _Labels
 
@@ -149,6 +148,7 @@ def _smp(name: str, encoder: str, classes: int) -> nn.Module:
 
 
 def _transformers(name: str, classes: int) -> nn.Module:
+    import_torchvision()
     import transformers
 
     config: Any = getattr(transformers, f"{name}Config")(num_labels=classes)

@@ -272,9 +272,7 @@ def _build_own(attribute: str, **options: str) -> Build:
         context: Context = nullcontext
         if trains(case, mode):
             dtype, context = torch.float32, _autocast(device, dtype)
-        # A model takes its images as its users hold them; a map within one is channels_last.
-        layout = NCHW if case.kind == "model" else NHWC
-        return runnable(case, mode, args, module, dtype, layout, context)
+        return runnable(case, mode, args, module, dtype, case.own_layout, context)
 
     return build
 

@@ -124,6 +124,8 @@ class Case(ABC):
     """
 
     kind: ClassVar[str]
+    # Memory format of what deeplab_fast's module is given: a map within a model is channels_last.
+    own_layout: ClassVar[torch.memory_format] = torch.channels_last
     # Weights as training left them, which `setup` then keeps.
     trained: ClassVar[bool] = False
     # Sets of inputs, at least, on each of which the share of labels that are the exact ones counts.

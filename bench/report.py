@@ -246,11 +246,11 @@ def _accelerated(found: Sequence[Group]) -> Iterator[str]:
     yield ""
     yield (
         "Other libraries' models before and after `deeplab_fast.accelerate`. As it is: the faster "
-        "of eager and channels_last; accelerated models have channels_last weights. The speed-up "
-        "is the median over rounds in which all ran side by side; the error is the distance from "
-        "the model's own results, in units of their 2-norm, of a training step that of its "
-        "gradients; MiB is the peak memory of a call. Our builder's model has the same weights. "
-        "Dropout and dropping of paths are off, so that gradients can be compared."
+        "of eager and channels_last; for labels accelerated models have channels_last weights. The "
+        "speed-up is the median over rounds in which all ran side by side; the error is the "
+        "distance from the model's own results, in units of their 2-norm, of a training step that "
+        "of its gradients; MiB is the peak memory of a call. Our builder's model has the same "
+        "weights. Dropout and dropping of paths are off, so that gradients can be compared."
     )
     yield from _left_out(found)
 

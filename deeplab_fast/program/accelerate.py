@@ -54,8 +54,10 @@ def accelerate(
 
     What they are is found by structure, not by names of classes. A change of the model (weights,
     attributes, modules, hooks, mode, dtype, device) is noticed at the next call. What is not known,
-    has hooks or overrides runs as it is inside of what is accelerated. `torch.compile`, exporters,
-    tracing, scripting and torch.func see the modules' own forwards.
+    has hooks or overrides runs as it is inside of what is accelerated. A forward may ask for the
+    height and width of its input: where it would do something else than with 512 x 512 it runs
+    itself. Results have the memory format that the module's own forward gives. `torch.compile`,
+    exporters, tracing, scripting and torch.func see the modules' own forwards.
 
     Before a module runs in our forms its results, and in training its gradients, are compared once
     with its own forward, on a small input of its dtype and device: here for the model as it is, and
