@@ -83,11 +83,14 @@ class Function:
         schema: in torch.library's language.
         run: for every device, called below autograd and outside autocast.
         fake: shapes, dtypes and strides of the outputs without computing them.
+        decomposition: the same by PyTorch's operations, of sizes that may be symbolic; what
+            `decompositions` gives of it. None where exported programs do not have it.
     """
 
     schema: str
     run: Run
     fake: Run
+    decomposition: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Op:
 
 _ops: dict[str, Op] = {}
 _implementations: dict[str, dict[str, Implementation]] = {}
+_decompositions: dict[torch._ops.OpOverload, Run] = {}
 _registrations = 0
 
 
@@ -238,6 +242,18 @@ def exact(step: Step) -> list[Tensor]:
     return own(wide) if own else wide.run(implementations(step.op)["reference"].run)
 
 
+def decompositions() -> dict[torch._ops.OpOverload, Run]:
+    """What PyTorch's operations stand for the ops in an exported program, by the op.
+
+        program = torch.export.export(model, (x,)).run_decompositions(
+            torch.export.default_decompositions() | decompositions()
+        )
+
+    has none of this package's ops left. torch.onnx.export(..., dynamo=True) takes them by itself.
+    """
+    return dict(_decompositions)
+
+
 def compiled(name: str) -> Run:
     """The private op `deeplab_fast::<name>` of an extension, looked up when it is called."""
 
@@ -293,6 +309,10 @@ def define(function: Function) -> Run:
     LIBRARY.impl(name, outside_autocast, "CompositeExplicitAutograd")
     torch.library.register_fake(f"deeplab_fast::{name}", function.fake, lib=LIBRARY)
     registered = getattr(torch.ops.deeplab_fast, name).default
+    if function.decomposition is not None:
+        # By which torch.onnx.export finds it; torch.compile asks a table of its own.
+        torch._decomp.register_decomposition(registered)(function.decomposition)
+        _decompositions[registered] = function.decomposition
 
     def call(x: Tensor, *args: object) -> Any:
         if type(x) in _TENSORS and not torch.compiler.is_compiling():

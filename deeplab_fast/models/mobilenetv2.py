@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.preprocess import Preprocess
 from ..nn import PaperHead
+from ..plan.symbols import is_known
 from ..program import match
 from ..weights.load import open_weights
 from ..weights.registry import Found, ModelEntry
@@ -62,7 +62,7 @@ class SamePadConv2d(nn.Conv2d):
         top, bottom = _same(x.size(2), self.kernel_size[0], self.stride[0], self.dilation[0])
         left, right = _same(x.size(3), self.kernel_size[1], self.stride[1], self.dilation[1])
         padding = [0, 0]
-        if _is_known(top == bottom) and _is_known(left == right):
+        if is_known(top == bottom) and is_known(left == right):
             # oneDNN's backward of a dilated depthwise 5x5 takes 3.6 times as long on a padded copy.
             padding = [top, left]
         else:
@@ -86,16 +86,6 @@ def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]
         if reach + 1 < stride:
             needed = max(needed, 0)
     return needed // 2, needed - needed // 2
-
-
-def _is_known(condition: bool) -> bool:
-    """Whether a condition holds, where it is symbolic for all sizes: export asks nothing more."""
-    if not torch.jit.is_scripting():
-        if isinstance(condition, torch.SymBool):
-            from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-            return statically_known_true(condition)
-    return condition
 
 
 def conv_norm(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -26,6 +27,8 @@ from .common import (
     check_shape,
     differentiable,
     needs_grad,
+    or_ones,
+    scaled,
     triton_kernel,
 )
 
@@ -35,7 +38,7 @@ OP = "aspp_branches"
 def aspp_branches(
     x: Tensor,
     weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
     shifts: Sequence[Tensor],
     dilations: Sequence[int],
 ) -> Tensor:
@@ -48,7 +51,8 @@ def aspp_branches(
     Args:
         x: [N, C, H, W], fp16, bf16, fp32 or fp64, any strides.
         weights: for each branch [K_b, C, 1, 1] or [K_b, C, 3, 3], the dtype of x.
-        scales, shifts: for each branch [K_b], fp32 (fp64 for fp64 x).
+        scales, shifts: for each branch [K_b], fp32 (fp64 for fp64 x); scales None for one, as of
+            filters that have them in them.
         dilations: for each branch an int of at least 1, also larger than the map.
 
     Returns:
@@ -67,17 +71,19 @@ def aspp_branches(
     """
     x, *weights = autocast(x, *weights)
     _validate(x, weights, scales, shifts, dilations)
+    scales = [] if scales is None else list(scales)
     if needs_grad(x, *weights, *scales, *shifts):
+        scales = _or_ones(scales, x, weights)
         return _AsppBranches.apply(x, tuple(dilations), *weights, *scales, *shifts)
     return torch.ops.deeplab_fast.aspp_branches(
-        x, list(weights), list(scales), list(shifts), list(dilations)
+        x, list(weights), scales, list(shifts), list(dilations)
     )
 
 
 def describe(
     x: Tensor,
     weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
     shifts: Sequence[Tensor],
     dilations: Sequence[int],
 ) -> OpDesc:
@@ -125,25 +131,32 @@ def _thirds(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list
     return list(tensors[:n]), list(tensors[n : 2 * n]), list(tensors[2 * n :])
 
 
+def _or_ones(scales: list[Tensor], x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    return scales or [or_ones(None, x, weight) for weight in weights]
+
+
 def _validate(
     x: Tensor,
     weights: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
     shifts: Sequence[Tensor],
     dilations: Sequence[int],
 ) -> None:
     check_map(OP, "x", x)
-    counts = [len(weights), len(scales), len(shifts), len(dilations)]
+    factors: Sequence[Tensor | None] = [None] * len(weights) if scales is None else scales
+    counts = [len(weights), len(factors), len(shifts), len(dilations)]
     if min(counts) < 1 or len(set(counts)) > 1:
         raise ValueError(
             f"{OP}: weights, scales, shifts and dilations must have one entry for each of at least "
             f"one branch, got {counts}"
         )
     for b, (weight, scale, shift, dilation) in enumerate(
-        zip(weights, scales, shifts, dilations, strict=True)
+        zip(weights, factors, shifts, dilations, strict=True)
     ):
         _aspp.check_branch(OP, b, x, weight, dilation)
         for name, vector in ((f"scales[{b}]", scale), (f"shifts[{b}]", shift)):
+            if vector is None:
+                continue
             check_shape(OP, name, vector, weight.shape[:1], "one value for each output channel")
             check_dtype(OP, name, vector, FLOAT_DTYPES)
             check_device(OP, x, **{name: vector})
@@ -162,7 +175,7 @@ def _run(
     dilations: list[int],
 ) -> Tensor:
     desc = _describe(x, weights, dilations)
-    return run(desc, x, weights, scales, shifts, dilations)
+    return run(desc, x, weights, _or_ones(scales, x, weights), shifts, dilations)
 
 
 def _fake(
@@ -175,6 +188,29 @@ def _fake(
     n, _, height, width = x.shape
     shape = (n, sum(w.shape[0] for w in weights), height, width)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _decomposed(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    shifts: list[Tensor],
+    dilations: list[int],
+) -> Tensor:
+    factors: Sequence[Tensor | None] = scales or [None] * len(weights)
+    maps = [
+        torch.relu(
+            F.conv2d(
+                x,
+                scaled(weight, scale),
+                shift.to(x.dtype),
+                padding=reference.branch_padding(weight, dilation),
+                dilation=dilation,
+            )
+        )
+        for weight, scale, shift, dilation in zip(weights, factors, shifts, dilations, strict=True)
+    ]
+    return torch.cat(maps, 1).contiguous(memory_format=torch.channels_last)
 
 
 def _run_backward(
@@ -241,6 +277,7 @@ declare(
                 "int[] dilations) -> Tensor",
                 _run,
                 _fake,
+                _decomposed,
             ),
             Function(
                 "aspp_branches_backward(Tensor grad, Tensor y, Tensor x, Tensor[] weights, "

@@ -16,6 +16,7 @@ from ..dispatch.choice import run
 from ..dispatch.declare import INFERENCE, Function, Op, Tuned, declare, implementations, on
 from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step
+from ..plan.symbols import same_shape
 from . import _cpu_conv, aspp_cuda
 from ._composed import fused_layer, norm_of
 from .common import (
@@ -28,6 +29,8 @@ from .common import (
     check_shape,
     differentiable,
     needs_grad,
+    or_ones,
+    scaled,
     triton_kernel,
 )
 from .conv_bn_act import OP as CONV
@@ -40,7 +43,7 @@ def aspp_project(
     branches: Tensor,
     pooled: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor,
     *,
     classifier: tuple[Tensor, Tensor] | None = None,
@@ -59,7 +62,8 @@ def aspp_project(
         branches: [N, B, H, W], fp16, bf16, fp32 or fp64, any strides.
         pooled: [N, P], the image-pooling branch after its own convolution, BN and ReLU.
         weight: [K, B + P, 1, 1], the dtype of branches, input channels in the order of the concat.
-        scale, shift: [K], fp32 (fp64 for fp64 branches): the folded batch norm.
+        scale, shift: [K], fp32 (fp64 for fp64 branches): the folded batch norm; scale None for one,
+            as of a weight that has it in it.
         classifier: None, or ([classes, K] or [classes, K, 1, 1] in the dtype of branches, [classes]
             in fp32 (fp64 for fp64 branches)).
 
@@ -83,7 +87,7 @@ def aspp_project(
     _validate(branches, pooled, weight, scale, shift, class_weight, class_bias)
     args = (branches, pooled, weight, scale, shift)
     if needs_grad(*args, class_weight, class_bias):
-        y = _AsppProject.apply(*args)
+        y = _AsppProject.apply(*args[:3], or_ones(scale, branches, weight), shift)
         if class_weight is None or class_bias is None:
             return y
         ones = torch.ones_like(class_bias)
@@ -95,7 +99,7 @@ def describe(
     branches: Tensor,
     pooled: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor,
     *,
     classifier: tuple[Tensor, Tensor] | None = None,
@@ -141,14 +145,14 @@ def _validate(
     branches: Tensor,
     pooled: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor,
     class_weight: Tensor | None,
     class_bias: Tensor | None,
 ) -> None:
     check_map(OP, "branches", branches)
     n, channels = branches.shape[:2]
-    if pooled.dim() != 2 or pooled.shape[0] != n:
+    if pooled.dim() != 2 or not same_shape(pooled.shape[:1], (n,)):
         raise ValueError(
             f"{OP}: pooled has shape {list(pooled.shape)}, expected [{n}, P], a vector for each "
             "image; flatten a [N, P, 1, 1] map with .flatten(1)"
@@ -160,6 +164,8 @@ def _validate(
     expected = (outputs, channels + pooled.shape[1], 1, 1)
     check_shape(OP, "weight", weight, expected, "input channels of branches, then of pooled")
     for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is None:
+            continue
         check_shape(OP, name, vector, (outputs,), "one value for each output channel")
         check_dtype(OP, name, vector, FLOAT_DTYPES)
     check_device(OP, branches, pooled=pooled, weight=weight, scale=scale, shift=shift)
@@ -195,12 +201,13 @@ def _run(
     branches: Tensor,
     pooled: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor,
     class_weight: Tensor | None = None,
     class_bias: Tensor | None = None,
 ) -> Tensor:
     desc = _describe(branches, pooled, weight, class_weight)
+    scale = or_ones(scale, branches, weight)
     return run(desc, branches, pooled, weight, scale, shift, class_weight, class_bias)
 
 
@@ -208,7 +215,7 @@ def _fake(
     branches: Tensor,
     pooled: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor,
     class_weight: Tensor | None = None,
     class_bias: Tensor | None = None,
@@ -221,6 +228,24 @@ def _fake(
         device=branches.device,
         memory_format=torch.channels_last,
     )
+
+
+def _decomposed(
+    branches: Tensor,
+    pooled: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    class_weight: Tensor | None = None,
+    class_bias: Tensor | None = None,
+) -> Tensor:
+    dtype, channels = branches.dtype, branches.shape[1]
+    folded = scaled(weight, scale)
+    y = F.conv2d(branches, folded[:, :channels], shift.to(dtype))
+    y = torch.relu(y + F.linear(pooled, folded[:, channels:, 0, 0])[..., None, None])
+    if class_weight is not None and class_bias is not None:
+        y = F.conv2d(y, class_weight, class_bias.to(dtype))
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _then_classify(backend: str, project: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -340,10 +365,11 @@ declare(
         describe,
         functions=(
             Function(
-                "aspp_project(Tensor branches, Tensor pooled, Tensor weight, Tensor scale, "
+                "aspp_project(Tensor branches, Tensor pooled, Tensor weight, Tensor? scale, "
                 "Tensor shift, Tensor? class_weight=None, Tensor? class_bias=None) -> Tensor",
                 _run,
                 _fake,
+                _decomposed,
             ),
             Function(
                 "aspp_project_backward(Tensor grad, Tensor y, Tensor branches, Tensor pooled, "

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..dispatch.declare import autocasts
 from ..dispatch.describe import dtype_name
 from ..dispatch.examples import Run
+from ..plan.symbols import same_shape
+from ..reference import compute_dtype
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
@@ -32,6 +34,18 @@ def autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must record a call on these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def or_ones(scale: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """The scale [K] of filters [K, C, R, S] of maps like x, ones where there is none."""
+    if scale is not None:
+        return scale
+    return x.new_ones(weight.shape[0], dtype=compute_dtype(x.dtype))
+
+
+def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """scale * weight [K, C, R, S], one factor for each output channel, in the weight's dtype."""
+    return weight if scale is None else (weight * scale[:, None, None, None]).to(weight.dtype)
 
 
 class Context(Protocol):
@@ -118,7 +132,7 @@ def check_map(op: str, name: str, x: Tensor) -> None:
         got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{op}: {name} must be a tensor [N, C, H, W], got {got}")
     check_dtype(op, name, x, FLOAT_DTYPES)
-    if min(x.shape[1:]) < 1:
+    if any(size < 1 for size in x.shape[1:]):
         raise ValueError(
             f"{op}: {name} {list(x.shape)} has no channels, rows or columns; only N may be 0"
         )
@@ -133,7 +147,7 @@ def check_dtype(op: str, name: str, x: Tensor, allowed: Sequence[torch.dtype]) -
 
 def check_shape(op: str, name: str, x: Tensor, expected: Sequence[int], meaning: str) -> None:
     """Exactly the expected shape."""
-    if tuple(x.shape) != tuple(expected):
+    if not same_shape(x.shape, expected):
         raise ValueError(
             f"{op}: {name} has shape {list(x.shape)}, expected {list(expected)} ({meaning})"
         )
@@ -166,7 +180,8 @@ def check_target(op: str, logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"{op}: target must be a tensor of labels [N, H, W], got {got}")
     check_dtype(op, "target", target, LABEL_DTYPES)
     check_device(op, logits, target=target)
-    if target.shape[0] != logits.shape[0] or min(target.shape[1:]) < 1:
+    fits = same_shape(target.shape[:1], logits.shape[:1])
+    if not fits or any(size < 1 for size in target.shape[1:]):
         raise ValueError(
             f"{op}: target {list(target.shape)} does not fit logits {list(logits.shape)}; "
             "expected one non-empty label map [H, W] for each of the N images"

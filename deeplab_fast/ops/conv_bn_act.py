@@ -27,6 +27,8 @@ from .common import (
     check_shape,
     differentiable,
     needs_grad,
+    or_ones,
+    scaled,
     triton_kernel,
 )
 
@@ -38,7 +40,7 @@ Options = tuple[int, int, int, int, str | None]
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor,
     *,
     stride: int = 1,
@@ -55,7 +57,8 @@ def conv_bn_act(
     Args:
         x: [N, C, H, W], fp16, bf16, fp32 or fp64, any strides.
         weight: [K, C / groups, R, S], the dtype of x.
-        scale, shift: [K], fp32 (fp64 for fp64 x).
+        scale, shift: [K], fp32 (fp64 for fp64 x); scale None for one, as of filters that have it
+            in them.
         stride, padding, dilation: the same for rows and columns.
         groups: as in torch.nn.functional.conv2d.
         residual: [N, K, H', W'], the dtype of x, or None for zero.
@@ -78,14 +81,14 @@ def conv_bn_act(
     args = (x, weight, scale, shift, residual, stride, padding, dilation, groups, act)
     _validate(*args)
     if needs_grad(x, weight, scale, shift, residual):
-        return _ConvBnAct.apply(*args)
+        return _ConvBnAct.apply(x, weight, or_ones(scale, x, weight), *args[3:])
     return torch.ops.deeplab_fast.conv_bn_act(*args)
 
 
 def describe(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor,
     *,
     stride: int = 1,
@@ -180,7 +183,7 @@ def _output_shape(
 def _validate(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor,
     residual: Tensor | None,
     *options: *Options,
@@ -202,12 +205,14 @@ def _validate(
             f"{list(x.shape)}; expected [K, {x.shape[1]} / groups, R, S], K a multiple of groups"
         )
     for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is None:
+            continue
         check_shape(OP, name, vector, (channels,), "one value for each output channel")
         check_dtype(OP, name, vector, FLOAT_DTYPES)
     if act not in ("relu", None):
         raise ValueError(f"{OP}: act must be 'relu' or None, got {act!r}")
     expected = _output_shape(x, weight, stride, padding, dilation)
-    if min(expected[2:]) < 1:
+    if any(size < 1 for size in expected[2:]):
         raise ValueError(
             f"{OP}: x {list(x.shape)} is smaller than the dilated kernel of weight "
             f"{list(weight.shape)} with dilation={dilation}, padding={padding}"
@@ -235,26 +240,42 @@ def _describe(x: Tensor, weight: Tensor, residual: Tensor | None, *options: *Opt
 def _run(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor,
     residual: Tensor | None,
     *options: *Options,
 ) -> Tensor:
     *geometry, act = options
     desc = _describe(x, weight, residual, *options)
+    scale = or_ones(scale, x, weight)
     return run(desc, x, weight, scale, shift, *geometry, residual, act)
 
 
 def _fake(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor,
     residual: Tensor | None,
     *options: *Options,
 ) -> Tensor:
     shape = _output_shape(x, weight, *options[:3])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _decomposed(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor,
+    residual: Tensor | None,
+    *options: *Options,
+) -> Tensor:
+    *geometry, act = options
+    y = F.conv2d(x, scaled(weight, scale), shift.to(x.dtype), *geometry)
+    y = y if residual is None else y + residual
+    y = torch.relu(y) if act == "relu" else y
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def _run_backward(
@@ -340,10 +361,11 @@ declare(
         describe,
         functions=(
             Function(
-                "conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, "
+                "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor shift, "
                 f"Tensor? residual, {_OPTIONS}) -> Tensor",
                 _run,
                 _fake,
+                _decomposed,
             ),
             Function(
                 "conv_bn_act_backward(Tensor grad, Tensor y, Tensor x, Tensor weight, "

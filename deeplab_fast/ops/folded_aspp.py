@@ -28,8 +28,8 @@ class FoldedAspp:
     """
 
     def __init__(self, kernels: Sequence[int], dilations: Sequence[int], frozen: bool) -> None:
-        self._dilations = list(dilations)
-        self._convs = [
+        self.dilations = list(dilations)
+        self.convs = [
             FoldedConv((1, 1), [d * (k // 2)] * 2, [d if k > 1 else 1] * 2, 1, "relu")
             for k, d in zip(kernels, dilations, strict=True)
         ]
@@ -41,7 +41,7 @@ class FoldedAspp:
         """Of x [N, C, H, W], channels_last, and the filters of each branch, of its dtype."""
         kernel = self._kernel(x.shape, x.dtype, x.device, filters, settings)
         if kernel is None:
-            parts = zip(self._convs, filters, strict=True)
+            parts = zip(self.convs, filters, strict=True)
             return torch.cat([conv(x, f, settings) for conv, f in parts], 1)
         packed = self._packed
         if packed is None:
@@ -49,12 +49,12 @@ class FoldedAspp:
                 [f.weight for f in filters],
                 [f.one for f in filters],
                 [f.shift for f in filters],
-                self._dilations,
+                self.dilations,
             )
             if self._frozen and not capturing(x):
                 _wait(x)
                 self._packed = packed
-        return kernel.run(x, packed.weights, packed.scales, packed.shifts, self._dilations)
+        return kernel.run(x, packed.weights, packed.scales, packed.shifts, self.dilations)
 
     @property
     def extra_bytes(self) -> int:
@@ -72,7 +72,7 @@ class FoldedAspp:
         """What runs a call; of the filters only shapes are looked at."""
         plans = [
             conv.plan(conv.call(shape, f.weight.shape, False, dtype, device), settings)
-            for conv, f in zip(self._convs, filters, strict=True)
+            for conv, f in zip(self.convs, filters, strict=True)
         ]
         kernel = self._kernel(shape, dtype, device, filters, settings)
         if kernel is None:
@@ -93,7 +93,7 @@ class FoldedAspp:
     ) -> Implementation | None:
         def choose() -> Implementation | None:
             weights = tuple(tuple(f.weight.shape) for f in filters)
-            options = {"weights": weights, "dilations": tuple(self._dilations)}
+            options = {"weights": weights, "dilations": tuple(self.dilations)}
             return ours(OpDesc.on("aspp_branches", shape, dtype, device, **options))
 
         return self._choices.get((tuple(shape), dtype, device, settings), choose)
@@ -110,7 +110,7 @@ class FoldedProject:
     """
 
     def __init__(self, act: str | None, frozen: bool) -> None:
-        self._act = act
+        self.act = act
         geometry = ((1, 1), (0, 0), (1, 1), 1)
         self._one_image, self._product = FoldedConv(*geometry, act), FoldedConv(*geometry, None)
         self._frozen = frozen
@@ -150,7 +150,7 @@ class FoldedProject:
         # The bias of the other filters is zero.
         bare = to_branches._replace(shift=to_pooled.shift, bias=to_pooled.bias)
         y = self._product(branches, bare, settings)
-        return activate_(y.add_(shifts[:, :, None, None]), self._act)
+        return activate_(y.add_(shifts[:, :, None, None]), self.act)
 
     @property
     def extra_bytes(self) -> int:
@@ -185,7 +185,7 @@ class FoldedProject:
         to_branches: Filters,
         settings: Settings,
     ) -> Implementation | None:
-        if self._act != "relu":
+        if self.act != "relu":
             return None
 
         def choose() -> Implementation | None:

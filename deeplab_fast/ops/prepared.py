@@ -267,6 +267,10 @@ class PreparedConv:
             return weight
         return _unpanelled(self._forms["panels"], self._shape, self._is_planar)
 
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(scale * weight [K, C / groups, R, S], shift [K]), in a layout of the caller's own."""
+        return self.weight.contiguous(), self.shift
+
     @property
     def kernel(self) -> tuple[int, int]:
         """Taps along rows and columns."""

@@ -163,6 +163,16 @@ class PreparedProject:
             shifts = torch.addmm(self._conv.shift, pooled, self._to_pooled)
         return self._conv.shifted(branches, shifts, out)
 
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(scale * weight [K, B + P, 1, 1], shift [K])."""
+        weight, shift = self._conv.folded()
+        return torch.cat([weight, self._to_pooled.t()[:, :, None, None]], 1), shift
+
+    @property
+    def act(self) -> str | None:
+        """The activation."""
+        return self._conv.act
+
     def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
         """What a call runs for branches of this shape; arguments as for `PreparedConv.plan`."""
         return self._conv.plan(shape, threads)

@@ -198,6 +198,10 @@ class Bf16Conv:
             choice.weight_bytes,
         )
 
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(scale * weight [K, C / groups, R, S] in bf16, shift [K] in fp32)."""
+        return self._weight.to(DTYPE), self.shift
+
     @property
     def takes_any_format(self) -> bool:
         """Whether an input of another memory format than channels_last costs no copy, as a rule."""

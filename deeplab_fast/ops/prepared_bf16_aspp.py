@@ -124,6 +124,17 @@ class Bf16Project:
             shifts = torch.addmm(self.conv.shift, pooled, self._to_pooled)
         return self.conv.shifted(branches, shifts, out)
 
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """(scale * weight [K, B + P, 1, 1] in bf16, shift [K] in fp32)."""
+        weight, shift = self.conv.folded()
+        to_pooled = self._to_pooled.t()[:, :, None, None].to(weight.dtype)
+        return torch.cat([weight, to_pooled], 1), shift
+
+    @property
+    def act(self) -> str | None:
+        """The activation."""
+        return self.conv.act
+
     def plan(self, shape: Sequence[int], threads: int | None = None) -> Plan:
         """What a call runs for branches of this shape; arguments as for `PreparedConv.plan`."""
         return self.conv.plan(shape, threads)

@@ -242,6 +242,11 @@ class PreparedInvertedResidual:
         self._lock = threading.Lock()
 
     @property
+    def parts(self) -> tuple[PreparedConv | None, PreparedConv, PreparedConv]:
+        """(expand, depthwise, project)."""
+        return self._expand, self._depthwise, self._project
+
+    @property
     def _convs(self) -> tuple[PreparedConv, ...]:
         first = () if self._expand is None else (self._expand,)
         return (*first, self._depthwise, self._unpadded, self._project)

@@ -97,6 +97,12 @@ def _fake(
     return labels, logits.new_empty(prob_shape, dtype=reference.compute_dtype(logits.dtype))
 
 
+def _decomposed(
+    logits: Tensor, height: int, width: int, align_corners: bool, return_prob: bool
+) -> tuple[Tensor, Tensor]:
+    return reference.upsample_argmax(logits, (height, width), align_corners, return_prob)
+
+
 def _cpu(
     logits: Tensor, size: tuple[int, int], align_corners: bool, return_prob: bool
 ) -> tuple[Tensor, Tensor]:
@@ -143,6 +149,7 @@ declare(
                 "bool return_prob) -> (Tensor, Tensor)",
                 _run,
                 _fake,
+                _decomposed,
             ),
         ),
         implementations=(

@@ -23,7 +23,9 @@ from .cpu_layers import (
     ProjectLayer,
     SqueezeExcitationLayer,
     WideProjectLayer,
+    means,
 )
+from .functional import Function, cast
 from .layers import (
     AtenLayer,
     Chain,
@@ -108,6 +110,14 @@ class Bf16ConvLayer(ConvLayer):
         residual = None if residual is None else residual.to(self.result_dtype)
         return super().__call__(x, residual, out)
 
+    def function(self) -> Function:
+        run = super().function()
+
+        def rounded(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return run(x, None if residual is None else cast(residual, self.result_dtype))
+
+        return rounded
+
 
 class Bf16AsppLayer(AsppLayer):
     """The branches of an ASPP, of bf16 maps."""
@@ -153,6 +163,10 @@ class Bf16PlainLayer(PlainLayer):
     def __call__(self, x: Tensor) -> Any:
         return super().__call__(x.float())
 
+    def function(self) -> Function:
+        run = super().function()
+        return lambda x: run(cast(x, torch.float32))
+
 
 class CastLayer(Layer):
     """A map in another dtype: logits that are not made by a convolution."""
@@ -164,13 +178,11 @@ class CastLayer(Layer):
     def __call__(self, x: Tensor) -> Tensor:
         return x.to(self.result_dtype)
 
+    def function(self) -> Function:
+        return lambda x: cast(x, self.result_dtype)
+
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape)
-
-
-def means(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C], the means over the pixels in fp32."""
-    return x.mean((2, 3), dtype=torch.float32)
 
 
 def _last(step: Step) -> Iterator[Layer]:

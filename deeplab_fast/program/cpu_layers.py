@@ -17,7 +17,8 @@ from ..ops.prepared_aspp import PreparedAspp, PreparedProject
 from ..ops.prepared_bf16 import Bf16Conv
 from ..ops.prepared_bf16_aspp import Bf16Aspp, Bf16Project
 from ..ops.prepared_inverted_residual import Folded, PreparedInvertedResidual
-from . import match
+from . import functional, match
+from .functional import Function, cast
 from .layers import (
     AtenLayer,
     ConvSpec,
@@ -151,6 +152,15 @@ class ConvLayer(_Layer, MapLayer):
             conv, x = self._uneven, F.pad(x, sides)
         return conv(x, residual, out=out, overwrite_residual=self.overwrites_residual)
 
+    def function(self) -> Function:
+        conv = functional.Conv.of(self._conv)
+        same = self._same
+
+        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return conv(x, residual, None if same is None else same.sides(x.shape))
+
+        return run
+
     def writes_into(self, shape: Sequence[int], residual: object = None) -> bool:
         conv, shape = self._at(shape)
         return conv.writes_into(shape)
@@ -200,6 +210,22 @@ class InvertedResidualLayer(_Layer, MapLayer):
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self._block(x, x if self._adds else None, out=out, sides=self._sides(x.shape))
 
+    def function(self) -> Function:
+        first, depthwise, last = (
+            None if conv is None else functional.Conv.of(conv) for conv in self._block.parts
+        )
+        assert depthwise is not None and last is not None
+        squeeze = self._block.squeeze
+
+        def run(x: Tensor) -> Tensor:
+            y = x if first is None else first(x)
+            y = depthwise(y, None, self._sides(x.shape))
+            if squeeze is not None:
+                y = y * squeeze(y.mean((2, 3)))[..., None, None]
+            return last(y, x if self._adds else None)
+
+        return run
+
     def writes_into(self, shape: Sequence[int]) -> bool:
         return self._block.writes_into(shape)
 
@@ -232,6 +258,10 @@ class AsppLayer(_Layer, MapLayer):
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return self._aspp(x, out=out)
 
+    def function(self) -> Function:
+        convs = [functional.Conv.of(branch) for branch in self._aspp.branches]
+        return functional.branches(convs, [branch.dilation[0] for branch in self._aspp.branches])
+
     def writes_into(self, shape: Sequence[int]) -> bool:
         return True
 
@@ -259,6 +289,9 @@ class ProjectLayer(_Layer, MapLayer):
 
     def __call__(self, branches: Tensor, pooled: Tensor, out: Tensor | None = None) -> Tensor:
         return self._project(branches, pooled, out=out)
+
+    def function(self) -> Function:
+        return functional.project(*self._project.folded(), self._project.act)
 
     def writes_into(self, branches: Sequence[int], pooled: object) -> bool:
         return True
@@ -305,6 +338,9 @@ class WideProjectLayer(_Layer, MapLayer):
         few = spread(self._pooled(constant).to(self.result_dtype), rows, 2, height)
         return self._branches(branches, spread(few, columns, 3, width), out=out)
 
+    def function(self) -> Function:
+        return functional.wide_project(functional.Conv.of(self._branches), self._pooled.folded()[0])
+
     def writes_into(self, branches: Sequence[int], pooled: object) -> bool:
         return self._branches.writes_into(branches)
 
@@ -325,6 +361,9 @@ class PooledLayer(_Layer):
     def __call__(self, x: Tensor) -> Tensor:
         return self._linear(x.mean((2, 3)))
 
+    def function(self) -> Function:
+        return lambda x: self._linear(means(x))
+
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return (shape[0], self._linear.weight.shape[1])
 
@@ -339,6 +378,9 @@ class SqueezeExcitationLayer(_Layer, ScalingLayer):
     def __call__(self, x: Tensor) -> Tensor:
         scale = self._factors(x.mean((2, 3)))[:, :, None, None]
         return x.mul_(scale) if self.in_place else x * scale
+
+    def function(self) -> Function:
+        return lambda x: x * cast(self._factors(means(x))[..., None, None], x.dtype)
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape)
@@ -385,6 +427,9 @@ class MaxPoolLayer(AtenLayer):
         )
         return out
 
+    def function(self) -> Function:
+        return self._module
+
     def writes_into(self, *shapes: object) -> bool:
         return True
 
@@ -404,6 +449,11 @@ class _Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return activate_(torch.addmm(self.bias, x, self.weight), self.act)
+
+
+def means(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C], the means over the pixels in fp32."""
+    return x.mean((2, 3), dtype=torch.float32)
 
 
 def affine(spec: ConvSpec) -> tuple[Tensor | None, Tensor | None]:

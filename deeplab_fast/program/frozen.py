@@ -16,6 +16,7 @@ from . import gpu_layers
 from .activations import Activations
 from .formats import in_plain_format
 from .forms import forms_of
+from .functional import Function, Tracer, cast
 from .gpu_layers import (
     DTYPES,
     Folded,
@@ -65,6 +66,15 @@ class Frozen:
     def run(self) -> Run:
         """What runs a layer on its tensors."""
         return execute_prepared
+
+    def function(self, layer: Layer) -> Function:
+        """What a layer computes, as `Layer.function`."""
+        return layer.function()
+
+    def exported(self, x: Tensor, aux: bool) -> dict[str, Tensor]:
+        """As `logits`, where torch.export traces."""
+        maps = self.program.maps(cast(x, self.dtype), Tracer(self.function), aux)
+        return self.program.formatted(maps, x)
 
     def free(self) -> bool:
         """Give back memory that it can do without; False where there is none."""
@@ -144,6 +154,11 @@ class FrozenOnGpu(Frozen):
         if isinstance(layer, FoldedLayer):
             return layer.folded_plans(self._folded(Settings.now()), *shapes)
         return layer.plans(*shapes)
+
+    def function(self, layer: Layer) -> Function:
+        if isinstance(layer, FoldedLayer):
+            return layer.folded_function(self._folded(Settings.now()))
+        return layer.function()
 
     def run(self) -> Run:
         return partial(execute, self._folded(Settings.now()))

@@ -19,6 +19,8 @@ from ..ops.folded_aspp import FoldedAspp, FoldedProject
 from ..ops.folded_conv import Filters, FoldedConv, Memo, Settings, of_vectors, ours
 from ..ops.prepared import Plan
 from ..plan import fold
+from . import functional
+from .functional import Function
 from .layers import (
     CHANNELS_LAST,
     AtenLayer,
@@ -272,6 +274,10 @@ class FoldedLayer(Layer):
         """Its result."""
         raise NotImplementedError
 
+    def folded_function(self, folded: Folded) -> Function:
+        """As `Layer.function`."""
+        raise NotImplementedError(f"{type(self).__name__} {self.name} cannot be exported")
+
     def folded_plans(self, folded: Folded, *shapes: Any) -> tuple[Plan, ...]:
         """As `Layer.plans`."""
         return ()
@@ -298,6 +304,14 @@ class ConvLayer(FoldedLayer, MapLayer):
         if sides is not None:
             conv, x = self._padded, F.pad(x, sides)
         return conv(x, folded.filters[self._index], folded.settings, residual)
+
+    def folded_function(self, folded: Folded) -> Function:
+        conv, same = _conv(self._conv, folded.filters[self._index]), self._same
+
+        def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return conv(x, residual, None if same is None else same.sides(x.shape))
+
+        return run
 
     def output_shape(self, shape: Sequence[int], residual: object = None) -> tuple[int, ...]:
         conv, shape = self._at(shape)
@@ -335,6 +349,10 @@ class AsppLayer(FoldedLayer, MapLayer):
     def call(self, folded: Folded, x: Tensor) -> Tensor:
         return self._aspp(x, folded.filters[self._indices], folded.settings)
 
+    def folded_function(self, folded: Folded) -> Function:
+        parts = zip(self._aspp.convs, folded.filters[self._indices], strict=True)
+        return functional.branches([_conv(*part) for part in parts], self._aspp.dilations)
+
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return (shape[0], self._channels, *shape[2:])
 
@@ -362,6 +380,13 @@ class ProjectLayer(FoldedLayer, MapLayer):
             folded.filters[index] for index in (self._to_branches, self._to_pooled)
         )
         return self._project(branches, pooled, to_branches, to_pooled, folded.settings)
+
+    def folded_function(self, folded: Folded) -> Function:
+        to_branches, to_pooled = (
+            folded.filters[index] for index in (self._to_branches, self._to_pooled)
+        )
+        weight = torch.cat([to_branches.weight, to_pooled.weight], 1)
+        return functional.project(weight, to_branches.shift.clone(), self._project.act)
 
     def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
         return (branches[0], self._channels, *branches[2:])
@@ -405,6 +430,10 @@ class WideProjectLayer(FoldedLayer, MapLayer):
         few = few.contiguous(memory_format=CHANNELS_LAST)
         return self._branches(branches, folded.filters[self._to_branches], folded.settings, few)
 
+    def folded_function(self, folded: Folded) -> Function:
+        conv = _conv(self._branches, folded.filters[self._to_branches])
+        return functional.wide_project(conv, folded.filters[self._to_pooled].weight)
+
     def output_shape(self, branches: Sequence[int], pooled: object) -> tuple[int, ...]:
         return (branches[0], self._filters[0], *branches[2:])
 
@@ -426,6 +455,10 @@ class PooledLayer(FoldedLayer):
     def call(self, folded: Folded, x: Tensor) -> Tensor:
         return self._linear(folded, x.mean((2, 3)))
 
+    def folded_function(self, folded: Folded) -> Function:
+        linear = self._linear.function(folded)
+        return lambda x: linear(x.mean((2, 3)))
+
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return (shape[0], self._linear.channels)
 
@@ -444,6 +477,16 @@ class SqueezeExcitationLayer(FoldedLayer, ScalingLayer):
         scale = self._gate(self._fc2(folded, vector))[:, :, None, None]
         return x.mul_(scale) if self.in_place else x * scale
 
+    def folded_function(self, folded: Folded) -> Function:
+        fc1, fc2 = self._fc1.function(folded), self._fc2.function(folded)
+
+        def run(x: Tensor) -> Tensor:
+            vector = fc1(x.mean((2, 3)))
+            vector = vector if self._hidden is None else self._hidden(vector)
+            return x * self._gate(fc2(vector))[..., None, None]
+
+        return run
+
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape)
 
@@ -454,6 +497,9 @@ class UnknownLayer(FoldedLayer, PlainLayer):
     def call(self, folded: Folded, x: Tensor) -> Any:
         with _autocast(folded):
             return self.module(filled(x, Tensor.contiguous))
+
+    def folded_function(self, folded: Folded) -> Function:
+        return self.function()
 
 
 class _Linear:
@@ -467,6 +513,19 @@ class _Linear:
     def __call__(self, folded: Folded, x: Tensor) -> Tensor:
         filters = folded.filters[self._index]
         return of_vectors(x, filters.weight, filters.bias, self._act, folded.settings)
+
+    def function(self, folded: Folded) -> Function:
+        """As `Layer.function`."""
+        filters = folded.filters[self._index]
+        weight, bias = filters.weight[:, :, 0, 0].clone(), filters.bias.clone()
+        return lambda x: functional.activated(F.linear(x, weight, bias), self._act)
+
+
+def _conv(conv: FoldedConv, filters: Filters) -> functional.Conv:
+    # Copies: the filters of all layers are views of one allocation.
+    weight, shift = filters.weight.clone(), filters.shift.clone()
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return functional.Conv(weight, shift, *geometry, conv.act)
 
 
 def execute(folded: Folded, layer: Layer, *tensors: Tensor | None) -> Tensor:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.prepared import Plan
+from ..plan.symbols import is_known
 from .formats import in_plain_format
+from .functional import Function
 from .match import Graph
 from .structure import compute
 from .trace import Node, filled, leaves
@@ -52,6 +54,14 @@ class Layer:
         """Whether a call on inputs of these shapes takes `out`, a channels_last map that the result
         is written into: memory of its own, or that of the input which the layer overwrites."""
         return False
+
+    def function(self) -> Function:
+        """What it computes, of its tensors, as `functional` says, with weights made now.
+
+        Raises:
+            NotImplementedError: it has no such form.
+        """
+        raise NotImplementedError(f"{type(self).__name__} {self.name} cannot be exported")
 
     def plans(self, *shapes: Any) -> tuple[Plan, ...]:
         """What its convolutions run for inputs of these shapes."""
@@ -201,11 +211,19 @@ class SamePadding:
         sides: list[int] = []
         for axis in (1, 0):
             kernel, stride, dilation = self._axes[axis]
-            size = shape[2 + axis]
-            needed = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            size, reach = shape[2 + axis], (kernel - 1) * dilation
+            needed = reach
+            if stride != 1:
+                needed += ((size + stride - 1) // stride - 1) * stride + 1 - size
+                # Else it is never negative, which need not be asked of a symbolic size.
+                if reach + 1 < stride:
+                    needed = max(needed, 0)
             sides += [needed // 2, needed - needed // 2]
         rows, columns = self.halves
-        return None if sides == [columns, columns, rows, rows] else sides
+        halves = [columns, columns, rows, rows]
+        if all(is_known(side == half) for side, half in zip(sides, halves, strict=True)):
+            return None
+        return sides
 
 
 class MapLayer(Layer):
@@ -249,6 +267,9 @@ class AtenLayer(Layer):
     def __call__(self, x: Tensor) -> Tensor:
         return self._module(x)
 
+    def function(self) -> Function:
+        return self._module
+
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(self._module(_meta(shape)).shape)
 
@@ -262,6 +283,11 @@ class PlainLayer(Layer):
 
     def __call__(self, x: Tensor) -> Any:
         return self.module(filled(x, Tensor.contiguous))
+
+    def function(self) -> Function:
+        # Constants of a program have no gradients.
+        module = copy.deepcopy(self.module).requires_grad_(False)
+        return lambda x: module(filled(x, Tensor.contiguous))
 
     def output_shape(self, shape: Sequence[int]) -> Any:
         output = copy.deepcopy(self.module).to("meta", torch.float32)(_meta(shape))
@@ -282,6 +308,9 @@ class JoinLayer(Layer):
     def __call__(self, *tensors: Tensor) -> Tensor:
         y = compute(self._node, tensors)
         return y.contiguous(memory_format=CHANNELS_LAST) if y.dim() == 4 else y
+
+    def function(self) -> Function:
+        return lambda *tensors: compute(self._node, tensors)
 
     def output_shape(self, *shapes: Sequence[int]) -> tuple[int, ...]:
         return tuple(compute(self._node, [_meta(shape) for shape in shapes]).shape)

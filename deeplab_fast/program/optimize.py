@@ -131,12 +131,16 @@ class OptimizedDeepLabV3(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Full-resolution logits {"out"[, "aux"]}, as `DeepLabV3` returns them."""
+        if torch.compiler.is_exporting():
+            return upsampled(self._exported(x, self._keep_aux), x.shape[-2:], self.align_corners)
         logits = _uncompiled(self._logits)(x, self._keep_aux)
         free = self._frozen.free if self._frozen is not None else bool
         return with_memory_of(free, upsampled, logits, x.shape[-2:], self.align_corners)
 
     def forward_logits(self, x: Tensor) -> Tensor:
         """The main logits before upsampling: [N, 3, H, W] -> [N, num_classes, h, w]."""
+        if torch.compiler.is_exporting():
+            return self._exported(x, False)["out"]
         return _uncompiled(self._logits)(x, False)["out"]
 
     def predict(self, images: Any, **options: Any) -> Any:
@@ -231,6 +235,26 @@ class OptimizedDeepLabV3(nn.Module):
             )
         return self
 
+    def _exported(self, x: Tensor, aux: bool) -> dict[str, Tensor]:
+        """As `_logits`, where torch.export traces."""
+        if self.copy is not None:
+            return _plain_logits(self.copy, x, aux)
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                "torch.export.export(..., strict=True) of an optimised model; it can be exported "
+                "with strict=False, which is the default: leave it out, or export the model that "
+                "it was made from"
+            )
+        frozen = self._frozen
+        assert frozen is not None
+        _check_input(frozen, x)
+        device = frozen.device.type
+        # A region of the program, which one that needs none is better without.
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return frozen.exported(x, aux)
+        return frozen.exported(x, aux)
+
     def _logits(self, x: Tensor, aux: bool) -> dict[str, Tensor]:
         if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
             raise RuntimeError(
@@ -272,4 +296,10 @@ def _check_input(frozen: Frozen, x: object) -> None:
         raise ValueError(
             f"the input is {got} on {x.device}; this model was optimised for {own} on "
             f"{frozen.device}: convert the input, or optimise a model of that dtype on that device"
+        )
+    channels = frozen.program.in_channels
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(
+            f"the input {list(x.shape)} has {x.shape[1]} channels, the weight wants {channels}; "
+            "convert it"
         )
