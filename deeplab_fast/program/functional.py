@@ -90,7 +90,7 @@ class Conv:
             return torch.ops.deeplab_fast.conv_bn_act(
                 x, self.weight, None, self.shift, residual, *square, groups, self.act
             )
-        y = F.conv2d(x, self.weight, self.shift.to(x.dtype), *pairs, groups)
+        y = F.conv2d(x, self.weight, cast(self.shift, x.dtype), *pairs, groups)
         return activated(y if residual is None else y + residual, self.act)
 
 
@@ -120,7 +120,7 @@ def project(weight: Tensor, shift: Tensor, act: str | None) -> Function:
         if act == "relu":
             return torch.ops.deeplab_fast.aspp_project(maps, pooled, weight, None, shift)
         channels = maps.shape[1]
-        y = F.conv2d(maps, weight[:, :channels], shift.to(maps.dtype))
+        y = F.conv2d(maps, weight[:, :channels], cast(shift, maps.dtype))
         return activated(y + F.linear(pooled, weight[:, channels:, 0, 0])[..., None, None], act)
 
     return run

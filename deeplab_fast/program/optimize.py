@@ -89,6 +89,10 @@ class OptimizedDeepLabV3(nn.Module):
         dtype, device: of the logits; None of a model that runs as a copy.
         precision: what it computes in on the CPU; None on a GPU and of a copy.
 
+    torch.export.export and torch.onnx.export(..., dynamo=True) take it, in PyTorch's non-strict
+    mode, with sizes that are fixed or dynamic: folded convolutions are then nodes of this package's
+    ops, or PyTorch's where they stand for these. TorchScript does not take it.
+
     Input: float32 [N, 3, H, W] on the CPU; on a GPU float16, bfloat16 or float32, cast to `dtype`
     (of a copied model: as that takes it); autocast has no effect. Sizes may change from call to
     call; several threads may call at once. It can be deep-copied, and pickled for the same version
@@ -128,6 +132,14 @@ class OptimizedDeepLabV3(nn.Module):
         if frozen is None:
             logger.warning("optimize: the model is copied and runs its plain modules: %s", reason)
             self.copy = copy.deepcopy(model).eval()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks first.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(_no_torchscript("torch.jit.script"))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Full-resolution logits {"out"[, "aux"]}, as `DeepLabV3` returns them."""
@@ -261,6 +273,10 @@ class OptimizedDeepLabV3(nn.Module):
                 "an optimised model has no gradients; pass x.detach(), or use the model that it "
                 "was made from"
             )
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                _no_torchscript("torch.jit.trace, or torch.onnx.export with dynamo=False,")
+            )
         if self.copy is not None:
             with torch.no_grad():
                 return _plain_logits(self.copy, x, aux)
@@ -269,6 +285,15 @@ class OptimizedDeepLabV3(nn.Module):
         _check_input(frozen, x)
         with outside_autocast(frozen.device):
             return frozen.logits(x, aux, self.cuda_graphs, self.max_extra_bytes)
+
+
+def _no_torchscript(what: str) -> str:
+    return (
+        f"{what} of an optimised model, whose kernels TorchScript does not have; it can be exported "
+        "by torch.export.export and torch.onnx.export(..., dynamo=True): call "
+        'deeplab_fast.export(model, "model.onnx") or deeplab_fast.export(model, "model.pt2"), or '
+        "script or trace the model that it was made from"
+    )
 
 
 def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
