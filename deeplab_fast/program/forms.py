@@ -10,8 +10,12 @@ from .inference import Forms
 from .int8_layers import Int8Forms
 
 
-def forms_of(precision: Precision, calibration: object) -> Forms:
+def forms_of(precision: Precision, calibration: object, portable: bool = False) -> Forms:
     """The layers of a precision for a model with this calibration.
+
+    Args:
+        precision, calibration: as of the model.
+        portable: as for `Int8Forms`.
 
     Raises:
         ValueError: int8 without a calibration.
@@ -22,7 +26,7 @@ def forms_of(precision: Precision, calibration: object) -> Forms:
                 f"precision int8: model.calibration is a {type(calibration).__name__}, expected "
                 "what model.calibrate(images) sets"
             )
-        return Int8Forms(calibration)
+        return Int8Forms(calibration, portable)
     if precision.name == "bf16":
         return Bf16Forms(precision.logits_dtype)
     return CpuForms()

@@ -183,6 +183,7 @@ def freeze(
     max_extra_bytes: int | None,
     dtype: torch.dtype | None,
     precision: str | None = None,
+    portable: bool = False,
 ) -> tuple[Frozen | None, str]:
     """A model with fixed weights, or None and why it must run its plain modules.
 
@@ -190,6 +191,8 @@ def freeze(
         model: the model.
         aux: with the auxiliary head.
         max_extra_bytes, dtype, precision: as for `optimize`.
+        portable: on the CPU a program that is exported for other machines and does not run here:
+            bf16 and int8 may be what this processor has not, int8 as `Int8Forms` says.
 
     Raises:
         ValueError: a dtype or precision that there is not for weights like these, this model, or
@@ -212,19 +215,19 @@ def freeze(
     if not on_gpu:
         own = Precision(model.precision if precision is None else precision)
         calibration = model.calibration
-        if reason := reason_against(own.name, calibration):
+        if not portable and (reason := reason_against(own.name, calibration)):
             raise ValueError(reason)
-        program, reason = fold(
-            model, forms_of(own, calibration), aux=aux, max_extra_bytes=max_extra_bytes, frozen=True
-        )
+        forms = forms_of(own, calibration, portable)
+        bound = max_extra_bytes
+        program, reason = fold(model, forms, aux=aux, max_extra_bytes=bound, frozen=True)
         return None if program is None else Frozen(program, own.name), reason
     dtype, device = filters.dtype if dtype is None else dtype, filters.device
-    forms = GpuForms(device, filters.dtype, frozen=dtype)
-    program, reason = fold(model, forms, aux=aux, frozen=True)
+    gpu_forms = GpuForms(device, filters.dtype, frozen=dtype)
+    program, reason = fold(model, gpu_forms, aux=aux, frozen=True)
     if program is None:
         return None, reason
     with torch.inference_mode(False), outside_autocast(device):
-        values = forms.sources.fold(dtype, Settings.now())
+        values = gpu_forms.sources.fold(dtype, Settings.now())
     if filters.is_cuda:
         # Calls may come on another stream.
         torch.cuda.current_stream(device).synchronize()

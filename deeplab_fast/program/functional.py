@@ -1,7 +1,10 @@
 """A program as torch.export traces it: without memory of its own, by ops that change nothing.
 
 Convolutions are nodes of this package's ops where these have such a one, else PyTorch's. Weights
-are the prepared ones in the model's order, constants of the exported program.
+are the prepared ones in the model's order, constants of the exported program. What runs in 8 bits
+is PyTorch's convolution of maps and weights that are dequantised before it, and quantised behind
+it where its result is held in 8 bits: the form that other runtimes know (ONNX's QuantizeLinear and
+DequantizeLinear).
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import quantized
 from ..ops.prepared import PreparedConv
 from ..ops.prepared_bf16 import Bf16Conv
+from ..ops.quantized import LEVELS, Affine, Quantised
 
 Function = Callable[..., Any]
+Map = Tensor | Quantised
 
 _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda y: y,
@@ -142,6 +148,72 @@ def wide_project(conv: Conv, to_pooled: Tensor) -> Function:
         return conv(torch.cat([cast(maps, dtype), constant], 1))
 
     return run
+
+
+class QuantizedConv:
+    """act(conv(x) + shift + residual) of an 8-bit map and 8-bit weights.
+
+    Args:
+        conv: has them.
+    """
+
+    def __init__(self, conv: quantized.QuantizedConv) -> None:
+        self.source, self.shift, self._act = conv.source, conv.shift, conv.act
+        self._weight, self._scale = conv.weight, conv.weight_scale
+        self._geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+
+    def __call__(
+        self,
+        x: Map,
+        residual: Tensor | None = None,
+        *,
+        into: Affine | None,
+        shifts: Tensor | None = None,
+        sides: Sequence[int] | None = None,
+    ) -> Map:
+        """Of x [N, C, H, W].
+
+        Args:
+            x: in 8 bits, or fp32 that is quantised.
+            residual: of the result's shape, fp32.
+            into: scale and zero point of the result; None for fp32.
+            shifts: [N, K] in place of the own shift.
+            sides: as for `Conv`.
+        """
+        q = quantised(x, self.source)
+        if sides is not None:
+            q = Quantised(F.pad(q.values, list(sides), value=q.affine.zero_point), q.affine)
+        weight = _ops().dequantize_per_channel(
+            self._weight, self._scale, None, 0, -127, 127, torch.int8
+        )
+        own = self.shift if shifts is None else None
+        y = F.conv2d(dequantised(q), weight, own, *self._geometry)
+        y = y if shifts is None else y + shifts[..., None, None]
+        y = activated(y if residual is None else y + residual, self._act)
+        return y if into is None else quantised(y, into)
+
+
+def quantised(x: Map, affine: Affine) -> Quantised:
+    """A map in 8 bits."""
+    if isinstance(x, Quantised):
+        return x
+    parts = (affine.scale, affine.zero_point, 0, LEVELS, torch.uint8)
+    return Quantised(_ops().quantize_per_tensor(x, *parts), affine)
+
+
+def dequantised(x: Map) -> Tensor:
+    """A map in fp32."""
+    if not isinstance(x, Quantised):
+        return x
+    parts = (x.affine.scale, x.affine.zero_point, 0, LEVELS, torch.uint8)
+    return _ops().dequantize_per_tensor(x.values, *parts)
+
+
+def _ops() -> Any:
+    # Which defines them.
+    import torch.ao.quantization.fx._decomposed
+
+    return torch.ops.quantized_decomposed
 
 
 class Tracer:

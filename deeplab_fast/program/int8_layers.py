@@ -15,6 +15,9 @@ an fp32 map. `Int8Forms.finish` decides which, once the whole program is known.
 An 8-bit map cannot hold nan or infinity. A layer that is given an fp32 map with one, where it reads
 8 bits, computes this call in fp32 with its weights and gives an fp32 map on; so do those behind it.
 That goes for all images of a batch.
+
+A portable program is made to be exported for other machines: what runs in 8 bits depends on the
+model alone, and weights have 7 bits, whose sums of two products any processor holds in 16 bits.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from ..ops.quantized import (
     quantised,
     weight_limit,
 )
+from . import functional
 from .calibration import Calibration
 from .cpu_layers import (
     AsppLayer,
@@ -50,13 +54,14 @@ from .cpu_layers import (
     ProjectLayer,
     affine,
 )
+from .functional import Function, Map
 from .layers import ConvSpec, InvertedResidualSpec, Layer, MapLayer, Program, SamePadding
 from .network import Network
 
-Map = Tensor | Quantised
-
 # Convolutions of at most so many channels stay in fp32.
 NARROW = 32
+# 2 * 255 * 64 fits into 16 bits.
+_PORTABLE_LIMIT = 64
 
 
 class Int8Forms(CpuForms):
@@ -64,21 +69,22 @@ class Int8Forms(CpuForms):
 
     Args:
         calibration: the ranges of the model's maps.
+        portable: for export to other machines: nothing depends on this one's processor.
     """
 
-    def __init__(self, calibration: Calibration) -> None:
-        self._calibration = calibration
+    def __init__(self, calibration: Calibration, portable: bool = False) -> None:
+        self._calibration, self._portable = calibration, portable
 
     def conv(self, spec: ConvSpec, max_extra_bytes: int | None) -> MapLayer:
-        return Int8ConvLayer(spec, max_extra_bytes)
+        return Int8ConvLayer(spec, max_extra_bytes, self._portable)
 
     def aspp(self, name: str, specs: Sequence[ConvSpec], max_extra_bytes: int | None) -> MapLayer:
-        return Int8AsppLayer(name, specs, max_extra_bytes)
+        return Int8AsppLayer(name, specs, max_extra_bytes, self._portable)
 
     def inverted_residual(
         self, spec: InvertedResidualSpec, max_extra_bytes: int | None
     ) -> MapLayer | None:
-        if spec.project.weight.shape[0] > NARROW:
+        if self._portable or spec.project.weight.shape[0] > NARROW:
             return None
         # Ranges are known by convolutions.
         return Int8BlockLayer(replace(spec, name=spec.project.name), max_extra_bytes)
@@ -88,7 +94,7 @@ class Int8Forms(CpuForms):
 
     def project(self, spec: ConvSpec, channels: int, max_extra_bytes: int | None) -> MapLayer:
         if spec.is_pointwise:
-            return Int8ProjectLayer(spec, channels, max_extra_bytes)
+            return Int8ProjectLayer(spec, channels, max_extra_bytes, self._portable)
         return super().project(spec, channels, max_extra_bytes)
 
     def finish(self, model: Network, program: Program) -> None:
@@ -186,10 +192,10 @@ class _Int8Layer(MapLayer):
 class Int8ConvLayer(_Int8Layer):
     """act(scale * conv(x) + shift [+ residual])."""
 
-    def __init__(self, spec: ConvSpec, max_extra_bytes: int | None) -> None:
+    def __init__(self, spec: ConvSpec, max_extra_bytes: int | None, portable: bool = False) -> None:
         super().__init__(spec.name)
         self._spec: ConvSpec | None = spec
-        self._max_extra_bytes = max_extra_bytes
+        self._max_extra_bytes, self._portable = max_extra_bytes, portable
         self._fp32: ConvLayer | None = None
         self._conv: QuantizedConv | None = None
         self._same: SamePadding | None = None
@@ -207,7 +213,8 @@ class Int8ConvLayer(_Int8Layer):
         self._sources = list(sources)
         source = sources[0]
         sums = len(sources) > 1
-        if last or source is None or not _suits(spec) or (sums and spec.act not in (None, "relu")):
+        suits = source is not None and not last and _suits(spec, self._portable)
+        if source is None or not suits or (sums and spec.act not in (None, "relu")):
             self._fp32 = ConvLayer(spec, self._max_extra_bytes)
             self._fp32.overwrites_residual = self.overwrites_residual
             self.held = self._fp32.held
@@ -219,7 +226,7 @@ class Int8ConvLayer(_Int8Layer):
             same = SamePadding(spec.weight.shape[2:], spec.stride, spec.dilation)
             self._same = same if same.can_be_uneven else None
             padding = (0, 0) if same.can_be_uneven else same.halves
-        self._conv = _quantized(spec, source, padding)
+        self._conv = _quantized(spec, source, padding, self._portable)
         self.held = self._conv.held
 
     def __call__(self, x: Map, residual: Map | None = None, out: Tensor | None = None) -> Any:
@@ -236,6 +243,23 @@ class Int8ConvLayer(_Int8Layer):
         q = Quantised(self._padded(q.values, q.affine.zero_point), q.affine)
         overwrite = self.overwrites_residual or total is not residual
         return self._conv(q, total, into=self._into, overwrite_residual=overwrite)
+
+    def function(self) -> Function:
+        if self._fp32 is not None:
+            return _of_fp32(self._fp32.function())
+        assert self._conv is not None
+        conv, same, into = functional.QuantizedConv(self._conv), self._same, self._into
+
+        def run(x: Map, residual: Map | None = None) -> Map:
+            total = residual
+            if total is not None and into is not None:
+                assert self._sources[1] is not None
+                total = functional.quantised(total, self._sources[1])
+            sides = None if same is None else self._sides(x.shape)
+            summand = None if total is None else functional.dequantised(total)
+            return conv(x, summand, into=into, sides=sides)
+
+        return run
 
     def writes_into(self, shape: Sequence[int], residual: Sequence[int] | None = None) -> bool:
         # The residual may be no fp32 map, whose memory could take the result.
@@ -279,14 +303,23 @@ class Int8BlockLayer(InvertedResidualLayer, _Int8Layer):
     def __call__(self, x: Map, out: Tensor | None = None) -> Tensor:
         return super().__call__(_fp32(x), out)
 
+    def function(self) -> Function:
+        return _of_fp32(super().function())
+
 
 class Int8AsppLayer(_Int8Layer):
     """The branches of an ASPP: [N, C, H, W] -> [N, sum K, H, W]."""
 
-    def __init__(self, name: str, specs: Sequence[ConvSpec], max_extra_bytes: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        specs: Sequence[ConvSpec],
+        max_extra_bytes: int | None,
+        portable: bool = False,
+    ) -> None:
         super().__init__(name)
         self._specs: Sequence[ConvSpec] = specs
-        self._max_extra_bytes = max_extra_bytes
+        self._max_extra_bytes, self._portable = max_extra_bytes, portable
         self._fp32: AsppLayer | None = None
         self._branches: list[QuantizedConv | PreparedConv] = []
         self._source: Affine | None = None
@@ -298,7 +331,7 @@ class Int8AsppLayer(_Int8Layer):
     def prepare(self, sources: Sequence[Affine | None], into: Affine | None, last: bool) -> None:
         specs, self._specs = self._specs, ()
         self._source = sources[0]
-        if self._source is None or not any(map(_suits, specs)):
+        if self._source is None or not any(_suits(spec, self._portable) for spec in specs):
             self._fp32 = AsppLayer(self.name, specs, self._max_extra_bytes)
             self.held = self._fp32.held
             return
@@ -311,8 +344,8 @@ class Int8AsppLayer(_Int8Layer):
 
     def _branch(self, spec: ConvSpec, source: Affine, count: int) -> QuantizedConv | PreparedConv:
         padding = spec.dilation[0] * (spec.weight.shape[-1] // 2)
-        if _suits(spec):
-            return _quantized(spec, source, padding)
+        if _suits(spec, self._portable):
+            return _quantized(spec, source, padding, self._portable)
         bound = self._max_extra_bytes
         return PreparedConv(
             spec.weight,
@@ -344,6 +377,33 @@ class Int8AsppLayer(_Int8Layer):
                 y.narrow(1, offset, branch.out_channels).copy_(branch(q))
             offset += branch.out_channels
         return y
+
+    def function(self) -> Function:
+        if self._fp32 is not None:
+            return _of_fp32(self._fp32.function())
+        into = self._into
+        convs = [
+            functional.QuantizedConv(branch)
+            if isinstance(branch, QuantizedConv)
+            else functional.Conv.of(branch)
+            for branch in self._branches
+        ]
+        source = self._source
+        assert source is not None
+
+        def run(x: Map) -> Map:
+            q = functional.quantised(x, source)
+            maps: list[Map] = []
+            for conv in convs:
+                if isinstance(conv, functional.QuantizedConv):
+                    maps.append(conv(q, into=into))
+                else:
+                    y = conv(functional.dequantised(x))
+                    maps.append(y if into is None else functional.quantised(y, into))
+            y = torch.cat([y.values if isinstance(y, Quantised) else y for y in maps], 1)
+            return y if into is None else Quantised(y, into)
+
+        return run
 
     def _in_bytes(self, x: Map, q: Quantised, into: Affine) -> Quantised | None:
         """The branches in 8 bits, None where one is not finite."""
@@ -383,11 +443,17 @@ class Int8AsppLayer(_Int8Layer):
 class Int8ProjectLayer(_Int8Layer):
     """The projection of the branches and the pooled vector, which enters as a shift."""
 
-    def __init__(self, spec: ConvSpec, branch_channels: int, max_extra_bytes: int | None) -> None:
+    def __init__(
+        self,
+        spec: ConvSpec,
+        branch_channels: int,
+        max_extra_bytes: int | None,
+        portable: bool = False,
+    ) -> None:
         super().__init__(spec.name)
         self._spec: ConvSpec | None = spec
         self._channels = branch_channels
-        self._max_extra_bytes = max_extra_bytes
+        self._max_extra_bytes, self._portable = max_extra_bytes, portable
         self._fp32: ProjectLayer | None = None
         self._conv: QuantizedConv | None = None
         self._to_pooled: Tensor | None = None
@@ -403,13 +469,13 @@ class Int8ProjectLayer(_Int8Layer):
         spec, self._spec = self._spec, None
         assert spec is not None
         source = sources[0]
-        if last or source is None or not _suits(spec):
+        if last or source is None or not _suits(spec, self._portable):
             self._fp32 = ProjectLayer(spec, self._channels, self._max_extra_bytes)
             self.held = self._fp32.held
             return
         self._source, self._into = source, into
         to_branches, to_pooled = spec.split(self._channels)
-        self._conv = _quantized(to_branches, source, 0)
+        self._conv = _quantized(to_branches, source, 0, self._portable)
         scale, _ = affine(to_pooled)
         with torch.inference_mode(False), torch.no_grad():
             weight = to_pooled.weight.detach()[:, :, 0, 0]
@@ -426,6 +492,18 @@ class Int8ProjectLayer(_Int8Layer):
         if q is None or not math.isfinite(shifts.sum().item()):
             return _in_fp32(self._conv).shifted(_fp32(branches), shifts)
         return self._conv(q, into=self._into, shift=shifts)
+
+    def function(self) -> Function:
+        if self._fp32 is not None:
+            return _of_fp32(self._fp32.function())
+        assert self._conv is not None and self._to_pooled is not None
+        conv, to_pooled = functional.QuantizedConv(self._conv), self._to_pooled
+
+        def run(branches: Map, pooled: Tensor) -> Map:
+            shifts = torch.addmm(conv.shift, pooled, to_pooled)
+            return conv(branches, into=self._into, shifts=shifts)
+
+        return run
 
     def writes_into(self, branches: Sequence[int], pooled: object) -> bool:
         return self._fp32 is not None and self._fp32.writes_into(branches, pooled)
@@ -454,9 +532,17 @@ class Int8PooledLayer(PooledLayer):
     def __call__(self, x: Map) -> Tensor:
         return self._linear(x.mean() if isinstance(x, Quantised) else x.mean((2, 3)))
 
+    def function(self) -> Function:
+        return _of_fp32(super().function())
+
 
 def _fp32(x: Map) -> Tensor:
     return x.dequantised() if isinstance(x, Quantised) else x
+
+
+def _of_fp32(function: Function) -> Function:
+    """A function of fp32 maps, of maps in either precision."""
+    return lambda *maps: function(*(None if x is None else functional.dequantised(x) for x in maps))
 
 
 def _bytes(x: Map, affine: Affine | None) -> Quantised | None:
@@ -465,7 +551,9 @@ def _bytes(x: Map, affine: Affine | None) -> Quantised | None:
     return x if isinstance(x, Quantised) else quantised(x, affine)
 
 
-def _quantized(spec: ConvSpec, source: Affine, padding: int | Sequence[int]) -> QuantizedConv:
+def _quantized(
+    spec: ConvSpec, source: Affine, padding: int | Sequence[int], portable: bool
+) -> QuantizedConv:
     return QuantizedConv(
         spec.weight,
         *affine(spec),
@@ -475,6 +563,7 @@ def _quantized(spec: ConvSpec, source: Affine, padding: int | Sequence[int]) -> 
         dilation=spec.dilation,
         groups=spec.groups,
         act=spec.act,
+        limit=_PORTABLE_LIMIT if portable else None,
     )
 
 
@@ -493,15 +582,15 @@ def _in_fp32(conv: QuantizedConv) -> PreparedConv:
     )
 
 
-def _suits(spec: ConvSpec) -> bool:
-    """Whether a convolution is to run in 8 bits by what it is."""
+def _suits(spec: ConvSpec, portable: bool = False) -> bool:
+    """Whether a convolution is to run in 8 bits by what it is, and on this processor."""
     outputs, channels = spec.weight.shape[:2]
     depthwise = spec.groups == outputs and channels == 1
     scale, shift = affine(spec)
     return (
         outputs > NARROW
         and (spec.groups == 1 or depthwise)
-        and not _tiles_are_faster(spec)
+        and (portable or not _tiles_are_faster(spec))
         and _is_finite(t for t in (spec.weight, scale, shift) if t is not None)
     )
 

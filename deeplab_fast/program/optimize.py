@@ -289,8 +289,8 @@ class OptimizedDeepLabV3(nn.Module):
 
 def _no_torchscript(what: str) -> str:
     return (
-        f"{what} of an optimised model, whose kernels TorchScript does not have; it can be exported "
-        "by torch.export.export and torch.onnx.export(..., dynamo=True): call "
+        f"{what} of an optimised model, whose kernels TorchScript does not have; allowed are "
+        "torch.export.export and torch.onnx.export(..., dynamo=True): call "
         'deeplab_fast.export(model, "model.onnx") or deeplab_fast.export(model, "model.pt2"), or '
         "script or trace the model that it was made from"
     )
