@@ -21,6 +21,7 @@ from . import _ext as _ext
 from . import backends, models, ops, reference
 from ._version import __version__
 from .backends import use_backend, why
+from .exporting import export, load_exported
 from .models import *  # noqa: F403
 from .program.accelerate import accelerate, accelerate_report, restore
 from .program.optimize import OptimizedDeepLabV3, optimize
@@ -34,8 +35,10 @@ __all__ = [
     "accelerate",
     "accelerate_report",
     "backends",
+    "export",
     "from_checkpoint",
     "fuse",
+    "load_exported",
     "load_weights",
     "models",
     "ops",

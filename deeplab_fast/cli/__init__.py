@@ -1,10 +1,12 @@
-"""The command line: ``deeplab-fast`` predict, eval, train, check-data, tune, info, models.
+"""The command line: ``deeplab-fast`` predict, eval, train, check-data, calibrate, export,
+tune, info, models.
 
 Exit status: 0 done; 1 some images failed (predict: the others are done; eval: nothing is written),
 logits were NaN or infinite (predict, eval and train: what was written says so), the data are bad
-(check-data), training ended early (nan, memory, disk; the checkpoint is whole), or a kernel failed
-its check (tune); 2 bad arguments or no GPU (tune), nothing written; 130 and 143 stopped by Ctrl+C
-and SIGTERM.
+(check-data), training ended early (nan, memory, disk; the checkpoint is whole), a kernel failed its
+check (tune), or the model does not become a file that computes the same (export: nothing is
+written); 2 bad arguments or no GPU (tune), nothing written; 130 and 143 stopped by Ctrl+C and
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from deeplab_fast.cli import (
     calibrate,
     check_data,
     evaluate,
+    export,
     info,
     models,
     predict,
@@ -36,6 +39,7 @@ _COMMANDS: dict[str, Command] = {
     "train": train,
     "check-data": check_data,
     "calibrate": calibrate,
+    "export": export,
     "tune": tune,
     "info": info,
     "models": models,

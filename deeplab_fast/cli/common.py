@@ -85,32 +85,13 @@ def _data_names() -> str:
 
 def add_model_arguments(add: Callable[..., object]) -> None:
     add_weights_arguments(add)
-    add(
-        "--model-from",
-        type=str | None,
-        metavar="MODULE:FUNCTION",
-        help="a model of any library that your own code builds: a function without arguments that "
-        "returns a torch.nn.Module, in a module or FILE.py; --weights, if given, are its own",
-    )
+    add_own_model_arguments(add)
     add(
         "--no-accelerate",
         action="store_true",
         help="run the model of --model-from as it is, without deeplab_fast.accelerate",
     )
-    add(
-        "--mean",
-        type=float,
-        nargs=3,
-        metavar=("R", "G", "B"),
-        help="what is subtracted from the 0..1 image; default: the model's, or ImageNet's",
-    )
-    add(
-        "--std",
-        type=float,
-        nargs=3,
-        metavar=("R", "G", "B"),
-        help="what it is divided by then; default: the model's, or ImageNet's",
-    )
+    add_normalisation_arguments(add)
     add("--device", type=str, default="auto", metavar="cpu|cuda|auto")
     add(
         "--dtype",
@@ -130,6 +111,33 @@ def add_model_arguments(add: Callable[..., object]) -> None:
         type=str | None,
         metavar="NAME",
         help="auto, cuda, triton, cpu or reference; default: auto, or DEEPLAB_FAST_BACKEND",
+    )
+
+
+def add_own_model_arguments(add: Callable[..., object]) -> None:
+    add(
+        "--model-from",
+        type=str | None,
+        metavar="MODULE:FUNCTION",
+        help="a model of any library that your own code builds: a function without arguments that "
+        "returns a torch.nn.Module, in a module or FILE.py; --weights, if given, are its own",
+    )
+
+
+def add_normalisation_arguments(add: Callable[..., object]) -> None:
+    add(
+        "--mean",
+        type=float,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="what is subtracted from the 0..1 image; default: the model's, or ImageNet's",
+    )
+    add(
+        "--std",
+        type=float,
+        nargs=3,
+        metavar=("R", "G", "B"),
+        help="what it is divided by then; default: the model's, or ImageNet's",
     )
 
 

@@ -32,7 +32,7 @@ def load_any_model(config: Namespace, command: str) -> tuple[Model, str]:
     """The model that ``--model-from`` or ``--weights`` names, and what it is called."""
     if config.model_from:
         return load_own_model(config, command)
-    if config.no_accelerate:
+    if config.get("no_accelerate"):
         raise UsageError(
             "--no-accelerate is for models of --model-from; expected that option too. Models of "
             "this package are fast by themselves: leave it out"
@@ -77,7 +77,8 @@ def load_own_model(config: Namespace, command: str) -> tuple[AdaptedModel, str]:
             elif config.weights:
                 load_module(inner, config.weights, part=config.weights_part)
             segmenter.eval()
-            if not config.no_accelerate:
+            # Without the option the command runs nothing that would be faster.
+            if config.get("no_accelerate") is False:
                 _accelerate(inner, command)
             # What the model returns shows here, before anything is written.
             missing = [n for n in ("num_classes", "preprocess") if not hasattr(segmenter, n)]

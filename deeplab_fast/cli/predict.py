@@ -19,6 +19,7 @@ from deeplab_fast.cli.common import (
     add_model_arguments,
     add_pass_arguments,
     apply_preprocess,
+    check_backend,
     check_classes,
     check_precision,
     check_preprocess,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from deeplab_fast.cli.common import Model
     from deeplab_fast.data.classes import ClassSet
+    from deeplab_fast.exporting import ExportedModel
 
 HELP = "segment photos: label maps, overlays, class areas"
 
@@ -41,6 +43,8 @@ HELP = "segment photos: label maps, overlays, class areas"
 _USUAL_CLASS_SETS = {21: "voc", 19: "cityscapes", 150: "ade20k", 11: "camvid"}
 
 
+# Options that choose or change a model that is built from weights.
+_OF_WEIGHTS = ("model", "num_classes", "output_stride", "reset_head", "weights_part")
 _OUT_OF_MEMORY = "not enough memory; use --tile H W, e.g. --tile 513 513, or --size"
 
 
@@ -63,6 +67,12 @@ def parser() -> ArgumentParser:
         type=str | None,
         metavar="NAME|FILE",
         help="voc, coco-voc, cityscapes, ade20k, camvid, or a file with a name a line, JSON, YAML",
+    )
+    add(
+        "--runtime",
+        type=str | None,
+        metavar="NAME",
+        help="what runs an exported .onnx file: onnxruntime or openvino; default: onnxruntime",
     )
     add_pass_arguments(add)
     add(
@@ -90,7 +100,7 @@ class _Job:
     paths: tuple[Path, ...]
     stems: tuple[str, ...]
     output: Path
-    model: Model
+    model: Model | ExportedModel
     model_name: str
     classes: ClassSet
     arguments: dict[str, Any]
@@ -101,7 +111,9 @@ def _prepare(config: Namespace) -> _Job:
     """Everything that can fail for want of good arguments, before anything is written."""
     from deeplab_fast.data.images import list_images
     from deeplab_fast.engine.predict import PredictOptions, check_device, check_dtype
+    from deeplab_fast.exporting import ExportedModel, is_exported
 
+    model: Any
     if not config.paths:
         raise UsageError("no images given: name files, folders or glob patterns")
     if not config.output:
@@ -122,12 +134,35 @@ def _prepare(config: Namespace) -> _Job:
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     check_preprocess(config)
-    model, name = load_any_model(config, "predict")
+    if config.weights and is_exported(config.weights):
+        model, name = _exported(config)
+        device = check_device("cpu")
+    elif config.runtime is not None:
+        raise UsageError(
+            f"--runtime {config.runtime} is for exported files (.onnx, .xml, .pt2, .pt2-package); "
+            "leave it out"
+        )
+    else:
+        model, name = load_any_model(config, "predict")
+        check_precision(config, model, device)
     check_classes(options, model)
-    check_precision(config, model, device)
     classes = _classes(config, model, name)
     apply_preprocess(config, model)
     model.to(device).eval()
+    arguments = {
+        "scales": options.scales,
+        "flip": options.flip,
+        "tile": options.tile,
+        "overlap": options.overlap,
+        "threshold": options.threshold,
+        "dtype": config.dtype,
+        "precision": config.precision,
+    }
+    if isinstance(model, ExportedModel):
+        try:
+            model.check_options(**arguments)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     return _Job(
         paths=tuple(paths),
         stems=tuple(unique_stems(paths)),
@@ -135,17 +170,39 @@ def _prepare(config: Namespace) -> _Job:
         model=model,
         model_name=name,
         classes=classes,
-        arguments={
-            "scales": options.scales,
-            "flip": options.flip,
-            "tile": options.tile,
-            "overlap": options.overlap,
-            "threshold": options.threshold,
-            "dtype": config.dtype,
-            "precision": config.precision,
-        },
+        arguments=arguments,
         backend=config.backend,
     )
+
+
+def _exported(config: Namespace) -> tuple[ExportedModel, str]:
+    """The exported file that ``--weights`` names, in its runtime."""
+    from deeplab_fast.exporting import load_exported
+
+    check_backend(config)
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in (*_OF_WEIGHTS, "model_from", "no_accelerate", "dtype")
+        if config.get(name)
+    ]
+    if config.device not in ("auto", "cpu"):
+        given.append(f"--device {config.device}")
+    try:
+        model = load_exported(config.weights, runtime=config.runtime)
+    except (ValueError, ImportError, OSError) as error:
+        raise UsageError(f"--weights {config.weights}: {error}") from error
+    own = model.description
+    if own.photos:
+        given += [f"--{name}" for name in ("mean", "std") if config.get(name) is not None]
+        if own.resize is not None and config.size is not None:
+            given.append("--size")
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: {model.name} is an exported file ({own.input_text} -> "
+            f"{own.result_text}), in which that is fixed, and runs on the CPU; leave it out, or "
+            "export the model again"
+        )
+    return model, own.model
 
 
 def _inputs(found: Sequence[Path], given: Sequence[str], output: Path) -> list[Path]:
@@ -218,7 +275,7 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _classes(config: Namespace, model: Model, name: str) -> ClassSet:
+def _classes(config: Namespace, model: Model | ExportedModel, name: str) -> ClassSet:
     from deeplab_fast.data.classes import ClassSet, class_set, generic_classes, label_count
 
     labels = label_count(model.num_classes)
@@ -258,6 +315,7 @@ def _run(job: _Job) -> int:
     from deeplab_fast.data.images import ImageReadError
     from deeplab_fast.engine.finite import NotFiniteWarning
     from deeplab_fast.engine.runner import is_out_of_memory
+    from deeplab_fast.exporting import InputSizeError
 
     failed = spoiled = 0
     bar = tqdm(
@@ -275,6 +333,9 @@ def _run(job: _Job) -> int:
                 for warning in caught:
                     spoiled += isinstance(warning, NotFiniteWarning)
                     bar.write(f"{PROGRAM} predict: warning: {warning}", file=sys.stderr)
+            except InputSizeError as error:
+                failed += 1
+                bar.write(f"{PROGRAM} predict: {path}: {error}", file=sys.stderr)
             except ImageReadError as error:
                 failed += 1
                 bar.write(f"{PROGRAM} predict: {error}", file=sys.stderr)
@@ -302,11 +363,15 @@ def _segment(job: _Job, path: Path, stem: str) -> tuple[str, list[Warning]]:
     from deeplab_fast.engine.finite import NotFiniteWarning
     from deeplab_fast.engine.outputs import class_areas, write_outputs
     from deeplab_fast.engine.predict import predict
+    from deeplab_fast.exporting import ExportedModel
 
     image = read_image(path)
     with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always", NotFiniteWarning)
-        labels = predict(job.model, image, **job.arguments)
+        if isinstance(job.model, ExportedModel):
+            labels = job.model.predict(image, **job.arguments)
+        else:
+            labels = predict(job.model, image, **job.arguments)
     caught: list[Warning] = []
     not_finite = 0
     for each in recorded:
@@ -334,12 +399,16 @@ def _segment(job: _Job, path: Path, stem: str) -> tuple[str, list[Warning]]:
 
 
 def _backend_used(job: _Job, size: tuple[int, int]) -> str | None:
-    """The backend of the op that makes the labels, for logits of this photo's kind."""
+    """The backend of the op that makes the labels, for logits of this photo's kind; of an exported
+    file its runtime."""
     import torch
 
     from deeplab_fast import why
+    from deeplab_fast.exporting import ExportedModel
 
     model = job.model
+    if isinstance(model, ExportedModel):
+        return model.runtime
     if model.num_classes == 1:
         # A sigmoid has no op of its own.
         return "reference"

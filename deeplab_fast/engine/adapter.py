@@ -210,6 +210,9 @@ class AdaptedModel(nn.Module):
         Raises:
             ValueError: the model returns something else.
         """
+        if torch.compiler.is_exporting():
+            # A graph has one size of logits, and takes no other input in place of its own.
+            return self._before_activation(self._map_in(self.model(x), x.shape[0]))
         with torch.inference_mode(False), torch.no_grad():
             logits = self._logits(x)
         self._num_classes = logits.shape[1]

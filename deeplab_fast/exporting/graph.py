@@ -1,0 +1,249 @@
+"""What an exported file computes, as a module that torch.export can follow."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from deeplab_fast.exporting.description import Description
+from deeplab_fast.nn.aspp import SingleValueBatchNorm2d
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+INPUT = "images"
+# torch.export takes sizes apart from which no map of the usual five halvings has one pixel alone:
+# a size of 1 means repetition to it.
+SMALLEST = 33
+# What dynamic sizes are traced with: no two alike, and none that another has as a part.
+_TRACED = (2, 6 * SMALLEST, 8 * SMALLEST)
+_SHOWN = 400
+
+
+class ExportError(RuntimeError):
+    """A model that cannot be exported as asked, or a file that does not compute what it does."""
+
+
+class ExportGraph(nn.Module):
+    """images -> logits or labels, as the description has them.
+
+        x      = (resize(images) / 255 - mean) / std          # of photos
+        full   = interpolate(model(x), size of images)         # bilinear
+        labels = argmax_c full                                 # first of equals
+
+    Args:
+        model: has `forward_logits` and `align_corners`, in eval mode.
+        description: what the file takes and gives.
+    """
+
+    def __init__(self, model: nn.Module, description: Description) -> None:
+        super().__init__()
+        self.model = model
+        self._description = description
+        # Of its weights; an optimised model has none.
+        self._dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        self._align_corners = bool(model.align_corners)
+        # Constants: buffers would come first in the order of inputs of some runtimes.
+        self._mean = torch.tensor(description.mean).view(1, 3, 1, 1)
+        self._std = torch.tensor(description.std).view(1, 3, 1, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = 1 if self._description.photos else 2
+        height, width = images.shape[rows], images.shape[rows + 1]
+        x = self._normalised(images, height, width) if self._description.photos else images
+        forward: Any = self.model.forward_logits
+        logits = forward(x if self._dtype == x.dtype else x.to(self._dtype))
+        full = F.interpolate(
+            logits if logits.dtype == torch.float32 else logits.to(torch.float32),
+            (height, width),
+            mode="bilinear",
+            align_corners=self._align_corners,
+        )
+        if not self._description.labels:
+            return full
+        if self._description.num_classes == 1:
+            return (full[:, 0] > 0).to(torch.uint8)
+        labels = full.argmax(1)
+        return labels.to(torch.uint8) if self._description.num_classes <= 256 else labels
+
+    def converted(self, dtype: torch.dtype) -> ExportGraph:
+        """A copy with the model's weights in another dtype."""
+        with torch.inference_mode(False), torch.no_grad():
+            model = copy.deepcopy(self.model).to(dtype)
+        return ExportGraph(model, self._description)
+
+    def _normalised(self, photos: Tensor, height: int, width: int) -> Tensor:
+        """As `Preprocess.batch`, with its rounding to whole levels."""
+        x = photos.permute(0, 3, 1, 2)
+        if self._description.channels == "BGR":
+            x = x.flip(1)
+        x = x.to(torch.float32)
+        resize = self._description.resize
+        if resize is not None:
+            if isinstance(resize, int):
+                # No comparison: what is symbolic would have to be decided.
+                short = torch.sym_min(height, width)
+                resize = (resize * height // short, resize * width // short)
+            x = F.interpolate(
+                x, resize, mode="bilinear", align_corners=False, antialias=True
+            ).round()
+        return (x / 255 - self._mean) / self._std
+
+
+def exported_program(graph: ExportGraph, description: Description) -> ExportedProgram:
+    """The graph as torch.export has it, for the sizes that the description names.
+
+    Raises:
+        ExportError: torch.export cannot follow the model, or only for some sizes.
+    """
+    from torch.export import Dim, export
+
+    dims: Any = {}
+    rows = 1 if description.photos else 2
+    if description.batch is None:
+        dims[0] = Dim("batch", min=1)
+    if description.size is None:
+        for place, name in ((rows, "height"), (rows + 1, "width")):
+            if description.multiple == 1:
+                dims[place] = Dim(name, min=description.smallest)
+            else:
+                least = -(-description.smallest // description.multiple)
+                dims[place] = description.multiple * Dim(f"{name}_steps", min=least)
+    example = torch.zeros(example_shape(description), dtype=_input_dtype(description))
+    try:
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = export(graph, (example,), dynamic_shapes=(dims,), strict=False)
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        what = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
+        advice = "wrap it in a module that torch.export follows"
+        if description.size is None:
+            advice = "name a size, e.g. size=(512, 1024), which fixes height and width"
+        raise ExportError(
+            f"torch.export does not follow {description.model} for {description.input_text}: "
+            f"{what}; {advice}"
+        ) from error
+    return program
+
+
+def folded(graph: ExportGraph, description: Description) -> ExportGraph:
+    """A copy with batch norms in the convolutions before them; the graph where there are none.
+
+    Of convolutions whose only reader is a module of batch norm that does nothing else, and of
+    weights that nothing else reads.
+
+    Raises:
+        ExportError: torch.export cannot follow the model.
+    """
+    if not any(map(_is_norm_alone, graph.modules())):
+        return graph
+    # Which modules follow each other does not depend on the size, and one size is followed sooner.
+    program = exported_program(graph, replace(description, size=_sides(description)))
+    pairs = [
+        (conv, norm)
+        for conv, norm in _norms_behind_convolutions(program)
+        if _is_norm_alone(graph.get_submodule(norm))
+        and isinstance(graph.get_submodule(conv), nn.Conv2d)
+    ]
+    with torch.inference_mode(False), torch.no_grad():
+        own = copy.deepcopy(graph)
+        for conv_name, norm_name in pairs:
+            conv: Any = own.get_submodule(conv_name)
+            norm: Any = own.get_submodule(norm_name)
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight,
+                conv.bias,
+                norm.running_mean,
+                norm.running_var,
+                norm.eps,
+                norm.weight,
+                norm.bias,
+            )
+            parent, _, leaf = norm_name.rpartition(".")
+            setattr(own.get_submodule(parent), leaf, nn.Identity())
+    return own
+
+
+def _norms_behind_convolutions(program: ExportedProgram) -> Iterator[tuple[str, str]]:
+    """(name of a convolution, name of the batch norm that alone reads it)."""
+    parts = {
+        spec.arg.name: spec.target
+        for spec in program.graph_signature.input_specs
+        if spec.target is not None
+    }
+
+    def owner(value: Any, leaf: str) -> str | None:
+        """The module whose tensor of this name a node is, which nothing else reads."""
+        name = parts.get(getattr(value, "name", ""), "")
+        return name.removesuffix(leaf) if name.endswith(leaf) and len(value.users) == 1 else None
+
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.batch_norm.default or node.args[5]:
+            continue
+        conv = node.args[0]
+        if conv.target is not torch.ops.aten.conv2d.default or len(conv.users) != 1:
+            continue
+        conv_name, norm_name = owner(conv.args[1], ".weight"), owner(node.args[3], ".running_mean")
+        if conv_name is not None and norm_name is not None:
+            yield conv_name, norm_name
+
+
+def _is_norm_alone(module: nn.Module) -> bool:
+    """A batch norm that does nothing else."""
+    known = (nn.BatchNorm2d, nn.SyncBatchNorm, SingleValueBatchNorm2d)
+    plain = any(type(module).forward is kind.forward for kind in known)
+    return plain and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def example_shape(description: Description) -> tuple[int, ...]:
+    """The shape of an input that torch.export follows the graph with."""
+    n = _TRACED[0] if description.batch is None else description.batch
+    height, width = _sides(description)
+    return (n, height, width, 3) if description.photos else (n, 3, height, width)
+
+
+def _sides(description: Description) -> tuple[int, int]:
+    if description.size is not None:
+        return description.size
+    multiple = description.multiple
+    height, width = (-(-side // multiple) * multiple for side in _TRACED[1:])
+    return height, width
+
+
+def _input_dtype(description: Description) -> torch.dtype:
+    return torch.uint8 if description.photos else torch.float32
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Without the notes of exporters on what they leave out."""
+    import logging
+
+    names = (
+        "torch.onnx",
+        "onnxscript",
+        "onnx_ir",
+        "torch.export",
+        "torch._inductor",
+        "torch._export",
+    )
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
