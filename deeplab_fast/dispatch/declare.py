@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# `import torch` has imported it.
+from torch._decomp import register_decomposition
+
 from .describe import OpDesc
 from .examples import Examples, Forms, Maker, Run, Size, Step
 
@@ -311,7 +314,7 @@ def define(function: Function) -> Run:
     registered = getattr(torch.ops.deeplab_fast, name).default
     if function.decomposition is not None:
         # By which torch.onnx.export finds it; torch.compile asks a table of its own.
-        torch._decomp.register_decomposition(registered)(function.decomposition)
+        register_decomposition(registered)(function.decomposition)
         _decompositions[registered] = function.decomposition
 
     def call(x: Tensor, *args: object) -> Any:
