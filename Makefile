@@ -144,8 +144,9 @@ BENCH_ARGS ?=
 bench: $(INSTALLED) ## measure this machine against PyTorch: SUITE=quick, cpu or gpu
 	$(VENV_PYTHON) -m bench.run --suite $(SUITE) --out build/bench $(BENCH_ARGS)
 
-bench-report: $(INSTALLED) ## write the README's table from bench/data
+bench-report: $(INSTALLED) ## write the tables of README and DEPLOYMENT.md from bench/data
 	$(VENV_PYTHON) -m bench.report --readme README.md
+	$(VENV_PYTHON) -m bench.exports --table DEPLOYMENT.md
 
 ext: $(DEPS) ## build the extensions again; ninja compiles what changed
 	$(INSTALL)
