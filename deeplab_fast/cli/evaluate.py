@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from deeplab_fast.cli.common import (
     UsageError,
@@ -24,10 +24,15 @@ from deeplab_fast.cli.common import (
     open_data,
     tell,
 )
+from deeplab_fast.cli.exported import add_runtime_argument, exported_model
 from deeplab_fast.cli.model_from import load_any_model
 
 if TYPE_CHECKING:
+    import torch
     from jsonargparse import ArgumentParser, Namespace
+
+    from deeplab_fast.cli.common import Model
+    from deeplab_fast.engine.predict import PredictOptions
 
 HELP = "score a model on a labelled data set: mIoU and more"
 
@@ -46,6 +51,7 @@ def parser() -> ArgumentParser:
     add("--config", action="config", help="YAML file with any of these options")
     add_data_arguments(add)
     add_model_arguments(add)
+    add_runtime_argument(add)
     add_pass_arguments(add)
     add("--batch-size", type=int, default=1, metavar="N", help="images of one size, or windows")
     add(
@@ -64,6 +70,33 @@ def parser() -> ArgumentParser:
         help="pictures photo | labels | prediction of the N worst and the N best images",
     )
     return parser
+
+
+def _model(
+    config: Namespace, device: torch.device | None, options: PredictOptions
+) -> tuple[Any, str, torch.device | None]:
+    """What is scored, its name, and where it runs."""
+    from deeplab_fast.engine.predict import check_device
+
+    exported = exported_model(config)
+    if exported is None:
+        model, name = load_any_model(config, "eval")
+        check_classes(options, model)
+        check_precision(config, model, device)
+        return model, name, device
+    check_classes(options, cast("Model", exported))
+    if exported.description.labels:
+        raise UsageError(
+            f"--weights {config.weights} gives labels and no logits; expected an exported file of "
+            "logits: export again without --labels"
+        )
+    try:
+        exported.check_options(
+            scales=config.scales, tile=config.tile, precision=config.precision, dtype=config.dtype
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return exported, exported.description.model, check_device("cpu")
 
 
 def run(config: Namespace) -> int:
@@ -96,9 +129,7 @@ def run(config: Namespace) -> int:
         except ValueError as error:
             raise UsageError(str(error)) from error
         dataset = open_data(config)
-        model, name = load_any_model(config, "eval")
-        check_classes(options, model)
-        check_precision(config, model, device)
+        model, name, device = _model(config, device, options)
         if label_count(model.num_classes) != dataset.num_classes:
             raise UsageError(
                 f"the weights have {model.num_classes} classes and the data set {config.data} "

@@ -19,7 +19,6 @@ from deeplab_fast.cli.common import (
     add_model_arguments,
     add_pass_arguments,
     apply_preprocess,
-    check_backend,
     check_classes,
     check_precision,
     check_preprocess,
@@ -27,6 +26,7 @@ from deeplab_fast.cli.common import (
     need_weights,
     tell,
 )
+from deeplab_fast.cli.exported import add_runtime_argument, exported_model
 from deeplab_fast.cli.model_from import load_any_model
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ HELP = "segment photos: label maps, overlays, class areas"
 _USUAL_CLASS_SETS = {21: "voc", 19: "cityscapes", 150: "ade20k", 11: "camvid"}
 
 
-# Options that choose or change a model that is built from weights.
-_OF_WEIGHTS = ("model", "num_classes", "output_stride", "reset_head", "weights_part")
 _OUT_OF_MEMORY = "not enough memory; use --tile H W, e.g. --tile 513 513, or --size"
 
 
@@ -68,12 +66,7 @@ def parser() -> ArgumentParser:
         metavar="NAME|FILE",
         help="voc, coco-voc, cityscapes, ade20k, camvid, or a file with a name a line, JSON, YAML",
     )
-    add(
-        "--runtime",
-        type=str | None,
-        metavar="NAME",
-        help="what runs an exported .onnx file: onnxruntime or openvino; default: onnxruntime",
-    )
+    add_runtime_argument(add)
     add_pass_arguments(add)
     add(
         "--size",
@@ -111,7 +104,6 @@ def _prepare(config: Namespace) -> _Job:
     """Everything that can fail for want of good arguments, before anything is written."""
     from deeplab_fast.data.images import list_images
     from deeplab_fast.engine.predict import PredictOptions, check_device, check_dtype
-    from deeplab_fast.exporting import ExportedModel, is_exported
 
     model: Any
     if not config.paths:
@@ -134,14 +126,10 @@ def _prepare(config: Namespace) -> _Job:
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     check_preprocess(config)
-    if config.weights and is_exported(config.weights):
-        model, name = _exported(config)
+    exported = exported_model(config)
+    if exported is not None:
+        model, name = exported, exported.description.model
         device = check_device("cpu")
-    elif config.runtime is not None:
-        raise UsageError(
-            f"--runtime {config.runtime} is for exported files (.onnx, .xml, .pt2, .pt2-package); "
-            "leave it out"
-        )
     else:
         model, name = load_any_model(config, "predict")
         check_precision(config, model, device)
@@ -158,9 +146,9 @@ def _prepare(config: Namespace) -> _Job:
         "dtype": config.dtype,
         "precision": config.precision,
     }
-    if isinstance(model, ExportedModel):
+    if exported is not None:
         try:
-            model.check_options(**arguments)
+            exported.check_options(**arguments)
         except ValueError as error:
             raise UsageError(str(error)) from error
     return _Job(
@@ -173,36 +161,6 @@ def _prepare(config: Namespace) -> _Job:
         arguments=arguments,
         backend=config.backend,
     )
-
-
-def _exported(config: Namespace) -> tuple[ExportedModel, str]:
-    """The exported file that ``--weights`` names, in its runtime."""
-    from deeplab_fast.exporting import load_exported
-
-    check_backend(config)
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in (*_OF_WEIGHTS, "model_from", "no_accelerate", "dtype")
-        if config.get(name)
-    ]
-    if config.device not in ("auto", "cpu"):
-        given.append(f"--device {config.device}")
-    try:
-        model = load_exported(config.weights, runtime=config.runtime)
-    except (ValueError, ImportError, OSError) as error:
-        raise UsageError(f"--weights {config.weights}: {error}") from error
-    own = model.description
-    if own.photos:
-        given += [f"--{name}" for name in ("mean", "std") if config.get(name) is not None]
-        if own.resize is not None and config.size is not None:
-            given.append("--size")
-    if given:
-        raise UsageError(
-            f"{', '.join(given)}: {model.name} is an exported file ({own.input_text} -> "
-            f"{own.result_text}), in which that is fixed, and runs on the CPU; leave it out, or "
-            "export the model again"
-        )
-    return model, own.model
 
 
 def _inputs(found: Sequence[Path], given: Sequence[str], output: Path) -> list[Path]:

@@ -65,7 +65,7 @@ class ExportedModel(nn.Module):
         super().__init__()
         super().train(False)
         self._run = start(path, runtime)
-        self.name = path.name
+        self.name = self.library_class = path.name
         self.runtime = self._run.name
         self.description = Description.from_strings(self._run.strings, path.name)
         self.num_classes = self.description.num_classes
