@@ -162,7 +162,8 @@ def export(
     plain, found = _prepared(model)
     description = _described(plain, found, size, dynamic, labels, preprocessing, precision)
     with quiet():
-        program = _program(ExportGraph(_traced(plain, precision), description), description)
+        graph = ExportGraph(_traced(plain, precision), description, suffix in (".onnx", ".xml"))
+        program = _program(graph, description)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
         written = write(program, description, Path(folder), path.name)
         result = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +43,17 @@ class ExportGraph(nn.Module):
     Args:
         model: has `forward_logits` and `align_corners`, in eval mode.
         description: what the file takes and gives.
+        in_matrices: resize photos by products of matrices, for formats that OpenVINO reads: 2026.4
+            ignores that an ONNX Resize is to be antialiased.
     """
 
-    def __init__(self, model: nn.Module, description: Description) -> None:
+    def __init__(
+        self, model: nn.Module, description: Description, in_matrices: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self._description = description
+        self._in_matrices = in_matrices
         # Of its weights; an optimised model has none.
         self._dtype = next((p.dtype for p in model.parameters()), torch.float32)
         self._align_corners = bool(model.align_corners)
@@ -75,11 +80,18 @@ class ExportGraph(nn.Module):
         labels = full.argmax(1)
         return labels.to(torch.uint8) if self._description.num_classes <= 256 else labels
 
+    def _resized(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        if not self._in_matrices:
+            return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
+        rows = resize_matrix(x.shape[2], size[0])
+        columns = resize_matrix(x.shape[3], size[1])
+        return torch.matmul(torch.matmul(rows, x), columns.t())
+
     def converted(self, dtype: torch.dtype) -> ExportGraph:
         """A copy with the model's weights in another dtype."""
         with torch.inference_mode(False), torch.no_grad():
             model = copy.deepcopy(self.model).to(dtype)
-        return ExportGraph(model, self._description)
+        return ExportGraph(model, self._description, self._in_matrices)
 
     def _normalised(self, photos: Tensor, height: int, width: int) -> Tensor:
         """As `Preprocess.batch`, with its rounding to whole levels."""
@@ -93,10 +105,24 @@ class ExportGraph(nn.Module):
                 # No comparison: what is symbolic would have to be decided.
                 short = torch.sym_min(height, width)
                 resize = (resize * height // short, resize * width // short)
-            x = F.interpolate(
-                x, resize, mode="bilinear", align_corners=False, antialias=True
-            ).round()
+            x = self._resized(x, resize).round()
         return (x / 255 - self._mean) / self._std
+
+
+def resize_matrix(size: int, target: int) -> Tensor:
+    """The rows of antialiased bilinear interpolation along one axis: fp32 [target, size].
+
+        w[i, j] = max(0, 1 - |j + 1/2 - (i + 1/2) scale| / max(scale, 1)),  scale = size / target
+
+    with rows divided by their sums, as torch.nn.functional.interpolate(antialias=True) has it.
+    """
+    inputs = torch.arange(size, dtype=torch.float32) + 0.5
+    # Whole numbers, which may be symbolic, become tensors here.
+    outputs = torch.arange(target, dtype=torch.float32) + 0.5
+    scale = inputs.new_full((1,), 1.0) * size / target
+    distance = (inputs[None, :] - outputs[:, None] * scale).abs()
+    weights = (1 - distance / scale.clamp(min=1.0)).clamp(min=0.0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def exported_program(graph: ExportGraph, description: Description) -> ExportedProgram:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import threading
 from collections.abc import Callable
@@ -134,6 +135,8 @@ def _runtime_info(model: Any, path: Path) -> dict[str, str]:
 
 class _TorchProgram:
     def __init__(self, path: Path) -> None:
+        # A program in int8 has its ops.
+        importlib.import_module("torch.ao.quantization.fx._decomposed")
         texts = {TORCH_TEXT: ""}
         program = torch.export.load(path, extra_files=texts)
         self._module = program.module()

@@ -138,7 +138,7 @@ def test_a_file_predicts_as_its_model(onnx_file):
     loaded = load_exported(path)
     photo = _photo(150, 203)
     passes = [{}, {"scales": (0.75, 1.0), "flip": True}, {"tile": (96, 112), "overlap": 0.3}]
-    for options in passes if path.stem != "resnet50" else passes[:1]:
+    for options in passes if path.stem == "mobilenet_v3_large" else passes[:1]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             wanted = predict(model, photo, **options)
@@ -150,26 +150,30 @@ def test_a_file_predicts_as_its_model(onnx_file):
         assert (found == wanted).mean() >= least
 
 
-@pytest.mark.slow
-def test_openvino_of_photos_gives_the_labels_of_predict(tmp_path):
-    model = dlf.load("camvid")
-    path = tmp_path / "camvid.xml"
-    report = dlf.export(model, path, labels=True, preprocessing=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["camvid.bin", "camvid.xml"]
-    assert report.bytes > 15e6
-    loaded = load_exported(path)
-    assert loaded.classes == model.classes and loaded.palette == model.palette
-    # Upright and wide: the shorter side decides. 150 rows become 720.
-    for photo in (_photo(150, 203), _photo(211, 140)):
-        found, wanted = loaded.predict(photo), model.predict(photo)
-        assert found.shape == photo.shape[:2] and found.dtype == np.uint8
-        # One level of a resized pixel, rounded the other way, moves logits by 1/128.
-        assert (found == wanted).mean() > 0.998
-
-
 @pytest.fixture(scope="module")
 def tiny() -> dlf.DeepLabV3:
     return _tiny()
+
+
+@pytest.mark.slow
+def test_openvino_of_photos_gives_the_labels_of_predict(tmp_path):
+    model = _tiny()
+    model.preprocess = Preprocess((0.4, 0.5, 0.6), (0.3, 0.2, 0.25), size=130)
+    model.palette = tuple((i, 2 * i, 3 * i) for i in range(5))
+    path = tmp_path / "tiny.xml"
+    report = dlf.export(model, path, labels=True, preprocessing=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.bin", "tiny.xml"]
+    weights = sum(p.nbytes for p in model.parameters())
+    assert 0.9 * weights < report.bytes < 1.3 * weights
+    loaded = load_exported(path)
+    assert loaded.classes == model.classes and loaded.palette == model.palette
+    # Upright and wide: the shorter side decides.
+    for photo in (_photo(150, 203), _photo(211, 140)):
+        found, wanted = loaded.predict(photo), model.predict(photo)
+        assert found.shape == photo.shape[:2] and found.dtype == np.uint8
+        assert len(np.unique(wanted)) > 2
+        # A level of a resized pixel that is rounded the other way moves logits by 1 / 100.
+        assert (found == wanted).mean() > 0.99
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -177,14 +181,14 @@ def test_torch_export(tiny, tmp_path, precision):
     path = tmp_path / "tiny.pt2"
     # Other precisions at one size, which is followed sooner.
     report = dlf.export(
-        tiny, path, precision=precision, size=None if precision == "fp32" else (65, 97)
+        tiny, path, precision=precision, size=None if precision == "fp32" else (33, 49)
     )
     assert "fp32" in str(report) or precision in str(report)
     loaded = load_exported(path)
     # bf16 has 8 bits and fp16 11: of 24 convolutions each rounds map and weights once.
     bound = {"fp32": BOUND, "bf16": 2**-8 * 48**0.5, "fp16": 2**-11 * 48**0.5}[precision]
     # Dilated convolutions of bf16 and fp16 take seconds on this CPU.
-    for n, *sides in SHAPES[:2] if precision == "fp32" else [(1, 65, 97)]:
+    for n, *sides in SHAPES[:2] if precision == "fp32" else [(1, 33, 49)]:
         x = torch.randn(n, 3, *sides)
         assert _error(loaded(x), _logits(tiny, x)) < bound
     program = torch.export.load(path)
@@ -192,23 +196,35 @@ def test_torch_export(tiny, tmp_path, precision):
     # Nothing of the package is needed.
     code = (
         "import sys, torch; program = torch.export.load(sys.argv[1]); "
-        "print(program.module()(torch.zeros(1, 3, 65, 97)).shape, 'deeplab_fast' in sys.modules)"
+        "print(program.module()(torch.zeros(1, 3, 33, 49)).shape, 'deeplab_fast' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(path)]
     printed = subprocess.check_output(command, text=True, cwd=tmp_path)
-    assert printed.strip() == "torch.Size([1, 5, 65, 97]) False"
+    assert printed.strip() == "torch.Size([1, 5, 33, 49]) False"
 
 
 @pytest.mark.slow
-def test_aotinductor_package(tiny, tmp_path):
-    path = tmp_path / "tiny.pt2-package"
-    dlf.export(tiny, path)
-    assert [p.name for p in tmp_path.iterdir()] == ["tiny.pt2-package"]
+def test_aotinductor_package(tmp_path):
+    torch.manual_seed(0)
+    # Each kernel is compiled: bench.exports has the figures of whole networks.
+    layers = (
+        nn.Conv2d(3, 16, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 5, 1),
+    )
+    model = _randomised(nn.Sequential(*layers))
+    model.preprocess = Preprocess()
+    model.classes = tuple("abcde")
+    path = tmp_path / "small.pt2-package"
+    dlf.export(model, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["small.pt2-package"]
     loaded = load_exported(path)
-    assert loaded.classes == tiny.classes
+    assert loaded.classes == model.classes
     for n, *sides in SHAPES[:2]:
         x = torch.randn(n, 3, *sides)
-        assert _error(loaded(x), _logits(tiny, x)) < BOUND
+        wanted = torch.nn.functional.interpolate(_logits(model, x), sides, mode="bilinear")
+        assert _error(loaded(x), wanted) < BOUND
     # The machine code would read beside its input.
     with pytest.raises(ValueError, match=r"\[1, 4, 64, 64\].*takes a tensor images float32"):
         loaded(torch.zeros(1, 4, 64, 64))
