@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplab_fast._version import __version__
+from deeplab_fast.data.images import as_rgb_array
 from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
 from deeplab_fast.dispatch.declare import decompositions
 from deeplab_fast.engine.adapter import AdaptedModel, as_segmenter
@@ -37,6 +38,7 @@ from deeplab_fast.program.network import Network
 from deeplab_fast.program.optimize import OptimizedDeepLabV3
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch.export import ExportedProgram
 
 __all__ = ["ExportError", "ExportReport", "export"]
@@ -136,7 +138,8 @@ def export(
         What was written and how far its results are from the model's; `print` it.
 
     Raises:
-        ValueError: arguments that do not fit the model or the format.
+        ValueError: arguments that do not fit the model or the format, or a photo that cannot be
+            read (ImageReadError).
         ImportError: the libraries of the format are missing; says which.
         ExportError: the model does not become such a file, or the file computes something else.
             Nothing is written then.
@@ -155,7 +158,7 @@ def export(
         raise FileNotFoundError(f"no such folder: {path.parent} (to write {path.name} in)")
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it, e.g. {path / ('model' + suffix)}")
-    photo = None if isinstance(check, bool) else check
+    photo = None if isinstance(check, bool) else as_rgb_array(check)
     check_packages(
         suffix, () if check is False or "torch" in RUNTIMES[suffix] else RUNTIMES[suffix][:1]
     )
@@ -360,7 +363,7 @@ def _traced(plain: nn.Module, precision: str) -> nn.Module:
 def _checked(
     loaded: ExportedModel,
     graph: ExportGraph,
-    photo: str | os.PathLike[str] | None,
+    photo: np.ndarray | None,
     bound: float,
 ) -> Check:
     result = check(loaded, graph, photo, bound)

@@ -62,9 +62,41 @@ class ExportGraph(nn.Module):
         self._std = torch.tensor(description.std).view(1, 3, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        rows = 1 if self._description.photos else 2
-        height, width = images.shape[rows], images.shape[rows + 1]
-        x = self._normalised(images, height, width) if self._description.photos else images
+        if not self._description.photos:
+            return self._result(images, images.shape[2], images.shape[3])
+        levels = self.levels(images)
+        if self._description.resize is not None:
+            levels = levels.round()
+        return self.of_levels(levels, images.shape[1], images.shape[2])
+
+    def levels(self, photos: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] -> levels 0..255, float32 [N, 3, h, w] of the network's size and order
+        of channels, before they are rounded to whole ones as `Preprocess.batch` does."""
+        height, width = photos.shape[1], photos.shape[2]
+        x = photos.permute(0, 3, 1, 2)
+        if self._description.channels == "BGR":
+            x = x.flip(1)
+        x = x.to(torch.float32)
+        resize = self._description.resize
+        if resize is None:
+            return x
+        if isinstance(resize, int):
+            # No comparison: what is symbolic would have to be decided.
+            short = torch.sym_min(height, width)
+            resize = (resize * height // short, resize * width // short)
+        return self._resized(x, resize)
+
+    def of_levels(self, levels: Tensor, height: int, width: int) -> Tensor:
+        """The result, of this size, for levels [N, 3, h, w]."""
+        return self._result((levels / 255 - self._mean) / self._std, height, width)
+
+    def converted(self, dtype: torch.dtype) -> ExportGraph:
+        """A copy with the model's weights in another dtype."""
+        with torch.inference_mode(False), torch.no_grad():
+            model = copy.deepcopy(self.model).to(dtype)
+        return ExportGraph(model, self._description, self._in_matrices)
+
+    def _result(self, x: Tensor, height: int, width: int) -> Tensor:
         forward: Any = self.model.forward_logits
         logits = forward(x if self._dtype == x.dtype else x.to(self._dtype))
         full = F.interpolate(
@@ -86,27 +118,6 @@ class ExportGraph(nn.Module):
         rows = resize_matrix(x.shape[2], size[0])
         columns = resize_matrix(x.shape[3], size[1])
         return torch.matmul(torch.matmul(rows, x), columns.t())
-
-    def converted(self, dtype: torch.dtype) -> ExportGraph:
-        """A copy with the model's weights in another dtype."""
-        with torch.inference_mode(False), torch.no_grad():
-            model = copy.deepcopy(self.model).to(dtype)
-        return ExportGraph(model, self._description, self._in_matrices)
-
-    def _normalised(self, photos: Tensor, height: int, width: int) -> Tensor:
-        """As `Preprocess.batch`, with its rounding to whole levels."""
-        x = photos.permute(0, 3, 1, 2)
-        if self._description.channels == "BGR":
-            x = x.flip(1)
-        x = x.to(torch.float32)
-        resize = self._description.resize
-        if resize is not None:
-            if isinstance(resize, int):
-                # No comparison: what is symbolic would have to be decided.
-                short = torch.sym_min(height, width)
-                resize = (resize * height // short, resize * width // short)
-            x = self._resized(x, resize).round()
-        return (x / 255 - self._mean) / self._std
 
 
 def resize_matrix(size: int, target: int) -> Tensor:

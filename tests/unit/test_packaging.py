@@ -243,6 +243,8 @@ def test_sdist_can_build_everything(tmp_path):
     with tarfile.open(tmp_path / f"deeplab_fast-{version()}.tar.gz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile"}
+    # Tests read them.
+    expected |= {"CONTRIBUTING.md", "DEPLOYMENT.md"}
     for folder in SHIPPED:
         files = (path for path in (source / folder).rglob("*") if path.is_file())
         expected |= {path.relative_to(source).as_posix() for path in files}
