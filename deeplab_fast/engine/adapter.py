@@ -51,15 +51,19 @@ class AssumedPreprocess(Preprocess):
     ) -> Tensor:
         if not getattr(self, "_told", False):
             object.__setattr__(self, "_told", True)
-            warnings.warn(
-                f"nothing tells how photos for {self.model} are normalised; assumed are R, G, B in "
-                f"0..1 with ImageNet's mean {self.mean} and std {self.std}. If it was trained "
-                "otherwise the labels are wrong: pass preprocess=deeplab_fast.data.Preprocess("
-                "mean=..., std=...), on the command line --mean and --std",
-                UserWarning,
-                stacklevel=2,
-            )
+            self.tell(stacklevel=3)
         return super().batch(pixels, size=size, device=device)
+
+    def tell(self, stacklevel: int = 2) -> None:
+        """Warn of what is assumed."""
+        warnings.warn(
+            f"nothing tells how photos for {self.model} are normalised; assumed are R, G, B in "
+            f"0..1 with ImageNet's mean {self.mean} and std {self.std}. If it was trained "
+            "otherwise the labels are wrong: pass preprocess=deeplab_fast.data.Preprocess("
+            "mean=..., std=...), on the command line --mean and --std",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def as_segmenter(

@@ -19,7 +19,7 @@ from deeplab_fast._version import __version__
 from deeplab_fast.data.images import as_rgb_array
 from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
 from deeplab_fast.dispatch.declare import decompositions
-from deeplab_fast.engine.adapter import AdaptedModel, as_segmenter
+from deeplab_fast.engine.adapter import AdaptedModel, AssumedPreprocess, as_segmenter
 from deeplab_fast.exporting.check import Check, allowed_error, check, is_close
 from deeplab_fast.exporting.description import Description
 from deeplab_fast.exporting.formats import OPSET, check_packages, check_suffix, write
@@ -154,6 +154,9 @@ def export(
         raise ValueError(
             f"precision is {precision!r}, and a {suffix} file has {', '.join(_PRECISIONS[suffix])}"
         )
+    for name, value in (("dynamic", dynamic), ("labels", labels), ("preprocessing", preprocessing)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}, expected True or False")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {path.parent} (to write {path.name} in)")
     if path.is_dir():
@@ -162,9 +165,9 @@ def export(
     check_packages(
         suffix, () if check is False or "torch" in RUNTIMES[suffix] else RUNTIMES[suffix][:1]
     )
-    plain, found = _prepared(model)
-    description = _described(plain, found, size, dynamic, labels, preprocessing, precision)
-    with quiet():
+    plain, called = _prepared(model)
+    description = _described(plain, called, size, dynamic, labels, preprocessing, precision)
+    with quiet(), torch.autocast("cpu", enabled=False):
         graph = ExportGraph(_traced(plain, precision), description, suffix in (".onnx", ".xml"))
         program = _program(graph, description)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
@@ -173,7 +176,8 @@ def export(
         if check is not False:
             graph = ExportGraph(plain, description)
             bound = allowed_error(plain, precision)
-            result = _checked(ExportedModel(written[-1]), graph, photo, bound)
+            with torch.autocast("cpu", enabled=False):
+                result = _checked(ExportedModel(written[-1]), graph, photo, bound)
         size_of_all = sum(each.stat().st_size for each in written)
         for each in written:
             os.replace(each, path.with_name(each.name))
@@ -242,6 +246,9 @@ def _copied(model: nn.Module) -> nn.Module:
         plain = plain.to(torch.float32)
     if isinstance(plain, AdaptedModel):
         plain.model.eval()
+    elif isinstance(plain, Network):
+        # What the file is compared with.
+        plain.precision = "fp32"
     return plain
 
 
@@ -256,14 +263,16 @@ def _described(
 ) -> Description:
     own: Any = plain
     preprocess = getattr(plain, "preprocess", None)
-    if type(preprocess) in (Preprocess, PreprocessBGR) or isinstance(plain, AdaptedModel):
-        assert isinstance(preprocess, Preprocess)
-        channels = "BGR" if isinstance(preprocess, PreprocessBGR) else "RGB"
-    else:
+    # Others may do more than their mean and std say.
+    if type(preprocess) not in (Preprocess, PreprocessBGR, AssumedPreprocess):
         raise ValueError(
             f"model.preprocess is {preprocess!r}, which no file can describe; expected a "
             "deeplab_fast.data.Preprocess: set one, e.g. Preprocess(mean=(0.5,) * 3)"
         )
+    assert isinstance(preprocess, Preprocess)
+    if isinstance(preprocess, AssumedPreprocess):
+        preprocess.tell(stacklevel=4)
+    channels = "BGR" if isinstance(preprocess, PreprocessBGR) else "RGB"
     multiple = plain.divisor if isinstance(plain, AdaptedModel) else 1
     if preprocessing and multiple > 1 and preprocess.size is not None:
         raise ValueError(
@@ -277,8 +286,8 @@ def _described(
         fixed = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
     classes, palette = own.classes, own.palette
     return Description(
-        labels=bool(labels),
-        photos=bool(preprocessing),
+        labels=labels,
+        photos=preprocessing,
         num_classes=own.num_classes,
         classes=None if classes is None else tuple(map(str, classes)),
         palette=None if palette is None else tuple((int(r), int(g), int(b)) for r, g, b in palette),

@@ -82,10 +82,16 @@ def check(
             if own.photos and own.resize is not None and math.isfinite(bound):
                 room += _of_halves(logits, images)
         found = loaded(images)
-        if not own.labels and bool(wanted.isfinite().all()) and not bool(found.isfinite().all()):
+        if not bool(wanted.isfinite().all()):
+            raise ExportError(
+                f"{own.model} gives logits that are NaN or infinite on the photo; nothing was "
+                "written. Expected finite ones: mend its weights, or pass check=False"
+            )
+        if not own.labels and not bool(found.isfinite().all()):
             raise ExportError(
                 f"{own.model} in {own.precision} gives logits that are NaN or infinite where it "
-                "has finite ones; expected values that the precision holds: export in fp32"
+                "has finite ones; nothing was written. Expected values that the precision holds: "
+                "export in fp32"
             )
         labels = _labels(wanted)
         if own.labels:

@@ -371,3 +371,97 @@ def test_a_file_that_computes_something_else_is_not_kept(tiny, tmp_path, monkeyp
     with pytest.raises(dlf.exporting.ExportError, match="of the labels are others"):
         dlf.export(tiny, path, labels=True, size=97)
     assert not list(tmp_path.iterdir())
+
+
+def test_broken_weights_are_told(tmp_path):
+    model = _tiny()
+    model.backbone.conv1.weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(dlf.exporting.ExportError, match="NaN or infinite on the photo"):
+        dlf.export(model, tmp_path / "m.pt2", size=65)
+    assert not list(tmp_path.iterdir())
+    dlf.export(model, tmp_path / "m.pt2", size=65, check=False)
+
+
+def test_reduced_precision_that_overflows_is_told(tmp_path):
+    model = _tiny()
+    with torch.no_grad():
+        # Beyond 65504, undone by the convolution that follows.
+        model.classifier[-1].weight.mul_(1e6)
+        model.classifier[-1].bias.zero_()
+    with pytest.raises(dlf.exporting.ExportError, match="in fp16 gives logits that are NaN"):
+        dlf.export(model, tmp_path / "m.pt2", size=33, precision="fp16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_model_computes_in_does_not_matter(tiny, tmp_path):
+    """The file is compared with fp32, whatever the caller's autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        report = dlf.export(tiny, tmp_path / "m.pt2", size=65)
+    assert report.check.error < BOUND
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"precision": "int4"},
+            r"precision is 'int4', and a \.pt2 file has fp32, fp16, bf16, int8",
+        ),
+        ({"precision": "int8"}, r"the model is not calibrated.*calibrate"),
+        ({"size": (0, 5)}, r"size is \(0, 5\), expected \(height, width\)"),
+        ({"size": 1.5}, "size is 1.5, expected"),
+        ({"labels": "yes"}, "labels is 'yes', expected True or False"),
+        ({"dynamic": 0}, "dynamic is 0, expected True or False"),
+    ],
+)
+def test_arguments_that_are_not_allowed(tiny, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        dlf.export(tiny, tmp_path / "m.pt2", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_and_models_that_are_not_allowed(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"'m\.tflite' has no format.*\.onnx, \.xml"):
+        dlf.export(tiny, tmp_path / "m.tflite")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        dlf.export(tiny, tmp_path / "none" / "m.pt2")
+    with pytest.raises(ValueError, match="the model is a dict"):
+        dlf.export({}, tmp_path / "m.pt2")
+    with pytest.raises(ValueError, match="precision is bf16 and the model was optimised in fp32"):
+        dlf.export(dlf.optimize(tiny), tmp_path / "m.pt2", precision="bf16")
+
+    class Own(Preprocess):
+        pass
+
+    model = _tiny()
+    model.preprocess = Own()
+    with pytest.raises(ValueError, match="which no file can describe"):
+        dlf.export(model, tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_libraries_that_are_missing(tiny, tmp_path, monkeypatch):
+    from deeplab_fast.exporting import formats
+
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(ImportError, match=r"needs onnxscript.*deeplab_fast\[onnx\]"):
+        dlf.export(tiny, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_torch_export_does_not_follow(tmp_path):
+    class Deciding(nn.Module):
+        """Depends on its values."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.preprocess = Preprocess()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y if bool(y.mean() > 0) else -y
+
+    with pytest.raises(dlf.exporting.ExportError, match=r"torch\.export does not follow Deciding"):
+        dlf.export(Deciding().eval(), tmp_path / "m.pt2", size=64)
+    assert not list(tmp_path.iterdir())
