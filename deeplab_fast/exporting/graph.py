@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -157,7 +159,12 @@ def exported_program(graph: ExportGraph, description: Description) -> ExportedPr
                 dims[place] = description.multiple * Dim(f"{name}_steps", min=least)
     example = torch.zeros(example_shape(description), dtype=_input_dtype(description))
     try:
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        with (
+            warnings.catch_warnings(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _pools_of_any_size(),
+        ):
             warnings.simplefilter("ignore")
             program = export(graph, (example,), dynamic_shapes=(dims,), strict=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
@@ -170,6 +177,24 @@ def exported_program(graph: ExportGraph, description: Description) -> ExportedPr
             f"{what}; {advice}"
         ) from error
     return program
+
+
+@contextlib.contextmanager
+def _pools_of_any_size() -> Iterator[None]:
+    """Pooling does not tell odd from even sizes apart, as it does in PyTorch before 2.13.
+
+    It asks there whether a remainder has the sign of its divisor, which is always so.
+    """
+    meta: Any = importlib.import_module("torch._meta_registrations")
+    before = getattr(meta, "div_rtn", None)
+    if before is None:
+        yield
+        return
+    meta.div_rtn = operator.floordiv
+    try:
+        yield
+    finally:
+        meta.div_rtn = before
 
 
 def folded(graph: ExportGraph, description: Description) -> ExportGraph:
