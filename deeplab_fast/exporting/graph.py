@@ -119,7 +119,9 @@ class ExportGraph(nn.Module):
             return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
         rows = resize_matrix(x.shape[2], size[0])
         columns = resize_matrix(x.shape[3], size[1])
-        return torch.matmul(torch.matmul(rows, x), columns.t())
+        # A constant matrix from the right becomes a layer of OpenVINO's, and 2026.4 fails to fuse
+        # the normalisation of channels into one: so none comes last.
+        return torch.matmul(rows, torch.matmul(x, columns.t()))
 
 
 def resize_matrix(size: int, target: int) -> Tensor:

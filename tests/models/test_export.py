@@ -176,6 +176,27 @@ def test_openvino_of_photos_gives_the_labels_of_predict(tmp_path):
         assert (found == wanted).mean() > 0.99
 
 
+@pytest.mark.parametrize(
+    ("size", "resize"),
+    [
+        pytest.param((60, 84), 90, id="enlarged"),
+        pytest.param((130, 99), 66, id="reduced"),
+        pytest.param((130, 99), (66, 99), id="one-side"),
+        pytest.param((66, 80), None, id="as-it-is"),
+    ],
+)
+def test_openvino_of_photos_of_one_size(tmp_path, size, resize):
+    """Matrices that resize are constants then, which OpenVINO joins with what is around them."""
+    model = _tiny()
+    model.preprocess = Preprocess((0.4, 0.5, 0.6), (0.3, 0.2, 0.25), size=resize)
+    path = tmp_path / "tiny.xml"
+    dlf.export(model, path, preprocessing=True, size=size)
+    photo = _photo(*size)
+    found, wanted = load_exported(path).predict(photo), model.predict(photo)
+    assert len(np.unique(wanted)) > 1
+    assert (found == wanted).mean() > 0.99
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_torch_export(tiny, tmp_path, precision):
     path = tmp_path / "tiny.pt2"
