@@ -28,8 +28,8 @@ from deeplab_fast.exporting.graph import (
     ExportError,
     ExportGraph,
     exported_program,
+    exporter,
     folded,
-    quiet,
 )
 from deeplab_fast.exporting.load import ExportedModel
 from deeplab_fast.exporting.runtimes import RUNTIMES
@@ -167,7 +167,7 @@ def export(
     )
     plain, called = _prepared(model)
     description = _described(plain, called, size, dynamic, labels, preprocessing, precision)
-    with quiet(), torch.autocast("cpu", enabled=False):
+    with exporter(), torch.autocast("cpu", enabled=False):
         graph = ExportGraph(_traced(plain, precision), description, suffix in (".onnx", ".xml"))
         program = _program(graph, description)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deeplab_fast.exporting.description import Description
-from deeplab_fast.exporting.graph import INPUT, ExportError, quiet
+from deeplab_fast.exporting.graph import INPUT, ExportError, exporter
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -63,7 +63,7 @@ def write(
     """
     path = folder / name
     try:
-        with quiet():
+        with exporter():
             return FORMATS[path.suffix](program, description, path)
     except OSError:
         raise

@@ -161,12 +161,7 @@ def exported_program(graph: ExportGraph, description: Description) -> ExportedPr
                 dims[place] = description.multiple * Dim(f"{name}_steps", min=least)
     example = torch.zeros(example_shape(description), dtype=_input_dtype(description))
     try:
-        with (
-            warnings.catch_warnings(),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            _pools_of_any_size(),
-        ):
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter("ignore")
             program = export(graph, (example,), dynamic_shapes=(dims,), strict=False)
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
@@ -182,7 +177,7 @@ def exported_program(graph: ExportGraph, description: Description) -> ExportedPr
 
 
 @contextlib.contextmanager
-def _pools_of_any_size() -> Iterator[None]:
+def pools_of_any_size() -> Iterator[None]:
     """Pooling does not tell odd from even sizes apart, as it does in PyTorch before 2.13.
 
     It asks there whether a remainder has the sign of its divisor, which is always so.
@@ -288,8 +283,8 @@ def _input_dtype(description: Description) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def quiet() -> Any:
-    """Without the notes of exporters on what they leave out."""
+def exporter() -> Iterator[None]:
+    """Around calls of PyTorch's exporters: no notes on what they leave out, pools of any size."""
     import logging
 
     names = (
@@ -302,7 +297,7 @@ def quiet() -> Any:
     )
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pools_of_any_size():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deeplab_fast.exporting.formats import TORCH_TEXT, check_packages
-from deeplab_fast.exporting.graph import quiet
+from deeplab_fast.exporting.graph import exporter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,7 @@ def start(path: Path, runtime: str | None = None) -> Runtime:
         "torch": _TorchProgram if path.suffix == ".pt2" else _TorchPackage,
     }
     try:
-        with quiet():
+        with exporter():
             return kinds[chosen](path)
     except OSError:
         raise
