@@ -15,8 +15,7 @@ from deeplab_fast.exporting.graph import ExportGraph
 
 # Of logits in fp32.
 BOUND = 1e-5 * 24**0.5
-# 258 rows, which the photo of the check has, become 516: weights are quarters, and of sixteenths of
-# levels one in 16 is a half.
+# Twice the size: weights are quarters, and of sixteenths of levels one in 16 is a half.
 OWN = Description(
     labels=False,
     photos=True,
@@ -26,11 +25,11 @@ OWN = Description(
     channels="RGB",
     mean=(0.5,) * 3,
     std=(0.5,) * 3,
-    resize=516,
+    resize=132,
     batch=1,
-    size=None,
+    size=(66, 98),
     multiple=1,
-    smallest=33,
+    smallest=1,
     precision="fp32",
     model="a model",
     version="0",
