@@ -21,7 +21,7 @@ from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
 from deeplab_fast.dispatch.declare import decompositions
 from deeplab_fast.engine.adapter import AdaptedModel, AssumedPreprocess, as_segmenter
 from deeplab_fast.exporting.check import Check, allowed_error, check, is_close
-from deeplab_fast.exporting.description import Description
+from deeplab_fast.exporting.description import Description, DescriptionError
 from deeplab_fast.exporting.formats import OPSET, check_packages, check_suffix, write
 from deeplab_fast.exporting.graph import (
     SMALLEST,
@@ -214,6 +214,11 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, str]:
             f"the model is a {type(model).__name__}, which torch.export does not follow; export "
             "the module that it was scripted or traced from"
         )
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"the {type(model).__name__} has tensors on the meta device, which have no values; "
+            "expected weights: load them first"
+        )
     # A compiled model's own modules are what is compiled.
     model = getattr(model, "_orig_mod", model)
     segmenter = as_segmenter(model)
@@ -285,7 +290,7 @@ def _described(
         height, width = preprocess.target_size(_USUAL_SIDE, _USUAL_SIDE)
         fixed = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
     classes, palette = own.classes, own.palette
-    return Description(
+    described = Description(
         labels=labels,
         photos=preprocessing,
         num_classes=own.num_classes,
@@ -303,6 +308,15 @@ def _described(
         model=name,
         version=__version__,
     )
+    try:
+        # What reads it is as strict as it must be with any file.
+        return Description.from_strings(described.as_strings(), name)
+    except (DescriptionError, TypeError) as error:
+        raise ValueError(
+            f"no file can say of {name} what it is: {error.__cause__ or error}; expected names "
+            "and colours of 0 to 255 for its classes: set model.classes and model.palette to such, "
+            "or None"
+        ) from error
 
 
 def _size(size: Sequence[int] | int | None, multiple: int) -> tuple[int, int] | None:

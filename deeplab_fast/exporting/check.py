@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ def check(
         ExportError: results that are further off, or not finite where the model's are.
     """
     own = loaded.description
-    logits = ExportGraph(graph.model, replace(own, labels=False))
+    logits = graph.with_logits()
     difference = norm = largest = allowed = 0.0
     same = pixels = 0
     shapes = []

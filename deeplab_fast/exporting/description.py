@@ -86,6 +86,11 @@ class Description:
             return f"logits float32 [{n},{self.num_classes},{h},{w}]"
         return f"labels {'uint8' if self.num_classes <= 256 else 'int64'} [{n},{h},{w}]"
 
+    def result_shape(self, batch: int, height: int, width: int) -> tuple[int, ...]:
+        """Of the result for an input of this size."""
+        size = (height, width)
+        return (batch, *size) if self.labels else (batch, self.num_classes, *size)
+
     def reason_against(self, batch: int, height: int, width: int) -> str:
         """Why the file does not take inputs of this size, "" where it does."""
         if self.size is not None and (height, width) != self.size:

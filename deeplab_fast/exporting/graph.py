@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 import operator
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +30,9 @@ SMALLEST = 33
 # What dynamic sizes are traced with: no two alike, and none that another has as a part.
 _TRACED = (2, 6 * SMALLEST, 8 * SMALLEST)
 _SHOWN = 400
+# Far above what folding rounds, and below what a bias that is not read changes.
+_FOLDED = 1e-3
+_lock = threading.RLock()
 
 
 class ExportError(RuntimeError):
@@ -60,8 +64,8 @@ class ExportGraph(nn.Module):
         self._dtype = next((p.dtype for p in model.parameters()), torch.float32)
         self._align_corners = bool(model.align_corners)
         # Constants: buffers would come first in the order of inputs of some runtimes.
-        self._mean = torch.tensor(description.mean).view(1, 3, 1, 1)
-        self._std = torch.tensor(description.std).view(1, 3, 1, 1)
+        self._mean = _channels(description.mean)
+        self._std = _channels(description.std)
 
     def forward(self, images: Tensor) -> Tensor:
         if not self._description.photos:
@@ -92,6 +96,10 @@ class ExportGraph(nn.Module):
         """The result, of this size, for levels [N, 3, h, w]."""
         return self._result((levels / 255 - self._mean) / self._std, height, width)
 
+    def with_logits(self) -> ExportGraph:
+        """The same model's logits, whatever its own result is."""
+        return ExportGraph(self.model, replace(self._description, labels=False), self._in_matrices)
+
     def converted(self, dtype: torch.dtype) -> ExportGraph:
         """A copy with the model's weights in another dtype."""
         with torch.inference_mode(False), torch.no_grad():
@@ -117,23 +125,27 @@ class ExportGraph(nn.Module):
     def _resized(self, x: Tensor, size: Sequence[int]) -> Tensor:
         if not self._in_matrices:
             return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
-        rows = resize_matrix(x.shape[2], size[0])
-        columns = resize_matrix(x.shape[3], size[1])
+        rows = resize_matrix(x.shape[2], size[0], x.device)
+        columns = resize_matrix(x.shape[3], size[1], x.device)
         # A constant matrix from the right becomes a layer of OpenVINO's, and 2026.4 fails to fuse
         # the normalisation of channels into one: so none comes last.
         return torch.matmul(rows, torch.matmul(x, columns.t()))
 
 
-def resize_matrix(size: int, target: int) -> Tensor:
+def _channels(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
+
+
+def resize_matrix(size: int, target: int, device: torch.device | None = None) -> Tensor:
     """The rows of antialiased bilinear interpolation along one axis: fp32 [target, size].
 
         w[i, j] = max(0, 1 - |j + 1/2 - (i + 1/2) scale| / max(scale, 1)),  scale = size / target
 
     with rows divided by their sums, as torch.nn.functional.interpolate(antialias=True) has it.
     """
-    inputs = torch.arange(size, dtype=torch.float32) + 0.5
+    inputs = torch.arange(size, dtype=torch.float32, device=device) + 0.5
     # Whole numbers, which may be symbolic, become tensors here.
-    outputs = torch.arange(target, dtype=torch.float32) + 0.5
+    outputs = torch.arange(target, dtype=torch.float32, device=device) + 0.5
     scale = inputs.new_full((1,), 1.0) * size / target
     distance = (inputs[None, :] - outputs[:, None] * scale).abs()
     weights = (1 - distance / scale.clamp(min=1.0)).clamp(min=0.0)
@@ -159,7 +171,8 @@ def exported_program(graph: ExportGraph, description: Description) -> ExportedPr
             else:
                 least = -(-description.smallest // description.multiple)
                 dims[place] = description.multiple * Dim(f"{name}_steps", min=least)
-    example = torch.zeros(example_shape(description), dtype=_input_dtype(description))
+    dtype = _input_dtype(description)
+    example = torch.zeros(example_shape(description), dtype=dtype, device="cpu")
     try:
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -229,7 +242,14 @@ def folded(graph: ExportGraph, description: Description) -> ExportGraph:
             )
             parent, _, leaf = norm_name.rpartition(".")
             setattr(own.get_submodule(parent), leaf, nn.Identity())
-    return own
+        # A class of its own may read the weight and no bias.
+        shape = example_shape(replace(description, batch=1))
+        source = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, shape, generator=source, dtype=torch.uint8, device="cpu")
+        example = noise if description.photos else noise.to(torch.float32) / 255
+        before, after = (each.with_logits()(example) for each in (graph, own))
+        is_same = float((before - after).norm()) <= _FOLDED * float(before.norm())
+    return own if is_same else graph
 
 
 def _norms_behind_convolutions(program: ExportedProgram) -> Iterator[tuple[str, str]]:
@@ -284,7 +304,8 @@ def _input_dtype(description: Description) -> torch.dtype:
 
 @contextlib.contextmanager
 def exporter() -> Iterator[None]:
-    """Around calls of PyTorch's exporters: no notes on what they leave out, pools of any size."""
+    """Around calls of PyTorch's exporters: no notes on what they leave out, pools of any size, and
+    one thread at a time, as their state is the process's."""
     import logging
 
     names = (
@@ -297,7 +318,7 @@ def exporter() -> Iterator[None]:
     )
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), pools_of_any_size():
+    with _lock, warnings.catch_warnings(), pools_of_any_size():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

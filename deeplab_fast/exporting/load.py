@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deeplab_fast.data.images import ImageLike, as_rgb_array
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.engine.predict import PredictOptions, check_tensor, checked_images, predict
+from deeplab_fast.engine.runner import is_out_of_memory
 from deeplab_fast.exporting.description import Description
 from deeplab_fast.exporting.formats import FORMATS, check_suffix
 from deeplab_fast.exporting.runtimes import start
@@ -104,7 +105,25 @@ class ExportedModel(nn.Module):
         batch, height, width = images.shape[0], images.shape[rows], images.shape[rows + 1]
         if reason := own.reason_against(batch, height, width):
             raise InputSizeError(f"{self.name}: {reason}")
-        return self._run(images)
+        try:
+            result = self._run(images)
+        # Each library has errors of its own.
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            what = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"{self.name} cannot be run in {self.runtime} for {list(images.shape)}: {what}; "
+                f"expected {own.input_text}, as it says of itself: export the model again"
+            ) from error
+        if tuple(result.shape) != own.result_shape(batch, height, width) or result.dtype not in (
+            (torch.uint8, torch.int64) if own.labels else (torch.float32,)
+        ):
+            raise ValueError(
+                f"{self.name} gave {result.dtype} {list(result.shape)}; expected "
+                f"{own.result_text}, as it says of itself: export the model again"
+            )
+        return result
 
     def forward_logits(self, x: Tensor) -> Tensor:
         """[N, 3, H, W], normalised, or of a file of photos levels 0..255, -> [N, C, H, W].

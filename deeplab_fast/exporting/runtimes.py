@@ -147,7 +147,8 @@ class _TorchProgram:
             self.strings = {}
 
     def __call__(self, images: Tensor) -> Tensor:
-        with torch.inference_mode(False), torch.no_grad():
+        # Its operations are PyTorch's, which the caller's autocast would take over.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self._module(images.clone())
 
 

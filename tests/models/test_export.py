@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -414,11 +415,54 @@ def test_reduced_precision_that_overflows_is_told(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_model_computes_in_does_not_matter(tiny, tmp_path):
-    """The file is compared with fp32, whatever the caller's autocast."""
-    with torch.autocast("cpu", torch.bfloat16):
-        report = dlf.export(tiny, tmp_path / "m.pt2", size=65)
+def test_the_callers_autocast_and_default_dtype_do_not_matter(tmp_path):
+    model = _tiny()
+    x = torch.randn(2, 3, 65, 65)
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            report = dlf.export(model, tmp_path / "m.pt2", size=65, preprocessing=True)
+            dlf.export(model, tmp_path / "x.pt2", size=65, check=False)
+            found = load_exported(tmp_path / "x.pt2")(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(state, torch.get_rng_state())
+    assert report.check.error < BOUND and _error(found, _logits(model, x)) < BOUND
+
+
+def test_a_convolution_that_reads_no_bias_keeps_its_batch_norm(tmp_path):
+    class Own(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.conv2d(x, self.weight, None, self.stride, self.padding)
+
+    torch.manual_seed(0)
+    model = _randomised(
+        nn.Sequential(Own(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1))
+    )
+    model.preprocess = Preprocess()
+    report = dlf.export(model, tmp_path / "m.pt2", size=65)
     assert report.check.error < BOUND
+    program = torch.export.load(tmp_path / "m.pt2")
+    assert any("batch_norm" in str(node.target) for node in program.graph.nodes)
+
+
+def test_a_file_that_is_not_what_it_says_is_told(tiny, tmp_path):
+    path = tmp_path / "m.pt2"
+    dlf.export(tiny, path, size=65, check=False)
+    loaded = load_exported(path)
+    x = torch.zeros(1, 3, 65, 65)
+    for change, words in (
+        (
+            {"num_classes": 4},
+            r"gave torch\.float32 \[1, 5, 65, 65\]; expected logits .*\[N,4,65,65\]",
+        ),
+        ({"labels": True}, r"gave torch\.float32 .*expected labels uint8"),
+        ({"size": (70, 70)}, r"m\.pt2 cannot be run in torch\.export"),
+    ):
+        loaded.description = replace(loaded.description, **change)
+        with pytest.raises(ValueError, match=words):
+            loaded(x if "size" not in change else torch.zeros(1, 3, 70, 70))
 
 
 @pytest.mark.parametrize(
@@ -457,6 +501,11 @@ def test_names_and_models_that_are_not_allowed(tiny, tmp_path):
     model = _tiny()
     model.preprocess = Own()
     with pytest.raises(ValueError, match="which no file can describe"):
+        dlf.export(model, tmp_path / "m.pt2")
+    with pytest.raises(ValueError, match="on the meta device"):
+        dlf.export(_tiny().to("meta"), tmp_path / "m.pt2")
+    model.preprocess, model.palette = Preprocess(), ((0, 0, 300),) * 5
+    with pytest.raises(ValueError, match=r"palette is 300.*set model\.classes and model\.palette"):
         dlf.export(model, tmp_path / "m.pt2")
     assert not list(tmp_path.iterdir())
 
