@@ -80,7 +80,7 @@ def parser() -> ArgumentParser:
 
 
 def run(config: Namespace) -> int:
-    from deeplab_fast.exporting import ExportError, export
+    from deeplab_fast.exporting import ExportError, export, is_exported
 
     if not config.output:
         raise UsageError(
@@ -89,6 +89,11 @@ def run(config: Namespace) -> int:
     if config.no_check and config.photo is not None:
         raise UsageError("--no-check and --photo were both given; leave one of them out")
     need_weights(config)
+    if config.weights and is_exported(config.weights):
+        raise UsageError(
+            f"--weights {config.weights} is an exported file; expected the weights that it was "
+            "made from"
+        )
     check_preprocess(config)
     model, _ = load_any_model(config, "export")
     apply_preprocess(config, model)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from deeplab_fast.exporting.graph import (
 )
 from deeplab_fast.exporting.load import ExportedModel
 from deeplab_fast.exporting.runtimes import RUNTIMES
+from deeplab_fast.models.deeplabv3 import DeepLabV3
 from deeplab_fast.program.frozen import freeze
 from deeplab_fast.program.network import Network
 from deeplab_fast.program.optimize import OptimizedDeepLabV3
@@ -159,8 +161,15 @@ def export(
             raise ValueError(f"{name} is {value!r}, expected True or False")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {path.parent} (to write {path.name} in)")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file in it, e.g. {path / ('model' + suffix)}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"the folder {path.parent} cannot be written to (for {path.name}); name another one"
+        )
+    for taken in (path, path.with_suffix(".bin") if suffix == ".xml" else path):
+        if taken.is_dir():
+            raise ValueError(
+                f"{taken} is a folder, and a file is to be written there: name another"
+            )
     photo = None if isinstance(check, bool) else as_rgb_array(check)
     check_packages(
         suffix, () if check is False or "torch" in RUNTIMES[suffix] else RUNTIMES[suffix][:1]
@@ -222,6 +231,10 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, str]:
     # A compiled model's own modules are what is compiled.
     model = getattr(model, "_orig_mod", model)
     segmenter = as_segmenter(model)
+    if isinstance(model, Network) and _has_own_forward(model):
+        # Its results are what it is called for.
+        own: Any = model
+        segmenter = AdaptedModel(model, own.preprocess, model.align_corners)
     if isinstance(segmenter, OptimizedDeepLabV3):
         if segmenter.device is not None and segmenter.device.type != "cpu":
             raise ValueError(
@@ -238,6 +251,12 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, str]:
     elif isinstance(plain, Network):
         name = plain.config[0] if plain.config else name
     return plain, name
+
+
+def _has_own_forward(model: Network) -> bool:
+    """Whether a call does more than the logits of all heads and their interpolation."""
+    hooks = model._forward_hooks or model._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(model) or type(model).forward is not DeepLabV3.forward
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -324,9 +343,10 @@ def _size(size: Sequence[int] | int | None, multiple: int) -> tuple[int, int] | 
     if size is None:
         return None
     # Checked as that of a picture is.
-    both: Any = (size, size) if isinstance(size, int) else size
     try:
-        fixed = Preprocess(size=tuple(both)).size
+        # NumPy's numbers too.
+        both: Any = size if isinstance(size, Iterable) else (size, size)
+        fixed = Preprocess(size=tuple(operator.index(side) for side in both)).size  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"size is {size!r}, expected (height, width) in pixels, an int for a square, or None"

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
 
 # The key of the whole description; the others are for readers that want one thing.
@@ -14,6 +16,10 @@ KEY = "deeplab_fast"
 # Longer texts, and more of them, no description has.
 _LONGEST = 10_000_000
 _MOST_CLASSES = 1_000_000
+# Of a network that halves its maps ten times.
+_LARGEST_STEP = 1024
+# Along a side: what a file asks for is allocated.
+_LARGEST_SIDE = 65536
 _CHANNELS = {"RGB": Preprocess, "BGR": PreprocessBGR}
 
 
@@ -69,6 +75,13 @@ class Description:
     def result(self) -> str:
         """The name of the result."""
         return "labels" if self.labels else "logits"
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Of the result."""
+        if not self.labels:
+            return torch.float32
+        return torch.uint8 if self.num_classes <= 256 else torch.int64
 
     @property
     def input_text(self) -> str:
@@ -160,8 +173,9 @@ def _checked(value: Any) -> dict[str, Any]:
     for name in ("labels", "photos"):
         if not isinstance(value[name], bool):
             raise ValueError(f"{name} is {value[name]!r}")
-    for name in ("num_classes", "multiple", "smallest"):
-        _whole(name, value[name], _MOST_CLASSES)
+    _whole("num_classes", value["num_classes"], _MOST_CLASSES)
+    for name in ("multiple", "smallest"):
+        _whole(name, value[name], _LARGEST_STEP)
     if value["batch"] is not None:
         _whole("batch", value["batch"], _MOST_CLASSES)
     for name in ("precision", "model", "version"):
@@ -171,13 +185,15 @@ def _checked(value: Any) -> dict[str, Any]:
         raise ValueError(f"channels is {value['channels']!r}")
     size = value["size"]
     if size is not None:
-        size = tuple(_whole("size", n, _MOST_CLASSES) for n in size)
+        size = tuple(_whole("size", n, _LARGEST_SIDE) for n in size)
         if len(size) != 2:
             raise ValueError(f"size is {size}")
     resize = value["resize"]
     resize = tuple(resize) if isinstance(resize, list) else resize
     # It checks what it is given.
     preprocess = Preprocess(value["mean"], value["std"], resize)
+    for side in (resize,) if isinstance(resize, int) else resize or ():
+        _whole("resize", side, _LARGEST_SIDE)
     classes, palette = value["classes"], value["palette"]
     labels = max(2, value["num_classes"])
     if classes is not None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from deeplab_fast.engine.runner import is_out_of_memory
 from deeplab_fast.exporting.description import Description
 from deeplab_fast.nn.aspp import SingleValueBatchNorm2d
 
@@ -177,7 +178,10 @@ def exported_program(graph: ExportGraph, description: Description) -> ExportedPr
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter("ignore")
             program = export(graph, (example,), dynamic_shapes=(dims,), strict=False)
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    # The model's own code may raise anything.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         what = " ".join(str(error).split())[:_SHOWN] or type(error).__name__
         advice = "wrap it in a module that torch.export follows"
         if description.size is None:
@@ -242,12 +246,16 @@ def folded(graph: ExportGraph, description: Description) -> ExportGraph:
             )
             parent, _, leaf = norm_name.rpartition(".")
             setattr(own.get_submodule(parent), leaf, nn.Identity())
-        # A class of its own may read the weight and no bias.
+        # A class of its own may read the weight and no bias, and a module have several names.
         shape = example_shape(replace(description, batch=1))
         source = torch.Generator().manual_seed(0)
         noise = torch.randint(0, 256, shape, generator=source, dtype=torch.uint8, device="cpu")
         example = noise if description.photos else noise.to(torch.float32) / 255
-        before, after = (each.with_logits()(example) for each in (graph, own))
+        try:
+            before, after = (each.with_logits()(example) for each in (graph, own))
+        # A batch norm's statistics may be read by other code.
+        except AttributeError:
+            return graph
         is_same = float((before - after).norm()) <= _FOLDED * float(before.norm())
     return own if is_same else graph
 
@@ -317,8 +325,8 @@ def exporter() -> Iterator[None]:
         "torch._export",
     )
     loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
     with _lock, warnings.catch_warnings(), pools_of_any_size():
+        levels = [logger.level for logger in loggers]
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deeplab_fast.data.images import ImageLike, as_rgb_array
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.engine.predict import PredictOptions, check_tensor, checked_images, predict
-from deeplab_fast.engine.runner import is_out_of_memory
+from deeplab_fast.engine.runner import is_out_of_memory, preprocess_of
 from deeplab_fast.exporting.description import Description
 from deeplab_fast.exporting.formats import FORMATS, check_suffix
 from deeplab_fast.exporting.runtimes import start
@@ -31,8 +31,8 @@ def load_exported(path: str | os.PathLike[str], *, runtime: str | None = None) -
     """A file that `deeplab_fast.export` wrote, as a model with `predict`.
 
     Args:
-        path: .onnx, .xml, .pt2 or .pt2-package. A .pt2-package has machine code that runs: load
-            none that you do not trust.
+        path: .onnx, .xml, .pt2 or .pt2-package. A .pt2-package has machine code, and a .pt2 may
+            have pickles, that run when it is loaded: load none that you do not trust.
         runtime: "onnxruntime" or "openvino" for .onnx; None for the usual one of the format.
 
     Raises:
@@ -66,6 +66,7 @@ class ExportedModel(nn.Module):
         super().__init__()
         super().train(False)
         self._run = start(path, runtime)
+        self._origin = (path, runtime)
         self.name = self.library_class = path.name
         self.runtime = self._run.name
         self.description = Description.from_strings(self._run.strings, path.name)
@@ -104,7 +105,11 @@ class ExportedModel(nn.Module):
         rows = 1 if own.photos else 2
         batch, height, width = images.shape[0], images.shape[rows], images.shape[rows + 1]
         if reason := own.reason_against(batch, height, width):
-            raise InputSizeError(f"{self.name}: {reason}")
+            raise InputSizeError(f"{self.name}: {reason}{self._advice}")
+        shape = own.result_shape(batch, height, width)
+        if batch == 0:
+            # OpenVINO 2026.4 gives the results of the call before.
+            return torch.empty(shape, dtype=own.result_dtype)
         try:
             result = self._run(images)
         # Each library has errors of its own.
@@ -116,14 +121,23 @@ class ExportedModel(nn.Module):
                 f"{self.name} cannot be run in {self.runtime} for {list(images.shape)}: {what}; "
                 f"expected {own.input_text}, as it says of itself: export the model again"
             ) from error
-        if tuple(result.shape) != own.result_shape(batch, height, width) or result.dtype not in (
-            (torch.uint8, torch.int64) if own.labels else (torch.float32,)
-        ):
+        if tuple(result.shape) != shape or result.dtype != own.result_dtype:
             raise ValueError(
                 f"{self.name} gave {result.dtype} {list(result.shape)}; expected "
                 f"{own.result_text}, as it says of itself: export the model again"
             )
         return result
+
+    @property
+    def _advice(self) -> str:
+        """What changes the size of photos."""
+        resize = self.preprocess.size
+        if resize is None:
+            return ""
+        return (
+            f". Photos are resized to {resize} before (preprocess.size): pass preprocess= with "
+            "another size, on the command line --size, 0 for the photo's own"
+        )
 
     def forward_logits(self, x: Tensor) -> Tensor:
         """[N, 3, H, W], normalised, or of a file of photos levels 0..255, -> [N, C, H, W].
@@ -160,12 +174,14 @@ class ExportedModel(nn.Module):
             )
         if not own.labels:
             return predict(self, images, **options)
-        preprocess = options.get("preprocess") or self.preprocess
+        preprocess = preprocess_of(self, options.get("preprocess"))
         if isinstance(images, Tensor):
             check_tensor(images)
             batch = images if images.dim() == 4 else images[None]
             if ready:
                 labels = self._padded(batch.to(torch.float32))
+            elif not len(batch):
+                labels = torch.empty((0, *batch.shape[2:]), dtype=own.result_dtype)
             else:
                 labels = torch.stack([self._labels(each[None], preprocess) for each in batch])
             return labels if images.dim() == 4 else labels[0]
@@ -178,9 +194,14 @@ class ExportedModel(nn.Module):
     def check_options(self, **options: Any) -> None:
         """Raises ValueError for options of `predict` that the file has no answer to."""
         own, asked = self.description, _asked(options)
-        for name, allowed in (("precision", own.precision), ("dtype", None), ("device", "cpu")):
+        fp32 = ("fp32", "torch.float32")
+        for name, allowed in (
+            ("precision", (own.precision,)),
+            ("dtype", fp32),
+            ("device", ("cpu",)),
+        ):
             value = options.get(name)
-            if value is not None and str(value) != allowed:
+            if value is not None and str(value) not in allowed:
                 raise ValueError(
                     f"{name} is {value} and {self.name} computes in {own.precision} on the CPU; "
                     "leave it out, or export the model another way"
@@ -227,6 +248,13 @@ class ExportedModel(nn.Module):
         y = self(x.permute(0, 2, 3, 1) if own.photos else x)
         return y[..., :height, :width]
 
+    def __reduce__(self) -> tuple[type[ExportedModel], tuple[Path, str | None]]:
+        # Libraries' objects are neither copied nor pickled: the file is loaded again.
+        return ExportedModel, self._origin
+
+    def __deepcopy__(self, memo: object) -> ExportedModel:
+        return ExportedModel(*self._origin)
+
     def train(self, mode: bool = True) -> ExportedModel:
         """Only `train(False)`.
 
@@ -244,6 +272,11 @@ class ExportedModel(nn.Module):
 def _asked(options: dict[str, Any]) -> set[str]:
     """The options of a call to `predict` that need more than one pass and its labels."""
     names = ("scales", "flip", "tile", "overlap", "batch_size", "return_prob", "threshold")
+    others = ("preprocess", "precision", "dtype", "device")
+    if unknown := sorted(set(options) - {*names, *others}):
+        raise TypeError(
+            f"predict got {', '.join(unknown)}; its options are {', '.join((*names, *others))}"
+        )
     checked = PredictOptions.checked(**{k: options[k] for k in names if k in options})
     found = {name for name in ("flip", "return_prob") if getattr(checked, name)}
     found |= {name for name in ("tile", "threshold") if getattr(checked, name) is not None}

@@ -57,8 +57,10 @@ def start(path: Path, runtime: str | None = None) -> Runtime:
             f"runtime is {runtime!r} for {path.name}; {path.suffix} files are run by "
             f"{' or '.join(allowed)}"
         )
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected an exported file: name one in it")
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
+        raise FileNotFoundError(f"no such file: {path}; expected one that export wrote")
     if chosen != "torch":
         check_packages(path.suffix, (chosen,))
     kinds: dict[str, Callable[[Path], Runtime]] = {

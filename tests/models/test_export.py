@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
+import pickle
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -535,3 +539,63 @@ def test_a_model_that_torch_export_does_not_follow(tmp_path):
     with pytest.raises(dlf.exporting.ExportError, match=r"torch\.export does not follow Deciding"):
         dlf.export(Deciding().eval(), tmp_path / "m.pt2", size=64)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["override", "hook", "pre-hook"])
+def test_a_model_with_a_forward_of_its_own_exports_that(tmp_path, kind):
+    model = _tiny()
+    if kind == "override":
+
+        class Own(type(model)):
+            def forward(self, x: Tensor) -> dict[str, Tensor]:
+                return {"out": -super().forward(x)["out"]}
+
+        model.__class__ = Own
+    elif kind == "hook":
+        model.register_forward_hook(lambda module, args, output: {"out": output["out"] * 3})
+    else:
+        model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    dlf.export(model, tmp_path / "m.pt2", size=65)
+    loaded = load_exported(tmp_path / "m.pt2")
+    x = torch.randn(2, 3, 65, 65)
+    assert _error(loaded(x), _logits(model, x)) < BOUND
+    assert loaded.classes == model.classes
+
+
+def test_no_images_give_no_labels(tiny, tmp_path):
+    # OpenVINO would give what it gave before.
+    path = tmp_path / "m.xml"
+    dlf.export(tiny, path, size=(65, 97))
+    logits = load_exported(path)
+    assert logits(torch.randn(3, 3, 65, 97)).shape == (3, 5, 65, 97)
+    assert logits(torch.zeros(0, 3, 65, 97)).shape == (0, 5, 65, 97)
+    assert logits.predict(torch.zeros(0, 3, 65, 97)).shape == (0, 65, 97)
+    again = copy.deepcopy(logits)
+    x = torch.randn(1, 3, 65, 97)
+    assert torch.equal(again(x), logits(x))
+
+
+def test_options_that_predict_does_not_have(exported):
+    photo = _photo(80, 90)
+    with pytest.raises(TypeError, match="predict got treshold; its options are"):
+        exported.predict(photo, treshold=0.3)
+    with pytest.raises(ValueError, match="preprocess is a str"):
+        exported.predict(photo, preprocess="x")
+    assert exported.predict(torch.zeros(0, 3, 80, 90, dtype=torch.uint8)).shape == (0, 80, 90)
+    assert pickle.loads(pickle.dumps(exported)).predict(photo, dtype="fp32").shape == (80, 90)
+
+
+def test_several_threads_load_and_export(tiny, tmp_path):
+    path = tmp_path / "m.pt2"
+    dlf.export(tiny, path, size=33, check=False)
+    filters, level = list(warnings.filters), logging.getLogger("torch.export").level
+
+    def work(i: int) -> float:
+        if i % 3 == 0:
+            dlf.export(tiny, tmp_path / f"{i}.pt2", size=33, check=False)
+        return float(load_exported(path)(torch.ones(1, 3, 33, 33)).sum())
+
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(work, range(6)))) == 1
+    assert logging.getLogger("torch.export").level == level
+    assert warnings.filters == filters
