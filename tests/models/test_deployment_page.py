@@ -141,8 +141,8 @@ def _logits(model: nn.Module, images: object) -> torch.Tensor:
         return model(torch.as_tensor(images))["out"]
 
 
-def _small_photo() -> np.ndarray:
-    return np.array(Image.open(PHOTO).convert("RGB").resize((480, 360)))
+def _small_photo(width: int = 480, height: int = 360) -> np.ndarray:
+    return np.array(Image.open(PHOTO).convert("RGB").resize((width, height)))
 
 
 def _need_compiler(*tools: str) -> None:
@@ -172,7 +172,7 @@ def _onnx_runtime(ran: Ran) -> None:
     assert _error(logits, wanted) < _bound(model)
     # What the snippet normalises is what the model takes.
     own = dlf.data.Preprocess(model.preprocess.mean, model.preprocess.std)
-    pixels = torch.from_numpy(_small_photo()).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(_small_photo(960, 720)).permute(2, 0, 1)[None]
     np.testing.assert_allclose(ran.names["images"], own.batch(pixels), rtol=0, atol=1e-6)
     printed = np.fromstring(ran.printed[0].strip("[]\n").replace("\n", " "), int, sep=" ")
     np.testing.assert_array_equal(printed, np.bincount(logits.argmax(1).ravel(), minlength=11))
