@@ -30,7 +30,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Precision]:
     """A CPU with bf16 instructions; what programs are made for, all of them of fp32."""
     found: list[Precision] = []
 
-    def forms_of(precision: Precision, calibration: object) -> CpuForms:
+    def forms_of(precision: Precision, calibration: object, portable: bool = False) -> CpuForms:
         found.append(precision)
         return CpuForms()
 
