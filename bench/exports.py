@@ -35,7 +35,7 @@ DATA = ROOT / "bench" / "data" / "exports"
 BEGIN, END = "<!-- exports:begin -->", "<!-- exports:end -->"
 # Of the side of a square input.
 SIDE = 520
-_ROUNDS, _WARM = 9, 2
+_ROUNDS, _WARM = 5, 1
 VARIANTS = ("dynamic", "static", "labels")
 
 
