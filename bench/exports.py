@@ -36,6 +36,9 @@ BEGIN, END = "<!-- exports:begin -->", "<!-- exports:end -->"
 # Of the side of a square input.
 SIDE = 520
 _ROUNDS, _WARM = 5, 1
+# Seconds before a timed call. ONNX Runtime's threads spin after theirs: without a pause a call of
+# ours behind one took 1.4 times as long.
+_PAUSE = 0.2
 VARIANTS = ("dynamic", "static", "labels")
 
 
@@ -189,6 +192,7 @@ def _timed(file: Callable[[], Tensor], own: Callable[[], object]) -> tuple[float
             call()
     for _ in range(_ROUNDS):
         for call, found in zip(calls, times, strict=True):
+            time.sleep(_PAUSE)
             start = time.perf_counter()
             call()
             found.append((time.perf_counter() - start) * 1e3)
@@ -249,7 +253,7 @@ def table(found: Sequence[Row]) -> str:
         f"{distinct('python')}, commit {distinct('commit')}, {', '.join(dates)}; `python -m "
         "bench.exports`. Dynamic and static files give logits of full size, beside `model(x)`; "
         f"those with labels stand beside `model.predict(x)`. Times are medians of one image of "
-        f"{SIDE}x{SIDE} (smp's of {SIDE - SIDE % 16}), by turns in one process; the ratio is the "
+        f"{SIDE}x{SIDE} (smp's of {SIDE - SIDE % 16}), by turns in one process, each after a pause; the ratio is the "
         "median of the model's time over the file's, above 1 where the file is faster. Errors are "
         "those that `export` found on its photo, relative (2-norm). smp's model is accelerated.",
         "",
