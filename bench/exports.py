@@ -253,9 +253,10 @@ def table(found: Sequence[Row]) -> str:
         f"{distinct('python')}, commit {distinct('commit')}, {', '.join(dates)}; `python -m "
         "bench.exports`. Dynamic and static files give logits of full size, beside `model(x)`; "
         f"those with labels stand beside `model.predict(x)`. Times are medians of one image of "
-        f"{SIDE}x{SIDE} (smp's of {SIDE - SIDE % 16}), by turns in one process, each after a pause; the ratio is the "
-        "median of the model's time over the file's, above 1 where the file is faster. Errors are "
-        "those that `export` found on its photo, relative (2-norm). smp's model is accelerated.",
+        f"{SIDE}x{SIDE} (smp's of {SIDE - SIDE % 16}), by turns in one process, each after a "
+        "pause; the ratio is the median of the model's time over the file's, above 1 where "
+        "the file is faster. Errors are those that `export` found on its photo, relative "
+        "(2-norm). smp's model is accelerated.",
         "",
         "",
     ]
