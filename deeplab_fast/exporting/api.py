@@ -165,11 +165,14 @@ def export(
         raise PermissionError(
             f"the folder {path.parent} cannot be written to (for {path.name}); name another one"
         )
-    for taken in (path, path.with_suffix(".bin") if suffix == ".xml" else path):
-        if taken.is_dir():
-            raise ValueError(
-                f"{taken} is a folder, and a file is to be written there: name another"
-            )
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it, e.g. {path / ('model' + suffix)}")
+    weights = path.with_suffix(".bin")
+    if suffix == ".xml" and weights.is_dir():
+        raise ValueError(
+            f"{weights} is a folder, and the weights are to be written there: name "
+            f"another file than {path.name}"
+        )
     photo = None if isinstance(check, bool) else as_rgb_array(check)
     check_packages(
         suffix, () if check is False or "torch" in RUNTIMES[suffix] else RUNTIMES[suffix][:1]

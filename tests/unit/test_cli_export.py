@@ -166,6 +166,10 @@ def test_a_folder_of_that_name(capsys, folder, tmp_path):
     status, _, errors = run(capsys, *base, "--output", tmp_path / "m.pt2")
     assert status == 2 and "is a folder; name a file in it" in errors
     assert not list((tmp_path / "m.pt2").iterdir())
+    (tmp_path / "m.bin").mkdir()
+    status, _, errors = run(capsys, *base, "--output", tmp_path / "m.xml")
+    assert status == 2 and "m.bin is a folder, and the weights are to be written there" in errors
+    assert not list((tmp_path / "m.bin").iterdir())
 
 
 def test_weights_are_needed(capsys, tmp_path):
