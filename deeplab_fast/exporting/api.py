@@ -97,11 +97,11 @@ def export(
 ) -> ExportReport:
     """Write a model as a file for another runtime, and run that beside the model.
 
-        .onnx          ONNX, opset 18: ONNX Runtime, TensorRT, OpenVINO, ...
+        .onnx          ONNX, opset 18: ONNX Runtime, OpenVINO and others that read it
         .xml           OpenVINO's IR, with a .bin of the weights beside it
         .pt2           a torch.export program: torch.export.load, no Python code of the model
-        .pt2-package   AOTInductor: machine code for this kind of CPU, for C++ and Python; compiles
-                       for minutes, needs a C++ compiler, and checks no sizes where it is run
+        .pt2-package   AOTInductor: machine code for this kind of CPU, for C++ and Python; takes a
+                       C++ compiler and, where sizes are open, minutes; checks no sizes when run
 
     The graph has one input and one result:
 
@@ -145,10 +145,11 @@ def export(
         ImportError: the libraries of the format are missing; says which.
         ExportError: the model does not become such a file, or the file computes something else.
             Nothing is written then.
-        FileNotFoundError: the folder does not exist.
+        FileNotFoundError, PermissionError: no such folder, or one that cannot be written to.
 
     Warns:
-        UserWarning: in precisions below fp32, fewer than 99 % of the labels are those of fp32.
+        UserWarning: in precisions below fp32, fewer than 99 % of the labels are those of fp32; or
+            nothing tells how photos for another library's model are normalised.
     """
     path = Path(path)
     suffix = check_suffix(path)

@@ -14,7 +14,7 @@ from deeplab_fast.exporting.graph import INPUT, ExportError, exporter
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-# The first with antialiased resizing; every runtime of the last three years has it.
+# DEPLOYMENT.md names it; PyTorch 2.11 and 2.13 both write it.
 OPSET = 18
 PACKAGES = {
     ".onnx": ("onnx", "onnxscript"),
