@@ -7,6 +7,7 @@ labels = model.predict("photo.jpg")
 """
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 # In a checkout that is not installed the Triton kernels lie beside this folder, not in it.
 # A wheel has them inside, so the condition is false there.
@@ -21,13 +22,15 @@ from . import _ext as _ext
 from . import backends, models, ops, reference
 from ._version import __version__
 from .backends import use_backend, why
-from .exporting import export, load_exported
 from .models import *  # noqa: F403
 from .program.accelerate import accelerate, accelerate_report, restore
 from .program.optimize import OptimizedDeepLabV3, optimize
 from .program.training import fuse
 from .tuning.api import tune
 from .weights import from_checkpoint, load_weights, save_weights
+
+if _TYPE_CHECKING:
+    from .exporting import export, load_exported
 
 __all__ = [
     "OptimizedDeepLabV3",
@@ -51,3 +54,12 @@ __all__ = [
     "why",
 ]
 __all__ += models.__all__
+
+
+def __getattr__(name: str) -> object:
+    # An eighth of the time of this import, for what few processes do.
+    if name in ("export", "load_exported"):
+        from . import exporting
+
+        return getattr(exporting, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
