@@ -151,6 +151,19 @@ def _need_compiler(*tools: str) -> None:
         pytest.skip(f"{', '.join(missing)} not found, by which the page's C++ is built")
 
 
+def _need_toolkit() -> None:
+    """CMake's files of a PyTorch built for CUDA ask for the whole toolkit, not for nvcc alone."""
+    if torch.version.cuda is None:
+        return
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    home = Path(CUDA_HOME or "/nonexistent")
+    headers = home / "include/cuda_runtime.h"
+    libraries = [home / lib / "libcudart.so" for lib in ("lib64", "lib", "lib/x86_64-linux-gnu")]
+    if not headers.exists() or not any(path.exists() for path in libraries):
+        pytest.skip("PyTorch is built for CUDA and there is no CUDA toolkit, which its CMake needs")
+
+
 def _five_lines(ran: Ran) -> None:
     model, labels = dlf.load("camvid"), ran.names["labels"]
     wanted = model.predict(PHOTO)
@@ -242,6 +255,8 @@ def test_the_code_of_a_section(section, tmp_path, monkeypatch):
         pytest.importorskip(library)
     if tools is not None:
         _need_compiler(*tools)
+        if "cmake" in tools:
+            _need_toolkit()
     monkeypatch.chdir(tmp_path)
     check(_run(section, tmp_path))
 
