@@ -129,8 +129,9 @@ def run(config: Namespace) -> int:
         print(result.metrics.table())
     if result.finished:
         if first:
-            print(f"{result.steps} steps done, the model is {result.weights}")
-        return 1 if result.metrics is not None and result.metrics.not_finite else 0
+            which = f"{result.exported} weights, of step {result.exported_step}"
+            print(f"{result.steps} steps done, the model is {result.weights} ({which})")
+        return 1 if result.last_metrics is not None and result.last_metrics.not_finite else 0
     if first:
         print(f"{result.stopped}, {result.steps} steps done; --resume goes on in {result.folder}")
     return {"SIGINT": 130, "SIGTERM": 143}.get((result.stopped or "").rsplit(" ", 1)[-1], 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from deeplab_fast.engine.averaging import ExponentialAverage
 from deeplab_fast.engine.finite import describe_not_finite
-from deeplab_fast.engine.metrics import Metrics
+from deeplab_fast.engine.metrics import ImageScore, Metrics
 from deeplab_fast.engine.outputs import write_atomically
 
 if TYPE_CHECKING:
@@ -169,6 +170,9 @@ class RunCheckpoint(Checkpoint):
         self.monitor = monitor
         self.best_score: float | None = None
         self.best_step: int | None = None
+        # Counts [C, C] and images of the best validation of a SegmentationModule.
+        self.best_confusion: Tensor | None = None
+        self.best_images: tuple[ImageScore, ...] = ()
         self.out_of_time = False
         self._signal: int | None = None
         self._started = self._saved = self._cost = 0.0
@@ -185,10 +189,18 @@ class RunCheckpoint(Checkpoint):
         return self.folder / "best.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score, "best_step": self.best_step}
+        return {
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "best_confusion": self.best_confusion,
+            "best_images": [dataclasses.astuple(image) for image in self.best_images],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+        # Absent from checkpoints of former versions.
+        self.best_confusion = state_dict.get("best_confusion")
+        self.best_images = tuple(ImageScore(*row) for row in state_dict.get("best_images", ()))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = self._saved = time.monotonic()
@@ -256,6 +268,8 @@ class RunCheckpoint(Checkpoint):
         if score is None or not score > (-1.0 if self.best_score is None else self.best_score):
             return
         self.best_score, self.best_step = float(score), trainer.global_step
+        self.best_confusion = getattr(pl_module, "confusion", None)
+        self.best_images = getattr(pl_module, "images", ())
         self._save(trainer, self.best_path)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

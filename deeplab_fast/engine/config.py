@@ -203,9 +203,16 @@ class TrainConfig:
         None, "stop, saved, after this long: 90m, 1.5h, 3600s or 01:30:00", "TIME"
     )
     checkpoint_minutes: float = _option(10.0, "time between checkpoints within an epoch", "M")
-    export: str = _option("last", "weights in model.safetensors: last or best (val mIoU)", "WHICH")
+    export: str = _option(
+        "best",
+        "weights in model.safetensors: best (by val mIoU; without one the last) or last",
+        "WHICH",
+    )
     log_every: int = _option(10, "steps between lines in metrics.jsonl", "N")
     tensorboard: bool = _option(True, "also write TensorBoard's logs")
+    pictures: bool = _option(
+        True, "also draw curves, IoU by class, confusion matrix, a batch and panels of photos"
+    )
     trainer: dict[str, Any] = field(
         default_factory=dict,
         metadata=_help(

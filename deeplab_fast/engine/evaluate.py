@@ -25,7 +25,7 @@ from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.data.transforms import check_labels, to_tensors
 from deeplab_fast.engine.adapter import as_segmenter
 from deeplab_fast.engine.finite import NotFiniteWarning
-from deeplab_fast.engine.metrics import ImageScore, Metrics
+from deeplab_fast.engine.metrics import ImageScore, Metrics, worst_and_best
 from deeplab_fast.engine.outputs import write_atomically
 from deeplab_fast.engine.pictures import (
     Panel,
@@ -58,7 +58,9 @@ __all__ = [
     "confusion_image",
     "equal_sizes",
     "evaluate",
+    "image_scores",
     "is_out_of_memory",
+    "panels_of",
 ]
 
 
@@ -235,7 +237,7 @@ def evaluate(
             counter = ImageCounter(runner, dataset, classes)
             confusion, images = _gathered(counter, lambda: counter.run(workers, progress))
             rank, world = _rank_and_world()
-            kept = _panels(counter, images, panels) if rank == 0 else ()
+            kept = panels_of(counter, images, panels) if rank == 0 else ()
         settings = {
             "dataset": getattr(dataset, "name", type(dataset).__name__),
             "split": getattr(dataset, "split", None),
@@ -272,9 +274,12 @@ def evaluate(
 
 @dataclass(frozen=True)
 class ImageCounter:
+    """Counts and labels of a data set's images; ``bias`` [C] is added to their logits."""
+
     runner: Runner
     dataset: LabelledData
     classes: ClassSet
+    bias: Tensor | None = None
 
     def run(self, workers: int, progress: bool) -> tuple[Tensor, list[ImageScore]]:
         """Counts and image scores of this process's share."""
@@ -301,7 +306,7 @@ class ImageCounter:
                     total += matrices.sum(0)
                     order += [index for index, _ in group]
                     # Counts below 2^53 are exact in fp64.
-                    parts = [_image_scores(matrices), spoiled[:, None].double()]
+                    parts = [image_scores(matrices), spoiled[:, None].double()]
                     scores.append(torch.cat(parts, dim=1))
                 bar.update(len(items))
         # One copy from the device at the end: a copy an image would wait for each.
@@ -312,14 +317,26 @@ class ImageCounter:
         ]
         return total, images
 
-    def matrices(self, group: list[tuple[int, tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
-        """Of images of one size: counts [n, C, C], and pixels [n] that have no finite logits."""
+    def matrices(
+        self,
+        group: list[tuple[int, tuple[Tensor, Tensor]]],
+        seen: Callable[[Tensor, Tensor], object] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of images of one size: counts [n, C, C], and pixels [n] that have no finite logits.
+
+        ``seen`` gets the logits [n, C, h, w] before ``bias``, and the labels [n, H, W], where the
+        logits of one pass alone make the result.
+        """
         data = torch.stack([item[0] for _, item in group])
         target = torch.stack([item[1] for _, item in group]).to(self.runner.device)
         pixels = self.pixels(data)
         ignore_index = self.dataset.ignore_index
         try:
             logits = self.runner.single_pass(pixels)
+            if logits is not None and seen is not None:
+                seen(logits, target)
+            if logits is not None:
+                logits = self.biased(logits)
             if logits is not None and logits.shape[1] > 1:
                 spoiled = self.runner.spoiled(logits, pixels.size)
                 parts = [
@@ -355,7 +372,17 @@ class ImageCounter:
 
     def predict(self, data: Tensor) -> np.ndarray:
         """Labels [H, W] of one photo."""
-        return self.runner.run(self.pixels(data[None])).labels[0].cpu().numpy()
+        pixels = self.pixels(data[None])
+        if self.bias is None:
+            return self.runner.run(pixels).labels[0].cpu().numpy()
+        logits = self.runner.single_pass(pixels)
+        if logits is None:
+            raise ValueError("a bias is for one pass a photo, not for scales, flips and windows")
+        return self.runner.reduced(self.biased(logits), pixels.size).labels[0].cpu().numpy()
+
+    def biased(self, logits: Tensor) -> Tensor:
+        """The logits with ``bias``."""
+        return logits if self.bias is None else logits + self.bias.to(logits)[:, None, None]
 
     def pixels(self, data: Tensor) -> Pixels:
         if data.is_floating_point():
@@ -477,7 +504,7 @@ def _count(labels: Tensor, target: Tensor, count: int, ignore_index: int) -> Ten
     return torch.bincount(pairs, minlength=count * count).view(count, count)
 
 
-def _image_scores(matrices: Tensor) -> Tensor:
+def image_scores(matrices: Tensor) -> Tensor:
     """[n, C, C] -> [n, 3]: mean IoU, pixel accuracy, pixels; nan where there are no pixels."""
     hits = matrices.diagonal(dim1=1, dim2=2).double()
     union = matrices.sum(1) + matrices.sum(2) - hits
@@ -486,21 +513,17 @@ def _image_scores(matrices: Tensor) -> Tensor:
     return torch.stack([(hits / union).nanmean(1), hits.sum(1) / pixels, pixels], dim=1)
 
 
-def _panels(counter: ImageCounter, images: Sequence[ImageScore], count: int) -> tuple[Panel, ...]:
-    ranked = [image for image in images if not math.isnan(image.miou)]
-    ranked.sort(key=lambda image: (image.miou, image.index))
-    worst = ranked[:count]
-    best = ranked[len(worst) :][::-1][:count]
+def panels_of(counter: ImageCounter, images: Sequence[ImageScore], count: int) -> tuple[Panel, ...]:
+    """The ``count`` worst and the ``count`` best of the images, with their predictions."""
     panels = []
-    for kind, chosen in (("worst", worst), ("best", best)):
-        for rank, score in enumerate(chosen, start=1):
-            image, label = to_tensors(*counter.dataset[score.index])
-            if image.is_floating_point():
-                warnings.warn(
-                    "no panels: the data set gives normalised floats, not photos", stacklevel=3
-                )
-                return ()
-            prediction = counter.predict(image)
-            photo = image.permute(1, 2, 0).contiguous().numpy()
-            panels.append(Panel(kind, rank, score, photo, label.numpy(), prediction))
+    for kind, rank, score in worst_and_best(images, count):
+        image, label = to_tensors(*counter.dataset[score.index])
+        if image.is_floating_point():
+            warnings.warn(
+                "no panels: the data set gives normalised floats, not photos", stacklevel=3
+            )
+            return ()
+        prediction = counter.predict(image)
+        photo = image.permute(1, 2, 0).contiguous().numpy()
+        panels.append(Panel(kind, rank, score, photo, label.numpy(), prediction))
     return tuple(panels)

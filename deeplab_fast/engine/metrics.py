@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["ImageScore", "Metrics"]
+__all__ = ["ImageScore", "Metrics", "percent", "worst_and_best"]
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,7 @@ class Metrics:
         ):
             share = pixels / total if total else math.nan
             lines.append(
-                f"{name:<{width}}  {_percent(iou):>6}  {_percent(accuracy):>8}  "
-                f"{_percent(share):>6}"
+                f"{name:<{width}}  {percent(iou):>6}  {percent(accuracy):>8}  {percent(share):>6}"
             )
         scored = f" (of {self.num_scored} classes)" if self.absent else ""
         for title, value in (
@@ -180,7 +179,7 @@ class Metrics:
             ("frequency-weighted IoU", self.frequency_weighted_iou),
         ):
             note = scored if title == "mean IoU" else ""
-            lines.append(f"{title:<{width}}  {_percent(value):>6}{note}")
+            lines.append(f"{title:<{width}}  {percent(value):>6}{note}")
         if self.note:
             lines.append(f"note: {self.note}")
         if self.absent:
@@ -206,7 +205,8 @@ def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A score in 0..1 as percent with two digits, "-" for nan."""
     return "-" if math.isnan(value) else f"{100 * value:.2f}"
 
 
@@ -225,3 +225,19 @@ class ImageScore:
     pixel_accuracy: float
     pixels: int
     not_finite: int = 0
+
+
+def worst_and_best(images: Sequence[ImageScore], count: int) -> list[tuple[str, int, ImageScore]]:
+    """The ``count`` worst and of the others the ``count`` best by mIoU: kind, rank from 1, score.
+
+    The first are the worst and the best; images without a score are left out.
+    """
+    ranked = [image for image in images if not math.isnan(image.miou)]
+    ranked.sort(key=lambda image: (image.miou, image.index))
+    worst = ranked[:count]
+    best = ranked[len(worst) :][::-1][:count]
+    return [
+        (kind, rank, score)
+        for kind, chosen in (("worst", worst), ("best", best))
+        for rank, score in enumerate(chosen, start=1)
+    ]

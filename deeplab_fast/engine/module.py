@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from deeplab_fast.data.classes import ClassSet, generic_classes
 from deeplab_fast.engine.captured import CapturedStep
 from deeplab_fast.engine.config import TrainConfig
-from deeplab_fast.engine.evaluate import ImageCounter, IndexedItem, equal_sizes
+from deeplab_fast.engine.evaluate import ImageCounter, IndexedItem, equal_sizes, image_scores
 from deeplab_fast.engine.losses import LabelSize, LossKind, SegmentationLoss
-from deeplab_fast.engine.metrics import Metrics
+from deeplab_fast.engine.metrics import ImageScore, Metrics
 from deeplab_fast.engine.runner import (
     PredictOptions,
     Runner,
@@ -35,6 +36,7 @@ from deeplab_fast.weights import model_metadata
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
+    from deeplab_fast.data.datasets import LabelledData
     from deeplab_fast.engine.datamodule import Batch
     from deeplab_fast.models import DeepLabV3
 
@@ -58,9 +60,14 @@ class SegmentationModule(lightning.LightningModule):
 
     Logs "train/loss" (and "train/main", "train/aux" with an auxiliary head), "lr", and after
     validation "val/miou", "val/pixel_accuracy", "val/mean_accuracy",
-    "val/frequency_weighted_iou" and "val/not_finite_pixels", exact over processes. Where logits
-    were NaN or infinite the scores are logged as nan, so that no checkpoint is the best by them.
-    Checkpoints hold the model as ``load_weights`` reads it.
+    "val/frequency_weighted_iou", "val/iou/NAME" of each class (all in 0..1, nan where there is
+    none) and "val/not_finite_pixels", exact over processes, and "val/loss": the mean over the
+    photos of the loss of the classifier alone ("train/main" with an auxiliary head), each at its
+    own size, those without a labelled pixel left out; upsampled logits are held for Dice only. What
+    is scored is what is saved: without ``config.undo_class_weights``' part of the class weights
+    (which "val/loss", of the trained weights, keeps). Where logits were NaN or infinite the scores
+    are logged as nan, so that no checkpoint is the best by them. Checkpoints hold the model as
+    ``load_weights`` reads it.
 
     With ``config.cuda_graph`` the forward and backward passes are CUDA graphs (``CapturedStep``),
     on one GPU, with hooks and callbacks in the same order as without, but that
@@ -79,9 +86,9 @@ class SegmentationModule(lightning.LightningModule):
         tell: takes a line about what is captured.
 
     Attributes:
-        metrics: the last validation's ``Metrics``, ``confusion`` its counts, ``not_finite`` its
-            pixels without finite logits by image, ``validated_step`` the number of optimizer steps
-            before it.
+        metrics: the last validation's ``Metrics``, ``confusion`` its counts, ``images`` the scores
+            of each photo, ``not_finite`` its pixels without finite logits by image,
+            ``validated_step`` the number of optimizer steps before it.
         last_step: losses and learning rate of the last step of the optimizer.
 
     Raises:
@@ -123,7 +130,33 @@ class SegmentationModule(lightning.LightningModule):
                 f"class_weights has {len(class_weights)} weights for {len(self.classes)} classes "
                 f"({', '.join(self.classes.classes[:5])}, ...); give one weight a class"
             )
-        self.loss = SegmentationLoss(
+        self.loss = self._loss(ignore_index, class_weights)
+        self.total_steps = total_steps if total_steps is not None else config.steps
+        self._freeze()
+        self.metrics: Metrics | None = None
+        self.validated_step: int | None = None
+        self.confusion: Tensor | None = None
+        self.not_finite: dict[str, int] = {}
+        self.images: tuple[ImageScore, ...] = ()
+        # A function: deepcopy would follow a bound method to its object, the data.
+        self._name = None if name is None else lambda index: name(index)
+        self._tell = None if tell is None else lambda text: tell(text)
+        self._counter: ImageCounter | None = None
+        self._confusion: Tensor | None = None
+        # Of each image of a validation: index and name, and its scores and loss.
+        self._scored: list[tuple[int, str]] = []
+        self._scores: list[Tensor] = []
+        # A function: the average pairs its tensors with this module's.
+        self._val_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+        # Losses and samples since the last step of the optimizer: the last is what went wrong.
+        self.last_step: dict[str, Tensor | float] = {}
+        self._window: list[tuple[dict[str, Tensor], Tensor]] = []
+        self._restore = ExitStack()
+        self._captured: CapturedStep | None = None
+
+    def _loss(self, ignore_index: int, class_weights: Sequence[float] | None) -> SegmentationLoss:
+        config = self.config
+        return SegmentationLoss(
             kind=cast(LossKind, config.loss),
             ignore_index=ignore_index,
             class_weights=class_weights,
@@ -133,25 +166,23 @@ class SegmentationModule(lightning.LightningModule):
             focal_gamma=config.focal_gamma,
             dice_weight=config.dice_weight,
             labels=cast(LabelSize, config.loss_labels),
-            align_corners=bool(model.align_corners),
+            align_corners=bool(self.model.align_corners),
         )
-        self.total_steps = total_steps if total_steps is not None else config.steps
-        self._freeze()
-        self.metrics: Metrics | None = None
-        self.validated_step: int | None = None
-        self.confusion: Tensor | None = None
-        self.not_finite: dict[str, int] = {}
-        # A function: deepcopy would follow a bound method to its object, the data.
-        self._name = None if name is None else lambda index: name(index)
-        self._tell = None if tell is None else lambda text: tell(text)
-        self._counter: ImageCounter | None = None
-        self._confusion: Tensor | None = None
-        self._spoiled: list[tuple[str, Tensor]] = []
-        # Losses and samples since the last step of the optimizer: the last is what went wrong.
-        self.last_step: dict[str, Tensor | float] = {}
-        self._window: list[tuple[dict[str, Tensor], Tensor]] = []
-        self._restore = ExitStack()
-        self._captured: CapturedStep | None = None
+
+    def taken_back(self) -> Tensor | None:
+        """What the saved model has of its classes' logits more than the trained one, [C].
+
+            -T log w_c,  T = config.undo_class_weights, w the class weights
+
+        0 for a class of weight 0, which was never trained; of one class, whose logit is the
+        difference of two, the difference. None without class weights or where T is 0.
+        """
+        weights = self.loss.class_weights
+        if not self.config.undo_class_weights or weights is None:
+            return None
+        logs = weights.where(weights > 0, 1.0).log()
+        logs = logs if self.model.num_classes > 1 else logs[1:] - logs[:1]
+        return -self.config.undo_class_weights * logs
 
     def _freeze(self) -> None:
         """What the config wants to stay as it is; an auxiliary head without a loss too."""
@@ -320,52 +351,84 @@ class SegmentationModule(lightning.LightningModule):
         self._confusion = torch.zeros(
             (len(self.classes),) * 2, dtype=torch.int64, device=self.device
         )
-        self._spoiled = []
+        self._scored, self._scores = [], []
         self.end_validation()
-        self._restore = ExitStack()
-        self._restore.enter_context(at_output_stride(self.model, self.config.eval_output_stride))
-        # Photos of many sizes: each would be tuned for anew.
-        self._restore.enter_context(_no_cudnn_benchmark())
-        options = PredictOptions.checked()
-        runner = Runner.prepare(
-            self.model, None, getattr(self.model, "preprocess", None), options, self.device, None
-        )
         loader = self.trainer.val_dataloaders
         assert loader is not None
-        self._counter = ImageCounter(runner, loader.dataset.dataset, self.classes)
+        self._restore = ExitStack()
+        self._counter = self._restore.enter_context(self.scoring(loader.dataset.dataset))
+        weights = self.loss.class_weights
+        loss = self._loss(
+            self._counter.dataset.ignore_index, None if weights is None else weights.tolist()
+        ).to(self.device)
+        self._val_loss = lambda logits, labels: loss(logits, labels)
+
+    @contextmanager
+    def scoring(self, dataset: LabelledData) -> Iterator[ImageCounter]:
+        """Counts and labels of a data set's photos as the validation has them.
+
+        Meanwhile the model is at ``config.eval_output_stride``. The caller sees to eval mode.
+        """
+        # Photos of many sizes: each would be tuned for anew.
+        with at_output_stride(self.model, self.config.eval_output_stride), _no_cudnn_benchmark():
+            preprocess = getattr(self.model, "preprocess", None)
+            options = PredictOptions.checked()
+            runner = Runner.prepare(self.model, None, preprocess, options, self.device, None)
+            yield ImageCounter(runner, dataset, self.classes, self.taken_back())
 
     def validation_step(self, batch: list[IndexedItem], batch_idx: int) -> None:
         assert self._counter is not None and self._confusion is not None
         for group in equal_sizes(batch):
-            matrices, spoiled = self._counter.matrices(group)
+            losses: list[Tensor] = []
+            matrices, spoiled = self._counter.matrices(group, partial(self._add_losses, losses))
             self._confusion += matrices.sum(0)
-            names = [self._counter.name(index) for index, _ in group]
-            self._spoiled += zip(names, spoiled.unbind(), strict=True)
+            self._scored += [(index, self._counter.name(index)) for index, _ in group]
+            # Counts below 2^53 are exact in fp64.
+            parts = [image_scores(matrices), spoiled[:, None].double()]
+            parts.append(torch.stack(losses)[:, None].double())
+            self._scores.append(torch.cat(parts, dim=1))
+
+    def _add_losses(self, losses: list[Tensor], logits: Tensor, labels: Tensor) -> None:
+        """That of each image; nan where no pixel is labelled."""
+        assert self._val_loss is not None
+        for i in range(len(labels)):
+            losses.append(self._val_loss(logits[i : i + 1], labels[i : i + 1]))
 
     def on_validation_epoch_end(self) -> None:
         assert self._confusion is not None
         total = self._confusion
         # One copy from the device for all images.
-        counts = torch.stack([each for _, each in self._spoiled]) if self._spoiled else total[:0, 0]
-        found: Counter[str] = Counter()
-        for (name, _), count in zip(self._spoiled, counts.tolist(), strict=True):
-            if count:
-                found[name] += count
+        values = torch.cat(self._scores).tolist() if self._scores else []
+        shares: list[Any] = [[(*s, *v) for s, v in zip(self._scored, values, strict=True)]]
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
-            shares: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, found)
-            found = sum(shares, Counter())
+            mine, shares = shares[0], [None] * dist.get_world_size()
+            dist.all_gather_object(shares, mine)
         self.end_validation()
         self.confusion, self._confusion, self._counter = total.cpu(), None, None
-        self.not_finite, self._spoiled = dict(found), []
+        self._scored, self._scores, self._val_loss = [], [], None
+        rows = sorted(row for share in shares for row in share)
+        self.images = tuple(
+            ImageScore(index, name, miou, accuracy, int(pixels), int(spoiled))
+            for index, name, miou, accuracy, pixels, spoiled, _ in rows
+        )
+        found = Counter[str]()
+        for image in self.images:
+            if image.not_finite:
+                found[image.name] += image.not_finite
+        self.not_finite = dict(found)
         self.metrics = Metrics.from_confusion(
             self.confusion, self.classes.classes, not_finite=sum(found.values())
         )
         self.validated_step = self.trainer.global_step
+        losses = [row[-1] for row in rows if row[4]]
+        scores = {"loss": math.fsum(losses) / len(losses) if losses else math.nan}
         for name in ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou"):
-            value = math.nan if found else float(getattr(self.metrics, name))
-            # Equal on all processes: the counts are summed.
+            scores[name] = math.nan if found else float(getattr(self.metrics, name))
+        for name, value in zip(_unique(self.classes.classes), self.metrics.iou, strict=True):
+            scores[f"iou/{name}"] = math.nan if found else value
+        for name, value in scores.items():
+            # Equal on all processes: the counts are summed, the losses gathered.
             self.log(f"val/{name}", value, prog_bar=name == "miou", rank_zero_only=False)
         self.log("val/not_finite_pixels", float(self.metrics.not_finite), rank_zero_only=False)
 
@@ -427,6 +490,11 @@ class SegmentationModule(lightning.LightningModule):
         if self._name is None:
             return ", ".join(f"sample {i}" for i in listed)
         return ", ".join(self._name(i) for i in listed)
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names, with the number of the class after one that stood before."""
+    return [f"{name} {i}" if name in names[:i] else name for i, name in enumerate(names)]
 
 
 def _freeze_part(model: nn.Module, part: str) -> None:

@@ -58,7 +58,9 @@ _FREE = frozenset(
 class TrainResult:
     """What ``fit`` made.
 
-    ``miou`` and ``best_miou`` are of the last and the best validation, None without one.
+    ``miou`` and ``best_miou`` are of the last and the best validation, None without one;
+    ``metrics`` is of the weights in ``weights`` (``exported``: "best" or "last", after step
+    ``exported_step``), ``last_metrics`` of the last validation. All scores are in 0..1.
     ``finished`` is False where the wall time or a signal ended the run; it goes on with
     ``resume=True``.
     """
@@ -73,6 +75,9 @@ class TrainResult:
     finished: bool
     stopped: str | None = None
     metrics: Metrics | None = None
+    last_metrics: Metrics | None = None
+    exported: str | None = None
+    exported_step: int | None = None
 
 
 def checkpoint_to_resume(folder: Path, resume: bool | str | os.PathLike[str]) -> Path | None:
@@ -137,6 +142,8 @@ def write_result(result: TrainResult) -> None:
         "steps": result.steps,
         "val_miou": result.miou,
         "best_val_miou": result.best_miou,
+        "exported": result.exported,
+        "exported_step": result.exported_step,
         "metrics": None if result.metrics is None else result.metrics.as_dict(),
     }
     # JSON has no nan, the mIoU of no labels.

@@ -188,10 +188,15 @@ def fit(
         write_run_files(folder, config)
     _tell_of_start(config, module, data, steps, checkpoint, tell)
     stopped = _run(trainer, module, data, checkpoint)
-    weights = None
-    if stopped is None and trainer.is_global_zero:
-        averaged = None if average is None else average.averaged
-        weights = _export(config, folder, module if averaged is None else averaged, saver, tell)
+    weights = exported = None
+    averaged = None if average is None else average.averaged
+    trained = module if averaged is None else averaged
+    if stopped is None:
+        best = config.export == "best" and saver.best_score is not None
+        best = best and saver.best_path.exists()
+        exported = "best" if best else "last"
+        if trainer.is_global_zero:
+            weights = _export(config, folder, trained, saver if best else None, tell)
     if saver.out_of_time:
         stopped = f"stopped after {config.max_time}"
     result = TrainResult(
@@ -204,7 +209,10 @@ def fit(
         best_miou=saver.best_score,
         finished=stopped is None,
         stopped=stopped,
-        metrics=module.metrics,
+        metrics=_metrics_of(exported, module, saver),
+        last_metrics=module.metrics,
+        exported=exported,
+        exported_step={"best": saver.best_step, "last": trainer.global_step}.get(exported or ""),
     )
     if trainer.is_global_zero:
         write_result(result)
@@ -422,23 +430,36 @@ def _class_weights(config: TrainConfig, data: SegmentationData) -> Sequence[floa
     return class_weights_from_counts(data.counted().pixels, cast(WeightMethod, weights))
 
 
+def _metrics_of(
+    exported: str | None, module: SegmentationModule, saver: RunCheckpoint
+) -> Metrics | None:
+    """Of the exported weights; of the last validation where nothing was exported."""
+    from deeplab_fast.engine.metrics import Metrics
+
+    if exported != "best":
+        return module.metrics
+    if saver.best_confusion is None:
+        return None
+    # Where logits were not finite there is no score, and no best.
+    return Metrics.from_confusion(saver.best_confusion, module.classes.classes)
+
+
 def _export(
     config: TrainConfig,
     folder: Path,
     module: SegmentationModule,
-    saver: RunCheckpoint,
+    saver: RunCheckpoint | None,
     tell: Callable[[str], None],
 ) -> Path:
-    """Writes model.safetensors, at the output stride of the validation."""
+    """Writes model.safetensors, at the output stride of the validation: the best of ``saver``."""
     from deeplab_fast.engine.runner import at_output_stride
     from deeplab_fast.weights import load_weights, save_weights
 
     model = module.model
-    if config.export == "best":
-        if saver.best_path.exists():
-            load_weights(model, saver.best_path)
-        else:
-            tell("warning: no validation had a mIoU, so the last weights are saved, not the best")
+    if saver is not None:
+        load_weights(model, saver.best_path)
+    elif config.export == "best":
+        tell("no validation had a mIoU: model.safetensors has the last weights")
     stride = config.eval_output_stride
     with at_output_stride(model, stride), _without_class_weights(config, module):
         try:
@@ -456,8 +477,8 @@ def _export(
 @contextmanager
 def _without_class_weights(config: TrainConfig, module: SegmentationModule) -> Iterator[None]:
     """The model with `undo_class_weights` times the log of the class weights off its last bias."""
-    part, weights = config.undo_class_weights, module.loss.class_weights
-    if not part or weights is None:
+    shift = module.taken_back()
+    if shift is None:
         yield
         return
     last = [m for m in module.model.classifier.modules() if isinstance(m, nn.Conv2d)][-1]
@@ -467,10 +488,7 @@ def _without_class_weights(config: TrainConfig, module: SegmentationModule) -> I
         )
     before = last.bias.detach().clone()
     with torch.no_grad():
-        # A class of weight 0 was never trained: its logit stays.
-        logs = weights.to(before).where(weights.to(before) > 0, 1.0).log()
-        # The one logit of one class is the difference of the two.
-        last.bias -= part * (logs if len(before) > 1 else logs[1:] - logs[:1])
+        last.bias += shift.to(before)
     try:
         yield
     finally:

@@ -78,5 +78,6 @@ def config(tiny: ModuleType, scenes: Path, tmp_path: Path) -> TrainConfig:
         epochs=2,
         lr=0.1,
         log_every=1,
+        export="last",
         output=str(tmp_path / "run"),
     )

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.nn import functional as F
 
+import deeplab_fast
 from deeplab_fast import testing
 
 testing.import_torchvision()
@@ -420,6 +423,32 @@ def test_class_weights_and_bootstrapping_from_the_data(config):
     assert "loss.class_weights" not in module.state_dict()
 
 
+def test_validation_loss_is_that_of_the_logits_at_full_size(config):
+    """Of the trained weights; scores are of the exported, which have class weights taken back."""
+    weights = [1.0, 2.0, 4.0, 0.5]
+    given = {"class_weights": weights, "undo_class_weights": 0.5, "val_batch_size": 4}
+    result = fit(config.replace(epochs=1, ema=0.5, aux_weight=0.4, **given))
+    trained = from_checkpoint(result.last_checkpoint, model="tiny_deeplabv3").eval()
+    data, losses = open_training(config), []
+    for image, label in data:
+        x = trained.preprocess(image)
+        target = torch.tensor(label).long()[None]
+        with torch.no_grad(), deeplab_fast.use_backend("reference"):
+            full = trained(x)["out"]
+        assert full.shape[-2:] == target.shape[-2:]
+        loss = F.cross_entropy(full, target, torch.tensor(weights), ignore_index=255)
+        losses.append(float(loss))
+    last = rows(result.folder)[-1]
+    # Sums of 2000 pixels in fp32 of logits that are 2e-6 from the reference's.
+    assert last["val/loss"] == pytest.approx(sum(losses) / 12, rel=1e-5)
+    score = evaluate(from_checkpoint(result.weights), data).metrics
+    assert score.miou == pytest.approx(result.miou)
+    assert evaluate(trained, data).metrics.miou != pytest.approx(result.miou)
+    assert {k: v for k, v in last.items() if k.startswith("val/iou/")} == pytest.approx(
+        {f"val/iou/{name}": iou for name, iou in zip(score.classes, score.iou, strict=True)}
+    )
+
+
 def test_class_weights_are_taken_back_and_input_size_saved(config):
     """The exported last bias is the trained one less T log w; the checkpoint keeps the trained."""
     weights = [1.0, 2.0, 4.0, 0.0]
@@ -462,11 +491,45 @@ def test_torchvision_preset_trains_its_auxiliary_head(config):
     assert any(key.startswith("aux_classifier.") for key in read_state_dict(result.weights))
 
 
-def test_best_checkpoint_and_its_export(config):
-    result = fit(config.replace(epochs=6, lr=0.3, export="best"))
+class Spoil(Callback):
+    """After a step, weights that predict one class everywhere."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step >= self.step:
+            last = pl_module.model.classifier[1]
+            with torch.no_grad():
+                last.weight.zero_()
+                last.bias.copy_(torch.arange(4.0))
+
+
+class Stop(Callback):
+    """SIGTERM to itself."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_the_best_weights_and_their_scores_are_exported(config):
+    config = config.replace(epochs=6, lr=0.3, export=train_config().export)
+    # Interrupted after the best: the checkpoint knows its scores.
+    first = fit(config, callbacks=[Stop(16)])
+    assert not first.finished and first.exported is None and first.steps == 16
+    result = fit(config, callbacks=[Spoil(17)], resume=True)
     scores = [row["val/miou"] for row in rows(result.folder) if "val/miou" in row]
-    assert len(scores) == 6
     best = int(np.argmax(scores))
+    assert best < 5 and result.exported == "best" and result.exported_step == 3 * (best + 1)
+    # The scores that are shown in the end are those of what was exported.
+    assert result.metrics.miou == pytest.approx(scores[best])
+    assert result.last_metrics.miou == pytest.approx(scores[-1])
+    summary = json.loads((result.folder / "result.json").read_text())
+    assert summary["metrics"]["miou"] == result.metrics.miou
     assert result.best_miou == pytest.approx(scores[best])
     content = torch.load(result.best_checkpoint, weights_only=True)
     assert content["global_step"] == 3 * (best + 1)
@@ -530,7 +593,8 @@ def test_a_binary_mask_of_255_is_not_trained_on_in_silence(tiny, config, tmp_pat
     assert math.isnan(result.miou) and result.best_miou is None
     assert any("val mIoU -," in line for line in told)
     assert any("one class only (class 0)" in line for line in told)
-    assert any("the last weights are saved, not the best" in line for line in told)
+    assert "no validation had a mIoU: model.safetensors has the last weights" in told
+    assert result.exported == "last" and result.exported_step == result.steps
     assert json.loads((result.folder / "result.json").read_text())["val_miou"] is None
 
 

@@ -121,6 +121,7 @@ def recipe(root):
         "batch_size": 4,
         "check_data": False,
         "tensorboard": False,
+        "pictures": False,
     }
 
 
