@@ -1,7 +1,6 @@
 """The version: pyproject.toml is its single source."""
 
 import re
-from importlib import metadata
 from pathlib import Path
 
 
@@ -12,6 +11,8 @@ def _find() -> str:
         found = re.search(r'^version = "([^"]+)"', pyproject.read_text("utf-8"), re.MULTILINE)
         if found:
             return found.group(1)
+    from importlib import metadata
+
     try:
         return metadata.version("deeplab_fast")
     except metadata.PackageNotFoundError:

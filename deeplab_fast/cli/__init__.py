@@ -11,9 +11,9 @@ SIGTERM.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from deeplab_fast.cli import (
     calibrate,
@@ -27,9 +27,6 @@ from deeplab_fast.cli import (
     tune,
 )
 from deeplab_fast.cli.common import PROGRAM, Command, UsageError
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser
 
 __all__ = ["main"]
 
@@ -48,14 +45,16 @@ _COMMANDS: dict[str, Command] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line ``argv`` (``sys.argv[1:]`` without) and returns the exit status."""
-    parser = _parser()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else ""
     try:
-        config = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
+        if name not in _COMMANDS:
+            return _without_command(name)
+        config = _COMMANDS[name].parser().parse_args(arguments[1:])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
-    name = config.subcommand
     try:
-        return _COMMANDS[name].run(config[name])
+        return _COMMANDS[name].run(config)
     except UsageError as error:
         print(f"{PROGRAM} {name}: error: {error}", file=sys.stderr)
         return 2
@@ -64,17 +63,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+def _without_command(argument: str) -> int:
+    """``--help``, ``--version``, or what is wrong with a first argument that is no command."""
+    if argument in ("-h", "--help", "--version"):
+        from deeplab_fast import __version__
 
-    from deeplab_fast import __version__
+        parser = argparse.ArgumentParser(
+            prog=PROGRAM,
+            description="DeepLabv3: semantic segmentation of photos.",
+            epilog=f"'{PROGRAM} COMMAND --help' has the options of a command.",
+        )
+        parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+        commands = parser.add_subparsers(metavar="COMMAND")
+        for name, command in _COMMANDS.items():
+            commands.add_parser(name, help=command.HELP)
+        parser.parse_args([argument])
+    if argument:
+        from deeplab_fast.cli.parser import did_you_mean
 
-    parser = ArgumentParser(
-        prog=PROGRAM,
-        description="DeepLabv3: semantic segmentation of photos.",
-        version=f"{PROGRAM} {__version__}",
-    )
-    commands = parser.add_subcommands(required=True)
-    for name, command in _COMMANDS.items():
-        commands.add_subcommand(name, command.parser(), help=command.HELP)
-    return parser
+        means = did_you_mean(argument, [*_COMMANDS, "--help", "--version"])
+        problem = f"there is no command {argument}" + (f"; did you mean {means}?" if means else "")
+    else:
+        problem = "a command is missing"
+    print(f"{PROGRAM}: error: {problem}", file=sys.stderr)
+    print(f"Commands: {', '.join(_COMMANDS)}; {PROGRAM} --help", file=sys.stderr)
+    return 2

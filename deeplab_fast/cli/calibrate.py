@@ -23,13 +23,14 @@ HELP = "measure on photos what int8 needs, into a file of weights"
 
 
 def parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from deeplab_fast.cli.parser import CommandParser
 
-    parser = ArgumentParser(
+    parser = CommandParser(
+        "calibrate",
         description="Runs a model over photos of the kind that it will see, on the CPU, chooses the"
         " ranges of its maps for 8 bits, and writes them with the weights into a file for"
         " --precision int8. A few dozen photos are enough; labels are not needed. Prints how many"
-        " labels are those of fp32."
+        " labels are those of fp32.",
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")

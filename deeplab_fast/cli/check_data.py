@@ -13,12 +13,13 @@ HELP = "find unreadable photos and wrong labels"
 
 
 def parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from deeplab_fast.cli.parser import CommandParser
 
-    parser = ArgumentParser(
+    parser = CommandParser(
+        "check-data",
         description="Reads every photo and mask of a data set and reports unreadable files, sizes"
         " that differ, labels that are no class and empty masks, all at once. The exit status is 1"
-        " where there are any."
+        " where there are any.",
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")

@@ -38,14 +38,15 @@ HELP = "score a model on a labelled data set: mIoU and more"
 
 
 def parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from deeplab_fast.cli.parser import CommandParser
 
-    parser = ArgumentParser(
+    parser = CommandParser(
+        "eval",
         description="Scores a model on a labelled data set: mean IoU (classes that occur neither in"
         " labels nor predictions left out), IoU and accuracy by class, pixel accuracy, mean"
         " accuracy, frequency-weighted IoU. Prints a table; with --output writes metrics.json,"
         " confusion.png and panels. Under torchrun the processes share the images. The exit status"
-        " is 1 where logits were NaN or infinite: the scores are marked."
+        " is 1 where logits were NaN or infinite: the scores are marked.",
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")

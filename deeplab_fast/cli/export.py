@@ -24,13 +24,14 @@ HELP = "write a model as ONNX, OpenVINO IR, torch.export program or AOTInductor 
 
 
 def parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from deeplab_fast.cli.parser import CommandParser
 
-    parser = ArgumentParser(
+    parser = CommandParser(
+        "export",
         description="Writes a model as a file for another runtime: .onnx, .xml (OpenVINO, with a "
         ".bin beside it), .pt2 (torch.export) or .pt2-package (AOTInductor). Then runs that file "
         "on a photo and prints how far its results are from the model's; one that computes "
-        "something else is not kept. 'deeplab-fast predict --weights FILE' runs it."
+        "something else is not kept. 'deeplab-fast predict --weights FILE' runs it.",
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")

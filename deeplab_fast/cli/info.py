@@ -11,9 +11,9 @@ HELP = "versions, devices, and which implementations run"
 
 
 def parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from deeplab_fast.cli.parser import CommandParser
 
-    return ArgumentParser()
+    return CommandParser("info", description=HELP.capitalize() + ".")
 
 
 def run(config: Namespace) -> int:

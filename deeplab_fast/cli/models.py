@@ -11,9 +11,9 @@ HELP = "names that --model takes"
 
 
 def parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from deeplab_fast.cli.parser import CommandParser
 
-    return ArgumentParser()
+    return CommandParser("models", description=HELP.capitalize() + ".")
 
 
 def run(config: Namespace) -> int:

@@ -47,13 +47,14 @@ _OUT_OF_MEMORY = "not enough memory; use --tile H W, e.g. --tile 513 513, or --s
 
 
 def parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from deeplab_fast.cli.parser import CommandParser
 
-    parser = ArgumentParser(
+    parser = CommandParser(
+        "predict",
         description="Segments photos. For each, writes STEM_labels.png (class ids under a palette),"
         " STEM_overlay.png and STEM.json (class areas) into the output folder. An image that"
         " cannot be read is reported, the others are done, and the exit status is 1, as it is where"
-        " logits were NaN or infinite."
+        " logits were NaN or infinite.",
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")

@@ -17,16 +17,16 @@ HELP = "train a model: the paper's protocol, or your own"
 
 
 def parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
-
+    from deeplab_fast.cli.parser import CommandParser
     from deeplab_fast.engine.config import PRESETS, TrainConfig
 
-    parser = ArgumentParser(
+    parser = CommandParser(
+        "train",
         description="Trains a model into the folder --output: config.yaml (runs again with"
         " --config), versions.json, metrics.jsonl, tensorboard/, checkpoints/last.ckpt and"
         " best.ckpt, and at the end model.safetensors (for predict and eval) and result.json."
         " SIGTERM and Ctrl+C save and stop; --resume goes on with the same result. Under torchrun"
-        " or SLURM the processes share each batch. Needs pip install deeplab_fast[train]."
+        " or SLURM the processes share each batch. Needs pip install deeplab_fast[train].",
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")

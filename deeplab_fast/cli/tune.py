@@ -14,33 +14,33 @@ HELP = "check and measure the GPU kernels on the GPU at hand"
 
 
 def parser() -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    from deeplab_fast.cli.parser import CommandParser
+    from deeplab_fast.tuning import defaults
 
-    from deeplab_fast.tuning import api
-
-    parser = ArgumentParser(
+    parser = CommandParser(
+        "tune",
         description="Checks every GPU kernel of the package on the GPU at hand and measures it"
         " beside PyTorch's, each in a process of its own, and keeps the verdicts: from then on"
         " those that are right and faster run by themselves. Prints a table. The exit status is 1"
-        " where a kernel failed, 2 where there is no GPU."
+        " where a kernel failed, 2 where there is no GPU.",
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
     add("--model", type=str | None, metavar="NAME", help="take the sizes of this model; default: "
-        + ", ".join(name for name, _ in api.USUAL_MODELS))  # fmt: skip
+        + ", ".join(name for name, _ in defaults.USUAL_MODELS))  # fmt: skip
     add("--size", type=list[int] | None, metavar="[H,W]", help="size of its images; default: "
         "520x520")  # fmt: skip
-    add("--batches", type=list[int], default=list(api.BATCHES), metavar="[N,...]",
+    add("--batches", type=list[int], default=list(defaults.BATCHES), metavar="[N,...]",
         help="images of a call")  # fmt: skip
     add("--dtypes", type=list[str], default=["bfloat16"], metavar="[NAME,...]",
-        help=", ".join(api.DTYPES))  # fmt: skip
+        help="bfloat16, float16, float32, tf32")  # fmt: skip
     add("--ops", type=list[str] | None, metavar="[NAME,...]", help="these ops alone")
-    add("--backends", type=list[str], default=list(api.BACKENDS), metavar="[NAME,...]",
-        help=", ".join(api.BACKENDS))  # fmt: skip
+    add("--backends", type=list[str], default=list(defaults.BACKENDS), metavar="[NAME,...]",
+        help=", ".join(defaults.BACKENDS))  # fmt: skip
     add("--quick", action="store_true", help="one form and size of each op")
     add("--budget", type=float | None, metavar="SECONDS", help="of everything; default: "
-        f"{api.SECONDS:.0f} for a model, {api.QUICK_SECONDS:.0f} with --quick, "
-        f"{api.ALL_SECONDS:.0f} for the usual models")  # fmt: skip
+        f"{defaults.SECONDS:.0f} for a model, {defaults.QUICK_SECONDS:.0f} with --quick, "
+        f"{defaults.ALL_SECONDS:.0f} for the usual models")  # fmt: skip
     add("--configurations", action="store_true", help="measure launch configurations as well")
     return parser
 

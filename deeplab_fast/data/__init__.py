@@ -1,8 +1,12 @@
 """Images in, class names and colours, and the step from a photo to a network's input."""
 
+from typing import TYPE_CHECKING
+
 from deeplab_fast.data.classes import ClassSet, class_set, generic_classes, pascal_colour_map
 from deeplab_fast.data.images import ImageReadError, as_rgb_array, list_images, read_image
-from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
+
+if TYPE_CHECKING:
+    from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
 
 __all__ = [
     "ClassSet",
@@ -16,3 +20,12 @@ __all__ = [
     "pascal_colour_map",
     "read_image",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The step to a network's input needs PyTorch; names of data sets and classes do not.
+    if name in ("Preprocess", "PreprocessBGR"):
+        from deeplab_fast.data import preprocess
+
+        return getattr(preprocess, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

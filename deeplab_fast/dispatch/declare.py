@@ -10,6 +10,7 @@ boundary, where torch.compile does not look, so logging and process-wide choices
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,9 @@ class Op:
     tuned: tuple[Tuned, ...] = ()
 
 
+# What declares the ops when it is imported. By name: it imports this module.
+_DECLARING = "deeplab_fast.ops"
+
 _ops: dict[str, Op] = {}
 _implementations: dict[str, dict[str, Implementation]] = {}
 _decompositions: dict[torch._ops.OpOverload, Run] = {}
@@ -176,6 +180,8 @@ def find(op: str) -> Op:
 def implementations(op: str) -> dict[str, Implementation]:
     """The implementations of `op` by backend name."""
     if op not in _implementations:
+        importlib.import_module(_DECLARING)
+    if op not in _implementations:
         raise ValueError(f"no op is named {op!r}; there are: {', '.join(sorted(_implementations))}")
     return _implementations[op]
 
@@ -195,16 +201,19 @@ def registrations() -> int:
 
 def declared_ops() -> list[Op]:
     """All ops that are declared."""
+    importlib.import_module(_DECLARING)
     return list(_ops.values())
 
 
 def registered_ops() -> list[str]:
     """Names of all ops that have an implementation."""
+    importlib.import_module(_DECLARING)
     return list(_implementations)
 
 
 def gpu_ops() -> list[Op]:
     """The ops that have GPU kernels of this package, those of inference first."""
+    importlib.import_module(_DECLARING)
     found = [op for op in _ops.values() if op.sources]
     return sorted(found, key=lambda op: (INFERENCE, TRAINING).index(op.use))
 

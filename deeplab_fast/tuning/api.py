@@ -20,24 +20,13 @@ from ..dispatch import records, trust
 from ..dispatch.checks import DTYPES
 from ..dispatch.examples import Size
 from . import runner, workloads
+from .defaults import ALL_SECONDS, BACKENDS, BATCHES, QUICK_SECONDS, SECONDS, USUAL_MODELS
 from .machine import Machine, why_none
-from .tune import BACKENDS, CHECK_THREADS, NoDevice, Plan, Tuning, records_of, tune_here
+from .tune import CHECK_THREADS, NoDevice, Plan, Tuning, records_of, tune_here
 from .workloads import Work
 
-# What people use, where no model is named; the second and third have other activations, and few
-# channels.
-USUAL_MODELS = (
-    ("deeplabv3_resnet50", (520, 520)),
-    ("deeplabv3_mobilenet_v3_large", (520, 520)),
-    ("deeplabv3_efficientnet_lite0", (360, 480)),
-)
-BATCHES = (1, 16)
-SECONDS = 120.0
-QUICK_SECONDS = 40.0
 # For a process that was interrupted to end its children.
 _END_SECONDS = 10.0
-# Without a model there is the work of several.
-ALL_SECONDS = 300.0
 
 
 def tune(

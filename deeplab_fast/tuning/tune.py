@@ -24,6 +24,7 @@ from ..dispatch.examples import Run, Step
 from ..dispatch.records import Record
 from . import configurations, speeds
 from .configurations import TUNED
+from .defaults import BACKENDS
 from .machine import Machine, fault_of, identity, spoiled, suffer
 from .runner import (
     ANSWERS,
@@ -39,7 +40,6 @@ from .runner import (
 )
 from .workloads import Work
 
-BACKENDS = ("triton", "cuda")
 # Of one unit. A check compiles a few kernels and computes in float64 on the CPU; a hang costs all
 # of it.
 IDENTITY_SECONDS = 30.0

@@ -48,6 +48,9 @@ class ModelEntry:
     backbone: str = ""
 
 
+# What registers when it is imported. By name: it imports this module.
+_REGISTERING = "deeplab_fast.models"
+
 _entries: list[ModelEntry] = []
 _builders: dict[str, Callable[..., nn.Module]] = {}
 
@@ -59,22 +62,32 @@ def register(*entries: ModelEntry) -> None:
         _builders.update({builder.__name__.lower(): builder for builder in entry.builders})
 
 
+def _registered() -> list[ModelEntry]:
+    importlib.import_module(_REGISTERING)
+    return _entries
+
+
+def _known_builders() -> dict[str, Callable[..., nn.Module]]:
+    importlib.import_module(_REGISTERING)
+    return _builders
+
+
 def recognise(state: Mapping[str, Tensor]) -> Found | None:
     """Builder, and its options that decide on names and shapes, from a renamed state dict."""
-    return next((found for e in _entries if (found := e.recognise(state)) is not None), None)
+    return next((found for e in _registered() if (found := e.recognise(state)) is not None), None)
 
 
 def foreign_rules(layout: str, builder: str | None = None) -> tuple[Rule, ...]:
     """Rules for the names of backbones in a layout; of one builder's, or of all."""
     entries = [
-        e for e in _entries if builder is None or builder in [b.__name__ for b in e.builders]
+        e for e in _registered() if builder is None or builder in [b.__name__ for b in e.builders]
     ]
     return tuple(rule for e in entries for rule in e.foreign.get(layout, ()))
 
 
 def classifiers() -> str:
     """Pattern of a key that an image classifier on a known backbone has."""
-    return "|".join(e.classifier for e in _entries if e.classifier)
+    return "|".join(e.classifier for e in _registered() if e.classifier)
 
 
 def published_enum(builder: str) -> str | None:
@@ -84,18 +97,18 @@ def published_enum(builder: str) -> str | None:
 
 def leaves() -> dict[str, type[nn.Module]]:
     """The models' modules without children that a file may name."""
-    return {kind.__name__: kind for e in _entries for kind in e.leaves}
+    return {kind.__name__: kind for e in _registered() for kind in e.leaves}
 
 
 def preprocess_kinds() -> dict[str, type[Preprocess]]:
     """Classes of preprocessing that a file may name."""
-    kinds = {kind.__name__: kind for e in _entries for kind in e.preprocess}
+    kinds = {kind.__name__: kind for e in _registered() for kind in e.preprocess}
     return {"Preprocess": Preprocess, **kinds}
 
 
 def no_builder() -> str:
     """What a message says of a checkpoint that is none of the models'."""
-    *most, last = (e.backbone for e in _entries if e.backbone)
+    *most, last = (e.backbone for e in _registered() if e.backbone)
     return (
         "no builder of this package fits it: there are DeepLabv3 heads on "
         f"{', '.join(most)} and {last}"
@@ -103,7 +116,7 @@ def no_builder() -> str:
 
 
 def _enums() -> dict[str, str]:
-    return {name: enum for e in _entries for name, enum in e.enums.items()}
+    return {name: enum for e in _registered() for name, enum in e.enums.items()}
 
 
 def list_models(
@@ -120,7 +133,7 @@ def list_models(
     """
     names = [
         name
-        for name, builder in _builders.items()
+        for name, builder in _known_builders().items()
         if module is None or builder.__module__.rsplit(".", 1)[0] == module.__name__
     ]
     if include:
@@ -141,7 +154,7 @@ def get_model(name: str, **options: object) -> nn.Module:
     Raises:
         ValueError: no model has that name.
     """
-    return _builders[_known(name)](**options)
+    return _known_builders()[_known(name)](**options)
 
 
 def get_model_weights(name: Callable[..., nn.Module] | str) -> Any:
@@ -180,6 +193,6 @@ def torchvision_enum(name: str, module: str, enum: str) -> Any:
 
 
 def _known(name: str) -> str:
-    if name.lower() not in _builders:
+    if name.lower() not in _known_builders():
         raise ValueError(f"no model is named {name!r}; there are: {', '.join(list_models())}")
     return name.lower()

@@ -83,7 +83,7 @@ def _shell(text: str, folder: Path) -> str:
     """Runs lines of a shell, in which `python` and `deeplab-fast` are those of this process."""
     tools = folder / "bin"
     tools.mkdir(exist_ok=True)
-    commands = (("python", ""), ("deeplab-fast", "-m deeplab_fast.cli"))
+    commands = (("python", ""), ("deeplab-fast", "-m deeplab_fast"))
     for name, arguments in commands:
         (tools / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
         (tools / name).chmod(0o755)

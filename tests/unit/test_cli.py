@@ -372,7 +372,7 @@ def test_missing_arguments_say_what_to_pass(capsys, weights, photos, tmp_path):
     status, _, errors = run(capsys, "predict", photos, "--weights", weights)
     assert status == 2 and "--output DIR is missing" in errors
     status, _, errors = run(capsys, "predict", "--output", out, "--weights", weights)
-    assert status == 2 and "required: predict.paths" in errors
+    assert status == 2 and "PATH is missing" in errors
     assert run(capsys)[0] == 2
     assert not out.exists()
 
@@ -969,7 +969,7 @@ def test_calibrate_writes_weights_for_int8(capsys, model, weights, photos, tmp_p
     ("arguments", "message"),
     [
         (["PHOTOS"], "--output FILE.safetensors is missing"),
-        (["--output", "FILE.safetensors"], "required: calibrate.paths"),
+        (["--output", "FILE.safetensors"], "PATH is missing"),
         (["PHOTOS", "--output", "FILE.pth"], "expected a .safetensors file"),
         (["NONE", "--output", "FILE.safetensors"], "NONE"),
         (["PHOTOS", "--output", "FILE.safetensors", "--method", "best"], "minmax"),

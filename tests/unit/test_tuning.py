@@ -568,7 +568,7 @@ def stand_in(tmp_path: Path, monkeypatch):
         monkeypatch.setenv(records.ENVIRONMENT_VARIABLE, str(path))
         given = ["tune", "--model", "fregu856_resnet18", "--size", "[65,65]", "--batches", "[1]"]
         done = subprocess.run(
-            [sys.executable, "-m", "deeplab_fast.cli", *given, "--dtypes", "[float32]", *arguments],
+            [sys.executable, "-m", "deeplab_fast", *given, "--dtypes", "[float32]", *arguments],
             capture_output=True, text=True, cwd=ROOT, timeout=300, check=False,
         )  # fmt: skip
         found = {}

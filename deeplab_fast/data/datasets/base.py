@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from deeplab_fast.data.classes import ClassSet
 from deeplab_fast.data.datasets.masks import read_mask
 from deeplab_fast.data.images import exif_orientation, read_image
+
+if TYPE_CHECKING:
+    from torch.utils.data import ConcatDataset, Dataset
+
+    _Dataset = Dataset[tuple[np.ndarray, np.ndarray]]
+else:
+    # DataLoader asks for the methods of its Dataset, not for the class, and the names of the data
+    # sets stand in help texts, which are there before PyTorch is imported.
+    _Dataset = object
 
 __all__ = [
     "LabelError",
@@ -69,7 +77,7 @@ class LabelledData(Protocol):
         """A photo and its labels, arrays or tensors."""
 
 
-class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
+class SegmentationDataset(_Dataset):
     """Pairs of photo and mask: ``dataset[i]`` is (uint8 [H, W, 3], uint8 or int32 [H, W]).
 
     A data set that is stored otherwise overrides :meth:`raw_label` or :meth:`image`.
@@ -145,6 +153,13 @@ class SegmentationDataset(Dataset[tuple[np.ndarray, np.ndarray]]):
         if image.shape[:2] != label.shape:
             raise ValueError(self.size_mismatch(index, image.shape[:2], label.shape))
         return image, label
+
+    def __add__(
+        self, other: Dataset[tuple[np.ndarray, np.ndarray]]
+    ) -> ConcatDataset[tuple[np.ndarray, np.ndarray]]:
+        from torch.utils.data import ConcatDataset
+
+        return ConcatDataset([self, other])
 
     def image(self, index: int) -> np.ndarray:
         """The photo, uint8 RGB [H, W, 3]."""

@@ -1,4 +1,4 @@
-"""``python -m deeplab_fast.cli``."""
+"""``python -m deeplab_fast`` is ``deeplab-fast``."""
 
 import sys
 
