@@ -80,8 +80,6 @@ def _shown(value: object) -> str:
 
 
 def run(config: Namespace) -> int:
-    from tqdm import tqdm
-
     from deeplab_fast.backends import BackendUnavailable
     from deeplab_fast.engine.config import train_config
     from deeplab_fast.engine.train import TrainingUnavailable, fit_stages, validate
@@ -101,9 +99,6 @@ def run(config: Namespace) -> int:
             stages=config.stages,
             stage2=dict(config.stage2 or {}),
             resume=config.resume,
-            # Above a bar, where there is one.
-            tell=(lambda text: tqdm.write(text, file=sys.stdout)) if first else None,
-            progress=first and sys.stderr.isatty(),
         )
     except (TrainingUnavailable, BackendUnavailable, ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error

@@ -26,8 +26,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from deeplab_fast.engine.averaging import ExponentialAverage
-from deeplab_fast.engine.finite import describe_not_finite
-from deeplab_fast.engine.metrics import ImageScore, Metrics
+from deeplab_fast.engine.metrics import ImageScore
 from deeplab_fast.engine.outputs import write_atomically
 
 if TYPE_CHECKING:
@@ -42,7 +41,6 @@ __all__ = [
     "CheckpointNotWritten",
     "ExponentialAverage",
     "MetricsFile",
-    "Progress",
     "RunCheckpoint",
     "Stopped",
 ]
@@ -404,84 +402,6 @@ class MetricsFile(Callback):
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self._lines += 1
-
-
-class Progress(Callback):
-    """Tells of each epoch and validation in one line.
-
-    Args:
-        tell: takes the line.
-        total_steps: of the run.
-        saver: knows the best score.
-    """
-
-    def __init__(self, tell: Callable[[str], None], total_steps: int, saver: RunCheckpoint) -> None:
-        super().__init__()
-        self.tell = tell
-        self.saver = saver
-        self.total_steps = total_steps
-        self._first = self._mark = 0
-        self._time = self._start = 0.0
-        self._loss: Tensor | None = None
-        self._count = 0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first = self._mark = trainer.global_step
-        self._time = self._start = time.monotonic()
-        self._loss, self._count = None, 0
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: object,
-        batch_idx: int,
-    ) -> None:
-        loss = (
-            cast(Mapping[str, Tensor], outputs)["loss"].detach() * trainer.accumulate_grad_batches
-        )
-        self._loss = loss if self._loss is None else self._loss + loss
-        self._count += 1
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero or self._loss is None:
-            return
-        module = cast("SegmentationModule", pl_module)
-        now, step = time.monotonic(), trainer.global_step
-        rate = (now - self._start) / max(1, step - self._first)
-        parts = [
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}",
-            f"step {step}/{self.total_steps}",
-            f"loss {float(self._loss) / self._count:.4f}",
-            f"lr {module.learning_rate:.5f}",
-        ]
-        metrics = trainer.callback_metrics
-        validated = module.metrics if module.validated_step == step else None
-        if "val/miou" in metrics and validated is not None:
-            best = self.saver.best_score
-            shown = "" if best is None else f" (best {100 * best:.2f})"
-            parts.append(f"val mIoU {_miou_text(validated)}{shown}")
-        parts.append(f"{rate:.2f} s/step, {_clock_text(rate * (self.total_steps - step))} left")
-        self.tell(", ".join(parts))
-        if validated is not None and validated.note:
-            found = describe_not_finite(module.not_finite)
-            self.tell(f"warning: validation: {validated.note}" + (f" ({found})" if found else ""))
-        self._loss, self._count = None, 0
-
-
-def _miou_text(metrics: Metrics) -> str:
-    """In percent, of how many classes where some are absent; "-" where it means nothing."""
-    if metrics.not_finite or math.isnan(metrics.miou):
-        return "-"
-    scored = f" of {metrics.num_scored} of {len(metrics.classes)} classes" if metrics.absent else ""
-    return f"{100 * metrics.miou:.2f}{scored}"
-
-
-def _clock_text(seconds: float) -> str:
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:

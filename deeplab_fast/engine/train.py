@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from inspect import signature
@@ -29,7 +30,7 @@ from deeplab_fast.engine.trainer import (
     import_lightning,
     is_first,
     new_trainer,
-    quiet,
+    without_hints,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def fit(
     data: SegmentationData | None = None,
     callbacks: Sequence[Callback] = (),
     tell: Callable[[str], None] | None = None,
-    progress: bool = False,
+    quiet: bool = False,
+    progress: bool | None = None,
 ) -> TrainResult:
     """Trains a model and leaves a folder that says how.
 
@@ -129,8 +131,11 @@ def fit(
             checkpoint.
         model, data: in place of those that the config names: a model, a ``SegmentationData``.
         callbacks: further Lightning callbacks.
-        tell: takes lines about the progress.
-        progress: Lightning's progress bar.
+        tell: takes the lines about the progress (:class:`~deeplab_fast.engine.progress.Progress`
+            has their rule); by default they are printed. The first process tells.
+        quiet: prints nothing.
+        progress: a bar on stderr in place of the lines of the steps; by default where stderr is a
+            terminal.
 
     Raises:
         TrainingUnavailable: Lightning cannot be imported.
@@ -144,9 +149,10 @@ def fit(
     from deeplab_fast.backends import use_backend
     from deeplab_fast.engine import callbacks as parts
     from deeplab_fast.engine.averaging import ExponentialAverage
+    from deeplab_fast.engine.progress import Progress
     from deeplab_fast.engine.sources import training_transform
 
-    tell = tell or (lambda text: None)
+    tell, progress = _speech(tell, quiet, progress)
     if not config.output:
         raise ValueError("output is missing: which folder shall the run go to?")
     if config.epochs is None and config.steps is None:
@@ -166,7 +172,7 @@ def fit(
         max_steps=steps,
     )
     average = ExponentialAverage(config.ema) if config.ema else None
-    with quiet():
+    with without_hints():
         trainer = new_trainer(
             config,
             folder,
@@ -175,12 +181,11 @@ def fit(
             callbacks=[
                 *([average] if average is not None else []),
                 parts.MetricsFile(folder / "metrics.jsonl", config.log_every),
-                parts.Progress(tell, steps, saver),
+                Progress(tell, steps, saver, every=config.log_every, bar=progress),
                 *callbacks,
                 saver,
             ],
             tell=tell,
-            progress=progress,
         )
     if checkpoint is not None:
         check_resumable(checkpoint, config, tell)
@@ -220,6 +225,19 @@ def fit(
         # A second stage reads what the first process wrote.
         torch.distributed.barrier()
     return result
+
+
+def _speech(
+    tell: Callable[[str], None] | None, quiet: bool, progress: bool | None
+) -> tuple[Callable[[str], None], bool]:
+    """What takes the lines, and whether there is a bar; nothing in any process but the first."""
+    from deeplab_fast.engine.progress import say
+
+    if not is_first():
+        return (lambda text: None), False
+    if progress is None:
+        progress = sys.stderr.isatty() and not quiet
+    return tell or ((lambda text: None) if quiet else say), progress
 
 
 def _checked_data(
@@ -300,7 +318,7 @@ def _run(
     from deeplab_fast.engine.callbacks import Stopped
 
     backend = module.config.backend
-    with quiet(), use_backend(backend) if backend else nullcontext():
+    with without_hints(), use_backend(backend) if backend else nullcontext():
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         except Stopped as stop:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.loggers import Logger
 
-__all__ = ["TrainingUnavailable", "import_lightning", "is_first", "new_trainer", "quiet"]
+__all__ = ["TrainingUnavailable", "import_lightning", "is_first", "new_trainer", "without_hints"]
 
 
 class TrainingUnavailable(ImportError):
@@ -59,7 +59,6 @@ def new_trainer(
     validates: bool,
     callbacks: list[Callback],
     tell: Callable[[str], None],
-    progress: bool,
 ) -> Trainer:
     """``lightning.Trainer`` with the config's options and those that the user gave it.
 
@@ -68,6 +67,7 @@ def new_trainer(
     """
     import lightning
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import ProgressBar
 
     from deeplab_fast.engine.callbacks import AtomicCheckpointIO
 
@@ -82,7 +82,6 @@ def new_trainer(
         "check_val_every_n_epoch": max(1, config.val_every),
         "limit_val_batches": 1.0 if validates else 0,
         "log_every_n_steps": config.log_every,
-        "enable_progress_bar": progress,
         "enable_model_summary": False,
         "benchmark": not given.get("deterministic", False),
         # Frozen batch norms have nothing to share.
@@ -101,6 +100,9 @@ def new_trainer(
     for name, own in lists.items():
         extra = given.pop(name, None) or []
         arguments[name] = [*own, *(extra if isinstance(extra, (list, tuple)) else [extra])]
+    # The run has a bar of its own.
+    bars = [each for each in arguments["callbacks"] if isinstance(each, ProgressBar)]
+    arguments["enable_progress_bar"] = bool(bars)
     # An empty list would mean Lightning's own logger.
     arguments["logger"] = arguments["logger"] or False
     try:
@@ -160,7 +162,7 @@ def is_first() -> bool:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_hints() -> Iterator[None]:
     """Lightning's hints on how to train faster are not for the users of this package."""
     loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
     before = [each.level for each in loggers]
