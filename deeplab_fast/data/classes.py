@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -13,6 +15,7 @@ __all__ = [
     "CLASS_SETS",
     "ClassSet",
     "class_set",
+    "distinct_colours",
     "generic_classes",
     "label_count",
     "pascal_colour_map",
@@ -21,7 +24,18 @@ __all__ = [
 
 Colour = tuple[int, int, int]
 
-_BACKGROUND_NAMES = frozenset({"background", "__background__"})
+_LINEAR_TO_LMS = (
+    (0.4122214708, 0.5363325363, 0.0514459929),
+    (0.2119034982, 0.6806995451, 0.1073969566),
+    (0.0883024619, 0.2817188376, 0.6299787005),
+)
+_LMS_TO_OKLAB = (
+    (0.2104542553, 0.7936177850, -0.0040720468),
+    (1.9779984951, -2.4285922050, 0.4505937099),
+    (0.0259040371, 0.7827717662, -0.8086757660),
+)
+
+_BACKGROUND_NAMES = ("background", "unlabelled", "unlabeled", "void")
 
 
 @dataclass(frozen=True)
@@ -88,9 +102,13 @@ class ClassSet:
 
     @property
     def background(self) -> int | None:
-        """The id of a class named background (or __background__), None without one."""
+        """The id of the class that pictures leave unpainted, None without one.
+
+        It is the first one named background, unlabelled, unlabeled or void, whatever the case and
+        outer underscores (``__background__``).
+        """
         for index, name in enumerate(self.classes):
-            if name in _BACKGROUND_NAMES:
+            if _is_background(name):
                 return index
         return None
 
@@ -106,6 +124,46 @@ def same_name(one: str, other: str) -> bool:
         unicodedata.normalize("NFC", name).strip("_").casefold() for name in (one, other)
     )
     return first == second
+
+
+def _is_background(name: str) -> bool:
+    return any(same_name(name, each) for each in _BACKGROUND_NAMES)
+
+
+@functools.lru_cache(maxsize=8)
+def distinct_colours(count: int) -> tuple[Colour, ...]:
+    """``count`` colours that differ from each other, from greys, and from dark and white pixels.
+
+    Each next one is that of a grid of RGB values which is furthest in OKLab from the nearest of
+    those before, of lightness 0.6 to 0.92 and chroma 0.08 or more, so that the first of any count
+    are the same. Beyond the grid's 2000 follow others of the PASCAL map.
+
+    Source: https://bottosson.github.io/posts/oklab/ (OKLab).
+    """
+    import numpy as np
+
+    levels = np.arange(0, 256, 17)
+    rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    parts = rgb / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    lab = np.cbrt(linear @ np.array(_LINEAR_TO_LMS).T) @ np.array(_LMS_TO_OKLAB).T
+    lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
+    kept = (lightness >= 0.6) & (lightness <= 0.92) & (chroma >= 0.08)
+    rgb, lab = rgb[kept], lab[kept]
+    # Hue tells classes apart better than lightness does on photos.
+    lab[:, 0] *= 0.6
+    found: list[Colour] = []
+    distance = np.full(len(rgb), np.inf)
+    # A red.
+    index = int(np.abs(rgb - np.array((255, 68, 51))).sum(1).argmin())
+    for _ in range(min(count, len(rgb))):
+        red, green, blue = rgb[index].tolist()
+        found.append((red, green, blue))
+        distance = np.minimum(distance, ((lab - lab[index]) ** 2).sum(1))
+        index = int(distance.argmax())
+    taken = set(found)
+    more = (colour for colour in pascal_colour_map(2 * count + 1)[1:] if colour not in taken)
+    return (*found, *itertools.islice(more, count - len(found)))
 
 
 def pascal_colour_map(count: int) -> tuple[Colour, ...]:
@@ -132,7 +190,7 @@ def pascal_colour_map(count: int) -> tuple[Colour, ...]:
 def generic_classes(
     count: int, classes: Iterable[str] | None = None, name: str = "generic"
 ) -> ClassSet:
-    """A class set without known colours: the PASCAL map, shifted by one unless id 0 is background.
+    """A class set without known colours: :func:`distinct_colours`, and black for a background.
 
     Args:
         count: number of classes.
@@ -146,9 +204,10 @@ def generic_classes(
     names = unnamed if classes is None else tuple(classes)
     if count < 1 or len(names) != count:
         raise ValueError(f"{name}: {len(names)} class names for {count} classes")
-    # The map's first colour is black, which darkens an overlay: it is for background only.
-    first = 0 if names[0] in _BACKGROUND_NAMES else 1
-    return ClassSet(name, names, pascal_colour_map(count + first)[first:])
+    background = next((i for i, each in enumerate(names) if _is_background(each)), count)
+    colours = distinct_colours(count)
+    palette = (*colours[:background], (0, 0, 0), *colours[background:])[:count]
+    return ClassSet(name, names, palette)
 
 
 def class_set(source: str | os.PathLike[str] | ClassSet | Iterable[str]) -> ClassSet:

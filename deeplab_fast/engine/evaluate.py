@@ -109,7 +109,8 @@ class Evaluation:
 
         Args:
             folder: made if it is missing.
-            extra: told in the JSON, e.g. the command's arguments.
+            extra: told in the JSON, e.g. the command's arguments; ``weights`` and ``builder`` are
+                in the pictures' titles.
 
         Raises:
             OSError: the files cannot be written; none is left half-written.
@@ -117,13 +118,18 @@ class Evaluation:
         folder = Path(folder)
         content = {**extra, **self.as_dict()}
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        picture = confusion_image(self.confusion, self.classes.classes)
+        parts = [extra.get("weights"), extra.get("builder") or self.settings["model"]]
+        data = " ".join(
+            str(self.settings[key]) for key in ("dataset", "split") if self.settings[key]
+        )
+        title = ", ".join([*(str(part) for part in parts if part), data])
+        picture = confusion_image(self.confusion, self.classes.classes, title)
         paths = {
             **{panel_name(p): folder / "panels" / panel_name(p) for p in self.panels},
             "confusion": folder / "confusion.png",
             "metrics": folder / "metrics.json",
         }
-        pictures = [(paths[panel_name(p)], draw_panel(p, self.classes)) for p in self.panels]
+        pictures = [(paths[panel_name(p)], draw_panel(p, self.classes, title)) for p in self.panels]
         pictures.append((paths["confusion"], picture))
         (folder / "panels" if self.panels else folder).mkdir(parents=True, exist_ok=True)
         files = [(path, png_writer(image)) for path, image in pictures]

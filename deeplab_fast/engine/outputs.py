@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from deeplab_fast.data.classes import ClassSet, pascal_colour_map
+from deeplab_fast.engine.legend import LegendEntry, legend_image, stacked
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["class_areas", "output_paths", "overlay", "write_atomically", "write_outputs"]
+__all__ = [
+    "class_areas",
+    "output_paths",
+    "overlay",
+    "overlay_legend",
+    "write_atomically",
+    "write_outputs",
+]
 
 # Rows worked on at a time: bounds the temporaries of a photo of any size.
 _BAND = 256
@@ -46,15 +54,17 @@ def write_outputs(
     backend: str | None = None,
     not_finite: int = 0,
     alpha: float = 0.5,
+    unpainted: Sequence[int] | None = None,
+    legend: bool = True,
 ) -> dict[str, Path]:
     """Writes ``<stem>_labels.png``, ``<stem>_overlay.png`` and ``<stem>.json``.
 
     The label map holds the class ids without loss: a palette PNG up to 256 classes
     (``numpy.asarray(PIL.Image.open(f))`` gives them back), 16-bit grey above. The overlay is
-    :func:`overlay`. The JSON object has ``image`` (``source`` as given), ``width`` and ``height``
-    in pixels, ``model``, ``backend``, ``class_set``, ``not_finite_pixels``, and ``classes``: of
-    every class that occurs its ``id``, ``name``, ``pixels`` and ``fraction`` of the photo, the
-    largest first.
+    :func:`overlay` with :func:`overlay_legend` below it. The JSON object has
+    ``image`` (``source`` as given), ``width`` and ``height`` in pixels, ``model``, ``backend``,
+    ``class_set``, ``not_finite_pixels``, and ``classes``: of every class that occurs its ``id``,
+    ``name``, ``pixels`` and ``fraction`` (0 to 1) of the photo, the largest first.
 
     All files are complete before the first gets its name, and the JSON gets its name last.
 
@@ -67,7 +77,8 @@ def write_outputs(
         source, model, backend: told in the JSON.
         not_finite: pixels whose logits are NaN or infinite, told in the JSON: their labels mean
             nothing.
-        alpha: see :func:`overlay`.
+        alpha, unpainted: see :func:`overlay`.
+        legend: False leaves it out: the overlay has the photo's size.
 
     Returns:
         The paths by kind, as :func:`output_paths`.
@@ -93,7 +104,10 @@ def write_outputs(
     }
     text = json.dumps(areas, indent=2, ensure_ascii=False) + "\n"
     label_image = _label_image(labels, classes)
-    overlay_image = _image(overlay(image, labels, classes, alpha=alpha))
+    overlay_image = _image(overlay(image, labels, classes, alpha=alpha, unpainted=unpainted))
+    if legend:
+        below = overlay_legend(labels, classes, width, unpainted=unpainted)
+        overlay_image = stacked([overlay_image, below])
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     write_atomically(
         [
@@ -111,15 +125,29 @@ def write_outputs(
 
 
 def overlay(
-    image: np.ndarray, labels: np.ndarray, classes: ClassSet, *, alpha: float = 0.5
+    image: np.ndarray,
+    labels: np.ndarray,
+    classes: ClassSet,
+    *,
+    alpha: float = 0.5,
+    unpainted: Sequence[int] | None = None,
 ) -> np.ndarray:
     """The photo under the class colours: ``(1 - alpha) * image + alpha * colour``, uint8 [H, W, 3].
 
-    A class named background keeps the photo as it is. A white line of one pixel runs along every
-    boundary between two classes.
+    A white line of one pixel runs along every boundary between two classes.
+
+    Args:
+        image: uint8 [H, W, 3].
+        labels: integers [H, W].
+        classes: names and colours.
+        alpha: 0 (photo) to 1 (colours).
+        unpainted: ids of classes whose pixels keep the photo; None: ``classes.background``, which
+            is the class named background, unlabelled or void (of one class, all but it); ``()``:
+            every class is painted.
 
     Raises:
-        ValueError: shapes that do not fit, labels that are no class, alpha outside 0..1.
+        ValueError: shapes that do not fit, labels that are no class, alpha outside 0..1, ids that
+            are no class.
     """
     _check_labels(image, labels, classes)
     if not 0 <= alpha <= 1:
@@ -127,8 +155,7 @@ def overlay(
     # Fixed point: 256 steps of alpha are finer than the result's levels at the ends 0 and 1.
     mix = round(alpha * 256)
     weights = np.full(_table_length(classes), mix, dtype=np.uint16)
-    if classes.background is not None:
-        weights[classes.background] = 0
+    weights[_unpainted(classes, unpainted)] = 0
     colours = _colour_table(classes).astype(np.uint16)
     tint = colours * weights[:, None]
     result = np.empty_like(image)
@@ -140,6 +167,47 @@ def overlay(
     for mask, part in _boundaries(labels):
         result[part][mask] = _BOUNDARY
     return result
+
+
+def overlay_legend(
+    labels: np.ndarray,
+    classes: ClassSet,
+    width: int,
+    *,
+    unpainted: Sequence[int] | None = None,
+    size: int | None = None,
+) -> Image.Image:
+    """The classes that occur and their shares, the largest first; an unpainted one has no colour.
+
+    Args:
+        labels: integers [H, W].
+        classes: names and colours.
+        width: of the picture in pixels; it is wider where a name needs that.
+        unpainted: as for :func:`overlay`.
+        size: of the letters; default: by the size of the labels, 12 to 64.
+    """
+    kept = _unpainted(classes, unpainted)
+    entries = []
+    for area in class_areas(labels, classes):
+        index, name = area["id"], area["name"]
+        colour = classes.palette[index] if index < len(classes) else (0, 0, 0)
+        share = area["fraction"]
+        text = f"{name} {share:.1%}" if share >= 0.0005 else f"{name} <0.1%"
+        entries.append(LegendEntry(text, None if index in kept else colour))
+    size = size or min(64, max(12, max(labels.shape) // 50))
+    return legend_image(entries, width, size)
+
+
+def _unpainted(classes: ClassSet, given: Sequence[int] | None) -> list[int]:
+    if given is None:
+        return [] if classes.background is None else [classes.background]
+    wrong = [index for index in given if not 0 <= index < len(classes)]
+    if wrong:
+        raise ValueError(
+            f"unpainted has the class {wrong[0]}, and the class set {classes.name} has the ids "
+            f"0..{len(classes) - 1}"
+        )
+    return list(given)
 
 
 def class_areas(labels: np.ndarray, classes: ClassSet) -> list[dict[str, Any]]:

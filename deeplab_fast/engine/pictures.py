@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: the confusion matrix, photos with labels and predictions."""
+"""Pictures of a validation and a batch: confusion matrix, photos with labels and predictions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ import numpy as np
 
 from deeplab_fast.data.classes import ClassSet
 from deeplab_fast.data.transforms import resize_pair
-from deeplab_fast.engine.metrics import ImageScore
+from deeplab_fast.engine.legend import (
+    LegendEntry,
+    font_of_size,
+    legend_image,
+    stacked,
+    text_image,
+)
+from deeplab_fast.engine.metrics import ImageScore, Metrics, percent
 from deeplab_fast.engine.outputs import overlay
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageFont
+    from PIL import Image
 
-__all__ = ["Panel", "confusion_image", "draw_panel", "panel_name", "png_writer"]
+__all__ = ["Panel", "batch_image", "confusion_image", "draw_panel", "panel_name", "png_writer"]
 
 
-# Longer side of one picture of a panel, in pixels.
-_PANEL_SIDE = 640
+# Longer side of one picture of a panel and of a batch, in pixels.
+_PANEL_SIDE, _BATCH_SIDE = 640, 320
+# More classes have no figures, and those that do not occur are left out.
+_FIGURES = 30
+_INK = (32, 32, 32)
 
 
 @dataclass(frozen=True)
@@ -36,20 +46,39 @@ class Panel:
     prediction: np.ndarray
 
 
-def confusion_image(confusion: np.ndarray, classes: Sequence[str]) -> Image.Image:
+def confusion_image(confusion: np.ndarray, classes: Sequence[str], title: str = "") -> Image.Image:
     """A PIL picture of the matrix: row i shows where the pixels of class i went, in percent.
 
     Light is 0 %, dark blue 100 %; up to 30 classes with the figures. A class without pixels has a
-    grey row.
+    grey row. Of more than 30 classes those in neither labels nor predictions are left out, and
+    named above. Names at the left have their IoU in percent. The matrix ends 8 pixels from the
+    right and the bottom.
+
+    Args:
+        confusion: integers [C, C].
+        classes: C names.
+        title: of what, such as the weights; the mIoU stands below.
     """
     from PIL import Image, ImageDraw
 
-    count = len(classes)
-    figures = count <= 30
-    cell = 36 if figures else 14
-    font = _font(12 if figures else 10)
-    rows = confusion.sum(axis=1, keepdims=True)
-    shares = np.divide(confusion, rows, out=np.zeros(confusion.shape), where=rows > 0)
+    metrics = Metrics.from_confusion(confusion, classes)
+    shown = np.arange(len(classes))
+    notes = []
+    if len(classes) > _FIGURES:
+        occurs = (confusion.sum(0) + confusion.sum(1)) > 0
+        if occurs.any():
+            shown = np.flatnonzero(occurs)
+        if not occurs.all():
+            notes.append(
+                f"Left out, in neither labels nor predictions: {', '.join(metrics.absent)}"
+            )
+    matrix = confusion[np.ix_(shown, shown)]
+    count = len(shown)
+    figures = count <= _FIGURES
+    cell, letters = (36, 12) if figures else (18, 11) if count <= 60 else (14, 10)
+    font = font_of_size(letters)
+    rows = matrix.sum(axis=1, keepdims=True)
+    shares = np.divide(matrix, rows, out=np.zeros(matrix.shape), where=rows > 0)
     # White to dark blue; the square root shows small confusions.
     light, dark = np.array((255.0, 255.0, 255.0)), np.array((8.0, 48.0, 107.0))
     colours = light + (dark - light) * np.sqrt(shares)[..., None]
@@ -57,27 +86,36 @@ def confusion_image(confusion: np.ndarray, classes: Sequence[str]) -> Image.Imag
     heat = Image.fromarray(np.rint(colours).astype(np.uint8)).resize(
         (count * cell, count * cell), Image.Resampling.NEAREST
     )
-    margin = 8 + max(int(font.getlength(name)) for name in classes)
-    title = 22
-    image = Image.new(
-        "RGB", (margin + count * cell + 8, title + margin + count * cell + 8), "white"
-    )
-    image.paste(heat, (margin, title + margin))
+    names = [classes[i] for i in shown]
+    at_left = [f"{classes[i]}  {percent(metrics.iou[i])}" for i in shown]
+    left = 12 + max(int(font.getlength(text)) for text in at_left)
+    above = 12 + max(int(font.getlength(name)) for name in names)
+    width = left + count * cell + 8
+    head = [title] if title else []
+    head.append(f"mIoU {percent(metrics.miou)} % of {metrics.num_scored} of {len(classes)} classes")
+    head.append("rows: labels with their IoU in %; columns: predictions; % of the row")
+    header = text_image([*head, *notes], max(width, 400), 13)
+    image = Image.new("RGB", (header.width, above + count * cell + 8), "white")
+    # At the right also where the header is wider.
+    left += header.width - width
+    image.paste(heat, (left, above))
     draw = ImageDraw.Draw(image)
-    draw.text((4, 4), "rows: labels, columns: predictions, % of the row", fill="black", font=font)
-    for i, name in enumerate(classes):
-        middle = title + margin + i * cell + cell // 2
-        draw.text((margin - 4, middle), name, fill="black", font=font, anchor="rm")
-        upright = Image.new("RGB", (margin - 4, cell), "white")
-        ImageDraw.Draw(upright).text((0, cell // 2), name, fill="black", font=font, anchor="lm")
-        image.paste(upright.rotate(90, expand=True), (margin + i * cell, title + 4))
+    for i, (name, text) in enumerate(zip(names, at_left, strict=True)):
+        middle = above + i * cell + cell // 2
+        draw.text((left - 6, middle), text, fill=_INK, font=font, anchor="rm")
+        upright = Image.new("RGB", (above - 6, cell), "white")
+        ImageDraw.Draw(upright).text((0, cell // 2), name, fill=_INK, font=font, anchor="lm")
+        image.paste(upright.rotate(90, expand=True), (left + i * cell, 0))
+    draw.rectangle(
+        (left - 1, above - 1, left + count * cell, above + count * cell), outline=(160, 160, 160)
+    )
     if figures:
         for i, j in zip(*np.nonzero(shares >= 0.005), strict=True):
-            place = (margin + j * cell + cell // 2, title + margin + i * cell + cell // 2)
+            place = (left + j * cell + cell // 2, above + i * cell + cell // 2)
             colour = "white" if shares[i, j] > 0.3 else "black"
             text = f"{100 * shares[i, j]:.0f}"
             draw.text(place, text, fill=colour, font=font, anchor="mm")
-    return image
+    return stacked([header, image])
 
 
 def panel_name(panel: Panel) -> str:
@@ -86,39 +124,117 @@ def panel_name(panel: Panel) -> str:
     return f"{panel.kind}_{panel.rank:02d}_{stem}.png"
 
 
-def draw_panel(panel: Panel, classes: ClassSet) -> Image.Image:
-    """Photo, labels and prediction side by side, with titles."""
-    from PIL import Image, ImageDraw
+def draw_panel(panel: Panel, classes: ClassSet, title: str = "") -> Image.Image:
+    """Photo, labels and prediction side by side, with titles and a legend.
 
-    # Negative or large labels have no colour: ignored pixels get the first free id, drawn black.
-    shown = replace(classes, ignore_index=len(classes))
-    truth = panel.truth.astype(np.int32)
-    truth[panel.truth == classes.ignore_index] = len(classes)
-    prediction = panel.prediction.astype(np.int32)
-    height, width = truth.shape
-    factor = min(1.0, _PANEL_SIDE / max(height, width))
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    The photo is at most 640 pixels wide and high. A background is unpainted, as in :func:`overlay`;
+    ignored pixels are black in the labels.
+    """
+    known, (truth, prediction) = _with_ignored(classes, (panel.truth, panel.prediction))
+    size = _fitted(truth.shape, _PANEL_SIDE)
     photo, truth = resize_pair(panel.image, truth, size)
     _, prediction = resize_pair(panel.image, prediction, size)
-    parts = [photo, overlay(photo, truth, shown, alpha=0.6)]
-    parts.append(overlay(photo, prediction, shown, alpha=0.6))
-    gap, head = 6, 20
-    canvas = Image.new("RGB", (3 * size[1] + 2 * gap, size[0] + head), "white")
-    for i, part in enumerate(parts):
-        canvas.paste(Image.fromarray(part), (i * (size[1] + gap), head))
-    draw = ImageDraw.Draw(canvas)
     score = panel.score
-    titles = (score.name, "labels", f"prediction, mIoU {100 * score.miou:.1f}")
-    for i, title in enumerate(titles):
-        place = (i * (size[1] + gap) + 2, head // 2)
-        draw.text(place, title, fill="black", font=_font(12), anchor="lm")
-    return canvas
+    row = _row(
+        [
+            (photo, score.name),
+            (overlay(photo, truth, known, alpha=0.6), "labels"),
+            (
+                overlay(photo, prediction, known, alpha=0.6),
+                f"prediction: mIoU {percent(score.miou)} %, "
+                f"{percent(score.pixel_accuracy)} % of the pixels",
+            ),
+        ]
+    )
+    legend = legend_image(_entries(classes, (truth, prediction)), row.width)
+    return stacked([*([text_image([title], row.width)] if title else []), row, legend])
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    from PIL import ImageFont
+def batch_image(
+    images: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    classes: ClassSet,
+    title: str = "",
+) -> Image.Image:
+    """Training images as the network gets them, each beside its labels, two pairs a row.
 
-    return ImageFont.load_default(size)
+    Args:
+        images: uint8 [N, h, w, 3].
+        labels: integers [N, h, w].
+        names: N texts.
+        classes: names and colours; ignored pixels are black.
+        title: text above.
+    """
+    from PIL import Image
+
+    known, shown = _with_ignored(classes, labels)
+    size = _fitted(images.shape[1:3], _BATCH_SIDE, grow=True)
+    pairs, small = [], []
+    for image, label, name in zip(images, shown, names, strict=True):
+        photo, label = resize_pair(image, label, size)
+        small.append(label)
+        pairs.append(_row([(photo, name), (overlay(photo, label, known, alpha=0.6), "labels")]))
+    across, gap = min(2, len(pairs)), 12
+    width, height = max(each.width for each in pairs), max(each.height for each in pairs)
+    down = -(-len(pairs) // across)
+    canvas = Image.new("RGB", (across * (width + gap) - gap, down * (height + gap) - gap), "white")
+    for i, each in enumerate(pairs):
+        canvas.paste(each, (i % across * (width + gap), i // across * (height + gap)))
+    legend = legend_image(_entries(classes, small), canvas.width)
+    return stacked([*([text_image([title], canvas.width)] if title else []), canvas, legend])
+
+
+def _with_ignored(
+    classes: ClassSet, labels: Sequence[np.ndarray] | np.ndarray
+) -> tuple[ClassSet, list[np.ndarray]]:
+    """The labels with the first free id, drawn black, for ignored pixels, and classes for them.
+
+    Negative or large ids have no colour.
+    """
+    free, found = len(classes), []
+    for each in labels:
+        ids = each.astype(np.int32)
+        ids[each == classes.ignore_index] = free
+        found.append(ids)
+    return replace(classes, ignore_index=free), found
+
+
+def _fitted(shape: Sequence[int], side: int, *, grow: bool = False) -> tuple[int, int]:
+    height, width = shape
+    factor = side / max(height, width)
+    factor = factor if grow else min(1.0, factor)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _row(parts: Sequence[tuple[np.ndarray, str]]) -> Image.Image:
+    """Pictures of one size side by side, each below its title, cut where it is too long."""
+    from PIL import Image, ImageDraw
+
+    gap, head, font = 6, 20, font_of_size(12)
+    height, width = parts[0][0].shape[:2]
+    step = width + gap
+    image = Image.new("RGB", (len(parts) * step - gap, height + head), "white")
+    draw = ImageDraw.Draw(image)
+    for i, (part, title) in enumerate(parts):
+        while title and font.getlength(title) > width - 2:
+            title = title.removesuffix("…")[:-1] + "…" if len(title) > 2 else ""
+        draw.text((i * step + 2, head // 2), title, fill=_INK, font=font, anchor="lm")
+        image.paste(Image.fromarray(part), (i * step, head))
+    return image
+
+
+def _entries(classes: ClassSet, labels: Sequence[np.ndarray]) -> list[LegendEntry]:
+    """Of the classes in labels of :func:`_with_ignored`, in the order of the ids."""
+    counts = sum(np.bincount(each.ravel(), minlength=len(classes) + 1) for each in labels)
+    entries = []
+    for index in np.flatnonzero(counts).tolist():
+        if index == len(classes):
+            entries.append(LegendEntry("ignored", (0, 0, 0)))
+        else:
+            colour = None if index == classes.background else classes.palette[index]
+            entries.append(LegendEntry(classes.classes[index], colour))
+    return entries
 
 
 def png_writer(image: Image.Image) -> Callable[[BinaryIO], object]:

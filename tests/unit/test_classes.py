@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from deeplab_fast.data.classes import (
     CLASS_SETS,
     ClassSet,
     class_set,
+    distinct_colours,
     generic_classes,
     label_count,
     pascal_colour_map,
@@ -72,10 +74,26 @@ def test_torchvision_names_the_classes_alike():
     assert class_set("coco-voc").classes == tuple(weights.meta["categories"])
 
 
+def test_distinct_colours_are_apart_and_bright():
+    colours = np.array(distinct_colours(24), float)
+    # Rec. 601 luma; under half of such a colour a black photo still has a luma of 40.
+    assert (colours @ (0.299, 0.587, 0.114)).min() > 80
+    # No greys, of which photos and white lines are made.
+    assert (colours.max(1) - colours.min(1)).min() > 40
+    apart = np.linalg.norm(colours[:, None] - colours[None], axis=-1)
+    assert apart[~np.eye(24, dtype=bool)].min() > 50
+    assert distinct_colours(300)[:24] == distinct_colours(24)
+    # More than the grid has.
+    assert len(set(distinct_colours(3000))) == 3000
+
+
 def test_background():
     assert class_set("voc").background == class_set("coco-voc").background == 0
     assert class_set("cityscapes").background is None
     assert generic_classes(3, ["car", "tree", "background"]).background == 2
+    for name in ("_Background_", "unlabelled", "Unlabeled", "void"):
+        assert generic_classes(2, [name, "cat"]).background == 0
+    assert generic_classes(2).background is None
 
 
 def test_generic_classes():
@@ -83,7 +101,11 @@ def test_generic_classes():
     assert classes.classes[299] == "class 299" and len(set(classes.palette)) == 300
     # Black is for a background alone.
     assert (0, 0, 0) not in classes.palette
-    assert generic_classes(2, ["background", "cat"]).palette == pascal_colour_map(2)
+    first, second = distinct_colours(2)
+    assert generic_classes(2, ["background", "cat"]).palette == ((0, 0, 0), first)
+    # The background needs no colour of its own.
+    names = ["cat", "background", "dog"]
+    assert generic_classes(3, names).palette == (first, (0, 0, 0), second)
     with pytest.raises(ValueError, match="2 class names for 3"):
         generic_classes(3, ["a", "b"])
     with pytest.raises(ValueError, match="0 classes"):
@@ -134,7 +156,7 @@ def test_files(tmp_path, file, content):
     path.write_text(content, encoding="utf-8")
     classes = class_set(path)
     assert classes.classes == ("road", "sky", "car park")
-    assert classes.palette == pascal_colour_map(4)[1:] and classes.ignore_index == 255
+    assert classes.palette == distinct_colours(3) and classes.ignore_index == 255
     assert classes.name == path.stem and class_set(str(path)) == classes
 
 

@@ -104,7 +104,8 @@ def test_predict_a_folder(capsys, model, weights, photos, tmp_path):
         np.testing.assert_array_equal(labels, model.predict(path))
         classes_seen |= set(np.unique(labels).tolist())
         with Image.open(out / f"{path.stem}_overlay.png") as image:
-            assert image.mode == "RGB" and image.size == shape[::-1]
+            # The photo's pixels, and a legend below.
+            assert image.mode == "RGB" and image.width >= shape[1] and image.height > shape[0]
         areas = json.loads((out / f"{path.stem}.json").read_text())
         assert areas["image"] == str(path)
         assert (areas["width"], areas["height"]) == shape[::-1]
@@ -939,8 +940,42 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 
 
 def test_read_image_reads_what_is_written(tmp_path):
-    paths = outputs.write_outputs(tmp_path, "a", IMAGE, LABELS, TWO)
+    paths = outputs.write_outputs(tmp_path, "a", IMAGE, LABELS, TWO, legend=False)
     np.testing.assert_array_equal(read_image(paths["overlay"]), outputs.overlay(IMAGE, LABELS, TWO))
+
+
+def colours_in(picture):
+    return set(map(tuple, np.asarray(picture).reshape(-1, 3).tolist()))
+
+
+def test_the_legend_has_the_classes_that_occur(tmp_path, monkeypatch):
+    image, labels = np.full((40, 60, 3), 9, np.uint8), np.zeros((40, 60), np.uint8)
+    labels[:10], labels[10, 0] = 2, 255
+    three = ClassSet("b", ("background", "cat", "dog"), ((0, 0, 0), (1, 2, 3), (250, 100, 20)))
+    paths = outputs.write_outputs(tmp_path, "a", image, labels, three)
+    shown = read_image(paths["overlay"])
+    # The background keeps the photo, and its box in the legend is empty.
+    assert (shown[12:40, :60] == 9).all() and (shown[:9, :60] == [130, 55, 15]).all()
+    boxes = colours_in(shown[40:]) & {(250, 100, 20), (0, 0, 0), (1, 2, 3)}
+    assert boxes == {(250, 100, 20), (0, 0, 0)}, "dog, and black of the ignored pixel"
+    texts = []
+    monkeypatch.setattr(outputs, "legend_image", lambda entries, *_: texts.extend(entries))
+    outputs.overlay_legend(labels, three, 60)
+    assert [(entry.text, entry.colour) for entry in texts] == [
+        ("background 75.0%", None),
+        ("dog 25.0%", (250, 100, 20)),
+        ("ignored <0.1%", (0, 0, 0)),
+    ]
+
+
+def test_which_classes_are_unpainted():
+    three = ClassSet("b", ("background", "cat", "dog"), ((0, 0, 0), (1, 2, 3), (250, 100, 20)))
+    image, labels = np.full((3, 3, 3), 200, np.uint8), np.full((3, 3), 2, np.uint8)
+    assert (outputs.overlay(image, labels, three)[0, 0] == [225, 150, 110]).all()
+    assert (outputs.overlay(image, labels, three, unpainted=[1, 2]) == 200).all()
+    assert (outputs.overlay(image, labels * 0, three, unpainted=()) == 100).all()
+    with pytest.raises(ValueError, match=r"unpainted has the class 3, .* b has the ids 0\.\.2"):
+        outputs.overlay(image, labels, three, unpainted=[3])
 
 
 @pytest.mark.skipif(bool(limits.cpu_int8()), reason=limits.cpu_int8())

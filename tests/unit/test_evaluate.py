@@ -25,6 +25,7 @@ from deeplab_fast.data.datasets import open_dataset
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.data.transforms import AugmentedDataset
 from deeplab_fast.engine import evaluate as module
+from deeplab_fast.engine import pictures
 from deeplab_fast.engine.evaluate import ShardSampler, confusion_image, evaluate
 from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.predict import predict
@@ -265,9 +266,14 @@ def test_saved_files(tmp_path):
     for entry in content["panels"]:
         height, width = SIZES[entry["index"]]
         with Image.open(out / entry["file"]) as image:
-            # Three pictures with gaps of 6 under a headline of 20.
-            assert image.size == (3 * width + 12, height + 20)
-            photo = np.asarray(image)[20:, :width]
+            # The title, three pictures with gaps of 6 under a headline of 20, the legend.
+            assert image.width >= 3 * width + 12 and image.height > height + 20
+            pixels = np.asarray(image)[:, :width]
+        photo = next(
+            pixels[top : top + height]
+            for top in range(len(pixels) - height)
+            if (pixels[top] == Scenes()[entry["index"]][0][0]).all()
+        )
         np.testing.assert_array_equal(photo, Scenes()[entry["index"]][0])
 
 
@@ -291,14 +297,33 @@ def test_confusion_picture(classes):
     matrix = np.zeros((classes, classes), np.int64)
     matrix[0, 1] = 5
     names = [f"class {i}" for i in range(classes)]
-    image = np.asarray(confusion_image(matrix, names))
-    cell = 36 if classes <= 30 else 14
-    size = classes * cell
+    image = np.asarray(confusion_image(matrix, names, "weights"))
+    # Of 40 classes the 38 that occur nowhere are left out.
+    cell, shown = 36, 2
+    size = shown * cell
     heat = image[-size - 8 : -8, -size - 8 : -8]
     corners = heat[2::cell, 2::cell]
     # All of row 0 went to class 1; rows without pixels are grey.
     assert (corners[0, 1] == (8, 48, 107)).all() and (corners[0, 0] == 255).all()
     assert (corners[1:] == 224).all()
+
+
+def test_words_of_the_confusion_picture(monkeypatch):
+    matrix = np.zeros((40, 40), np.int64)
+    matrix[3, 3], matrix[3, 39] = 3, 1
+    lines = []
+    monkeypatch.setattr(
+        pictures, "text_image", lambda text, *a: lines.extend(text) or Image.new("RGB", (9, 9))
+    )
+    confusion_image(matrix, [f"c{i}" for i in range(40)], "run/model.safetensors")
+    left_out = ", ".join(f"c{i}" for i in range(40) if i not in (3, 39))
+    # IoU 3/4 and 0.
+    assert lines == [
+        "run/model.safetensors",
+        "mIoU 37.50 % of 2 of 40 classes",
+        "rows: labels with their IoU in %; columns: predictions; % of the row",
+        f"Left out, in neither labels nor predictions: {left_out}",
+    ]
 
 
 def test_labels_that_are_no_class_name_the_file(tiny, tmp_path):
