@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, get_type_hints
 
 if TYPE_CHECKING:
     import torch
@@ -45,27 +45,36 @@ def tell(command: str, message: str) -> None:
     print(f"{PROGRAM} {command}: {message}", file=sys.stderr)
 
 
+_DATA_FIELDS = (
+    *("mask_colours", "unknown_colours", "images", "masks", "mask_suffix"),
+    *("val_fraction", "split_seed", "group_by"),
+)
+
+
 def add_data_arguments(add: Callable[..., object]) -> None:
+    from deeplab_fast.engine.config import TrainConfig
+
     add(
         "--data",
         type=str | None,
         metavar="NAME|FILE",
-        help=f"{_data_names()} (images/ and masks/), a .csv of pairs, or a YAML file with name, "
-        "root, classes, label_map (required)",
+        help=f"{_data_names()} (photos and masks of your own), a .csv of pairs, or a YAML file "
+        "with name, root, classes, label_map (required)",
     )
     add("--root", type=str | None, metavar="DIR", help="folder of the data")
     add(
         "--split",
         type=str | None,
         metavar="NAME",
-        help="default: val; all of a folder or csv",
+        help="default: val; all of a folder or csv without parts, of which train and val are "
+        "made by --val-fraction; all: everything in a folder or csv",
     )
     add(
         "--classes",
         type=str | None,
-        metavar="NAME|FILE|N",
-        help="class names for a folder or csv: a built-in set, a file, or a number; 1, or one "
-        "name, is a class beside the background: masks of 0 and 1",
+        metavar="NAMES|SET|FILE|N",
+        help="class names for a folder or csv: a,b,c, a built-in set, a file, or a number; 1, or "
+        "one name (a,), is a class beside the background: masks of 0 and 1",
     )
     add(
         "--label-map",
@@ -74,6 +83,15 @@ def add_data_arguments(add: Callable[..., object]) -> None:
         help="values of the masks that stand for others, e.g. 255=1; others stay as they are",
     )
     add("--ignore-index", type=int | None, metavar="N", help="label that is not counted")
+    # As 'deeplab-fast train' has them, so that both find and split data alike.
+    for field in fields(TrainConfig):
+        if field.name in _DATA_FIELDS:
+            add(
+                "--" + field.name.replace("_", "-"),
+                type=get_type_hints(TrainConfig)[field.name],
+                metavar=field.metadata["metavar"],
+                help=field.metadata["help"],
+            )
     add("--workers", type=int, default=0, metavar="N", help="processes that read")
 
 
@@ -343,24 +361,23 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
     return model, name
 
 
-def open_data(config: Namespace) -> SegmentationDataset:
-    from deeplab_fast.data.datasets import open_dataset, parse_label_map
+def open_data(
+    config: Namespace, command: str, *, default_split: str | None = None
+) -> SegmentationDataset:
+    """The data that a command's options name; ``default_split`` is of folders and tables."""
+    from deeplab_fast.data.datasets import open_dataset, options_of
 
     if not config.data:
         raise UsageError(f"--data NAME is missing: {_data_names()}, a .csv of pairs or a YAML file")
     if config.workers < 0:
         raise UsageError(f"--workers is {config.workers}, expected 0 or more")
+    split = config.split
+    if split is None and (config.data == "folder" or config.data.lower().endswith(".csv")):
+        split = default_split
     try:
-        given: dict[str, Any] = {}
-        if config.label_map is not None:
-            given = {"label_map": parse_label_map(config.label_map), "unmapped": "keep"}
-        return open_dataset(
-            config.data,
-            config.root,
-            config.split,
-            classes=config.classes,
-            ignore_index=config.ignore_index,
-            **given,
-        )
+        dataset = open_dataset(config.data, config.root, split, **options_of(config.as_dict()))
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
+    for note in dataset.notes:
+        tell(command, note)
+    return dataset

@@ -129,7 +129,7 @@ def run(config: Namespace) -> int:
                 raise ValueError(f"--output {config.output} is a file; name a folder")
         except ValueError as error:
             raise UsageError(str(error)) from error
-        dataset = open_data(config)
+        dataset = open_data(config, "eval")
         model, name, device = _model(config, device, options)
         if label_count(model.num_classes) != dataset.num_classes:
             raise UsageError(

@@ -211,7 +211,9 @@ def generic_classes(
 
 
 def class_set(source: str | os.PathLike[str] | ClassSet | Iterable[str]) -> ClassSet:
-    """A built-in class set by name, one read from a file, or one made of a list of names.
+    """A built-in class set by name, one read from a file, or one made of names.
+
+    Names are a list, or text with commas: "road,car,tree" (of one name "road,").
 
     Built in: ``voc`` (21), ``coco-voc`` (the same 21 as torchvision's weights name them),
     ``cityscapes`` (19 train ids), ``ade20k`` (150), ``camvid`` (11, ignored label 11).
@@ -235,6 +237,12 @@ def class_set(source: str | os.PathLike[str] | ClassSet | Iterable[str]) -> Clas
     if text in CLASS_SETS:
         return CLASS_SETS[text]
     path = Path(text)
+    if not path.is_file() and "," in text:
+        names = tuple(name.strip() for name in text.split(","))
+        names = names[:-1] if not names[-1] else names
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError(f"--classes is {text!r}, expected names that differ: road,car,tree")
+        return generic_classes(len(names), names, "custom")
     if not path.is_file():
         known = ", ".join(CLASS_SETS)
         if path.suffix or len(path.parts) > 1:
@@ -244,7 +252,8 @@ def class_set(source: str | os.PathLike[str] | ClassSet | Iterable[str]) -> Clas
             )
         raise ValueError(
             f"no class set is named {text!r}; built in are: {known}; "
-            "or pass a file with a name a line, JSON or YAML"
+            "or pass names with commas (of one class "
+            f"{text + ','!r}), a number, or a file with a name a line, JSON or YAML"
         )
     return _from_file(path)
 

@@ -39,7 +39,38 @@ class TrainConfig:
         None, "training data, as in 'deeplab-fast eval' (required)", "NAME|FILE"
     )
     root: str | None = _option(None, "folder of the data", "DIR")
-    split: str | None = _option("train", "to train on; all: everything in a folder or csv", "NAME")
+    split: str | None = _option(
+        "train",
+        "to train on: a part of the data, of a folder or csv without parts all that is not for "
+        "validation; all: everything in a folder or csv",
+        "NAME",
+    )
+    val_fraction: float | None = _option(
+        None,
+        "part of a folder or csv without parts that is for validation, 0 to 1, chosen by name; "
+        "default: 0.2, or 0 with --val-data or --val-every 0",
+        "F",
+    )
+    split_seed: int | None = _option(
+        None, "another choice of these by another number; default: 0", "N"
+    )
+    group_by: str | None = _option(
+        None,
+        "pictures of one group are on one side: prefix (the name before its last _ - . or /), or a "
+        "regular expression whose first group, or match, in the name is the group",
+        "prefix|REGEX",
+    )
+    images: str | None = _option(
+        None, "name of a folder's folder of photos; default: images, or another usual one", "NAME"
+    )
+    masks: str | None = _option(
+        None, "name of a folder's folder of masks; default: masks, or another usual one", "NAME"
+    )
+    mask_suffix: str | None = _option(
+        None,
+        "end of a folder's masks' names behind the photos': _mask of x_mask.png; default: as found",
+        "TEXT",
+    )
     data_options: dict[str, Any] = field(
         default_factory=dict,
         metadata=_help(
@@ -54,14 +85,25 @@ class TrainConfig:
     )
     classes: str | None = _option(
         None,
-        "class names of a folder or csv; 1, or one name: a model of one logit, masks of 0 and 1",
-        "NAME|FILE|N",
+        "class names of a folder or csv: a,b,c, a built-in set, a file, or a number; 1, or one "
+        "name (a,): a model of one logit, masks of 0 and 1",
+        "NAMES|SET|FILE|N",
     )
     label_map: str | None = _option(
         None, "values of the masks that stand for others: 255=1,7=0; others stay", "RAW=ID,..."
     )
+    mask_colours: str | None = _option(
+        None,
+        "masks are pictures whose colours stand for classes: a file with name r g b a line, CSV, "
+        "JSON or YAML, or a built-in class set; gives the classes where --classes does not",
+        "FILE|SET",
+    )
+    unknown_colours: str | None = _option(
+        None, "other colours in masks: error or ignore; default: error", "WHAT"
+    )
     ignore_index: int | None = _option(None, "label that counts for nothing", "N")
     check_data: bool = _option(True, "read all photos and masks before training")
+    recheck: bool = _option(False, "read them also where they are unchanged since they passed")
     allow_empty: bool = _option(False, "masks may be ignored in every pixel")
     bootstrap: list[str] = field(
         default_factory=list,
@@ -425,6 +467,13 @@ def _problems(config: TrainConfig) -> list[str]:
             f"epochs is {config.epochs} and steps is {config.steps}; give one of them, it says how "
             "long to train"
         )
+    fraction = config.val_fraction
+    need(
+        fraction is None or (_finite(fraction) and 0 <= fraction <= 1),
+        "val_fraction",
+        "a part, 0 to 1",
+    )
+    need(config.unknown_colours in (None, "error", "ignore"), "unknown_colours", "error or ignore")
     need(config.optimizer in ("sgd", "adamw"), "optimizer", "sgd or adamw")
     need(config.export in ("last", "best"), "export", "last or best")
     crop = config.crop if isinstance(config.crop, (list, tuple)) else [config.crop]

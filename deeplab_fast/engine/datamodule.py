@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from deeplab_fast.data.check import DataReport, check_dataset
+from deeplab_fast.data.check import DataReport
 from deeplab_fast.data.datasets import SegmentationDataset
 from deeplab_fast.data.preprocess import IMAGENET_MEAN
 from deeplab_fast.data.transforms import AugmentedDataset
 from deeplab_fast.engine.bootstrap import bootstrap_indices
+from deeplab_fast.engine.checked import check_remembered
 from deeplab_fast.engine.config import TrainConfig
 from deeplab_fast.engine.evaluate import IndexedItem, IndexedItems, ShardSampler
 from deeplab_fast.engine.sources import open_training, open_validation, training_transform
@@ -76,21 +77,23 @@ class SegmentationData(lightning.LightningDataModule):
     def check(
         self, *, progress: bool = False, tell: Callable[[str], None] | None = None
     ) -> DataReport:
-        """Reads all photos and masks of both data sets; keeps the report of the training data.
+        """Reads photos and masks of both data sets; keeps the report of the training data.
+
+        Those that are unchanged since they passed a check are not read again, unless
+        ``config.recheck``.
 
         Args:
             progress: a bar on stderr where that is a terminal.
-            tell: takes a line for each thing that is odd and may be right.
+            tell: takes a line for what is read, and for each thing that is odd and may be right.
 
         Raises:
             DataError: there are problems; names all of them. Validation data of one class alone
                 are none: their mean IoU will be nan.
         """
-        report = self.counted(progress=progress)
+        report = self.counted(progress=progress, tell=tell)
         reports = [report]
         if self.val is not None:
-            workers = self.config.workers
-            reports.append(check_dataset(self.val, workers=workers, progress=progress))
+            reports.append(self._checked(self.val, progress, tell))
         for each, is_training in zip(reports, (True, False), strict=False):
             each.raise_if_bad(allow_empty=self.config.allow_empty, allow_one_class=not is_training)
             allowed = [p.message for p in each.problems if p.kind == "one class"]
@@ -99,12 +102,28 @@ class SegmentationData(lightning.LightningDataModule):
                     tell(f"warning: {text}")
         return report
 
-    def counted(self, *, progress: bool = False) -> DataReport:
+    def counted(
+        self, *, progress: bool = False, tell: Callable[[str], None] | None = None
+    ) -> DataReport:
         """The report of the training data, made once: pixels and images of each class."""
         if self.report is None:
-            workers = self.config.workers
-            self.report = check_dataset(self.train, workers=workers, progress=progress)
+            self.report = self._checked(self.train, progress, tell)
         return self.report
+
+    def _checked(
+        self,
+        dataset: SegmentationDataset,
+        progress: bool,
+        tell: Callable[[str], None] | None,
+    ) -> DataReport:
+        config = self.config
+        return check_remembered(
+            dataset,
+            workers=config.workers,
+            progress=progress,
+            recheck=config.recheck,
+            tell=tell,
+        )
 
     def bootstrap(self) -> int:
         """Duplicates the training images that ``config.bootstrap`` asks for; their new number."""

@@ -40,6 +40,7 @@ _FREE = frozenset(
         "log_every",
         "tensorboard",
         "check_data",
+        "recheck",
         "val_batch_size",
         "backend",
         "cuda_graph",

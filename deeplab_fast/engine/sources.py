@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
+import io
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from deeplab_fast.data.datasets import SegmentationDataset, open_dataset, parse_label_map
+from deeplab_fast.data.datasets import SegmentationDataset, open_dataset, options_of
 from deeplab_fast.data.preprocess import IMAGENET_MEAN
 from deeplab_fast.data.transforms import (
     Compose,
@@ -17,8 +21,9 @@ from deeplab_fast.data.transforms import (
 )
 from deeplab_fast.engine.augment import ColourJitter
 from deeplab_fast.engine.config import TrainConfig
+from deeplab_fast.engine.outputs import write_atomically
 
-__all__ = ["open_training", "open_validation", "training_transform"]
+__all__ = ["open_training", "open_validation", "training_transform", "write_split"]
 
 
 def training_transform(
@@ -61,34 +66,92 @@ def training_transform(
 def open_training(config: TrainConfig) -> SegmentationDataset:
     """The data set to train on."""
     if not config.data:
-        raise ValueError("data is missing: which data set shall be trained on?")
-    return _open(config, config.data, config.root, config.split, config.data_options)
+        raise ValueError("--data is missing: which data set shall be trained on?")
+    # A part for validation would be for nothing.
+    whole = config.val_fraction is None and bool(config.val_data or not config.val_every)
+    return _open(config, config.data, config.root, config.split, config.data_options, whole=whole)
 
 
-def open_validation(config: TrainConfig) -> SegmentationDataset:
-    """The data set to validate on."""
+def open_validation(config: TrainConfig) -> SegmentationDataset | None:
+    """The data set to validate on; None with ``val_fraction=0`` and no ``val_data``."""
     source = config.val_data or config.data
     if not source:
-        raise ValueError("data is missing: which data set shall be validated on?")
-    root = config.val_root if config.val_root or config.val_data else config.root
-    options = config.val_options if config.val_options or config.val_data else {}
-    return _open(config, source, root, config.val_split, options)
+        raise ValueError("--data is missing: which data set shall be validated on?")
+    if config.val_data:
+        options = config.val_options
+        # Data of their own are validated on as a whole.
+        config = config.replace(val_fraction=None)
+        return _open(config, source, config.val_root, config.val_split, options, whole=True)
+    if config.val_fraction == 0 and config.val_split == "val":
+        return None
+    root = config.val_root or config.root
+    return _open(config, source, root, config.val_split, config.val_options, whole=False)
+
+
+def write_split(
+    train: SegmentationDataset, val: SegmentationDataset | None, path: Path
+) -> str | None:
+    """Writes which pairs are trained and validated on, as a table that ``--data`` takes.
+
+    Only of data whose parts were made by name and seed; else nothing is written.
+
+    Returns:
+        What has changed against a table that was there, None for nothing.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not train.split_here or val is None or not val.split_here:
+        return None
+    # A bootstrapped image occurs repeatedly.
+    rows = {
+        (os.path.abspath(sample.image), os.path.abspath(sample.mask)): split
+        for split, dataset in (("train", train), ("val", val))
+        for sample in dataset.samples
+    }
+    before = _sides(path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "mask", "split"))
+    writer.writerows((*pair, split) for pair, split in sorted(rows.items()))
+    write_atomically([(path, lambda file: file.write(text.getvalue().encode("utf-8")))])
+    now = {Path(image).name: split for (image, _), split in rows.items()}
+    moved = [name for name, split in before.items() if now.get(name, split) != split]
+    if not moved:
+        return None
+    return (
+        f"{len(moved)} images changed sides between training and validation since the run began "
+        f"({', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}), as the data or the options "
+        "did: scores of the validation are not those of unseen images"
+    )
+
+
+def _sides(path: Path) -> dict[str, str]:
+    """The split of each image of a table by its file's name."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {Path(row["image"]).name: row["split"] for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _open(
-    config: TrainConfig, source: str, root: str | None, split: str | None, options: dict[str, Any]
+    config: TrainConfig,
+    source: str,
+    root: str | None,
+    split: str | None,
+    options: dict[str, Any],
+    *,
+    whole: bool,
 ) -> SegmentationDataset:
-    split = None if split == "all" else split
     numbers = [each for each in options.get("sequences", ()) if not isinstance(each, str)]
     if numbers:
         raise ValueError(
             f"sequences has {numbers[0]!r}, a number: put names that YAML takes for one in quotes, "
             'as "0016E5"'
         )
-    given: dict[str, Any] = {"classes": config.classes, "ignore_index": config.ignore_index}
-    if config.label_map is not None:
-        given |= {"label_map": parse_label_map(config.label_map), "unmapped": "keep"}
-    return open_dataset(source, root, split, **{**given, **options})
+    given = {**options_of(config.as_dict()), **options}
+    return open_dataset(source, root, split, whole=whole, **given)
 
 
 def _imported(path: str, options: dict[str, Any]) -> object:

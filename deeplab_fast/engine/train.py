@@ -150,7 +150,7 @@ def fit(
     from deeplab_fast.engine import callbacks as parts
     from deeplab_fast.engine.averaging import ExponentialAverage
     from deeplab_fast.engine.progress import Progress
-    from deeplab_fast.engine.sources import training_transform
+    from deeplab_fast.engine.sources import training_transform, write_split
 
     tell, progress = _speech(tell, quiet, progress)
     if not config.output:
@@ -191,6 +191,9 @@ def fit(
         check_resumable(checkpoint, config, tell)
     if trainer.is_global_zero:
         write_run_files(folder, config)
+        moved = write_split(data.train, data.val, folder / "split.csv")
+        if moved and checkpoint is not None:
+            tell(f"warning: {moved}")
     _tell_of_start(config, module, data, steps, checkpoint, tell)
     stopped = _run(trainer, module, data, checkpoint)
     weights = exported = None
@@ -251,9 +254,10 @@ def _checked_data(
 
     if data is None:
         data = SegmentationData(config)
+    for note in data.train.notes:
+        tell(note)
     # The other processes end with this one.
     if config.check_data and is_first():
-        tell(f"checking {data.train}" + (f" and {data.val}" if data.val is not None else ""))
         data.check(progress=progress, tell=tell)
     data.bootstrap()
     if data.steps_per_epoch < 1:

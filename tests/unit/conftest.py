@@ -13,10 +13,20 @@ import torch
 
 import deeplab_fast as dlf
 from deeplab_fast import _ext
+from deeplab_fast.engine import checked
 from deeplab_fast.engine.config import TrainConfig, train_config
 from deeplab_fast.testing import cpu_instruction_sets
 
 OPS = torch.ops.deeplab_fast
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_checks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Data checks are remembered apart from the user's."""
+    folder = tmp_path_factory.mktemp("checks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checked, "checks_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(params=["reference", *cpu_instruction_sets()])

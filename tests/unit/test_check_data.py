@@ -1,11 +1,13 @@
 """The check before training finds everything wrong in one pass."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from deeplab_fast.data.check import DataError, check_dataset
-from deeplab_fast.data.datasets import Sample, SegmentationDataset, open_dataset
+from deeplab_fast.data.check import DataError, check_dataset, grouped
+from deeplab_fast.data.datasets import open_dataset
 from deeplab_fast.data.transforms import AugmentedDataset
 
 
@@ -55,7 +57,7 @@ def test_everything_wrong_at_once(broken, workers):
     assert report.pixels == (24 + 8 + 1, 24, 8) and report.ignored_pixels == 8 + 24
     assert report.images_of == ((0, 1, 5), (2,), (1,)) and report.images == (3, 1, 1)
     assert report.absent == ()
-    with pytest.raises(DataError, match="5 problems in 6 samples") as caught:
+    with pytest.raises(DataError, match="5 problems in 4 of 6 samples") as caught:
         report.raise_if_bad()
     assert all(message in str(caught.value) for message in messages)
     assert caught.value.report is report
@@ -157,20 +159,102 @@ def test_values_that_the_label_map_leaves_out_are_told(tmp_path):
     assert "the masks hold label 30 (6 pixels), which the label map does not name" in note
 
 
-def test_a_long_list_is_cut_in_the_message_only(tmp_path):
+def test_what_is_alike_is_one_line(tmp_path):
     add(tmp_path, "a", None)
-    sample = Sample("a", tmp_path / "images" / "a.png", tmp_path / "masks" / "a.png")
-    classes = open_classes()
-    report = check_dataset(SegmentationDataset([sample] * 60, classes))
-    with pytest.raises(DataError, match=r"\.\.\. and 10 more"):
+    for stem in "bcde":
+        add(tmp_path, stem, filled(0, 1, 7))
+    add(tmp_path, "f", filled(1, 7, 9))
+    dataset = open_dataset("folder", tmp_path, classes=2)
+    masks = [str(sample.mask) for sample in dataset.samples]
+    twice = dataset.select([0, 0, 0, 0, *range(1, 6)])
+    report = check_dataset(twice)
+    assert len(report.problems) == 9
+    # The missing mask four times, 7 in four masks (8 pixels each), and one mask of its own.
+    missing, sevens, own = grouped(report.problems)
+    assert missing.startswith("4 masks: cannot read the mask: No such file") and " and 1 more" in (
+        missing
+    )
+    assert sevens == (
+        "4 masks: label 7 (32 pixels), outside the classes 0..1 and not ignore_index=255: "
+        f"{masks[1]}, {masks[2]}, {masks[3]} and 1 more"
+    )
+    assert own == report.problems[-1].message
+    with pytest.raises(DataError, match="9 problems in 9 of 9 samples") as caught:
         report.raise_if_bad()
-    assert len(report.problems) == 60
+    assert str(caught.value).splitlines()[1:4] == [f"  {line}" for line in (missing, sevens, own)]
+    assert report.as_dict()["problems"][4]["values"] == {"7": 8}
 
 
-def open_classes():
-    from deeplab_fast.data.classes import generic_classes
+def test_many_sets_of_wrong_values_are_told_by_value(tmp_path):
+    # Mask i holds 10 and 10 + i: as many sets as masks, one value in all of them.
+    for i in range(10):
+        add(tmp_path, f"m{i}", filled(10, 10 + i))
+    report = check_dataset(open_dataset("folder", tmp_path, classes=2))
+    lines = grouped(report.problems)
+    assert len(lines) == 7 and lines[0].startswith("10 masks: label 10 (132 pixels), outside")
+    assert lines[1].startswith("1 masks: label 11 (12 pixels)")
+    assert lines[-1] == "4 masks: 4 other labels that are no class"
 
-    return generic_classes(2)
+
+@pytest.mark.parametrize(
+    ("values", "options", "hint"),
+    [
+        pytest.param((0, 255), {"ignore_index": 254}, "--classes 1 --label-map 255=1", id="binary"),
+        pytest.param((0, 1, 2, 11), {}, "11 beside the classes: if .* --ignore-index 11", id="11"),
+        pytest.param(
+            (0, 1, 255), {"ignore_index": 9}, "255 beside .* --ignore-index 255", id="255"
+        ),
+        pytest.param((1, 2, 3), {}, "begin at 1: --label-map 1=0,2=1,3=2", id="from 1"),
+        pytest.param(
+            (0, 1, 3), {}, "give 4 classes .* --ignore-index 3; .* 0=255,1=0,2=1,3=2", id="one more"
+        ),
+        pytest.param((0, 127, 254), {}, "in this order, --label-map 0=0,127=1,254=2", id="spread"),
+        pytest.param((0, 3, 5, 7), {}, "name them all: the masks hold labels up to 7", id="more"),
+        pytest.param(
+            range(200), {}, "197 values that are no class: .* smoothing", id="no class numbers"
+        ),
+    ],
+)
+def test_hints_at_usual_causes(tmp_path, values, options, hint):
+    size = (20, 20)
+    for stem in "ab":
+        add(tmp_path, stem, np.resize(np.array(values, np.uint8), size), size)
+    report = check_dataset(open_dataset("folder", tmp_path, classes=3, **options))
+    assert len(report.hints) == 1 and re.search(hint, report.hints[0])
+    with pytest.raises(DataError, match="\n  hint: "):
+        report.raise_if_bad()
+
+
+def test_a_single_mask_is_no_usual_cause(tmp_path):
+    add(tmp_path, "a", filled(0, 1, 11))
+    for stem in "bcd":
+        add(tmp_path, stem, filled(0, 1))
+    assert check_dataset(open_dataset("folder", tmp_path, classes=2)).hints == ()
+
+
+def test_colours_that_stand_for_no_class(tmp_path):
+    (tmp_path / "masks").mkdir()
+    colours = {"road": (128, 64, 128), "sky": (70, 130, 180)}
+    for stem in "ab":
+        add(tmp_path, stem, None)
+        pixels = np.resize(
+            np.array([*colours.values(), (71, 130, 180), (9, 9, 9)], np.uint8), (4, 6, 3)
+        )
+        Image.fromarray(pixels).save(tmp_path / "masks" / f"{stem}.png")
+    dataset = open_dataset("folder", tmp_path, mask_colours=colours)
+    report = check_dataset(dataset)
+    assert [problem.kind for problem in report.problems] == ["colours"] * 2
+    assert report.problems[0].values == {(71, 130, 180): 6, (9, 9, 9): 6}
+    assert grouped(report.problems)[0].startswith(
+        "2 masks: colour 9 9 9 (12 pixels) and colour 71 130 180 (12 pixels), to which "
+        "--mask-colours gives no class: "
+    )
+    near, cure = report.hints
+    assert "71 130 180 is nearest to sky (70 130 180), 1 of 255 away" in near
+    assert "as void" in cure and "--unknown-colours ignore" in cure
+    good = open_dataset("folder", tmp_path, mask_colours=colours, unknown_colours="ignore")
+    report = check_dataset(good)
+    assert (report.problems, report.pixels, report.ignored_pixels) == ((), (12, 12), 24)
 
 
 def test_augmented_data_are_refused(tmp_path):

@@ -242,7 +242,9 @@ def test_label_maps_as_text():
     assert parse_label_map("255=1") == {255: 1}
     assert parse_label_map(" 255=1, 7 = 0,-1=255") == {255: 1, 7: 0, -1: 255}
     for text in ("", "255", "a=1", "1=2=3", "255=1,255=0"):
-        with pytest.raises(ValueError, match=f"label_map is '{text}', expected raw value = class"):
+        with pytest.raises(
+            ValueError, match=f"--label-map is '{text}', expected raw value = class"
+        ):
             parse_label_map(text)
 
 
@@ -539,7 +541,7 @@ def test_folder(tmp_path):
     dataset = open_dataset("folder", tmp_path, "val", **options)
     assert names(dataset) == ["x", "y"] and dataset.classes.classes == ("a", "b")
     assert dataset[0][1].all() and not dataset[1][1].any()
-    with pytest.raises(FileNotFoundError, match="for the split 'test'; without a split all"):
+    with pytest.raises(FileNotFoundError, match=r"for the split 'test'; there are: train, val"):
         open_dataset("folder", tmp_path, "test", **options)
     photo(tmp_path / "img" / "val" / "x.png")
     with pytest.raises(ValueError, match="have the same stem"):
@@ -789,7 +791,7 @@ def test_a_file_describes_a_data_set(tmp_path, suffix):
         pytest.param(
             ("pets",), ValueError, "no data set is named 'pets'; there are: voc", id="name"
         ),
-        pytest.param(("voc",), ValueError, "root is missing: which folder holds JPEG", id="root"),
+        pytest.param(("voc",), ValueError, "--root is missing: which folder holds JPEG", id="root"),
         pytest.param(("voc", "{}/x"), FileNotFoundError, "x is not a folder", id="no-folder"),
         pytest.param(
             ("voc", "{}"),

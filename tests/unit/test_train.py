@@ -353,8 +353,10 @@ def test_two_processes_equal_one(tiny, config, tmp_path):
         ema=0.5,
         trainer={"accelerator": "cpu"},
     )
+    root = tiny.write_scenes(tmp_path / "scenes")
     # 5 images over 2 processes: one of them has one more.
-    tiny.write_scenes(config.root, 5, split="odd")
+    tiny.write_scenes(root, 5, split="odd")
+    config = config.replace(root=str(root))
     single = fit(config)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deeplab_fast.data.classes import ClassSet, class_set, generic_classes
+from deeplab_fast.data.classes import CLASS_SETS, ClassSet, class_set, generic_classes
 from deeplab_fast.data.datasets.ade20k import ADE20K
 from deeplab_fast.data.datasets.base import (
     LabelError,
@@ -24,23 +24,30 @@ from deeplab_fast.data.datasets.base import (
     SegmentationDataset,
     bad_labels,
     parse_label_map,
+    value_counts,
 )
 from deeplab_fast.data.datasets.camvid import CAMVID
 from deeplab_fast.data.datasets.cityscapes import CITYSCAPES
 from deeplab_fast.data.datasets.coco import COCO_VOC
+from deeplab_fast.data.datasets.colours import MaskColours, classes_of_colours, read_colours
 from deeplab_fast.data.datasets.layout import Layout, Spec
-from deeplab_fast.data.datasets.masks import read_mask
+from deeplab_fast.data.datasets.masks import ColourError, read_mask
 from deeplab_fast.data.datasets.pairs import CSV, FOLDER
+from deeplab_fast.data.datasets.splits import VAL_FRACTION
 from deeplab_fast.data.datasets.voc import VOC
+from deeplab_fast.data.images import ImageReadError
 
 __all__ = [
     "DATASETS",
+    "VAL_FRACTION",
+    "ColourError",
     "LabelError",
     "LabelledData",
     "Sample",
     "SegmentationDataset",
     "bad_labels",
     "open_dataset",
+    "options_of",
     "parse_label_map",
     "read_mask",
 ]
@@ -58,7 +65,12 @@ DATASETS: dict[str, Layout] = {
 """Data sets that :func:`open_dataset` knows by name."""
 
 
-_COMMON = frozenset({"root", "split", "classes", "label_map", "unmapped", "ignore_index"})
+_COMMON = frozenset(
+    {
+        *("root", "split", "classes", "label_map", "unmapped", "ignore_index"),
+        *("mask_colours", "unknown_colours"),
+    }
+)
 
 
 def open_dataset(
@@ -70,6 +82,9 @@ def open_dataset(
     label_map: Mapping[int, int] | None = None,
     unmapped: str | None = None,
     ignore_index: int | None = None,
+    mask_colours: str | os.PathLike[str] | ClassSet | MaskColours | None = None,
+    unknown_colours: str | None = None,
+    whole: bool = False,
     **options: Any,
 ) -> SegmentationDataset:
     """A data set by name.
@@ -85,8 +100,10 @@ def open_dataset(
     camvid     train, trainannot, train.txt (all pairs without), ... train, val, test, trainval
     coco-voc   train2017, val2017, annotations/instances_*.json      train, val
                (needs pycocotools)
-    folder     images, masks, files of the same stem                 subfolders of both, or none
-    csv        a table with columns image, mask and, optional, split as the column says
+    folder     images, masks, files of the same stem                 subfolders of both, or train,
+                                                                     val by name and seed
+    csv        a table with columns image, mask and, optional, split as the column says, or the
+                                                                     same
     ========== ===================================================== ===========================
 
     ``trainaug`` of VOC takes SegmentationClassAug where it is there, otherwise SBD's .mat files
@@ -94,18 +111,36 @@ def open_dataset(
     VOC train and all of SBD without VOC val, 10,582 images. ``coco-voc`` follows torchvision's
     recipe: pixels of overlapping instances are ignored, and train leaves out images with at most
     1000 pixels of the 20 classes. ``camvid`` takes ``sequences=("0001TP", ...)`` to choose by the
-    start of the name. ``folder`` takes ``images`` and ``masks``, the names of the two folders.
+    start of the name.
+
+    ``folder`` finds folders of other usual names (``imgs``, ``JPEGImages``, ``labels``,
+    ``SegmentationClass``, ...; ``images`` and ``masks`` name them), also in ``train`` and ``val``;
+    masks with a suffix (``x_mask.png``; ``mask_suffix`` names it), and photos and masks in one
+    folder. What two readings would fit is refused. Parts may be called ``training``, ``valid`` and
+    ``validation``.
+
+    A folder or table without parts is split by ``split="train"`` and ``"val"``: ``val_fraction``
+    (0.2) of its pairs are for validation, chosen by their names and ``split_seed`` (0), with
+    ``group_by="prefix"`` or a regular expression so that pairs of one group (a sequence, a scene)
+    stay together: :class:`~deeplab_fast.data.datasets.splits.Split` has the rule. What was found
+    and split stands in ``notes`` of the data set.
 
     Args:
         source: one of these names; a .csv file; a .yaml, .yml or .json file, or a mapping, with
             the key ``name`` and any of the other arguments (``root`` is relative to the file).
             Arguments given beside it come first.
         root: the folder of the data; for csv what its paths are relative to (default: its folder).
-        split: "val" unless given; all samples of a folder or csv.
-        classes: as ``data.class_set`` takes, or a number; needed for folder and csv, otherwise the
-            data set's own.
+        split: "val" unless given; of a csv, and of a folder without val, all samples, unless
+            ``val_fraction`` is given. "all" is all of a folder or csv.
+        classes: as ``data.class_set`` takes, or a number; needed for folder and csv, unless
+            ``mask_colours`` names them, otherwise the data set's own.
         label_map, unmapped, ignore_index: see :class:`SegmentationDataset`; instead of the data
             set's own.
+        mask_colours: colours that stand for classes in masks: a file or the name of a class set, or
+            a mapping of class name to (R, G, B), see
+            :func:`~deeplab_fast.data.datasets.colours.read_colours`.
+        unknown_colours: see :class:`SegmentationDataset`.
+        whole: "train" and "val" of a folder or csv without parts are each all of its pairs.
         options: those named above.
 
     Raises:
@@ -119,6 +154,8 @@ def open_dataset(
         "label_map": label_map,
         "unmapped": unmapped,
         "ignore_index": ignore_index,
+        "mask_colours": mask_colours,
+        "unknown_colours": unknown_colours,
         **options,
     }
     spec = {**_spec(source), **{key: value for key, value in given.items() if value is not None}}
@@ -129,24 +166,115 @@ def open_dataset(
             "of pairs, or a .yaml or .json file with name, root, split, classes, label_map"
         )
     layout = DATASETS[name]
-    unknown = sorted(set(spec) - _COMMON - set(layout.options))
-    if unknown:
-        allowed = ", ".join(sorted({*_COMMON, *layout.options}))
-        raise ValueError(f"{name}: unknown options {', '.join(unknown)}; allowed are {allowed}")
+    _check_options(name, layout, spec)
     root, split = spec.pop("root", None), spec.pop("split", None)
     if split is None:
         split = "val" if layout.splits else None
     elif layout.splits and split not in layout.splits:
         raise ValueError(f"{name}: split is {split!r}, expected {', '.join(layout.splits)}")
     if root is None and name != "csv":
-        raise ValueError(f"{name}: root is missing: which folder holds {layout.holds}?")
+        raise ValueError(f"{name}: --root is missing: which folder holds {layout.holds}?")
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(
             f"{name}: {root} is not a folder; root names the one that holds {layout.holds}"
         )
+    given_classes, painted = spec.pop("classes", None), spec.pop("mask_colours", None)
+    if painted is not None:
+        spec["mask_colours"] = read_colours(painted)
+    if whole and not layout.splits:
+        spec["whole"] = True
     known = layout.classes
-    spec["classes"] = _classes(spec.pop("classes", None), known, name)
+    if given_classes is None and known is None:
+        if painted is None:
+            raise ValueError(_what_classes(name, layout, root, split, spec))
+        given_classes = _classes_of(painted, spec["mask_colours"])
+    spec["classes"] = _classes(given_classes, known, name)
     return layout.open(None if root is None else Path(root), split, spec)
+
+
+def options_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of :func:`open_dataset` in the options of a command, by the same names.
+
+    Without source, root and split; of ``label_map`` the text ("255=1"), which leaves other values
+    as they are.
+
+    Raises:
+        ValueError: text that is no label map.
+    """
+    names = (*_COMMON - {"root", "split", "label_map", "unmapped"}, *FOLDER.options)
+    given = {name: values[name] for name in names if values.get(name) is not None}
+    if values.get("label_map") is not None:
+        given |= {"label_map": parse_label_map(values["label_map"]), "unmapped": "keep"}
+    return given
+
+
+def _check_options(name: str, layout: Layout, spec: Spec) -> None:
+    unknown = sorted(set(spec) - _COMMON - set(layout.options))
+    if not unknown:
+        return
+    of_pairs = {*FOLDER.options, *CSV.options} - {"file"}
+    if layout.splits and set(unknown) <= of_pairs:
+        named = ", ".join(f"--{option.replace('_', '-')}" for option in unknown)
+        raise ValueError(
+            f"{name} is stored in one known way, with the splits {', '.join(layout.splits)}; "
+            f"{named} ({', '.join(unknown)}) is for folder and csv: leave it out"
+        )
+    allowed = ", ".join(sorted({*_COMMON, *layout.options}))
+    raise ValueError(f"{name}: unknown options {', '.join(unknown)}; allowed are {allowed}")
+
+
+def _classes_of(
+    painted: str | os.PathLike[str] | ClassSet | MaskColours, colours: dict[Any, Any]
+) -> ClassSet:
+    if isinstance(painted, ClassSet):
+        return painted
+    if not isinstance(painted, Mapping) and os.fspath(painted) in CLASS_SETS:
+        return CLASS_SETS[os.fspath(painted)]
+    name = "custom" if isinstance(painted, Mapping) else Path(painted).stem
+    return classes_of_colours(colours, name)
+
+
+def _what_classes(
+    name: str,
+    layout: Layout,
+    root: str | os.PathLike[str] | None,
+    split: str | None,
+    spec: Spec,
+) -> str:
+    """What to say where no classes are given: with what the first masks hold."""
+    text = (
+        f"{name}: --classes is missing: names (a,b,c), a number, a built-in set "
+        f"({', '.join(CLASS_SETS)}) or a file of names"
+    )
+    try:
+        dataset = layout.open(
+            None if root is None else Path(root),
+            split,
+            # Any will do to find the masks.
+            {**spec, "classes": generic_classes(2), "label_map": None},
+        )
+        values: set[int] = set()
+        for index in range(min(len(dataset), _FIRST_MASKS)):
+            values |= value_counts(dataset.raw_label(index)).keys()
+    # Only a hint is made: what is wrong with these data is said where they are opened.
+    except (ValueError, OSError) as error:
+        if not isinstance(error, ImageReadError):
+            return text
+        return f"{text}. The mask {error.path} cannot be read: {error.reason}"
+    shown = ", ".join(map(str, sorted(values)[:10])) + (", ..." if len(values) > 10 else "")
+    text += f". The first masks hold {shown}"
+    classes = values - {255}
+    if values == {0, 255}:
+        return f"{text}: of one class beside the background they need --classes 1 --label-map 255=1"
+    if classes == {0, 1}:
+        return f"{text}: --classes 1 is one class beside the background, --classes 2 are two"
+    if classes and classes == set(range(max(classes) + 1)) and len(classes) <= 256:
+        return f"{text}: at least {max(classes) + 1} classes"
+    return text
+
+
+# Masks that are looked at where no classes are given.
+_FIRST_MASKS = 5
 
 
 def _spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
@@ -176,12 +304,16 @@ def _spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
     if not isinstance(spec, Mapping) or "name" not in spec:
         raise ValueError(
             f"data set {text}: expected a mapping with the key name ({', '.join(DATASETS)}) and "
-            "any of root, split, classes, label_map, unmapped, ignore_index"
+            "any of root, split, classes, label_map, unmapped, ignore_index, mask_colours, "
+            "val_fraction"
         )
     spec = dict(spec)
     for key in ("root", "file", "sbd_root"):
         if isinstance(spec.get(key), str):
             spec[key] = path.parent / spec[key]
+    colours = spec.get("mask_colours")
+    if isinstance(colours, str) and (path.parent / colours).is_file():
+        spec["mask_colours"] = path.parent / colours
     return spec
 
 
@@ -190,11 +322,6 @@ def _classes(
     own: str | None,
     name: str,
 ) -> ClassSet:
-    if given is None and own is None:
-        raise ValueError(
-            f"{name}: classes is missing: pass a list of names, a number, a built-in set or a file "
-            "of names"
-        )
     if given is None:
         assert own is not None
         return class_set(own)

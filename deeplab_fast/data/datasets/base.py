@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from deeplab_fast.data.classes import ClassSet
+from deeplab_fast.data.datasets.colours import MaskColours, colour_ids, read_colours
 from deeplab_fast.data.datasets.masks import read_mask
 from deeplab_fast.data.images import exif_orientation, read_image
 
@@ -92,14 +93,24 @@ class SegmentationDataset(_Dataset):
         unmapped: what a raw value becomes that the map does not name: "ignore", "error", or "keep",
             which leaves it as it is.
         ignore_index: None is the class set's, or 255 (65535 above 255 classes) where it has none.
+        mask_colours: colours of the masks that stand for classes: by class name or id, (R, G, B) or
+            several of them; "void" is what is ignored. Palette pictures and arrays give their
+            numbers all the same.
+        unknown_colours: "error", or "ignore", which ignores pixels of any other colour.
 
     Attributes:
         num_classes: number of labels, of one class 2.
         outputs: logits of a model for these data: 1 for one class, else ``num_classes``.
+        colours: class id or ``ignore_index`` by colour, None where masks hold numbers.
+        notes: lines on how the data were found and split, where that was not told.
+        split_here: whether ``split`` was made by name and seed, as the data have no parts.
 
     Raises:
-        ValueError: a label map or ``ignore_index`` that does not fit.
+        ValueError: a label map, ``ignore_index`` or colours that do not fit.
     """
+
+    notes: tuple[str, ...] = ()
+    split_here: bool = False
 
     def __init__(
         self,
@@ -111,6 +122,8 @@ class SegmentationDataset(_Dataset):
         label_map: Mapping[int, int] | None = None,
         unmapped: str = "ignore",
         ignore_index: int | None = None,
+        mask_colours: MaskColours | None = None,
+        unknown_colours: str = "error",
     ) -> None:
         if ignore_index is None:
             ignore_index = classes.ignore_index
@@ -120,6 +133,10 @@ class SegmentationDataset(_Dataset):
             raise ValueError(f"ignore_index is {ignore_index!r}, expected an integer")
         if unmapped not in ("ignore", "error", "keep"):
             raise ValueError(f"unmapped is {unmapped!r}, expected 'ignore', 'error' or 'keep'")
+        if unknown_colours not in ("error", "ignore"):
+            raise ValueError(
+                f"unknown_colours is {unknown_colours!r}, expected 'error' or 'ignore'"
+            )
         self.samples = tuple(samples)
         self.outputs = len(classes)
         classes = classes.of_labels()
@@ -129,6 +146,12 @@ class SegmentationDataset(_Dataset):
         self.split = split
         self.unmapped = unmapped
         self.label_map = _checked_label_map(label_map, len(classes), ignore_index)
+        self.unknown_colours = unknown_colours
+        self.colours = (
+            None
+            if mask_colours is None
+            else colour_ids(read_colours(mask_colours), classes, ignore_index)
+        )
         fits = len(classes) <= 256 and 0 <= ignore_index <= 255
         self._dtype = np.dtype(np.uint8 if fits else np.int32)
         self._table, self._known = self._tables()
@@ -147,6 +170,7 @@ class SegmentationDataset(_Dataset):
         Raises:
             ImageReadError: one of the files cannot be read.
             LabelError: a value that the label map does not name, with ``unmapped="error"``.
+            ColourError: a colour that stands for nothing, with ``unknown_colours="error"``.
             ValueError: photo and mask of different size; names both files.
         """
         image, label = self.image(index), self.label(index)
@@ -166,8 +190,14 @@ class SegmentationDataset(_Dataset):
         return read_image(self.samples[index].image)
 
     def raw_label(self, index: int) -> np.ndarray:
-        """The mask as it is stored, uint8 or int32 [H, W]."""
-        return read_mask(self.samples[index].mask)
+        """The mask as it is stored, of colours what they stand for, uint8 or int32 [H, W].
+
+        Raises:
+            ImageReadError: it cannot be read.
+            ColourError: a colour that stands for nothing, with ``unknown_colours="error"``.
+        """
+        unknown = self.ignore_index if self.unknown_colours == "ignore" else None
+        return read_mask(self.samples[index].mask, self.colours, unknown=unknown)
 
     def label(self, index: int) -> np.ndarray:
         """Class ids and ``ignore_index``, uint8 or int32 [H, W]."""
@@ -283,7 +313,7 @@ def parse_label_map(text: str) -> dict[int, int]:
         found = []
     if not found or len(dict(found)) < len(found):
         raise ValueError(
-            f"label_map is {text!r}, expected raw value = class id, each value once: 255=1,7=0"
+            f"--label-map is {text!r}, expected raw value = class id, each value once: 255=1,7=0"
         )
     return dict(found)
 

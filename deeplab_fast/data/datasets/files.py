@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from deeplab_fast.data.datasets.base import Sample
@@ -87,12 +87,15 @@ def masks_by_stem(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     return found, {**by_stem(folder, _LOSSY_SUFFIXES), **found}
 
 
-def pairs_of(name: str, photos: Path, masks: Path) -> list[Sample]:
-    """Every photo with the mask of the same stem; at least one must have one."""
-    found, listed = masks_by_stem(masks)
+def photos_by_stem(
+    name: str, folder: Path, left_out: Container[Path] = frozenset()
+) -> dict[str, Path]:
+    """The photos of a folder by stem in NFC, which each must have for itself."""
     files: dict[str, Path] = {}
-    for path in sorted(photos.iterdir()) if photos.is_dir() else []:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        if path in left_out:
             continue
         stem = nfc(path.stem)
         if stem in files:
@@ -101,16 +104,42 @@ def pairs_of(name: str, photos: Path, masks: Path) -> list[Sample]:
                 "belong to both; rename one, or use a csv of pairs"
             )
         files[stem] = path
-    if not set(files) & set(found):
+    return files
+
+
+def pairs_of(
+    name: str,
+    photos: Path,
+    masks: Path,
+    *,
+    suffix: str = "",
+    left_out: Container[Path] = frozenset(),
+) -> list[Sample]:
+    """Every photo with the mask of the same stem and ``suffix``; at least one must have one.
+
+    ``left_out`` are files that are no photos.
+    """
+    found, listed = masks_by_stem(masks)
+    files = photos_by_stem(name, photos, left_out)
+    if not {nfc(stem + suffix) for stem in files} & set(found):
+        same = f"a photo NAME and a mask NAME{suffix}" if suffix else "a photo and a mask"
         raise FileNotFoundError(
-            f"{name}: no pair of a photo and a mask with the same stem: {len(files)} photos in "
+            f"{name}: no pair of {same} with the same stem: {len(files)} photos in "
             f"{photos} (looked for {' '.join(sorted(IMAGE_SUFFIXES))}), {len(found)} masks in "
-            f"{masks} (looked for {' '.join(MASK_SUFFIXES)})" + _why_lossy(listed, found)
+            f"{masks} (looked for {' '.join(MASK_SUFFIXES)})"
+            + _examples(files, found)
+            + _why_lossy(listed, found)
         )
     return [
-        Sample(path.stem, path, listed_path(listed, masks, path.stem, ".png"))
+        Sample(path.stem, path, listed_path(listed, masks, path.stem + suffix, ".png"))
         for _, path in sorted(files.items())
     ]
+
+
+def _examples(photos: Mapping[str, Path], masks: Mapping[str, Path]) -> str:
+    if not photos or not masks:
+        return ""
+    return f"; the first are {min(photos.values()).name} and {min(masks.values()).name}"
 
 
 def _why_lossy(listed: Mapping[str, Path], found: Mapping[str, Path]) -> str:

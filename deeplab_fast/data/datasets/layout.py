@@ -18,7 +18,8 @@ class Layout:
 
     ``open(root, split, spec)`` gives the data set.
 
-    ``splits`` is empty where the data say which there are.
+    ``splits`` is empty where the data say which there are; those of no such data are split by name
+    and seed.
     """
 
     open: Callable[..., SegmentationDataset]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from deeplab_fast.data.classes import Colour
 from deeplab_fast.data.images import ImageReadError, load_upright, one_line
 
-__all__ = ["read_mask"]
+__all__ = ["ColourError", "read_mask"]
 
 # Formats that change values (some have lossless forms, which the file name does not tell).
 _LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
@@ -19,7 +21,24 @@ _LOSSY_FORMATS = ("JPEG", "MPO", "WEBP", "JPEG2000", "AVIF")
 _LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
 
 
-def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
+class ColourError(ValueError):
+    """Colours that stand for no class: ``path`` of the mask and ``colours``, pixels by colour."""
+
+    def __init__(self, path: str, colours: Mapping[Colour, int]) -> None:
+        super().__init__(path, colours)
+        self.path = path
+        self.colours = dict(colours)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {len(self.colours)} colours that stand for no class"
+
+
+def read_mask(
+    path: str | os.PathLike[str],
+    colours: Mapping[Colour, int] | None = None,
+    *,
+    unknown: int | None = None,
+) -> np.ndarray:
     """The numbers that a mask file holds, [H, W], uint8, or int32 where they need it.
 
     Palette pictures give their indices; grey ones of 2 and 4 bits their stored values, which Pillow
@@ -27,9 +46,16 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     channel. A picture is turned by its EXIF orientation. ``.npy`` holds the array; ``.mat`` is
     SBD's form (needs scipy).
 
+    Args:
+        path: the file.
+        colours: numbers that exact colours (R, G, B) of 8 bits stand for, in grey pictures those
+            with three equal parts. Palette pictures and arrays give their numbers all the same.
+        unknown: what a colour stands for that ``colours`` has not.
+
     Raises:
-        ImageReadError: a file that is missing, damaged, lossy, in colour, partly transparent, or of
-            floats; says which.
+        ImageReadError: a file that is missing, damaged, lossy, partly transparent, of floats or,
+            without ``colours``, in colour; says which.
+        ColourError: colours that ``colours`` has not, without ``unknown``.
     """
     path = Path(path)
     try:
@@ -40,17 +66,21 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
         raise ImageReadError(str(path), "this is a folder")
     if size == 0:
         raise ImageReadError(str(path), "the file is empty (0 bytes)")
-    reader = {".npy": _read_npy, ".mat": _read_sbd}.get(path.suffix.lower(), _read_picture)
+    reader = {".npy": _read_npy, ".mat": _read_sbd}.get(path.suffix.lower())
     try:
-        return reader(path)
-    except ImageReadError:
+        if reader is not None:
+            return reader(path)
+        return _read_picture(path, colours, unknown)
+    except (ImageReadError, ColourError):
         raise
     # Damaged files raise almost any exception type.
     except Exception as error:
         raise ImageReadError(str(path), one_line(error)) from error
 
 
-def _read_picture(path: Path) -> np.ndarray:
+def _read_picture(
+    path: Path, colours: Mapping[Colour, int] | None, unknown: int | None
+) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as image:
@@ -83,9 +113,12 @@ def _read_picture(path: Path) -> np.ndarray:
             grey = raw_mode.startswith("LA")
             what = "a grey picture with transparency" if grey else "a colour picture"
             said = "" if grey else f" (mode {mode})"
-            raise ImageReadError(str(path), f"{what}{bits}{said}; {_ONE_CHANNEL}")
+            hint = "" if grey else f"; {_COLOURS_HINT} in pictures of 8 bits"
+            raise ImageReadError(str(path), f"{what}{bits}{said}; {_ONE_CHANNEL}{hint}")
         load_upright(image)
-        values = np.asarray(image)
+        values = np.asarray(image.convert("L") if colours and mode == "1" else image)
+    if colours and mode in ("L", "1", *_EQUAL_CHANNELS):
+        return _of_colours(_opaque(values, mode, path), path, colours, unknown)
     if mode in _EQUAL_CHANNELS:
         return _equal_channel(values, mode, path)
     if raw_mode in ("L;2", "L;4"):
@@ -103,8 +136,12 @@ _EQUAL_CHANNELS = ("RGB", "RGBA", "LA")
 _ONE_CHANNEL = "a mask holds class numbers in one channel, grey or palette"
 
 
-def _equal_channel(values: np.ndarray, mode: str, path: Path) -> np.ndarray:
-    if mode != "RGB":
+_COLOURS_HINT = "where colours stand for classes, --mask-colours FILE names them"
+
+
+def _opaque(values: np.ndarray, mode: str, path: Path) -> np.ndarray:
+    """The channels without alpha, which must be 255 throughout."""
+    if mode in ("RGBA", "LA"):
         clear = int((values[..., -1] != 255).sum())
         if clear:
             raise ImageReadError(
@@ -113,14 +150,48 @@ def _equal_channel(values: np.ndarray, mode: str, path: Path) -> np.ndarray:
                 "count is not told; store the mask without the alpha channel",
             )
         values = values[..., :-1]
+    return values
+
+
+def _equal_channel(values: np.ndarray, mode: str, path: Path) -> np.ndarray:
+    values = _opaque(values, mode, path)
     different = int((values != values[..., :1]).any(-1).sum())
     if different:
         raise ImageReadError(
             str(path),
             f"a colour picture (mode {mode}, red, green and blue differ in {different} pixels); "
-            f"{_ONE_CHANNEL}",
+            f"{_ONE_CHANNEL}; {_COLOURS_HINT}",
         )
     return np.ascontiguousarray(values[..., 0])
+
+
+def _of_colours(
+    values: np.ndarray, path: Path, colours: Mapping[Colour, int], unknown: int | None
+) -> np.ndarray:
+    """Numbers by colour of uint8 [H, W] (grey), [H, W, 1] or [H, W, 3]."""
+    height, width = values.shape[:2]
+    parts = np.broadcast_to(values.reshape(height * width, -1), (height * width, 3))
+    parts = parts.astype(np.int32)
+    codes = parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]
+    # Masks are made of runs of one colour, of which one each is looked up.
+    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+    heads, lengths = codes[starts], np.diff(starts, append=len(codes))
+    known = sorted((red << 16 | green << 8 | blue, n) for (red, green, blue), n in colours.items())
+    keys = np.array([code for code, _ in known], dtype=np.int32)
+    numbers = np.array([n for _, n in known], dtype=np.int32)
+    places = np.searchsorted(keys, heads).clip(max=len(keys) - 1)
+    found, heads_known = numbers[places], keys[places] == heads
+    if not heads_known.all():
+        if unknown is None:
+            missing = ~heads_known
+            other, inverse = np.unique(heads[missing], return_inverse=True)
+            counts = np.bincount(inverse, lengths[missing]).astype(int)
+            shown = ((int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in other)
+            raise ColourError(str(path), dict(zip(shown, counts.tolist(), strict=True)))
+        found = np.where(heads_known, found, unknown)
+    fits = found.min() >= 0 and found.max() <= 255
+    found = found.astype(np.uint8 if fits else np.int32)
+    return np.repeat(found, lengths).reshape(height, width)
 
 
 def _read_npy(path: Path) -> np.ndarray:
