@@ -20,7 +20,7 @@ def parser() -> ArgumentParser:
         description="Reads every photo and mask of a data set and reports unreadable files, sizes"
         " that differ, labels that are no class and empty masks, all at once: a line for those that"
         " are alike, and what may be meant. Pairs that passed and have not changed since are not"
-        " read again. The exit status is 1 where there are any problems."
+        " read again. The exit status is 1 where there are any problems.",
     )
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
