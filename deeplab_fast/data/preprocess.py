@@ -15,6 +15,9 @@ __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess", "PreprocessBGR"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Rows of a photo that are floats at a time where it is resized in strips.
+_FLOAT_ROWS = 256
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -116,6 +119,60 @@ class Preprocess:
         mean = values.new_tensor(self.mean).view(1, 3, 1, 1)
         std = values.new_tensor(self.std).view(1, 3, 1, 1)
         return values.div_(255).sub_(mean).div_(std)
+
+    def resized_rows(
+        self,
+        pixels: torch.Tensor,
+        size: tuple[int, int],
+        top: int,
+        height: int,
+        *,
+        device: torch.device | str | None = None,
+    ) -> torch.Tensor:
+        """Rows ``top`` to ``top + height`` of what :meth:`batch` resizes pictures to.
+
+            y[i] = sum_j w[i, j] x[j] / sum_j w[i, j],  w = max(0, 1 - |j + 1/2 - c_i| / max(s, 1))
+
+        with s = H / h and c_i = (i + 1/2) s, and the same along the columns: whole levels, which
+        differ from ``batch``'s only where a sum lies at a half. No more of the photo is held in
+        floats than about 256 rows.
+
+        Args:
+            pixels: uint8 [N, 3, H, W], any memory format.
+            size: (h, w) of the whole resized picture.
+            top, height: rows of that.
+            device: where this is computed; None is the tensor's own.
+
+        Returns:
+            uint8 [N, 3, height, w] on ``device``.
+        """
+        device = pixels.device if device is None else torch.device(device)
+        have, want = pixels.shape[-2:], tuple(size)
+        if want == tuple(have):
+            return pixels[..., top : top + height, :].to(device)
+        scale = have[0] / want[0]
+        reach = max(1.0, scale)
+        rows = torch.empty((*pixels.shape[:2], height, want[1]), dtype=torch.uint8, device=device)
+        step = max(1, int(_FLOAT_ROWS / scale) - 2)
+        for first in range(0, height, step):
+            last = min(first + step, height)
+            centres = (torch.arange(top + first, top + last, dtype=torch.float64) + 0.5) * scale
+            begin = max(0, math.floor(float(centres[0]) - reach))
+            end = min(have[0], math.ceil(float(centres[-1]) + reach))
+            places = torch.arange(begin, end, dtype=torch.float64) + 0.5
+            weights = (1 - (places - centres[:, None]).abs() / reach).clamp_(min=0)
+            weights = (weights / weights.sum(1, keepdim=True)).to(device, torch.float32)
+            strip = pixels[..., begin:end, :].to(device).contiguous().to(torch.float32)
+            if want[1] != have[1]:
+                strip = F.interpolate(
+                    strip,
+                    size=(end - begin, want[1]),
+                    mode="bilinear",
+                    align_corners=False,
+                    antialias=True,
+                )
+            rows[..., first:last, :] = (weights @ strip).round_().clamp_(0, 255)
+        return rows
 
 
 @dataclass(frozen=True)

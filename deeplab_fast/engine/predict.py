@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -16,20 +16,24 @@ from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.engine.adapter import as_segmenter
 from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.runner import (
+    InputPlan,
     PredictOptions,
     Runner,
     check_device,
     check_dtype,
     eval_mode,
+    input_plan,
     preprocess_of,
 )
 
 __all__ = [
+    "InputPlan",
     "PredictOptions",
     "check_device",
     "check_dtype",
     "check_tensor",
     "checked_images",
+    "input_plan",
     "name_of",
     "predict",
 ]
@@ -50,6 +54,7 @@ def predict(
     return_prob: bool = False,
     threshold: float | None = None,
     preprocess: Preprocess | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Any:
     """Labels of images: the class with the largest logit, or mean probability, at every pixel.
 
@@ -62,13 +67,16 @@ def predict(
     section 4.1: scales 0.5, 0.75, ..., 1.75 and left-right flipped images), which holds
     ``4 * C * H * W`` bytes an image.
 
-    ``tile`` runs windows of (h, w) pixels that overlap by at least ``overlap`` and cover the
-    image; their probabilities are blended with a weight that falls along sin^2 over an overlap and
-    is 1 at the image's border. Scales and flips are run inside each window. An image that fits
-    into one window is run whole. Beside the photo and the labels this holds ``4 * C * h * W``
-    bytes (one row of windows over the width W), at most twice, and what the model takes for
-    ``batch_size`` windows at the largest scale, whatever the image's height. Windows are cut from
-    the photo at its own size: ``model.preprocess.size`` is not applied.
+    ``tile`` runs windows of (h, w) pixels of the network's input: the photo is resized by
+    ``preprocess.size`` as without windows, a row of windows at a time, and windows that overlap by
+    at least ``overlap`` are cut from that and cover it. Their probabilities are blended with a
+    weight that falls along sin^2 over an overlap and is 1 at the image's border, and interpolated
+    to the photo's size. Scales and flips are run inside each window. An image that fits into one
+    window is run whole, with the result that it has without ``tile``. Beside the photo and the
+    labels this holds ``4 * C * h * w`` bytes (one row of windows over the width w of the resized
+    photo), at most four times, and what the model takes for ``batch_size`` windows at the largest
+    scale, whatever the image's height. A photo is run at its own size by ``preprocess=
+    dataclasses.replace(model.preprocess, size=None)``. ``input_plan`` says what is run.
 
     Args:
         model: of this package, or any other that maps images to logits: torchvision, smp,
@@ -81,10 +89,12 @@ def predict(
             ``data.as_rgb_array``); or a list of these, of any sizes, read as they are needed.
         scales: factors on the network's input size.
         flip: adds the left-right flipped image at every scale.
-        tile: window size (height, width) in pixels, an int for a square; None runs whole images.
+        tile: window size (height, width) in pixels of the network's input, an int for a square;
+            None runs whole images.
         overlap: fraction of a window shared with the next, in [0, 1).
-        batch_size: images of equal size, or windows, that run together. Without it a tensor
-            runs as it is, images of a list and windows one by one.
+        batch_size: images that follow each other and are inputs of equal size, or windows, that
+            run together. Without it a tensor runs as it is, images of a list and windows one by
+            one.
         device: None is the model's own. Another one moves the model there, to stay.
         dtype: None or the parameters' own dtype runs as the model is; torch.bfloat16 or
             torch.float16 on fp32 parameters runs under autocast. Also "fp32", "bf16", "fp16".
@@ -95,6 +105,7 @@ def predict(
             pixel.
         threshold: of one class only, between 0 and 1; None is 0.5.
         preprocess: in place of ``model.preprocess``; a float tensor needs none.
+        progress: called with the windows of an image that are done and how many it has.
 
     Returns:
         For a tensor: labels [N, H, W] or [H, W] on the model's device, uint8, int64 above 256
@@ -126,7 +137,7 @@ def predict(
     ready = isinstance(images, torch.Tensor) and images.is_floating_point()
     preprocess = None if ready else preprocess_of(model, preprocess)
     runner = Runner.prepare(
-        model, images, preprocess, options, wanted_device, wanted_dtype, precision
+        model, images, preprocess, options, wanted_device, wanted_dtype, precision, progress
     )
     labels: object
     prob: object

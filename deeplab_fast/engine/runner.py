@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeGuard, cast
@@ -19,8 +19,10 @@ from deeplab_fast.data.images import ImageLike, as_rgb_array
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.dispatch.precision import asked, check_precision, reason_against
 from deeplab_fast.engine.finite import not_finite_pixels
+from deeplab_fast.plan.bilinear import source_index
 
 __all__ = [
+    "InputPlan",
     "Pixels",
     "PredictOptions",
     "Result",
@@ -33,6 +35,7 @@ __all__ = [
     "check_precision_of",
     "class_name",
     "eval_mode",
+    "input_plan",
     "is_out_of_memory",
     "preprocess_of",
     "window_starts",
@@ -123,6 +126,48 @@ class PredictOptions:
             )
 
 
+class InputPlan(NamedTuple):
+    """How a photo meets the network, at scale 1: sizes are (height, width) in pixels.
+
+    Attributes:
+        photo: its own size.
+        size: what it is resized to as a whole.
+        window: of the sliding windows in that; None where it is run whole.
+        windows: how many.
+    """
+
+    photo: tuple[int, int]
+    size: tuple[int, int]
+    window: tuple[int, int] | None
+    windows: int
+
+    def __str__(self) -> str:
+        (height, width), (own_height, own_width) = self.size, self.photo
+        text = f"{width}x{height} pixels"
+        if self.size != self.photo:
+            text += f", {height / own_height:.3g} of {own_width}x{own_height}"
+        if self.window is not None:
+            text += f", {self.windows} windows of {self.window[1]}x{self.window[0]}"
+        return text
+
+
+def input_plan(
+    photo: tuple[int, int], preprocess: Preprocess | None, options: PredictOptions
+) -> InputPlan:
+    """The plan for a photo of (height, width) pixels; ``preprocess`` None keeps its size."""
+    size = photo if preprocess is None else preprocess.target_size(*photo)
+    if options.tile is None:
+        return InputPlan(photo, size, None, 1)
+    window = (min(options.tile[0], size[0]), min(options.tile[1], size[1]))
+    if window == size:
+        return InputPlan(photo, size, None, 1)
+    rows, columns = (
+        len(window_starts(length, side, options.overlap))
+        for length, side in zip(size, window, strict=True)
+    )
+    return InputPlan(photo, size, window, rows * columns)
+
+
 @dataclass(frozen=True)
 class Pixels:
     """N pictures of one size: uint8 with the step to an input, or floats that are one already."""
@@ -137,6 +182,13 @@ class Pixels:
     def crop(self, top: int, left: int, height: int, width: int) -> Pixels:
         window = self.data[..., top : top + height, left : left + width]
         return Pixels(window, self.preprocess)
+
+    def rows(self, size: tuple[int, int], top: int, height: int, device: torch.device) -> Pixels:
+        """Rows of the pictures at another size; of floats their own."""
+        if self.preprocess is None:
+            return self.crop(top, 0, height, size[1])
+        rows = self.preprocess.resized_rows(self.data, size, top, height, device=device)
+        return Pixels(rows, self.preprocess)
 
     def inputs(self, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
         if self.preprocess is not None:
@@ -178,7 +230,8 @@ class Runner:
     """A model with what was asked of it, on its device; made by :meth:`prepare`.
 
     ``preprocess`` turns 8-bit pictures into inputs; ``dtype`` is the parameters' own, ``autocast``
-    another one to run in, ``precision`` what was asked for on the CPU.
+    another one to run in, ``precision`` what was asked for on the CPU. ``progress`` is called with
+    the windows of a picture that are done and how many it has.
     """
 
     model: Segmenter
@@ -188,6 +241,7 @@ class Runner:
     dtype: torch.dtype
     autocast: torch.dtype | None
     precision: str | None = None
+    progress: Callable[[int, int], object] | None = None
 
     @classmethod
     def prepare(
@@ -199,6 +253,7 @@ class Runner:
         device: torch.device | None,
         dtype: torch.dtype | None,
         precision: str | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> Runner:
         """A runner of a model that ``as_segmenter`` gave, moved to ``device``.
 
@@ -229,7 +284,16 @@ class Runner:
         check_precision_of(model, precision, dtype, device)
         if precision == "bf16" and device.type != "cpu" and own == torch.float32:
             autocast = torch.bfloat16
-        return cls(cast(Segmenter, model), preprocess, options, device, own, autocast, precision)
+        return cls(
+            cast(Segmenter, model),
+            preprocess,
+            options,
+            device,
+            own,
+            autocast,
+            precision,
+            progress,
+        )
 
     def tensor(self, images: Tensor) -> tuple[Tensor, Tensor | None, list[int]]:
         batch = images if images.ndim == 4 else images[None]
@@ -258,14 +322,45 @@ class Runner:
         all_labels: list[np.ndarray] = []
         all_prob: list[np.ndarray | None] = []
         spoiled: list[int] = []
-        for group in _groups((as_rgb_array(image) for image in images), step):
-            pixels = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)
-            result = self.run(Pixels(pixels, self.preprocess))
-            all_labels += list(result.labels.cpu().numpy())
-            prob = result.prob
-            all_prob += [None] * len(group) if prob is None else list(prob.cpu().numpy())
-            spoiled += result.spoiled.tolist()
+        for group in self._groups((as_rgb_array(image) for image in images), step):
+            for result in self.together(group):
+                all_labels += list(result.labels.cpu().numpy())
+                prob = result.prob
+                all_prob += [None] if prob is None else list(prob.cpu().numpy())
+                spoiled += result.spoiled.tolist()
         return all_labels, all_prob, spoiled
+
+    def _groups(self, images: Iterator[np.ndarray], step: int) -> Iterator[list[Pixels]]:
+        """Pictures that follow each other and are inputs of one size, ``step`` at most."""
+        group: list[Pixels] = []
+        for image in images:
+            # torch warns of memory that it may not write to.
+            own = image if image.flags.writeable else image.copy()
+            data = torch.from_numpy(own).permute(2, 0, 1)[None]
+            pixels = Pixels(data, self.preprocess)
+            if group and (len(group) == step or self.base(pixels) != self.base(group[0])):
+                yield group
+                group = []
+            group.append(pixels)
+        if group:
+            yield group
+
+    def together(self, group: Sequence[Pixels]) -> list[Result]:
+        """The results of pictures, one each, that are inputs of one size."""
+        if len(group) == 1:
+            return [self.run(group[0])]
+        base = self.base(group[0])
+        if self.options.passes == 1:
+            size = self.scaled(base, self.options.scales[0])
+            x = torch.cat([pixels.inputs(size, self.device, self.dtype) for pixels in group])
+            logits = self.logits(x).split(1)
+            return [
+                self.reduced(one, pixels.size) for one, pixels in zip(logits, group, strict=True)
+            ]
+        return [
+            Result(*self.best(summed), _per_image(spoiled, summed))
+            for summed, spoiled in self.summed_prob(group, base)
+        ]
 
     def run(self, pixels: Pixels) -> Result:
         window = self.window(pixels)
@@ -274,7 +369,7 @@ class Runner:
         logits = self.single_pass(pixels)
         if logits is not None:
             return self.reduced(logits, pixels.size)
-        summed, spoiled = self.summed_prob(pixels, self.base(pixels))
+        ((summed, spoiled),) = self.summed_prob([pixels], self.base(pixels))
         return Result(*self.best(summed), _per_image(spoiled, summed))
 
     def reduced(self, logits: Tensor, size: tuple[int, int]) -> Result:
@@ -321,36 +416,37 @@ class Runner:
 
     def window(self, pixels: Pixels) -> tuple[int, int] | None:
         """Height and width of the sliding windows; None where the picture is run whole."""
-        if self.options.tile is None:
-            return None
-        height, width = pixels.size
-        window = (min(self.options.tile[0], height), min(self.options.tile[1], width))
-        return None if window == (height, width) else window
+        return input_plan(pixels.size, pixels.preprocess, self.options).window
 
     def base(self, pixels: Pixels) -> tuple[int, int]:
-        """The input size of a picture that is run whole, at scale 1."""
-        if self.options.tile is not None or pixels.preprocess is None:
-            return pixels.size
-        return pixels.preprocess.target_size(*pixels.size)
+        """The size at scale 1 of the input, or of the picture that windows are cut from."""
+        return input_plan(pixels.size, pixels.preprocess, self.options).size
 
     def tiled(self, pixels: Pixels, window: tuple[int, int]) -> Result:
-        options = self.options
-        (height, width), (tile_h, tile_w) = pixels.size, window
+        options, size = self.options, self.base(pixels)
+        (height, width), (tile_h, tile_w) = size, window
         tops = window_starts(height, tile_h, options.overlap)
         lefts = window_starts(width, tile_w, options.overlap)
         row_weights = window_weights(tops, tile_h, height, self.device)
         column_weights = window_weights(lefts, tile_w, width, self.device)
         together = options.batch_size or 1
+        align_corners = self.model.align_corners
+        resized = None
+        if size != pixels.size:
+            # No more than one row of windows at a time.
+            most = max(1, tile_h * width // pixels.size[1])
+            resized = _Rows(size, pixels.size, align_corners, most)
         bands: list[tuple[Tensor, Tensor | None]] = []
         # Probabilities of the rows that later windows may still add to.
         band: Tensor | None = None
         spoiled: Tensor | None = None
         for row, top in enumerate(tops):
+            strip = pixels.rows(size, top, tile_h, self.device)
             for first in range(0, len(lefts), together):
                 chunk = range(first, min(first + together, len(lefts)))
-                crops = [pixels.crop(top, lefts[c], tile_h, tile_w).data for c in chunk]
+                crops = [strip.crop(0, lefts[c], tile_h, tile_w).data for c in chunk]
                 batch = Pixels(torch.cat(crops), pixels.preprocess)
-                prob, bad = self.summed_prob(batch, window)
+                ((prob, bad),) = self.summed_prob([batch], window)
                 if band is None:
                     band = prob.new_zeros(1, prob.shape[1], tile_h, width)
                 if bad is not None and spoiled is None:
@@ -361,43 +457,61 @@ class Runner:
                     band[..., left : left + tile_w].addcmul_(prob[i : i + 1], weight)
                     if bad is not None and spoiled is not None:
                         spoiled[0, top : top + tile_h, left : left + tile_w] |= bad[i]
+                if self.progress is not None:
+                    self.progress(row * len(lefts) + chunk.stop, len(tops) * len(lefts))
             assert band is not None
             done = (tops[row + 1] if row + 1 < len(tops) else height) - top
-            bands.append(self.best(band[:, :, :done]))
+            finished = band[:, :, :done]
+            bands += [
+                self.best(part) for part in (resized.add(finished) if resized else [finished])
+            ]
             kept = band[:, :, done:].clone()
             band.zero_()
             band[:, :, : kept.shape[2]] = kept
+        if spoiled is not None and resized is not None:
+            marks = reference.upsample(spoiled[:, None].float(), pixels.size, align_corners)
+            spoiled = marks[:, 0] > 0
         labels, joined = _joined(bands, dim=1)
         return Result(labels, joined, _per_image(spoiled, labels))
 
-    def summed_prob(self, pixels: Pixels, base: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Sum over scales and flips of the probabilities [N, C, H, W] at the picture's size.
+    def summed_prob(
+        self, pictures: Sequence[Pixels], base: tuple[int, int]
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Of pictures of input size ``base``: for each the sum over scales and flips of the
+        probabilities [N, C, H, W] at its size.
 
         Also the pixels [N, H, W] that a pass has no finite logits for, as :meth:`not_finite`.
         """
-        total: Tensor | None = None
-        spoiled: Tensor | None = None
+        totals: list[Tensor] = []
+        spoiled: list[Tensor | None] = [None] * len(pictures)
+        counts = [pixels.data.shape[0] for pixels in pictures]
         for scale in self.options.scales:
-            x = pixels.inputs(self.scaled(base, scale), self.device, self.dtype)
+            size = self.scaled(base, scale)
+            x = torch.cat([each.inputs(size, self.device, self.dtype) for each in pictures])
             for flip in (False, True) if self.options.flip else (False,):
-                logits = self.logits(x.flip(-1) if flip else x)
-                if total is None:
-                    shape = (*logits.shape[:2], *pixels.size)
-                    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-                    total = torch.zeros(shape, dtype=wide, device=logits.device)
-                bad = self.not_finite(logits, pixels.size)
-                if bad is not None:
-                    bad = bad.flip(-1) if flip else bad
-                    spoiled = bad if spoiled is None else spoiled | bad
-                if logits.shape[1] == 1:
-                    prob = reference.upsample(logits, pixels.size, self.model.align_corners)
-                    total += prob.sigmoid_().flip(-1) if flip else prob.sigmoid_()
-                    continue
-                total = ops.upsample_softmax_add(
-                    total, logits, flip=flip, align_corners=self.model.align_corners
-                )
-        assert total is not None
-        return total, spoiled
+                merged = self.logits(x.flip(-1) if flip else x)
+                if not totals:
+                    wide = torch.float64 if merged.dtype == torch.float64 else torch.float32
+                    totals = [
+                        torch.zeros((n, merged.shape[1], *p.size), dtype=wide, device=merged.device)
+                        for n, p in zip(counts, pictures, strict=True)
+                    ]
+                for i, logits in enumerate(merged.split(counts)):
+                    bad = self.not_finite(logits, pictures[i].size)
+                    if bad is not None:
+                        bad = bad.flip(-1) if flip else bad
+                        before = spoiled[i]
+                        spoiled[i] = bad if before is None else before | bad
+                    totals[i] = self.added(totals[i], logits, flip)
+        return list(zip(totals, spoiled, strict=True))
+
+    def added(self, total: Tensor, logits: Tensor, flip: bool) -> Tensor:
+        """``total`` with the probabilities of one pass, interpolated to its size."""
+        align_corners = self.model.align_corners
+        if logits.shape[1] > 1:
+            return ops.upsample_softmax_add(total, logits, flip=flip, align_corners=align_corners)
+        prob = reference.upsample(logits, total.shape[-2:], align_corners).sigmoid_()
+        return total.add_(prob.flip(-1) if flip else prob)
 
     def best(self, summed: Tensor) -> tuple[Tensor, Tensor | None]:
         if summed.shape[1] == 1:
@@ -451,15 +565,49 @@ def _counted(results: Sequence[Result]) -> list[int]:
     return counts.tolist()
 
 
-def _groups(images: Iterator[np.ndarray], step: int) -> Iterator[list[np.ndarray]]:
-    group: list[np.ndarray] = []
-    for image in images:
-        if group and (len(group) == step or image.shape != group[0].shape):
-            yield group
-            group = []
-        group.append(image)
-    if group:
-        yield group
+class _Rows:
+    """Bilinear interpolation of a map whose rows come in order, some rows at a time.
+
+    Args:
+        have, want: (height, width) of the map and of what it becomes.
+        align_corners: as of ``torch.nn.functional.interpolate``, whose values these are.
+        most: rows that are made at a time.
+    """
+
+    def __init__(
+        self, have: tuple[int, int], want: tuple[int, int], align_corners: bool, most: int
+    ) -> None:
+        low, share = source_index(have[0], want[0], align_corners)
+        self.low, self.share = low, share
+        self.high = np.minimum(low + 1, have[0] - 1)
+        self.width, self.align_corners, self.most = want[1], align_corners, most
+        self.made = 0
+        # Rows from `first` on that are still needed.
+        self.first = 0
+        self.kept: Tensor | None = None
+
+    def add(self, rows: Tensor) -> Iterator[Tensor]:
+        """More rows [N, C, h, w]; gives those [N, C, H, W] that need no later ones."""
+        kept = rows if self.kept is None else torch.cat([self.kept, rows], dim=2)
+        end = int(np.searchsorted(self.high, self.first + kept.shape[2]))
+        for begin in range(self.made, end, self.most):
+            part = slice(begin, min(begin + self.most, end))
+            low, high = (
+                torch.from_numpy(index[part] - self.first).to(kept.device, torch.int64)
+                for index in (self.low, self.high)
+            )
+            share = torch.from_numpy(self.share[part]).to(kept.device, kept.dtype)[:, None]
+            mixed = torch.lerp(kept.index_select(2, low), kept.index_select(2, high), share)
+            yield F.interpolate(
+                mixed,
+                size=(mixed.shape[2], self.width),
+                mode="bilinear",
+                align_corners=self.align_corners,
+            )
+        self.made = end
+        begin = int(self.low[end]) if end < len(self.low) else self.first + kept.shape[2]
+        self.kept = kept[:, :, begin - self.first :].clone()
+        self.first = begin
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -297,16 +298,107 @@ def test_windows_of_a_pixelwise_model_equal_the_whole_image(size, tile, overlap,
     assert max(shape[0] for shape, _ in model.inputs) <= max(2, batch_size or 1)
 
 
-def test_windows_of_a_photo_have_its_own_resolution():
+@pytest.mark.parametrize(
+    ("align_corners", "size", "tile"),
+    [
+        pytest.param(False, 20, (12, 16), id="smaller"),
+        pytest.param(True, 20, (12, 16), id="smaller, corners aligned"),
+        pytest.param(False, 47, (33, 20), id="larger"),
+        pytest.param(True, 47, (33, 20), id="larger, corners aligned"),
+        pytest.param(False, (11, 60), (11, 16), id="one axis smaller, one larger, one row"),
+        pytest.param(False, 20, (1, 99), id="windows of one row"),
+    ],
+)
+def test_windows_of_a_photo_are_cut_at_the_models_scale(align_corners, size, tile):
+    model = pixelwise(align_corners=align_corners)
+    model.preprocess = Preprocess(size=size)
+    image = photo(30, 41)
+    labels, prob = predict(model, image, tile=tile, overlap=0.4, return_prob=True)
+    x = model.preprocess(image)
+    assert {shape[-2:] for shape, _ in model.inputs} == {
+        tuple(min(n, m) for n, m in zip(tile, x.shape[-2:], strict=True))
+    }
+    full = upsampled(model, model.plain(x).softmax(1), (30, 41))
+    assert_labels(torch.from_numpy(labels)[None], full)
+    # The weights sum to 1 within a few roundings of 2^-24 each; a level that a half was rounded
+    # the other way is a 255th of a photo.
+    off = np.abs(prob - full.amax(1)[0].numpy())
+    assert np.quantile(off, 0.98) < 4e-6 and off.max() < 0.1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="one pass"),
+        pytest.param({"scales": (0.5, 1.0), "flip": True}, id="several"),
+    ],
+)
+def test_a_photo_that_fits_one_window_is_as_without(options):
+    model = Small()
+    model.preprocess = Preprocess(size=24)
+    image = photo(90, 120)
+    whole, prob = predict(model, image, return_prob=True, **options)
+    tiled, tiled_prob = predict(model, image, tile=(24, 32), return_prob=True, **options)
+    np.testing.assert_array_equal(tiled, whole)
+    np.testing.assert_array_equal(tiled_prob, prob)
+
+
+def test_windows_at_the_photos_own_scale_are_asked_for():
     model = pixelwise()
     image = photo(30, 40)
     whole = predict(model, image)
     model.preprocess = Preprocess(size=8)
     model.inputs.clear()
-    tiled = predict(model, image, tile=(20, 20))
+    own = replace(model.preprocess, size=None)
+    tiled = predict(model, image, tile=(20, 20), preprocess=own)
     assert {shape[-2:] for shape, _ in model.inputs} == {(20, 20)}
     assert (tiled == whole).mean() > 0.999
-    np.testing.assert_array_equal(predict(model, image, tile=(99, 99)), whole)
+
+
+@pytest.mark.parametrize(
+    ("photo_size", "size", "tile", "text"),
+    [
+        pytest.param((3000, 4000), 520, (513, 513), "693x520 pixels, 0.173 of 4000x3000, 4 windows "
+                     "of 513x513", id="windows"),
+        pytest.param((3000, 4000), 520, (520, 700), "693x520 pixels, 0.173 of 4000x3000",
+                     id="one window"),
+        pytest.param((300, 400), None, None, "400x300 pixels", id="own size"),
+    ],
+)  # fmt: skip
+def test_what_is_run_is_told(photo_size, size, tile, text):
+    options = module.PredictOptions.checked(tile=tile)
+    plan = module.input_plan(photo_size, Preprocess(size=size), options)
+    assert str(plan) == text
+
+
+def test_windows_are_counted_while_they_run():
+    seen = []
+    predict(
+        pixelwise(),
+        photo(30, 40),
+        tile=16,
+        overlap=0,
+        batch_size=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(2, 6), (3, 6), (5, 6), (6, 6)]
+
+
+def test_photos_of_one_input_size_run_together():
+    model = Small()
+    model.preprocess = Preprocess(size=24)
+    images = [photo(30, 40), photo(60, 80), photo(40, 30), photo(48, 64)]
+    for options in ({}, {"flip": True}):
+        each = [predict(model, image, return_prob=True, **options) for image in images]
+        model.inputs.clear()
+        labels, prob = predict(model, images, batch_size=4, return_prob=True, **options)
+        # The third is upright, and ends the first group.
+        sizes = [(2, 3, 24, 32), (1, 3, 32, 24), (1, 3, 24, 32)]
+        assert [shape for shape, _ in model.inputs[:: 1 + len(options)]] == sizes
+        for i in range(len(images)):
+            # Batched and single convolutions may round differently.
+            np.testing.assert_allclose(prob[i], each[i][1], rtol=0, atol=2e-5)
+            assert (labels[i] == each[i][0]).mean() > 0.999
 
 
 def test_separate_windows_equal_separate_images():

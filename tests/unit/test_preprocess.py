@@ -178,3 +178,28 @@ def test_wrong_batches():
         Preprocess().batch(torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match=r"\[1, 4, 4, 3\]"):
         Preprocess().batch(torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("have", "want"),
+    [
+        pytest.param((700, 40), (97, 31), id="smaller, more rows than are floats at a time"),
+        pytest.param((31, 20), (300, 61), id="larger"),
+        pytest.param((30, 64), (47, 17), id="one axis each way"),
+        pytest.param((9, 7), (9, 7), id="as it is"),
+        pytest.param((400, 3), (1, 1), id="one pixel"),
+    ],
+)
+def test_rows_of_a_resized_photo(have, want):
+    generator = torch.Generator().manual_seed(0)
+    # As pictures lie in memory: channels last.
+    pixels = torch.randint(0, 256, (1, *have, 3), dtype=torch.uint8, generator=generator)
+    pixels = pixels.permute(0, 3, 1, 2)
+    preprocess = Preprocess(mean=(0, 0, 0), std=(1, 1, 1))
+    whole = preprocess.batch(pixels, size=want).mul(255).round()
+    # Sums lie within roundings of a half once in thousands of pixels.
+    for top, height in {(0, want[0]), (want[0] // 3, want[0] - want[0] // 3), (want[0] - 1, 1)}:
+        rows = preprocess.resized_rows(pixels, want, top, height)
+        assert rows.dtype == torch.uint8
+        off = (rows - whole[..., top : top + height, :]).abs()
+        assert off.max() <= 1 and off.mean() < 2e-3
