@@ -4,7 +4,11 @@ Rules that hold for every source, so that the same picture gives the same array 
 stored as:
 
 - 16-bit samples keep their high byte (``v >> 8``, 65535 -> 255). Pillow decodes 16-bit *colour*
-  files that way and offers nothing finer, so grey files and ``uint16`` arrays follow it.
+  files that way and offers nothing finer, so grey files and ``uint16`` arrays follow it. A picture
+  whose colours use 14 bits or less of the 16 would become dark or black: it is refused, unless
+  ``bits`` says how many a sample has, and then ``v >> (bits - 8)`` is kept.
+- Three colours or grey, with or without alpha. Further bands are refused, and a fourth that the
+  file does not say is alpha (infrared, as a rule) is never taken for it.
 - Transparency is composited on white, as an image viewer shows it: the colours stored under
   transparent pixels are arbitrary and must not reach the network.
 - Floats are either 0..1 (multiplied by 255) or 0..255 (kept), by their largest value, and rounded.
@@ -46,8 +50,15 @@ IMAGE_SUFFIXES = frozenset((
 # fmt: on
 
 _EXIF_ORIENTATION = 0x0112
-# Photometric tag of TIFF; 0 is "white is zero".
+# Photometric tag of TIFF; 0 is "white is zero", 1 "black is zero", 2 RGB.
 _TIFF_PHOTOMETRIC = 262
+_TIFF_COLOURS = {0: 1, 1: 1, 2: 3}
+_TIFF_SAMPLES = 277
+# What samples beyond the colours are: 1 and 2 are alpha.
+_TIFF_EXTRA = 338
+_TIFF_ALPHA = ((1,), (2,))
+# A picture that stays below is of a camera with 14 bits or less, or all but black.
+_FEWEST_BITS = 14
 
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | np.ndarray | Image.Image"
@@ -66,7 +77,7 @@ class ImageReadError(ValueError):
         return f"cannot read the image {self.path}: {self.reason}"
 
 
-def read_image(source: str | os.PathLike[str] | BinaryIO) -> np.ndarray:
+def read_image(source: str | os.PathLike[str] | BinaryIO, *, bits: int | None = None) -> np.ndarray:
     """Reads a picture file as a contiguous uint8 RGB array [H, W, 3], upright.
 
     Accepts every mode Pillow reads: grey, 1-bit, palette, alpha, CMYK, YCbCr, LAB, 16-bit grey and
@@ -75,20 +86,27 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> np.ndarray:
 
     Args:
         source: a path or a seekable binary file object, read from its start.
+        bits: of a 16-bit sample those that are used, 8 to 16: 12 for most scientific cameras. None
+            is 16, and refuses a picture that uses 14 or less.
 
     Raises:
-        ImageReadError: missing, empty, truncated, damaged or unknown file, or one larger than
-            ``PIL.Image.MAX_IMAGE_PIXELS`` allows; names the path and the reason.
+        ImageReadError: missing, empty, truncated, damaged or unknown file, one larger than
+            ``PIL.Image.MAX_IMAGE_PIXELS`` allows, or one whose samples or bands are not as the
+            module's head says; names the path and the reason.
+        ValueError: ``bits`` that are not 8 to 16.
     """
     from PIL import Image
 
+    check_bits(bits)
     name = _name_of(source)
     if not hasattr(source, "read"):
         _check_path(source, name)
     try:
         with Image.open(source) as image:
+            _check_bands(image, name)
+            deep = _is_deep(image)
             load_upright(image)
-            return _from_pil(image, name)
+            return _from_pil(image, name, bits, deep)
     except ImageReadError:
         raise
     except Image.DecompressionBombError as error:
@@ -96,33 +114,46 @@ def read_image(source: str | os.PathLike[str] | BinaryIO) -> np.ndarray:
             name, f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file is to be trusted."
         ) from error
     except Image.UnidentifiedImageError as error:
-        return _read_with_tifffile(source, name, error)
+        return _read_with_tifffile(source, name, bits, error)
     # Pillow's decoders raise almost any exception type on damaged data.
     except Exception as error:
         raise ImageReadError(name, one_line(error)) from error
 
 
-def as_rgb_array(obj: ImageLike) -> np.ndarray:
+def check_bits(bits: int | None) -> None:
+    """Raises ValueError for a number of bits that :func:`read_image` does not take."""
+    if bits is not None and (
+        not isinstance(bits, int) or isinstance(bits, bool) or not 8 <= bits <= 16
+    ):
+        raise ValueError(
+            f"bits is {bits!r}, expected 8 to 16 (those of a 16-bit sample that are used), or None"
+        )
+
+
+def as_rgb_array(obj: ImageLike, *, bits: int | None = None) -> np.ndarray:
     """Turns a picture in any accepted form into a contiguous uint8 RGB array [H, W, 3].
 
     Args:
         obj: a path (read by :func:`read_image`), a ``PIL.Image``, or an array: [H, W] grey,
             [H, W, 1] grey, [H, W, 2] grey + alpha, [H, W, 3] RGB or [H, W, 4] RGBA, of dtype
             uint8, uint16 (high byte), bool (0/255) or float (0..1, or 0..255).
+        bits: as of :func:`read_image`.
 
     Raises:
         ImageReadError: a path that cannot be read, or values outside the accepted range.
         ValueError: any other type, shape or dtype.
     """
+    check_bits(bits)
     if isinstance(obj, (str, os.PathLike)):
-        return read_image(obj)
+        return read_image(obj, bits=bits)
     if isinstance(obj, np.ndarray):
-        return _from_array(obj, "array")
+        return _from_array(obj, "array", bits)
     # A PIL image without importing PIL for callers that never use it.
     if hasattr(obj, "getbands") and hasattr(obj, "convert"):
         name = getattr(obj, "filename", "") or "PIL image"
         try:
-            return _from_pil(obj, str(name))
+            _check_bands(obj, str(name))
+            return _from_pil(obj, str(name), bits, _is_deep(obj))
         except ImageReadError:
             raise
         # An opened but not yet decoded file fails here, with almost any exception type.
@@ -268,19 +299,95 @@ def load_upright(image: Image.Image) -> None:
         ImageOps.exif_transpose(image, in_place=True)
 
 
-def _from_pil(image: Image.Image, name: str) -> np.ndarray:
+def _check_bands(image: Image.Image, name: str) -> None:
+    """Raises ImageReadError for bands of a TIFF that Pillow would drop, or take for alpha."""
+    tags = getattr(image, "tag_v2", None)
+    if image.format != "TIFF" or tags is None:
+        return
+    colours = _TIFF_COLOURS.get(tags.get(_TIFF_PHOTOMETRIC, -1))
+    samples = tags.get(_TIFF_SAMPLES, 1)
+    if colours is None or samples <= colours:
+        return
+    extra = tags.get(_TIFF_EXTRA, ())
+    extra = extra if isinstance(extra, tuple) else (extra,)
+    if samples > colours + 1 or extra not in _TIFF_ALPHA:
+        raise ImageReadError(name, _too_many_bands(samples))
+
+
+def _too_many_bands(samples: int) -> str:
+    return (
+        f"{samples} bands, of which the last is not marked as alpha, expected grey or RGB, with or "
+        "without alpha; write the bands that the model was trained on into a file of their own, "
+        "e.g. gdal_translate -b 1 -b 2 -b 3"
+    )
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a file that is not decoded yet has 16-bit samples, of which Pillow keeps 8."""
+    arguments = [each[3] for each in getattr(image, "tile", ())]
+    modes = [args[0] if isinstance(args, tuple) and args else args for args in arguments]
+    return any(isinstance(mode, str) and ";16" in mode for mode in modes)
+
+
+def _from_pil(
+    image: Image.Image, name: str, bits: int | None = None, deep: bool = False
+) -> np.ndarray:
     mode = image.mode
-    if mode == "RGB" and "transparency" not in image.info:
-        return np.array(image)
     if mode.startswith("I;16") or mode == "I":
-        return _grey_to_rgb(_integers_to_uint8(image, name))
+        return _grey_to_rgb(_integers_to_uint8(image, name, bits))
     if mode == "F":
         return _grey_to_rgb(_floats_to_uint8(np.asarray(image), name))
+    if mode == "RGB" and "transparency" not in image.info:
+        return _checked_depth(np.array(image), name, bits, deep)
     if mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        return _on_white(_to_rgba(image))
+        return _on_white(_checked_depth(_to_rgba(image), name, bits, deep))
     if mode == "LAB":
         return np.array(_lab_to_rgb(image))
     return np.array(image.convert("RGB"))
+
+
+def _checked_depth(pixels: np.ndarray, name: str, bits: int | None, deep: bool) -> np.ndarray:
+    """The high bytes [H, W, 3 or 4] that Pillow kept, if what it dropped does not matter."""
+    if not deep or not pixels.size:
+        return pixels
+    if bits is not None and bits < 16:
+        raise ImageReadError(
+            name,
+            f"16-bit colour, of which only the high byte can be read, and {bits} bits were asked "
+            "for; store it with 8 bits a sample",
+        )
+    # One level here is 256 of the file's.
+    if bits is None and 0 < (high := int(pixels[..., :3].max())) < 1 << (_FEWEST_BITS - 8):
+        raise ImageReadError(name, _too_dark(high * 256 + 255, "store it with 8 bits a sample"))
+    return pixels
+
+
+def _too_dark(high: int, cure: str) -> str:
+    used = high.bit_length()
+    return (
+        f"16-bit samples up to {high}, of 65535: scaled as 16 bits they would be dark or black. "
+        f"Expected samples that use more than {_FEWEST_BITS} bits, or the number of bits; if they "
+        f"have {max(8, used)}, {cure}; if the picture is that dark, say 16 bits"
+    )
+
+
+def _high_byte(values: np.ndarray, name: str, bits: int | None, colours: int) -> np.ndarray:
+    """Integers 0..65535 [H, W] or [H, W, C] as uint8; the first ``colours`` of C are no alpha."""
+    seen = values[..., :colours] if values.ndim == 3 else values
+    high = int(seen.max()) if seen.size else 0
+    if bits is None:
+        if 0 < high < 1 << _FEWEST_BITS:
+            used = max(8, high.bit_length())
+            cure = f"read_image(path, bits={used}), or predict --depth {used}"
+            raise ImageReadError(name, _too_dark(high, cure))
+        bits = 16
+    if values.size and int(values.max()) >> bits:
+        raise ImageReadError(
+            name,
+            f"samples up to {values.max()}, and {bits} bits hold {(1 << bits) - 1}; expected the "
+            "number of bits that all samples have",
+        )
+    return (values >> (bits - 8)).astype(np.uint8)
 
 
 def _to_rgba(image: Image.Image) -> np.ndarray:
@@ -300,7 +407,7 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
     return converted
 
 
-def _integers_to_uint8(image: Image.Image, name: str) -> np.ndarray:
+def _integers_to_uint8(image: Image.Image, name: str, bits: int | None) -> np.ndarray:
     values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise ImageReadError(
@@ -310,8 +417,8 @@ def _integers_to_uint8(image: Image.Image, name: str) -> np.ndarray:
         )
     if image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0:
         # Pillow inverts "white is zero" for 8-bit TIFF files but not for 16-bit ones.
-        values = 65535 - values
-    return (values >> 8).astype(np.uint8)
+        values = (65535 if bits is None else (1 << bits) - 1) - values
+    return _high_byte(values, name, bits, 1)
 
 
 def _floats_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
@@ -346,7 +453,7 @@ def _on_white(rgba: np.ndarray) -> np.ndarray:
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def _from_array(array: np.ndarray, name: str) -> np.ndarray:
+def _from_array(array: np.ndarray, name: str, bits: int | None = None) -> np.ndarray:
     shape = tuple(array.shape)
     allowed = "[H,W], [H,W,1], [H,W,2], [H,W,3] or [H,W,4]"
     if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 2, 3, 4)):
@@ -359,7 +466,8 @@ def _from_array(array: np.ndarray, name: str) -> np.ndarray:
     if 0 in shape:
         raise ValueError(f"image array has shape {list(shape)}: it has no pixels")
     if array.dtype == np.uint16:
-        pixels = (array >> 8).astype(np.uint8)
+        alpha = array.ndim == 3 and shape[2] in (2, 4)
+        pixels = _high_byte(array, name, bits, shape[2] - 1 if alpha else shape[-1])
     elif array.dtype == np.bool_:
         pixels = array.astype(np.uint8) * 255
     elif np.issubdtype(array.dtype, np.floating):
@@ -381,7 +489,7 @@ def _from_array(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _read_with_tifffile(
-    source: str | os.PathLike[str] | BinaryIO, name: str, cause: Exception
+    source: str | os.PathLike[str] | BinaryIO, name: str, bits: int | None, cause: Exception
 ) -> np.ndarray:
     unknown = "not a picture in a format that Pillow reads"
     if isinstance(source, (str, os.PathLike)):
@@ -403,15 +511,19 @@ def _read_with_tifffile(
         ) from error
     try:
         with tifffile.TiffFile(source) as file:
-            pixels = np.asarray(file.pages[0].asarray())
+            page = file.pages[0]
+            pixels = np.asarray(page.asarray())
             # S: samples, stored before the rows in files with separate colour planes.
-            if file.pages[0].axes == "SYX":
+            if page.axes == "SYX":
                 pixels = pixels.transpose(1, 2, 0)
+            extra = tuple(int(each) for each in page.extrasamples)
     # As with Pillow: damaged files raise almost anything.
     except Exception as error:
         raise ImageReadError(name, one_line(error)) from error
+    if pixels.ndim == 3 and pixels.shape[2] not in (1, 3) and extra not in _TIFF_ALPHA:
+        raise ImageReadError(name, _too_many_bands(pixels.shape[2]))
     try:
-        return _from_array(pixels, name)
+        return _from_array(pixels, name, bits)
     except ImageReadError:
         raise
     except ValueError as error:

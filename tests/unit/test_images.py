@@ -203,6 +203,92 @@ def test_sixteen_bit_tiff_and_arrays_follow_the_same_rule(tmp_path):
         np.testing.assert_array_equal(read_image(tmp_path / name), grey3(EIGHT))
 
 
+TWELVE = np.array([[0, 15, 16, 2048, 4095]], np.uint16)
+
+
+def test_twelve_bits_in_sixteen_are_no_black_picture(tmp_path):
+    path = save(tmp_path, Image.fromarray(TWELVE), "a.png")
+    with pytest.raises(ImageReadError, match=r"a\.png: 16-bit samples up to 4095, .*--depth 12"):
+        read_image(path)
+    with pytest.raises(ImageReadError, match=r"16-bit samples up to 4095"):
+        as_rgb_array(TWELVE)
+    expected = grey3(np.array([[0, 0, 1, 128, 255]], np.uint8))
+    np.testing.assert_array_equal(read_image(path, bits=12), expected)
+    np.testing.assert_array_equal(as_rgb_array(TWELVE, bits=12), expected)
+    # A dark picture of 16 bits, if it is said to be one.
+    np.testing.assert_array_equal(read_image(path, bits=16), grey3((TWELVE >> 8).astype(np.uint8)))
+    with pytest.raises(ImageReadError, match="samples up to 4095, and 10 bits hold 1023"):
+        read_image(path, bits=10)
+    with pytest.raises(ValueError, match="bits is 7, expected 8 to 16"):
+        read_image(path, bits=7)
+
+
+@pytest.mark.parametrize(
+    ("high", "accepted"),
+    [
+        pytest.param(0, True, id="black"),
+        pytest.param(1, False, id="all but black"),
+        pytest.param((1 << 14) - 1, False, id="14 bits"),
+        pytest.param(1 << 14, True, id="15 bits"),
+    ],
+)
+def test_how_many_bits_a_sample_must_use(tmp_path, high, accepted):
+    values = np.array([[0, high, high]], np.uint16)
+    # Alpha is full where colours are dark.
+    with_alpha = np.stack([values, np.full_like(values, 65535)], axis=2)
+    path = save(tmp_path, Image.fromarray(values), "a.tif")
+    for read in (lambda: read_image(path), lambda: as_rgb_array(with_alpha)):
+        if accepted:
+            np.testing.assert_array_equal(read(), grey3((values >> 8).astype(np.uint8)))
+        else:
+            with pytest.raises(ImageReadError, match=f"16-bit samples up to {high}"):
+                read()
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4)], ids=["RGB", "RGBA"])
+def test_twelve_bits_of_a_colour_file(colour_type, channels):
+    values = np.full((2, 2, channels), 4095, np.uint16)
+    values[..., 3:] = 65535
+    file = png16(values, colour_type)
+    # Pillow keeps the high byte: 15.
+    with pytest.raises(ImageReadError, match=r"16-bit samples up to 4095, .* 8 bits a sample"):
+        read_image(io.BytesIO(file))
+    with pytest.raises(ImageReadError, match=r"16-bit colour, .*12 bits were asked"):
+        read_image(io.BytesIO(file), bits=12)
+    assert (read_image(io.BytesIO(file), bits=16) == 15).all()
+
+
+@pytest.mark.parametrize(
+    ("bands", "extra", "photometric", "accepted"),
+    [
+        pytest.param(4, 0, "rgb", False, id="a fourth of no kind"),
+        pytest.param(4, 2, "rgb", True, id="alpha"),
+        pytest.param(4, 0, "minisblack", False, id="four greys"),
+        pytest.param(2, 0, "minisblack", False, id="two greys"),
+        pytest.param(2, 2, "minisblack", True, id="grey and alpha"),
+        pytest.param(5, 0, "rgb", False, id="five"),
+        pytest.param(3, None, "rgb", True, id="RGB"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16], ids=["by Pillow", "by tifffile, some"])
+def test_bands_that_are_no_colour(tmp_path, bands, extra, photometric, accepted, dtype):
+    tifffile = pytest.importorskip("tifffile")
+    top = np.iinfo(dtype).max
+    values = np.full((3, 4, bands), top, dtype)
+    values[..., 0] = top // 2
+    path = tmp_path / "bands.tif"
+    colours = 3 if photometric == "rgb" else 1
+    samples = None if extra is None else (extra,) * (bands - colours)
+    tifffile.imwrite(
+        path, values, photometric=photometric, planarconfig="contig", extrasamples=samples
+    )
+    if accepted:
+        assert read_image(path)[0, 0].tolist() == ([127] * 3 if colours == 1 else [127, 255, 255])
+        return
+    with pytest.raises(ImageReadError, match=f"{bands} bands, .*; write the bands that the model"):
+        read_image(path)
+
+
 def test_cmyk_and_ycbcr(tmp_path):
     # JPEG is lossy: flat colour, and two levels of slack for the chroma conversion.
     flat = Image.new("RGB", (16, 16), (200, 80, 40))
