@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast, get_type_hints
 
 if TYPE_CHECKING:
@@ -163,9 +162,9 @@ def add_weights_arguments(add: Callable[..., object]) -> None:
     add(
         "--weights",
         type=str | None,
-        metavar="NAME|FILE",
-        help="trained weights: camvid, the embedded model for road scenes, or a file (required "
-        "without --model-from)",
+        metavar="NAME|FILE|RUN",
+        help="trained weights: camvid, the embedded model for road scenes, a file, or the folder "
+        "of a training run (required without --model-from)",
     )
     add(
         "--weights-part",
@@ -246,10 +245,10 @@ def need_weights(config: Namespace) -> None:
     if not config.weights and not config.get("model_from"):
         raise UsageError(
             "--weights is missing, and untrained weights give meaningless labels. Pass the name of "
-            f"an embedded model ({', '.join(list_embedded())}) or a .pth or .safetensors file of a "
-            "trained DeepLabv3 (deeplab_fast, torchvision, segmentation-models-pytorch, "
-            "mmsegmentation, VainF, jfzhang95, fregu856, TensorFlow Lite MobileNetV2), or a model "
-            "of your own with --model-from MODULE:FUNCTION"
+            f"an embedded model ({', '.join(list_embedded())}), the folder of a training run, or a "
+            ".pth or .safetensors file of a trained DeepLabv3 (deeplab_fast, torchvision, "
+            "segmentation-models-pytorch, mmsegmentation, VainF, jfzhang95, fregu856, TensorFlow "
+            "Lite MobileNetV2), or a model of your own with --model-from MODULE:FUNCTION"
         )
 
 
@@ -301,7 +300,7 @@ def device_name(name: str) -> str:
 def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
     """The model that ``--weights`` is for, at ``--output-stride``, and its name."""
     from deeplab_fast.models import list_models
-    from deeplab_fast.weights import embedded_path, from_checkpoint, inspect_weights, list_embedded
+    from deeplab_fast.weights import find_weights, from_checkpoint, inspect_weights
 
     check_backend(config)
     if config.output_stride not in (None, 8, 16):
@@ -313,15 +312,8 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
             f"no model is named {config.model!r}; there are: {', '.join(list_models())}"
         )
     reset_head = bool(config.get("reset_head"))
-    weights = config.weights
-    if weights in list_embedded():
-        weights = embedded_path(weights)
-    elif not Path(weights).exists():
-        raise UsageError(
-            f"--weights {weights}: no such file, and no embedded model of that name; there are: "
-            f"{', '.join(list_embedded())}"
-        )
     try:
+        weights = find_weights(config.weights)
         found = inspect_weights(weights, part=config.weights_part)
         name = config.model or found.model
         if name is None:

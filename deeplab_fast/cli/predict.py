@@ -79,7 +79,7 @@ def parser() -> ArgumentParser:
     add(
         "--reset-head",
         action="store_true",
-        help="start the last layers anew where the number of classes differs (needs training "
+        help="start the last layers anew, whatever --weights has for them (they need training "
         "before results mean anything)",
     )
     return parser

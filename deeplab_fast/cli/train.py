@@ -6,12 +6,15 @@ import dataclasses
 import errno
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from deeplab_fast.cli.common import UsageError, tell
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+
+    from deeplab_fast.engine.config import TrainConfig
 
 HELP = "train a model: the paper's protocol, or your own"
 
@@ -51,7 +54,12 @@ def parser() -> ArgumentParser:
         metavar="MAP",
         help="options of the second stage: --stage2.steps 10000",
     )
-    add("--resume", action="store_true", help="go on from checkpoints/last.ckpt, if there is one")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from checkpoints/last.ckpt of --output, if there is one, with the run's own "
+        "config.yaml unless --preset or --config is given; options given now stand above it",
+    )
     add(
         "--validate-only",
         action="store_true",
@@ -81,15 +89,15 @@ def _shown(value: object) -> str:
 
 def run(config: Namespace) -> int:
     from deeplab_fast.backends import BackendUnavailable
-    from deeplab_fast.engine.config import train_config
+    from deeplab_fast.engine.config import OptionError
     from deeplab_fast.engine.train import TrainingUnavailable, fit_stages, validate
 
-    given = config.as_dict() if hasattr(config, "as_dict") else dict(config)
-    own = ("config", "preset", "stages", "stage2", "resume", "validate_only")
-    options = {k: v for k, v in given.items() if k not in own and v is not None}
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    # Where --transform and callbacks of the user lie; behind everything that is installed.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        plan = train_config(config.preset, **options)
+        plan = _plan(config)
         if config.validate_only:
             metrics = validate(plan, progress=sys.stderr.isatty())
             print(metrics.table())
@@ -100,6 +108,10 @@ def run(config: Namespace) -> int:
             stage2=dict(config.stage2 or {}),
             resume=config.resume,
         )
+    except OptionError as error:
+        name, dot, argument = error.option.partition(".")
+        option = f"--{name.replace('_', '-')}{dot}{argument}"
+        raise UsageError(f"{option} {error.problem}") from error
     except (TrainingUnavailable, BackendUnavailable, ValueError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
     except (MemoryError, OSError) as error:
@@ -124,9 +136,29 @@ def run(config: Namespace) -> int:
         print(result.metrics.table())
     if result.finished:
         if first:
+            early = f" ({result.ended})" if result.ended else ""
             which = f"{result.exported} weights, of step {result.exported_step}"
-            print(f"{result.steps} steps done, the model is {result.weights} ({which})")
+            print(f"{result.steps} steps done{early}, the model is {result.weights} ({which})")
         return 1 if result.last_metrics is not None and result.last_metrics.not_finite else 0
     if first:
         print(f"{result.stopped}, {result.steps} steps done; --resume goes on in {result.folder}")
     return {"SIGINT": 130, "SIGTERM": 143}.get((result.stopped or "").rsplit(" ", 1)[-1], 0)
+
+
+def _plan(config: Namespace) -> TrainConfig:
+    """The options of the run: of a resumed one its own, under those that are given now."""
+    from deeplab_fast.engine.config import train_config
+    from deeplab_fast.engine.run_folder import run_config
+
+    given = config.as_dict() if hasattr(config, "as_dict") else dict(config)
+    own = ("config", "preset", "stages", "stage2", "resume", "validate_only")
+    options = {k: v for k, v in given.items() if k not in own and v is not None}
+    base: dict[str, Any] = {}
+    if config.resume and config.output and config.preset is None and not config.config:
+        folder = Path(config.output, "stage1") if config.stages == 2 else Path(config.output)
+        before = run_config(folder)
+        base = {} if before is None else before.as_dict()
+        for one, other in (("epochs", "steps"), ("steps", "epochs")):
+            if one in options:
+                base.pop(other, None)
+    return train_config(config.preset, **{**base, **options})

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from deeplab_fast.data.datasets import LabelError, LabelledData, bad_labels
-from deeplab_fast.data.preprocess import IMAGENET_MEAN
+from deeplab_fast.data.preprocess import IMAGENET_MEAN, Preprocess
 
 __all__ = [
     "AugmentedDataset",
@@ -63,16 +63,28 @@ class Compose:
 class RandomScale:
     """Resizes by a factor drawn evenly from [low, high], or from low, low + step, ..., high.
 
+    Args:
+        low, high, step: of the factor.
+        base: the size at factor 1: None is the picture's own, a number its shorter side, (height,
+            width) both.
+
     Raises:
         ValueError: factors that are not 0 < low <= high, a step that is not above 0.
     """
 
-    def __init__(self, low: float = 0.5, high: float = 2.0, step: float | None = None) -> None:
+    def __init__(
+        self,
+        low: float = 0.5,
+        high: float = 2.0,
+        step: float | None = None,
+        base: int | tuple[int, int] | None = None,
+    ) -> None:
         if not 0 < low <= high:
             raise ValueError(f"scale is {low} to {high}, expected 0 < low <= high")
         if step is not None and not step > 0:
             raise ValueError(f"step is {step}, expected None or a number above 0")
         self.low, self.high, self.step = low, high, step
+        self.base = Preprocess(size=base)
 
     def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
         if self.step is None:
@@ -81,11 +93,13 @@ class RandomScale:
             # 1e-6: (high - low) / step of 0.1 steps falls just short of an integer.
             count = int((self.high - self.low) / self.step + 1e-6) + 1
             factor = self.low + self.step * _integer(generator, 0, count - 1)
-        size = [max(1, int(side * factor + 0.5)) for side in label.shape]
+        height, width = label.shape
+        sides = self.base.target_size(height, width)
+        size = [max(1, int(side * factor + 0.5)) for side in sides]
         return resize_pair(image, label, (size[0], size[1]))
 
     def __repr__(self) -> str:
-        return f"RandomScale({self.low}, {self.high}, step={self.step})"
+        return f"RandomScale({self.low}, {self.high}, step={self.step}, base={self.base.size})"
 
 
 class RandomShortSide:
@@ -186,6 +200,7 @@ def paper_training(
     flip: float = 0.5,
     mean: Sequence[float] = IMAGENET_MEAN,
     ignore_index: int = 255,
+    input_size: int | tuple[int, int] | None = None,
 ) -> Compose:
     """Scale 0.5 to 2, left-right flip, crop padded with the mean colour and ``ignore_index``.
 
@@ -195,12 +210,15 @@ def paper_training(
         flip: its probability.
         mean: the model's ``preprocess.mean``, R, G, B in 0..1.
         ignore_index: the data set's.
+        input_size: the size at scale 1, the model's ``preprocess.size``; None is the picture's own.
 
     Source: arXiv 1706.05587, section 4.1.
     """
     fill = [round(255 * value) for value in mean]
     return Compose(
-        RandomScale(*scale, step=scale_step), RandomFlip(flip), Crop(crop, fill, ignore_index)
+        RandomScale(*scale, step=scale_step, base=input_size),
+        RandomFlip(flip),
+        Crop(crop, fill, ignore_index),
     )
 
 

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-__all__ = ["PRESETS", "TrainConfig", "train_config"]
+__all__ = ["MADE_IN_PYTHON", "NO_WEIGHTS", "PRESETS", "OptionError", "TrainConfig", "train_config"]
+
+# What may be written for no class weights in a file or a command.
+NO_WEIGHTS = ("none", "null", "")
+
+
+MADE_IN_PYTHON = "made_in_python"
+"""Marks, in a record, an object whose arguments are not known."""
+
+
+class OptionError(ValueError):
+    """A value that an option does not take: its name, and the rest of the sentence about it."""
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(option, problem)
+        self.option = option
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.problem}"
 
 
 T = TypeVar("T")
@@ -31,7 +51,7 @@ class TrainConfig:
     metadata holds its help text, which ``deeplab-fast train --help`` shows.
 
     Raises:
-        ValueError: an option out of its range; the message says what is allowed.
+        OptionError: an option out of its range; the message says what is allowed.
     """
 
     # Data.
@@ -83,11 +103,13 @@ class TrainConfig:
     val_options: dict[str, Any] = field(
         default_factory=dict, metadata=_help("as --data-options, for validation", "MAP")
     )
-    classes: str | None = _option(
-        None,
-        "class names of a folder or csv: a,b,c, a built-in set, a file, or a number; 1, or one "
-        "name (a,): a model of one logit, masks of 0 and 1",
-        "NAMES|SET|FILE|N",
+    classes: list[str] | str | None = field(
+        default=None,
+        metadata=_help(
+            "class names of a folder or csv: a,b,c, a built-in set, a file, or a number; 1, or one "
+            "name (a,): a model of one logit, masks of 0 and 1; default: those of --weights",
+            "NAMES|SET|FILE|N",
+        ),
     )
     label_map: str | None = _option(
         None, "values of the masks that stand for others: 255=1,7=0; others stay", "RAW=ID,..."
@@ -118,12 +140,19 @@ class TrainConfig:
     transform: str = _option(
         "paper",
         "paper (scale, flip, crop), torchvision (shorter side, flip, crop), none, or the import "
-        "path of any callable: package.module.name, also torchvision v2 and albumentations",
+        "path of any callable: module.name of an installed package or of the current folder, also "
+        "torchvision v2 and albumentations",
         "NAME|PATH",
     )
     transform_options: dict[str, Any] = field(
         default_factory=dict,
         metadata=_help("arguments to call that import path with, to make the transform", "MAP"),
+    )
+    transform_style: str | None = _option(
+        None,
+        "how that callable is called: generator (image, label, generator), pair (image, label), "
+        "torchvision (v2) or albumentations; default: by where it comes from and its signature",
+        "STYLE",
     )
     crop: int | list[int] = field(default=513, metadata=_help("side, or [height,width]", "N|[H,W]"))
     scale: list[float] = field(
@@ -139,16 +168,28 @@ class TrainConfig:
     hue_jitter: float = _option(0.0, "hue by -J to J of a turn, 0 to 0.5", "J")
 
     # Model.
-    model: str = _option("deeplabv3_resnet50", "see 'deeplab-fast models'", "NAME")
+    model: str | None = _option(
+        None,
+        "see 'deeplab-fast models'; default: the one that --weights are of, else "
+        "deeplabv3_resnet50",
+        "NAME",
+    )
     model_options: dict[str, Any] = field(
         default_factory=dict,
         metadata=_help("options of its builder: --model-options.atrous_rates [6,12,18]", "MAP"),
     )
-    weights: str | None = _option(None, "start from these weights", "FILE")
+    weights: str | None = _option(
+        None,
+        "start from these weights: an embedded model (camvid), a file of this or another library, "
+        "or the folder of a run; the model, its options and preprocessing, and the class names of "
+        "a folder or csv are those of the weights. Another number of classes starts the last "
+        "layers anew",
+        "NAME|FILE|RUN",
+    )
     weights_part: str | None = _option(
         None, "network of a file with several: model_ema, teacher, ...", "NAME"
     )
-    reset_head: bool = _option(False, "start the last layers anew whatever --weights has")
+    reset_head: bool = _option(False, "start the last layers anew, whatever --weights has for them")
     weights_backbone: str | None = _option(
         None, "start the backbone from these weights: a file, or torchvision's name", "FILE|NAME"
     )
@@ -158,7 +199,8 @@ class TrainConfig:
     )
     input_size: int | None = _option(
         None,
-        "shorter side of photos in validation and for the saved model; default: their own",
+        "shorter side of photos: in validation, for the saved model, and at scale 1 of --transform "
+        "paper; 0: their own; default: as --weights has it, else their own",
         "N",
     )
     freeze_batch_norm: bool = _option(
@@ -237,6 +279,11 @@ class TrainConfig:
 
     # Validation.
     val_every: int = _option(1, "epochs between validations; 0: none", "N")
+    early_stopping: int | None = _option(
+        None,
+        "end after this many validations in a row without a better mIoU (the patience)",
+        "PATIENCE",
+    )
     val_batch_size: int = _option(1, "images of one size that run together", "N")
 
     # The run.
@@ -258,22 +305,25 @@ class TrainConfig:
     trainer: dict[str, Any] = field(
         default_factory=dict,
         metadata=_help(
-            "arguments of lightning.Trainer: --trainer.devices 2 --trainer.precision bf16-mixed",
+            "arguments of lightning.Trainer: --trainer.devices 2 --trainer.precision bf16-mixed; "
+            "callbacks and loggers by class and arguments: --trainer.callbacks '[{class_path: "
+            "LearningRateMonitor, init_args: {logging_interval: epoch}}]'",
             "MAP",
         ),
     )
 
     def __post_init__(self) -> None:
         for problem in _problems(self):
-            raise ValueError(problem)
+            raise problem
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values by name, for YAML and JSON."""
-        return dataclasses.asdict(self)
+        """Plain values by name, for YAML and JSON; objects given to the trainer by their class."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
+        return {name: _plain(value) for name, value in values.items()}
 
     @property
     def crop_size(self) -> tuple[int, int]:
@@ -399,33 +449,48 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
             other way round.
 
     Raises:
-        ValueError: an unknown preset or field, or a value out of range.
+        OptionError: an unknown preset or field, or a value out of range.
     """
     if preset is not None and preset not in PRESETS:
-        raise ValueError(f"no preset is named {preset!r}; there are: {', '.join(PRESETS)}")
-    known = {each.name for each in dataclasses.fields(TrainConfig)}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ValueError(f"unknown options {', '.join(unknown)}")
+        raise OptionError("preset", f"is {preset!r}, expected {one_of(preset, PRESETS)}")
+    known = [each.name for each in dataclasses.fields(TrainConfig)]
+    for name in given:
+        if name not in known:
+            raise OptionError(name, f"is no option of a training run{did_you_mean(name, known)}")
     values = dict(PRESETS[preset]) if preset else {}
     if preset and preset.startswith("paper") and given.get("data") == "cityscapes":
         values.update(_CITYSCAPES)
     for one, other in (("epochs", "steps"), ("steps", "epochs")):
         if given.get(one) is not None and given.get(other) is None:
             values.pop(other, None)
-    if "model" in given and given["model"] != values.get("model"):
+    if given.get("model") is None and given.get("weights") is not None:
+        # The weights tell the model; a preset's is for a start without any.
+        values.pop("model", None)
+    if given.get("model", values.get("model")) != values.get("model") or "model" not in values:
         # A preset's builder options are those of its model.
         values.pop("model_options", None)
     return TrainConfig(**{**values, **given})
 
 
-def _problems(config: TrainConfig) -> list[str]:
-    """What is wrong with an option by itself, as text."""
-    found: list[str] = []
+def _problems(config: TrainConfig) -> list[OptionError]:
+    """What is wrong with an option by itself, before anything is read."""
+    # Here: the options alone are shown without PyTorch.
+    from deeplab_fast.data.transforms import STYLES
+    from deeplab_fast.engine.losses import LabelSize, LossKind, WeightMethod
+
+    found: list[OptionError] = []
+
+    def wrong(name: str, allowed: str) -> None:
+        found.append(OptionError(name, f"is {getattr(config, name)!r}, expected {allowed}"))
 
     def need(good: bool, name: str, allowed: str) -> None:
         if not good:
-            found.append(f"{name} is {getattr(config, name)!r}, expected {allowed}")
+            wrong(name, allowed)
+
+    def choice(name: str, allowed: Collection[str]) -> None:
+        value = getattr(config, name)
+        if value not in allowed:
+            wrong(name, one_of(value, allowed))
 
     for name in ("batch_size", "accumulate", "val_batch_size", "bootstrap_factor", "log_every"):
         need(_is_int(getattr(config, name)) and getattr(config, name) >= 1, name, "1 or more")
@@ -449,11 +514,10 @@ def _problems(config: TrainConfig) -> list[str]:
     need(0 <= config.colour_jitter <= 1, "colour_jitter", "0 to 1")
     need(0 <= config.hue_jitter <= 0.5, "hue_jitter", "0 to 0.5")
     need(0 <= config.undo_class_weights <= 1, "undo_class_weights", "0 to 1")
-    need(
-        config.input_size is None or (_is_int(config.input_size) and config.input_size >= 1),
-        "input_size",
-        "1 or more, or null",
-    )
+    for name in ("input_size", "early_stopping"):
+        value, least = getattr(config, name), 0 if name == "input_size" else 1
+        good = value is None or (_is_int(value) and value >= least)
+        need(good, name, f"{least} or more, or null")
     need(config.clip_norm is None or config.clip_norm > 0, "clip_norm", "above 0, or null")
     momentum = config.batch_norm_momentum
     need(momentum is None or 0 < momentum <= 1, "batch_norm_momentum", "above 0 to 1, or null")
@@ -464,8 +528,11 @@ def _problems(config: TrainConfig) -> list[str]:
         need(value is None or (_is_int(value) and value >= 1), name, "1 or more")
     if config.epochs is not None and config.steps is not None:
         found.append(
-            f"epochs is {config.epochs} and steps is {config.steps}; give one of them, it says how "
-            "long to train"
+            OptionError(
+                "epochs",
+                f"is {config.epochs} and steps is {config.steps}; give one of them, it says how "
+                "long to train",
+            )
         )
     fraction = config.val_fraction
     need(
@@ -473,9 +540,29 @@ def _problems(config: TrainConfig) -> list[str]:
         "val_fraction",
         "a part, 0 to 1",
     )
-    need(config.unknown_colours in (None, "error", "ignore"), "unknown_colours", "error or ignore")
-    need(config.optimizer in ("sgd", "adamw"), "optimizer", "sgd or adamw")
-    need(config.export in ("last", "best"), "export", "last or best")
+    if config.unknown_colours is not None:
+        choice("unknown_colours", ("error", "ignore"))
+    choice("optimizer", ("sgd", "adamw"))
+    choice("export", ("last", "best"))
+    choice("loss", get_args(LossKind))
+    choice("loss_labels", get_args(LabelSize))
+    if isinstance(config.class_weights, str):
+        choice("class_weights", (*get_args(WeightMethod), *NO_WEIGHTS))
+    if config.transform_style is not None:
+        choice("transform_style", STYLES)
+    if config.transform not in ("paper", "torchvision", "none"):
+        names = ("paper", "torchvision", "none")
+        need(
+            "." in config.transform,
+            "transform",
+            "paper, torchvision, none, or an import path module.name"
+            + did_you_mean(config.transform, names),
+        )
+    elif config.transform_options or config.transform_style:
+        option = "transform_options" if config.transform_options else "transform_style"
+        wrong(option, f"nothing beside transform {config.transform}: it is for import paths")
+    if config.early_stopping is not None and not config.val_every:
+        wrong("early_stopping", "null where val_every is 0: it counts validations")
     crop = config.crop if isinstance(config.crop, (list, tuple)) else [config.crop]
     need(
         len(crop) in (1, 2) and all(_is_int(side) and side >= 1 for side in crop),
@@ -489,15 +576,40 @@ def _problems(config: TrainConfig) -> list[str]:
     )
     if config.batch_size % config.accumulate:
         found.append(
-            f"batch_size is {config.batch_size} and accumulate {config.accumulate}; a step's "
-            "images must divide into equal parts"
+            OptionError(
+                "batch_size",
+                f"is {config.batch_size} and accumulate {config.accumulate}; a step's images must "
+                "divide into equal parts",
+            )
         )
     if config.max_time is not None and not _seconds(config.max_time) > 0:
-        found.append(
-            f"max_time is {config.max_time!r}, expected 90m, 1.5h, 3600s or 01:30:00 (hours, "
-            "minutes, seconds)"
-        )
+        wrong("max_time", "90m, 1.5h, 3600s or 01:30:00 (hours, minutes, seconds)")
     return found
+
+
+def one_of(value: object, allowed: Collection[str]) -> str:
+    """The values that are allowed, as text, and the one that was meant where that can be told."""
+    shown = [name for name in allowed if name]
+    text = f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
+    return text + did_you_mean(value, shown)
+
+
+def did_you_mean(value: object, allowed: Collection[str]) -> str:
+    """ "; did you mean 'focal'?" where one of the names is near, else nothing."""
+    near = difflib.get_close_matches(str(value), allowed, 1, 0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    cls = type(value)
+    # Its arguments cannot be known: a run of this record asks for them.
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", MADE_IN_PYTHON: True}
 
 
 def _seconds(text: str) -> float:

@@ -41,6 +41,7 @@ class SegmentationData(lightning.LightningDataModule):
         config: the options under "Data", "Augmentation" and "Length and batches".
         train, val: data sets instead of those that the config names, as ``open_dataset`` gives.
         mean: colour of the padding, R, G, B in 0..1: the model's ``preprocess.mean``.
+        input_size: what photos have at scale 1: the model's ``preprocess.size``; None: their own.
 
     Attributes:
         train, val: the data sets, ``val`` None without validation.
@@ -57,10 +58,12 @@ class SegmentationData(lightning.LightningDataModule):
         train: SegmentationDataset | None = None,
         val: SegmentationDataset | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
+        input_size: int | tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.mean = tuple(mean)
+        self.input_size = input_size if input_size is not None else config.input_size or None
         self.train = train if train is not None else open_training(config)
         if val is None and config.val_every and (train is None or config.val_data):
             val = open_validation(config)
@@ -157,7 +160,9 @@ class SegmentationData(lightning.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         config = self.config
         if self._loader is None:
-            transform = training_transform(config, self.mean, self.train.ignore_index)
+            transform = training_transform(
+                config, self.mean, self.train.ignore_index, self.input_size
+            )
             dataset = AugmentedDataset(self.train, transform, seed=config.seed)
             rank, world = _processes(self.trainer)
             batches = TrainBatches(

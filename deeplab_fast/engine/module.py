@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from deeplab_fast.data.classes import ClassSet, generic_classes
 from deeplab_fast.engine.captured import CapturedStep
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
 
 __all__ = ["NonFiniteLoss", "SegmentationModule"]
 
+# What a checkpoint's state of the optimizer and the schedule holds, the length of the run too.
+_OF_THE_OPTIMIZER = (
+    *("lr", "weight_decay", "momentum", "nesterov", "backbone_lr_factor", "aux_lr_factor"),
+    *("power", "warmup_steps", "warmup_epochs", "warmup_factor", "steps", "epochs"),
+)
 # One random stream a (seed, epoch, batch, process); not that of the augmentation.
 _STREAM = 0x73746570
 
@@ -153,6 +159,7 @@ class SegmentationModule(lightning.LightningModule):
         self._window: list[tuple[dict[str, Tensor], Tensor]] = []
         self._restore = ExitStack()
         self._captured: CapturedStep | None = None
+        self._rates_restored = False
 
     def _loss(self, ignore_index: int, class_weights: Sequence[float] | None) -> SegmentationLoss:
         config = self.config
@@ -204,9 +211,9 @@ class SegmentationModule(lightning.LightningModule):
         # The trainer's SyncBatchNorm layers are new ones.
         self._freeze()
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def _groups(self) -> list[dict[str, Any]]:
         config = self.config
-        groups = parameter_groups(
+        return parameter_groups(
             self.model,
             config.lr,
             weight_decay=config.weight_decay,
@@ -214,6 +221,10 @@ class SegmentationModule(lightning.LightningModule):
             aux_lr_factor=config.aux_lr_factor,
             decay_norm_and_bias=config.decay_norm_and_bias,
         )
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        config = self.config
+        groups = self._groups()
         optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             optimizer = torch.optim.SGD(
@@ -275,7 +286,35 @@ class SegmentationModule(lightning.LightningModule):
         loss = self.loss(logits, labels)
         return torch.where(labelled, loss, torch.zeros_like(loss))
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        before = checkpoint.get("train_config")
+        # The state of the optimizer and the schedule has the rates of the run that wrote it.
+        self._rates_restored = isinstance(before, Mapping) and any(
+            before.get(name, getattr(TrainConfig(), name)) != getattr(self.config, name)
+            for name in _OF_THE_OPTIMIZER
+        )
+
+    def _apply_rates(self) -> None:
+        """The config's rates, decay and momentum in place of those that a checkpoint has."""
+        [optimizer], [schedule] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        fresh = {group["name"]: group for group in self._groups()}
+        bases = []
+        for group in optimizer.param_groups:
+            own = fresh[group["name"]]
+            group["initial_lr"], group["weight_decay"] = own["lr"], own["weight_decay"]
+            if "momentum" in group:
+                group["momentum"], group["nesterov"] = self.config.momentum, self.config.nesterov
+            else:
+                group["betas"] = (self.config.momentum, group["betas"][1])
+            bases.append(own["lr"])
+        poly = cast(LambdaLR, schedule.scheduler)
+        poly.base_lrs = bases
+        for group, base, factor in zip(optimizer.param_groups, bases, poly.lr_lambdas, strict=True):
+            group["lr"] = base * factor(poly.last_epoch)
+
     def on_train_start(self) -> None:
+        if self._rates_restored:
+            self._apply_rates()
         self._window.clear()
         self._captured = None
         if self.config.cuda_graph:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deeplab_fast.engine.config import TrainConfig, to_yaml
+from deeplab_fast.engine.config import OptionError, TrainConfig, to_yaml
 from deeplab_fast.engine.outputs import write_atomically
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "check_resumable",
     "checkpoint_to_resume",
     "is_finished",
+    "run_config",
     "write_result",
     "write_run_files",
 ]
@@ -63,7 +64,7 @@ class TrainResult:
     ``metrics`` is of the weights in ``weights`` (``exported``: "best" or "last", after step
     ``exported_step``), ``last_metrics`` of the last validation. All scores are in 0..1.
     ``finished`` is False where the wall time or a signal ended the run; it goes on with
-    ``resume=True``.
+    ``resume=True``. ``ended`` says why a finished run has fewer steps than it was given.
     """
 
     folder: Path
@@ -75,6 +76,7 @@ class TrainResult:
     best_miou: float | None
     finished: bool
     stopped: str | None = None
+    ended: str | None = None
     metrics: Metrics | None = None
     last_metrics: Metrics | None = None
     exported: str | None = None
@@ -98,8 +100,37 @@ def checkpoint_to_resume(folder: Path, resume: bool | str | os.PathLike[str]) ->
     return None
 
 
+# What the state of the optimizer and the weights depend on.
+_FIXED = ("model", "model_options", "optimizer", "decay_norm_and_bias", "freeze")
+
+
+def run_config(folder: str | os.PathLike[str]) -> TrainConfig | None:
+    """The options of the run in a folder, its config.yaml; None where there is none.
+
+    Raises:
+        ValueError: the file is no config of a run.
+    """
+    import yaml
+
+    path = Path(folder) / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        return TrainConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no config of a training run ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
 def check_resumable(path: Path, config: TrainConfig, tell: Callable[[str], None]) -> None:
-    """Tells which options differ from the checkpoint's."""
+    """Tells which options differ from the checkpoint's, and refuses those that cannot.
+
+    Raises:
+        OptionError: another model or optimizer, other parameters to train, or no averaged weights
+            where the run had them.
+        ValueError: no checkpoint of a training run.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         before = dict(content["train_config"])
@@ -110,15 +141,29 @@ def check_resumable(path: Path, config: TrainConfig, tell: Callable[[str], None]
     now = json.loads(json.dumps(config.as_dict()))
     # An option that the run's version did not have was what is now its default.
     before = json.loads(json.dumps({**type(config)().as_dict(), **before}))
-    changed = [
-        f"{name} {before.get(name)!r} -> {value!r}"
+    changed = {
+        name: f"{name} {before.get(name)!r} -> {value!r}"
         for name, value in now.items()
         if name not in _FREE and before.get(name) != value
+    }
+    fixed = [name for name in _FIXED if name in changed]
+    fixed += [
+        name
+        for name in ("freeze_batch_norm", "aux_weight")
+        if bool(before.get(name)) != bool(now[name])
     ]
+    fixed += ["ema"] if before.get("ema") and not now["ema"] else []
+    if fixed:
+        raise OptionError(
+            fixed[0],
+            f"is {now[fixed[0]]!r} and the run that is resumed has {before.get(fixed[0])!r}; "
+            "expected the same: the optimizer and the weights of the checkpoint are for that. "
+            f"Begin another run with weights={path.parent.parent}",
+        )
     if changed:
         tell(
-            "warning: other options than the run began with, its result will differ from an "
-            f"uninterrupted one: {', '.join(changed)}"
+            f"warning: from step {content.get('global_step')} on with {', '.join(changed.values())}"
+            "; the result will differ from that of an uninterrupted run"
         )
 
 
@@ -140,6 +185,7 @@ def write_result(result: TrainResult) -> None:
     values = {
         "finished": result.finished,
         "stopped": result.stopped,
+        "ended": result.ended,
         "steps": result.steps,
         "val_miou": result.miou,
         "best_val_miou": result.best_miou,

@@ -20,14 +20,17 @@ from deeplab_fast.data.transforms import (
     torchvision_training,
 )
 from deeplab_fast.engine.augment import ColourJitter
-from deeplab_fast.engine.config import TrainConfig
+from deeplab_fast.engine.config import OptionError, TrainConfig
 from deeplab_fast.engine.outputs import write_atomically
 
 __all__ = ["open_training", "open_validation", "training_transform", "write_split"]
 
 
 def training_transform(
-    config: TrainConfig, mean: Sequence[float] = IMAGENET_MEAN, ignore_index: int = 255
+    config: TrainConfig,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    ignore_index: int = 255,
+    input_size: int | tuple[int, int] | None = None,
 ) -> Transform | None:
     """The transform that a config asks for, as ``AugmentedDataset`` takes it.
 
@@ -43,6 +46,7 @@ def training_transform(
             flip=config.flip,
             mean=mean,
             ignore_index=ignore_index,
+            input_size=input_size,
         )
     elif config.transform == "torchvision":
         transform = torchvision_training(
@@ -52,9 +56,11 @@ def training_transform(
         transform = None
     else:
         try:
-            transform = adapt(_imported(config.transform, config.transform_options))
+            transform = adapt(
+                _imported(config.transform, config.transform_options), style=config.transform_style
+            )
         except TypeError as error:
-            raise ValueError(f"transform {config.transform}: {error}") from error
+            raise OptionError("transform", f"is {config.transform}: {error}") from error
     if not (config.colour_jitter or config.hue_jitter):
         return transform
     strength = config.colour_jitter
@@ -66,7 +72,7 @@ def training_transform(
 def open_training(config: TrainConfig) -> SegmentationDataset:
     """The data set to train on."""
     if not config.data:
-        raise ValueError("--data is missing: which data set shall be trained on?")
+        raise OptionError("data", "is missing: which data set shall be trained on?")
     # A part for validation would be for nothing.
     whole = config.val_fraction is None and bool(config.val_data or not config.val_every)
     return _open(config, config.data, config.root, config.split, config.data_options, whole=whole)
@@ -76,7 +82,7 @@ def open_validation(config: TrainConfig) -> SegmentationDataset | None:
     """The data set to validate on; None with ``val_fraction=0`` and no ``val_data``."""
     source = config.val_data or config.data
     if not source:
-        raise ValueError("--data is missing: which data set shall be validated on?")
+        raise OptionError("data", "is missing: which data set shall be validated on?")
     if config.val_data:
         options = config.val_options
         # Data of their own are validated on as a whole.
@@ -157,17 +163,16 @@ def _open(
 def _imported(path: str, options: dict[str, Any]) -> object:
     module, _, name = path.rpartition(".")
     if not module:
-        raise ValueError(
-            f"transform is {path!r}, expected paper, torchvision, none, or an import path "
-            "package.module.name"
+        raise OptionError(
+            "transform", f"is {path!r}, expected paper, torchvision, none, or an import path"
         )
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"transform {path}: {error}") from error
+        raise OptionError("transform", f"is {path}: {error}") from error
     if options or isinstance(found, type):
         try:
             return found(**options)
         except TypeError as error:
-            raise ValueError(f"transform {path}: {error}") from error
+            raise OptionError("transform", f"is {path}: {error}") from error
     return found

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from inspect import signature
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from deeplab_fast.engine.config import TrainConfig, train_config
+from deeplab_fast.engine.config import NO_WEIGHTS, OptionError, TrainConfig, one_of, train_config
 from deeplab_fast.engine.run_folder import (
     TrainResult,
     check_resumable,
@@ -25,18 +24,19 @@ from deeplab_fast.engine.run_folder import (
     write_result,
     write_run_files,
 )
+from deeplab_fast.engine.start import build_model, start_text, told_by_weights
 from deeplab_fast.engine.trainer import (
     TrainingUnavailable,
     import_lightning,
     is_first,
     new_trainer,
+    trainer_arguments,
     without_hints,
 )
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
 
-    from deeplab_fast.data.classes import ClassSet
     from deeplab_fast.engine.callbacks import RunCheckpoint
     from deeplab_fast.engine.datamodule import SegmentationData
     from deeplab_fast.engine.metrics import Metrics
@@ -44,66 +44,6 @@ if TYPE_CHECKING:
     from deeplab_fast.models import DeepLabV3
 
 __all__ = ["TrainResult", "TrainingUnavailable", "build_model", "fit", "fit_stages", "validate"]
-
-
-def build_model(
-    config: TrainConfig, num_classes: int, classes: ClassSet | None = None
-) -> DeepLabV3:
-    """The model that a config names, with its start weights and the classes of the data.
-
-    Args:
-        config: ``TrainConfig``.
-        num_classes: logits of the model: the data set's ``outputs``.
-        classes: ``ClassSet`` put on the model.
-
-    Raises:
-        ValueError, OSError: options or weights that do not fit.
-    """
-    from deeplab_fast.models import get_model
-    from deeplab_fast.weights import from_checkpoint, inspect_weights
-
-    options: dict[str, Any] = {}
-    if config.weights is not None:
-        found = inspect_weights(config.weights, part=config.weights_part)
-        if found.model == config.model:
-            options.update(found.options)
-    options.update(config.model_options)
-    stride = config.output_stride
-    # Rates that the file tells are at the file's stride, and change with set_output_stride; those
-    # of the config and of the builder are at the training's.
-    of_file = {"output_stride", "atrous_rates"} & options.keys()
-    if stride is not None and ("atrous_rates" in config.model_options or not of_file):
-        options["output_stride"] = stride
-    if config.aux_weight:
-        options["aux_loss"] = True
-    if config.weights_backbone is not None:
-        options["weights_backbone"] = config.weights_backbone
-    torch.manual_seed(config.seed)
-    try:
-        # The builder refuses what from_checkpoint would take for its own arguments.
-        own = signature(from_checkpoint).parameters.keys() & config.model_options.keys()
-        if config.weights is None or own:
-            built = get_model(config.model, num_classes=num_classes, **options)
-        else:
-            built = from_checkpoint(
-                config.weights,
-                model=config.model,
-                part=config.weights_part,
-                reset_head=config.reset_head,
-                num_classes=num_classes,
-                **options,
-            )
-    except TypeError as error:
-        raise ValueError(f"model_options: {error}") from error
-    model = cast("DeepLabV3", built)
-    if stride is not None and model.output_stride != stride:
-        model.set_output_stride(stride)
-    if config.input_size is not None:
-        model.preprocess = dataclasses.replace(model.preprocess, size=config.input_size)
-    if classes is not None:
-        model.classes = tuple(classes.classes)
-        model.palette = None if classes.palette is None else tuple(classes.palette)
-    return model
 
 
 def fit(
@@ -137,8 +77,11 @@ def fit(
         progress: a bar on stderr in place of the lines of the steps; by default where stderr is a
             terminal.
 
+    A run that fails before its first step leaves no folder that was not there.
+
     Raises:
         TrainingUnavailable: Lightning cannot be imported.
+        OptionError: an option that is not allowed (a ValueError too).
         ValueError, OSError: options, data, weights or a checkpoint that do not fit.
         NonFiniteLoss: a loss that is nan or infinite; names the batch.
         CaptureFailed: with ``config.cuda_graph`` a step that waits for the device.
@@ -146,24 +89,35 @@ def fit(
         CheckpointNotWritten: a full disk; the former checkpoint is whole.
     """
     import_lightning()
-    from deeplab_fast.backends import use_backend
     from deeplab_fast.engine import callbacks as parts
     from deeplab_fast.engine.averaging import ExponentialAverage
+    from deeplab_fast.engine.datamodule import SegmentationData
     from deeplab_fast.engine.progress import Progress
-    from deeplab_fast.engine.sources import training_transform, write_split
+    from deeplab_fast.engine.sources import write_split
 
     tell, progress = _speech(tell, quiet, progress)
     if not config.output:
-        raise ValueError("output is missing: which folder shall the run go to?")
+        raise OptionError("output", "is missing: which folder shall the run go to?")
     if config.epochs is None and config.steps is None:
-        raise ValueError("epochs or steps is missing: how long shall the training be?")
+        raise OptionError("epochs", "or steps is missing: how long shall the training be?")
     folder = Path(config.output)
     checkpoint = checkpoint_to_resume(folder, resume)
-    with use_backend(config.backend or "auto"):
-        training_transform(config)
-    data = _checked_data(config, data, tell, progress)
+    arguments = _checked_options(config, folder)
     if model is None:
-        model = build_model(config, data.train.outputs, data.train.classes)
+        config = told_by_weights(config)
+    data = data if data is not None else SegmentationData(config)
+    validates = data.val is not None and config.val_every > 0
+    if config.early_stopping is not None and not validates:
+        raise OptionError(
+            "early_stopping", f"is {config.early_stopping} and there are no data to validate on"
+        )
+    if model is None:
+        # What a checkpoint replaces is no news.
+        say = tell if checkpoint is None else None
+        model = build_model(config, data.train.outputs, data.train.classes, tell=say)
+    if checkpoint is not None:
+        check_resumable(checkpoint, config, tell)
+    _check_data(config, data, tell, progress)
     module, steps = _module(config, model, data, tell)
     saver = parts.RunCheckpoint(
         folder / "checkpoints",
@@ -176,26 +130,27 @@ def fit(
         trainer = new_trainer(
             config,
             folder,
+            arguments=arguments,
             epochs=math.ceil(steps / data.steps_per_epoch),
-            validates=data.val is not None and config.val_every > 0,
+            validates=validates,
             callbacks=[
                 *([average] if average is not None else []),
                 parts.MetricsFile(folder / "metrics.jsonl", config.log_every),
                 Progress(tell, steps, saver, every=config.log_every, bar=progress),
+                *_early_stopping(config),
                 *callbacks,
                 saver,
             ],
             tell=tell,
         )
-    if checkpoint is not None:
-        check_resumable(checkpoint, config, tell)
-    if trainer.is_global_zero:
-        write_run_files(folder, config)
-        moved = write_split(data.train, data.val, folder / "split.csv")
-        if moved and checkpoint is not None:
-            tell(f"warning: {moved}")
     _tell_of_start(config, module, data, steps, checkpoint, tell)
-    stopped = _run(trainer, module, data, checkpoint)
+    with _nothing_half_made(folder, trainer):
+        if trainer.is_global_zero:
+            write_run_files(folder, config)
+            moved = write_split(data.train, data.val, folder / "split.csv")
+            if moved and checkpoint is not None:
+                tell(f"warning: {moved}")
+        stopped = _run(trainer, module, data, checkpoint)
     weights = exported = None
     averaged = None if average is None else average.averaged
     trained = module if averaged is None else averaged
@@ -205,8 +160,11 @@ def fit(
         exported = "best" if best else "last"
         if trainer.is_global_zero:
             weights = _export(config, folder, trained, saver if best else None, tell)
+    ended = None
     if saver.out_of_time:
         stopped = f"stopped after {config.max_time}"
+    elif stopped is None and trainer.global_step < steps:
+        ended = _why_early(trainer)
     result = TrainResult(
         folder=folder,
         weights=weights,
@@ -217,6 +175,7 @@ def fit(
         best_miou=saver.best_score,
         finished=stopped is None,
         stopped=stopped,
+        ended=ended,
         metrics=_metrics_of(exported, module, saver),
         last_metrics=module.metrics,
         exported=exported,
@@ -243,29 +202,122 @@ def _speech(
     return tell or ((lambda text: None) if quiet else say), progress
 
 
-def _checked_data(
+def _checked_options(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """The trainer's arguments; what options name is looked up before any file of data is read."""
+    from deeplab_fast.backends import BACKENDS, use_backend
+    from deeplab_fast.engine.sources import training_transform
+
+    if config.backend not in (None, "auto", *BACKENDS):
+        raise OptionError(
+            "backend", f"is {config.backend!r}, expected {one_of(config.backend, BACKENDS)}"
+        )
+    with use_backend(config.backend or "auto"):
+        training_transform(config)
+    return trainer_arguments(config, folder)
+
+
+def _check_data(
     config: TrainConfig,
-    data: SegmentationData | None,
+    data: SegmentationData,
     tell: Callable[[str], None],
     progress: bool,
-) -> SegmentationData:
-    """The data to train on, checked where the config says so and bootstrapped."""
-    from deeplab_fast.engine.datamodule import SegmentationData
-
-    if data is None:
-        data = SegmentationData(config)
+) -> None:
+    """Reads the data where the config says so, duplicates what is to be seen more often."""
     for note in data.train.notes:
         tell(note)
+    if not config.bootstrap:
+        _check_length(config, data)
     # The other processes end with this one.
     if config.check_data and is_first():
-        data.check(progress=progress, tell=tell)
+        report = data.check(progress=progress, tell=tell)
+        advice = imbalance_advice(report.pixels, data.train.classes.classes, config)
+        if advice:
+            tell(advice)
     data.bootstrap()
+    _check_length(config, data)
+
+
+def _check_length(config: TrainConfig, data: SegmentationData) -> None:
     if data.steps_per_epoch < 1:
-        raise ValueError(
-            f"batch_size is {config.batch_size} and there are {len(data.train)} images to train "
-            f"on; use at most {len(data.train)}"
+        raise OptionError(
+            "batch_size",
+            f"is {config.batch_size} and there are {len(data.train)} images to train on; use at "
+            f"most {len(data.train)}",
         )
-    return data
+
+
+# A class with fewer pixels than this part of an even share is seldom learnt without help.
+_RARE = 0.1
+
+
+def imbalance_advice(pixels: Sequence[int], names: Sequence[str], config: TrainConfig) -> str:
+    """What would help classes of few pixels, "" where none are few or something is done already.
+
+    Args:
+        pixels: of each class in the training data.
+        names: of the classes.
+        config: a loss that counts all pixels alike, without weights or duplicated images, is what
+            is advised on.
+    """
+    counts = [int(n) for n in pixels]
+    total = sum(counts)
+    plain = config.loss == "cross_entropy" and config.class_weights in (None, *NO_WEIGHTS)
+    if not total or len(counts) < 2 or not plain or config.bootstrap:
+        return ""
+    present = [(n / total, name) for n, name in zip(counts, names, strict=True) if n]
+    rare = sorted(each for each in present if each[0] < _RARE / len(present))
+    if not rare:
+        return ""
+    shown = ", ".join(f"{name} {share:.2%}" for share, name in rare[:5])
+    more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
+    share, name = max(present)
+    return (
+        f"note: few pixels are of {shown}{more} (most are of {name}, {share:.0%}): "
+        "class_weights=inverse_log or median_frequency, loss=cross_entropy+dice or "
+        "bootstrap=[rare] help them"
+    )
+
+
+def _early_stopping(config: TrainConfig) -> list[Callback]:
+    if config.early_stopping is None:
+        return []
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    # A mIoU that is nan, of logits that are not finite, is no better one and no end.
+    return [
+        EarlyStopping("val/miou", mode="max", patience=config.early_stopping, check_finite=False)
+    ]
+
+
+def _why_early(trainer: Trainer) -> str:
+    """Why a trainer that was not interrupted ended before its last step."""
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
+            best = float(callback.best_score)
+            shown = f"{100 * best:.2f} %" if callback.monitor == "val/miou" else f"{best:.4g}"
+            return (
+                f"early stop: {callback.monitor} was not better than {shown} in "
+                f"{callback.patience} validations"
+            )
+    return "early stop: a callback of the trainer asked for it"
+
+
+@contextmanager
+def _nothing_half_made(folder: Path, trainer: Trainer) -> Iterator[None]:
+    """Takes away the folder of a run that failed before its first step, where it was new."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        begun = trainer.global_step or (folder / "checkpoints").exists()
+        if trainer.is_global_zero and new and not begun:
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in new[1:]:
+                with suppress(OSError):
+                    parent.rmdir()
+        raise
 
 
 def _module(
@@ -276,7 +328,7 @@ def _module(
 
     preprocess = getattr(model, "preprocess", None)
     if preprocess is not None:
-        data.mean = preprocess.mean
+        data.mean, data.input_size = preprocess.mean, preprocess.size
     steps = config.steps or (config.epochs or 0) * data.steps_per_epoch
     module = SegmentationModule(
         model,
@@ -300,11 +352,19 @@ def _tell_of_start(
     tell: Callable[[str], None],
 ) -> None:
     model = module.model
-    first = "resuming from" if checkpoint is not None else "training"
+    what = f"{config.model or type(model).__name__} ({_count(model)} parameters"
+    what += f", {len(module.classes)} classes)"
+    start = f"resuming from {checkpoint}" if checkpoint is not None else start_text(config)
+    tell(f"{what}, {start}")
     tell(
-        f"{first} {checkpoint or type(model).__name__}: {steps} steps of {config.batch_size} "
-        f"images, {data.steps_per_epoch} an epoch, {_count(model)} parameters"
+        f"{steps} steps of {config.batch_size} images, {data.steps_per_epoch} an epoch, from "
+        f"{len(data.train)} images"
     )
+    size = data.input_size
+    if size is not None:
+        what = f"a shorter side of {size}" if isinstance(size, int) else f"{size[0]}x{size[1]}"
+        scaled = "training and validation" if config.transform == "paper" else "validation"
+        tell(f"photos are brought to {what} pixels in {scaled}, as the weights' predict does")
     unsettled = _unsettled_share(model, steps)
     if unsettled > 0.05 and config.weights is None:
         tell(
@@ -424,6 +484,8 @@ def validate(
     from deeplab_fast.engine.evaluate import evaluate
     from deeplab_fast.engine.sources import open_validation
 
+    if model is None:
+        config = told_by_weights(config)
     val = open_validation(config) if data is None else data.val
     if val is None:
         raise ValueError("the data have no part to validate on; pass SegmentationData(val=...)")
@@ -445,7 +507,7 @@ def _class_weights(config: TrainConfig, data: SegmentationData) -> Sequence[floa
     weights = config.class_weights
     if weights is None or isinstance(weights, (list, tuple)):
         return weights
-    if weights in ("none", "null", ""):
+    if weights in NO_WEIGHTS:
         return None
     from deeplab_fast.engine.losses import WeightMethod, class_weights_from_counts
 

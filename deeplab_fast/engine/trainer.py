@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deeplab_fast.engine.config import TrainConfig
+from deeplab_fast.engine.config import MADE_IN_PYTHON, OptionError, TrainConfig, did_you_mean
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
     from lightning.pytorch.loggers import Logger
 
-__all__ = ["TrainingUnavailable", "import_lightning", "is_first", "new_trainer", "without_hints"]
+__all__ = [
+    "TrainingUnavailable",
+    "import_lightning",
+    "is_first",
+    "new_trainer",
+    "trainer_arguments",
+    "without_hints",
+]
 
 
 class TrainingUnavailable(ImportError):
@@ -51,28 +60,146 @@ def import_lightning() -> ModuleType:
     return lightning
 
 
+# Arguments of lightning.Trainer that may be objects, which belong to one trainer.
+_OBJECTS = ("callbacks", "logger", "strategy", "profiler", "plugins")
+# Of lightning.Trainer's arguments those that options of the package stand for.
+_OURS = ("max_epochs", "max_steps", "accumulate_grad_batches", "max_time")
+
+
+def trainer_arguments(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """``config.trainer`` as ``lightning.Trainer`` takes it.
+
+    Callbacks, loggers, a strategy and a profiler may be objects, or be named by class, as
+    jsonargparse has it: an import path or the name of one of Lightning's, or a mapping with
+    ``class_path`` and ``init_args``. Loggers write into the run's folder where they are not told
+    another ``save_dir``.
+
+    Raises:
+        OptionError: an argument that there is not, or a class that cannot be made.
+    """
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.profilers import Profiler
+    from lightning.pytorch.strategies import Strategy
+
+    given = dict(config.trainer)
+    known = signature(Trainer).parameters
+    for name in given:
+        if name in _OURS:
+            raise OptionError(
+                f"trainer.{name}", "is set by the options epochs, steps, accumulate and max_time"
+            )
+        if name not in known:
+            raise OptionError(
+                f"trainer.{name}",
+                f"is no argument of lightning.Trainer{did_you_mean(name, known)}",
+            )
+    _check_trainer({k: v for k, v in given.items() if k not in _OBJECTS})
+    kinds: dict[str, tuple[type, bool]] = {
+        "callbacks": (Callback, True),
+        "logger": (Logger, True),
+        "strategy": (Strategy, False),
+        "profiler": (Profiler, False),
+    }
+    for name, (kind, several) in kinds.items():
+        value = given.get(name)
+        # Lightning has names of its own for these two.
+        if value is None or isinstance(value, bool) or (not several and isinstance(value, str)):
+            continue
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        made = [_made(f"trainer.{name}", kind, each, folder) for each in values]
+        given[name] = made if several else made[0]
+    return given
+
+
+def _check_trainer(arguments: Mapping[str, Any]) -> None:
+    import lightning
+
+    if not arguments:
+        return
+    with without_hints():
+        _trainer_of(lightning, {**arguments, "logger": False, "enable_checkpointing": False})
+
+
+def _trainer_of(lightning: ModuleType, arguments: Mapping[str, Any]) -> Trainer:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        return lightning.Trainer(**arguments)
+    except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
+        raise OptionError("trainer", f"does not fit: {error}") from error
+
+
+def _made(option: str, kind: type, value: object, folder: Path) -> object:
+    """An object of this kind, from itself or from a name of its class and arguments."""
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, Mapping) and value.get(MADE_IN_PYTHON):
+        raise OptionError(
+            option,
+            f"has {value.get('class_path')}, which was made in Python, so that its arguments are "
+            "not in this record: give class_path and init_args",
+        )
+    if not isinstance(value, (str, Mapping)):
+        raise OptionError(
+            option,
+            f"has {value!r}, expected a {kind.__name__}, the import path of one, or class_path and "
+            "init_args",
+        )
+    from jsonargparse import ArgumentParser
+
+    own = _classes_beside(kind)
+    spec: dict[str, Any] = {"class_path": value} if isinstance(value, str) else dict(value)
+    name = str(spec.get("class_path"))
+    if "." not in name and name not in own:
+        raise OptionError(
+            option, f"has {name}, which Lightning does not have{did_you_mean(name, own)}"
+        )
+    if name in own and "save_dir" in signature(own[name]).parameters:
+        spec["init_args"] = {"save_dir": str(folder), **(spec.get("init_args") or {})}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--it", type=kind)
+    try:
+        return parser.instantiate(parser.parse_object({"it": spec}))["it"]
+    # The class's own code may raise anything.
+    except Exception as error:
+        text = " ".join(str(error).split()).removeprefix('Parser key "it":')
+        text = text.rpartition("Problem with given class_path")[2].strip(" :")[:400]
+        raise OptionError(option, f"has {name}, which cannot be made: {text}") from error
+
+
+def _classes_beside(kind: type) -> dict[str, type]:
+    """Lightning's own classes of this kind by name, imported: only so can their names be short."""
+    package = importlib.import_module(".".join(kind.__module__.split(".")[:3]))
+    return {
+        name: each
+        for name in dir(package)
+        if isinstance(each := getattr(package, name), type) and issubclass(each, kind)
+    }
+
+
 def new_trainer(
     config: TrainConfig,
     folder: Path,
     *,
+    arguments: Mapping[str, Any],
     epochs: int,
     validates: bool,
     callbacks: list[Callback],
     tell: Callable[[str], None],
 ) -> Trainer:
-    """``lightning.Trainer`` with the config's options and those that the user gave it.
+    """``lightning.Trainer`` with the config's options, and ``trainer_arguments`` above them.
 
     Raises:
         ValueError: arguments that the trainer does not take.
     """
     import lightning
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.callbacks import ProgressBar
 
     from deeplab_fast.engine.callbacks import AtomicCheckpointIO
 
-    given = {**_launched(), **config.trainer}
-    arguments: dict[str, Any] = {
+    given = {**_launched(), **arguments}
+    values: dict[str, Any] = {
         "default_root_dir": str(folder),
         "max_epochs": epochs,
         "accumulate_grad_batches": config.accumulate,
@@ -87,28 +214,23 @@ def new_trainer(
         # Frozen batch norms have nothing to share.
         "sync_batchnorm": not config.freeze_batch_norm and _several_gpus(given),
     }
-    taken = sorted(set(given) & {"max_epochs", "max_steps", "accumulate_grad_batches", "max_time"})
-    if taken:
-        raise ValueError(
-            f"trainer.{taken[0]}: use the options epochs, steps, accumulate and max_time instead"
-        )
     lists: dict[str, Sequence[object]] = {
         "callbacks": callbacks,
         "logger": _tensorboard(config, folder, tell),
         "plugins": [AtomicCheckpointIO()],
     }
+    if given.get("logger") is False:
+        lists["logger"] = []
     for name, own in lists.items():
-        extra = given.pop(name, None) or []
-        arguments[name] = [*own, *(extra if isinstance(extra, (list, tuple)) else [extra])]
+        extra = given.pop(name, None)
+        more = [] if extra is None or isinstance(extra, bool) else extra
+        values[name] = [*own, *(more if isinstance(more, (list, tuple)) else [more])]
     # The run has a bar of its own.
-    bars = [each for each in arguments["callbacks"] if isinstance(each, ProgressBar)]
-    arguments["enable_progress_bar"] = bool(bars)
+    bars = [each for each in values["callbacks"] if isinstance(each, ProgressBar)]
+    values["enable_progress_bar"] = bool(bars)
     # An empty list would mean Lightning's own logger.
-    arguments["logger"] = arguments["logger"] or False
-    try:
-        return lightning.Trainer(**{**arguments, **given})
-    except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
-        raise ValueError(f"trainer: {error}") from error
+    values["logger"] = values["logger"] or False
+    return _trainer_of(lightning, {**values, **given})
 
 
 def _launched() -> dict[str, int | str]:

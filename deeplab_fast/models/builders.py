@@ -14,6 +14,7 @@ from .. import weights
 from ..data.classes import class_set
 from ..data.preprocess import Preprocess
 from ..nn import HEADS, CascadedHead, FCNHead
+from ..weights.embedded import list_embedded
 from ..weights.files import read_state_dict
 from ..weights.from_file import fill
 from ..weights.layouts import layout_named, rename_tensors
@@ -315,7 +316,10 @@ def _is_path(weights: object) -> TypeGuard[str | os.PathLike[str]]:
         return True
     suffixes = (".pth", ".pt", ".safetensors", ".npz", ".ckpt")
     return isinstance(weights, str) and (
-        weights.endswith(suffixes) or os.sep in weights or os.path.isfile(weights)
+        weights.endswith(suffixes)
+        or os.sep in weights
+        or weights in list_embedded()
+        or os.path.exists(weights)
     )
 
 

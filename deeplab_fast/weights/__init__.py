@@ -10,6 +10,7 @@ from .layouts import LAYOUTS, Layout
 from .load import LoadReport, load_weights
 from .rules import Rule
 from .save import model_metadata, save_weights
+from .where import find_weights
 
 __all__ = [
     "LAYOUTS",
@@ -19,6 +20,7 @@ __all__ = [
     "Rule",
     "WeightsInfo",
     "embedded_path",
+    "find_weights",
     "from_checkpoint",
     "inspect_weights",
     "list_embedded",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._common import METADATA_KEY, SHOWN, CheckpointError, Source, StateDict, shorten
 from .layouts import NOT_MODEL, Origin, known_layout
+from .where import PRETRAINED, find_weights
 
 _CONTAINERS = (
     "model_state_dict",
@@ -42,8 +43,6 @@ _LONGEST_HEADER = 100_000_000
 # Lightning's WeightAveraging keeps here what it goes on training with; its model, the averaged one,
 # is the "state_dict" beside it.
 FOR_RESUMING = "current_model_state"
-# What smp's and other libraries' save_pretrained call the weights, beside a config.json.
-_PRETRAINED = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,13 @@ def read_state_dict(path: str | os.PathLike[str], *, part: str | None = None) ->
     """The tensors of a checkpoint file by name, on the CPU, without running code from it.
 
     Files: .pth, .pt, .ckpt, .bin and the like as torch.save writes them (memory-mapped where the
-    format allows it), .safetensors, and numpy's .npz. The content decides, not the suffix. A folder
-    is read where it holds model.safetensors or pytorch_model.bin (save_pretrained). Training
-    checkpoints are opened ("model", "state_dict", "model_state", "model_state_dict", ...), and the
-    prefixes of wrappers are taken off ("module.", "_orig_mod.", Lightning's "model.").
+    format allows it), .safetensors, and numpy's .npz. The content decides, not the suffix. Names of
+    embedded models and folders stand for the files that `find_weights` names. Training checkpoints
+    are opened ("model", "state_dict", "model_state", "model_state_dict", ...), and the prefixes of
+    wrappers are taken off ("module.", "_orig_mod.", Lightning's "model.").
 
     Args:
-        path: of the file or folder.
+        path: of the file or folder, or the name of an embedded model.
         part: which network of a checkpoint with several: the key it is kept under ("model_ema"), or
             the prefix of its tensors ("student"); "model/student" where both are needed, "." for
             the tensors that have no prefix beside others that have one.
@@ -85,11 +84,11 @@ def read_state_dict(path: str | os.PathLike[str], *, part: str | None = None) ->
 
 def read_content(path: str | os.PathLike[str]) -> object:
     """What a checkpoint file holds, containers and all; files and errors of `read_state_dict`."""
-    return _content(_in_folder(Path(path)))[0]
+    return _content(find_weights(path))[0]
 
 
 def _read(path: str | os.PathLike[str], part: str | None) -> Checkpoint:
-    path = _in_folder(Path(path))
+    path = find_weights(path)
     content, metadata, header = _content(path)
     origin = Origin(path.name, header, _config_beside(path), _meta(content))
     return _opened(content, str(path), part, metadata, origin)
@@ -97,8 +96,6 @@ def _read(path: str | os.PathLike[str], part: str | None) -> Checkpoint:
 
 def _content(path: Path) -> tuple[object, dict[str, Any], dict[str, str]]:
     """What a file holds, the package's own facts in it, and a .safetensors file's header."""
-    if not path.exists():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     kind = _kind(path, head)
@@ -112,25 +109,10 @@ def _content(path: Path) -> tuple[object, dict[str, Any], dict[str, str]]:
     return content, metadata, header
 
 
-def _in_folder(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in _PRETRAINED:
-        if (path / name).is_file():
-            return path / name
-    inside = sorted(
-        p.name for p in path.iterdir() if p.suffix in (".pth", ".pt", ".safetensors", ".npz")
-    )
-    raise CheckpointError(
-        f"{path} is a folder without {' or '.join(_PRETRAINED)}, expected one that holds it, or a "
-        "checkpoint file" + (f"; it holds {shorten(inside)}" if inside else "")
-    )
-
-
 def _config_beside(path: Path) -> dict[str, Any]:
     """What save_pretrained wrote about the model beside its weights."""
     file = path.with_name("config.json")
-    if path.name not in _PRETRAINED or not file.is_file():
+    if path.name not in PRETRAINED or not file.is_file():
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Collection
 
 from torch import nn
 
 from ._common import CheckpointError, Source, shorten
-from .embedded import embedded_path, list_embedded
+from .embedded import embedded_path
 from .inspect import WeightsInfo
 from .load import Opened, found_options, load_opened, open_weights, option_values
 from .registry import get_model, no_builder
@@ -35,8 +34,8 @@ def from_checkpoint(
     beside the tensors is read too: smp's config.json, mmsegmentation's config, published names.
 
     Args:
-        path: path of a checkpoint or of a folder (see `read_state_dict`), a state dict, or the name
-            of an embedded model where there is no such file.
+        path: a file, a folder or the name of an embedded model (see `find_weights`), or a state
+            dict.
         model: name of the builder to take; its number of classes and its auxiliary head are then
             those of `overrides`. None: what the checkpoint tells, heads and input channels too.
         layout, part, reset_head, strict: as `load_weights` has them.
@@ -55,8 +54,6 @@ def from_checkpoint(
         UserWarning: nothing tells an option on which the numbers depend; the message says what was
             assumed, and what changes it.
     """
-    if isinstance(path, str) and path in list_embedded() and not os.path.exists(path):
-        path = embedded_path(path)
     opened = open_weights(path, layout, part)
     info, label = opened.info, opened.checkpoint.label
     whole = model is None

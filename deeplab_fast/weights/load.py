@@ -146,8 +146,7 @@ def load_opened(
 
     fresh = _initialised(model, reset)
     model.load_state_dict({**own, **fit.loaded, **fresh})
-    if not reset_head:
-        _describe(model, info)
+    _describe(model, info, reset_head)
     return LoadReport(
         layout=chosen.name,
         loaded=tuple(fit.loaded),
@@ -432,11 +431,12 @@ def _initialised(model: nn.Module, keys: set[str]) -> StateDict:
     return fresh
 
 
-def _describe(model: Any, info: WeightsInfo) -> None:
-    """Set class names, colours, preprocessing and calibration from the package's own metadata."""
-    if info.calibration is not None:
+def _describe(model: Any, info: WeightsInfo, reset_head: bool) -> None:
+    """Set preprocessing, and with the head class names, colours and calibration, from the package's
+    own metadata."""
+    if info.calibration is not None and not reset_head:
         model.calibration = info.calibration
-    if info.classes is not None and getattr(model, "classes", None) is None:
+    if info.classes is not None and not reset_head and getattr(model, "classes", None) is None:
         model.classes, model.palette = info.classes, info.palette
     if info.preprocess is not None:
         kind = preprocess_kinds().get(info.preprocess_kind or "")

@@ -155,7 +155,7 @@ def test_steps_end_in_the_middle_of_an_epoch_with_a_validation(config):
 def test_model_options_are_the_builders_alone(config, tmp_path, name):
     start = save_weights(build_model(config, 4), tmp_path / "start.safetensors")
     config = config.replace(weights=str(start), model_options={name: False})
-    with pytest.raises(ValueError, match=f"model_options: tiny_deeplabv3.*'{name}'"):
+    with pytest.raises(ValueError, match=f"model_options do not fit tiny_deeplabv3: .*'{name}'"):
         build_model(config, 4)
 
 

@@ -91,23 +91,31 @@ def test_two_stages_and_their_options(capsys, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--preset", "papr"], "no preset is named 'papr'", id="preset"),
-        pytest.param(["--lr", "0"], "lr is 0", id="range"),
+        pytest.param(
+            ["--preset", "papr"],
+            "--preset is 'papr', expected paper, .*did you mean 'paper'",
+            id="preset",
+        ),
+        pytest.param(["--lr", "0"], "--lr is 0", id="range"),
         pytest.param(["--epochs", "2", "--steps", "2"], "give one of them", id="both lengths"),
-        pytest.param(["--model", "resnet"], "no model is named 'resnet'", id="model"),
-        pytest.param(["--model-options.width", "2"], "model_options: .*width", id="model option"),
+        pytest.param(["--model", "resnet"], "--model is 'resnet', expected ", id="model"),
+        pytest.param(
+            ["--model-options.width", "2"], "--model-options do not fit .*width", id="model option"
+        ),
         pytest.param(["--root", "nowhere"], "nowhere is not a folder", id="root"),
         pytest.param(["--split", "trian"], "trian", id="split"),
         pytest.param(["--weights", "nowhere.pth"], r"nowhere\.pth", id="weights"),
-        pytest.param(["--transform", "a.b"], "transform a.b", id="transform"),
+        pytest.param(["--transform", "a.b"], r"--transform is a\.b: No module", id="transform"),
         pytest.param(["--backend", "cuba"], "cuba", id="backend"),
         pytest.param(["--batch-size", "13"], "use at most 12", id="batch"),
         pytest.param(["--bootstrap", "[purple]"], "purple", id="class to bootstrap"),
         pytest.param(["--class-weights", "[1,2]"], "2 weights for 4 classes", id="weights count"),
         pytest.param(["--class-weights", "best"], "best", id="weights method"),
-        pytest.param(["--loss", "focl"], "focl", id="loss"),
+        pytest.param(["--loss", "focl"], "--loss is 'focl', .*did you mean 'focal'", id="loss"),
         pytest.param(["--output-stride", "32"], "8 or 16", id="stride"),
-        pytest.param(["--trainer.precision", "8-bit"], "trainer: .*8-bit", id="trainer"),
+        pytest.param(
+            ["--trainer.precision", "8-bit"], "--trainer does not fit: .*8-bit", id="trainer"
+        ),
     ],
 )
 def test_bad_arguments_write_nothing(capsys, recipe, tmp_path, arguments, message):

@@ -90,7 +90,8 @@ def test_the_bar_shows_the_same_and_validations_stand_above_it(config, capsys):
     assert not re.search("^step", captured.out, re.MULTILINE)
     last = captured.err.rstrip().split("\r")[-1]
     assert re.search(
-        r"epoch 2/2: 100%.* step 6/6, loss [0-9.]+, lr [0-9.]+, [0-9.]+ images/s, val mIoU",
+        r"epoch 2/2: 100%.* step 6/6, loss [0-9.]+, lr [0-9.]+, [0-9.]+ images/s, "
+        r"val mIoU [0-9.]+ %",
         last,
     )
 
