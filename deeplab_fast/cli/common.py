@@ -337,6 +337,8 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
         # After loading: atrous rates that the file tells belong to the stride it was trained at.
         if config.output_stride is not None:
             model.set_output_stride(config.output_stride)
+    except FileNotFoundError as error:
+        raise UsageError(f"--weights: {error}") from error
     # A file that is no checkpoint, or one that does not fit, or an option the model lacks.
     except (ValueError, OSError, RuntimeError, TypeError, KeyError) as error:
         raise UsageError(str(error)) from error

@@ -76,7 +76,7 @@ def test_eval_command(capsys, weights, data, tmp_path, monkeypatch):
     [
         pytest.param(["--data", ""], "--data NAME is missing", id="data"),
         pytest.param(["--data", "pets"], "no data set is named 'pets'", id="name"),
-        pytest.param(["--weights", "x.pth"], "x.pth: no such file", id="weights"),
+        pytest.param(["--weights", "x.pth"], "--weights: no such checkpoint: x.pth", id="weights"),
         pytest.param(["--scales", "0"], "scales is", id="scales"),
         pytest.param(["--threshold", "0.5"], "the model has 4 classes, of which", id="threshold"),
         pytest.param(["--panels", "2"], "--panels needs --output", id="panels"),

@@ -99,7 +99,7 @@ def test_the_bar_shows_the_same_and_validations_stand_above_it(config, capsys):
 def test_python_says_the_same_unless_quiet(config, capsys):
     fit(config.replace(output=config.output + "1"))
     printed = capsys.readouterr().out
-    assert "training DeepLabV3: 6 steps" in printed and "step 6/6, epoch 2/2: loss" in printed
+    assert "6 steps of" in printed and "step 6/6, epoch 2/2: loss" in printed
     fit(config.replace(output=config.output + "2"), quiet=True)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
