@@ -106,6 +106,7 @@ def run(config: Namespace) -> int:
     from deeplab_fast.data.classes import label_count
     from deeplab_fast.engine.evaluate import evaluate
     from deeplab_fast.engine.predict import PredictOptions, check_device, check_dtype
+    from deeplab_fast.engine.sources import trained_on
 
     need_weights(config)
     check_preprocess(config)
@@ -130,6 +131,12 @@ def run(config: Namespace) -> int:
         except ValueError as error:
             raise UsageError(str(error)) from error
         dataset = open_data(config, "eval")
+        if config.weights and (seen := trained_on(config.weights, dataset)):
+            tell(
+                "eval",
+                f"warning: these weights were trained on {seen} of the {len(dataset)} images; "
+                "--split val scores those that were kept for validation",
+            )
         model, name, device = _model(config, device, options)
         if label_count(model.num_classes) != dataset.num_classes:
             raise UsageError(

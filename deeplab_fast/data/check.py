@@ -31,6 +31,7 @@ __all__ = [
     "check_dataset",
     "findings",
     "grouped",
+    "problem_text",
     "read_sample",
     "report_of",
 ]
@@ -145,11 +146,7 @@ class DataReport:
         """
         bad = self.bad(allow_empty=allow_empty, allow_one_class=allow_one_class)
         if bad:
-            lines = grouped(bad)
-            if len(lines) > _SHOWN:
-                lines = [*lines[:_SHOWN], f"... and {len(lines) - _SHOWN} more lines"]
-            lines += [f"hint: {hint}" for hint in self.hints]
-            raise DataError("\n  ".join([f"{self.name}: {self.count(bad)}:", *lines]), self)
+            raise DataError(problem_text([(self, bad)]), self)
 
     def count(self, bad: Sequence[Problem]) -> str:
         """ "3 problems in 2 of 41 samples"."""
@@ -249,7 +246,9 @@ def report_of(dataset: SegmentationDataset, found: Iterable[Finding]) -> DataRep
             for label, count in sorted(finding.pixels.items()):
                 pixels[label] += count
                 images_of[label].append(index)
-    problems += _one_class(dataset, pixels, ignored)
+    # Values that are no class may be all but one of those that are meant.
+    if not any(problem.values for problem in problems):
+        problems += _one_class(dataset, pixels, ignored)
     return DataReport(
         name=repr(dataset),
         samples=len(dataset),
@@ -262,6 +261,21 @@ def report_of(dataset: SegmentationDataset, found: Iterable[Finding]) -> DataRep
         notes=(*_notes(dataset, pixels, ignored, two_valued), *_tag_notes(tagged)),
         hints=tuple(_hints(dataset, pixels, problems)),
     )
+
+
+def problem_text(found: Sequence[tuple[DataReport, Sequence[Problem]]]) -> str:
+    """Problems of one or several data sets as lines, those that are alike in one, with hints."""
+    text: list[str] = []
+    for report, bad in found:
+        lines = grouped(bad)
+        more = [f"... and {len(lines) - _SHOWN} more lines"] if len(lines) > _SHOWN else []
+        shown = [*lines[:_SHOWN], *more]
+        text.append("\n  ".join([f"{report.name}: {report.count(bad)}:", *shown]))
+    hints = dict.fromkeys(hint for report, _ in found for hint in report.hints)
+    text += [f"hint: {hint}" for hint in hints]
+    if any(len(grouped(bad)) < len(bad) for _, bad in found):
+        text.append("deeplab-fast check-data --verbose names every file")
+    return "\n".join(text)
 
 
 def grouped(problems: Sequence[Problem]) -> list[str]:
@@ -427,8 +441,8 @@ def _label_hints(
         )
     elif len(wrong) == 1 and wrong != [count]:
         yield (
-            f"{masks[wrong[0]]} of {len(dataset)} masks hold {wrong[0]} beside the classes: if it "
-            f"counts for nothing, --ignore-index {wrong[0]}"
+            f"most masks hold {wrong[0]} beside the classes: if it counts for nothing, "
+            f"--ignore-index {wrong[0]}"
         )
     elif len(wrong) + len(good) == count:
         pairs = ",".join(f"{value}={label}" for label, value in enumerate(sorted([*good, *wrong])))

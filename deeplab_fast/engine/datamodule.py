@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from deeplab_fast.data.check import DataReport
+from deeplab_fast.data.check import DataError, DataReport, problem_text
 from deeplab_fast.data.datasets import SegmentationDataset
 from deeplab_fast.data.preprocess import IMAGENET_MEAN
 from deeplab_fast.data.transforms import AugmentedDataset
@@ -97,8 +97,15 @@ class SegmentationData(lightning.LightningDataModule):
         reports = [report]
         if self.val is not None:
             reports.append(self._checked(self.val, progress, tell))
-        for each, is_training in zip(reports, (True, False), strict=False):
-            each.raise_if_bad(allow_empty=self.config.allow_empty, allow_one_class=not is_training)
+        allow_empty = self.config.allow_empty
+        problems = [
+            (each, each.bad(allow_empty=allow_empty, allow_one_class=each is not report))
+            for each in reports
+        ]
+        problems = [(each, bad) for each, bad in problems if bad]
+        if problems:
+            raise DataError(problem_text(problems), report)
+        for each in reports:
             allowed = [p.message for p in each.problems if p.kind == "one class"]
             for text in (*each.notes, *allowed):
                 if tell is not None:

@@ -23,7 +23,13 @@ from deeplab_fast.engine.augment import ColourJitter
 from deeplab_fast.engine.config import OptionError, TrainConfig
 from deeplab_fast.engine.outputs import write_atomically
 
-__all__ = ["open_training", "open_validation", "training_transform", "write_split"]
+__all__ = [
+    "open_training",
+    "open_validation",
+    "trained_on",
+    "training_transform",
+    "write_split",
+]
 
 
 def training_transform(
@@ -132,13 +138,30 @@ def write_split(
     )
 
 
+def trained_on(weights: str | os.PathLike[str], dataset: SegmentationDataset) -> int:
+    """How many of these photos a run trained on that left its weights beside its ``split.csv``.
+
+    0 where there is no such table; ``weights`` is a file or the folder of a run.
+    """
+    path = Path(weights)
+    rows = _rows((path if path.is_dir() else path.parent) / "split.csv")
+    trained = {row.get("image") for row in rows if row.get("split") == "train"}
+    return sum(os.path.abspath(sample.image) in trained for sample in dataset.samples)
+
+
 def _sides(path: Path) -> dict[str, str]:
     """The split of each image of a table by its file's name."""
+    return {Path(row["image"]).name: row["split"] for row in _rows(path)}
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The lines of a table of pairs, none where there is no such table."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return {Path(row["image"]).name: row["split"] for row in csv.DictReader(file)}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error):
+        return []
+    return [row for row in rows if row.get("image") and row.get("split")]
 
 
 def _open(

@@ -488,7 +488,10 @@ def validate(
         config = told_by_weights(config)
     val = open_validation(config) if data is None else data.val
     if val is None:
-        raise ValueError("the data have no part to validate on; pass SegmentationData(val=...)")
+        raise ValueError(
+            "the data have no part to validate on: give --val-fraction above 0 or --val-data, in "
+            "Python SegmentationData(val=...)"
+        )
     if model is None:
         model = build_model(config, val.outputs, val.classes)
     on_cpu = config.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()

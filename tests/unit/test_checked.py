@@ -228,7 +228,7 @@ def test_the_command_groups_what_is_alike(root, capsys):
     assert cli.main(flags) == 1
     captured = capsys.readouterr()
     assert "4 masks: label 9 (32 pixels), outside the classes 0..1" in captured.err
-    assert "d.png" not in captured.err and "hint: 4 of 4 masks hold 9" in captured.err
+    assert "d.png" not in captured.err and "hint: most masks hold 9" in captured.err
     assert captured.out.rstrip().endswith("4 problems in 4 of 4 samples")
     assert cli.main([*flags, "--verbose"]) == 1
     errors = capsys.readouterr().err

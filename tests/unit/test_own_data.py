@@ -197,7 +197,8 @@ def test_pairs_without_parts_are_split_by_name(tmp_path, kind):
     assert len(val) == VAL_FRACTION * 40 and train | val == set(stems) and not train & val
     assert (
         dataset.split_here
-        and "8 of 40 pairs are for validation (--val-fraction 0.2, seed 0)" in (dataset.notes[0])
+        and "8 of 40 pairs are for validation, chosen by name (--val-fraction 0.2, --split-seed 0)"
+        in (dataset.notes[0])
     )
     # Of a table, whatever its order.
     assert parts(stems[::-1])[:2] == (train, val)
@@ -226,7 +227,11 @@ def test_groups_stay_together(tmp_path):
     for group_by in ("prefix", r"^clip(\w)_", r"clip\w"):
         val = names(open_dataset("folder", tmp_path, "val", classes=2, group_by=group_by))
         assert len({name[:5] for name in val}) == 1 and len(val) == 8
+        dataset = open_dataset("folder", tmp_path, "val", classes=2, group_by=group_by)
+        assert dataset.notes[0].endswith(f"--split-seed 0, --group-by {group_by})")
     # Each for itself they are of several.
+    note = open_dataset("folder", tmp_path, "val", classes=2).notes[0]
+    assert "the 5 beginnings of the names (clipa, clipb, clipc, ...) are sequences" in note
     assert len({n[:5] for n in names(open_dataset("folder", tmp_path, "val", classes=2))}) > 1
     for group_by, message in (
         ("clip", "40 pairs, the group 'clip' of --group-by clip, cannot be split"),

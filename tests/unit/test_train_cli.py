@@ -2,17 +2,22 @@
 
 import importlib.abc
 import importlib.util
+import json
+import os
 import re
 import sys
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from deeplab_fast import cli, testing
 from deeplab_fast.cli.train import parser
 
 testing.import_torchvision()
 
+from deeplab_fast.data import check  # noqa: E402
 from deeplab_fast.engine import train as engine  # noqa: E402
 from deeplab_fast.engine.config import to_yaml  # noqa: E402
 from deeplab_fast.engine.finite import NotFiniteWarning  # noqa: E402
@@ -221,3 +226,92 @@ def test_every_option_has_help():
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["help"], field.name
         assert f"--{field.name.replace('_', '-')}" in text
+
+
+@pytest.fixture
+def plain(tiny, tmp_path):
+    """Flags of a run on a folder without parts, whose files have their present form for long."""
+    root = tiny.write_scenes(tmp_path / "plain", 10)
+    for path in root.rglob("*.png"):
+        os.utime(path, (1e9, 1e9))
+    flags = ("--data", "folder", "--root", root, "--classes", "grey,red,green,blue")
+    own = ("--model", "tiny_deeplabv3", "--crop", "32", "--batch-size", "4", "--tensorboard=false")
+    return flags, (*flags, *own, "--epochs", "1")
+
+
+def test_a_folder_without_parts(capsys, plain, tmp_path):
+    flags, recipe = plain
+    out = tmp_path / "run"
+    status, printed, errors = run(capsys, *recipe, "--output", out)
+    assert status == 0, errors
+    assert "2 of 10 pairs are for validation, chosen by name (--val-fraction 0.2" in printed
+    assert (
+        "2 steps of 4 images, 2 an epoch" in printed and "checking plain(8 samples, tr" in printed
+    )
+    rows = (out / "split.csv").read_text().splitlines()
+    kept = {row.split(",")[0] for row in rows if row.endswith(",val")}
+    assert rows[0] == "image,mask,split" and len(rows) == 11 and len(kept) == 2
+    # What eval scores are the same two images, by the options and by the table.
+    for source in (flags, ("--data", out / "split.csv", "--classes", "4")):
+        results = tmp_path / f"results{len(source)}"
+        arguments = ["eval", *source, "--split", "val", "--weights", out / "model.safetensors"]
+        assert cli.main([*map(str, arguments), "--output", str(results)]) == 0
+        images = json.loads((results / "metrics.json").read_text())["images"]
+        assert {image["name"].split("/")[-1].removesuffix(".png") for image in images} == {
+            path.split("/")[-1].removesuffix(".png") for path in kept
+        }
+    capsys.readouterr()
+    # Without a split it says what the weights have seen.
+    assert cli.main(["eval", *map(str, flags), "--weights", str(out / "model.safetensors")]) == 0
+    assert "were trained on 8 of the 10 images; --split val" in capsys.readouterr().err
+
+
+def test_a_check_that_passed_is_remembered(capsys, plain, tmp_path, monkeypatch):
+    _, recipe = plain
+    assert run(capsys, *recipe, "--output", tmp_path / "one")[0] == 0
+
+    def never(*_):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(check, "read_sample", never)
+    # Class weights are of the same counts.
+    again = (*recipe, "--output", tmp_path / "two", "--class-weights", "inverse_log")
+    status, printed, errors = run(capsys, *again)
+    assert status == 0, errors
+    assert "plain(8 samples, train, 4 classes): unchanged since the check" in printed
+    with pytest.raises(AssertionError, match="read again"):
+        run(capsys, *again[:-3], tmp_path / "three", "--recheck", "true")
+
+
+def test_no_validation_by_a_fraction_of_0(capsys, plain, tmp_path):
+    _, recipe = plain
+    flags = (*recipe, "--val-fraction", "0")
+    status, printed, errors = run(capsys, *flags, "--output", tmp_path / "run")
+    assert status == 0 and "mean IoU" not in printed, errors
+    assert not (tmp_path / "run" / "split.csv").exists()
+    status, _, errors = run(capsys, *flags, "--validate-only")
+    assert status == 2 and "give --val-fraction above 0 or --val-data" in errors
+
+
+def test_images_that_change_sides_on_resume_are_told(capsys, plain, tiny, tmp_path):
+    _, recipe = plain
+    out = tmp_path / "run"
+    assert run(capsys, *recipe, "--output", out)[0] == 0
+    recipe = recipe[:-1]
+    status, printed, errors = run(
+        capsys, *recipe, "2", "--output", out, "--resume", "--split-seed", "3"
+    )
+    assert status == 0, errors
+    assert "images changed sides between training and validation since the run began" in printed
+
+
+def test_problems_of_both_parts_are_told_at_once(capsys, plain, tmp_path):
+    _, recipe = plain
+    for path in (tmp_path / "plain" / "masks").iterdir():
+        Image.fromarray(np.resize(np.array([0, 1, 2, 3, 11], np.uint8), (40, 48))).save(path)
+    status, _, errors = run(capsys, *recipe, "--output", tmp_path / "run")
+    assert status == 2 and not (tmp_path / "run").exists()
+    lines = errors.splitlines()
+    assert "8 problems in 8 of 8 samples" in lines[0] and "2 problems in 2 of 2" in lines[2]
+    assert lines[1].startswith("  8 masks: label 11 (3072 pixels), outside the classes 0..3")
+    assert [line for line in lines if "--ignore-index 11" in line] == [lines[4]]

@@ -97,13 +97,14 @@ class Split:
             return list(samples), ""
         chosen = self._for_validation(samples, fraction, what)
         part = [sample for i, sample in enumerate(samples) if (i in chosen) is (split == "val")]
-        ways = f"seed {self.seed}" + (f", grouped by {self.group_by}" if self.group_by else "")
+        grouped = f", --group-by {self.group_by}" if self.group_by else ""
         told = (
-            f"{what} has no parts of its own for training and validation: {len(chosen)} of "
-            f"{len(samples)} pairs are for validation (--val-fraction {fraction:g}, {ways})"
+            f"{what} has no parts train and val: {len(chosen)} of {len(samples)} pairs are for "
+            f"validation, chosen by name (--val-fraction {fraction:g}, --split-seed {self.seed}"
+            f"{grouped})"
         )
-        if self.fraction is None:
-            told += "; --val-fraction F takes another part, --val-fraction 0 trains on all"
+        if self.group_by is None:
+            told += _possible_groups(samples)
         return part, told
 
     def _for_validation(self, samples: Sequence[Sample], fraction: float, what: str) -> set[int]:
@@ -131,6 +132,18 @@ class Split:
         if not chosen:
             chosen = [min(order, key=lambda name: len(groups[name]))]
         return {index for name in chosen for index in groups[name]}
+
+
+def _possible_groups(samples: Sequence[Sample]) -> str:
+    """What to say where names look like those of sequences: frames of one are nearly alike."""
+    groups = list(dict.fromkeys(group_of(sample.name, "prefix") for sample in samples))
+    if not 2 <= len(groups) <= len(samples) / 4:
+        return ""
+    shown = ", ".join(groups[:3]) + (", ..." if len(groups) > 3 else "")
+    return (
+        f"; if the {len(groups)} beginnings of the names ({shown}) are sequences or scenes, "
+        "--group-by prefix keeps each on one side"
+    )
 
 
 def group_of(name: str, group_by: str | None) -> str:
