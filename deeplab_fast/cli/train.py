@@ -26,8 +26,9 @@ def parser() -> ArgumentParser:
     parser = CommandParser(
         "train",
         description="Trains a model into the folder --output: config.yaml (runs again with"
-        " --config), versions.json, metrics.jsonl, tensorboard/, checkpoints/last.ckpt and"
-        " best.ckpt, and at the end model.safetensors (for predict and eval) and result.json."
+        " --config), versions.json, metrics.jsonl, results.csv, tensorboard/, checkpoints/last.ckpt"
+        " and best.ckpt, batch.png, curves.png, classes.png, confusion.png, panels/ and at the end"
+        " model.safetensors (for predict and eval) and result.json."
         " SIGTERM and Ctrl+C save and stop; --resume goes on with the same result. Under torchrun"
         " or SLURM the processes share each batch. Needs pip install deeplab_fast[train].",
     )
@@ -139,6 +140,8 @@ def run(config: Namespace) -> int:
             early = f" ({result.ended})" if result.ended else ""
             which = f"{result.exported} weights, of step {result.exported_step}"
             print(f"{result.steps} steps done{early}, the model is {result.weights} ({which})")
+            if (result.folder / "curves.png").exists():
+                print(f"to look at: curves.png, classes.png, panels/ and more in {result.folder}")
         return 1 if result.last_metrics is not None and result.last_metrics.not_finite else 0
     if first:
         print(f"{result.stopped}, {result.steps} steps done; --resume goes on in {result.folder}")

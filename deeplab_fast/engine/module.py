@@ -524,11 +524,13 @@ class SegmentationModule(lightning.LightningModule):
             "set clip_norm, or add warmup_steps"
         )
 
+    def sources(self, indices: Tensor) -> list[str]:
+        """Where the training samples of these indices come from."""
+        name = self._name or (lambda index: f"sample {index}")
+        return [name(index) for index in indices.tolist()]
+
     def _names(self, indices: Tensor) -> str:
-        listed = indices.tolist()
-        if self._name is None:
-            return ", ".join(f"sample {i}" for i in listed)
-        return ", ".join(self._name(i) for i in listed)
+        return ", ".join(self.sources(indices))
 
 
 def _unique(names: Sequence[str]) -> list[str]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Panel", "batch_image", "confusion_image", "draw_panel", "panel_name", "png_writer"]
 
 
-# Longer side of one picture of a panel and of a batch, in pixels.
-_PANEL_SIDE, _BATCH_SIDE = 640, 320
+# Longer side of one picture in pixels: least and most of a panel, that of a batch.
+_PANEL_LEAST, _PANEL_MOST, _BATCH_SIDE = 320, 640, 320
 # More classes have no figures, and those that do not occur are left out.
 _FIGURES = 30
 _INK = (32, 32, 32)
@@ -62,12 +62,12 @@ def confusion_image(confusion: np.ndarray, classes: Sequence[str], title: str = 
     from PIL import Image, ImageDraw
 
     metrics = Metrics.from_confusion(confusion, classes)
-    shown = np.arange(len(classes))
+    shown = list(range(len(classes)))
     notes = []
     if len(classes) > _FIGURES:
         occurs = (confusion.sum(0) + confusion.sum(1)) > 0
         if occurs.any():
-            shown = np.flatnonzero(occurs)
+            shown = np.flatnonzero(occurs).tolist()
         if not occurs.all():
             notes.append(
                 f"Left out, in neither labels nor predictions: {', '.join(metrics.absent)}"
@@ -127,11 +127,11 @@ def panel_name(panel: Panel) -> str:
 def draw_panel(panel: Panel, classes: ClassSet, title: str = "") -> Image.Image:
     """Photo, labels and prediction side by side, with titles and a legend.
 
-    The photo is at most 640 pixels wide and high. A background is unpainted, as in :func:`overlay`;
-    ignored pixels are black in the labels.
+    The longer side of the photo is 320 to 640 pixels. A background is unpainted, as in
+    :func:`overlay`; ignored pixels are black in the labels.
     """
     known, (truth, prediction) = _with_ignored(classes, (panel.truth, panel.prediction))
-    size = _fitted(truth.shape, _PANEL_SIDE)
+    size = _fitted(truth.shape, min(_PANEL_MOST, max(_PANEL_LEAST, *truth.shape)))
     photo, truth = resize_pair(panel.image, truth, size)
     _, prediction = resize_pair(panel.image, prediction, size)
     score = panel.score
@@ -169,7 +169,7 @@ def batch_image(
     from PIL import Image
 
     known, shown = _with_ignored(classes, labels)
-    size = _fitted(images.shape[1:3], _BATCH_SIDE, grow=True)
+    size = _fitted(images.shape[1:3], _BATCH_SIDE)
     pairs, small = [], []
     for image, label, name in zip(images, shown, names, strict=True):
         photo, label = resize_pair(image, label, size)
@@ -200,10 +200,9 @@ def _with_ignored(
     return replace(classes, ignore_index=free), found
 
 
-def _fitted(shape: Sequence[int], side: int, *, grow: bool = False) -> tuple[int, int]:
+def _fitted(shape: Sequence[int], side: int) -> tuple[int, int]:
     height, width = shape
     factor = side / max(height, width)
-    factor = factor if grow else min(1.0, factor)
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
@@ -239,4 +238,5 @@ def _entries(classes: ClassSet, labels: Sequence[np.ndarray]) -> list[LegendEntr
 
 def png_writer(image: Image.Image) -> Callable[[BinaryIO], object]:
     """Writes the picture into an open file."""
-    return lambda file: image.save(file, format="PNG")
+    # A panel of 1932x491 took 72 ms at level 1 and 194 ms at the default 6, for 1.05 and 0.96 MB.
+    return lambda file: image.save(file, format="PNG", compress_level=1)

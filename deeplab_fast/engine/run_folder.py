@@ -40,6 +40,7 @@ _FREE = frozenset(
         "export",
         "log_every",
         "tensorboard",
+        "pictures",
         "check_data",
         "recheck",
         "val_batch_size",

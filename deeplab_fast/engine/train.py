@@ -60,7 +60,8 @@ def fit(
     """Trains a model and leaves a folder that says how.
 
     ``config.output`` gets ``config.yaml`` (runs again with ``--config``), ``versions.json``,
-    ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/last.ckpt`` and ``best.ckpt``, and at the end
+    ``metrics.jsonl``, ``results.csv``, ``tensorboard/``, ``checkpoints/last.ckpt`` and
+    ``best.ckpt``, pictures (:class:`~deeplab_fast.engine.report.RunReport`), and at the end
     ``model.safetensors`` at the output stride of the validation (the averaged weights with
     ``config.ema``) and ``result.json`` with the scores. Under torchrun or SLURM every process calls
     this.
@@ -93,6 +94,7 @@ def fit(
     from deeplab_fast.engine.averaging import ExponentialAverage
     from deeplab_fast.engine.datamodule import SegmentationData
     from deeplab_fast.engine.progress import Progress
+    from deeplab_fast.engine.report import RunReport
     from deeplab_fast.engine.sources import write_split
 
     tell, progress = _speech(tell, quiet, progress)
@@ -126,6 +128,8 @@ def fit(
         max_steps=steps,
     )
     average = ExponentialAverage(config.ema) if config.ema else None
+    name = (getattr(model, "config", None) or (type(model).__name__,))[0]
+    report = RunReport(folder, tell, title=f"{folder}, {name}", pictures=config.pictures)
     with without_hints():
         trainer = new_trainer(
             config,
@@ -137,6 +141,7 @@ def fit(
                 *([average] if average is not None else []),
                 parts.MetricsFile(folder / "metrics.jsonl", config.log_every),
                 Progress(tell, steps, saver, every=config.log_every, bar=progress),
+                report,
                 *_early_stopping(config),
                 *callbacks,
                 saver,
@@ -160,6 +165,15 @@ def fit(
         exported = "best" if best else "last"
         if trainer.is_global_zero:
             weights = _export(config, folder, trained, saver if best else None, tell)
+            report.finish(
+                trained,
+                data.val,
+                trainer.strategy.root_device,
+                title=f"{weights}, {name}",
+                step=saver.best_step if best else module.validated_step,
+                confusion=saver.best_confusion if best else module.confusion,
+                images=saver.best_images if best else module.images,
+            )
     ended = None
     if saver.out_of_time:
         stopped = f"stopped after {config.max_time}"

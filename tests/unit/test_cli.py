@@ -350,7 +350,9 @@ def test_reset_head(capsys, weights, photos, tmp_path):
         pytest.param(["--model", "deeplabv3_resnet18"], "does not fit", id="another-model"),
         pytest.param(["--classes", "voc"], "voc has 21 classes and the model 4", id="classes"),
         pytest.param(["--classes", "nope"], "no class set is named 'nope'", id="no-class-set"),
-        pytest.param(["--weights", "missing.pth"], "no such checkpoint: missing.pth", id="no-weights"),
+        pytest.param(
+            ["--weights", "missing.pth"], "no such checkpoint: missing.pth", id="no-weights"
+        ),
         pytest.param(["--bogus"], "--bogus", id="unknown-flag"),
         pytest.param(["missing.jpg"], "missing.jpg: no such file or folder", id="no-image"),
     ],

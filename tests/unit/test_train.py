@@ -80,6 +80,7 @@ def test_a_run_leaves_what_it_takes_to_run_it_again(tiny, config, tmp_path):
         "metrics.jsonl",
         "model.safetensors",
         "result.json",
+        "results.csv",
         "versions.json",
     ]
     summary = json.loads((folder / "result.json").read_text())
