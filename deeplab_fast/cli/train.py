@@ -80,6 +80,8 @@ def parser() -> ArgumentParser:
             default=None,
             help=field.metadata["help"] + note,
             **({"metavar": metavar} if metavar else {}),
+            # Alone it says yes.
+            **({"nargs": "?", "const": True} if hints[field.name] is bool else {}),
         )
     return parser
 
