@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, get_type_hints
 
@@ -356,9 +356,16 @@ def load_model(config: Namespace, command: str) -> tuple[DeepLabV3, str]:
 
 
 def open_data(
-    config: Namespace, command: str, *, default_split: str | None = None
+    config: Namespace,
+    command: str,
+    *,
+    default_split: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> SegmentationDataset:
-    """The data that a command's options name; ``default_split`` is of folders and tables."""
+    """The data that a command's options name.
+
+    ``default_split`` and ``classes``, where the options give none, are of folders and tables.
+    """
     from deeplab_fast.data.datasets import open_dataset, options_of
 
     if not config.data:
@@ -366,12 +373,20 @@ def open_data(
     if config.workers < 0:
         raise UsageError(f"--workers is {config.workers}, expected 0 or more")
     split = config.split
-    if split is None and (config.data == "folder" or config.data.lower().endswith(".csv")):
-        split = default_split
     try:
-        dataset = open_dataset(config.data, config.root, split, **options_of(config.as_dict()))
+        options = options_of(config.as_dict())
+        if is_own_data(config):
+            split = default_split if split is None else split
+            if classes is not None and not {"classes", "mask_colours"} & options.keys():
+                options["classes"] = classes
+        dataset = open_dataset(config.data, config.root, split, **options)
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
     for note in dataset.notes:
         tell(command, note)
     return dataset
+
+
+def is_own_data(config: Namespace) -> bool:
+    """Whether ``--data`` is a folder or a table, whose splits and classes options name."""
+    return bool(config.data == "folder" or str(config.data).lower().endswith(".csv"))

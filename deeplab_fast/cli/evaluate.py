@@ -20,6 +20,7 @@ from deeplab_fast.cli.common import (
     check_precision,
     check_preprocess,
     device_name,
+    is_own_data,
     need_weights,
     open_data,
     tell,
@@ -100,6 +101,20 @@ def _model(
     return exported, exported.description.model, check_device("cpu")
 
 
+def _names_of_weights(config: Namespace) -> list[str] | None:
+    """The class names that ``--weights`` tell, for data that have none of their own."""
+    from deeplab_fast.engine.start import class_names
+    from deeplab_fast.weights import find_weights, inspect_weights
+
+    if not is_own_data(config) or config.classes or config.mask_colours or config.model_from:
+        return None
+    try:
+        return class_names(inspect_weights(find_weights(config.weights), part=config.weights_part))
+    # Files that cannot be read are told of where they are loaded; others may be exported ones.
+    except (ValueError, OSError, RuntimeError, KeyError):
+        return None
+
+
 def run(config: Namespace) -> int:
     from deeplab_fast import use_backend
     from deeplab_fast.backends import BackendUnavailable
@@ -130,7 +145,7 @@ def run(config: Namespace) -> int:
                 raise ValueError(f"--output {config.output} is a file; name a folder")
         except ValueError as error:
             raise UsageError(str(error)) from error
-        dataset = open_data(config, "eval")
+        dataset = open_data(config, "eval", classes=_names_of_weights(config))
         if config.weights and (seen := trained_on(config.weights, dataset)):
             tell(
                 "eval",

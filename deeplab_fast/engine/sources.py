@@ -144,6 +144,9 @@ def trained_on(weights: str | os.PathLike[str], dataset: SegmentationDataset) ->
     0 where there is no such table; ``weights`` is a file or the folder of a run.
     """
     path = Path(weights)
+    # The name of weights that come with the package is none of a file here.
+    if not path.exists():
+        return 0
     rows = _rows((path if path.is_dir() else path.parent) / "split.csv")
     trained = {row.get("image") for row in rows if row.get("split") == "train"}
     return sum(os.path.abspath(sample.image) in trained for sample in dataset.samples)

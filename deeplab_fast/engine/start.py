@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from deeplab_fast.models import DeepLabV3
     from deeplab_fast.weights import WeightsInfo
 
-__all__ = ["build_model", "start_text", "told_by_weights"]
+__all__ = ["build_model", "class_names", "start_text", "told_by_weights"]
 
 _USUAL = "deeplabv3_resnet50"
 
@@ -50,9 +50,20 @@ def told_by_weights(config: TrainConfig) -> TrainConfig:
     if model not in list_models():
         raise OptionError("model", f"is {model!r}, expected {one_of(model, list_models())}")
     classes = config.classes
-    if classes is None and info is not None and info.classes and _has_no_names(config):
-        classes = list(info.classes)
+    named = classes is not None or config.mask_colours is not None
+    if not named and info is not None and _has_no_names(config):
+        classes = class_names(info)
     return config.replace(model=model, classes=classes)
+
+
+def class_names(info: WeightsInfo) -> list[str] | None:
+    """The class names that data for these weights take, None where they tell none.
+
+    Of one logit it is one name, of the class beside the background.
+    """
+    if not info.classes:
+        return None
+    return list(info.classes[-1:] if info.num_classes == 1 else info.classes)
 
 
 def build_model(

@@ -252,7 +252,7 @@ def test_a_folder_without_parts(capsys, plain, tmp_path):
     kept = {row.split(",")[0] for row in rows if row.endswith(",val")}
     assert rows[0] == "image,mask,split" and len(rows) == 11 and len(kept) == 2
     # What eval scores are the same two images, by the options and by the table.
-    for source in (flags, ("--data", out / "split.csv", "--classes", "4")):
+    for source in (flags, ("--data", out / "split.csv")):
         results = tmp_path / f"results{len(source)}"
         arguments = ["eval", *source, "--split", "val", "--weights", out / "model.safetensors"]
         assert cli.main([*map(str, arguments), "--output", str(results)]) == 0
@@ -260,7 +260,8 @@ def test_a_folder_without_parts(capsys, plain, tmp_path):
         assert {image["name"].split("/")[-1].removesuffix(".png") for image in images} == {
             path.split("/")[-1].removesuffix(".png") for path in kept
         }
-    capsys.readouterr()
+    # The classes are those of the weights.
+    assert "grey" in capsys.readouterr().out
     # Without a split it says what the weights have seen.
     assert cli.main(["eval", *map(str, flags), "--weights", str(out / "model.safetensors")]) == 0
     assert "were trained on 8 of the 10 images; --split val" in capsys.readouterr().err
@@ -281,6 +282,21 @@ def test_a_check_that_passed_is_remembered(capsys, plain, tmp_path, monkeypatch)
     assert "plain(8 samples, train, 4 classes): unchanged since the check" in printed
     with pytest.raises(AssertionError, match="read again"):
         run(capsys, *again[:-3], tmp_path / "three", "--recheck", "true")
+
+
+def test_weights_of_one_logit_name_one_class(capsys, tiny, tmp_path):
+    root = tiny.binary_scenes(tmp_path / "binary", 1)
+    data = ("--data", "folder", "--root", root)
+    own = ("--model", "tiny_deeplabv3", "--crop", "32", "--batch-size", "4", "--epochs", "1")
+    one, two = tmp_path / "one", tmp_path / "two"
+    status, _, errors = run(capsys, *data, *own, "--classes", "crack,", "--output", one)
+    assert status == 0, errors
+    weights = ("--weights", one / "model.safetensors")
+    status, _, errors = run(capsys, *data, *own, *weights, "--output", two)
+    # Its head is kept: the data have one class again.
+    assert status == 0 and from_checkpoint(two / "model.safetensors").num_classes == 1, errors
+    assert cli.main(["eval", *map(str, (*data, "--split", "val", *weights))]) == 0
+    assert "crack" in capsys.readouterr().out
 
 
 def test_no_validation_by_a_fraction_of_0(capsys, plain, tmp_path):
