@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from deeplab_fast.engine.config import TrainConfig
 
+# What is done in place of training.
+_TRIES = ("validate_only", "find_lr", "find_batch_size")
 HELP = "train a model: the paper's protocol, or your own"
 
 
@@ -66,6 +68,17 @@ def parser() -> ArgumentParser:
         action="store_true",
         help="score --weights (or the untrained model) on the validation data, train nothing",
     )
+    add(
+        "--find-lr",
+        action="store_true",
+        help="try 100 steps at learning rates from 1e-6 to 1, print the losses and a tenth of the "
+        "rate where they are lowest, train nothing",
+    )
+    add(
+        "--find-batch-size",
+        action="store_true",
+        help="print the largest batch of crops that fits into the GPU's memory, train nothing",
+    )
     hints = get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         default = field.default
@@ -101,6 +114,12 @@ def run(config: Namespace) -> int:
         sys.path.append(os.getcwd())
     try:
         plan = _plan(config)
+        tries = [f"--{name.replace('_', '-')}" for name in _TRIES if config[name]]
+        if len(tries) > 1:
+            raise UsageError(f"{' and '.join(tries)} were given; expected one of them at a time")
+        if config.find_lr or config.find_batch_size:
+            _find(config, plan)
+            return 0
         if config.validate_only:
             metrics = validate(plan, progress=sys.stderr.isatty())
             print(metrics.table())
@@ -156,7 +175,7 @@ def _plan(config: Namespace) -> TrainConfig:
     from deeplab_fast.engine.run_folder import run_config
 
     given = config.as_dict() if hasattr(config, "as_dict") else dict(config)
-    own = ("config", "preset", "stages", "stage2", "resume", "validate_only")
+    own = ("config", "preset", "stages", "stage2", "resume", *_TRIES)
     options = {k: v for k, v in given.items() if k not in own and v is not None}
     base: dict[str, Any] = {}
     if config.resume and config.output and config.preset is None and not config.config:
@@ -167,3 +186,20 @@ def _plan(config: Namespace) -> TrainConfig:
             if one in options:
                 base.pop(other, None)
     return train_config(config.preset, **{**base, **options})
+
+
+def _find(config: Namespace, plan: TrainConfig) -> None:
+    from deeplab_fast.engine.progress import say
+    from deeplab_fast.engine.trainer import import_lightning
+
+    import_lightning()
+    from deeplab_fast.engine.aids import find_batch_size, find_lr
+
+    if config.find_lr:
+        found = find_lr(plan, tell=say)
+        print(found.table())
+        if found.suggestion is not None:
+            print(f"train with --lr {found.suggestion:.2g} (now {plan.lr:g})")
+        return
+    size = find_batch_size(plan, tell=say)
+    print(f"{size} crops of {plan.crop_size[1]}x{plan.crop_size[0]} fit: --batch-size {size}")

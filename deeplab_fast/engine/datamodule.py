@@ -164,13 +164,15 @@ class SegmentationData(lightning.LightningDataModule):
         """Where a training sample comes from, for messages."""
         return str(self.train.samples[index].image)
 
+    def augmented(self) -> AugmentedDataset:
+        """The training images under the config's transform."""
+        config = self.config
+        transform = training_transform(config, self.mean, self.train.ignore_index, self.input_size)
+        return AugmentedDataset(self.train, transform, seed=config.seed)
+
     def train_dataloader(self) -> TrainLoader:
         config = self.config
         if self._loader is None:
-            transform = training_transform(
-                config, self.mean, self.train.ignore_index, self.input_size
-            )
-            dataset = AugmentedDataset(self.train, transform, seed=config.seed)
             rank, world = _processes(self.trainer)
             batches = TrainBatches(
                 len(self.train),
@@ -181,7 +183,7 @@ class SegmentationData(lightning.LightningDataModule):
                 seed=config.seed,
             )
             self._loader = TrainLoader(
-                dataset, batches, workers=config.workers, pin_memory=_on_gpu(self.trainer)
+                self.augmented(), batches, workers=config.workers, pin_memory=_on_gpu(self.trainer)
             )
         return self._loader
 

@@ -160,6 +160,8 @@ class SegmentationModule(lightning.LightningModule):
         self._restore = ExitStack()
         self._captured: CapturedStep | None = None
         self._rates_restored = False
+        # Not where running out of memory is what is looked for.
+        self.explains_memory = True
 
     def _loss(self, ignore_index: int, class_weights: Sequence[float] | None) -> SegmentationLoss:
         config = self.config
@@ -488,7 +490,7 @@ class SegmentationModule(lightning.LightningModule):
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or not self.explains_memory:
                 raise
             config = self.config
             height, width = config.crop_size

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,7 +44,16 @@ if TYPE_CHECKING:
     from deeplab_fast.engine.module import SegmentationModule
     from deeplab_fast.models import DeepLabV3
 
-__all__ = ["TrainResult", "TrainingUnavailable", "build_model", "fit", "fit_stages", "validate"]
+__all__ = [
+    "Prepared",
+    "TrainResult",
+    "TrainingUnavailable",
+    "build_model",
+    "fit",
+    "fit_stages",
+    "prepare",
+    "validate",
+]
 
 
 def fit(
@@ -92,7 +102,6 @@ def fit(
     import_lightning()
     from deeplab_fast.engine import callbacks as parts
     from deeplab_fast.engine.averaging import ExponentialAverage
-    from deeplab_fast.engine.datamodule import SegmentationData
     from deeplab_fast.engine.progress import Progress
     from deeplab_fast.engine.report import RunReport
     from deeplab_fast.engine.sources import write_split
@@ -104,23 +113,8 @@ def fit(
         raise OptionError("epochs", "or steps is missing: how long shall the training be?")
     folder = Path(config.output)
     checkpoint = checkpoint_to_resume(folder, resume)
-    arguments = _checked_options(config, folder)
-    if model is None:
-        config = told_by_weights(config)
-    data = data if data is not None else SegmentationData(config)
-    validates = data.val is not None and config.val_every > 0
-    if config.early_stopping is not None and not validates:
-        raise OptionError(
-            "early_stopping", f"is {config.early_stopping} and there are no data to validate on"
-        )
-    if model is None:
-        # What a checkpoint replaces is no news.
-        say = tell if checkpoint is None else None
-        model = build_model(config, data.train.outputs, data.train.classes, tell=say)
-    if checkpoint is not None:
-        check_resumable(checkpoint, config, tell)
-    _check_data(config, data, tell, progress)
-    module, steps = _module(config, model, data, tell)
+    ready = prepare(config, model, data, checkpoint, tell=tell, progress=progress)
+    config, data, module, steps = ready.config, ready.data, ready.module, ready.steps
     saver = parts.RunCheckpoint(
         folder / "checkpoints",
         minutes=config.checkpoint_minutes,
@@ -134,9 +128,9 @@ def fit(
         trainer = new_trainer(
             config,
             folder,
-            arguments=arguments,
+            arguments=ready.arguments,
             epochs=math.ceil(steps / data.steps_per_epoch),
-            validates=validates,
+            validates=ready.validates,
             callbacks=[
                 *([average] if average is not None else []),
                 parts.MetricsFile(folder / "metrics.jsonl", config.log_every),
@@ -214,6 +208,63 @@ def _speech(
     if progress is None:
         progress = sys.stderr.isatty() and not quiet
     return tell or ((lambda text: None) if quiet else say), progress
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a trainer needs: the config with what its weights tell, the data, read, the module, the
+    steps of the run, and the trainer's own arguments."""
+
+    config: TrainConfig
+    data: SegmentationData
+    module: SegmentationModule
+    steps: int
+    arguments: dict[str, Any]
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validations."""
+        return self.data.val is not None and self.config.val_every > 0
+
+
+def prepare(
+    config: TrainConfig,
+    model: DeepLabV3 | None = None,
+    data: SegmentationData | None = None,
+    checkpoint: Path | None = None,
+    *,
+    tell: Callable[[str], None],
+    progress: bool = False,
+) -> Prepared:
+    """What :func:`fit` trains: options first, then weights, then the files of the data.
+
+    Args:
+        config: ``epochs`` or ``steps`` may be missing: one epoch then.
+        model, data, tell, progress: as of :func:`fit`.
+        checkpoint: that the run goes on from.
+
+    Raises:
+        As :func:`fit`.
+    """
+    from deeplab_fast.engine.datamodule import SegmentationData
+
+    arguments = _checked_options(config, Path(config.output or "."))
+    if model is None:
+        config = told_by_weights(config)
+    data = data if data is not None else SegmentationData(config)
+    if config.early_stopping is not None and data.val is None:
+        raise OptionError(
+            "early_stopping", f"is {config.early_stopping} and there are no data to validate on"
+        )
+    if model is None:
+        # What a checkpoint replaces is no news.
+        say = tell if checkpoint is None else None
+        model = build_model(config, data.train.outputs, data.train.classes, tell=say)
+    if checkpoint is not None:
+        check_resumable(checkpoint, config, tell)
+    _check_data(config, data, tell, progress)
+    module, steps = _module(config, model, data, tell)
+    return Prepared(config, data, module, steps, arguments)
 
 
 def _checked_options(config: TrainConfig, folder: Path) -> dict[str, Any]:
@@ -343,7 +394,7 @@ def _module(
     preprocess = getattr(model, "preprocess", None)
     if preprocess is not None:
         data.mean, data.input_size = preprocess.mean, preprocess.size
-    steps = config.steps or (config.epochs or 0) * data.steps_per_epoch
+    steps = config.steps or (config.epochs or 1) * data.steps_per_epoch
     module = SegmentationModule(
         model,
         config,

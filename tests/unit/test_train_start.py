@@ -340,3 +340,55 @@ def test_advice_for_rare_classes():
     assert imbalance_advice([10, 0, 11], names, config) == ""
     done = config.replace(class_weights="inverse_log")
     assert imbalance_advice([9_000, 50, 950], names, done) == ""
+
+
+def test_a_learning_rate_is_found_and_nothing_is_left(plan, tmp_path, monkeypatch, capsys):
+    from deeplab_fast.engine import aids
+
+    monkeypatch.chdir(tmp_path)
+    told = []
+    found = aids.find_lr(plan.replace(output=None, epochs=None), steps=12, tell=told.append)
+    assert len(found.rates) == len(found.losses) and found.rates[0] == pytest.approx(1e-6, rel=1e-3)
+    assert all(a < b for a, b in zip(found.rates, found.rates[1:], strict=False))
+    assert found.lowest is None or found.suggestion == found.rates[found.lowest] / 10
+    assert found.table().count("\n") <= 14 and f"{found.rates[0]:.2e}" in found.table()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(plan.as_dict()))
+    assert cli.main(["train", "--config", "r.yaml", "--find-lr", "--validate-only"]) == 2
+    assert "--validate-only and --find-lr were given" in capsys.readouterr().err
+
+
+def test_a_batch_size_is_searched_until_memory_runs_out(plan, monkeypatch):
+    """On a stand-in of a GPU's memory that holds 11 images: 10, a twentieth less."""
+    from deeplab_fast.engine import aids
+    from deeplab_fast.engine.module import SegmentationModule
+    from deeplab_fast.engine.train import prepare
+
+    sizes = []
+    inputs = SegmentationModule.inputs
+
+    def limited(self, images):
+        sizes.append(len(images))
+        if len(images) > 11:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return inputs(self, images)
+
+    monkeypatch.setattr(SegmentationModule, "inputs", limited)
+    ready = prepare(plan.replace(batch_size=1), tell=lambda text: None)
+    assert aids.largest_batch(ready, 1024) == 10
+    # More than there are images.
+    assert max(sizes) == 16
+    if not torch.cuda.is_available():
+        with pytest.raises(OptionError, match="find_batch_size needs a GPU"):
+            aids.find_batch_size(plan)
+
+
+def test_the_suggested_rate_is_below_the_lowest_loss():
+    from deeplab_fast.engine.aids import LearningRates
+
+    rates = tuple(10.0 ** (i / 5 - 6) for i in range(31))
+    # The first values, of which smoothing knows little, are the lowest of all.
+    losses = (0.1, 0.2, 0.3, *(1.0 - 0.02 * i for i in range(20)), *(1.0 + i for i in range(8)))
+    found = LearningRates(rates, losses)
+    assert found.lowest == 22 and found.suggestion == rates[22] / 10
+    assert LearningRates(rates, tuple(map(float, range(31)))).suggestion is None
