@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -119,6 +119,7 @@ def run(config: Namespace) -> int:
     from deeplab_fast import use_backend
     from deeplab_fast.backends import BackendUnavailable
     from deeplab_fast.data.classes import label_count
+    from deeplab_fast.engine.counting import pace
     from deeplab_fast.engine.evaluate import evaluate
     from deeplab_fast.engine.predict import PredictOptions, check_device, check_dtype
     from deeplab_fast.engine.sources import trained_on
@@ -165,6 +166,7 @@ def run(config: Namespace) -> int:
                 warnings.catch_warnings(record=True) as caught,
             ):
                 warnings.simplefilter("always")
+                began = time.monotonic()
                 result = evaluate(
                     model,
                     dataset,
@@ -178,7 +180,8 @@ def run(config: Namespace) -> int:
                     dtype=config.dtype,
                     precision=config.precision,
                     panels=config.panels,
-                    progress=sys.stderr.isatty(),
+                    progress=True,
+                    tell=lambda line: tell("eval", line),
                     threshold=config.threshold,
                 )
         except BackendUnavailable as error:
@@ -192,13 +195,17 @@ def run(config: Namespace) -> int:
         for warning in caught:
             tell("eval", f"warning: {warning.message}")
         print(result.metrics.table())
+        seconds = time.monotonic() - began
+        where = ""
         if config.output:
             try:
                 paths = result.save(config.output, builder=name, weights=config.weights or None)
             except OSError as error:
                 tell("eval", f"cannot write: {error}")
                 return 1
-            print(f"{len(dataset)} images scored, results in {paths['metrics'].parent}")
+            where = f", results in {paths['metrics'].parent}"
+        count = len(dataset)
+        print(f"{count} images scored in {seconds:.1f} s, {pace(seconds / count)}{where}")
     return status
 
 

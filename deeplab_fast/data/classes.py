@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 __all__ = [
     "CLASS_SETS",
     "ClassSet",
+    "built_in_name",
     "class_set",
     "distinct_colours",
     "generic_classes",
@@ -124,6 +125,18 @@ def same_name(one: str, other: str) -> bool:
         unicodedata.normalize("NFC", name).strip("_").casefold() for name in (one, other)
     )
     return first == second
+
+
+def built_in_name(names: Sequence[str]) -> str | None:
+    """What the built-in set of these classes is called; None where they are none's."""
+    alike = [
+        built_in
+        for built_in in CLASS_SETS.values()
+        if len(names) == len(built_in) and all(map(same_name, names, built_in.classes))
+    ]
+    # Two differ in the underscores of a name only.
+    alike.sort(key=lambda built_in: built_in.classes != tuple(names))
+    return alike[0].name if alike else None
 
 
 def _is_background(name: str) -> bool:

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from deeplab_fast.data.datasets import LabelledData
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.data.transforms import check_labels, to_tensors
 from deeplab_fast.engine.adapter import as_segmenter
+from deeplab_fast.engine.counting import Counting
 from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.metrics import ImageScore, Metrics, worst_and_best
 from deeplab_fast.engine.outputs import write_atomically
@@ -188,6 +189,7 @@ def evaluate(
     progress: bool = False,
     threshold: float | None = None,
     preprocess: Preprocess | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> Evaluation:
     """Counts, for every labelled pixel of a data set, which class the model predicts there.
 
@@ -200,6 +202,8 @@ def evaluate(
     counted once, the counts are summed and all processes return the same result (``panels`` only
     rank 0). All of them must call it. Where one fails all raise.
 
+    Windows are cut at the model's own scale, as ``predict`` does: ``settings["preprocess_size"]``.
+
     Args:
         model: as for ``predict``; eval mode, training modes are restored.
         dataset: gives (photo, labels) and has ``classes`` (a ``ClassSet``), ``num_classes`` and
@@ -210,7 +214,8 @@ def evaluate(
         batch_size: images of one size, or windows, that run together.
         workers: processes that read.
         panels: number of worst and of best images (by image mIoU) kept with their predictions.
-        progress: a bar on stderr where that is a terminal.
+        progress: a bar on stderr where that is a terminal, else a line every ten seconds.
+        tell: takes these lines; None prints them to stderr.
         threshold, preprocess: as for ``predict``.
 
     Warns:
@@ -241,7 +246,7 @@ def evaluate(
         )
         with eval_mode(model), torch.inference_mode():
             counter = ImageCounter(runner, dataset, classes)
-            confusion, images = _gathered(counter, lambda: counter.run(workers, progress))
+            confusion, images = _gathered(counter, lambda: counter.run(workers, progress, tell))
             rank, world = _rank_and_world()
             kept = panels_of(counter, images, panels) if rank == 0 else ()
         settings = {
@@ -287,10 +292,10 @@ class ImageCounter:
     classes: ClassSet
     bias: Tensor | None = None
 
-    def run(self, workers: int, progress: bool) -> tuple[Tensor, list[ImageScore]]:
+    def run(
+        self, workers: int, progress: bool, tell: Callable[[str], object] | None = None
+    ) -> tuple[Tensor, list[ImageScore]]:
         """Counts and image scores of this process's share."""
-        from tqdm import tqdm
-
         count = len(self.classes)
         total = torch.zeros(count, count, dtype=torch.int64, device=self.runner.device)
         step = 1 if self.runner.options.tile is not None else self.runner.options.batch_size or 1
@@ -304,17 +309,20 @@ class ImageCounter:
         )
         order: list[int] = []
         scores: list[Tensor] = []
-        hidden = None if progress and sampler.rank == 0 else True
-        with tqdm(total=len(sampler), unit="image", desc="evaluating", disable=hidden) as bar:
+        with Counting(
+            len(sampler), "evaluating", tell=tell, shown=progress and sampler.rank == 0
+        ) as counting:
+            runner = replace(self.runner, progress=counting.windows)
+            counter = replace(self, runner=runner)
             for items in loader:
                 for group in equal_sizes(items):
-                    matrices, spoiled = self.matrices(group)
+                    matrices, spoiled = counter.matrices(group)
                     total += matrices.sum(0)
                     order += [index for index, _ in group]
                     # Counts below 2^53 are exact in fp64.
                     parts = [image_scores(matrices), spoiled[:, None].double()]
                     scores.append(torch.cat(parts, dim=1))
-                bar.update(len(items))
+                counting.add(len(items))
         # One copy from the device at the end: a copy an image would wait for each.
         values = torch.cat(scores).tolist() if scores else []
         images = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
+    "OUTPUTS",
+    "USUAL_OUTPUTS",
+    "check_outputs",
     "class_areas",
     "output_paths",
     "overlay",
@@ -26,6 +29,16 @@ __all__ = [
     "write_outputs",
 ]
 
+OUTPUTS = {
+    "labels": "_labels.png",
+    "overlay": "_overlay.png",
+    "probabilities": "_probabilities.png",
+    "json": ".json",
+}
+"""Kinds of files for one photo, and what follows its name in theirs."""
+
+USUAL_OUTPUTS = ("labels", "overlay", "json")
+
 # Rows worked on at a time: bounds the temporaries of a photo of any size.
 _BAND = 256
 # Neither in a palette nor a colour of skin, sky or vegetation; thin enough to need no blending.
@@ -33,13 +46,9 @@ _BOUNDARY = np.array((255, 255, 255), dtype=np.uint8)
 
 
 def output_paths(output_dir: str | os.PathLike[str], stem: str) -> dict[str, Path]:
-    """Where :func:`write_outputs` puts its files, by kind: ``labels``, ``overlay``, ``areas``."""
+    """Where :func:`write_outputs` puts its files, by kind (:data:`OUTPUTS`)."""
     folder = Path(output_dir)
-    return {
-        "labels": folder / f"{stem}_labels.png",
-        "overlay": folder / f"{stem}_overlay.png",
-        "areas": folder / f"{stem}.json",
-    }
+    return {kind: folder / f"{stem}{end}" for kind, end in OUTPUTS.items()}
 
 
 def write_outputs(
@@ -56,15 +65,22 @@ def write_outputs(
     alpha: float = 0.5,
     unpainted: Sequence[int] | None = None,
     legend: bool = True,
+    outputs: Collection[str] = USUAL_OUTPUTS,
+    probabilities: np.ndarray | None = None,
+    facts: Mapping[str, object] | None = None,
 ) -> dict[str, Path]:
-    """Writes ``<stem>_labels.png``, ``<stem>_overlay.png`` and ``<stem>.json``.
+    """Writes ``<stem>_labels.png``, ``<stem>_overlay.png``, ``<stem>_probabilities.png`` and
+    ``<stem>.json``, or some of them.
 
     The label map holds the class ids without loss: a palette PNG up to 256 classes
     (``numpy.asarray(PIL.Image.open(f))`` gives them back), 16-bit grey above. The overlay is
-    :func:`overlay` with :func:`overlay_legend` below it. The JSON object has
-    ``image`` (``source`` as given), ``width`` and ``height`` in pixels, ``model``, ``backend``,
+    :func:`overlay` with :func:`overlay_legend` below it. The JSON object has ``image`` (``source``
+    as given), ``width`` and ``height`` in pixels, what ``facts`` has, ``model``, ``backend``,
     ``class_set``, ``not_finite_pixels``, and ``classes``: of every class that occurs its ``id``,
     ``name``, ``pixels`` and ``fraction`` (0 to 1) of the photo, the largest first.
+
+    The probabilities are a 16-bit grey PNG: ``numpy.asarray(PIL.Image.open(f)) / 65535`` is within
+    1/131070 of the chosen class's probability, of one class of its own; 0 where it is not finite.
 
     All files are complete before the first gets its name, and the JSON gets its name last.
 
@@ -79,9 +95,12 @@ def write_outputs(
             nothing.
         alpha, unpainted: see :func:`overlay`.
         legend: False leaves it out: the overlay has the photo's size.
+        outputs: which files, of :data:`OUTPUTS`.
+        probabilities: floats [H, W] in 0..1, where they are among these.
+        facts: more for the JSON.
 
     Returns:
-        The paths by kind, as :func:`output_paths`.
+        The paths of what was written by kind, as :func:`output_paths`.
 
     Raises:
         ValueError: shapes that do not fit, labels that are no class, a stem that is no file name.
@@ -90,38 +109,67 @@ def write_outputs(
     if not stem or stem in (".", "..") or Path(stem).name != stem:
         raise ValueError(f"stem is {stem!r}, expected a file name without folders")
     _check_labels(image, labels, classes)
-    paths = output_paths(output_dir, stem)
-    height, width = labels.shape
-    areas = {
-        "image": None if source is None else os.fspath(source),
-        "width": width,
-        "height": height,
-        "model": model,
-        "backend": backend,
-        "class_set": classes.name,
-        "not_finite_pixels": not_finite,
-        "classes": class_areas(labels, classes),
-    }
-    text = json.dumps(areas, indent=2, ensure_ascii=False) + "\n"
-    label_image = _label_image(labels, classes)
-    overlay_image = _image(overlay(image, labels, classes, alpha=alpha, unpainted=unpainted))
-    if legend:
-        below = overlay_legend(labels, classes, width, unpainted=unpainted)
-        overlay_image = stacked([overlay_image, below])
+    check_outputs(outputs)
+    paths = {k: path for k, path in output_paths(output_dir, stem).items() if k in outputs}
+    writers: dict[str, Callable[[BinaryIO], object]] = {}
+    if "labels" in outputs:
+        label_image = _label_image(labels, classes)
+        writers["labels"] = lambda file: label_image.save(file, format="PNG")
+    if "overlay" in outputs:
+        overlay_image = _image(overlay(image, labels, classes, alpha=alpha, unpainted=unpainted))
+        if legend:
+            below = overlay_legend(labels, classes, labels.shape[1], unpainted=unpainted)
+            overlay_image = stacked([overlay_image, below])
+        # A 2048x2732 overlay took 0.28 s at level 1 and 0.72 s at the default 6, for 2.1 and
+        # 1.7 MB.
+        writers["overlay"] = lambda file: overlay_image.save(file, format="PNG", compress_level=1)
+    if "probabilities" in outputs:
+        levels = _probability_levels(probabilities, labels)
+        writers["probabilities"] = lambda file: _image(levels).save(
+            file, format="PNG", compress_level=1
+        )
+    if "json" in outputs:
+        height, width = labels.shape
+        content = {
+            "image": None if source is None else os.fspath(source),
+            "width": width,
+            "height": height,
+            **(facts or {}),
+            "model": model,
+            "backend": backend,
+            "class_set": classes.name,
+            "not_finite_pixels": not_finite,
+            "classes": class_areas(labels, classes),
+        }
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        writers["json"] = lambda file: file.write(text.encode("utf-8"))
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        [
-            (paths["labels"], lambda file: label_image.save(file, format="PNG")),
-            # A 2048x2732 overlay took 0.28 s at level 1 and 0.72 s at the default 6, for 2.1 and
-            # 1.7 MB.
-            (
-                paths["overlay"],
-                lambda file: overlay_image.save(file, format="PNG", compress_level=1),
-            ),
-            (paths["areas"], lambda file: file.write(text.encode("utf-8"))),
-        ]
-    )
+    write_atomically([(paths[kind], write) for kind, write in writers.items()])
     return paths
+
+
+def check_outputs(outputs: Collection[str]) -> None:
+    """Raises ValueError for kinds of files that there are not, or none."""
+    unknown = [kind for kind in outputs if kind not in OUTPUTS]
+    if unknown or not outputs:
+        raise ValueError(
+            f"outputs are {', '.join(map(str, outputs)) or 'none'}; expected one or more of "
+            f"{', '.join(OUTPUTS)}"
+        )
+
+
+def _probability_levels(probabilities: np.ndarray | None, labels: np.ndarray) -> np.ndarray:
+    if probabilities is None or probabilities.shape != labels.shape:
+        got = "missing" if probabilities is None else f"of shape {list(probabilities.shape)}"
+        raise ValueError(
+            f"the probabilities are {got}, expected floats {list(labels.shape)}, as "
+            "predict(..., return_prob=True) gives them"
+        )
+    levels = np.empty(labels.shape, dtype=np.uint16)
+    for top in range(0, labels.shape[0], _BAND):
+        rows = slice(top, top + _BAND)
+        levels[rows] = np.rint(np.nan_to_num(probabilities[rows], nan=0.0).clip(0, 1) * 65535)
+    return levels
 
 
 def overlay(

@@ -272,7 +272,7 @@ class ExportedModel(nn.Module):
 def _asked(options: dict[str, Any]) -> set[str]:
     """The options of a call to `predict` that need more than one pass and its labels."""
     names = ("scales", "flip", "tile", "overlap", "batch_size", "return_prob", "threshold")
-    others = ("preprocess", "precision", "dtype", "device")
+    others = ("preprocess", "precision", "dtype", "device", "progress")
     if unknown := sorted(set(options) - {*names, *others}):
         raise TypeError(
             f"predict got {', '.join(unknown)}; its options are {', '.join((*names, *others))}"

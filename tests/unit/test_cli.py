@@ -433,16 +433,19 @@ def test_a_backend_that_cannot_run_writes_nothing(capsys, weights, photos, tmp_p
 def test_too_large_an_image_is_reported(capsys, weights, photos, tmp_path, monkeypatch, error):
     original = predict_module.predict
 
-    def limited(model, image, **options):
-        if image.shape[0] == 44:
+    def limited(model, images, **options):
+        if any(image.shape[0] == 44 for image in images):
             raise error
-        return original(model, image, **options)
+        return original(model, images, **options)
 
     monkeypatch.setattr(predict_module, "predict", limited)
     arguments = ("predict", photos, "--output", tmp_path / "o", "--weights", weights)
-    status, printed, errors = run(capsys, *arguments)
-    assert status == 1 and "2 of 3 images" in printed
-    assert "turned.jpg: not enough memory; use --tile" in errors
+    # Together with the others too: a batch that does not fit is run one by one.
+    for flags in ((), ("--size", 20, "--batch-size", 3)):
+        status, printed, errors = run(capsys, *arguments, *flags)
+        assert status == 1 and "2 of 3 images" in printed
+        assert errors.count("not enough memory") == 1
+        assert "turned.jpg: not enough memory; use --tile" in errors
 
 
 def test_other_errors_are_not_swallowed(capsys, weights, photos, tmp_path, monkeypatch):
@@ -477,6 +480,106 @@ def test_progress_only_on_a_terminal_and_for_several(
         assert ("3/3" in terminal.getvalue()) == bar
     monkeypatch.undo()
     assert run(capsys, "predict", photos, *base)[2] == ""
+
+
+@pytest.mark.parametrize("workers", [0, 3], ids=["one thread", "threads beside it"])
+def test_photos_together_and_beside_each_other(capsys, model, weights, tmp_path, workers):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    # At the size 20 the first three are inputs of one size.
+    for name, size in {"a": (40, 56), "b": (60, 84), "c": (20, 28), "d": (56, 40)}.items():
+        photo(*size, seed=ord(name)).save(folder / f"{name}.png")
+    (folder / "broken.png").write_bytes(b"nothing")
+    out = tmp_path / "o"
+    arguments = ("--size", 20, "--batch-size", 2, "--workers", workers)
+    status, printed, errors = run(
+        capsys, "predict", folder, "--output", out, "--weights", weights, *arguments
+    )
+    assert status == 1 and "4 of 5 images segmented" in printed
+    assert errors.count("\n") == 1 and "broken.png: " in errors
+    lines = printed.splitlines()
+    starts = [
+        f"{n}/5 {folder / name}.png: " for n, name in ((1, "a"), (2, "b"), (4, "c"), (5, "d"))
+    ]
+    assert [line.startswith(start) for line, start in zip(lines, starts, strict=False)] == [
+        True
+    ] * 4
+    sized = copy.copy(model)
+    sized.preprocess = replace(model.preprocess, size=20)
+    for name in "abcd":
+        # Batched and single convolutions may round differently.
+        expected = sized.predict(folder / f"{name}.png")
+        assert (labels_of(out, name)[1] == expected).mean() > 0.999
+
+
+def test_what_the_network_got_is_told(capsys, weights, tmp_path):
+    photo(60, 80).save(tmp_path / "a.png")
+    out = tmp_path / "o"
+    base = ("predict", tmp_path / "a.png", "--output", out, "--weights", weights, "--size", 40)
+    for flags, told, window, windows in (
+        ((), "53x40 pixels, 0.667 of 80x60;", None, 1),
+        (("--tile", 32, 32), "53x40 pixels, 0.667 of 80x60, 4 windows of 32x32;", [32, 32], 4),
+        (("--tile", 64, 64), "53x40 pixels, 0.667 of 80x60;", None, 1),
+        (("--size", 0, "--tile", 32, 32), "80x60 pixels, 9 windows of 32x32;", [32, 32], 9),
+    ):
+        status, printed, _ = run(capsys, *base, *flags)
+        assert status == 0 and f"(at {told} " in printed
+        found = json.loads((out / "a.json").read_text())["input"]
+        assert (found["window"], found["windows"]) == (window, windows)
+        size = (60, 80) if 0 in flags else (40, 53)
+        assert (found["height"], found["width"]) == size
+
+
+def test_only_the_outputs_that_were_asked_for(capsys, model, weights, photos, tmp_path):
+    base = ("predict", photos / "plain.png", "--weights", weights)
+    for kinds, names in (
+        ("labels", ["plain_labels.png"]),
+        ("json, probabilities", ["plain.json", "plain_probabilities.png"]),
+    ):
+        out = tmp_path / kinds[:4]
+        assert run(capsys, *base, "--output", out, "--outputs", kinds)[0] == 0
+        assert sorted(path.name for path in out.iterdir()) == names
+    with Image.open(tmp_path / "json" / "plain_probabilities.png") as image:
+        assert image.mode.startswith("I;16")
+        found = np.asarray(image) / 65535
+    _, expected = predict_module.predict(model, photos / "plain.png", return_prob=True)
+    # Half of a level.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.5 / 65535 + 1e-7)
+    status, _, errors = run(capsys, *base, "--output", tmp_path / "o", "--outputs", "label")
+    assert status == 2 and "--outputs: outputs are label; expected one or more of labels" in errors
+    assert not (tmp_path / "o").exists()
+
+
+def test_photos_of_twelve_bits(capsys, model, weights, tmp_path):
+    eight = np.asarray(photo(40, 56).convert("L"))
+    Image.fromarray(eight.astype(np.uint16) << 4).save(tmp_path / "deep.png")
+    out = tmp_path / "o"
+    base = ("predict", tmp_path / "deep.png", "--output", out, "--weights", weights)
+    status, _, errors = run(capsys, *base)
+    assert status == 1 and "predict --depth 12" in errors and not out.exists()
+    assert run(capsys, *base, "--depth", 12)[0] == 0
+    expected = model.predict(np.repeat(eight[:, :, None], 3, axis=2))
+    np.testing.assert_array_equal(labels_of(out, "deep")[1], expected)
+    status, _, errors = run(capsys, *base, "--depth", 7)
+    assert status == 2 and "--depth: bits is 7, expected 8 to 16" in errors
+
+
+@pytest.mark.parametrize(
+    ("names", "called"),
+    [
+        pytest.param(class_set("camvid").classes, "camvid", id="of a built-in set"),
+        pytest.param(tuple("abcdefghijk"), "tiny", id="of the weights alone"),
+    ],
+)
+def test_the_json_names_the_class_set(capsys, photos, tmp_path, names, called):
+    torch.manual_seed(0)
+    eleven = dlf.deeplabv3_mobilenet_v2_tf(num_classes=11, width=0.25, aspp_channels=8).eval()
+    eleven.classes = names
+    weights = dlf.save_weights(eleven, tmp_path / "tiny.safetensors")
+    out = tmp_path / "o"
+    arguments = ("predict", photos / "plain.png", "--output", out, "--weights", weights)
+    assert run(capsys, *arguments)[0] == 0
+    assert json.loads((out / "plain.json").read_text())["class_set"] == called
 
 
 def test_the_other_commands(capsys):
@@ -903,7 +1006,7 @@ def test_ignored_labels_are_kept(tmp_path):
     labels[0, 0] = 255
     paths = outputs.write_outputs(tmp_path, "a", IMAGE, labels, TWO)
     np.testing.assert_array_equal(np.asarray(Image.open(paths["labels"])), labels)
-    areas = json.loads(paths["areas"].read_text())["classes"]
+    areas = json.loads(paths["json"].read_text())["classes"]
     assert [area["name"] for area in areas] == ["dog", "cat", "ignored"]
 
 
