@@ -85,16 +85,19 @@ def parser() -> ArgumentParser:
         if default is dataclasses.MISSING:
             default = field.default_factory() if callable(field.default_factory) else None
         note = "" if default in (None, {}, []) else f" (default: {_shown(default)})"
-        metavar = field.metadata["metavar"]
+        more: dict[str, Any] = {}
+        if field.metadata["metavar"]:
+            more["metavar"] = field.metadata["metavar"]
+        if hints[field.name] is bool:
+            # Alone it says yes.
+            more |= {"nargs": "?", "const": True}
         add(
             "--" + field.name.replace("_", "-"),
             # Not given is told from given: a preset's value goes between.
             type=hints[field.name] | None,
             default=None,
             help=field.metadata["help"] + note,
-            **({"metavar": metavar} if metavar else {}),
-            # Alone it says yes.
-            **({"nargs": "?", "const": True} if hints[field.name] is bool else {}),
+            **more,
         )
     return parser
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from deeplab_fast.data.datasets.base import (
     describe_labels,
     value_counts,
 )
+from deeplab_fast.data.datasets.colours import colour_file
 from deeplab_fast.data.datasets.masks import ColourError
 from deeplab_fast.data.images import ImageReadError, exif_orientation
 
@@ -406,6 +408,9 @@ def _hints(
             else:
                 colours[value] += count
     good = np.flatnonzero(pixels).tolist()
+    painted = [p for p in problems if p.kind == "mask" and "--mask-colours" in p.reason]
+    if painted and (found := colour_file(Path(painted[0].path).parent)) is not None:
+        yield f"{found} may name the colours of the masks: --mask-colours {found}"
     if masks:
         yield from _label_hints(dataset, good, masks)
     if colours:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deeplab_fast.data.check import check_dataset
 from deeplab_fast.data.classes import class_set
 from deeplab_fast.data.datasets import ColourError, open_dataset, read_mask
 from deeplab_fast.data.datasets.colours import colour_ids, read_colours
@@ -81,13 +82,23 @@ def test_folders_that_cannot_be_told(tmp_path):
         open_dataset("folder", tmp_path, classes=2, images="ph", masks="gt")
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["images/train", "train/images"])
-def test_parts_by_usual_names(tmp_path, inside):
+@pytest.mark.parametrize(
+    "form",
+    [
+        "images/{}, masks/{}",
+        "{}/images, {}/masks",
+        "{}, {}_labels",
+        "{}, {}annot",
+        "images/{}/scene, masks/{}/scene",
+    ],
+)
+def test_parts_by_usual_names(tmp_path, form):
     for part, stems in (("training", "abc"), ("valid", "de")):
-        images, masks = (
-            (f"images/{part}", f"masks/{part}") if inside else (f"{part}/images", f"{part}/masks")
-        )
-        pairs(tmp_path, images, masks, stems)
+        pairs(tmp_path, *form.replace("{}", part).split(", "), stems)
+
+    def names(dataset):
+        return [sample.name.replace("scene/", "") for sample in dataset.samples]
+
     assert names(open_dataset("folder", tmp_path, "train", classes=2)) == ["a", "b", "c"]
     # As of other data sets.
     assert names(open_dataset("folder", tmp_path, classes=2)) == ["d", "e"]
@@ -97,6 +108,27 @@ def test_parts_by_usual_names(tmp_path, inside):
         open_dataset("folder", tmp_path, "train", classes=2, val_fraction=0.5)
     with pytest.raises(FileNotFoundError, match=r"the split 'test'; there are: train, val"):
         open_dataset("folder", tmp_path, "test", classes=2)
+
+
+def test_photos_and_masks_of_a_part_in_one_folder(tmp_path):
+    for part, stems in (("train", "abc"), ("valid", "de")):
+        pairs(tmp_path, part, part, stems, suffix="_mask")
+    assert names(open_dataset("folder", tmp_path, "train", classes=2)) == ["a", "b", "c"]
+    assert names(open_dataset("folder", tmp_path, "val", classes=2)) == ["d", "e"]
+
+
+def test_folders_of_scenes_are_no_parts(tmp_path):
+    for scene in "xyz":
+        pairs(tmp_path, f"images/{scene}", f"masks/{scene}", "abcd")
+    dataset = open_dataset("folder", tmp_path, classes=2)
+    assert names(dataset) == [f"{scene}/{stem}" for scene in "xyz" for stem in "abcd"]
+    assert dataset[1][1].all() and not dataset[2][1].any()
+    assert names(open_dataset("folder", tmp_path, "y", classes=2)) == list("abcd")
+    options = {"classes": 2, "group_by": "prefix"}
+    val = names(open_dataset("folder", tmp_path, "val", **options))
+    assert len(val) == 4 and len({name[0] for name in val}) == 1
+    train = names(open_dataset("folder", tmp_path, "train", **options))
+    assert sorted([*train, *val]) == sorted(names(dataset))
 
 
 def test_a_training_part_alone(tmp_path):
@@ -308,6 +340,11 @@ COLOURS = {"road": [ROAD], "sky": [SKY], "void": [(0, 0, 0)]}
         pytest.param(
             "c.txt", "128 64 128\t\troad\n70 130 180\tsky\n0 0 0\tvoid\n", id="label_colors"
         ),
+        pytest.param(
+            "labelmap.txt",
+            "# label:color_rgb:parts:actions\nroad:128,64,128::\nsky:70,130,180::\nvoid:0,0,0::\n",
+            id="CVAT",
+        ),
         pytest.param("c.txt", "road #804080\nsky #4682b4\nvoid #000000\n", id="hex"),
         pytest.param(
             "c.json",
@@ -446,3 +483,15 @@ def test_what_the_first_masks_hold_where_classes_are_missing(tmp_path, values, m
     mask(tmp_path / "masks" / "a.png", *values)
     with pytest.raises(ValueError, match=f"--classes is missing: .*{message}"):
         open_dataset("folder", tmp_path)
+
+
+def test_a_file_that_may_name_the_colours_is_told(tmp_path):
+    photo(tmp_path / "images" / "a.jpg")
+    mask(tmp_path / "masks" / "a.png", ROAD, SKY)
+    path = tmp_path / "class_dict.csv"
+    path.write_text("name,r,g,b\nroad,128,64,128\nsky,70,130,180\n")
+    with pytest.raises(ValueError, match=f"--mask-colours FILE names them; perhaps by {path}"):
+        open_dataset("folder", tmp_path)
+    report = check_dataset(open_dataset("folder", tmp_path, classes=2))
+    assert report.hints == (f"{path} may name the colours of the masks: --mask-colours {path}",)
+    assert check_dataset(open_dataset("folder", tmp_path, mask_colours=path)).problems == ()

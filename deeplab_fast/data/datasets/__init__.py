@@ -29,7 +29,12 @@ from deeplab_fast.data.datasets.base import (
 from deeplab_fast.data.datasets.camvid import CAMVID
 from deeplab_fast.data.datasets.cityscapes import CITYSCAPES
 from deeplab_fast.data.datasets.coco import COCO_VOC
-from deeplab_fast.data.datasets.colours import MaskColours, classes_of_colours, read_colours
+from deeplab_fast.data.datasets.colours import (
+    MaskColours,
+    classes_of_colours,
+    colour_file,
+    read_colours,
+)
 from deeplab_fast.data.datasets.layout import Layout, Spec
 from deeplab_fast.data.datasets.masks import ColourError, read_mask
 from deeplab_fast.data.datasets.pairs import CSV, FOLDER
@@ -260,7 +265,9 @@ def _what_classes(
     except (ValueError, OSError) as error:
         if not isinstance(error, ImageReadError):
             return text
-        return f"{text}. The mask {error.path} cannot be read: {error.reason}"
+        text = f"{text}. The mask {error.path} cannot be read: {error.reason}"
+        found = colour_file(Path(error.path).parent)
+        return text if found is None else f"{text}; perhaps by {found}"
     shown = ", ".join(map(str, sorted(values)[:10])) + (", ..." if len(values) > 10 else "")
     text += f". The first masks hold {shown}"
     classes = values - {255}

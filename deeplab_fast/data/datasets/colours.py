@@ -13,7 +13,14 @@ from typing import Any
 
 from deeplab_fast.data.classes import CLASS_SETS, ClassSet, Colour, class_set, same_name
 
-__all__ = ["VOID_NAMES", "MaskColours", "classes_of_colours", "colour_ids", "read_colours"]
+__all__ = [
+    "VOID_NAMES",
+    "MaskColours",
+    "classes_of_colours",
+    "colour_file",
+    "colour_ids",
+    "read_colours",
+]
 
 MaskColours = Mapping[Any, Any]
 """Class (name or id) -> its colour (R, G, B), or several of them."""
@@ -48,8 +55,9 @@ def read_colours(
             of mappings with ``name`` and ``color`` (or ``colour``), or ``classes`` and ``palette``
             as ``class_set`` reads them. Any other file has a line a class: name and three numbers
             of 0..255 in either order, apart by commas, semicolons, tabs or spaces (names may have
-            spaces), or name and ``#rrggbb``; a first line without numbers, empty ones and, but for
-            such colours, those that start with # are skipped.
+            spaces), or name and ``#rrggbb``, or as CVAT writes it, ``name:r,g,b:...``; a first line
+            without numbers, empty ones and, but for such colours, those that start with # are
+            skipped.
 
     Raises:
         ValueError: a name that is no set, or content of none of these forms; says which.
@@ -84,6 +92,21 @@ def read_colours(
     if suffix in (".json", ".yaml", ".yml"):
         return _of_content(written, text)
     return _of_pairs(_lines(written, text), text)
+
+
+def colour_file(masks: Path) -> Path | None:
+    """A file that may name the colours of these masks, beside their folder or one above."""
+    for folder in (masks, *masks.parents[:2]):
+        for name in _USUAL_FILES:
+            if (folder / name).is_file():
+                return folder / name
+    return None
+
+
+_USUAL_FILES = (
+    *("class_dict.csv", "label_colors.txt", "labelmap.txt", "_classes.csv", "classes.csv"),
+    *("class_dict_seg.csv", "colors.csv", "colors.txt", "colours.csv", "colours.txt"),
+)
 
 
 def classes_of_colours(colours: Mapping[Any, Sequence[Colour]], name: str) -> ClassSet:
@@ -212,6 +235,9 @@ _SEPARATORS = (",", ";", "\t")
 
 
 def _fields(line: str) -> list[str]:
+    # CVAT's labelmap.txt.
+    if match := re.fullmatch(r"([^:#]+):(\d+),(\d+),(\d+)(?::[^:]*)*", line.strip()):
+        return list(match.groups())
     for separator in _SEPARATORS:
         if separator in line:
             row = next(csv.reader(io.StringIO(line), delimiter=separator, skipinitialspace=True))

@@ -42,6 +42,7 @@ _MASK_WORDS = frozenset(
     {
         *("mask", "masks", "label", "labels", "labelid", "labelids", "l", "seg", "segmentation"),
         *("gt", "groundtruth", "ground_truth", "annotation", "annotations", "anno", "annot"),
+        *("annots",),
     }
 )
 
@@ -61,8 +62,9 @@ def _folder_of_pairs(root: Path, split: str | None, spec: Spec) -> SegmentationD
     suffix = spec.pop("mask_suffix", None)
     place = _place(root, *names)
     parts = _parts(root, place, names)
-    # Photos that lie in the folder itself go before its parts.
-    direct = place if place is not None and (not parts or _pictures(place.photos)) else None
+    # Photos that lie in the folder itself go before its parts; scenes are no parts.
+    own = place is not None and (not parts.keys() & _PART_NAMES.keys() or _pictures(place.photos))
+    direct = place if own else None
     if place is None and not parts:
         raise _nothing(root)
     if how.asked and direct is None and (split not in PARTS or set(PARTS) <= set(parts)):
@@ -84,7 +86,7 @@ def _folder_of_pairs(root: Path, split: str | None, spec: Spec) -> SegmentationD
         split = None
         if direct is not None:
             samples = _pairs(direct, suffix, notes)
-            if parts:
+            if parts and _pictures(direct.photos):
                 notes.append(f"the pairs in {', '.join(parts)} of {direct.photos} are not taken")
         else:
             samples = [
@@ -149,22 +151,33 @@ def _parts(
     root: Path, place: _Place | None, names: tuple[str | None, str | None]
 ) -> dict[str, _Place]:
     """Parts by name: folders within those of photos and masks, or such that hold both."""
-    found: dict[str, _Place] = {}
-    if place is not None and not (place.photos == place.masks == root):
-        labels = {nfc(name): name for name in _folders(place.masks)}
-        for name in _folders(place.photos):
-            if nfc(name) in labels:
-                inside = _Place(place.photos / name, place.masks / labels[nfc(name)])
-                found[_common(nfc(name))] = inside
+    inside = {} if place is None or place.photos == place.masks == root else _inside(place)
+    found = {_common(name): each for name, each in inside.items()}
     if found:
         return found
+    folders = _folders(root)
     for part, aliases in _PART_NAMES.items():
         for alias in aliases:
-            if (root / alias).is_dir() and part not in found:
-                inside_part = _place(root / alias, *names)
-                if inside_part is not None:
-                    found[part] = inside_part
+            if alias not in folders or part in found:
+                continue
+            # train_labels, trainannot: beside the part's photos.
+            labels = [name for name in folders if name.startswith(alias) and name != alias]
+            labels = [name for name in labels if _is_mask_word(name[len(alias) :])]
+            if len(labels) == 1 and names == (None, None):
+                found[part] = _Place(root / alias, root / labels[0])
+            elif (within := _place(root / alias, *names)) is not None:
+                found[part] = within
     return found
+
+
+def _inside(place: _Place) -> dict[str, _Place]:
+    """The folders that those of photos and of masks both have, by name."""
+    labels = {nfc(name): name for name in _folders(place.masks)}
+    return {
+        nfc(name): _Place(place.photos / name, place.masks / labels[nfc(name)])
+        for name in _folders(place.photos)
+        if nfc(name) in labels
+    }
 
 
 def _common(name: str) -> str:
@@ -183,6 +196,15 @@ def _part_name(split: str, parts: dict[str, _Place]) -> str | None:
 
 
 def _pairs(place: _Place, suffix: str | None, notes: list[str]) -> list[Sample]:
+    """The pairs of two folders; without any photo in them those of the folders in both."""
+    if not _pictures(place.photos) and place.photos != place.masks:
+        found = [
+            replace(sample, name=f"{name}/{sample.name}")
+            for name, inside in _inside(place).items()
+            for sample in _pairs(inside, suffix, notes)
+        ]
+        if found:
+            return found
     if place.photos == place.masks:
         return _pairs_in_one(place.photos, suffix, notes)
     masks, _ = masks_by_stem(place.masks)
