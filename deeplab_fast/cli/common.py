@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -382,7 +383,8 @@ def open_data(
         dataset = open_dataset(config.data, config.root, split, **options)
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
-    for note in dataset.notes:
+    # Of several processes one says it.
+    for note in dataset.notes if os.environ.get("RANK", "0") == "0" else ():
         tell(command, note)
     return dataset
 

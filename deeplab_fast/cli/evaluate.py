@@ -147,7 +147,7 @@ def run(config: Namespace) -> int:
         except ValueError as error:
             raise UsageError(str(error)) from error
         dataset = open_data(config, "eval", classes=_names_of_weights(config))
-        if config.weights and (seen := trained_on(config.weights, dataset)):
+        if rank == 0 and config.weights and (seen := trained_on(config.weights, dataset)):
             tell(
                 "eval",
                 f"warning: these weights were trained on {seen} of the {len(dataset)} images; "

@@ -272,7 +272,7 @@ def test_ignore_index_outside_a_byte_widens_the_labels(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({"label_map": {0: 3}}, r"label_map sends 0 to 3; .* 0\.\.2", id="class"),
+        pytest.param({"label_map": {0: 3}}, r"--label-map sends 0 to 3; .* 0\.\.2", id="class"),
         pytest.param({"label_map": {}}, "sends nothing", id="empty"),
         pytest.param({"label_map": {"x": 1}}, "expected a mapping of raw value", id="key"),
         pytest.param({"unmapped": "drop"}, "expected 'ignore', 'error'", id="unmapped"),

@@ -175,7 +175,7 @@ def test_eval_of_one_class(tiny, capsys, tmp_path):
     assert run(capsys, "check-data", *mapped)[0] == 0
     for flags, message in (
         (("--label-map", "255"), "--label-map is '255', expected raw value = class id"),
-        (("--label-map", "255=7"), "label_map sends 255 to 7"),
+        (("--label-map", "255=7"), "--label-map sends 255 to 7"),
     ):
         status, _, errors = run(capsys, "check-data", *base, *flags)
         assert status == 2 and message in errors

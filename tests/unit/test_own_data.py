@@ -308,6 +308,9 @@ def test_fractions_at_the_ends(tmp_path):
 def test_named_sets_and_tables_with_splits_are_not_split_again(tmp_path):
     with pytest.raises(ValueError, match=r"camvid is stored in one known way.*--val-fraction"):
         open_dataset("camvid", tmp_path, val_fraction=0.1)
+    # Colours would give class ids where a label map of the set's own follows.
+    with pytest.raises(ValueError, match=r"cityscapes is stored in one known way.*--mask-colours"):
+        open_dataset("cityscapes", tmp_path, mask_colours="cityscapes")
     pairs(tmp_path, names="ab")
     path = tmp_path / "pairs.csv"
     path.write_text("image,mask,split\nimages/a.jpg,masks/a.png,train\n")
@@ -449,6 +452,8 @@ def test_unknown_colours(tmp_path):
     np.testing.assert_array_equal(
         read_mask(tmp_path / "m.png", known, unknown=255), np.resize(np.array([0, 255, 1, 1]), SIZE)
     )
+    with pytest.raises(ValueError, match="--unknown-colours is of masks whose colours stand"):
+        open_dataset("folder", tmp_path, classes=2, unknown_colours="ignore")
     # The message on colours without any names the option.
     with pytest.raises(ImageReadError, match="--mask-colours FILE names them"):
         read_mask(tmp_path / "m.png")

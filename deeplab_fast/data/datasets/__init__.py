@@ -70,12 +70,7 @@ DATASETS: dict[str, Layout] = {
 """Data sets that :func:`open_dataset` knows by name."""
 
 
-_COMMON = frozenset(
-    {
-        *("root", "split", "classes", "label_map", "unmapped", "ignore_index"),
-        *("mask_colours", "unknown_colours"),
-    }
-)
+_COMMON = frozenset({"root", "split", "classes", "label_map", "unmapped", "ignore_index"})
 
 
 def open_dataset(
@@ -143,7 +138,7 @@ def open_dataset(
             set's own.
         mask_colours: colours that stand for classes in masks: a file or the name of a class set, or
             a mapping of class name to (R, G, B), see
-            :func:`~deeplab_fast.data.datasets.colours.read_colours`.
+            :func:`~deeplab_fast.data.datasets.colours.read_colours`; for folder and csv.
         unknown_colours: see :class:`SegmentationDataset`.
         whole: "train" and "val" of a folder or csv without parts are each all of its pairs.
         options: those named above.
@@ -176,16 +171,21 @@ def open_dataset(
     if split is None:
         split = "val" if layout.splits else None
     elif layout.splits and split not in layout.splits:
-        raise ValueError(f"{name}: split is {split!r}, expected {', '.join(layout.splits)}")
+        raise ValueError(f"{name}: --split is {split!r}, expected {', '.join(layout.splits)}")
     if root is None and name != "csv":
         raise ValueError(f"{name}: --root is missing: which folder holds {layout.holds}?")
     if root is not None and not Path(root).is_dir():
         raise FileNotFoundError(
-            f"{name}: {root} is not a folder; root names the one that holds {layout.holds}"
+            f"{name}: --root {root} is not a folder; it names the one that holds {layout.holds}"
         )
     given_classes, painted = spec.pop("classes", None), spec.pop("mask_colours", None)
     if painted is not None:
         spec["mask_colours"] = read_colours(painted)
+    elif "unknown_colours" in spec:
+        raise ValueError(
+            "--unknown-colours is of masks whose colours stand for classes; name them with "
+            "--mask-colours, or leave it out"
+        )
     if whole and not layout.splits:
         spec["whole"] = True
     known = layout.classes
@@ -206,7 +206,7 @@ def options_of(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: text that is no label map.
     """
-    names = (*_COMMON - {"root", "split", "label_map", "unmapped"}, *FOLDER.options)
+    names = ("classes", "ignore_index", *FOLDER.options)
     given = {name: values[name] for name in names if values.get(name) is not None}
     if values.get("label_map") is not None:
         given |= {"label_map": parse_label_map(values["label_map"]), "unmapped": "keep"}

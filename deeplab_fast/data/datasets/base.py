@@ -345,7 +345,7 @@ def _checked_label_map(
     }
     if wrong or not checked:
         raise ValueError(
-            f"label_map sends {', '.join(f'{a} to {b}' for a, b in wrong.items()) or 'nothing'}; "
+            f"--label-map sends {', '.join(f'{a} to {b}' for a, b in wrong.items()) or 'nothing'}; "
             f"expected class ids 0..{num_classes - 1} or ignore_index={ignore_index}"
         )
     return checked

@@ -424,12 +424,15 @@ def _csv(root: Path | None, split: str | None, spec: Spec) -> SegmentationDatase
     return dataset
 
 
+_OF_BOTH = ("mask_colours", "unknown_colours", *Split.OPTIONS)
+
+
 FOLDER = Layout(
     _folder_of_pairs,
     (),
     "a folder of images and a folder of masks",
-    options=("images", "masks", "mask_suffix", *Split.OPTIONS),
+    options=("images", "masks", "mask_suffix", *_OF_BOTH),
 )
 
 
-CSV = Layout(_csv, (), "the files that the table lists", options=("file", *Split.OPTIONS))
+CSV = Layout(_csv, (), "the files that the table lists", options=("file", *_OF_BOTH))
