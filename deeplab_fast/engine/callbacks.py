@@ -343,7 +343,8 @@ class MetricsFile(Callback):
     """A JSON object a line: ``{"step": 10, "epoch": 0, "train/loss": ..., "lr": ...}``.
 
     ``step`` counts the steps of the optimizer that are done. Losses are means over the parts of the
-    one step. Validations have lines of their own. A checkpoint knows how many lines there were; a
+    one step. Validations have lines of their own, with "train/mean_loss" of all steps since the one
+    before. Scores are in 0..1. A checkpoint knows how many lines there were; a
     run that goes on from it drops the others.
 
     Args:
@@ -357,12 +358,17 @@ class MetricsFile(Callback):
         self.every = every
         self._lines = 0
         self._known = False
+        # Of the steps since the last validation; the device adds.
+        self._loss: Tensor | float = 0.0
+        self._steps = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"lines": self._lines}
+        return {"lines": self._lines, "loss": float(self._loss), "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._lines, self._known = state_dict["lines"], True
+        # Absent from checkpoints of former versions.
+        self._loss, self._steps = state_dict.get("loss", 0.0), state_dict.get("steps", 0)
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -371,6 +377,8 @@ class MetricsFile(Callback):
             lines = self.path.read_text(encoding="utf-8").splitlines()
             # Another trainer's checkpoint does not tell.
             lines = lines[: self._lines] if self._known else lines
+        else:
+            self._loss, self._steps = 0.0, 0
         self._lines = len(lines)
         text = "".join(f"{line}\n" for line in lines)
         write_atomically([(self.path, lambda file: file.write(text.encode("utf-8")))])
@@ -384,15 +392,22 @@ class MetricsFile(Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % self.every == 0:
-            self._write(trainer, cast("SegmentationModule", pl_module).last_step)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        values = cast("SegmentationModule", pl_module).last_step
+        self._loss, self._steps = self._loss + values["train/loss"], self._steps + 1
+        if trainer.global_step % self.every == 0:
+            self._write(trainer, values)
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             metrics = trainer.callback_metrics
-            self._write(trainer, {k: v for k, v in metrics.items() if k.startswith("val/")})
+            values = {k: v for k, v in metrics.items() if k.startswith("val/")}
+            if self._steps:
+                values["train/mean_loss"] = torch.as_tensor(self._loss / self._steps)
+            self._write(trainer, values)
+            self._loss, self._steps = 0.0, 0
 
     def _write(self, trainer: Trainer, values: Mapping[str, Tensor | float]) -> None:
         row: dict[str, float | None] = {"step": trainer.global_step, "epoch": trainer.current_epoch}

@@ -24,8 +24,9 @@ _LINES = 12
 def curves_chart(history: History, title: str = "") -> Figure:
     """Losses of training and validation, mIoU and pixel accuracy in percent, and learning rate.
 
-    All are over the steps of the optimizer. Losses of the steps are pale where there are many, with
-    their running mean; the best mIoU is marked.
+    All are over the steps of the optimizer. The losses of single steps are pale, with their running
+    mean where there are 40 or more, else with the means between validations; the best mIoU is
+    marked.
 
     Raises:
         ModuleNotFoundError: no matplotlib.
@@ -55,13 +56,18 @@ def _losses(axes: Axes, history: History) -> None:
     name = "train/main" if any("train/main" in row for row in history.steps) else "train/loss"
     values = np.array([row.get(name, math.nan) for row in history.steps], dtype=float)
     what = "training, classifier" if name == "train/main" else "training"
+    axes.plot(
+        steps, values, color=_TRAIN, alpha=0.3, lw=0.8, marker="." if len(values) < 40 else ""
+    )
     if len(values) >= 40:
-        axes.plot(steps, values, color=_TRAIN, alpha=0.25, lw=0.8)
         half = max(2, len(values) // 50)
         smooth = _running_mean(values, half)
-        axes.plot(steps, smooth, color=_TRAIN, lw=1.8, label=f"{what} (mean of {2 * half + 1})")
-    elif len(values):
-        axes.plot(steps, values, color=_TRAIN, lw=1.5, marker=".", label=what)
+        label = f"{what} (mean of {2 * half + 1} logged steps)"
+        axes.plot(steps, smooth, color=_TRAIN, lw=1.8, label=label)
+    elif history.validations:
+        means = history.column("train/mean_loss")
+        label = "training (mean since the validation before)"
+        axes.plot(_validated(history), means, color=_TRAIN, lw=1.5, marker="o", ms=4, label=label)
     checked = history.column("val/loss")
     axes.plot(
         _validated(history), checked, color=_VAL, lw=1.5, marker="o", ms=4, label="validation"
@@ -133,7 +139,9 @@ def class_chart(history: History, title: str = "") -> Figure:
 def _class_lines(axes: Axes, history: History, values: dict[str, list[float]]) -> None:
     from matplotlib import colormaps
 
-    colours = colormaps["tab10" if len(values) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    # Ten strong colours, then the same ones light.
+    twenty = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = [*twenty[::2], *twenty[1::2]]
     for (name, row), colour in zip(values.items(), colours, strict=False):
         axes.plot(
             _validated(history),

@@ -59,21 +59,19 @@ class History:
         """A row a validation, for a spreadsheet.
 
         ``epoch`` (from 1), ``step`` (steps of the optimizer that are done), ``train/loss`` (mean of
-        the logged steps since the validation before), ``val/loss``, ``lr`` (of the last logged
-        step), the scores and ``val/iou_percent/NAME`` in percent, ``val/not_finite_pixels``. What
+        the steps since the validation before), ``val/loss``, ``lr`` (of the last logged step), the
+        scores and ``val/iou_percent/NAME`` in percent, ``val/not_finite_pixels``. What
         does not exist is None.
         """
-        rows, first = [], 0
+        rows, last = [], 0
         for row in self.validations:
             step = row["step"]
-            last = first
             while last < len(self.steps) and self.steps[last]["step"] <= step:
                 last += 1
-            losses = [each["train/loss"] for each in self.steps[first:last]]
             values: dict[str, Any] = {
                 "epoch": int(row["epoch"]) + 1,
                 "step": int(step),
-                "train/loss": sum(losses) / len(losses) if losses else None,
+                "train/loss": row.get("train/mean_loss"),
                 "val/loss": row.get("val/loss"),
                 "lr": self.steps[last - 1]["lr"] if last else None,
             }
@@ -85,7 +83,6 @@ class History:
                     values[title] = 100 * row[name]
             values["val/not_finite_pixels"] = row.get("val/not_finite_pixels")
             rows.append({k: None if v != v else v for k, v in values.items()})
-            first = last
         return rows
 
     def csv(self) -> str:

@@ -130,7 +130,7 @@ class Metrics:
         return "; ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, which has no nan: None instead."""
+        """Plain values for JSON, scores in 0..1; it has no nan: None instead."""
         return {
             "miou": _or_none(self.miou),
             "pixel_accuracy": _or_none(self.pixel_accuracy),
@@ -163,7 +163,7 @@ class Metrics:
         """Per class and in total as text, in percent; "-" for what does not exist."""
         total = sum(self.target_pixels)
         width = max(map(len, (*self.classes, "frequency-weighted IoU")))
-        lines = [f"{'class':<{width}}  {'IoU':>6}  {'accuracy':>8}  {'share':>6}"]
+        lines = [f"{'in percent':<{width}}  {'IoU':>6}  {'accuracy':>8}  {'share':>6}"]
         for name, iou, accuracy, pixels in zip(
             self.classes, self.iou, self.accuracy, self.target_pixels, strict=True
         ):

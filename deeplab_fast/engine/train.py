@@ -122,7 +122,7 @@ def fit(
         max_steps=steps,
     )
     average = ExponentialAverage(config.ema) if config.ema else None
-    name = (getattr(model, "config", None) or (type(model).__name__,))[0]
+    name = (getattr(module.model, "config", None) or (type(module.model).__name__,))[0]
     report = RunReport(folder, tell, title=f"{folder}, {name}", pictures=config.pictures)
     with without_hints():
         trainer = new_trainer(

@@ -121,7 +121,12 @@ def history(tmp_path):
                     f"val/iou/{name}": None if name == "none" or (i == 1 and step == 5) else i / 10
                     for i, name in enumerate(classes)
                 }
-                scores = {"val/loss": 2 / step, "val/miou": 0.5 if step == 5 else 0.4, **ious}
+                scores = {
+                    "train/mean_loss": 3 / step,
+                    "val/loss": 2 / step,
+                    "val/miou": 0.5 if step == 5 else 0.4,
+                    **ious,
+                }
                 lines.append({"step": step, "epoch": 0, **scores})
         path = tmp_path / "metrics.jsonl"
         path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -135,7 +140,7 @@ def history(tmp_path):
 @pytest.mark.parametrize(
     "count",
     [
-        pytest.param(10, id="each-step-a-point"),
+        pytest.param(10, id="means-between-validations"),
         pytest.param(100, id="a-running-mean"),
     ],
 )
@@ -146,8 +151,11 @@ def test_curves(history, count):
     np.testing.assert_array_equal(raw.get_xdata(), np.arange(1, count + 1))
     np.testing.assert_allclose(raw.get_ydata(), 1 / np.arange(1, count + 1))
     np.testing.assert_allclose(checked.get_ydata(), 2 / np.arange(5, count + 1, 5))
-    if count == 100:
-        mean = lines["training (mean of 5)"].get_ydata()
+    if count == 10:
+        mean = lines["training (mean since the validation before)"]
+        np.testing.assert_allclose(mean.get_ydata(), [3 / 5, 3 / 10])
+    else:
+        mean = lines["training (mean of 5 logged steps)"].get_ydata()
         # Of steps 8 to 12, and of the first three.
         assert mean[9] == pytest.approx(sum(1 / n for n in range(8, 13)) / 5)
         assert mean[0] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
