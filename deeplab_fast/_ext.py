@@ -6,8 +6,9 @@
 
 Loading registers an extension's ops with torch's dispatcher. It never raises and does not
 initialise CUDA. It warns of an extension that failed to compile, because pip hides the output of
-such a build. DEEPLAB_FAST_DISABLE_EXT=1 leaves all three out. For tests on a GPU,
-DEEPLAB_FAST_SM90_VARIANT=nofence or acquire_cluster loads _C_sm90_nofence or
+such a build; of C++ ops that are missing for another reason the first call warns that they would
+have run (`warn_of_missing_cpu`). DEEPLAB_FAST_DISABLE_EXT=1 leaves all three out. For tests on a
+GPU, DEEPLAB_FAST_SM90_VARIANT=nofence or acquire_cluster loads _C_sm90_nofence or
 _C_sm90_acquire_cluster in place of _C_sm90: the same ops, compiled with one choice of
 aspp_sm90.cuh the other way.
 """
@@ -156,4 +157,24 @@ if _failures:
         "run with DEEPLAB_FAST_DISABLE_EXT=1.",
         RuntimeWarning,
         stacklevel=3,
+    )
+
+# Once in a process; not of what the user chose, or was told of above.
+_silent = _DISABLED or bool(_failures) or CPU.reason.endswith("DEEPLAB_FAST_BUILD_EXT=0")
+
+
+def warn_of_missing_cpu() -> None:
+    """Warns, once, that a call runs in PyTorch alone because the C++ ops are missing, and how to
+    get them; called where they would have run."""
+    global _silent
+    if _silent or CPU.loaded:
+        return
+    _silent = True
+    cure = "" if "pip install" in CPU.reason else f"; put that right and {_REBUILD}"
+    warnings.warn(
+        f"deeplab_fast runs in PyTorch alone, and slower, on this CPU: its C++ operators are "
+        f"{CPU.reason}{cure}. DEEPLAB_FAST_DISABLE_EXT=1 does without them and without this "
+        "warning.",
+        RuntimeWarning,
+        stacklevel=2,
     )

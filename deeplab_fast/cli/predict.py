@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deeplab_fast.cli.common import (
     PROGRAM,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from deeplab_fast.cli.common import Model
     from deeplab_fast.data.classes import ClassSet
-    from deeplab_fast.data.preprocess import Preprocess
     from deeplab_fast.engine.counting import Counting
     from deeplab_fast.engine.predict import InputPlan, PredictOptions
     from deeplab_fast.exporting import ExportedModel
@@ -555,8 +554,7 @@ def _plan(job: _Job, size: tuple[int, int]) -> InputPlan:
     described = job.model.description if isinstance(job.model, ExportedModel) else None
     if described is not None and described.photos:
         return input_plan(size, described.preprocess, job.options)
-    preprocess = cast("Preprocess", job.model.preprocess)
-    return input_plan(size, preprocess, job.options)
+    return input_plan(size, job.model.preprocess, job.options)
 
 
 def _written(

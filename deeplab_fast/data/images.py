@@ -511,7 +511,7 @@ def _read_with_tifffile(
         ) from error
     try:
         with tifffile.TiffFile(source) as file:
-            page = file.pages[0]
+            page = file.pages.first
             pixels = np.asarray(page.asarray())
             # S: samples, stored before the rows in files with separate colour planes.
             if page.axes == "SYX":

@@ -105,6 +105,8 @@ def _automatic(desc: OpDesc, first_use: bool) -> Implementation:
         reasons = _automatic_reasons(implementation, judgement, desc, first_use)
         if not reasons:
             _log_fallthrough(desc.op, rejected, implementation)
+            if first_use and ("cpu", [_ext.CPU.reason]) in [(i.backend, r) for i, r in rejected]:
+                _ext.warn_of_missing_cpu()
             return implementation
         rejected.append((implementation, reasons))
     listed = "; ".join(f"{i.backend}: {', '.join(r)}" for i, r in rejected)

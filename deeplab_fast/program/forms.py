@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import _ext
 from ..dispatch.precision import Precision
 from .bf16_layers import Bf16Forms
 from .calibration import Calibration
@@ -20,6 +21,8 @@ def forms_of(precision: Precision, calibration: object, portable: bool = False) 
     Raises:
         ValueError: int8 without a calibration.
     """
+    if not portable:
+        _ext.warn_of_missing_cpu()
     if precision.name == "int8":
         if not isinstance(calibration, Calibration):
             raise ValueError(

@@ -169,6 +169,25 @@ def test_info_lists_every_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n  cuda sm_90a   yes: " in info.report()
 
 
+def test_calls_that_cpp_would_have_run_say_so(monkeypatch) -> None:
+    """An op, and a network's program; not what asks which backend would run."""
+    missing = dataclasses.replace(_ext.CPU, loaded=False, reason="not built: no compiler")
+    monkeypatch.setattr(_ext, "CPU", missing)
+    told = []
+    monkeypatch.setattr(_ext, "warn_of_missing_cpu", lambda: told.append(1))
+    logits = torch.zeros(1, 3, 4, 4)
+    assert backends.why("upsample_argmax", logits, (8, 8)).chosen == "reference" and not told
+    ops.upsample_argmax(logits, (8, 8))
+    assert told == [1]
+    with backends.use_backend("reference"):
+        ops.upsample_argmax(logits, (8, 8))
+    assert told == [1]
+    model = dlf.deeplabv3_mobilenet_v2_tf(width=0.25, aspp_channels=8).eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 33, 33))
+    assert len(told) >= 2
+
+
 def test_import_touches_no_gpu_and_nothing_heavy() -> None:
     code = (
         "import sys, torch\n"

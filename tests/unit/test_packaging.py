@@ -931,6 +931,42 @@ def test_import_warns_of_a_compiler_that_failed(entry, disable, warns, load, mon
         assert "x.cpp:1: error: y (c++ 1, torch 2.0)" in str(warning.message)
 
 
+@pytest.mark.parametrize(
+    ("entry", "disable", "cure"),
+    [
+        pytest.param(
+            {"built": False, "reason": "there is no C++ compiler", "error": ""},
+            "0",
+            "not built: there is no C++ compiler; put that right and rebuild with `pip install",
+            id="no compiler",
+        ),
+        pytest.param(None, "0", "never installed; rebuild with `pip install", id="a checkout"),
+        pytest.param(
+            {"built": False, "reason": "DEEPLAB_FAST_BUILD_EXT=0", "error": ""},
+            "0",
+            "",
+            id="pure Python as it was asked for",
+        ),
+        pytest.param(None, "1", "", id="switched off when running"),
+        pytest.param(BROKEN, "0", "", id="told at the import"),
+    ],
+)
+def test_the_first_slow_call_tells_the_cure_once(entry, disable, cure, load, monkeypatch):
+    monkeypatch.setenv("DEEPLAB_FAST_DISABLE_EXT", disable)
+    facts = {"torch": "2.0", "compiler": "c++ 1", "extensions": {"_C": entry}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ext = load({}, {THIS: facts} if entry else None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ext.warn_of_missing_cpu()
+        ext.warn_of_missing_cpu()
+    assert len(caught) == bool(cure)
+    for warning in caught:
+        assert warning.category is RuntimeWarning and cure in str(warning.message)
+        assert "DEEPLAB_FAST_DISABLE_EXT=1" in str(warning.message)
+
+
 def test_extension_of_another_torch_is_recognised_by_its_symbols(load, tmp_path):
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
