@@ -28,9 +28,9 @@ from deeplab_fast.cli import (
 )
 from deeplab_fast.cli.common import PROGRAM, Command, UsageError
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
-_COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, Command] = {
     "predict": predict,
     "eval": evaluate,
     "train": train,
@@ -41,6 +41,7 @@ _COMMANDS: dict[str, Command] = {
     "info": info,
     "models": models,
 }
+"""The modules of the commands, by name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
     try:
-        if name not in _COMMANDS:
+        if name not in COMMANDS:
             return _without_command(name)
-        config = _COMMANDS[name].parser().parse_args(arguments[1:])
+        config = COMMANDS[name].parser().parse_args(arguments[1:])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     try:
-        return _COMMANDS[name].run(config)
+        return COMMANDS[name].run(config)
     except UsageError as error:
         print(f"{PROGRAM} {name}: error: {error}", file=sys.stderr)
         return 2
@@ -75,16 +76,16 @@ def _without_command(argument: str) -> int:
         )
         parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
         commands = parser.add_subparsers(metavar="COMMAND")
-        for name, command in _COMMANDS.items():
+        for name, command in COMMANDS.items():
             commands.add_parser(name, help=command.HELP)
         parser.parse_args([argument])
     if argument:
         from deeplab_fast.cli.parser import did_you_mean
 
-        means = did_you_mean(argument, [*_COMMANDS, "--help", "--version"])
+        means = did_you_mean(argument, [*COMMANDS, "--help", "--version"])
         problem = f"there is no command {argument}" + (f"; did you mean {means}?" if means else "")
     else:
         problem = "a command is missing"
     print(f"{PROGRAM}: error: {problem}", file=sys.stderr)
-    print(f"Commands: {', '.join(_COMMANDS)}; {PROGRAM} --help", file=sys.stderr)
+    print(f"Commands: {', '.join(COMMANDS)}; {PROGRAM} --help", file=sys.stderr)
     return 2

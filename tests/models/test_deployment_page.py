@@ -27,6 +27,7 @@ from deeplab_fast.data.images import read_image
 from deeplab_fast.exporting import FORMATS, Description
 from deeplab_fast.exporting.formats import OPSET
 from deeplab_fast.exporting.graph import SMALLEST
+from tests.helpers.pages import blocks_of
 
 PAGE = (Path(__file__).parents[2] / "DEPLOYMENT.md").read_text("utf-8")
 PHOTO = Path(dlf.exporting.__file__).with_name("photo.jpg")
@@ -34,39 +35,7 @@ PHOTO = Path(dlf.exporting.__file__).with_name("photo.jpg")
 SAME = 0.998
 
 
-@dataclass(frozen=True)
-class Block:
-    section: str
-    language: str
-    text: str
-
-    @property
-    def file(self) -> str:
-        """The name that the first line of a file gives it."""
-        match = re.match(r"(?://|#) ([\w.]+)", self.text)
-        assert match, f"a block of {self.section} does not begin with the name of its file"
-        return match[1]
-
-
-def _blocks() -> list[Block]:
-    found, section, opened = [], "", None
-    for line in PAGE.splitlines():
-        if line.startswith("```"):
-            if opened is None:
-                opened = (line[3:], [])
-            else:
-                assert line == "```"
-                found.append(Block(section, opened[0], "\n".join(opened[1]) + "\n"))
-                opened = None
-        elif opened is not None:
-            opened[1].append(line)
-        elif line.startswith("## "):
-            section = line[3:]
-    assert opened is None, "a block has no end"
-    return found
-
-
-BLOCKS = _blocks()
+BLOCKS = blocks_of(PAGE)
 
 
 @dataclass
