@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from deeplab_fast import DeepLabV3
+    from deeplab_fast.data.classes import ClassSet
     from deeplab_fast.data.datasets import SegmentationDataset
     from deeplab_fast.engine.adapter import AdaptedModel
     from deeplab_fast.engine.predict import PredictOptions
@@ -198,6 +199,26 @@ def check_precision(config: Namespace, model: Model, device: torch.device | None
         check_precision_of(model, config.precision, config.dtype, device or torch.device("cpu"))
     except ValueError as error:
         raise UsageError(f"--precision: {error}") from error
+
+
+def add_unpainted_argument(add: Callable[..., object]) -> None:
+    add(
+        "--unpainted",
+        type=str | None,
+        metavar="CLASSES",
+        help="names or ids of classes, with commas, whose pixels the pictures leave as in the "
+        "photo, or none; default: the class named background, unlabelled or void",
+    )
+
+
+def unpainted_ids(config: Namespace, classes: ClassSet) -> tuple[int, ...] | None:
+    """What --unpainted names, None where it is not given."""
+    if config.unpainted is None:
+        return None
+    try:
+        return classes.ids_of(config.unpainted)
+    except ValueError as error:
+        raise UsageError(f"--unpainted: {error}") from error
 
 
 def add_pass_arguments(add: Callable[..., object]) -> None:

@@ -15,6 +15,7 @@ from deeplab_fast.cli.common import (
     add_data_arguments,
     add_model_arguments,
     add_pass_arguments,
+    add_unpainted_argument,
     apply_preprocess,
     check_classes,
     check_precision,
@@ -24,6 +25,7 @@ from deeplab_fast.cli.common import (
     need_weights,
     open_data,
     tell,
+    unpainted_ids,
 )
 from deeplab_fast.cli.exported import add_runtime_argument, exported_model
 from deeplab_fast.cli.model_from import load_any_model
@@ -71,6 +73,7 @@ def parser() -> ArgumentParser:
         metavar="N",
         help="pictures photo | labels | prediction of the N worst and the N best images",
     )
+    add_unpainted_argument(add)
     return parser
 
 
@@ -153,6 +156,7 @@ def run(config: Namespace) -> int:
                 f"warning: these weights were trained on {seen} of the {len(dataset)} images; "
                 "--split val scores those that were kept for validation",
             )
+        unpainted = unpainted_ids(config, dataset.classes)
         model, name, device = _model(config, device, options)
         if label_count(model.num_classes) != dataset.num_classes:
             raise UsageError(
@@ -199,7 +203,12 @@ def run(config: Namespace) -> int:
         where = ""
         if config.output:
             try:
-                paths = result.save(config.output, builder=name, weights=config.weights or None)
+                paths = result.save(
+                    config.output,
+                    unpainted=unpainted,
+                    builder=name,
+                    weights=config.weights or None,
+                )
             except OSError as error:
                 tell("eval", f"cannot write: {error}")
                 return 1

@@ -22,6 +22,7 @@ from deeplab_fast.cli.common import (
     UsageError,
     add_model_arguments,
     add_pass_arguments,
+    add_unpainted_argument,
     apply_preprocess,
     check_classes,
     check_precision,
@@ -29,6 +30,7 @@ from deeplab_fast.cli.common import (
     device_name,
     need_weights,
     tell,
+    unpainted_ids,
 )
 from deeplab_fast.cli.exported import add_runtime_argument, exported_model
 from deeplab_fast.cli.model_from import load_any_model
@@ -107,6 +109,8 @@ def parser() -> ArgumentParser:
     )
     add_runtime_argument(add)
     add_pass_arguments(add)
+    add_unpainted_argument(add)
+    add("--no-legend", action="store_true", help="leave the class names out of the overlays")
     add(
         "--size",
         type=int | None,
@@ -141,6 +145,8 @@ class _Job:
     backend: str | None
     workers: int
     depth: int | None
+    unpainted: tuple[int, ...] | None
+    legend: bool
 
 
 def _prepare(config: Namespace) -> _Job:
@@ -223,6 +229,8 @@ def _prepare(config: Namespace) -> _Job:
         backend=config.backend,
         workers=config.workers,
         depth=config.depth,
+        unpainted=unpainted_ids(config, classes),
+        legend=not config.no_legend,
     )
 
 
@@ -581,6 +589,8 @@ def _written(
         model=job.model_name,
         backend=backend,
         not_finite=not_finite,
+        unpainted=job.unpainted,
+        legend=job.legend,
         outputs=job.outputs,
         probabilities=probabilities,
         facts={

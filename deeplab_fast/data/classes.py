@@ -101,6 +101,28 @@ class ClassSet:
         names, palette = ("background", *self.classes), ((0, 0, 0), *self.palette)
         return ClassSet(self.name, names, palette, self.ignore_index)
 
+    def ids_of(self, classes: str) -> tuple[int, ...]:
+        """The ids of classes that are given as "name,name" or "0,2"; "none": no class.
+
+        Raises:
+            ValueError: neither a name of this set nor an id.
+        """
+        if classes.strip().lower() == "none" and "none" not in self.classes:
+            return ()
+        found = []
+        for part in classes.split(","):
+            text = part.strip()
+            ids = [i for i, name in enumerate(self.classes) if name == text]
+            if not ids and text.isdecimal() and int(text) < len(self):
+                ids = [int(text)]
+            if not ids:
+                raise ValueError(
+                    f"{text!r} is no class of {self.name}; there are {', '.join(self.classes)}, or "
+                    f"their ids 0..{len(self) - 1}, or none"
+                )
+            found += ids
+        return tuple(found)
+
     @property
     def background(self) -> int | None:
         """The id of the class that pictures leave unpainted, None without one.

@@ -103,13 +103,21 @@ class Evaluation:
             ],
         }
 
-    def save(self, folder: str | os.PathLike[str], **extra: object) -> dict[str, Path]:
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        unpainted: Sequence[int] | None = None,
+        **extra: object,
+    ) -> dict[str, Path]:
         """Writes ``metrics.json``, ``confusion.png`` and ``panels/*.png``; returns their paths.
 
         All files are complete before the first gets its name, and the JSON gets its name last.
 
         Args:
             folder: made if it is missing.
+            unpainted: ids of classes that the panels leave as the photo is; None: a background
+                (``engine.outputs.overlay``).
             extra: told in the JSON, e.g. the command's arguments; ``weights`` and ``builder`` are
                 in the pictures' titles.
 
@@ -130,7 +138,10 @@ class Evaluation:
             "confusion": folder / "confusion.png",
             "metrics": folder / "metrics.json",
         }
-        pictures = [(paths[panel_name(p)], draw_panel(p, self.classes, title)) for p in self.panels]
+        pictures = [
+            (paths[panel_name(p)], draw_panel(p, self.classes, title, unpainted=unpainted))
+            for p in self.panels
+        ]
         pictures.append((paths["confusion"], picture))
         (folder / "panels" if self.panels else folder).mkdir(parents=True, exist_ok=True)
         files = [(path, png_writer(image)) for path, image in pictures]

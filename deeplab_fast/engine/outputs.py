@@ -25,6 +25,7 @@ __all__ = [
     "output_paths",
     "overlay",
     "overlay_legend",
+    "unpainted_ids",
     "write_atomically",
     "write_outputs",
 ]
@@ -203,7 +204,7 @@ def overlay(
     # Fixed point: 256 steps of alpha are finer than the result's levels at the ends 0 and 1.
     mix = round(alpha * 256)
     weights = np.full(_table_length(classes), mix, dtype=np.uint16)
-    weights[_unpainted(classes, unpainted)] = 0
+    weights[unpainted_ids(classes, unpainted)] = 0
     colours = _colour_table(classes).astype(np.uint16)
     tint = colours * weights[:, None]
     result = np.empty_like(image)
@@ -234,7 +235,7 @@ def overlay_legend(
         unpainted: as for :func:`overlay`.
         size: of the letters; default: by the size of the labels, 12 to 64.
     """
-    kept = _unpainted(classes, unpainted)
+    kept = unpainted_ids(classes, unpainted)
     entries = []
     for area in class_areas(labels, classes):
         index, name = area["id"], area["name"]
@@ -246,7 +247,8 @@ def overlay_legend(
     return legend_image(entries, width, size)
 
 
-def _unpainted(classes: ClassSet, given: Sequence[int] | None) -> list[int]:
+def unpainted_ids(classes: ClassSet, given: Sequence[int] | None) -> list[int]:
+    """The ids that :func:`overlay` leaves unpainted; raises its ValueError."""
     if given is None:
         return [] if classes.background is None else [classes.background]
     wrong = [index for index in given if not 0 <= index < len(classes)]

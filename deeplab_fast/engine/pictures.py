@@ -19,7 +19,7 @@ from deeplab_fast.engine.legend import (
     text_image,
 )
 from deeplab_fast.engine.metrics import ImageScore, Metrics, percent
-from deeplab_fast.engine.outputs import overlay
+from deeplab_fast.engine.outputs import overlay, unpainted_ids
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -124,11 +124,17 @@ def panel_name(panel: Panel) -> str:
     return f"{panel.kind}_{panel.rank:02d}_{stem}.png"
 
 
-def draw_panel(panel: Panel, classes: ClassSet, title: str = "") -> Image.Image:
+def draw_panel(
+    panel: Panel,
+    classes: ClassSet,
+    title: str = "",
+    *,
+    unpainted: Sequence[int] | None = None,
+) -> Image.Image:
     """Photo, labels and prediction side by side, with titles and a legend.
 
-    The longer side of the photo is 320 to 640 pixels. A background is unpainted, as in
-    :func:`overlay`; ignored pixels are black in the labels.
+    The longer side of the photo is 320 to 640 pixels. ``unpainted`` is as for :func:`overlay`;
+    ignored pixels are black in the labels.
     """
     known, (truth, prediction) = _with_ignored(classes, (panel.truth, panel.prediction))
     size = _fitted(truth.shape, min(_PANEL_MOST, max(_PANEL_LEAST, *truth.shape)))
@@ -138,15 +144,15 @@ def draw_panel(panel: Panel, classes: ClassSet, title: str = "") -> Image.Image:
     row = _row(
         [
             (photo, score.name),
-            (overlay(photo, truth, known, alpha=0.6), "labels"),
+            (overlay(photo, truth, known, alpha=0.6, unpainted=unpainted), "labels"),
             (
-                overlay(photo, prediction, known, alpha=0.6),
+                overlay(photo, prediction, known, alpha=0.6, unpainted=unpainted),
                 f"prediction: mIoU {percent(score.miou)} %, "
                 f"{percent(score.pixel_accuracy)} % of the pixels",
             ),
         ]
     )
-    legend = legend_image(_entries(classes, (truth, prediction)), row.width)
+    legend = legend_image(_entries(classes, (truth, prediction), unpainted), row.width)
     return stacked([*([text_image([title], row.width)] if title else []), row, legend])
 
 
@@ -223,15 +229,18 @@ def _row(parts: Sequence[tuple[np.ndarray, str]]) -> Image.Image:
     return image
 
 
-def _entries(classes: ClassSet, labels: Sequence[np.ndarray]) -> list[LegendEntry]:
+def _entries(
+    classes: ClassSet, labels: Sequence[np.ndarray], unpainted: Sequence[int] | None = None
+) -> list[LegendEntry]:
     """Of the classes in labels of :func:`_with_ignored`, in the order of the ids."""
+    kept = unpainted_ids(classes, unpainted)
     counts = sum(np.bincount(each.ravel(), minlength=len(classes) + 1) for each in labels)
     entries = []
     for index in np.flatnonzero(counts).tolist():
         if index == len(classes):
             entries.append(LegendEntry("ignored", (0, 0, 0)))
         else:
-            colour = None if index == classes.background else classes.palette[index]
+            colour = None if index in kept else classes.palette[index]
             entries.append(LegendEntry(classes.classes[index], colour))
     return entries
 

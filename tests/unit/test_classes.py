@@ -96,6 +96,20 @@ def test_background():
     assert generic_classes(2).background is None
 
 
+def test_classes_by_name_or_id():
+    classes = generic_classes(3, ["background", "cat, tabby", "dog"])
+    assert classes.ids_of("dog") == classes.ids_of("2") == (2,)
+    assert classes.ids_of("background, dog") == (0, 2) and classes.ids_of("None") == ()
+    # A name of the set goes before what it would mean.
+    assert generic_classes(2, ["none", "0"]).ids_of("none") == (0,)
+    assert generic_classes(2, ["none", "0"]).ids_of("0") == (1,)
+    for wrong in ("bird", "3", ""):
+        with pytest.raises(
+            ValueError, match=r"is no class of generic; there are background, .* 0\.\.2"
+        ):
+            classes.ids_of(wrong)
+
+
 def test_generic_classes():
     classes = generic_classes(300)
     assert classes.classes[299] == "class 299" and len(set(classes.palette)) == 300

@@ -1073,6 +1073,20 @@ def test_the_legend_has_the_classes_that_occur(tmp_path, monkeypatch):
     ]
 
 
+def test_pictures_of_the_command_line(capsys, weights, model, photos, tmp_path):
+    path, out = photos / "plain.png", tmp_path / "o"
+    classes = ",".join(str(i) for i in range(model.num_classes))
+    common = ("predict", path, "--output", out, "--weights", weights, "--no-legend")
+    status, _, errors = run(capsys, *common, "--unpainted", classes)
+    assert status == 0, errors
+    shown, photo_ = read_image(out / "plain_overlay.png"), read_image(path)
+    # All but the lines between classes is the photo.
+    line = (shown == 255).all(-1)
+    np.testing.assert_array_equal(shown[~line], photo_[~line])
+    status, _, errors = run(capsys, *common, "--unpainted", "bird of paradise")
+    assert status == 2 and "--unpainted: 'bird of paradise' is no class of" in errors
+
+
 def test_which_classes_are_unpainted():
     three = ClassSet("b", ("background", "cat", "dog"), ((0, 0, 0), (1, 2, 3), (250, 100, 20)))
     image, labels = np.full((3, 3, 3), 200, np.uint8), np.full((3, 3), 2, np.uint8)
