@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -506,7 +506,8 @@ def fit_stages(
 def second_stage(config: TrainConfig, weights: str, changes: dict[str, Any]) -> TrainConfig:
     """The config of the second stage: batch norm frozen, output stride 8, a tenth of the rate."""
     values = {
-        **config.as_dict(),
+        # As they are: a record has no objects of the trainer.
+        **{each.name: getattr(config, each.name) for each in fields(config)},
         "weights": weights,
         "weights_part": None,
         "weights_backbone": None,

@@ -10,6 +10,7 @@ from deeplab_fast import testing
 
 testing.import_torchvision()
 
+from lightning.pytorch import Callback  # noqa: E402
 
 from deeplab_fast.data.check import DataError  # noqa: E402
 from deeplab_fast.data.transforms import AugmentedDataset  # noqa: E402
@@ -34,6 +35,10 @@ def test_second_stage_of_a_preset():
     # multi_grid belongs to the model, whatever the stride.
     assert two.model_options == {"head": "paper", "multi_grid": [1, 2, 4]}
     assert two.weights_backbone is None
+    # Objects in the trainer's arguments stay objects.
+    callback = Callback()
+    with_object = plan.replace(trainer={"callbacks": [callback]})
+    assert second_stage(with_object, "a.safetensors", {}).trainer["callbacks"] == [callback]
 
 
 def test_batches_are_the_same_images_for_any_number_of_processes():
