@@ -58,9 +58,9 @@ def add_data_arguments(add: Callable[..., object]) -> None:
     add(
         "--data",
         type=str | None,
-        metavar="NAME|FILE",
-        help=f"{_data_names()} (photos and masks of your own), a .csv of pairs, or a YAML file "
-        "with name, root, classes, label_map (required)",
+        metavar="NAME|DIR|FILE",
+        help=f"{_data_names()}; or your own: a folder of photos and masks, a .csv of pairs, or a "
+        "YAML file with name, root, classes, label_map (required)",
     )
     add("--root", type=str | None, metavar="DIR", help="folder of the data")
     add(
@@ -388,16 +388,19 @@ def open_data(
 
     ``default_split`` and ``classes``, where the options give none, are of folders and tables.
     """
-    from deeplab_fast.data.datasets import open_dataset, options_of
+    from deeplab_fast.data.datasets import is_own_data, open_dataset, options_of
 
     if not config.data:
-        raise UsageError(f"--data NAME is missing: {_data_names()}, a .csv of pairs or a YAML file")
+        raise UsageError(
+            f"--data is missing: {_data_names()}, or your own: a folder of photos and masks, a "
+            ".csv of pairs or a YAML file"
+        )
     if config.workers < 0:
         raise UsageError(f"--workers is {config.workers}, expected 0 or more")
     split = config.split
     try:
         options = options_of(config.as_dict())
-        if is_own_data(config):
+        if is_own_data(config.data):
             split = default_split if split is None else split
             if classes is not None and not {"classes", "mask_colours"} & options.keys():
                 options["classes"] = classes
@@ -408,8 +411,3 @@ def open_data(
     for note in dataset.notes if os.environ.get("RANK", "0") == "0" else ():
         tell(command, note)
     return dataset
-
-
-def is_own_data(config: Namespace) -> bool:
-    """Whether ``--data`` is a folder or a table, whose splits and classes options name."""
-    return bool(config.data == "folder" or str(config.data).lower().endswith(".csv"))

@@ -21,7 +21,6 @@ from deeplab_fast.cli.common import (
     check_precision,
     check_preprocess,
     device_name,
-    is_own_data,
     need_weights,
     open_data,
     tell,
@@ -106,10 +105,11 @@ def _model(
 
 def _names_of_weights(config: Namespace) -> list[str] | None:
     """The class names that ``--weights`` tell, for data that have none of their own."""
+    from deeplab_fast.data.datasets import is_own_data
     from deeplab_fast.engine.start import class_names
     from deeplab_fast.weights import find_weights, inspect_weights
 
-    if not is_own_data(config) or config.classes or config.mask_colours or config.model_from:
+    if not is_own_data(config.data) or config.classes or config.mask_colours or config.model_from:
         return None
     try:
         return class_names(inspect_weights(find_weights(config.weights), part=config.weights_part))

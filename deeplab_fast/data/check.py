@@ -583,7 +583,10 @@ def read_sample(dataset: SegmentationDataset, index: int) -> Finding:
     classes, ignore_index = dataset.num_classes, dataset.ignore_index
     wrong = bad_labels(label, classes, ignore_index)
     if wrong:
-        reason = f"outside the classes 0..{classes - 1} and not ignore_index={ignore_index}"
+        reason = (
+            f"outside the classes 0..{classes - 1} and not the ignored label {ignore_index} "
+            "(--ignore-index)"
+        )
         text = f"{mask}: {describe_labels(wrong)}, {reason}"
         found.append(Problem(index, "labels", mask, text, reason, wrong))
     valid = label[(label != ignore_index) & (label >= 0) & (label < classes)]

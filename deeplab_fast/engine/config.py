@@ -56,7 +56,10 @@ class TrainConfig:
 
     # Data.
     data: str | None = _option(
-        None, "training data, as in 'deeplab-fast eval' (required)", "NAME|FILE"
+        None,
+        "training data, as in 'deeplab-fast eval': a data set's name, or a folder or .csv of your "
+        "own (required)",
+        "NAME|DIR|FILE",
     )
     root: str | None = _option(None, "folder of the data", "DIR")
     split: str | None = _option(
@@ -97,7 +100,7 @@ class TrainConfig:
             'further options of the data set: --data-options.sequences ["0016E5"]', "MAP"
         ),
     )
-    val_data: str | None = _option(None, "data to validate on; default: --data", "NAME|FILE")
+    val_data: str | None = _option(None, "data to validate on; default: --data", "NAME|DIR|FILE")
     val_root: str | None = _option(None, "its folder; default: --root", "DIR")
     val_split: str | None = _option("val", "its split; all: everything in a folder or csv", "NAME")
     val_options: dict[str, Any] = field(

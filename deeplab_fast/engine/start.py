@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from inspect import signature
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -33,6 +31,7 @@ def told_by_weights(config: TrainConfig) -> TrainConfig:
         OptionError: a model that there is not, or weights that do not tell theirs.
         ValueError, OSError: weights that cannot be read.
     """
+    from deeplab_fast.data.datasets import is_own_data
     from deeplab_fast.models import list_models
 
     try:
@@ -51,7 +50,7 @@ def told_by_weights(config: TrainConfig) -> TrainConfig:
         raise OptionError("model", f"is {model!r}, expected {one_of(model, list_models())}")
     classes = config.classes
     named = classes is not None or config.mask_colours is not None
-    if not named and info is not None and _has_no_names(config):
+    if not named and info is not None and is_own_data(config.data):
         classes = class_names(info)
     return config.replace(model=model, classes=classes)
 
@@ -171,10 +170,6 @@ def _inspected(config: TrainConfig) -> WeightsInfo:
 
     assert config.weights is not None
     return inspect_weights(config.weights, part=config.weights_part)
-
-
-def _has_no_names(config: TrainConfig) -> bool:
-    return config.data == "folder" or Path(os.fspath(config.data or "")).suffix == ".csv"
 
 
 def _tell_of_head(

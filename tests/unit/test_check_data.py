@@ -175,7 +175,8 @@ def test_what_is_alike_is_one_line(tmp_path):
         missing
     )
     assert sevens == (
-        "4 masks: label 7 (32 pixels), outside the classes 0..1 and not ignore_index=255: "
+        "4 masks: label 7 (32 pixels), outside the classes 0..1 and not the ignored label "
+        "255 (--ignore-index): "
         f"{masks[1]}, {masks[2]}, {masks[3]} and 1 more"
     )
     assert own == report.problems[-1].message

@@ -74,7 +74,7 @@ def test_eval_command(capsys, weights, data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        pytest.param(["--data", ""], "--data NAME is missing", id="data"),
+        pytest.param(["--data", ""], "--data is missing", id="data"),
         pytest.param(["--data", "pets"], "no data set is named 'pets'", id="name"),
         pytest.param(["--weights", "x.pth"], "--weights: no such checkpoint: x.pth", id="weights"),
         pytest.param(["--scales", "0"], "scales is", id="scales"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from deeplab_fast.data.check import check_dataset
 from deeplab_fast.data.classes import class_set
-from deeplab_fast.data.datasets import ColourError, open_dataset, read_mask
+from deeplab_fast.data.datasets import ColourError, is_own_data, open_dataset, read_mask
 from deeplab_fast.data.datasets.colours import colour_ids, read_colours
 from deeplab_fast.data.datasets.splits import VAL_FRACTION, Split, group_of
 from deeplab_fast.data.images import ImageReadError
@@ -56,6 +56,18 @@ def test_folders_by_usual_names(tmp_path, images, masks):
     pairs(tmp_path, images, masks, "ab")
     dataset = open_dataset("folder", tmp_path, classes=2)
     assert names(dataset) == ["a", "b"] and not dataset[0][1].any() and dataset[1][1].all()
+
+
+def test_a_folder_is_a_source(tmp_path, monkeypatch):
+    pairs(tmp_path / "mine", names="ab")
+    for source in (tmp_path / "mine", str(tmp_path / "mine")):
+        assert is_own_data(source) and names(open_dataset(source, classes=2)) == ["a", "b"]
+    # A folder here that is called as a known data set is not taken for it.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "voc").mkdir()
+    assert is_own_data("mine") and is_own_data("x.CSV") and not is_own_data("voc")
+    with pytest.raises(ValueError, match="voc: --root is missing"):
+        open_dataset("voc")
 
 
 def test_the_documented_names_go_before_others(tmp_path):
@@ -487,6 +499,16 @@ def test_what_the_first_masks_hold_where_classes_are_missing(tmp_path, values, m
     photo(tmp_path / "images" / "a.jpg")
     mask(tmp_path / "masks" / "a.png", *values)
     with pytest.raises(ValueError, match=f"--classes is missing: .*{message}"):
+        open_dataset("folder", tmp_path)
+
+
+def test_a_file_that_may_name_the_classes_is_told(tmp_path):
+    pairs(tmp_path, names="ab")
+    path = tmp_path / "classes.txt"
+    path.write_text("x\ny\n")
+    with pytest.raises(
+        ValueError, match=rf"a file of names; perhaps {path}\. The first masks hold"
+    ):
         open_dataset("folder", tmp_path)
 
 

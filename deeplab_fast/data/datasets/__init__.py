@@ -51,6 +51,7 @@ __all__ = [
     "Sample",
     "SegmentationDataset",
     "bad_labels",
+    "is_own_data",
     "open_dataset",
     "options_of",
     "parse_label_map",
@@ -126,8 +127,9 @@ def open_dataset(
     and split stands in ``notes`` of the data set.
 
     Args:
-        source: one of these names; a .csv file; a .yaml, .yml or .json file, or a mapping, with
-            the key ``name`` and any of the other arguments (``root`` is relative to the file).
+        source: one of these names; a folder, as ``folder`` takes it; a .csv file; a .yaml, .yml or
+            .json file, or a mapping, with the key ``name`` and any of the other arguments (``root``
+            is relative to the file).
             Arguments given beside it come first.
         root: the folder of the data; for csv what its paths are relative to (default: its folder).
         split: "val" unless given; of a csv, and of a folder without val, all samples, unless
@@ -162,8 +164,9 @@ def open_dataset(
     name = spec.pop("name", None)
     if name not in DATASETS:
         raise ValueError(
-            f"no data set is named {name!r}; there are: {', '.join(DATASETS)}; or pass a .csv file "
-            "of pairs, or a .yaml or .json file with name, root, split, classes, label_map"
+            f"no data set is named {name!r}; there are: {', '.join(DATASETS)}; or pass a folder of "
+            "photos and masks, a .csv file of pairs, or a .yaml or .json file with name, root, "
+            "split, classes, label_map"
         )
     layout = DATASETS[name]
     _check_options(name, layout, spec)
@@ -195,6 +198,13 @@ def open_dataset(
         given_classes = _classes_of(painted, spec["mask_colours"])
     spec["classes"] = _classes(given_classes, known, name)
     return layout.open(None if root is None else Path(root), split, spec)
+
+
+def is_own_data(source: str | os.PathLike[str] | None) -> bool:
+    """Whether a source is a folder or a table, which have no classes and perhaps no splits."""
+    if source is None or os.fspath(source) in DATASETS:
+        return source == "folder"
+    return Path(source).suffix.lower() == ".csv" or Path(source).is_dir()
 
 
 def options_of(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,6 +261,8 @@ def _what_classes(
         f"{name}: --classes is missing: names (a,b,c), a number, a built-in set "
         f"({', '.join(CLASS_SETS)}) or a file of names"
     )
+    names = [] if root is None else [Path(root) / name for name in _CLASS_FILES]
+    text += "".join(f"; perhaps {path}" for path in names if path.is_file())
     try:
         dataset = layout.open(
             None if root is None else Path(root),
@@ -280,6 +292,10 @@ def _what_classes(
     return text
 
 
+# What a list of class names is called in a folder of data.
+_CLASS_FILES = ("classes.txt", "labels.txt", "class_names.txt", "names.txt", "classes.json")
+
+
 # Masks that are looked at where no classes are given.
 _FIRST_MASKS = 5
 
@@ -292,6 +308,8 @@ def _spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
         return {"name": text}
     path = Path(text)
     suffix = path.suffix.lower()
+    if path.is_dir():
+        return {"name": "folder", "root": path}
     if suffix not in (".csv", ".yaml", ".yml", ".json"):
         return {"name": text}
     if not path.is_file():
