@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -37,7 +38,7 @@ def curves_chart(history: History, title: str = "") -> Figure:
     losses, scores, rates = figure.subplots(
         3, 1, sharex=True, gridspec_kw={"height_ratios": (3, 3, 1.4)}
     )
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     _losses(losses, history)
     _scores(scores, history)
     steps = [row["step"] for row in history.steps if "lr" in row]
@@ -123,13 +124,15 @@ def class_chart(history: History, title: str = "") -> Figure:
     height = 1.6 + 0.2 * len(shown) if many else 6
     figure = Figure(figsize=(9, height), dpi=110, layout="constrained")
     axes = figure.subplots()
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(_plain(title), fontsize=11)
     if many:
         _heat_map(figure, axes, history, {name: values[name] for name in shown})
     else:
         _class_lines(axes, history, {name: values[name] for name in shown})
     if absent:
-        listed = ", ".join(absent[:12]) + (f" and {len(absent) - 12} more" if absent[12:] else "")
+        listed = ", ".join(map(_plain, absent[:12])) + (
+            f" and {len(absent) - 12} more" if absent[12:] else ""
+        )
         axes.set_xlabel(f"step\nin neither labels nor predictions: {listed}", wrap=True)
     else:
         axes.set_xlabel("step")
@@ -150,7 +153,7 @@ def _class_lines(axes: Axes, history: History, values: dict[str, list[float]]) -
             lw=1.6,
             marker="o",
             ms=3.5,
-            label=f"{name}  {_last(row):.1f}",
+            label=f"{_plain(name)}  {_last(row):.1f}",
         )
     axes.set_ylabel("IoU, %")
     axes.grid(alpha=0.3)
@@ -172,7 +175,7 @@ def _heat_map(figure: Figure, axes: Axes, history: History, values: dict[str, li
         cmap="viridis",
     )
     axes.set_yticks(
-        range(len(values)), [f"{name}  {_last(row):.1f}" for name, row in values.items()]
+        range(len(values)), [f"{_plain(name)}  {_last(row):.1f}" for name, row in values.items()]
     )
     axes.tick_params(axis="y", labelsize=8)
 
@@ -189,6 +192,11 @@ def _finished(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+
+
+def _plain(text: str) -> str:
+    """As matplotlib shows it as it is: no formula, and not left out of a legend."""
+    return (text.strip("_") or text).replace("$", r"\$")
 
 
 def _validated(history: History) -> list[float]:
@@ -211,4 +219,11 @@ def _running_mean(values: np.ndarray, half: int) -> np.ndarray:
 
 def figure_writer(figure: Figure) -> Callable[[BinaryIO], Any]:
     """Writes the chart as PNG into an open file."""
-    return lambda file: figure.savefig(file, format="png")
+
+    def write(file: BinaryIO) -> None:
+        with warnings.catch_warnings():
+            # Of scripts that matplotlib's font does not have.
+            warnings.filterwarnings("ignore", r".*Glyph .* missing from")
+            figure.savefig(file, format="png")
+
+    return write

@@ -177,9 +177,13 @@ class RunReport(Callback):
         self._drawn = time.monotonic()
         self._cost = self._drawn - begin
 
-    def _table(self) -> None:
-        with self._told("results.csv"):
+    def _update(self) -> None:
+        with self._told("metrics.jsonl"):
             self.history.update()
+
+    def _table(self) -> None:
+        self._update()
+        with self._told("results.csv"):
             if self.history.validations:
                 text = self.history.csv().encode("utf-8")
                 path = self.folder / "results.csv"
@@ -188,7 +192,9 @@ class RunReport(Callback):
     def _charts(self) -> None:
         if not self.pictures:
             return
-        self.history.update()
+        self._update()
+        if not self.history.steps and not self.history.validations:
+            return
         files: dict[str, Callable[[], Callable[[BinaryIO], object]]] = {
             "curves.png": lambda: figure_writer(curves_chart(self.history, self.title))
         }
