@@ -116,9 +116,11 @@ def _read_picture(
             hint = "" if grey else f"; {_COLOURS_HINT} in pictures of 8 bits"
             raise ImageReadError(str(path), f"{what}{bits}{said}; {_ONE_CHANNEL}{hint}")
         load_upright(image)
-        values = np.asarray(image.convert("L") if colours and mode == "1" else image)
-    if colours and mode in ("L", "1", *_EQUAL_CHANNELS):
-        return _of_colours(_opaque(values, mode, path), path, colours, unknown)
+        if colours and mode in ("L", "1", *_EQUAL_CHANNELS):
+            rgba = np.asarray(image.convert("RGBA"))
+            _opaque(rgba, mode, path)
+            return _of_colours(rgba, path, colours, unknown)
+        values = np.asarray(image)
     if mode in _EQUAL_CHANNELS:
         return _equal_channel(values, mode, path)
     if raw_mode in ("L;2", "L;4"):
@@ -168,16 +170,14 @@ def _equal_channel(values: np.ndarray, mode: str, path: Path) -> np.ndarray:
 def _of_colours(
     values: np.ndarray, path: Path, colours: Mapping[Colour, int], unknown: int | None
 ) -> np.ndarray:
-    """Numbers by colour of uint8 [H, W] (grey), [H, W, 1] or [H, W, 3]."""
+    """Numbers by colour of uint8 [H, W, 4], whatever the fourth channel holds."""
     height, width = values.shape[:2]
-    parts = np.broadcast_to(values.reshape(height * width, -1), (height * width, 3))
-    parts = parts.astype(np.int32)
-    codes = parts[:, 0] << 16 | parts[:, 1] << 8 | parts[:, 2]
+    codes = np.ascontiguousarray(values).view("<u4").ravel() & 0xFFFFFF
     # Masks are made of runs of one colour, of which one each is looked up.
-    starts = np.flatnonzero(np.diff(codes, prepend=-1))
+    starts = np.flatnonzero(np.concatenate(([True], codes[1:] != codes[:-1])))
     heads, lengths = codes[starts], np.diff(starts, append=len(codes))
-    known = sorted((red << 16 | green << 8 | blue, n) for (red, green, blue), n in colours.items())
-    keys = np.array([code for code, _ in known], dtype=np.int32)
+    known = sorted((red | green << 8 | blue << 16, n) for (red, green, blue), n in colours.items())
+    keys = np.array([code for code, _ in known], dtype=np.uint32)
     numbers = np.array([n for _, n in known], dtype=np.int32)
     places = np.searchsorted(keys, heads).clip(max=len(keys) - 1)
     found, heads_known = numbers[places], keys[places] == heads
@@ -186,7 +186,7 @@ def _of_colours(
             missing = ~heads_known
             other, inverse = np.unique(heads[missing], return_inverse=True)
             counts = np.bincount(inverse, lengths[missing]).astype(int)
-            shown = ((int(c) >> 16, int(c) >> 8 & 255, int(c) & 255) for c in other)
+            shown = ((c & 255, c >> 8 & 255, c >> 16) for c in other.tolist())
             raise ColourError(str(path), dict(zip(shown, counts.tolist(), strict=True)))
         found = np.where(heads_known, found, unknown)
     fits = found.min() >= 0 and found.max() <= 255
