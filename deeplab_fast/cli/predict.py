@@ -104,8 +104,9 @@ def parser() -> ArgumentParser:
     add(
         "--classes",
         type=str | None,
-        metavar="NAME|FILE",
-        help="voc, coco-voc, cityscapes, ade20k, camvid, or a file with a name a line, JSON, YAML",
+        metavar="NAMES|SET|FILE|N",
+        help="a,b,c; voc, coco-voc, cityscapes, ade20k, camvid; a file with a name a line, JSON or "
+        "YAML; or a number",
     )
     add_runtime_argument(add)
     add_pass_arguments(add)

@@ -248,7 +248,8 @@ def generic_classes(
 def class_set(source: str | os.PathLike[str] | ClassSet | Iterable[str]) -> ClassSet:
     """A built-in class set by name, one read from a file, or one made of names.
 
-    Names are a list, or text with commas: "road,car,tree" (of one name "road,").
+    Names are a list, or text with commas: "road,car,tree" (of one name "road,"). A number as text,
+    "4", is :func:`generic_classes`' so many.
 
     Built in: ``voc`` (21), ``coco-voc`` (the same 21 as torchvision's weights name them),
     ``cityscapes`` (19 train ids), ``ade20k`` (150), ``camvid`` (11, ignored label 11).
@@ -271,6 +272,8 @@ def class_set(source: str | os.PathLike[str] | ClassSet | Iterable[str]) -> Clas
     text = os.fspath(source)
     if text in CLASS_SETS:
         return CLASS_SETS[text]
+    if text.isdecimal():
+        return generic_classes(int(text))
     path = Path(text)
     if not path.is_file() and "," in text:
         names = tuple(name.strip() for name in text.split(","))

@@ -255,3 +255,14 @@ def test_one_class_has_a_background():
 )
 def test_names_that_are_the_same(one, other, same):
     assert same_name(one, other) is same_name(other, one) is same
+
+
+def test_names_and_numbers_as_text():
+    names = class_set("road, traffic light,sky")
+    assert names.classes == ("road", "traffic light", "sky")
+    assert names.palette == generic_classes(3, names.classes).palette
+    assert class_set("road,").classes == ("road",)
+    assert class_set("3") == generic_classes(3)
+    for text in ("a,,b", "a,a", ","):
+        with pytest.raises(ValueError, match=f"--classes is '{text}', expected names that differ"):
+            class_set(text)

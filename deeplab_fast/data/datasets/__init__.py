@@ -354,6 +354,4 @@ def _classes(
         raise ValueError(f"{name}: classes is {given}, expected names, a number, a set or a file")
     if isinstance(given, int):
         return generic_classes(given)
-    if isinstance(given, str) and given.isdecimal():
-        return generic_classes(int(given))
     return class_set(given)
