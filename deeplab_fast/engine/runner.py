@@ -310,7 +310,7 @@ class Runner:
             self.run(Pixels(batch[i : i + step], self.preprocess))
             for i in range(0, batch.shape[0], step)
         ]
-        labels, prob = _joined(results, dim=0)
+        labels, prob = _joined(results)
         if images.ndim == 3:
             labels, prob = labels[0], None if prob is None else prob[0]
         return labels, prob, _counted(results)
@@ -436,7 +436,10 @@ class Runner:
             # No more than one row of windows at a time.
             most = max(1, tile_h * width // pixels.size[1])
             resized = _Rows(size, pixels.size, align_corners, most)
-        bands: list[tuple[Tensor, Tensor | None]] = []
+        # Written into, row by row: pieces of it would lie between what is freed, and keep that.
+        labels: Tensor | None = None
+        best_prob: Tensor | None = None
+        made = 0
         # Probabilities of the rows that later windows may still add to.
         band: Tensor | None = None
         spoiled: Tensor | None = None
@@ -462,17 +465,24 @@ class Runner:
             assert band is not None
             done = (tops[row + 1] if row + 1 < len(tops) else height) - top
             finished = band[:, :, :done]
-            bands += [
-                self.best(part) for part in (resized.add(finished) if resized else [finished])
-            ]
+            for part in resized.add(finished) if resized else (finished,):
+                some, some_prob = self.best(part)
+                if labels is None:
+                    labels = some.new_empty(1, *pixels.size)
+                    best_prob = None if some_prob is None else some_prob.new_empty(1, *pixels.size)
+                rows = slice(made, made + some.shape[1])
+                labels[:, rows] = some
+                if best_prob is not None and some_prob is not None:
+                    best_prob[:, rows] = some_prob
+                made = rows.stop
             kept = band[:, :, done:].clone()
             band.zero_()
             band[:, :, : kept.shape[2]] = kept
         if spoiled is not None and resized is not None:
             marks = reference.upsample(spoiled[:, None].float(), pixels.size, align_corners)
             spoiled = marks[:, 0] > 0
-        labels, joined = _joined(bands, dim=1)
-        return Result(labels, joined, _per_image(spoiled, labels))
+        assert labels is not None
+        return Result(labels, best_prob, _per_image(spoiled, labels))
 
     def summed_prob(
         self, pictures: Sequence[Pixels], base: tuple[int, int]
@@ -540,13 +550,11 @@ class Runner:
         return height, width
 
 
-def _joined(
-    parts: Sequence[Result | tuple[Tensor, Tensor | None]], dim: int
-) -> tuple[Tensor, Tensor | None]:
-    """Labels and probabilities, the first two of each part, one behind the other."""
-    labels = torch.cat([part[0] for part in parts], dim)
-    probs = [part[1] for part in parts if part[1] is not None]
-    return labels, torch.cat(probs, dim) if probs else None
+def _joined(parts: Sequence[Result]) -> tuple[Tensor, Tensor | None]:
+    """Labels and probabilities of the parts, one behind the other."""
+    labels = torch.cat([part.labels for part in parts])
+    probs = [part.prob for part in parts if part.prob is not None]
+    return labels, torch.cat(probs) if probs else None
 
 
 def _per_image(spoiled: Tensor | None, like: Tensor) -> Tensor:
