@@ -345,8 +345,8 @@ def check_labels(dataset: LabelledData, index: int, label: np.ndarray) -> None:
             path,
             found,
             f"outside the classes 0..{dataset.num_classes - 1} and not "
-            f"ignore_index={dataset.ignore_index}; map them with label_map, set ignore_index, or "
-            "see what check-data reports",
+            f"ignore_index={dataset.ignore_index}; map them with --label-map (label_map), "
+            "ignore one with --ignore-index (ignore_index), or see what check-data reports",
         )
 
 

@@ -38,7 +38,9 @@ class SegmentationData(lightning.LightningDataModule):
     size.
 
     Args:
-        config: the options under "Data", "Augmentation" and "Length and batches".
+        config: the options under "Data", "Augmentation" and "Length and batches"; those of a folder
+            or table are ``open_dataset``'s: ``val_fraction``, ``group_by``, ``mask_suffix``,
+            ``mask_colours``, ... What was found and split stands in ``train.notes``.
         train, val: data sets instead of those that the config names, as ``open_dataset`` gives.
         mean: colour of the padding, R, G, B in 0..1: the model's ``preprocess.mean``.
         input_size: what photos have at scale 1: the model's ``preprocess.size``; None: their own.

@@ -116,6 +116,12 @@ def test_a_mask_of_0_and_255_alone_is_no_binary_mask(tmp_path, classes):
     assert (report.problems, report.notes, report.pixels) == ((), (), (28, 20))
 
 
+def test_binary_masks_of_data_with_more_classes(tmp_path):
+    add(tmp_path, "a", filled(0, 255))
+    (problem,) = check_dataset(open_dataset("folder", tmp_path, classes=3)).problems
+    assert "--label-map 255=1 with --classes 1" in problem.message
+
+
 def test_a_map_to_the_class_that_is_ignored_is_not_advised_again(tmp_path):
     add(tmp_path, "a", filled(0, 255))
     given = {"classes": 2, "label_map": {255: 1}, "unmapped": "keep", "ignore_index": 1}
