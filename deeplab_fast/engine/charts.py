@@ -70,9 +70,9 @@ def _losses(axes: Axes, history: History) -> None:
         label = "training (mean since the validation before)"
         axes.plot(_validated(history), means, color=_TRAIN, lw=1.5, marker="o", ms=4, label=label)
     checked = history.column("val/loss")
-    axes.plot(
-        _validated(history), checked, color=_VAL, lw=1.5, marker="o", ms=4, label="validation"
-    )
+    if checked:
+        steps_of = _validated(history)
+        axes.plot(steps_of, checked, color=_VAL, lw=1.5, marker="o", ms=4, label="validation")
     axes.set_ylabel("loss")
     known = values[np.isfinite(values)]
     if len(known) >= 40:
@@ -86,6 +86,10 @@ def _losses(axes: Axes, history: History) -> None:
 
 def _scores(axes: Axes, history: History) -> None:
     steps = _validated(history)
+    axes.set_ylabel("validation, %")
+    if not steps:
+        axes.text(0.5, 0.5, "no validation yet", ha="center", transform=axes.transAxes)
+        return
     miou = np.array(history.column("val/miou", percent=True))
     accuracy = history.column("val/pixel_accuracy", percent=True)
     axes.plot(steps, accuracy, color="#999999", lw=1.2, marker=".", label="pixel accuracy")
@@ -101,7 +105,6 @@ def _scores(axes: Axes, history: History) -> None:
             ls="none",
             label=f"best mIoU: {miou[best]:.2f} % at step {steps[best]:.0f}",
         )
-    axes.set_ylabel("validation, %")
     _finished(axes)
 
 
@@ -191,7 +194,8 @@ def _heat_map(figure: Figure, axes: Axes, history: History, values: dict[str, li
 def _finished(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
 
 
 def _plain(text: str) -> str:

@@ -165,6 +165,12 @@ def test_curves(history, count):
     np.testing.assert_allclose(rates.get_lines()[0].get_ydata(), 0.1 / np.arange(1, count + 1))
 
 
+def test_curves_before_a_validation(history):
+    losses, scores, _ = curves_chart(history(3, ["a"])).axes
+    assert len(losses.get_lines()) == 1 and losses.get_legend() is None
+    assert [text.get_text() for text in scores.texts] == ["no validation yet"]
+
+
 def test_classes_over_time(history):
     axes = class_chart(history(10, ["a", "__b$__", "none"])).axes[0]
     lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
