@@ -192,7 +192,9 @@ def _entries(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
         if content["version"] != _VERSION:
             return {}
-        os.utime(path)
+        # Kept as one that is in use.
+        with suppress(OSError):
+            os.utime(path)
         return dict(content["samples"])
     # One that is broken is made anew.
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -191,6 +191,20 @@ def test_a_broken_entry_is_read_again(root, read):
     assert check_remembered(opened(root)).pixels == (12, 20, 32) and read == ["a", "b"]
 
 
+def test_a_memory_of_another_user_is_read(root, read, monkeypatch):
+    check_remembered(opened(root))
+    read.clear()
+
+    def refused(*_, **__):
+        raise PermissionError
+
+    # As of a cache that is shared for reading.
+    monkeypatch.setattr(checked.os, "utime", refused)
+    monkeypatch.setattr(checked, "write_json", refused)
+    assert check_remembered(opened(root)).pixels == (12, 20, 32) and read == []
+    assert check_remembered(opened(root), recheck=True).pixels == (12, 20, 32)
+
+
 def test_a_cache_that_cannot_be_written(root, read):
     (root.parent / "cache").write_text("a file")
     for _ in range(2):

@@ -62,6 +62,10 @@ def test_a_folder_is_a_source(tmp_path, monkeypatch):
     pairs(tmp_path / "mine", names="ab")
     for source in (tmp_path / "mine", str(tmp_path / "mine")):
         assert is_own_data(source) and names(open_dataset(source, classes=2)) == ["a", "b"]
+    with pytest.raises(
+        ValueError, match=r"--data is the folder .*mine and --root .*give one folder"
+    ):
+        open_dataset(tmp_path / "mine", tmp_path, classes=2)
     # A folder here that is called as a known data set is not taken for it.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "voc").mkdir()

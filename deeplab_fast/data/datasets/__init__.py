@@ -160,7 +160,13 @@ def open_dataset(
         "unknown_colours": unknown_colours,
         **options,
     }
-    spec = {**_spec(source), **{key: value for key, value in given.items() if value is not None}}
+    own = _spec(source)
+    if root is not None and not isinstance(source, Mapping) and own.get("root") == Path(source):
+        raise ValueError(
+            f"--data is the folder {source} and --root {root}; give one folder, as --data DIR or "
+            "as --data folder --root DIR"
+        )
+    spec = {**own, **{key: value for key, value in given.items() if value is not None}}
     name = spec.pop("name", None)
     if name not in DATASETS:
         raise ValueError(
