@@ -26,7 +26,7 @@ from deeplab_fast.data.transforms import check_labels, to_tensors
 from deeplab_fast.engine.adapter import as_segmenter
 from deeplab_fast.engine.counting import Counting
 from deeplab_fast.engine.finite import NotFiniteWarning
-from deeplab_fast.engine.metrics import ImageScore, Metrics, worst_and_best
+from deeplab_fast.engine.metrics import ImageScore, Metrics, percent, worst_and_best
 from deeplab_fast.engine.outputs import write_atomically
 from deeplab_fast.engine.pictures import (
     Panel,
@@ -138,8 +138,9 @@ class Evaluation:
             "confusion": folder / "confusion.png",
             "metrics": folder / "metrics.json",
         }
+        above = f"{title}: mIoU {percent(self.metrics.miou)} % of {len(self.images)} photos"
         pictures = [
-            (paths[panel_name(p)], draw_panel(p, self.classes, title, unpainted=unpainted))
+            (paths[panel_name(p)], draw_panel(p, self.classes, above, unpainted=unpainted))
             for p in self.panels
         ]
         pictures.append((paths["confusion"], picture))

@@ -228,13 +228,14 @@ class ImageScore:
 
 
 def worst_and_best(images: Sequence[ImageScore], count: int) -> list[tuple[str, int, ImageScore]]:
-    """The ``count`` worst and of the others the ``count`` best by mIoU: kind, rank from 1, score.
+    """The ``count`` worst and the ``count`` best by mIoU: kind, rank from 1, score.
 
-    The first are the worst and the best; images without a score are left out.
+    The first are the worst and the best. Of fewer than twice as many images each is one of them.
+    Images without a score are left out.
     """
     ranked = [image for image in images if not math.isnan(image.miou)]
     ranked.sort(key=lambda image: (image.miou, image.index))
-    worst = ranked[:count]
+    worst = ranked[: min(count, (len(ranked) + 1) // 2)]
     best = ranked[len(worst) :][::-1][:count]
     return [
         (kind, rank, score)

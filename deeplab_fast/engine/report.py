@@ -23,6 +23,7 @@ from deeplab_fast.engine.averaging import ExponentialAverage
 from deeplab_fast.engine.charts import class_chart, curves_chart, figure_writer
 from deeplab_fast.engine.evaluate import panels_of
 from deeplab_fast.engine.history import History
+from deeplab_fast.engine.metrics import Metrics, percent
 from deeplab_fast.engine.outputs import write_atomically
 from deeplab_fast.engine.pictures import (
     batch_image,
@@ -226,6 +227,8 @@ class RunReport(Callback):
                 panels = panels_of(counter, images, self.panels)
             folder, kept = self.folder / "panels", set()
             folder.mkdir(exist_ok=True)
+            metrics = Metrics.from_confusion(confusion, module.classes.classes)
+            title += f": mIoU {percent(metrics.miou)} % of {len(images)} photos"
             for panel in panels:
                 picture = draw_panel(panel, module.classes, title)
                 path = folder / panel_name(panel)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deeplab_fast.engine.metrics import Metrics
+from deeplab_fast.engine.metrics import ImageScore, Metrics, worst_and_best
 from deeplab_fast.testing import import_torchvision
 
 # Rows are the labels. Class 2 is predicted and never labelled, class 3 is in neither.
@@ -33,6 +33,23 @@ def test_by_hand():
     assert m.frequency_weighted_iou == pytest.approx(8 / 20 * 6 / 10 + 12 / 20 * 10 / 13)
     assert m.target_pixels == (8, 12, 0, 0) and m.predicted_pixels == (8, 11, 1, 0)
     assert m.absent == ("d",) and m.num_scored == 3
+
+
+@pytest.mark.parametrize(
+    ("scores", "count", "expected"),
+    [
+        pytest.param([0.2, 0.9, 0.5, 0.1, 0.7], 2, ([3, 0], [1, 4]), id="the-middle-left-out"),
+        pytest.param([0.2, 0.9, 0.5], 4, ([0, 2], [1]), id="fewer-images"),
+        pytest.param([0.2], 4, ([0], []), id="one-image"),
+        pytest.param([math.nan, 0.3, 0.3], 1, ([1], [2]), id="no-score-and-equal-ones"),
+    ],
+)
+def test_the_worst_and_the_best_images(scores, count, expected):
+    images = [ImageScore(i, str(i), score, 1.0, 1) for i, score in enumerate(scores)]
+    found = worst_and_best(images, count)
+    for kind, indices in zip(("worst", "best"), expected, strict=True):
+        mine = [(rank, score.index) for k, rank, score in found if k == kind]
+        assert mine == list(enumerate(indices, start=1))
 
 
 def test_table_and_json():
