@@ -150,13 +150,14 @@ def run(config: Namespace) -> int:
         except ValueError as error:
             raise UsageError(str(error)) from error
         dataset = open_data(config, "eval", classes=_names_of_weights(config))
-        if rank == 0 and config.weights and (seen := trained_on(config.weights, dataset)):
-            tell(
-                "eval",
-                f"warning: these weights were trained on {seen} of the {len(dataset)} images; "
-                "--split val scores those that were kept for validation",
-            )
-        unpainted = unpainted_ids(config, dataset.classes)
+        if rank == 0 and config.weights:
+            seen, table = trained_on(config.weights, dataset)
+            if seen:
+                tell(
+                    "eval",
+                    f"warning: these weights were trained on {seen} of the {len(dataset)} images; "
+                    f"those kept for validation are scored with --data {table} --split val",
+                )
         model, name, device = _model(config, device, options)
         if label_count(model.num_classes) != dataset.num_classes:
             raise UsageError(

@@ -138,18 +138,18 @@ def write_split(
     )
 
 
-def trained_on(weights: str | os.PathLike[str], dataset: SegmentationDataset) -> int:
+def trained_on(weights: str | os.PathLike[str], dataset: SegmentationDataset) -> tuple[int, Path]:
     """How many of these photos a run trained on that left its weights beside its ``split.csv``.
 
-    0 where there is no such table; ``weights`` is a file or the folder of a run.
+    0 where there is no such table; ``weights`` is a file or the folder of a run. The second is the
+    table's path.
     """
     path = Path(weights)
+    table = (path if path.is_dir() else path.parent) / "split.csv"
     # The name of weights that come with the package is none of a file here.
-    if not path.exists():
-        return 0
-    rows = _rows((path if path.is_dir() else path.parent) / "split.csv")
-    trained = {row.get("image") for row in rows if row.get("split") == "train"}
-    return sum(os.path.abspath(sample.image) in trained for sample in dataset.samples)
+    rows = _rows(table) if path.exists() else []
+    trained = {row["image"] for row in rows if row["split"] == "train"}
+    return sum(os.path.abspath(sample.image) in trained for sample in dataset.samples), table
 
 
 def _sides(path: Path) -> dict[str, str]:

@@ -264,7 +264,9 @@ def test_a_folder_without_parts(capsys, plain, tmp_path):
     assert "grey" in capsys.readouterr().out
     # Without a split it says what the weights have seen.
     assert cli.main(["eval", *map(str, flags), "--weights", str(out / "model.safetensors")]) == 0
-    assert "were trained on 8 of the 10 images; --split val" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "were trained on 8 of the 10 images" in told
+    assert f"--data {out / 'split.csv'} --split val" in told
 
 
 def test_a_check_that_passed_is_remembered(capsys, plain, tmp_path, monkeypatch):
