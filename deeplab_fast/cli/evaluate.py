@@ -158,6 +158,7 @@ def run(config: Namespace) -> int:
                     f"warning: these weights were trained on {seen} of the {len(dataset)} images; "
                     f"those kept for validation are scored with --data {table} --split val",
                 )
+        unpainted = unpainted_ids(config, dataset.classes)
         model, name, device = _model(config, device, options)
         if label_count(model.num_classes) != dataset.num_classes:
             raise UsageError(
