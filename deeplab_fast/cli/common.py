@@ -42,6 +42,13 @@ class UsageError(Exception):
     """Arguments that cannot be carried out; the message says why."""
 
 
+def in_options(error: Exception, config: Namespace) -> str:
+    """What an error says of an argument, with the option that gave it: tile is, --tile is."""
+    text = str(error)
+    name = text.partition(" ")[0]
+    return f"--{name.replace('_', '-')}{text.removeprefix(name)}" if name in config else text
+
+
 def tell(command: str, message: str) -> None:
     print(f"{PROGRAM} {command}: {message}", file=sys.stderr)
 
@@ -258,7 +265,8 @@ def check_classes(options: PredictOptions, model: Model) -> None:
     try:
         options.check_classes(model)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        # It says what the threshold is.
+        raise UsageError(f"--{error}") from error
 
 
 def need_weights(config: Namespace) -> None:

@@ -21,6 +21,7 @@ from deeplab_fast.cli.common import (
     check_precision,
     check_preprocess,
     device_name,
+    in_options,
     need_weights,
     open_data,
     tell,
@@ -99,7 +100,7 @@ def _model(
             scales=config.scales, tile=config.tile, precision=config.precision, dtype=config.dtype
         )
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(in_options(error, config)) from error
     return exported, exported.description.model, check_device("cpu")
 
 
@@ -148,7 +149,7 @@ def run(config: Namespace) -> int:
             if config.output and Path(config.output).exists() and not Path(config.output).is_dir():
                 raise ValueError(f"--output {config.output} is a file; name a folder")
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(in_options(error, config)) from error
         dataset = open_data(config, "eval", classes=_names_of_weights(config))
         if rank == 0 and config.weights:
             seen, table = trained_on(config.weights, dataset)

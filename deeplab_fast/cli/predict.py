@@ -28,6 +28,7 @@ from deeplab_fast.cli.common import (
     check_precision,
     check_preprocess,
     device_name,
+    in_options,
     need_weights,
     tell,
     unpainted_ids,
@@ -169,7 +170,7 @@ def _prepare(config: Namespace) -> _Job:
     try:
         check_outputs(outputs)
     except ValueError as error:
-        raise UsageError(f"--outputs: {error}") from error
+        raise UsageError(in_options(error, config)) from error
     try:
         check_bits(config.depth)
     except ValueError as error:
@@ -188,7 +189,7 @@ def _prepare(config: Namespace) -> _Job:
         check_dtype(config.dtype)
         paths = _inputs(list_images(config.paths), config.paths, output, outputs)
     except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(in_options(error, config)) from error
     check_preprocess(config)
     exported = exported_model(config)
     if exported is not None:
@@ -216,7 +217,7 @@ def _prepare(config: Namespace) -> _Job:
         try:
             exported.check_options(**arguments)
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(in_options(error, config)) from error
     return _Job(
         paths=tuple(paths),
         stems=tuple(unique_stems(paths)),

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from tqdm import tqdm
 
+from deeplab_fast.engine.counting import clock
 from deeplab_fast.engine.finite import describe_not_finite
 from deeplab_fast.engine.metrics import Metrics, percent
 
@@ -155,7 +156,7 @@ class Progress(Callback):
             return
         done, count = batch_idx + 1, _number(trainer)
         left = (now - self._began) / done * (count - done)
-        self.tell(f"validating: {done}/{count} batches, {_clock(left)} left")
+        self.tell(f"validating: {done}/{count} batches, {clock(left)} left")
         self._told = now
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,7 +215,7 @@ class Progress(Callback):
             left = (self.total_steps - trainer.global_step) * seconds / steps
             left += self._validations_left(trainer) * self._last_validation
             if trainer.global_step < self.total_steps:
-                parts.append(f"{_clock(left)} left")
+                parts.append(f"{clock(left)} left")
         return ", ".join(parts)
 
     def _show(self, trainer: Trainer, pl_module: LightningModule, now: float) -> None:
@@ -271,9 +272,3 @@ def _miou(metrics: Metrics) -> str:
         return "-"
     scored = f" of {metrics.num_scored} of {len(metrics.classes)} classes" if metrics.absent else ""
     return f"{percent(metrics.miou)} %{scored}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -332,7 +332,7 @@ def test_reset_head(capsys, weights, photos, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        pytest.param(["--tile", "0", "8"], "tile is", id="tile-0"),
+        pytest.param(["--tile", "0", "8"], "error: --tile is", id="tile-0"),
         pytest.param(["--tile", "8"], "--tile", id="tile-one-number"),
         pytest.param(["--tile", "8", "x"], "--tile", id="tile-text"),
         pytest.param(["--tile", "8", "8", "--overlap", "1"], "overlap is 1.0", id="overlap-1"),
@@ -546,7 +546,7 @@ def test_only_the_outputs_that_were_asked_for(capsys, model, weights, photos, tm
     # Half of a level.
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.5 / 65535 + 1e-7)
     status, _, errors = run(capsys, *base, "--output", tmp_path / "o", "--outputs", "label")
-    assert status == 2 and "--outputs: outputs are label; expected one or more of labels" in errors
+    assert status == 2 and "--outputs are label; expected one or more of labels" in errors
     assert not (tmp_path / "o").exists()
 
 

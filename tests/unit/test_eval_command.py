@@ -80,7 +80,7 @@ def test_eval_command(capsys, weights, data, tmp_path, monkeypatch):
         pytest.param(["--scales", "0"], "scales is", id="scales"),
         pytest.param(["--threshold", "0.5"], "the model has 4 classes, of which", id="threshold"),
         pytest.param(["--panels", "2"], "--panels needs --output", id="panels"),
-        pytest.param(["--batch-size", "0"], "batch_size is 0", id="batch"),
+        pytest.param(["--batch-size", "0"], "--batch-size is 0", id="batch"),
         pytest.param(["--workers", "-1"], "--workers is -1", id="workers"),
         pytest.param(["--classes", "5"], "weights have 4 classes and the data set", id="classes"),
         pytest.param(["--output", "{}"], "is a file; name a folder", id="output"),
