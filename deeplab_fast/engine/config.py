@@ -300,7 +300,12 @@ class TrainConfig:
         "weights in model.safetensors: best (by val mIoU; without one the last) or last",
         "WHICH",
     )
-    log_every: int = _option(10, "steps between lines in metrics.jsonl", "N")
+    log_every: int = _option(
+        10,
+        "steps between lines in metrics.jsonl; what is printed comes at these steps, 10 s apart or "
+        "more, and after 30 s at any",
+        "N",
+    )
     tensorboard: bool = _option(True, "also write TensorBoard's logs")
     pictures: bool = _option(
         True, "also draw curves, IoU by class, confusion matrix, a batch and panels of photos"
