@@ -27,10 +27,11 @@ def parser() -> ArgumentParser:
 
     parser = CommandParser(
         "train",
-        description="Trains a model into the folder --output: config.yaml (runs again with"
-        " --config), versions.json, metrics.jsonl, results.csv, tensorboard/, checkpoints/last.ckpt"
-        " and best.ckpt, batch.png, curves.png, classes.png, confusion.png, panels/ and at the end"
-        " model.safetensors (for predict and eval) and result.json."
+        description="Trains a model, for instance: deeplab-fast train --data folder --root data/"
+        " --weights camvid --epochs 30 --output runs/mine. Into the folder --output go config.yaml"
+        " (runs again with --config), versions.json, metrics.jsonl, results.csv, tensorboard/,"
+        " checkpoints/last.ckpt and best.ckpt, batch.png, curves.png, classes.png, confusion.png,"
+        " panels/ and at the end model.safetensors (for predict and eval) and result.json."
         " SIGTERM and Ctrl+C save and stop; --resume goes on with the same result. Under torchrun"
         " or SLURM the processes share each batch. Needs pip install deeplab_fast[train].",
     )
