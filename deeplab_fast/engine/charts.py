@@ -41,8 +41,10 @@ def curves_chart(history: History, title: str = "") -> Figure:
     figure.suptitle(_plain(title), fontsize=11)
     _losses(losses, history)
     _scores(scores, history)
-    steps = [row["step"] for row in history.steps if "lr" in row]
-    rates.plot(steps, [row["lr"] for row in history.steps if "lr" in row], color=_RATE, lw=1.5)
+    told = [(row["step"], row["lr"]) for row in history.steps if "lr" in row]
+    # A short run has one line: a point, which without a mark is nothing.
+    mark = "." if len(told) < 40 else ""
+    rates.plot(*zip(*told, strict=True), color=_RATE, lw=1.5, marker=mark)
     rates.set_ylabel("learning rate")
     rates.set_ylim(bottom=0)
     rates.grid(alpha=0.3)

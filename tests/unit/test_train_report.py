@@ -166,7 +166,9 @@ def test_curves(history, count):
 
 
 def test_curves_before_a_validation(history):
-    losses, scores, _ = curves_chart(history(3, ["a"])).axes
+    losses, scores, rates = curves_chart(history(3, ["a"])).axes
+    # One value alone is seen too.
+    assert rates.get_lines()[0].get_marker() == "."
     assert len(losses.get_lines()) == 1 and losses.get_legend() is None
     assert [text.get_text() for text in scores.texts] == ["no validation yet"]
 
