@@ -380,6 +380,7 @@ class MetricsFile(Callback):
         else:
             self._loss, self._steps = 0.0, 0
         self._lines = len(lines)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(f"{line}\n" for line in lines)
         write_atomically([(self.path, lambda file: file.write(text.encode("utf-8")))])
 

@@ -95,6 +95,7 @@ class RunReport(Callback):
         self.history = History(self.history.path)
         self._drawn = self._cost = 0.0
         self._shown = None
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._table()
 
     @rank_zero_only
