@@ -141,7 +141,8 @@ class RunReport(Callback):
         confusion: Tensor | None,
         images: Sequence[ImageScore],
     ) -> None:
-        """Draws ``confusion.png`` and ``panels/`` anew where they show another step.
+        """Draws ``confusion.png`` and ``panels/`` anew where they show another step, and curves
+        where there are none.
 
         Args:
             module: with the weights that are shown.
@@ -150,6 +151,9 @@ class RunReport(Callback):
             title: of the pictures.
             step, confusion, images: of the weights' own validation.
         """
+        if not (self.folder / "curves.png").exists():
+            # A finished run that is resumed trains no more.
+            self._charts()
         if not self.pictures or confusion is None or dataset is None or step == self._shown:
             return
         place = module.device

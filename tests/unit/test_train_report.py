@@ -101,6 +101,11 @@ def test_a_resumed_run_has_its_pictures_whole(config, tmp_path):
     assert np.array_equal(pixels(folder / "confusion.png"), np.asarray(wanted))
     shown = {path.name for path in (folder / "panels").iterdir()}
     assert shown == {panel_name(panel) for panel in exported.panels} and len(shown) == 8
+    # Of a finished run too.
+    (folder / "curves.png").unlink()
+    fit(config, resume=True, quiet=True)
+    assert (folder / "curves.png").exists()
+    assert np.array_equal(pixels(folder / "confusion.png"), np.asarray(wanted))
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()
