@@ -95,6 +95,22 @@ def _not_built(name: str, build: dict[str, Any]) -> str:
     return f"not built: this copy of the package was never installed; {_REBUILD}"
 
 
+def _warn(message: str) -> None:
+    """A RuntimeWarning at the line that led here: not of this package, torch or the imports."""
+    own = (str(__package__).partition(".")[0], "importlib", "torch")
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in own:
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        RuntimeWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
 def _load(name: str, build: dict[str, Any], *, stable_abi: bool) -> Extension:
     full_name = f"{__package__}.{name}"
 
@@ -151,12 +167,10 @@ _failures = [
     and (failure := _failure(extension.name.rpartition(".")[2], _build))
 ]
 if _failures:
-    warnings.warn(
+    _warn(
         f"{'; '.join(_failures)}. Without it deeplab_fast is slower. To end this warning, put "
         f"that right and {_REBUILD}, or build with DEEPLAB_FAST_BUILD_EXT=0 for pure Python, or "
-        "run with DEEPLAB_FAST_DISABLE_EXT=1.",
-        RuntimeWarning,
-        stacklevel=3,
+        "run with DEEPLAB_FAST_DISABLE_EXT=1."
     )
 
 # Once in a process; not of what the user chose, or was told of above.
@@ -171,10 +185,8 @@ def warn_of_missing_cpu() -> None:
         return
     _silent = True
     cure = "" if "pip install" in CPU.reason else f"; put that right and {_REBUILD}"
-    warnings.warn(
-        f"deeplab_fast runs in PyTorch alone, and slower, on this CPU: its C++ operators are "
+    _warn(
+        "deeplab_fast runs in PyTorch alone, and slower, on this CPU: its C++ operators are "
         f"{CPU.reason}{cure}. DEEPLAB_FAST_DISABLE_EXT=1 does without them and without this "
-        "warning.",
-        RuntimeWarning,
-        stacklevel=2,
+        "warning."
     )

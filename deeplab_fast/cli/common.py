@@ -244,8 +244,8 @@ def add_pass_arguments(add: Callable[..., object]) -> None:
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="sliding windows of this many pixels of the network's input, cut from the photo at the "
-        "model's scale (--size), for images too large to run whole",
+        help="sliding windows of this many pixels of the network's input, cut from the photo at "
+        "the model's scale (--size), for images too large to run whole",
     )
     add(
         "--overlap",

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -24,8 +25,8 @@ from deeplab_fast.data.classes import generic_classes
 from deeplab_fast.data.datasets import open_dataset
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.data.transforms import AugmentedDataset, resize_pair
+from deeplab_fast.engine import counting, pictures
 from deeplab_fast.engine import evaluate as module
-from deeplab_fast.engine import pictures
 from deeplab_fast.engine.evaluate import ShardSampler, confusion_image, evaluate
 from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.predict import predict
@@ -107,6 +108,28 @@ def count(target, labels):
 def by_hand(model, dataset, **options):
     parts = [count(label, predict(model, image, **options)) for image, label in dataset]
     return sum(parts), parts
+
+
+def test_how_far_it_is_is_told(monkeypatch):
+    monkeypatch.setattr(counting, "_SECONDS", 0.0)
+    lines = []
+    options = {"tile": (16, 20), "overlap": 0, "tell": lines.append}
+    evaluate(Small(), Scenes(), progress=True, **options)
+    told = [re.sub(r"[\d.]+ (ms|s) an image, [\d:]+ left", "PACE", line) for line in lines]
+    told = [re.sub(r", [\d:]+ left", "", line) for line in told]
+    # Images of 24x32 have four windows, of 30x20 two; the last of each, and of all, is no news.
+    assert told[:6] == [
+        "0/5 images, window 1/4 of the next",
+        "0/5 images, window 2/4 of the next",
+        "0/5 images, window 3/4 of the next",
+        "1/5 images, PACE",
+        "1/5 images, window 1/4 of the next",
+        "1/5 images, window 2/4 of the next",
+    ]
+    assert told[-2:] == ["4/5 images, PACE", "4/5 images, window 1/2 of the next"]
+    lines.clear()
+    evaluate(Small(), Scenes(), progress=False, **options)
+    assert lines == []
 
 
 OPTIONS = [

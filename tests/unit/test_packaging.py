@@ -929,6 +929,8 @@ def test_import_warns_of_a_compiler_that_failed(entry, disable, warns, load, mon
     for warning in caught:
         assert warning.category is RuntimeWarning
         assert "x.cpp:1: error: y (c++ 1, torch 2.0)" in str(warning.message)
+        # Not at an import of the package's own.
+        assert Path(warning.filename).name == "test_packaging.py"
 
 
 @pytest.mark.parametrize(
