@@ -55,8 +55,6 @@ def pixels(path):
 
 
 def test_a_resumed_run_has_its_pictures_whole(config, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     config = config.replace(epochs=3, lr=0.3, ema=0.2, export="best", pictures=True)
     config = config.replace(tensorboard=True)
     folder = tmp_path / "run"
@@ -106,11 +104,11 @@ def test_a_resumed_run_has_its_pictures_whole(config, tmp_path):
     fit(config, resume=True, quiet=True)
     assert (folder / "curves.png").exists()
     assert np.array_equal(pixels(folder / "confusion.png"), np.asarray(wanted))
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0})
-    events.Reload()
-    tags = events.Tags()
-    assert {"val/loss", "val/miou", "val/iou/red"} <= set(tags["scalars"])
-    assert {"batch", "confusion", "panels/worst_01", "panels/best_04"} <= set(tags["images"])
+    # TensorBoard's own reader takes seconds to check what PNGs add up to.
+    events = b"".join(path.read_bytes() for path in (folder / "tensorboard").glob("events*"))
+    for tag in ("val/loss", "val/miou", "val/iou/red", "confusion", "panels/worst_01"):
+        assert tag.encode() in events
+    assert (folder / "batch.png").read_bytes() in events
 
 
 @pytest.fixture
