@@ -378,7 +378,9 @@ def _high_byte(values: np.ndarray, name: str, bits: int | None, colours: int) ->
     if bits is None:
         if 0 < high < 1 << _FEWEST_BITS:
             used = max(8, high.bit_length())
-            cure = f"read_image(path, bits={used}), or predict --depth {used}"
+            cure = (
+                f"shift them to 8, or use predict --depth {used} or read_image(path, bits={used})"
+            )
             raise ImageReadError(name, _too_dark(high, cure))
         bits = 16
     if values.size and int(values.max()) >> bits:
