@@ -435,7 +435,7 @@ class Runner:
         if size != pixels.size:
             # No more than one row of windows at a time.
             most = max(1, tile_h * width // pixels.size[1])
-            resized = _Rows(size, pixels.size, align_corners, most)
+            resized = InterpolatedRows(size, pixels.size, align_corners, most)
         # Written into, row by row: pieces of it would lie between what is freed, and keep that.
         labels: Tensor | None = None
         best_prob: Tensor | None = None
@@ -573,7 +573,7 @@ def _counted(results: Sequence[Result]) -> list[int]:
     return counts.tolist()
 
 
-class _Rows:
+class InterpolatedRows:
     """Bilinear interpolation of a map whose rows come in order, some rows at a time.
 
     Args:
@@ -613,7 +613,10 @@ class _Rows:
                 align_corners=self.align_corners,
             )
         self.made = end
-        begin = int(self.low[end]) if end < len(self.low) else self.first + kept.shape[2]
+        begin = self.first + kept.shape[2]
+        # A reduction may skip rows: the next one that it needs may not have come yet.
+        if end < len(self.low):
+            begin = min(begin, int(self.low[end]))
         self.kept = kept[:, :, begin - self.first :].clone()
         self.first = begin
 

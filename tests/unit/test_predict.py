@@ -307,6 +307,9 @@ def test_windows_of_a_pixelwise_model_equal_the_whole_image(size, tile, overlap,
         pytest.param(True, 47, (33, 20), id="larger, corners aligned"),
         pytest.param(False, (11, 60), (11, 16), id="one axis smaller, one larger, one row"),
         pytest.param(False, 20, (1, 99), id="windows of one row"),
+        # Rows of the network's map that no row of the result needs lie between windows.
+        pytest.param(False, 130, (33, 40), id="four times larger"),
+        pytest.param(True, 130, (33, 40), id="four times larger, corners aligned"),
     ],
 )
 def test_windows_of_a_photo_are_cut_at_the_models_scale(align_corners, size, tile):
@@ -341,6 +344,25 @@ def test_a_photo_that_fits_one_window_is_as_without(options):
     tiled, tiled_prob = predict(model, image, tile=(24, 32), return_prob=True, **options)
     np.testing.assert_array_equal(tiled, whole)
     np.testing.assert_array_equal(tiled_prob, prob)
+
+
+def test_rows_that_come_in_parts_are_those_of_the_whole_map():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        have = rng.integers(1, 91, 2)
+        want = np.clip(have * 10 ** rng.uniform(-1, 0.9, 2), 1, 400).astype(int)
+        align_corners = bool(rng.integers(2))
+        x = torch.from_numpy(rng.random((1, 2, *have), np.float32))
+        ends = rng.choice(have[0] + 1, rng.integers(0, have[0] + 1), replace=False)
+        parts = np.split(np.arange(have[0]), np.sort(ends))
+        rows = module.InterpolatedRows(
+            tuple(have.tolist()), tuple(want.tolist()), align_corners, int(rng.integers(1, 20))
+        )
+        found = torch.cat([r for part in parts for r in rows.add(x[:, :, part])], dim=2)
+        whole = F.interpolate(x, tuple(want.tolist()), mode="bilinear", align_corners=align_corners)
+        # Neighbours differ by at most 1, and a position of up to 91 is off by a few 91 * 2^-24.
+        off = (found - whole).abs().max()
+        assert off < 5e-5, (have, want, align_corners)
 
 
 def test_windows_at_the_photos_own_scale_are_asked_for():
