@@ -2,7 +2,8 @@
 
 A file of JSON for each data set and set of options, in $XDG_CACHE_HOME/deeplab_fast/checked
 (~/.cache by default), has what each sample holds that nothing was wrong with. A sample counts as
-unchanged where path, size and time of change of photo and mask are those of its check. A memory
+unchanged where the files of photo and mask are those of its check, by path, inode, size, and the
+times when content and inode changed: copying with times kept leaves the first as it was. A memory
 that cannot be read or written is passed over.
 """
 
@@ -24,7 +25,7 @@ from deeplab_fast.dispatch.files import cache_folder, write_json
 __all__ = ["check_remembered", "checks_folder"]
 
 # To be raised where a check finds what it did not before, or counts otherwise.
-_VERSION = 1
+_VERSION = 2
 
 # A file may change again within the clock tick of its last change: 2 s on FAT.
 _SETTLED_NS = 2_000_000_000
@@ -136,7 +137,7 @@ class _Memory:
             self.entries.pop(name, None)
             if finding.problems or finding.pixels is None or state is None:
                 continue
-            if max(state[1], state[3]) <= self.started - _SETTLED_NS:
+            if max(each[1] for each in state) <= self.started - _SETTLED_NS:
                 self.entries[name] = {
                     "files": state,
                     "pixels": {str(label): n for label, n in finding.pixels.items()},
@@ -178,13 +179,13 @@ def _name(sample: Sample) -> str:
     return f"{os.path.abspath(sample.image)}\n{os.path.abspath(sample.mask)}"
 
 
-def _state(sample: Sample) -> list[int] | None:
-    """Size and time of change of photo and mask, None where one is missing."""
+def _state(sample: Sample) -> list[list[int]] | None:
+    """Size, times of change and inode of photo and mask, None where one is missing."""
     try:
-        image, mask = os.stat(sample.image), os.stat(sample.mask)
+        files = [os.stat(path) for path in (sample.image, sample.mask)]
     except OSError:
         return None
-    return [image.st_size, image.st_mtime_ns, mask.st_size, mask.st_mtime_ns]
+    return [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for s in files]
 
 
 def _entries(path: Path) -> dict[str, Any]:

@@ -101,12 +101,21 @@ def resized(root):
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
+def overwritten(root):
+    """Other content of the same size, with the time kept as by cp -p, in the same file."""
+    path = root / "masks" / "b.png"
+    state = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         pytest.param(lambda root: settle(root / "masks" / "b.png", 1800), id="time of a mask"),
         pytest.param(lambda root: settle(root / "images" / "b.png", 1800), id="time of a photo"),
         pytest.param(resized, id="size alone"),
+        pytest.param(overwritten, id="content alone"),
     ],
 )
 def test_a_changed_file_is_read_again(root, read, change):
