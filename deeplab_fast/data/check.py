@@ -563,7 +563,7 @@ def read_sample(dataset: SegmentationDataset, index: int) -> Finding:
     except LabelError as error:
         found.append(Problem(index, "labels", mask, str(error), error.allowed, error.values))
     except ColourError as error:
-        reason = "to which --mask-colours gives no class"
+        reason = f"to which --mask-colours gives no class{error.cure}"
         text = f"{mask}: {_described(error.colours)}, {reason}"
         found.append(Problem(index, "colours", mask, text, reason, error.colours))
     except ImageReadError as error:

@@ -443,19 +443,40 @@ def test_colours_become_class_ids(tmp_path, mode):
     np.testing.assert_array_equal(dataset[0][1], np.resize(np.array([1, 1, 0, 255, 0]), SIZE))
 
 
-def test_grey_and_palette_masks_beside_colours(tmp_path):
+def test_grey_masks_beside_colours(tmp_path):
     values = np.resize(np.array([0, 1, 255], np.uint8), SIZE)
     colours = {(0, 0, 0): 0, (1, 1, 1): 300, (255, 255, 255): 1}
     Image.fromarray(values).save(tmp_path / "grey.png")
     Image.fromarray(values == 255).save(tmp_path / "bits.png")
-    palette = Image.fromarray(values)
-    palette.putpalette([7] * 768)
-    palette.save(tmp_path / "palette.png")
     read = read_mask(tmp_path / "grey.png", colours)
     assert read.dtype == np.int32
     np.testing.assert_array_equal(read, np.resize(np.array([0, 300, 1]), SIZE))
     np.testing.assert_array_equal(read_mask(tmp_path / "bits.png", colours), values == 255)
-    np.testing.assert_array_equal(read_mask(tmp_path / "palette.png", colours), values)
+
+
+def test_palettes_are_read_by_their_colours(tmp_path):
+    values = np.resize(np.array([2, 0, 1, 1], np.uint8), SIZE)
+    picture = Image.fromarray(values)
+    # The palette's order is the saving program's: index 0 is class 1.
+    picture.putpalette([*SKY, *ROAD, 9, 9, 8])
+    picture.save(tmp_path / "m.png")
+    known = {ROAD: 0, SKY: 1}
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), values)
+    np.testing.assert_array_equal(
+        read_mask(tmp_path / "m.png", known, unknown=255), np.resize(np.array([255, 1, 0, 0]), SIZE)
+    )
+    np.testing.assert_array_equal(
+        read_mask(tmp_path / "m.png", {**known, (9, 9, 8): 300}),
+        np.resize(np.array([300, 1, 0, 0]), SIZE),
+    )
+    with pytest.raises(
+        ColourError, match="indices are the class numbers, leave --mask-colours"
+    ) as e:
+        read_mask(tmp_path / "m.png", known)
+    assert e.value.colours == {(9, 9, 8): 6}
+    picture.save(tmp_path / "clear.png", transparency=1)
+    with pytest.raises(ImageReadError, match=r"12 pixels are transparent \(mode P\)"):
+        read_mask(tmp_path / "clear.png", {**known, (9, 9, 8): 2})
 
 
 def test_unknown_colours(tmp_path):

@@ -3,8 +3,9 @@
 Every data set gives a photo as a uint8 RGB array [H, W, 3] and its labels as an array [H, W] of
 class ids, uint8 where they fit (int32 above), with one value, ``ignore_index``, for pixels that
 count for nothing. Masks are read as the numbers that the file holds: of a palette PNG the indices,
-never its colours. Photo and mask are each turned by the EXIF orientation that its own file is
-tagged with. File names are one in all forms of Unicode: macOS stores letters and accents apart.
+and its colours only where ``mask_colours`` names some. Photo and mask are each turned by the EXIF
+orientation that its own file is tagged with. File names are one in all forms of Unicode: macOS
+stores letters and accents apart.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ class SegmentationDataset(_Dataset):
             which leaves it as it is.
         ignore_index: None is the class set's, or 255 (65535 above 255 classes) where it has none.
         mask_colours: colours of the masks that stand for classes: by class name or id, (R, G, B) or
-            several of them; "void" is what is ignored. Palette pictures and arrays give their
-            numbers all the same.
+            several of them; "void" is what is ignored. Palette pictures are read by their
+            palette's colours; arrays give their numbers all the same.
         unknown_colours: "error", or "ignore", which ignores pixels of any other colour.
 
     Attributes:

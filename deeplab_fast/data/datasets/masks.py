@@ -22,15 +22,32 @@ _LOSSY_COMPRESSIONS = ("jpeg", "tiff_jpeg", "webp")
 
 
 class ColourError(ValueError):
-    """Colours that stand for no class: ``path`` of the mask and ``colours``, pixels by colour."""
+    """Colours that stand for no class.
 
-    def __init__(self, path: str, colours: Mapping[Colour, int]) -> None:
-        super().__init__(path, colours)
+    Attributes:
+        path: of the mask.
+        colours: pixels by colour.
+        palette: whether they are a palette's, so that numbers may be meant.
+    """
+
+    def __init__(self, path: str, colours: Mapping[Colour, int], palette: bool = False) -> None:
+        super().__init__(path, colours, palette)
         self.path = path
         self.colours = dict(colours)
+        self.palette = palette
+
+    @property
+    def cure(self) -> str:
+        """What to do with a palette, "" without one."""
+        if not self.palette:
+            return ""
+        return (
+            "; this palette picture is read by its colours: where its indices are the class "
+            "numbers, leave --mask-colours out"
+        )
 
     def __str__(self) -> str:
-        return f"{self.path}: {len(self.colours)} colours that stand for no class"
+        return f"{self.path}: {len(self.colours)} colours that stand for no class{self.cure}"
 
 
 def read_mask(
@@ -41,15 +58,16 @@ def read_mask(
 ) -> np.ndarray:
     """The numbers that a mask file holds, [H, W], uint8, or int32 where they need it.
 
-    Palette pictures give their indices; grey ones of 2 and 4 bits their stored values, which Pillow
-    spreads over 0..255; colour ones of 8 bits whose three channels are equal, and opaque, that
-    channel. A picture is turned by its EXIF orientation. ``.npy`` holds the array; ``.mat`` is
-    SBD's form (needs scipy).
+    Without ``colours`` palette pictures give their indices; grey ones of 2 and 4 bits their stored
+    values, which Pillow spreads over 0..255; colour ones of 8 bits whose three channels are equal,
+    and opaque, that channel. A picture is turned by its EXIF orientation. ``.npy`` holds the array;
+    ``.mat`` is SBD's form (needs scipy).
 
     Args:
         path: the file.
         colours: numbers that exact colours (R, G, B) of 8 bits stand for, in grey pictures those
-            with three equal parts. Palette pictures and arrays give their numbers all the same.
+            with three equal parts, in palette pictures those of the palette, whose order is any.
+            Arrays give their numbers all the same.
         unknown: what a colour stands for that ``colours`` has not.
 
     Raises:
@@ -116,10 +134,10 @@ def _read_picture(
             hint = "" if grey else f"; {_COLOURS_HINT} in pictures of 8 bits"
             raise ImageReadError(str(path), f"{what}{bits}{said}; {_ONE_CHANNEL}{hint}")
         load_upright(image)
-        if colours and mode in ("L", "1", *_EQUAL_CHANNELS):
+        if colours and mode in ("P", "L", "1", *_EQUAL_CHANNELS):
             rgba = np.asarray(image.convert("RGBA"))
             _opaque(rgba, mode, path)
-            return _of_colours(rgba, path, colours, unknown)
+            return _of_colours(rgba, path, colours, unknown, palette=mode == "P")
         values = np.asarray(image)
     if mode in _EQUAL_CHANNELS:
         return _equal_channel(values, mode, path)
@@ -143,13 +161,13 @@ _COLOURS_HINT = "where colours stand for classes, --mask-colours FILE names them
 
 def _opaque(values: np.ndarray, mode: str, path: Path) -> np.ndarray:
     """The channels without alpha, which must be 255 throughout."""
-    if mode in ("RGBA", "LA"):
+    if mode in ("RGBA", "LA", "P"):
         clear = int((values[..., -1] != 255).sum())
         if clear:
             raise ImageReadError(
                 str(path),
                 f"{clear} pixels are transparent (mode {mode}), and whether their class numbers "
-                "count is not told; store the mask without the alpha channel",
+                "count is not told; store the mask without transparency",
             )
         values = values[..., :-1]
     return values
@@ -168,7 +186,12 @@ def _equal_channel(values: np.ndarray, mode: str, path: Path) -> np.ndarray:
 
 
 def _of_colours(
-    values: np.ndarray, path: Path, colours: Mapping[Colour, int], unknown: int | None
+    values: np.ndarray,
+    path: Path,
+    colours: Mapping[Colour, int],
+    unknown: int | None,
+    *,
+    palette: bool,
 ) -> np.ndarray:
     """Numbers by colour of uint8 [H, W, 4], whatever the fourth channel holds."""
     height, width = values.shape[:2]
@@ -187,7 +210,8 @@ def _of_colours(
             other, inverse = np.unique(heads[missing], return_inverse=True)
             counts = np.bincount(inverse, lengths[missing]).astype(int)
             shown = ((c & 255, c >> 8 & 255, c >> 16) for c in other.tolist())
-            raise ColourError(str(path), dict(zip(shown, counts.tolist(), strict=True)))
+            found_here = dict(zip(shown, counts.tolist(), strict=True))
+            raise ColourError(str(path), found_here, palette)
         found = np.where(heads_known, found, unknown)
     fits = found.min() >= 0 and found.max() <= 255
     found = found.astype(np.uint8 if fits else np.int32)
