@@ -5,11 +5,11 @@ import deeplab_fast as dlf
 model = dlf.deeplabv3_resnet50(weights="checkpoint.pth").eval()
 labels = model.predict("photo.jpg")
 
-The names stand in `_public.py`, and are imported with PyTorch at the first use of one of them:
-`deeplab-fast --help` needs neither. What needs the operators without any name of this package, as
-`torch.ops.deeplab_fast`, imports `deeplab_fast.ops`.
+The names stand in `_public.py`, and are imported with this package. The command `deeplab-fast`
+imports them at the first use of one: its `--help` needs no PyTorch.
 """
 
+import sys as _sys
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
@@ -52,3 +52,17 @@ else:
 def _is_module(name: str) -> bool:
     inside = (_folder / f"{name}.py").is_file() or (_folder / name / "__init__.py").is_file()
     return inside or name == "kernels"
+
+
+def _is_command() -> bool:
+    program = _Path(_sys.argv[0]).name if getattr(_sys, "argv", None) else ""
+    # While `python -m` looks for a module it has "-m" for the program's name.
+    module = program == "-m" and __name__ in _sys.orig_argv
+    return module or program.removesuffix(".exe") in ("deeplab-fast", "deeplab-fast-script.py")
+
+
+# Not at first use: two threads that import modules of a package at once, one by the package and
+# one by a module in it, hold the locks of imports crosswise, and get half made modules. What
+# imports this package has them all before it can start a thread that uses one.
+if not _TYPE_CHECKING and not _is_command():
+    _import_module(f"{__name__}._public")

@@ -122,16 +122,17 @@ def test_help_needs_no_pytorch():
     """Of the program and of every command, and a command needs no other's parser."""
     code = (
         "import contextlib, io, sys\n"
+        "arguments, sys.argv = sys.argv[1:], ['bin/deeplab-fast']\n"
         "from deeplab_fast import cli\n"
         "texts = []\n"
-        "for command in ('', *sys.argv[1:]):\n"
+        "for command in ('', *arguments):\n"
         "    with contextlib.redirect_stdout(io.StringIO()) as text:\n"
         "        assert cli.main([*command.split(), '--help']) == 0\n"
         "    if not command:\n"
         "        assert 'jsonargparse' not in sys.modules\n"
         "    texts.append(text.getvalue())\n"
         "assert 'torch' not in sys.modules\n"
-        "for command, text in zip(sys.argv[1:], texts[1:]):\n"
+        "for command, text in zip(arguments, texts[1:], strict=True):\n"
         "    assert text.startswith(f'usage: deeplab-fast {command}'), text\n"
         "    assert f'\\n    {command}' in texts[0], texts[0]\n"
     )
@@ -143,20 +144,52 @@ def test_help_needs_no_pytorch():
 
 def test_the_module_is_the_command(capsys):
     done = subprocess.run(
-        [sys.executable, "-m", "deeplab_fast", "--version"],
+        [sys.executable, "-X", "importtime", "-m", "deeplab_fast", "--version"],
         capture_output=True,
         text=True,
         check=True,
         cwd=ROOT,
     )
+    assert "deeplab_fast.cli" in done.stderr and "torch" not in done.stderr
     assert done.stdout == f"deeplab-fast {deeplab_fast.__version__}\n"
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == done.stdout
 
 
-def test_the_public_names_come_at_first_use():
+def test_threads_may_be_the_first_to_use_what_was_imported():
+    code = (
+        "import threading\n"
+        "import deeplab_fast as dlf\n"
+        "def load(): dlf.load('camvid')\n"
+        "def inspect(): dlf.weights.inspect_weights('camvid')\n"
+        "def models():\n"
+        "    from deeplab_fast.models import deeplabv3_resnet50\n"
+        "    assert deeplabv3_resnet50.__name__ in dlf.models.list_models()\n"
+        "def weights():\n"
+        "    from deeplab_fast.weights import from_checkpoint\n"
+        "def predict():\n"
+        "    from deeplab_fast.engine.predict import predict\n"
+        "uses = [load, inspect, models, weights, predict, load]\n"
+        "barrier, done = threading.Barrier(len(uses)), []\n"
+        "def first(use):\n"
+        "    barrier.wait()\n"
+        "    use()\n"
+        "    done.append(use)\n"
+        "threads = [threading.Thread(target=first, args=(use,)) for use in uses]\n"
+        "[thread.start() for thread in threads]\n"
+        "[thread.join() for thread in threads]\n"
+        "assert len(done) == len(uses)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_public_names_come_to_the_command_at_first_use():
     code = (
         "import inspect, sys\n"
+        "sys.argv[0] = 'bin/deeplab-fast'\n"
         "import deeplab_fast\n"
         "inspect.unwrap(deeplab_fast)\n"
         "assert deeplab_fast.__version__ and 'torch' not in sys.modules\n"
