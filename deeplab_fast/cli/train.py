@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import errno
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from deeplab_fast.cli.common import UsageError, tell
 
@@ -96,7 +98,7 @@ def parser() -> ArgumentParser:
             "--" + field.name.replace("_", "-"),
             # Not given is told from given: a preset's value goes between.
             type=hints[field.name] | None,
-            default=None,
+            default=argparse.SUPPRESS,
             help=field.metadata["help"] + note,
             **more,
         )
@@ -117,7 +119,8 @@ def run(config: Namespace) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        plan = _plan(config)
+        planned = _plan(config)
+        plan = planned.config
         tries = [f"--{name.replace('_', '-')}" for name in _TRIES if config[name]]
         if len(tries) > 1:
             raise UsageError(f"{' and '.join(tries)} were given; expected one of them at a time")
@@ -130,8 +133,8 @@ def run(config: Namespace) -> int:
             return 1 if metrics.not_finite else 0
         results = fit_stages(
             plan,
-            stages=config.stages,
-            stage2=dict(config.stage2 or {}),
+            stages=planned.stages,
+            stage2=planned.stage2,
             resume=config.resume,
         )
     except OptionError as error:
@@ -144,8 +147,8 @@ def run(config: Namespace) -> int:
         text = str(error)
         if isinstance(error, OSError) and text.startswith("[Errno") and error.errno == errno.ENOSPC:
             text = (
-                f"{text}: {config.output}; its checkpoints are whole: make room, then go on with "
-                "--resume"
+                f"{text}: {config.get('output')}; its checkpoints are whole: make room, then go on "
+                "with --resume"
             )
         tell("train", text)
         return 1
@@ -173,23 +176,43 @@ def run(config: Namespace) -> int:
     return {"SIGINT": 130, "SIGTERM": 143}.get((result.stopped or "").rsplit(" ", 1)[-1], 0)
 
 
-def _plan(config: Namespace) -> TrainConfig:
-    """The options of the run: of a resumed one its own, under those that are given now."""
-    from deeplab_fast.engine.config import train_config
-    from deeplab_fast.engine.run_folder import run_config
+@dataclass(frozen=True)
+class _Plan:
+    """The options of a run, and of its second stage where it has one."""
 
+    config: TrainConfig
+    stages: int
+    stage2: dict[str, Any]
+
+
+def _plan(config: Namespace) -> _Plan:
+    """What is to be run: of a resumed run its own options, under those that are given now."""
+    from deeplab_fast.engine.config import TrainConfig, train_config
+    from deeplab_fast.engine.run_folder import read_stages, run_config
+
+    hints = get_type_hints(TrainConfig)
     given = config.as_dict() if hasattr(config, "as_dict") else dict(config)
-    own = ("config", "preset", "stages", "stage2", "resume", *_TRIES)
-    options = {k: v for k, v in given.items() if k not in own and v is not None}
+    # null is a value where an option has none by default, else the default.
+    options = {
+        name: value
+        for name, value in given.items()
+        if name in hints and (value is not None or type(None) in get_args(hints[name]))
+    }
+    stages, stage2 = config.stages, dict(config.stage2 or {})
     base: dict[str, Any] = {}
-    if config.resume and config.output and config.preset is None and not config.config:
-        folder = Path(config.output, "stage1") if config.stages == 2 else Path(config.output)
-        before = run_config(folder)
+    output = options.get("output")
+    if config.resume and output and config.preset is None and not config.config:
+        recorded = read_stages(output)
+        if recorded is not None:
+            stages, stage2 = 2, {**recorded, **stage2}
+        before = run_config(Path(output, "stage1") if stages == 2 else output)
+        if before is None and not {"epochs", "steps"} & options.keys():
+            raise UsageError(f"--resume: there is no run in {output} to go on with")
         base = {} if before is None else before.as_dict()
         for one, other in (("epochs", "steps"), ("steps", "epochs")):
-            if one in options:
+            if options.get(one) is not None:
                 base.pop(other, None)
-    return train_config(config.preset, **{**base, **options})
+    return _Plan(train_config(config.preset, **{**base, **options}), stages, stage2)
 
 
 def _find(config: Namespace, plan: TrainConfig) -> None:

@@ -7,6 +7,7 @@ import io
 import itertools
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from deeplab_fast.backends import use_backend
 from deeplab_fast.engine.config import OptionError, TrainConfig
+from deeplab_fast.engine.counting import clock
 from deeplab_fast.engine.datamodule import SegmentationData
 from deeplab_fast.engine.module import SegmentationModule
 from deeplab_fast.engine.train import Prepared, prepare
@@ -96,7 +98,10 @@ def find_lr(
 
     Source: arXiv 1506.01186, section 3.3; ``lightning.pytorch.tuner.Tuner.lr_find``.
     """
-    ready = prepare(config, model, data, tell=tell or (lambda text: None))
+    tell = tell or (lambda text: None)
+    ready = prepare(config, model, data, tell=tell)
+    # Lightning's bar shows nothing off a terminal, and its tuner takes no callbacks.
+    cast(Any, ready.module).on_train_batch_end = _Lines(tell, steps * config.accumulate)
     with _tuner(ready, max_epochs=-1) as (tuner, module), _bar_for_terminals():
         found = tuner.lr_find(
             module,
@@ -165,6 +170,23 @@ def largest_batch(ready: Prepared, most: int) -> int:
         )
     assert found is not None
     return int(found)
+
+
+class _Lines:
+    """Tells, every 10 seconds, how many batches are done and the time that the others take."""
+
+    def __init__(self, tell: Callable[[str], None], total: int) -> None:
+        self.tell, self.total = tell, total
+        self.done = 0
+        self.began = self.told = time.monotonic()
+
+    def __call__(self, outputs: object, batch: object, batch_idx: int) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if now - self.told >= 10 and not sys.stderr.isatty():
+            left = (now - self.began) / self.done * (self.total - self.done)
+            self.tell(f"batch {self.done}/{self.total}, {clock(left)} left")
+            self.told = now
 
 
 @contextlib.contextmanager

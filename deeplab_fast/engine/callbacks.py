@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -39,6 +39,7 @@ __all__ = [
     "LIGHTNING_VERSIONS",
     "AtomicCheckpointIO",
     "CheckpointNotWritten",
+    "EarlyStop",
     "ExponentialAverage",
     "MetricsFile",
     "RunCheckpoint",
@@ -131,6 +132,20 @@ def _why_not_written(path: Path, error: OSError) -> str:
     return f"the checkpoint {path} cannot be written: {error.strerror or error}; {former}"
 
 
+class EarlyStop(EarlyStopping):
+    """Ends a run after ``patience`` validations in a row without a better mIoU.
+
+    A mIoU that is nan, of logits that are not finite, is no better one and no end. A resumed run
+    counts on, with the patience that is given now.
+    """
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val/miou", mode="max", patience=patience, check_finite=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+
 class RunCheckpoint(Checkpoint):
     """``last.ckpt`` and ``best.ckpt`` of a run, and its stops: signals, wall time, steps.
 
@@ -171,6 +186,8 @@ class RunCheckpoint(Checkpoint):
         # Counts [C, C] and images of the best validation of a SegmentationModule.
         self.best_confusion: Tensor | None = None
         self.best_images: tuple[ImageScore, ...] = ()
+        # Of the last one, for a run that is resumed at its end.
+        self.last_confusion: Tensor | None = None
         self.out_of_time = False
         self._signal: int | None = None
         self._started = self._saved = self._cost = 0.0
@@ -192,6 +209,7 @@ class RunCheckpoint(Checkpoint):
             "best_step": self.best_step,
             "best_confusion": self.best_confusion,
             "best_images": [dataclasses.astuple(image) for image in self.best_images],
+            "last_confusion": self.last_confusion,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -199,6 +217,7 @@ class RunCheckpoint(Checkpoint):
         # Absent from checkpoints of former versions.
         self.best_confusion = state_dict.get("best_confusion")
         self.best_images = tuple(ImageScore(*row) for row in state_dict.get("best_images", ()))
+        self.last_confusion = state_dict.get("last_confusion")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = self._saved = time.monotonic()
@@ -208,8 +227,23 @@ class RunCheckpoint(Checkpoint):
         signals, environment = _inner_parts(trainer)
         signals.received_sigterm = False
         self._catch_signals(environment)
+        self._agree_with_best(trainer)
         if self.max_steps is not None and trainer.global_step >= self.max_steps:
             trainer.should_stop = True
+
+    def _agree_with_best(self, trainer: Trainer) -> None:
+        """Takes the score of a ``best.ckpt`` that was written after the checkpoint resumed from."""
+        if not trainer.global_step:
+            return
+        if not self.best_path.exists():
+            self.best_score = self.best_step = self.best_confusion = None
+            self.best_images = ()
+            return
+        content = torch.load(self.best_path, map_location="cpu", weights_only=True, mmap=True)
+        if content["global_step"] != self.best_step:
+            last = self.last_confusion
+            self.load_state_dict(content["callbacks"][self.state_key])
+            self.last_confusion = last
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
@@ -262,6 +296,7 @@ class RunCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        self.last_confusion = getattr(pl_module, "confusion", None)
         score = trainer.callback_metrics.get(self.monitor)
         if score is None or not score > (-1.0 if self.best_score is None else self.best_score):
             return

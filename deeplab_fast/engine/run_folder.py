@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,14 @@ __all__ = [
     "TrainResult",
     "check_resumable",
     "checkpoint_to_resume",
+    "finished_result",
     "is_finished",
+    "progress_of",
+    "read_stages",
     "run_config",
     "write_result",
     "write_run_files",
+    "write_stages",
 ]
 
 
@@ -124,6 +128,67 @@ def run_config(folder: str | os.PathLike[str]) -> TrainConfig | None:
         ) from error
 
 
+def write_stages(folder: Path, stage2: Mapping[str, Any]) -> None:
+    """Records, before its first stage, what a run's second stage has of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = to_yaml({"stage2": dict(stage2)}).encode("utf-8")
+    write_atomically([(folder / "stages.yaml", lambda file: file.write(text))])
+
+
+def read_stages(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The second stage's own options of a run of two, None where the run has one."""
+    import yaml
+
+    try:
+        content = yaml.safe_load((Path(folder) / "stages.yaml").read_text(encoding="utf-8"))
+        return dict(content["stage2"])
+    except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError):
+        return None
+
+
+def finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
+    """What a finished run of these options came to; None where there is more to do.
+
+    Scores are those in its result.json, without the counts they were made of.
+    """
+    before = run_config(folder)
+    if before is None or not is_finished(folder):
+        return None
+    weights = folder / "model.safetensors"
+    same = {name for name in _FREE if name != "export"} | {"classes"}
+    changed = [
+        name
+        for name, value in config.as_dict().items()
+        if name not in same and value != before.as_dict()[name]
+    ]
+    # Of weights that tell the model the record has its name.
+    if config.model is None:
+        changed = [name for name in changed if name != "model"]
+    if changed or not weights.exists():
+        return None
+    values = json.loads((folder / "result.json").read_text())
+    best = folder / "checkpoints" / "best.ckpt"
+    return TrainResult(
+        folder=folder,
+        weights=weights,
+        last_checkpoint=folder / "checkpoints" / "last.ckpt",
+        best_checkpoint=best if best.exists() else None,
+        steps=values["steps"],
+        miou=values["val_miou"],
+        best_miou=values["best_val_miou"],
+        finished=True,
+        ended=values.get("ended"),
+        exported=values.get("exported"),
+        exported_step=values.get("exported_step"),
+    )
+
+
+def progress_of(checkpoint: Path) -> tuple[int, int]:
+    """Steps done and the number of the epoch, from 0, in a checkpoint of a run."""
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return int(content["global_step"]), int(content["epoch"])
+
+
 def check_resumable(path: Path, config: TrainConfig, tell: Callable[[str], None]) -> None:
     """Tells which options differ from the checkpoint's, and refuses those that cannot.
 
@@ -162,10 +227,23 @@ def check_resumable(path: Path, config: TrainConfig, tell: Callable[[str], None]
             f"Begin another run with weights={path.parent.parent}",
         )
     if changed:
+        _remember_changes(path.parent.parent, int(content["global_step"]), before, now, changed)
         tell(
             f"warning: from step {content.get('global_step')} on with {', '.join(changed.values())}"
             "; the result will differ from that of an uninterrupted run"
         )
+
+
+def _remember_changes(
+    folder: Path, step: int, before: dict[str, Any], now: dict[str, Any], changed: Iterable[str]
+) -> None:
+    """A line of changes.jsonl: what ran until this step and from there on."""
+    values = {name: [before.get(name), now[name]] for name in changed}
+    line = json.dumps({"from_step": step, "changed": values}) + "\n"
+    path = folder / "changes.jsonl"
+    former = path.read_text("utf-8") if path.exists() else ""
+    text = (former + line).encode("utf-8")
+    write_atomically([(path, lambda file: file.write(text))])
 
 
 def write_run_files(folder: Path, config: TrainConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from deeplab_fast.models import DeepLabV3
     from deeplab_fast.weights import WeightsInfo
 
-__all__ = ["build_model", "class_names", "start_text", "told_by_weights"]
+__all__ = ["build_model", "class_names", "from_checkpoints", "start_text", "told_by_weights"]
 
 _USUAL = "deeplabv3_resnet50"
 
@@ -93,6 +94,8 @@ def build_model(
     config = told_by_weights(config)
     assert config.model is not None
     info = None if config.weights is None else _inspected(config)
+    # Told once the model is there: weights may not fit for all that.
+    lines: list[str] = []
     options: dict[str, Any] = {}
     if info is not None and info.model == config.model:
         options.update(info.options)
@@ -115,7 +118,9 @@ def build_model(
             built = get_model(config.model, num_classes=num_classes, **options)
         else:
             assert config.weights is not None
-            resets = config.reset_head or _tell_of_head(info, config, num_classes, classes, tell)
+            resets = config.reset_head or _tell_of_head(
+                info, config, num_classes, classes, lines.append
+            )
             given: dict[str, Any] = {
                 "model": config.model,
                 "part": config.weights_part,
@@ -124,7 +129,9 @@ def build_model(
             }
             no_aux = bool(config.aux_weight) and not info.aux
             if no_aux:
-                tell(f"{config.weights} has no auxiliary head: it starts from random numbers")
+                lines.append(
+                    f"{config.weights} has no auxiliary head: it starts from random numbers"
+                )
                 # All but that head must fit.
                 from_checkpoint(config.weights, **given, **{**options, "aux_loss": False})
             built = from_checkpoint(config.weights, **given, **options, strict=not no_aux)
@@ -136,12 +143,20 @@ def build_model(
             "weights_backbone", f"is {config.weights_backbone!r}, and {_one_line(error)}"
         ) from error
     except (ValueError, OSError) as error:
+        if info is not None and info.num_classes is None:
+            raise OptionError(
+                "weights",
+                f"{config.weights} has no head, and what it has does not fit: {_one_line(error)}. "
+                "Weights of a backbone alone are for weights_backbone",
+            ) from error
         if config.weights_backbone is None or config.weights is not None:
             raise
         why = _one_line(error)
         if "urlopen" in why:
             why = f"which cannot be downloaded ({why}); give a file"
         raise OptionError("weights_backbone", f"is {config.weights_backbone!r}, {why}") from error
+    for line in lines:
+        tell(line)
     model = cast("DeepLabV3", built)
     if stride is not None and model.output_stride != stride:
         model.set_output_stride(stride)
@@ -151,6 +166,20 @@ def build_model(
         model.classes = tuple(classes.classes)
         model.palette = None if classes.palette is None else tuple(classes.palette)
     return model
+
+
+def from_checkpoints(config: TrainConfig, checkpoint: Path) -> TrainConfig:
+    """The config of a resumed run whose start weights may be gone: its checkpoint has it all."""
+    from deeplab_fast.weights import find_weights
+
+    config = config.replace(weights_backbone=None)
+    if config.weights is None:
+        return config
+    try:
+        find_weights(config.weights)
+    except (ValueError, OSError):
+        return config.replace(weights=str(checkpoint), weights_part=None, reset_head=False)
+    return config
 
 
 def start_text(config: TrainConfig) -> str:

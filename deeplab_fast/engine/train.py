@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,11 +21,19 @@ from deeplab_fast.engine.run_folder import (
     TrainResult,
     check_resumable,
     checkpoint_to_resume,
+    finished_result,
     is_finished,
+    progress_of,
     write_result,
     write_run_files,
+    write_stages,
 )
-from deeplab_fast.engine.start import build_model, start_text, told_by_weights
+from deeplab_fast.engine.start import (
+    build_model,
+    from_checkpoints,
+    start_text,
+    told_by_weights,
+)
 from deeplab_fast.engine.trainer import (
     TrainingUnavailable,
     import_lightning,
@@ -111,8 +119,15 @@ def fit(
         raise OptionError("output", "is missing: which folder shall the run go to?")
     if config.epochs is None and config.steps is None:
         raise OptionError("epochs", "or steps is missing: how long shall the training be?")
-    folder = Path(config.output)
+    # Without "..", which means another folder once the one before it is made.
+    folder = Path(os.path.normpath(config.output))
     checkpoint = checkpoint_to_resume(folder, resume)
+    if resume is True and (done := finished_result(folder, config)) is not None:
+        tell(
+            f"the run in {folder} is finished, {done.steps} steps; it goes on with more epochs or "
+            "steps"
+        )
+        return done
     ready = prepare(config, model, data, checkpoint, tell=tell, progress=progress)
     config, data, module, steps = ready.config, ready.data, ready.module, ready.steps
     saver = parts.RunCheckpoint(
@@ -129,7 +144,7 @@ def fit(
             config,
             folder,
             arguments=ready.arguments,
-            epochs=math.ceil(steps / data.steps_per_epoch),
+            epochs=_epochs(steps, data.steps_per_epoch, checkpoint),
             validates=ready.validates,
             callbacks=[
                 *([average] if average is not None else []),
@@ -173,19 +188,20 @@ def fit(
         stopped = f"stopped after {config.max_time}"
     elif stopped is None and trainer.global_step < steps:
         ended = _why_early(trainer)
+    last = _metrics_of("last", module, saver)
     result = TrainResult(
         folder=folder,
         weights=weights,
         last_checkpoint=saver.last_path,
         best_checkpoint=saver.best_path if saver.best_path.exists() else None,
         steps=trainer.global_step,
-        miou=None if module.metrics is None else module.metrics.miou,
+        miou=None if last is None else last.miou,
         best_miou=saver.best_score,
         finished=stopped is None,
         stopped=stopped,
         ended=ended,
         metrics=_metrics_of(exported, module, saver),
-        last_metrics=module.metrics,
+        last_metrics=last,
         exported=exported,
         exported_step={"best": saver.best_step, "last": trainer.global_step}.get(exported or ""),
     )
@@ -250,21 +266,44 @@ def prepare(
 
     arguments = _checked_options(config, Path(config.output or "."))
     if model is None:
-        config = told_by_weights(config)
+        told = config if checkpoint is None else from_checkpoints(config, checkpoint)
+        told = told_by_weights(told)
+        if config.classes is None and told.classes:
+            names = [*told.classes[:4], *(["..."] if len(told.classes) > 4 else [])]
+            tell(
+                f"the classes are taken to be the {len(told.classes)} of {config.weights}: "
+                f"{', '.join(names)}; classes=a,b,c names yours"
+            )
+        config = config.replace(model=told.model, classes=told.classes)
     data = data if data is not None else SegmentationData(config)
     if config.early_stopping is not None and data.val is None:
         raise OptionError(
             "early_stopping", f"is {config.early_stopping} and there are no data to validate on"
         )
     if model is None:
-        # What a checkpoint replaces is no news.
+        # What a checkpoint replaces is no news, and needs no file.
         say = tell if checkpoint is None else None
-        model = build_model(config, data.train.outputs, data.train.classes, tell=say)
+        built = config if checkpoint is None else from_checkpoints(config, checkpoint)
+        model = build_model(built, data.train.outputs, data.train.classes, tell=say)
+    elif config.input_size is not None and getattr(model, "preprocess", None) is not None:
+        model.preprocess = replace(model.preprocess, size=config.input_size or None)
     if checkpoint is not None:
         check_resumable(checkpoint, config, tell)
     _check_data(config, data, tell, progress)
     module, steps = _module(config, model, data, tell)
     return Prepared(config, data, module, steps, arguments)
+
+
+def _epochs(steps: int, an_epoch: int, checkpoint: Path | None) -> int:
+    """Epochs that are enough for so many steps, also behind epochs of another length."""
+    plain = math.ceil(steps / an_epoch)
+    if checkpoint is None:
+        return plain
+    done, epoch = progress_of(checkpoint)
+    if epoch * an_epoch <= done <= (epoch + 1) * an_epoch:
+        return plain
+    # RunCheckpoint ends the run at its last step.
+    return epoch + 1 + math.ceil(max(0, steps - done) / an_epoch)
 
 
 def _checked_options(config: TrainConfig, folder: Path) -> dict[str, Any]:
@@ -311,6 +350,10 @@ def _check_length(config: TrainConfig, data: SegmentationData) -> None:
         )
 
 
+# Below, statistics of a batch differ from those of all images enough to spoil validations: with 24
+# photos in batches of 4 the mIoU fell from 54 to 22, with the backbone's statistics kept it rose to
+# 71 (2026-11-28, one seed each).
+_FEW_IMAGES = 8
 # A class with fewer pixels than this part of an even share is seldom learnt without help.
 _RARE = 0.1
 
@@ -346,18 +389,20 @@ def imbalance_advice(pixels: Sequence[int], names: Sequence[str], config: TrainC
 def _early_stopping(config: TrainConfig) -> list[Callback]:
     if config.early_stopping is None:
         return []
-    from lightning.pytorch.callbacks import EarlyStopping
+    from deeplab_fast.engine.callbacks import EarlyStop
 
-    # A mIoU that is nan, of logits that are not finite, is no better one and no end.
-    return [
-        EarlyStopping("val/miou", mode="max", patience=config.early_stopping, check_finite=False)
-    ]
+    return [EarlyStop(config.early_stopping)]
 
 
 def _why_early(trainer: Trainer) -> str:
     """Why a trainer that was not interrupted ended before its last step."""
     from lightning.pytorch.callbacks import EarlyStopping
 
+    if trainer.current_epoch >= (trainer.max_epochs or 0):
+        return (
+            "the trainer's epochs were over: limit_train_batches or another of its arguments makes "
+            "them shorter"
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
             best = float(callback.best_score)
@@ -372,6 +417,7 @@ def _why_early(trainer: Trainer) -> str:
 @contextmanager
 def _nothing_half_made(folder: Path, trainer: Trainer) -> Iterator[None]:
     """Takes away the folder of a run that failed before its first step, where it was new."""
+    # The run's folder has no "..": each of these is made by the run, or by nobody.
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield
@@ -429,7 +475,19 @@ def _tell_of_start(
     if size is not None:
         what = f"a shorter side of {size}" if isinstance(size, int) else f"{size[0]}x{size[1]}"
         scaled = "training and validation" if config.transform == "paper" else "validation"
-        tell(f"photos are brought to {what} pixels in {scaled}, as the weights' predict does")
+        tell(
+            f"photos are brought to {what} pixels in {scaled}, as the model's predict does "
+            "(input_size=0: they stay as they are)"
+        )
+    images = config.batch_size // config.accumulate
+    pretrained = config.weights is not None or config.weights_backbone is not None
+    kept = config.freeze_batch_norm or config.freeze_backbone_statistics
+    if checkpoint is None and pretrained and not kept and images < _FEW_IMAGES:
+        tell(
+            f"note: the batch norms' statistics are of {images} images a pass, so few that "
+            "validation may get worse while the loss falls: freeze_backbone_statistics=true keeps "
+            "those of the weights"
+        )
     unsettled = _unsettled_share(model, steps)
     if unsettled > 0.05 and config.weights is None:
         tell(
@@ -443,6 +501,8 @@ def _run(
     trainer: Trainer, module: SegmentationModule, data: SegmentationData, checkpoint: Path | None
 ) -> str | None:
     """Trains; why it was stopped, None at the end or after the time."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from deeplab_fast.backends import use_backend
     from deeplab_fast.engine.callbacks import Stopped
 
@@ -452,6 +512,10 @@ def _run(
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         except Stopped as stop:
             return str(stop)
+        # What a callback of the user's needs, a logger for instance.
+        except MisconfigurationException as error:
+            text = " ".join(str(error).split())
+            raise OptionError("trainer", f"does not fit: {text}") from error
         finally:
             module.end_validation()
             module.drop_graphs()
@@ -496,7 +560,17 @@ def fit_stages(
     two = two.replace(output=str(folder / "stage2"))
     results: list[TrainResult] = []
     if not (options.get("resume") and is_finished(folder / "stage1")):
-        results.append(fit(one, **options))
+        import_lightning()
+        from lightning.pytorch.callbacks import LambdaCallback
+
+        # With the run's first files: a failure before leaves nothing.
+        record = LambdaCallback(
+            on_train_start=lambda trainer, module: (
+                write_stages(folder, stage2 or {}) if trainer.is_global_zero else None
+            )
+        )
+        first = {**options, "callbacks": [*options.get("callbacks", ()), record]}
+        results.append(fit(one, **first))
         if not results[0].finished:
             return results
     results.append(fit(two, **options))
@@ -589,12 +663,13 @@ def _metrics_of(
     """Of the exported weights; of the last validation where nothing was exported."""
     from deeplab_fast.engine.metrics import Metrics
 
-    if exported != "best":
+    if exported != "best" and module.metrics is not None:
         return module.metrics
-    if saver.best_confusion is None:
+    counts = saver.best_confusion if exported == "best" else saver.last_confusion
+    if counts is None:
         return None
     # Where logits were not finite there is no score, and no best.
-    return Metrics.from_confusion(saver.best_confusion, module.classes.classes)
+    return Metrics.from_confusion(counts, module.classes.classes)
 
 
 def _export(

@@ -1,6 +1,7 @@
 """What a training run starts from, how it goes on with other options, and why it ends early."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -392,3 +393,141 @@ def test_the_suggested_rate_is_below_the_lowest_loss():
     found = LearningRates(rates, losses)
     assert found.lowest == 22 and found.suggestion == rates[22] / 10
     assert LearningRates(rates, tuple(map(float, range(31)))).suggestion is None
+
+
+def test_no_folder_that_was_there_is_taken_away(plan, tmp_path, monkeypatch):
+    """Neither by a way over a folder that the run would make, nor the one that one stands in."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "thesis.txt").write_text("years of work")
+    monkeypatch.chdir(kept)
+    for output in (tmp_path / "new/../kept", "new/..", kept):
+        with pytest.raises(RuntimeError, match="no device"):
+            fit(plan.replace(output=str(output)), callbacks=[_Fails()], quiet=True)
+        assert (kept / "thesis.txt").read_text() == "years of work"
+    assert not (tmp_path / "new").exists() and not (kept / "new").exists()
+
+
+def test_another_patience_at_a_resume_is_what_counts(plan, tmp_path):
+    still = {"lr": 1e-12, "freeze_batch_norm": True}
+    config = plan.replace(output=str(tmp_path / "run"), epochs=9, early_stopping=1, **still)
+    assert fit(config, quiet=True).steps == 4
+    result = fit(config.replace(early_stopping=3), resume=True, quiet=True)
+    # Two more validations that are not better.
+    assert result.steps == 8 and "in 3 validations" in result.ended
+    line = json.loads((tmp_path / "run/changes.jsonl").read_text())
+    assert line == {"from_step": 4, "changed": {"early_stopping": [1, 3]}}
+
+
+def test_a_finished_run_stays_as_it_is(plan, tmp_path):
+    for export in ("best", "last"):
+        config = plan.replace(output=str(tmp_path / export), export=export, early_stopping=5)
+        first = fit(config, quiet=True)
+        before = (first.folder / "result.json").read_bytes()
+        told = []
+        again = fit(config, resume=True, tell=told.append)
+        assert "is finished, 4 steps" in told[-1] and again.finished
+        assert (again.steps, again.miou, again.weights) == (4, first.miou, first.weights)
+        assert (first.folder / "result.json").read_bytes() == before
+    # Exported anew: the scores are those of what is exported now.
+    other = fit(config.replace(export="best"), resume=True, quiet=True)
+    assert (other.exported, other.steps) == ("best", 4)
+    assert other.miou == pytest.approx(first.miou)
+    assert other.metrics.miou == pytest.approx(other.best_miou)
+
+
+def test_a_best_model_of_steps_that_were_lost_keeps_its_score(plan, tmp_path):
+    """best.ckpt is newer than the last.ckpt that the run goes on from."""
+    config = plan.replace(output=str(tmp_path / "run"), epochs=4)
+    fit(config.replace(epochs=2), quiet=True)
+    folder = tmp_path / "run/checkpoints"
+    early = (folder / "last.ckpt").read_bytes()
+    fit(config, resume=True, quiet=True)
+    best = torch.load(folder / "best.ckpt", weights_only=True)
+    assert best["global_step"] > 4
+    (folder / "last.ckpt").write_bytes(early)
+    (tmp_path / "run/result.json").unlink()
+    # Nothing is learnt from here on: the best one stays.
+    result = fit(config.replace(lr=1e-12, freeze_backbone_statistics=True), resume=True, quiet=True)
+    assert result.exported_step == best["global_step"]
+    assert result.metrics.miou == pytest.approx(result.best_miou)
+    found = read_state_dict(result.weights)
+    wanted = read_state_dict(folder / "best.ckpt")
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_steps_are_done_behind_epochs_of_another_length(plan, tmp_path):
+    config = plan.replace(output=str(tmp_path / "run"), epochs=None, steps=9)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(config.replace(checkpoint_minutes=0.0), callbacks=[Rates(3)], quiet=True)
+    # 8 images: 4 steps an epoch in place of 2.
+    result = fit(config.replace(batch_size=2), resume=True, quiet=True)
+    assert (result.steps, result.ended) == (9, None)
+
+
+def test_an_end_by_the_trainers_arguments_is_no_callbacks(plan, tmp_path):
+    config = plan.replace(output=str(tmp_path / "run"), trainer={"limit_train_batches": 1})
+    result = fit(config, quiet=True)
+    assert result.steps == 2 and "limit_train_batches" in result.ended
+
+
+def test_null_is_a_value(plan, tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({**plan.as_dict(), "early_stopping": 2, "flip": 0.25}))
+    folder = tmp_path / "run"
+    command = ["train", "--config", str(recipe), "--output", str(folder)]
+    assert cli.main([*command, "--early-stopping", "null", "--flip", "null"]) == 0
+    record = yaml.safe_load((folder / "config.yaml").read_text())
+    # Of an option that must have a value: its default.
+    assert (record["early_stopping"], record["flip"]) == (None, 0.5)
+    capsys.readouterr()
+    assert cli.main(["train", "--resume", "--output", str(tmp_path / "none")]) == 2
+    assert "there is no run in" in capsys.readouterr().err
+
+
+def test_a_second_stage_is_remembered(plan, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({**plan.as_dict(), "epochs": 1}))
+    folder = tmp_path / "run"
+    command = ["train", "--config", str(recipe), "--output", str(folder), "--stages", "2"]
+    assert cli.main([*command, "--stage2.steps", "3"]) == 0
+    shutil.rmtree(folder / "stage2")
+    assert cli.main(["train", "--resume", "--output", str(folder)]) == 0
+    assert json.loads((folder / "stage2/result.json").read_text())["steps"] == 3
+
+
+def test_a_run_goes_on_without_its_start_weights(plan, run, tmp_path):
+    start = tmp_path / "start.safetensors"
+    shutil.copy(run / "model.safetensors", start)
+    config = plan.replace(model=None, weights=str(start), output=str(tmp_path / "run"), epochs=1)
+    fit(config, quiet=True)
+    start.unlink()
+    assert cli.main(["train", "--resume", "--output", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    model = from_checkpoint(tmp_path / "run")
+    assert model.preprocess.size == 44
+    record = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert (record["weights"], record["epochs"]) == (str(start), 2)
+
+
+def test_the_size_is_that_of_a_model_that_is_given(plan, tmp_path):
+    model = build_model(plan, 4)
+    result = fit(plan.replace(output=str(tmp_path / "a"), input_size=32), model=model, quiet=True)
+    assert from_checkpoint(result.folder).preprocess.size == 32
+
+
+def test_weights_of_a_backbone_alone_are_pointed_to_their_option(plan, run, tmp_path):
+    state = {k: v for k, v in read_state_dict(run).items() if k.startswith("backbone.")}
+    torch.save(state, tmp_path / "backbone.pth")
+    told = []
+    with pytest.raises((OptionError, CheckpointError)) as caught:
+        build_model(plan.replace(weights=str(tmp_path / "backbone.pth")), 4, tell=told.append)
+    assert "weights_backbone" in str(caught.value) and told == []
+
+
+def test_what_a_callback_lacks_is_one_line(plan, tmp_path):
+    config = plan.replace(
+        output=str(tmp_path / "run"), trainer={"callbacks": "LearningRateMonitor"}
+    )
+    with pytest.raises(OptionError, match=r"trainer does not fit: .*logger") as caught:
+        fit(config, quiet=True)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
