@@ -119,6 +119,32 @@ def _names_of_weights(config: Namespace) -> list[str] | None:
         return None
 
 
+# What the masks of one's own data mean.
+_OF_MASKS = ("label_map", "mask_colours", "unknown_colours", "ignore_index", "mask_suffix")
+
+
+def _read_as_in_training(config: Namespace, first: bool) -> None:
+    """The options of masks that the run had whose weights are scored, where none are given."""
+    from deeplab_fast.data.datasets import is_own_data
+    from deeplab_fast.engine.run_folder import config_beside
+
+    if config.model_from or not is_own_data(config.data):
+        return
+    trained = config_beside(config.weights)
+    if trained is None or not is_own_data(trained.data):
+        return
+    taken = []
+    for name in _OF_MASKS:
+        value = getattr(trained, name)
+        # A file of colours may be gone.
+        gone = name == "mask_colours" and value and os.sep in value and not os.path.exists(value)
+        if value is not None and config[name] is None and not gone:
+            config[name] = value
+            taken.append(f"--{name.replace('_', '-')} {value}")
+    if taken and first:
+        tell("eval", f"as in the training of {config.weights}: {', '.join(taken)}")
+
+
 def run(config: Namespace) -> int:
     from deeplab_fast import use_backend
     from deeplab_fast.backends import BackendUnavailable
@@ -150,6 +176,7 @@ def run(config: Namespace) -> int:
                 raise ValueError(f"--output {config.output} is a file; name a folder")
         except ValueError as error:
             raise UsageError(in_options(error, config)) from error
+        _read_as_in_training(config, rank == 0)
         dataset = open_data(config, "eval", classes=_names_of_weights(config))
         if rank == 0 and config.weights:
             seen, table = trained_on(config.weights, dataset)
@@ -202,6 +229,19 @@ def run(config: Namespace) -> int:
         for warning in caught:
             tell("eval", f"warning: {warning.message}")
         print(result.metrics.table())
+        labelled = [
+            name
+            for name, pixels in zip(
+                result.metrics.classes, result.metrics.target_pixels, strict=True
+            )
+            if pixels
+        ]
+        if len(labelled) == 1 and dataset.num_classes > 1:
+            tell(
+                "eval",
+                f"warning: every pixel that counts is of {labelled[0]!r}; 'deeplab-fast "
+                "check-data' says whether --label-map or --mask-colours is missing",
+            )
         seconds = time.monotonic() - began
         where = ""
         if config.output:

@@ -24,7 +24,7 @@ from deeplab_fast.engine.counting import clock
 from deeplab_fast.engine.datamodule import SegmentationData
 from deeplab_fast.engine.module import SegmentationModule
 from deeplab_fast.engine.train import Prepared, prepare
-from deeplab_fast.engine.trainer import without_hints
+from deeplab_fast.engine.trainer import backends_restored, without_hints
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -70,6 +70,7 @@ class LearningRates:
         return "\n".join(lines)
 
 
+@backends_restored()
 def find_lr(
     config: TrainConfig,
     *,
@@ -117,6 +118,7 @@ def find_lr(
     return LearningRates(rates, losses)
 
 
+@backends_restored()
 def find_batch_size(
     config: TrainConfig,
     *,

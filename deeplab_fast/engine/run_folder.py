@@ -23,6 +23,7 @@ __all__ = [
     "TrainResult",
     "check_resumable",
     "checkpoint_to_resume",
+    "config_beside",
     "finished_result",
     "is_finished",
     "progress_of",
@@ -126,6 +127,18 @@ def run_config(folder: str | os.PathLike[str]) -> TrainConfig | None:
         raise ValueError(
             f"{path} is no config of a training run ({' '.join(str(error).split())[:200]})"
         ) from error
+
+
+def config_beside(weights: str | os.PathLike[str]) -> TrainConfig | None:
+    """The options of the run that left these weights in its folder, None of others."""
+    from deeplab_fast.weights import find_weights
+
+    try:
+        path = find_weights(weights)
+        folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        return run_config(folder)
+    except (ValueError, OSError):
+        return None
 
 
 def write_stages(folder: Path, stage2: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ from deeplab_fast.engine.start import (
 )
 from deeplab_fast.engine.trainer import (
     TrainingUnavailable,
+    backends_restored,
     import_lightning,
     is_first,
     new_trainer,
@@ -64,6 +65,7 @@ __all__ = [
 ]
 
 
+@backends_restored()
 def fit(
     config: TrainConfig,
     *,

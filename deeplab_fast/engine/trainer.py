@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TrainingUnavailable",
+    "backends_restored",
     "import_lightning",
     "is_first",
     "new_trainer",
@@ -281,6 +282,19 @@ def is_first() -> bool:
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     return getattr(rank_zero_only, "rank", 0) in (None, 0)
+
+
+@contextmanager
+def backends_restored() -> Iterator[None]:
+    """Gives PyTorch's backends back as they were: a trainer sets them for the whole process."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before[:2]
+        torch.use_deterministic_algorithms(before[2], warn_only=warns)
 
 
 @contextmanager

@@ -524,6 +524,15 @@ def test_weights_of_a_backbone_alone_are_pointed_to_their_option(plan, run, tmp_
     assert "weights_backbone" in str(caught.value) and told == []
 
 
+def test_backends_are_given_back(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    deterministic = {"trainer": {"deterministic": True}, "epochs": 1}
+    for name, given in (("a", {"epochs": 1}), ("b", deterministic)):
+        fit(plan.replace(output=str(tmp_path / name), **given), quiet=True)
+        assert not torch.backends.cudnn.benchmark
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_what_a_callback_lacks_is_one_line(plan, tmp_path):
     config = plan.replace(
         output=str(tmp_path / "run"), trainer={"callbacks": "LearningRateMonitor"}
@@ -531,3 +540,20 @@ def test_what_a_callback_lacks_is_one_line(plan, tmp_path):
     with pytest.raises(OptionError, match=r"trainer does not fit: .*logger") as caught:
         fit(config, quiet=True)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_eval_reads_masks_as_the_training_did(tiny, plan, tmp_path, capsys):
+    root = tiny.binary_scenes(tmp_path / "binary", 255)
+    own = {"root": str(root), "classes": "1", "label_map": "255=1", "epochs": 1}
+    result = fit(plan.replace(**own, output=str(tmp_path / "run")), quiet=True)
+    data = ["--data", "folder", "--root", str(root), "--split", "all"]
+    command = ["eval", *data, "--output", str(tmp_path / "e"), "--weights"]
+    assert cli.main([*command, str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().err
+    assert "as in the training of" in told and "--label-map 255=1" in told
+    written = json.loads((tmp_path / "e/metrics.json").read_text())
+    assert written["miou"] == pytest.approx(result.metrics.miou)
+    # Weights that say nothing of it: what is scored is told to be of one class alone.
+    shutil.copy(result.weights, tmp_path / "alone.safetensors")
+    assert cli.main([*command, str(tmp_path / "alone.safetensors")]) == 0
+    assert "every pixel that counts is of 'background'" in capsys.readouterr().err
