@@ -97,7 +97,7 @@ class TrainConfig:
     data_options: dict[str, Any] = field(
         default_factory=dict,
         metadata=_help(
-            'further options of the data set: --data-options.sequences ["0016E5"]', "MAP"
+            "further options of the data set: --data-options.sequences '[\"0016E5\"]'", "MAP"
         ),
     )
     val_data: str | None = _option(None, "data to validate on; default: --data", "NAME|DIR|FILE")

@@ -20,7 +20,12 @@ from deeplab_fast.engine.bootstrap import bootstrap_indices
 from deeplab_fast.engine.checked import check_remembered
 from deeplab_fast.engine.config import TrainConfig
 from deeplab_fast.engine.evaluate import IndexedItem, IndexedItems, ShardSampler
-from deeplab_fast.engine.sources import open_training, open_validation, training_transform
+from deeplab_fast.engine.sources import (
+    open_training,
+    open_validation,
+    seen_in_both,
+    training_transform,
+)
 
 __all__ = ["Batch", "SegmentationData", "TrainBatches", "TrainLoader"]
 
@@ -40,17 +45,19 @@ class SegmentationData(lightning.LightningDataModule):
     Args:
         config: the options under "Data", "Augmentation" and "Length and batches"; those of a folder
             or table are ``open_dataset``'s: ``val_fraction``, ``group_by``, ``mask_suffix``,
-            ``mask_colours``, ... What was found and split stands in ``train.notes``.
+            ``mask_colours``, ... What was found and split stands in ``notes``.
         train, val: data sets instead of those that the config names, as ``open_dataset`` gives.
         mean: colour of the padding, R, G, B in 0..1: the model's ``preprocess.mean``.
         input_size: what photos have at scale 1: the model's ``preprocess.size``; None: their own.
 
     Attributes:
         train, val: the data sets, ``val`` None without validation.
+        notes: lines on how both were found and split, and a warning where they share photos.
         report: of the training data, once it was needed.
 
     Raises:
-        ValueError, OSError, DataError: data that cannot be opened, or have problems.
+        ValueError, OSError, DataError: data that cannot be opened, or have problems; parts that
+            were made of the same pairs by options that do not agree.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class SegmentationData(lightning.LightningDataModule):
         self.config = config
         self.mean = tuple(mean)
         self.input_size = input_size if input_size is not None else config.input_size or None
+        named = train is None and val is None
         self.train = train if train is not None else open_training(config)
         if val is None and config.val_every and (train is None or config.val_data):
             val = open_validation(config)
@@ -75,6 +83,9 @@ class SegmentationData(lightning.LightningDataModule):
                 f"the data to validate on have the classes {', '.join(val.classes.classes)} and "
                 f"those to train on {', '.join(self.train.classes.classes)}; they must be the same"
             )
+        shared = seen_in_both(self.train, val, config if named else None)
+        notes = (*self.train.notes, *(val.notes if val is not None else ()), shared)
+        self.notes = tuple(dict.fromkeys(note for note in notes if note))
         self.report: DataReport | None = None
         self._bootstrapped = False
         self._loader: TrainLoader | None = None

@@ -6,7 +6,7 @@ import csv
 import importlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,13 @@ from deeplab_fast.data.transforms import (
 from deeplab_fast.engine.augment import ColourJitter
 from deeplab_fast.engine.config import OptionError, TrainConfig
 from deeplab_fast.engine.outputs import write_atomically
+from deeplab_fast.weights.where import find_weights
 
 __all__ = [
+    "has_own_validation",
     "open_training",
     "open_validation",
+    "seen_in_both",
     "trained_on",
     "training_transform",
     "write_split",
@@ -80,16 +83,28 @@ def open_training(config: TrainConfig) -> SegmentationDataset:
     if not config.data:
         raise OptionError("data", "is missing: which data set shall be trained on?")
     # A part for validation would be for nothing.
-    whole = config.val_fraction is None and bool(config.val_data or not config.val_every)
+    whole = has_own_validation(config) or not config.val_every
+    whole = whole and config.val_fraction is None
     return _open(config, config.data, config.root, config.split, config.data_options, whole=whole)
 
 
+def has_own_validation(config: TrainConfig) -> bool:
+    """Whether a config names data to validate on beside those to train on: others, or elsewhere."""
+    if config.val_data:
+        return True
+    if not config.val_root:
+        return False
+    source = Path(config.data or "")
+    root = config.root or (source.parent if source.suffix.lower() == ".csv" else None)
+    return root is None or os.path.realpath(root) != os.path.realpath(config.val_root)
+
+
 def open_validation(config: TrainConfig) -> SegmentationDataset | None:
-    """The data set to validate on; None with ``val_fraction=0`` and no ``val_data``."""
+    """The data set to validate on; None with ``val_fraction=0`` and no data for validation."""
     source = config.val_data or config.data
     if not source:
         raise OptionError("data", "is missing: which data set shall be validated on?")
-    if config.val_data:
+    if has_own_validation(config):
         options = config.val_options
         # Data of their own are validated on as a whole.
         config = config.replace(val_fraction=None)
@@ -98,6 +113,41 @@ def open_validation(config: TrainConfig) -> SegmentationDataset | None:
         return None
     root = config.val_root or config.root
     return _open(config, source, root, config.val_split, config.val_options, whole=False)
+
+
+def seen_in_both(
+    train: SegmentationDataset, val: SegmentationDataset | None, config: TrainConfig | None = None
+) -> str:
+    """A line on photos that are trained and validated on, "" for none.
+
+    Files are compared by their real paths, whatever names and links lead to them.
+
+    Args:
+        config: what both were opened by; None: they were opened otherwise.
+
+    Raises:
+        ValueError: there are such although both are parts that were made of the same pairs.
+    """
+    if val is None:
+        return ""
+    trained = set(_real_paths(sample.image for sample in train.samples))
+    held = _real_paths(sample.image for sample in val.samples)
+    both = [path for path in dict.fromkeys(held) if path in trained]
+    if not both:
+        return ""
+    shown = ", ".join(both[:3]) + (", ..." if len(both) > 3 else "")
+    text = f"{len(both)} of {len(set(held))} images to validate on are trained on as well ({shown})"
+    made_here = train.split_here and val.split_here
+    if made_here and config is not None and not has_own_validation(config):
+        raise ValueError(
+            f"{text}, though the pairs were split by name; both parts need the same fraction, seed "
+            "and groups, so give them by --val-fraction, --split-seed and --group-by and not in "
+            "--data-options or --val-options, and list each photo once"
+        )
+    return (
+        f"warning: {text}: the scores of the validation are not those of unseen images; "
+        "--split and --val-split, or --val-data, name parts that have none in common"
+    )
 
 
 def write_split(
@@ -139,17 +189,48 @@ def write_split(
 
 
 def trained_on(weights: str | os.PathLike[str], dataset: SegmentationDataset) -> tuple[int, Path]:
-    """How many of these photos a run trained on that left its weights beside its ``split.csv``.
+    """How many of these photos a run trained on that left its weights with its ``split.csv``.
 
-    0 where there is no such table; ``weights`` is a file or the folder of a run. The second is the
-    table's path.
+    The table lies beside the weights, or in one of the two folders above where that is a run's. 0
+    where there is no such table. Files are compared by their real paths.
+
+    Args:
+        weights: a file, or the folder of a run, of one stage or two, as ``find_weights`` takes.
+        dataset: whose photos are counted.
+
+    Returns:
+        The number, and the table's path.
     """
-    path = Path(weights)
-    table = (path if path.is_dir() else path.parent) / "split.csv"
-    # The name of weights that come with the package is none of a file here.
-    rows = _rows(table) if path.exists() else []
-    trained = {row["image"] for row in rows if row["split"] == "train"}
-    return sum(os.path.abspath(sample.image) in trained for sample in dataset.samples), table
+    try:
+        path = find_weights(weights)
+    # Loading them says why.
+    except (OSError, ValueError):
+        path = Path(weights)
+    table = _table_of(path)
+    rows = [row for row in _rows(table) if row["split"] == "train"]
+    trained = set(_real_paths(table.parent / row["image"] for row in rows))
+    photos = _real_paths(sample.image for sample in dataset.samples) if trained else []
+    return sum(photo in trained for photo in photos), table
+
+
+def _table_of(weights: Path) -> Path:
+    own = weights.parent / "split.csv"
+    folders = weights.parent.absolute().parents[:2]
+    # Above, a table of that name may be the data's own.
+    of_runs = [f / own.name for f in folders if (f / "config.yaml").is_file()]
+    return next((table for table in (own, *of_runs) if table.is_file()), own)
+
+
+def _real_paths(files: Iterable[Path]) -> list[str]:
+    """Paths without links; each folder is looked up once."""
+    folders: dict[Path, str] = {}
+    found = []
+    for file in files:
+        if file.parent not in folders:
+            folders[file.parent] = os.path.realpath(file.parent)
+        path = os.path.join(folders[file.parent], file.name)
+        found.append(os.path.realpath(path) if os.path.islink(path) else path)
+    return found
 
 
 def _sides(path: Path) -> dict[str, str]:
@@ -180,7 +261,7 @@ def _open(
     if numbers:
         raise ValueError(
             f"sequences has {numbers[0]!r}, a number: put names that YAML takes for one in quotes, "
-            'as "0016E5"'
+            "as '[\"0016E5\"]' in a shell"
         )
     given = {**options_of(config.as_dict()), **options}
     return open_dataset(source, root, split, whole=whole, **given)

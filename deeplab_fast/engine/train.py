@@ -329,7 +329,7 @@ def _check_data(
     progress: bool,
 ) -> None:
     """Reads the data where the config says so, duplicates what is to be seen more often."""
-    for note in data.train.notes:
+    for note in data.notes:
         tell(note)
     if not config.bootstrap:
         _check_length(config, data)

@@ -5,7 +5,9 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +20,12 @@ from deeplab_fast.cli.train import parser
 testing.import_torchvision()
 
 from deeplab_fast.data import check  # noqa: E402
+from deeplab_fast.data.datasets import open_dataset  # noqa: E402
 from deeplab_fast.engine import train as engine  # noqa: E402
-from deeplab_fast.engine.config import to_yaml  # noqa: E402
+from deeplab_fast.engine.config import TrainConfig, to_yaml  # noqa: E402
+from deeplab_fast.engine.datamodule import SegmentationData  # noqa: E402
 from deeplab_fast.engine.finite import NotFiniteWarning  # noqa: E402
+from deeplab_fast.engine.sources import trained_on  # noqa: E402
 from deeplab_fast.models import DeepLabV3  # noqa: E402
 from deeplab_fast.weights import from_checkpoint  # noqa: E402
 
@@ -228,6 +233,13 @@ def test_every_option_has_help():
         assert f"--{field.name.replace('_', '-')}" in text
 
 
+def test_the_example_of_data_options_is_one_for_a_shell():
+    text = " ".join(parser().format_help().split())
+    example = re.search(r"--data-options\.sequences '.*?'", text)[0]
+    flag, value = shlex.split(example)
+    assert flag == "--data-options.sequences" and yaml.safe_load(value) == ["0016E5"]
+
+
 @pytest.fixture
 def plain(tiny, tmp_path):
     """Flags of a run on a folder without parts, whose files have their present form for long."""
@@ -267,6 +279,71 @@ def test_a_folder_without_parts(capsys, plain, tmp_path):
     told = capsys.readouterr().err
     assert "were trained on 8 of the 10 images" in told
     assert f"--data {out / 'split.csv'} --split val" in told
+    # So it does for a checkpoint of the run, and where a link leads to the data.
+    link = tmp_path / "link"
+    link.symlink_to(flags[3])
+    linked = open_dataset("folder", link, classes=4)
+    for weights in (out, out / "checkpoints" / "last.ckpt"):
+        assert trained_on(weights, linked) == (8, out / "split.csv")
+
+
+def test_what_weights_have_seen_in_two_stages(tiny, tmp_path):
+    data = open_dataset("folder", tiny.write_scenes(tmp_path / "data", 4), classes=4)
+    run = tmp_path / "run" / "stage2"
+    run.mkdir(parents=True)
+    (run / "model.safetensors").touch()
+    # The data's own table above the weights is none of the run's.
+    table = "image,mask,split\n" + "".join(f"{s.image},{s.mask},train\n" for s in data.samples)
+    (tmp_path / "split.csv").write_text(table)
+    assert trained_on(run.parent, data)[0] == 0
+    (run / "split.csv").write_text(table)
+    assert trained_on(run.parent, data) == (4, run / "split.csv")
+
+
+@pytest.mark.parametrize(
+    ("options", "notes"),
+    [
+        pytest.param({"split": "all", "val_split": "all"}, ("10 of 10 images",), id="on purpose"),
+        pytest.param({"split": "all"}, ("2 of 10 pairs", "2 of 2 images"), id="all beside val"),
+        pytest.param({}, ("2 of 10 pairs",), id="two parts"),
+        pytest.param({"val_every": 0}, (), id="no validation"),
+        pytest.param({"val_root": "other"}, (), id="another root"),
+        pytest.param({"val_root": "./plain"}, ("2 of 10 pairs",), id="the same root"),
+        pytest.param(
+            {"val_data": "folder", "val_root": "link"}, ("10 of 10 images",), id="the same data"
+        ),
+    ],
+)
+def test_photos_that_are_trained_and_validated_on(tiny, tmp_path, monkeypatch, options, notes):
+    monkeypatch.chdir(tmp_path)
+    tiny.write_scenes("plain", 10)
+    tiny.write_scenes("other", 3)
+    Path("link").symlink_to("plain")
+    config = TrainConfig(data="folder", root="plain", classes=list("abcd"), **options)
+    data = SegmentationData(config)
+    assert len(data.notes) == len(notes), data.notes
+    for note, start in zip(data.notes, notes, strict=True):
+        shared = "images" in start
+        assert re.match(f"warning: {start}" if shared else f"plain has no .*{start}", note), note
+    if options.get("val_root") == "other":
+        assert (len(data.train), len(data.val)) == (10, 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"root": "plain", "data_options": {"split_seed": 5}}, id="two seeds"),
+        pytest.param({"data": "pairs.csv"}, id="listed twice"),
+    ],
+)
+def test_parts_of_the_same_pairs_that_overlap(tiny, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    files = [path.name for path in (tiny.write_scenes("plain", 10) / "images").iterdir()]
+    rows = [f"{dot}plain/images/{f},plain/masks/{f}" for f in files for dot in ("", "./")]
+    Path("pairs.csv").write_text("\n".join(["image,mask", *rows]))
+    given = {"data": "folder", "classes": list("abcd"), **options}
+    with pytest.raises(ValueError, match=r"trained on as well.*--split-seed.*list each photo once"):
+        SegmentationData(TrainConfig(**given))
 
 
 def test_a_check_that_passed_is_remembered(capsys, plain, tmp_path, monkeypatch):
