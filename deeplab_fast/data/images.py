@@ -5,8 +5,9 @@ stored as:
 
 - 16-bit samples keep their high byte (``v >> 8``, 65535 -> 255). Pillow decodes 16-bit *colour*
   files that way and offers nothing finer, so grey files and ``uint16`` arrays follow it. A picture
-  whose colours use 14 bits or less of the 16 would become dark or black: it is refused, unless
-  ``bits`` says how many a sample has, and then ``v >> (bits - 8)`` is kept.
+  of which at least 99.9 % of the colours' samples use 14 bits or less of the 16 would become dark
+  or black, whatever a few pixels without data or saturated ones hold: it is refused, unless it is
+  black or ``bits`` says how many a sample has, and then ``v >> (bits - 8)`` is kept.
 - Three colours or grey, with or without alpha. Further bands are refused, and a fourth that the
   file does not say is alpha (infrared, as a rule) is never taken for it.
 - Transparency is composited on white, as an image viewer shows it: the colours stored under
@@ -59,6 +60,8 @@ _TIFF_EXTRA = 338
 _TIFF_ALPHA = ((1,), (2,))
 # A picture that stays below is of a camera with 14 bits or less, or all but black.
 _FEWEST_BITS = 14
+# One of so many samples may be above all the same: no data, saturated.
+_PER_OUTLIER = 1000
 
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | np.ndarray | Image.Image"
@@ -87,7 +90,7 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, *, bits: int | None = 
     Args:
         source: a path or a seekable binary file object, read from its start.
         bits: of a 16-bit sample those that are used, 8 to 16: 12 for most scientific cameras. None
-            is 16, and refuses a picture that uses 14 or less.
+            is 16, and refuses a picture of which all but 0.1 % of the samples use 14 or less.
 
     Raises:
         ImageReadError: missing, empty, truncated, damaged or unknown file, one larger than
@@ -357,31 +360,51 @@ def _checked_depth(pixels: np.ndarray, name: str, bits: int | None, deep: bool) 
             "for; store it with 8 bits a sample",
         )
     # One level here is 256 of the file's.
-    if bits is None and 0 < (high := int(pixels[..., :3].max())) < 1 << (_FEWEST_BITS - 8):
-        raise ImageReadError(name, _too_dark(high * 256 + 255, "store it with 8 bits a sample"))
+    high, above = _largest(pixels[..., :3], 1 << (_FEWEST_BITS - 8))
+    if bits is None and high:
+        cure = "store it with 8 bits a sample"
+        raise ImageReadError(name, _too_dark(high * 256 + 255, above, cure))
     return pixels
 
 
-def _too_dark(high: int, cure: str) -> str:
-    used = high.bit_length()
+def _largest(values: np.ndarray, limit: int) -> tuple[int, int]:
+    """The largest sample and how many at or above ``limit`` it leaves out; 0 where they are many.
+
+    Few are up to one of ``_PER_OUTLIER``.
+    """
+    high = int(values.max()) if values.size else 0
+    if high < limit:
+        return high, 0
+    low = values < limit
+    above = values.size - int(np.count_nonzero(low))
+    if above * _PER_OUTLIER > values.size:
+        return 0, above
+    return int(values.max(where=low, initial=0)), above
+
+
+def _too_dark(high: int, above: int, cure: str) -> str:
+    used = max(8, high.bit_length())
+    few = f" but for {above} above (no data, saturated)" if above else ""
+    first = f"set those above to {high} and " if above else ""
     return (
-        f"16-bit samples up to {high}, of 65535: scaled as 16 bits they would be dark or black. "
-        f"Expected samples that use more than {_FEWEST_BITS} bits, or the number of bits; if they "
-        f"have {max(8, used)}, {cure}; if the picture is that dark, say 16 bits"
+        f"16-bit samples up to {high}, of 65535{few}: scaled as 16 bits they would be dark or "
+        f"black. Expected more than one in {_PER_OUTLIER} that use more than {_FEWEST_BITS} bits, "
+        f"or the number of bits; if they have {used}, {first}{cure}; if the picture is that dark, "
+        "say 16 bits"
     )
 
 
 def _high_byte(values: np.ndarray, name: str, bits: int | None, colours: int) -> np.ndarray:
     """Integers 0..65535 [H, W] or [H, W, C] as uint8; the first ``colours`` of C are no alpha."""
     seen = values[..., :colours] if values.ndim == 3 else values
-    high = int(seen.max()) if seen.size else 0
     if bits is None:
-        if 0 < high < 1 << _FEWEST_BITS:
+        high, above = _largest(seen, 1 << _FEWEST_BITS)
+        if high:
             used = max(8, high.bit_length())
             cure = (
                 f"shift them to 8, or use predict --depth {used} or read_image(path, bits={used})"
             )
-            raise ImageReadError(name, _too_dark(high, cure))
+            raise ImageReadError(name, _too_dark(high, above, cure))
         bits = 16
     if values.size and int(values.max()) >> bits:
         raise ImageReadError(

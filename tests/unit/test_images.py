@@ -245,6 +245,39 @@ def test_how_many_bits_a_sample_must_use(tmp_path, high, accepted):
                 read()
 
 
+@pytest.mark.parametrize(
+    ("bright", "accepted"),
+    [
+        pytest.param(1, False, id="one pixel without data"),
+        pytest.param(4, False, id="0.1 %"),
+        pytest.param(5, True, id="more than 0.1 %"),
+    ],
+)
+def test_a_few_saturated_pixels_do_not_make_sixteen_bits(tmp_path, bright, accepted):
+    values = np.full((40, 100), 4095, np.uint16)
+    values.ravel()[:bright] = 65535
+    path = save(tmp_path, Image.fromarray(values), "a.png")
+    colour = io.BytesIO(png16(np.repeat(values[:, :, None], 3, axis=2), 2))
+    if accepted:
+        for source in (path, colour):
+            np.testing.assert_array_equal(read_image(source)[..., 0], values >> 8)
+        return
+    said = rf"up to 4095, of 65535 but for {bright} above .* set those above to 4095 and shift"
+    with pytest.raises(ImageReadError, match=said):
+        read_image(path)
+    with pytest.raises(ImageReadError, match=rf"but for {3 * bright} above .* store it with 8"):
+        read_image(colour)
+    # What the message says to do.
+    fixed = np.minimum(values, 4095)
+    assert (as_rgb_array(fixed, bits=12) == 255).all()
+
+
+def test_a_black_picture_with_few_bright_pixels(tmp_path):
+    values = np.zeros((40, 100), np.uint16)
+    values[3, 4] = 65535
+    np.testing.assert_array_equal(as_rgb_array(values)[..., 0], values >> 8)
+
+
 @pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4)], ids=["RGB", "RGBA"])
 def test_twelve_bits_of_a_colour_file(colour_type, channels):
     values = np.full((2, 2, channels), 4095, np.uint16)
