@@ -234,9 +234,8 @@ def test_every_option_has_help():
 
 
 def test_the_example_of_data_options_is_one_for_a_shell():
-    text = " ".join(parser().format_help().split())
-    example = re.search(r"--data-options\.sequences '.*?'", text)[0]
-    flag, value = shlex.split(example)
+    field = TrainConfig.__dataclass_fields__["data_options"]
+    flag, value = shlex.split(field.metadata["help"].partition(": ")[2])
     assert flag == "--data-options.sequences" and yaml.safe_load(value) == ["0016E5"]
 
 
