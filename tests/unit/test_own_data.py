@@ -157,6 +157,23 @@ def test_a_training_part_alone(tmp_path):
     assert len(other) == 3 and sorted([*one, *other]) == list("abcdefghij")
 
 
+def test_pairs_beside_parts_are_told(tmp_path):
+    pairs(tmp_path, names="abc")
+    for part in ("train", "val"):
+        pairs(tmp_path, f"images/{part}", f"masks/{part}", "xy")
+    for split, count, note in (
+        (
+            "train",
+            2,
+            r"3 pictures in .*images itself are not taken, .* parts train, val; --split all",
+        ),
+        ("val", 2, "3 pictures in .*images itself are not taken"),
+        ("all", 3, "the pairs in train, val of .*images are not taken"),
+    ):
+        dataset = open_dataset("folder", tmp_path, split, classes=2)
+        assert len(dataset) == count and re.match(note, dataset.notes[0])
+
+
 # Names of masks
 
 
@@ -288,6 +305,18 @@ def test_groups_stay_together(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             open_dataset("folder", tmp_path, "val", classes=2, group_by=group_by)
+
+
+def test_groups_of_a_table_are_those_of_its_folder(tmp_path):
+    stems = [f"{clip}{i:02d}" for clip in ("left", "right", "top") for i in range(4)]
+    pairs(tmp_path, names=stems)
+    rows = [f"images/{stem}.jpg,masks/{stem}.png" for stem in stems]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,mask", *rows]))
+    given = {"split": "val", "classes": 2, "group_by": "prefix"}
+    folder = open_dataset("folder", tmp_path, **given)
+    table = open_dataset(tmp_path / "pairs.csv", **given)
+    assert len(folder) == 4
+    assert [s.image for s in table.samples] == [s.image for s in folder.samples]
 
 
 @pytest.mark.parametrize(

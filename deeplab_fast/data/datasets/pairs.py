@@ -87,7 +87,7 @@ def _folder_of_pairs(root: Path, split: str | None, spec: Spec) -> SegmentationD
         if direct is not None:
             samples = _pairs(direct, suffix, notes)
             if parts and _pictures(direct.photos):
-                notes.append(f"the pairs in {', '.join(parts)} of {direct.photos} are not taken")
+                notes.append(_parts_left_out(direct, parts))
         else:
             samples = [
                 replace(sample, name=f"{part}/{sample.name}")
@@ -96,6 +96,11 @@ def _folder_of_pairs(root: Path, split: str | None, spec: Spec) -> SegmentationD
             ]
     elif part is not None and not (part == "train" and how.asked):
         samples = _pairs(parts[part], suffix, notes)
+        if direct is not None and (beside := len(_pictures(direct.photos))):
+            notes.append(
+                f"{beside} pictures in {direct.photos} itself are not taken, as there are the "
+                f"parts {', '.join(parts)}; --split all takes them instead of the parts"
+            )
     else:
         # Of "train" alone a part may be taken away.
         inside = direct or (parts.get("train") if how.asked else None)
@@ -104,10 +109,16 @@ def _folder_of_pairs(root: Path, split: str | None, spec: Spec) -> SegmentationD
         assert split is not None
         samples, told = how.part(_pairs(inside, suffix, notes), split, str(root))
         notes += [told] if told else []
+        if direct is not None and parts and _pictures(direct.photos):
+            notes.append(_parts_left_out(direct, parts))
         split_here = True
     dataset = SegmentationDataset(samples, name=root.resolve().name, split=split, **spec)
     dataset.notes, dataset.split_here = tuple(notes), split_here
     return dataset
+
+
+def _parts_left_out(direct: _Place, parts: dict[str, _Place]) -> str:
+    return f"the pairs in {', '.join(parts)} of {direct.photos} are not taken"
 
 
 def _place(root: Path, images: str | None, masks: str | None) -> _Place | None:

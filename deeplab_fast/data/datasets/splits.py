@@ -109,8 +109,8 @@ class Split:
 
     def _for_validation(self, samples: Sequence[Sample], fraction: float, what: str) -> set[int]:
         groups: dict[str, list[int]] = {}
-        for index, sample in enumerate(samples):
-            groups.setdefault(group_of(sample.name, self.group_by), []).append(index)
+        for index, group in enumerate(_groups(samples, self.group_by)):
+            groups.setdefault(group, []).append(index)
         if len(groups) < 2:
             (name,) = groups
             why = f", the group {name!r} of --group-by {self.group_by}" if self.group_by else ""
@@ -134,9 +134,21 @@ class Split:
         return {index for name in chosen for index in groups[name]}
 
 
+def _groups(samples: Sequence[Sample], group_by: str | None) -> list[str]:
+    """The group of each pair; for "prefix" without the folders that all names begin with."""
+    names = [sample.name for sample in samples]
+    if group_by == "prefix":
+        folders = [name.split("/")[:-1] for name in names]
+        first, last = min(folders), max(folders)
+        pairs = enumerate(zip(first, last, strict=False))
+        shared = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
+        names = ["/".join(name.split("/")[shared:]) for name in names]
+    return [group_of(name, group_by) for name in names]
+
+
 def _possible_groups(samples: Sequence[Sample]) -> str:
     """What to say where names look like those of sequences: frames of one are nearly alike."""
-    groups = list(dict.fromkeys(group_of(sample.name, "prefix") for sample in samples))
+    groups = list(dict.fromkeys(_groups(samples, "prefix")))
     if not 2 <= len(groups) <= len(samples) / 4:
         return ""
     shown = ", ".join(groups[:3]) + (", ..." if len(groups) > 3 else "")
@@ -152,7 +164,8 @@ def group_of(name: str, group_by: str | None) -> str:
     Args:
         group_by: None is the name itself. "prefix" is what stands before the last of ``_ - . /``
             and space, without a file's suffix: ``0016E5_07959`` is of ``0016E5``, ``clip1/12.jpg``
-            of ``clip1``; of a name without any of them what its last digits follow: ``left012`` is
+            of ``clip1`` (a table's names are taken below the folder that they share, as a folder's
+            are); of a name without any of them what its last digits follow: ``left012`` is
             of ``left``. Otherwise a regular expression that is searched in the name: its first
             group, or all that it matches.
 
