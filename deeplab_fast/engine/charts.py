@@ -92,12 +92,12 @@ def _scores(axes: Axes, history: History) -> None:
     if not steps:
         axes.text(0.5, 0.5, "no validation yet", ha="center", transform=axes.transAxes)
         return
-    miou = np.array(history.column("val/miou", percent=True))
+    miou = history.column("val/miou", percent=True)
     accuracy = history.column("val/pixel_accuracy", percent=True)
     axes.plot(steps, accuracy, color="#999999", lw=1.2, marker=".", label="pixel accuracy")
     axes.plot(steps, miou, color=_VAL, lw=1.8, marker="o", ms=4, label="mIoU")
-    if np.isfinite(miou).any():
-        best = int(np.nanargmax(miou))
+    best = history.best()
+    if best is not None:
         axes.plot(
             steps[best],
             miou[best],
@@ -150,6 +150,7 @@ def _class_lines(axes: Axes, history: History, values: dict[str, list[float]]) -
     # Ten strong colours, then the same ones light.
     twenty = colormaps["tab20"].colors  # type: ignore[attr-defined]
     colours = [*twenty[::2], *twenty[1::2]]
+    best = history.best()
     for (name, row), colour in zip(values.items(), colours, strict=False):
         axes.plot(
             _validated(history),
@@ -158,13 +159,17 @@ def _class_lines(axes: Axes, history: History, values: dict[str, list[float]]) -
             lw=1.6,
             marker="o",
             ms=3.5,
-            label=f"{_plain(name)}  {_last(row):.1f}",
+            label=f"{_plain(name)}  {_last(row):.1f}" + _at(row, best),
         )
+    title = "last IoU, %"
+    if best is not None:
+        axes.axvline(_validated(history)[best], color="#888888", lw=1, ls="--")
+        title += ", and at\nthe best mIoU (dashed)"
     axes.set_ylabel("IoU, %")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if values:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="last IoU, %")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title=title)
 
 
 def _heat_map(figure: Figure, axes: Axes, history: History, values: dict[str, list[float]]) -> None:
@@ -207,6 +212,13 @@ def _plain(text: str) -> str:
 
 def _validated(history: History) -> list[float]:
     return [row["step"] for row in history.validations]
+
+
+def _at(values: list[float], best: int | None) -> str:
+    """The value of the best validation, for behind the last one."""
+    if best is None:
+        return ""
+    return f"  ({values[best]:.1f})" if math.isfinite(values[best]) else "  (-)"
 
 
 def _last(values: list[float]) -> float:

@@ -55,6 +55,12 @@ class History:
         factor = 100.0 if percent else 1.0
         return [factor * row.get(name, math.nan) for row in self.validations]
 
+    def best(self) -> int | None:
+        """Which validation has the best mIoU, the first of equal ones; None where none has any."""
+        miou = self.column("val/miou")
+        known = [index for index, value in enumerate(miou) if math.isfinite(value)]
+        return max(known, key=lambda index: miou[index]) if known else None
+
     def table(self) -> list[dict[str, Any]]:
         """A row a validation, for a spreadsheet.
 
