@@ -372,7 +372,10 @@ def _run(job: _Job) -> int:
     tally = _Tally()
     total = len(job.paths)
     counting = Counting(
-        total, tell=lambda line: tell("predict", line), shown=total > 1 or bool(job.options.tile)
+        total,
+        tell=lambda line: tell("predict", line),
+        shown=total > 1 or bool(job.options.tile),
+        together=_together(job),
     )
     began = time.monotonic()
     written: deque[tuple[Path, Future[str]]] = deque()
@@ -383,21 +386,27 @@ def _run(job: _Job) -> int:
         if pool is not None:
             stack.callback(pool.shutdown, cancel_futures=True)
 
+        def done(future: Future[str]) -> None:
+            if not future.cancelled():
+                counting.add()
+
         def finish(left: int) -> None:
             while len(written) > left:
                 path, future = written.popleft()
                 try:
                     line = future.result()
                 except MemoryError:
-                    _failed(tally, counting, f"{path}: {_OUT_OF_MEMORY}")
+                    _told_failure(tally, counting, f"{path}: {_OUT_OF_MEMORY}")
                     continue
                 counting.write(line, sys.stdout)
-                counting.add()
 
         try:
             for group in _groups(job, pool, tally, counting):
                 for path, write in _segmented(job, group, tally, counting):
-                    written.append((path, _started(pool, write)))
+                    future = _started(pool, write)
+                    # When it is done, not when it is asked for below: that may be all at the end.
+                    future.add_done_callback(done)
+                    written.append((path, future))
                     # Each holds a photo and its labels.
                     finish(job.workers)
             finish(0)
@@ -408,11 +417,11 @@ def _run(job: _Job) -> int:
             tell("predict", f"cannot write: {error}")
             return 1
     seconds = time.monotonic() - began
-    done = total - tally.failed
-    told = f" in {seconds:.1f} s, {pace(counting.seconds)}" if done else ""
+    segmented = total - tally.failed
+    told = f" in {seconds:.1f} s, {pace(counting.seconds)}" if segmented else ""
     problems = f", {tally.failed} failed" if tally.failed else ""
     problems += f", {tally.spoiled} with logits that are NaN or infinite" if tally.spoiled else ""
-    print(f"{done} of {total} images segmented into {job.output}{told}{problems}")
+    print(f"{segmented} of {total} images segmented into {job.output}{told}{problems}")
     return 1 if tally.failed or tally.spoiled else 0
 
 
@@ -434,7 +443,7 @@ def _groups(
     """Photos that follow each other and are inputs of one size, read ahead of the network."""
     from deeplab_fast.data.images import ImageReadError, read_image
 
-    most = 1 if job.options.tile is not None else job.options.batch_size or 1
+    most = _together(job)
     ahead: deque[_Photo] = deque()
     waiting = enumerate(zip(job.paths, job.stems, strict=True), start=1)
     group: list[_Photo] = []
@@ -464,14 +473,23 @@ def _groups(
         yield group
 
 
+def _together(job: _Job) -> int:
+    """The most photos that run together."""
+    return 1 if job.options.tile is not None else job.options.batch_size or 1
+
+
 def _read(read: Callable[..., np.ndarray], path: Path, depth: int | None) -> np.ndarray:
     return read(path, bits=depth)
 
 
 def _failed(tally: _Tally, counting: Counting, message: str) -> None:
+    _told_failure(tally, counting, message)
+    counting.add()
+
+
+def _told_failure(tally: _Tally, counting: Counting, message: str) -> None:
     tally.failed += 1
     counting.write(f"{PROGRAM} predict: {message}", sys.stderr)
-    counting.add()
 
 
 def _segmented(

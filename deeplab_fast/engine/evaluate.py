@@ -322,7 +322,11 @@ class ImageCounter:
         order: list[int] = []
         scores: list[Tensor] = []
         with Counting(
-            len(sampler), "evaluating", tell=tell, shown=progress and sampler.rank == 0
+            len(sampler),
+            "evaluating",
+            tell=tell,
+            shown=progress and sampler.rank == 0,
+            together=step,
         ) as counting:
             runner = replace(self.runner, progress=counting.windows)
             counter = replace(self, runner=runner)

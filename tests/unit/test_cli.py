@@ -4,7 +4,9 @@ import copy
 import io
 import json
 import math
+import re
 import sys
+import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -510,6 +512,23 @@ def test_photos_together_and_beside_each_other(capsys, model, weights, tmp_path,
         # Batched and single convolutions may round differently.
         expected = sized.predict(folder / f"{name}.png")
         assert (labels_of(out, name)[1] == expected).mean() > 0.999
+
+
+def test_the_pace_is_that_of_photos_when_they_are_done(capsys, monkeypatch, weights, tmp_path):
+    for name in "abcdef":
+        photo(20, 28).save(tmp_path / f"{name}.png")
+    segment = predict_module.predict
+
+    def slow(*arguments, **options):
+        time.sleep(0.1)
+        return segment(*arguments, **options)
+
+    monkeypatch.setattr(predict_module, "predict", slow)
+    arguments = ("--output", tmp_path / "o", "--weights", weights, "--size", 20, "--workers", 5)
+    _, printed, _ = run(capsys, "predict", tmp_path, *arguments)
+    found = re.search(r"6 of 6 images segmented into .* in .* s, (\S+) ms an image\n", printed)
+    # Five follow the first by 100 ms each; the first may be written up to 350 ms late.
+    assert found and float(found[1]) > 30
 
 
 def test_what_the_network_got_is_told(capsys, weights, tmp_path):

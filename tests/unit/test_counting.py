@@ -38,7 +38,7 @@ def test_windows_of_one_image(now):
     counting.windows(1, 4)
     now[0] += 10
     counting.windows(2, 4)
-    # One image took 20 s: half of one and the whole second are left.
+    # One image took 20 s: the whole second is left, and then half of it.
     now[0] += 10
     counting.add()
     now[0] += 10
@@ -48,8 +48,18 @@ def test_windows_of_one_image(now):
     assert lines == [
         "0/2 images, window 2/4 of the next",
         "1/2 images, 20.0 s an image, 0:00:20 left",
-        "1/2 images, window 2/4 of the next, 0:00:15 left",
+        "1/2 images, window 2/4 of the next, 0:00:10 left",
     ]
+
+
+def test_images_that_run_together_first_are_not_in_the_pace(now):
+    counting = Counting(12, shown=False, together=4)
+    for seconds in (9.0, 0, 0, 0, 4.0, 0, 0, 0):
+        now[0] += seconds
+        counting.add()
+    # Four in 4 s; time that passes until the pace is asked for is no image's.
+    now[0] += 50
+    assert counting.done == 8 and counting.seconds == 1.0
 
 
 def test_a_bar_on_a_terminal(now):
