@@ -71,7 +71,7 @@ class TrainConfig:
     val_fraction: float | None = _option(
         None,
         "part of a folder or csv without parts that is for validation, 0 to 1, chosen by name; "
-        "default: 0.2, or 0 with --val-data or --val-every 0",
+        "default: 0.2, or 0 with --val-data, --val-root or --val-every 0",
         "F",
     )
     split_seed: int | None = _option(
@@ -101,7 +101,9 @@ class TrainConfig:
         ),
     )
     val_data: str | None = _option(None, "data to validate on; default: --data", "NAME|DIR|FILE")
-    val_root: str | None = _option(None, "its folder; default: --root", "DIR")
+    val_root: str | None = _option(
+        None, "its folder; another than --root is validated on as a whole; default: --root", "DIR"
+    )
     val_split: str | None = _option("val", "its split; all: everything in a folder or csv", "NAME")
     val_options: dict[str, Any] = field(
         default_factory=dict, metadata=_help("as --data-options, for validation", "MAP")
