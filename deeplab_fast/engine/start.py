@@ -189,8 +189,8 @@ def start_text(config: TrainConfig) -> str:
     if config.weights_backbone is not None:
         return f"with a backbone from {config.weights_backbone}, the head from random numbers"
     return (
-        "from random numbers (weights=NAME, FILE or RUN, or weights_backbone=, starts from trained "
-        "ones)"
+        "from random numbers (--weights NAME, FILE or RUN, or --weights-backbone, starts from "
+        "trained ones)"
     )
 
 
@@ -232,7 +232,7 @@ def _tell_of_head(
             more = ", ..." if len(other) > 4 else ""
             tell(
                 f"warning: {config.weights} calls {len(other)} of the classes otherwise ({pairs}"
-                f"{more}); its last layers are kept, reset_head starts them anew"
+                f"{more}); its last layers are kept, --reset-head starts them anew"
             )
     return False
 

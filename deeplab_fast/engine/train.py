@@ -93,7 +93,8 @@ def fit(
         model, data: in place of those that the config names: a model, a ``SegmentationData``.
         callbacks: further Lightning callbacks.
         tell: takes the lines about the progress (:class:`~deeplab_fast.engine.progress.Progress`
-            has their rule); by default they are printed. The first process tells.
+            has their rule); by default they are printed. The first process tells. They name options
+            as the command line does: ``--input-size`` is ``input_size``.
         quiet: prints nothing.
         progress: a bar on stderr in place of the lines of the steps; by default where stderr is a
             terminal.
@@ -274,7 +275,7 @@ def prepare(
             names = [*told.classes[:4], *(["..."] if len(told.classes) > 4 else [])]
             tell(
                 f"the classes are taken to be the {len(told.classes)} of {config.weights}: "
-                f"{', '.join(names)}; classes=a,b,c names yours"
+                f"{', '.join(names)}; --classes a,b,c names yours"
             )
         config = config.replace(model=told.model, classes=told.classes)
     data = data if data is not None else SegmentationData(config)
@@ -383,8 +384,8 @@ def imbalance_advice(pixels: Sequence[int], names: Sequence[str], config: TrainC
     share, name = max(present)
     return (
         f"note: few pixels are of {shown}{more} (most are of {name}, {share:.0%}): "
-        "class_weights=inverse_log or median_frequency, loss=cross_entropy+dice or "
-        "bootstrap=[rare] help them"
+        "--class-weights inverse_log or median_frequency, --loss cross_entropy+dice or "
+        "--bootstrap [rare] help them"
     )
 
 
@@ -479,7 +480,7 @@ def _tell_of_start(
         scaled = "training and validation" if config.transform == "paper" else "validation"
         tell(
             f"photos are brought to {what} pixels in {scaled}, as the model's predict does "
-            "(input_size=0: they stay as they are)"
+            "(--input-size 0: they stay as they are)"
         )
     images = config.batch_size // config.accumulate
     pretrained = config.weights is not None or config.weights_backbone is not None
@@ -487,7 +488,7 @@ def _tell_of_start(
     if checkpoint is None and pretrained and not kept and images < _FEW_IMAGES:
         tell(
             f"note: the batch norms' statistics are of {images} images a pass, so few that "
-            "validation may get worse while the loss falls: freeze_backbone_statistics=true keeps "
+            "validation may get worse while the loss falls: --freeze-backbone-statistics keeps "
             "those of the weights"
         )
     unsettled = _unsettled_share(model, steps)

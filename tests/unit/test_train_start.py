@@ -144,7 +144,7 @@ def test_the_head_starts_anew_for_other_classes(plan, run):
 def test_a_start_without_weights_is_told(plan, tmp_path):
     told = []
     fit(plan.replace(output=str(tmp_path / "run"), epochs=1), tell=told.append)
-    assert any("from random numbers (weights=NAME" in line for line in told)
+    assert any("from random numbers (--weights NAME" in line for line in told)
     assert told_by_weights(plan.replace(model=None)).model == "deeplabv3_resnet50"
     # A preset's model is for a start without weights; one that is given stands.
     assert told_by_weights(train_config("torchvision", weights="camvid")).model == (
