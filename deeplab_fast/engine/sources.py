@@ -132,11 +132,12 @@ def seen_in_both(
         return ""
     trained = set(_real_paths(sample.image for sample in train.samples))
     held = _real_paths(sample.image for sample in val.samples)
-    both = [path for path in dict.fromkeys(held) if path in trained]
+    names = dict(zip(held, (sample.name for sample in val.samples), strict=True))
+    both = [name for path, name in names.items() if path in trained]
     if not both:
         return ""
     shown = ", ".join(both[:3]) + (", ..." if len(both) > 3 else "")
-    text = f"{len(both)} of {len(set(held))} images to validate on are trained on as well ({shown})"
+    text = f"{len(both)} of {len(names)} images to validate on are trained on as well ({shown})"
     made_here = train.split_here and val.split_here
     if made_here and config is not None and not has_own_validation(config):
         raise ValueError(
