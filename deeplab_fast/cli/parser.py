@@ -6,7 +6,8 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -72,6 +73,35 @@ class CommandParser(ArgumentParser):
         options.setdefault("print_config", "--print-config")
         super().__init__(**options)
 
+    # jsonargparse gives argparse's overloads one signature too.
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *more: Any, **options: Any
+    ) -> Any:
+        given = [each for each in (sys.argv[1:] if args is None else args) if isinstance(each, str)]
+        for each in given:
+            # jsonargparse takes it for the option itself, with its value.
+            if self._dotted(each.split("=")[0]):
+                self.error(f"unrecognized arguments: {each}")
+        for name, value in zip(given, [*given, ""][1:], strict=True):
+            if name == "--config" or name.startswith("--config="):
+                self._check_lists(value if name == "--config" else name.partition("=")[2])
+        return super().parse_args(args, *more, **options)
+
+    def _check_lists(self, path: str) -> None:
+        """An error where a configuration has something else for an option of several values."""
+        import yaml
+
+        try:
+            found = yaml.safe_load(Path(path).read_text("utf-8"))
+        # jsonargparse tells of these.
+        except (OSError, ValueError, yaml.YAMLError):
+            return
+        several = {a.dest for a in self._actions if a.nargs not in (None, 0, "?")}
+        for key, value in found.items() if isinstance(found, dict) else ():
+            if key in several and value is not None and not isinstance(value, list):
+                shown = f"; write {key}: [{value}]" if not isinstance(value, dict) else ""
+                self.error(f"the configuration has {key}: {value}, expected a list{shown}")
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
@@ -122,8 +152,15 @@ class CommandParser(ArgumentParser):
         known = [*options, positional] if positional else options
         alike = difflib.get_close_matches(name.replace("_", "-"), _ELSEWHERE, n=1, cutoff=0.85)
         other = [each for elsewhere in alike for each in _ELSEWHERE[elsewhere] if each in known]
-        means = ", ".join(other) or did_you_mean(name, options)
+        means = self._dotted(name) or ", ".join(other) or did_you_mean(name, options)
         return f"there is no option {name}" + (f"; did you mean {means}?" if means else "")
+
+    def _dotted(self, name: str) -> str:
+        """The right form of an option's part whose option is written with underscores, or ""."""
+        option, dot, part = name.partition(".")
+        right = option.replace("_", "-")
+        options = self._options()
+        return f"{right}.{part}" if dot and option not in options and right in options else ""
 
     def _unknown_key(self, key: str) -> str:
         name = "--" + key.replace("_", "-")
@@ -132,12 +169,21 @@ class CommandParser(ArgumentParser):
     def _bad_value(self, key: str, element: str | None, problem: str) -> str:
         action = next((a for a in self._actions if a.dest == key), None)
         name = self._called(action) if action else "--" + key.replace("_", "-")
-        given = re.search(r"(?:Got value|Given value): (.*)", problem, re.DOTALL)
+        subtypes = "".join(re.findall(r"Subtypes: (.*)", problem))
+        # Of a list, the element that is wrong; its line ends before what else was tried.
+        inner = re.search(r"Expected an? <class '\w+'>\. Got value: ([^\n]*)", problem)
+        given = inner or re.search(r"(?:Got value|Given value): (.*)", problem, re.DOTALL)
+        if inner:
+            problem = inner[0]
         kinds = re.findall(r"Expected an? <class '(\w+)'>|Expected <class '(\w+)'>", problem)
         words = [_KINDS[kind] for pair in kinds for kind in pair if kind in _KINDS]
         if not given or not words:
             return f"{name}: {' '.join(problem.split())}"
         value = " ".join(given[1].split())
+        if "list[str]" in subtypes and words == [_KINDS["list"]]:
+            words = [f"a list: [{value}]"]
+        elif inner and "list[str]" in subtypes:
+            words = [f'a text, as in ["{value}"]']
         nested = re.fullmatch(r"NestedArg\(key='(.*)', val='(.*)'\)", value)
         if nested:
             return f"there is no option {name}.{nested[1]}; {name} takes {' or '.join(words)}"

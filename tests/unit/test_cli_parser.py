@@ -54,6 +54,15 @@ def said(capsys, *arguments: str) -> list[str]:
                      "an integer", id="a part of what has none"),
         pytest.param(("train", "--crop", "x"), "--crop: x was given, expected an integer or a list,"
                      " e.g. [1,2]", id="one of two kinds"),
+        pytest.param(("train", "--crop", "[1,x]"), "--crop: x was given, expected an integer",
+                     id="an element of one of two kinds"),
+        pytest.param(("train", "--freeze", "backbone"), "--freeze: backbone was given, expected a "
+                     "list: [backbone]", id="a word for a list of words"),
+        pytest.param(("train", "--bootstrap", "[3]"), '--bootstrap: 3 was given, expected a text, '
+                     'as in ["3"]', id="a number in a list of words"),
+        pytest.param(("train", "--model_options.dropout", "0.5"), "there is no option "
+                     "--model_options.dropout; did you mean --model-options.dropout?",
+                     id="underscore before a part"),
         pytest.param(("predict", "a", "--flip=3"), "--flip takes no value; leave it out",
                      id="a switch"),
         pytest.param(("predict",), "PATH is missing", id="a required argument"),
@@ -68,6 +77,23 @@ def test_bad_options(capsys, arguments, message):
     # Whole, but where a path of this machine follows.
     assert error.endswith(message) or "no.yaml" in arguments
     assert where == f"All options: deeplab-fast {command} --help"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("paths: a.jpg", "paths: a.jpg, expected a list; write paths: [a.jpg]",
+                     id="a word"),
+        pytest.param("tile: 3", "tile: 3, expected a list; write tile: [3]", id="a number"),
+        pytest.param("paths: {a: 3}", "paths: {'a': 3}, expected a list", id="a map"),
+    ],
+)  # fmt: skip
+def test_lists_in_a_configuration(capsys, tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    for arguments in (("--config", str(path)), (f"--config={path}",)):
+        error, _ = said(capsys, "predict", *arguments)
+        assert error == f"deeplab-fast predict: error: the configuration has {message}"
 
 
 @pytest.mark.parametrize(
