@@ -240,7 +240,7 @@ def check_resumable(path: Path, config: TrainConfig, tell: Callable[[str], None]
             f"Begin another run with weights={path.parent.parent}",
         )
     if changed:
-        _remember_changes(path.parent.parent, int(content["global_step"]), before, now, changed)
+        _remember_changes(path.parent.parent, content.get("global_step"), before, now, changed)
         tell(
             f"warning: from step {content.get('global_step')} on with {', '.join(changed.values())}"
             "; the result will differ from that of an uninterrupted run"
@@ -248,7 +248,11 @@ def check_resumable(path: Path, config: TrainConfig, tell: Callable[[str], None]
 
 
 def _remember_changes(
-    folder: Path, step: int, before: dict[str, Any], now: dict[str, Any], changed: Iterable[str]
+    folder: Path,
+    step: int | None,
+    before: dict[str, Any],
+    now: dict[str, Any],
+    changed: Iterable[str],
 ) -> None:
     """A line of changes.jsonl: what ran until this step and from there on."""
     values = {name: [before.get(name), now[name]] for name in changed}
