@@ -56,11 +56,11 @@ PYTHON312 ?= $(shell for python in python3.12 "$$(pyenv root 2>/dev/null)"/versi
 OLDEST := .venv-oldest/bin/python
 OLDEST_DEPS := .venv-oldest/.deps
 OLDEST_INSTALLED := .venv-oldest/.installed
-# Of ops, backends and models, but for what tells models apart and writes them down, the page about
-# it, single models, and how units of a GPU's run are started and watched.
+# Of ops, backends and models, but for what tells models apart and writes them down, the pages about
+# them, single models, and how units of a GPU's run are started and watched.
 OLDEST_UNIT = $(filter-out tests/unit/test_gpu_program.py,$(wildcard tests/unit/test_gpu*.py)) \
 	$(filter-out $(patsubst %,tests/models/test_%.py,accuracy activations options precision \
-	accelerate_libraries deployment_page saved_models weights bird efficientnet_lite embedded fregu856 torchvision_parity),$(wildcard tests/models/test_*.py)) \
+	accelerate_libraries deployment_page readme saved_models weights bird efficientnet_lite embedded fregu856 torchvision_parity),$(wildcard tests/models/test_*.py)) \
 	$(wildcard $(patsubst %,tests/unit/test_%*.py,\
 	aspp backends batch_norm bilinear conv prepared tuned upsample))
 # Of launches not what the newest Triton tells as well: modes of fp16 and TF32, which differ from
