@@ -132,7 +132,7 @@ class TrainConfig:
     check_data: bool = _option(True, "read all photos and masks before training")
     recheck: bool = _option(False, "read them also where they are unchanged since they passed")
     allow_empty: bool = _option(False, "masks may be ignored in every pixel")
-    bootstrap: list[str] = field(
+    bootstrap: list[str | int] = field(
         default_factory=list,
         metadata=_help(
             "duplicate the images with these classes (names or numbers), or [rare]", "CLASSES"

@@ -382,7 +382,7 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _class_list(names: Sequence[str]) -> list[int | str] | None:
+def _class_list(names: Sequence[str | int]) -> list[int | str] | None:
     if list(names) == ["rare"]:
         return None
     return [int(name) if str(name).isdecimal() else name for name in names]

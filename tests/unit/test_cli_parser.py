@@ -58,7 +58,7 @@ def said(capsys, *arguments: str) -> list[str]:
                      id="an element of one of two kinds"),
         pytest.param(("train", "--freeze", "backbone"), "--freeze: backbone was given, expected a "
                      "list: [backbone]", id="a word for a list of words"),
-        pytest.param(("train", "--bootstrap", "[3]"), '--bootstrap: 3 was given, expected a text, '
+        pytest.param(("train", "--freeze", "[3]"), '--freeze: 3 was given, expected a text, '
                      'as in ["3"]', id="a number in a list of words"),
         pytest.param(("train", "--model_options.dropout", "0.5"), "there is no option "
                      "--model_options.dropout; did you mean --model-options.dropout?",

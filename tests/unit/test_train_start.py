@@ -471,6 +471,11 @@ def test_an_end_by_the_trainers_arguments_is_no_callbacks(plan, tmp_path):
     assert result.steps == 2 and "limit_train_batches" in result.ended
 
 
+def test_classes_to_bootstrap_are_names_or_numbers():
+    for text, found in (("[3]", [3]), ("[rare]", ["rare"]), ("[road, 2]", ["road", 2])):
+        assert cli.COMMANDS["train"].parser().parse_args(["--bootstrap", text]).bootstrap == found
+
+
 def test_null_is_a_value(plan, tmp_path, capsys):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump({**plan.as_dict(), "early_stopping": 2, "flip": 0.25}))
