@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ __all__ = [
     "progress_of",
     "read_stages",
     "run_config",
+    "write_changes",
     "write_result",
     "write_run_files",
     "write_stages",
@@ -142,7 +143,7 @@ def config_beside(weights: str | os.PathLike[str]) -> TrainConfig | None:
 
 
 def write_stages(folder: Path, stage2: Mapping[str, Any]) -> None:
-    """Records, before its first stage, what a run's second stage has of its own."""
+    """Records, as its first stage begins, what a run's second stage has of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     text = to_yaml({"stage2": dict(stage2)}).encode("utf-8")
     write_atomically([(folder / "stages.yaml", lambda file: file.write(text))])
@@ -202,8 +203,13 @@ def progress_of(checkpoint: Path) -> tuple[int, int]:
     return int(content["global_step"]), int(content["epoch"])
 
 
-def check_resumable(path: Path, config: TrainConfig, tell: Callable[[str], None]) -> None:
+def check_resumable(
+    path: Path, config: TrainConfig, tell: Callable[[str], None]
+) -> dict[str, Any] | None:
     """Tells which options differ from the checkpoint's, and refuses those that cannot.
+
+    Returns:
+        What :func:`write_changes` takes, None where none differ.
 
     Raises:
         OptionError: another model or optimizer, other parameters to train, or no averaged weights
@@ -237,29 +243,23 @@ def check_resumable(path: Path, config: TrainConfig, tell: Callable[[str], None]
             fixed[0],
             f"is {now[fixed[0]]!r} and the run that is resumed has {before.get(fixed[0])!r}; "
             "expected the same: the optimizer and the weights of the checkpoint are for that. "
-            f"Begin another run with weights={path.parent.parent}",
+            f"Begin another run with --weights {path.parent.parent}",
         )
     if changed:
-        _remember_changes(path.parent.parent, content.get("global_step"), before, now, changed)
         tell(
             f"warning: from step {content.get('global_step')} on with {', '.join(changed.values())}"
             "; the result will differ from that of an uninterrupted run"
         )
+        values = {name: [before.get(name), now[name]] for name in changed}
+        return {"from_step": content.get("global_step"), "changed": values}
+    return None
 
 
-def _remember_changes(
-    folder: Path,
-    step: int | None,
-    before: dict[str, Any],
-    now: dict[str, Any],
-    changed: Iterable[str],
-) -> None:
-    """A line of changes.jsonl: what ran until this step and from there on."""
-    values = {name: [before.get(name), now[name]] for name in changed}
-    line = json.dumps({"from_step": step, "changed": values}) + "\n"
+def write_changes(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Adds a line to changes.jsonl: from which step on which options had which other value."""
     path = folder / "changes.jsonl"
     former = path.read_text("utf-8") if path.exists() else ""
-    text = (former + line).encode("utf-8")
+    text = (former + json.dumps(changes) + "\n").encode("utf-8")
     write_atomically([(path, lambda file: file.write(text))])
 
 

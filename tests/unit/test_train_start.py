@@ -419,6 +419,16 @@ def test_another_patience_at_a_resume_is_what_counts(plan, tmp_path):
     assert line == {"from_step": 4, "changed": {"early_stopping": [1, 3]}}
 
 
+def test_changes_are_of_the_run_that_goes_on(plan, run, tmp_path):
+    """A checkpoint of another run's folder is read only."""
+    before = sorted(path.name for path in run.iterdir())
+    config = plan.replace(output=str(tmp_path / "b"), input_size=44, epochs=3, lr=0.05)
+    fit(config, resume=run / "checkpoints/last.ckpt", quiet=True)
+    assert sorted(path.name for path in run.iterdir()) == before
+    line = json.loads((tmp_path / "b/changes.jsonl").read_text())
+    assert line["from_step"] == 4 and line["changed"]["lr"] == [0.1, 0.05]
+
+
 def test_a_finished_run_stays_as_it_is(plan, tmp_path):
     for export in ("best", "last"):
         config = plan.replace(output=str(tmp_path / export), export=export, early_stopping=5)
