@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # What is done in place of training.
 _TRIES = ("validate_only", "find_lr", "find_batch_size")
+_TO_SEE = ("curves.png", "classes.png", "confusion.png", "panels", "batch.png")
 HELP = "train a model: the paper's protocol, or your own"
 
 
@@ -168,8 +169,9 @@ def run(config: Namespace) -> int:
             early = f" ({result.ended})" if result.ended else ""
             which = f"{result.exported} weights, of step {result.exported_step}"
             print(f"{result.steps} steps done{early}, the model is {result.weights} ({which})")
-            if (result.folder / "curves.png").exists():
-                print(f"to look at: curves.png, classes.png, panels/ and more in {result.folder}")
+            drawn = [name for name in _TO_SEE if (result.folder / name).exists()]
+            if drawn:
+                print(f"to look at: {', '.join(drawn)} in {result.folder}")
         return 1 if result.last_metrics is not None and result.last_metrics.not_finite else 0
     if first:
         print(f"{result.stopped}, {result.steps} steps done; --resume goes on in {result.folder}")
