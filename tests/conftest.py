@@ -12,7 +12,7 @@ import torch
 from deeplab_fast import testing
 
 # Their assertions say what they compared, as those of test files do.
-pytest.register_assert_rewrite("aot_harness", "fast_models", "gpu_harness", "other_models")
+pytest.register_assert_rewrite("aot_harness", "fast_models", "fuzz", "gpu_harness", "other_models")
 
 # What is chosen does not depend on how busy a machine was.
 os.environ["DEEPLAB_FAST_CPU_RATES"] = "0"
@@ -26,6 +26,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):
         with suppress(ImportError):
             testing.import_torchvision()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What fuzz tests tried, of a long run (without -n)."""
+    if "DEEPLAB_FAST_FUZZ" in os.environ:
+        import fuzz
+
+        for line in fuzz.summary():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture
