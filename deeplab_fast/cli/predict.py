@@ -55,9 +55,6 @@ HELP = "segment photos: label maps, overlays, class areas"
 _USUAL_CLASS_SETS = {21: "voc", 19: "cityscapes", 150: "ade20k", 11: "camvid"}
 
 
-_OUT_OF_MEMORY = "not enough memory; use --tile H W, e.g. --tile 513 513, or --size"
-
-
 def parser() -> ArgumentParser:
     from deeplab_fast.cli.parser import CommandParser
 
@@ -367,6 +364,7 @@ class _Tally:
 def _run(job: _Job) -> int:
     from deeplab_fast import use_backend
     from deeplab_fast.backends import BackendUnavailable
+    from deeplab_fast.data.images import OUT_OF_MEMORY
     from deeplab_fast.engine.counting import Counting, pace
 
     tally = _Tally()
@@ -396,7 +394,7 @@ def _run(job: _Job) -> int:
                 try:
                     line = future.result()
                 except MemoryError:
-                    _told_failure(tally, counting, f"{path}: {_OUT_OF_MEMORY}")
+                    _told_failure(tally, counting, f"{path}: {OUT_OF_MEMORY}")
                     continue
                 counting.write(line, sys.stdout)
 
@@ -441,7 +439,8 @@ def _groups(
     job: _Job, pool: Executor | None, tally: _Tally, counting: Counting
 ) -> Iterator[list[_Photo]]:
     """Photos that follow each other and are inputs of one size, read ahead of the network."""
-    from deeplab_fast.data.images import ImageReadError, read_image
+    from deeplab_fast.data.images import OUT_OF_MEMORY, ImageReadError, read_image, shown_name
+    from deeplab_fast.data.preprocess import InputSizeError
 
     most = _together(job)
     ahead: deque[_Photo] = deque()
@@ -460,8 +459,11 @@ def _groups(
         except ImageReadError as error:
             _failed(tally, counting, str(error))
             continue
+        except InputSizeError as error:
+            _failed(tally, counting, f"{shown_name(photo.path)}: {error}")
+            continue
         except MemoryError:
-            _failed(tally, counting, f"{photo.path}: {_OUT_OF_MEMORY}")
+            _failed(tally, counting, f"{photo.path}: {OUT_OF_MEMORY}")
             continue
         if group and (
             len(group) == most or size != _plan(job, group[0].pixels.result().shape[:2]).size
@@ -496,9 +498,10 @@ def _segmented(
     job: _Job, group: list[_Photo], tally: _Tally, counting: Counting
 ) -> list[tuple[Path, Callable[[], str]]]:
     """Of each photo what writes its results and gives its line of text."""
+    from deeplab_fast.data.images import OUT_OF_MEMORY
+    from deeplab_fast.data.preprocess import InputSizeError
     from deeplab_fast.engine.finite import NotFiniteWarning
     from deeplab_fast.engine.runner import is_out_of_memory
-    from deeplab_fast.exporting import InputSizeError
 
     images = [photo.pixels.result() for photo in group]
     began = time.monotonic()
@@ -514,7 +517,7 @@ def _segmented(
             raise
         if len(group) > 1:
             return _one_by_one(job, group, tally, counting)
-        _failed(tally, counting, f"{group[0].path}: {_OUT_OF_MEMORY}")
+        _failed(tally, counting, f"{group[0].path}: {OUT_OF_MEMORY}")
         return []
     milliseconds = 1e3 * (time.monotonic() - began) / len(group)
     not_finite = dict.fromkeys(range(len(group)), 0)

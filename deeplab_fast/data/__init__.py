@@ -6,11 +6,12 @@ from deeplab_fast.data.classes import ClassSet, class_set, generic_classes, pasc
 from deeplab_fast.data.images import ImageReadError, as_rgb_array, list_images, read_image
 
 if TYPE_CHECKING:
-    from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
+    from deeplab_fast.data.preprocess import InputSizeError, Preprocess, PreprocessBGR
 
 __all__ = [
     "ClassSet",
     "ImageReadError",
+    "InputSizeError",
     "Preprocess",
     "PreprocessBGR",
     "as_rgb_array",
@@ -24,7 +25,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # The step to a network's input needs PyTorch; names of data sets and classes do not.
-    if name in ("Preprocess", "PreprocessBGR"):
+    if name in ("InputSizeError", "Preprocess", "PreprocessBGR"):
         from deeplab_fast.data import preprocess
 
         return getattr(preprocess, name)

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 
 import numpy as np
 
@@ -34,13 +35,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "OUT_OF_MEMORY",
     "ImageLike",
     "ImageReadError",
     "as_rgb_array",
+    "check_format",
     "exif_orientation",
     "list_images",
     "load_upright",
+    "open_regular",
+    "picture_name",
     "read_image",
+    "shown_name",
 ]
 
 # fmt: off
@@ -51,6 +57,10 @@ IMAGE_SUFFIXES = frozenset((
 # fmt: on
 
 _EXIF_ORIENTATION = 0x0112
+# Formats whose decoder starts Ghostscript, or draws by the system.
+_RUN_PROGRAMS = frozenset(("EPS", "WMF"))
+_LONGEST_NAME = 300
+_LONGEST_REASON = 500
 # Photometric tag of TIFF; 0 is "white is zero", 1 "black is zero", 2 RGB.
 _TIFF_PHOTOMETRIC = 262
 _TIFF_COLOURS = {0: 1, 1: 1, 2: 3}
@@ -67,6 +77,12 @@ _PER_OUTLIER = 1000
 ImageLike: TypeAlias = "str | os.PathLike[str] | np.ndarray | Image.Image"
 """What :func:`as_rgb_array` takes."""
 
+OUT_OF_MEMORY = (
+    "not enough memory; use --tile H W, e.g. --tile 513 513 (tile=513), a smaller --size "
+    "(preprocess.size), or fewer scales"
+)
+"""What is said where memory runs out for a photo."""
+
 
 class ImageReadError(ValueError):
     """A picture that cannot be read: ``path`` (as given) and ``reason`` (one line)."""
@@ -77,7 +93,7 @@ class ImageReadError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"cannot read the image {self.path}: {self.reason}"
+        return f"cannot read the image {shown_name(self.path)}: {self.reason}"
 
 
 def read_image(source: str | os.PathLike[str] | BinaryIO, *, bits: int | None = None) -> np.ndarray:
@@ -93,19 +109,26 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, *, bits: int | None = 
             is 16, and refuses a picture of which all but 0.1 % of the samples use 14 or less.
 
     Raises:
-        ImageReadError: missing, empty, truncated, damaged or unknown file, one larger than
-            ``PIL.Image.MAX_IMAGE_PIXELS`` allows, or one whose samples or bands are not as the
-            module's head says; names the path and the reason.
-        ValueError: ``bits`` that are not 8 to 16.
+        ImageReadError: missing, empty, truncated, damaged or unknown file, a pipe, socket or
+            device, a picture of more than twice ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million)
+            pixels, one that another program would draw (EPS, WMF), or one whose samples or bands
+            are not as the module's head says; names the path and the reason.
+        ValueError: ``bits`` that are not 8 to 16, or a source of another type.
     """
-    from PIL import Image
-
     check_bits(bits)
     name = _name_of(source)
-    if not hasattr(source, "read"):
-        _check_path(source, name)
+    if hasattr(source, "read"):
+        return _read(cast(BinaryIO, source), name, bits)
+    with open_regular(source) as file:
+        return _read(file, name, bits)
+
+
+def _read(file: BinaryIO, name: str, bits: int | None) -> np.ndarray:
+    from PIL import Image
+
     try:
-        with Image.open(source) as image:
+        with Image.open(file) as image:
+            check_format(image, name)
             _check_bands(image, name)
             deep = _is_deep(image)
             load_upright(image)
@@ -113,14 +136,29 @@ def read_image(source: str | os.PathLike[str] | BinaryIO, *, bits: int | None = 
     except ImageReadError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageReadError(
-            name, f"{error} Raise PIL.Image.MAX_IMAGE_PIXELS if the file is to be trusted."
-        ) from error
+        raise ImageReadError(name, _too_many_pixels(str(error))) from error
     except Image.UnidentifiedImageError as error:
-        return _read_with_tifffile(source, name, bits, error)
+        return _read_with_tifffile(file, name, bits, error)
     # Pillow's decoders raise almost any exception type on damaged data.
     except Exception as error:
         raise ImageReadError(name, one_line(error)) from error
+
+
+def check_format(image: Image.Image, name: str) -> None:
+    """Raises ImageReadError for an opened file whose decoder runs another program."""
+    if image.format in _RUN_PROGRAMS:
+        raise ImageReadError(
+            name,
+            f"a file in the format {image.format}, which is drawn by another program; convert it "
+            "to PNG, TIFF or JPEG",
+        )
+
+
+def _too_many_pixels(what: str) -> str:
+    return (
+        f"{what} Cut it into parts, or raise PIL.Image.MAX_IMAGE_PIXELS if the file is to be "
+        "trusted."
+    )
 
 
 def check_bits(bits: int | None) -> None:
@@ -247,28 +285,93 @@ def _name_of(source: str | os.PathLike[str] | BinaryIO) -> str:
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
         return name if isinstance(name, str) else f"<{type(source).__name__}>"
-    return os.fspath(source)
+    if isinstance(source, (str, os.PathLike)):
+        return os.fsdecode(source)
+    raise ValueError(
+        f"expected a path or a seekable binary file, got {type(source).__name__}; open it first, "
+        "or pass arrays and PIL images to as_rgb_array"
+    )
 
 
-def _check_path(source: str | os.PathLike[str], name: str) -> None:
-    path = Path(source)
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file of pictures or labels, opened for reading, if it is an ordinary one with content.
+
+    Reading a pipe waits for who writes into it, a device may give bytes for ever, and opening one
+    may move a tape: so they are told by their kind before they are opened, and what took a name's
+    place in between by the file that was opened.
+
+    Raises:
+        ImageReadError: missing, not allowed, a folder, pipe, socket or device, or empty.
+    """
+    name = _name_of(path)
     try:
-        size = path.stat().st_size
+        _check_ordinary(os.stat(path), name)
+        file = open(path, "rb", opener=_without_waiting)
     except OSError as error:
         raise ImageReadError(name, error.strerror or one_line(error)) from error
+    # A name with NUL, or one that the file system's encoding has not.
     except ValueError as error:
         raise ImageReadError(name, one_line(error)) from error
-    if path.is_dir():
-        raise ImageReadError(name, "this is a folder; list_images() expands folders")
-    if path.is_file() and size == 0:
+    try:
+        found = os.fstat(file.fileno())
+        _check_ordinary(found, name)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder; list_images() expands folders"),
+    (stat.S_ISFIFO, "a pipe; expected an ordinary file: write what it gives into one"),
+    (stat.S_ISSOCK, "a socket; expected an ordinary file"),
+    (lambda mode: not stat.S_ISREG(mode), "a device; expected an ordinary file"),
+)
+
+
+def _check_ordinary(found: os.stat_result, name: str) -> None:
+    for is_kind, what in _KINDS:
+        if is_kind(found.st_mode):
+            raise ImageReadError(name, f"this is {what}")
+    if found.st_size == 0:
         raise ImageReadError(name, "the file is empty (0 bytes)")
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """What an error says, in one line that can be printed."""
     if isinstance(error, MemoryError):
         return "not enough memory"
-    return " ".join(str(error).split()) or type(error).__name__
+    return _printable(" ".join(str(error).split()), _LONGEST_REASON) or type(error).__name__
+
+
+def shown_name(name: str | os.PathLike[str]) -> str:
+    """A file's name as messages have it: what cannot be printed, or moves a terminal's cursor, is
+    escaped, and of a long one the middle is left out."""
+    return _printable(os.fsdecode(name), _LONGEST_NAME)
+
+
+def _printable(text: str, most: int) -> str:
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+def picture_name(picture: object, index: int | None) -> str:
+    """What messages call a picture: its path, or its place in a list, None for the only one."""
+    if isinstance(picture, (str, os.PathLike)):
+        return shown_name(picture)
+    named = getattr(picture, "filename", "")
+    if isinstance(named, (str, os.PathLike)) and os.fsdecode(named):
+        return shown_name(named)
+    return "the image" if index is None else f"images[{index}]"
 
 
 def exif_orientation(path: str | os.PathLike[str]) -> int:
@@ -280,7 +383,7 @@ def exif_orientation(path: str | os.PathLike[str]) -> int:
     from PIL import Image
 
     # Whoever reads the pixels reports a damaged file.
-    with suppress(Exception), Image.open(path) as image:
+    with suppress(Exception), open_regular(path) as file, Image.open(file) as image:
         found = image.getexif().get(_EXIF_ORIENTATION, 1)
         return found if found in range(1, 9) else 1
     return 1
@@ -514,16 +617,12 @@ def _from_array(array: np.ndarray, name: str, bits: int | None = None) -> np.nda
 
 
 def _read_with_tifffile(
-    source: str | os.PathLike[str] | BinaryIO, name: str, bits: int | None, cause: Exception
+    source: BinaryIO, name: str, bits: int | None, cause: Exception
 ) -> np.ndarray:
     unknown = "not a picture in a format that Pillow reads"
-    if isinstance(source, (str, os.PathLike)):
-        with open(source, "rb") as file:
-            head = file.read(4)
-    else:
-        source.seek(0)
-        head = source.read(4)
-        source.seek(0)
+    source.seek(0)
+    head = source.read(4)
+    source.seek(0)
     if head == b"":
         raise ImageReadError(name, "the file is empty (0 bytes)") from cause
     if head not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):

@@ -5,18 +5,87 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocess", "PreprocessBGR"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MOST_PIXELS",
+    "MOST_TILED_PIXELS",
+    "InputSizeError",
+    "Preprocess",
+    "PreprocessBGR",
+    "allowed_pixels",
+    "check_input_size",
+    "in_millions",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+MOST_PIXELS = 1 << 24
+"""Pixels that any picture may be resized to; a larger one to four times its own.
+
+Of a picture whose shorter side becomes 520 pixels the longer one may be 62 times that; panoramas
+and line scans stay below 30. Four times is what a scale of 2 makes of a picture run at its own
+size, and the paper's largest scale is 1.75.
+"""
+
+MOST_TILED_PIXELS = 1 << 28
+"""As ``MOST_PIXELS`` of a picture that sliding windows cover: about 2000 of 513x513."""
+
+_MOST_TIMES = 4
+
+# Along a side; a larger size would be that of no picture.
+_LONGEST_SIDE = 1_000_000
+
 # Rows of a photo that are floats at a time where it is resized in strips.
 _FLOAT_ROWS = 256
+
+
+class InputSizeError(ValueError):
+    """A picture of a size that a network or an exported file does not take."""
+
+
+def allowed_pixels(own: tuple[int, int], most: int = MOST_PIXELS) -> int:
+    """Pixels that a picture of (height, width) ``own`` may be resized to: ``max(most, 4 * own)``.
+
+    A file of a few hundred bytes may hold a picture of one pixel by thousands, whose shorter side
+    is brought to the network's input size: the longer one would be millions.
+    """
+    return max(most, _MOST_TIMES * own[0] * own[1])
+
+
+def check_input_size(
+    own: tuple[int, int],
+    size: tuple[float, float],
+    *,
+    cure: str = "a smaller size (preprocess.size, --size, --input-size)",
+) -> None:
+    """Raises InputSizeError where a picture of (height, width) ``own`` is not to be resized to
+    ``size``: where that is larger than itself and than :func:`allowed_pixels`.
+
+    Args:
+        cure: what to use beside cutting the picture.
+    """
+    pixels, allowed = size[0] * size[1], allowed_pixels(own)
+    if pixels <= allowed:
+        return
+    raise InputSizeError(
+        f"a picture of {own[0]}x{own[1]} pixels (height x width) would be resized to "
+        f"{size[0]:.8g}x{size[1]:.8g}, {in_millions(pixels)}; allowed are "
+        f"{in_millions(allowed)} (2^24, or 4 times its own where that is more): cut it into "
+        f"parts, or use {cure}"
+    )
+
+
+def in_millions(pixels: float) -> str:
+    """ "16.8 million pixels"."""
+    return f"{pixels / 1e6:.4g} million pixels"
 
 
 @dataclass(frozen=True)
@@ -33,7 +102,8 @@ class Preprocess:
             is ``int(size * longer / shorter)``; ``(h, w)`` is exact and may change the aspect.
 
     Resizing is bilinear with antialiasing, half-pixel centres, and rounds to whole levels 0..255
-    before the division, as torchvision's tensor path does.
+    before the division, as torchvision's tensor path does. No picture is resized to more than
+    ``max(2^24, 4 H W)`` pixels (:func:`allowed_pixels`).
 
     Raises:
         ValueError: a mean or std that is not three finite numbers, a std of 0, a bad size.
@@ -68,6 +138,7 @@ class Preprocess:
 
         Raises:
             ValueError: another shape or dtype (``data.as_rgb_array`` converts other pictures).
+            InputSizeError: it would become too large (a ValueError too).
         """
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
             kind = image.dtype if isinstance(image, np.ndarray) else type(image).__name__
@@ -100,6 +171,7 @@ class Preprocess:
 
         Raises:
             ValueError: another shape or dtype.
+            InputSizeError: a picture would become too large (a ValueError too).
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(
@@ -107,6 +179,7 @@ class Preprocess:
             )
         height, width = pixels.shape[-2:]
         target = self.target_size(height, width) if size is None else tuple(size)
+        check_input_size((height, width), (target[0], target[1]))
         if device is not None:
             pixels = pixels.to(device)
         # One layout for all inputs: another one rounds differently in the last bit, which moves
@@ -145,9 +218,13 @@ class Preprocess:
 
         Returns:
             uint8 [N, 3, height, w] on ``device``.
+
+        Raises:
+            InputSizeError: these rows would become too large (a ValueError too).
         """
         device = pixels.device if device is None else torch.device(device)
         have, want = pixels.shape[-2:], tuple(size)
+        check_input_size((have[0], have[1]), (height, want[1]))
         if want == tuple(have):
             return pixels[..., top : top + height, :].to(device)
         scale = have[0] / want[0]
@@ -214,14 +291,15 @@ def _three_floats(name: str, value: Iterable[float]) -> tuple[float, float, floa
 def _checked_size(size: object) -> int | tuple[int, int] | None:
     if size is None:
         return None
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+    if _is_side(size):
         return size
-    if (
-        isinstance(size, Sequence)
-        and len(size) == 2
-        and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in size)
-    ):
+    if isinstance(size, Sequence) and len(size) == 2 and all(_is_side(n) for n in size):
         return (size[0], size[1])
     raise ValueError(
-        f"size is {size!r}, expected None, the shorter side as an int > 0, or (height, width)"
+        f"size is {size!r:.200}, expected None, the shorter side as an int > 0, or (height, "
+        f"width); sides of at most {_LONGEST_SIDE} pixels"
     )
+
+
+def _is_side(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LONGEST_SIDE

@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from deeplab_fast.data.datasets import LabelError, LabelledData, bad_labels
-from deeplab_fast.data.preprocess import IMAGENET_MEAN, Preprocess
+from deeplab_fast.data.images import shown_name
+from deeplab_fast.data.preprocess import (
+    IMAGENET_MEAN,
+    InputSizeError,
+    Preprocess,
+    check_input_size,
+)
 
 __all__ = [
     "AugmentedDataset",
@@ -255,10 +261,14 @@ def resize_pair(image: np.ndarray, label: np.ndarray, size: tuple[int, int]) -> 
     """Both at (height, width): the photo bilinear with antialiasing, the labels nearest.
 
     Half-pixel centres for both, so that they stay aligned.
+
+    Raises:
+        InputSizeError: more than ``max(2^24, 4 H W)`` pixels (a ValueError too).
     """
     height, width = size
     if label.shape == (height, width):
         return image, label
+    check_input_size((label.shape[0], label.shape[1]), size)
     pixels = torch.from_numpy(_plain(image)).permute(2, 0, 1).unsqueeze(0)
     resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
     rows = _nearest(label.shape[0], height)
@@ -331,7 +341,10 @@ class AugmentedDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         if self.transform is not None:
             generator = torch.Generator()
             generator.manual_seed(sample_seed(self.seed, self.epoch, index))
-            image, label = self.transform(image, label, generator)
+            try:
+                image, label = self.transform(image, label, generator)
+            except InputSizeError as error:
+                raise InputSizeError(f"{photo_name(self.dataset, index)}: {error}") from error
         return to_tensors(image, label)
 
 
@@ -348,6 +361,12 @@ def check_labels(dataset: LabelledData, index: int, label: np.ndarray) -> None:
             f"ignore_index={dataset.ignore_index}; map them with --label-map (label_map), "
             "ignore one with --ignore-index (ignore_index), or see what check-data reports",
         )
+
+
+def photo_name(dataset: LabelledData, index: int) -> str:
+    """What messages call the photo of a sample: its path, where the data set has one."""
+    samples = getattr(dataset, "samples", None)
+    return f"sample {index}" if samples is None else shown_name(samples[index].image)
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

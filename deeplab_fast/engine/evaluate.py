@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from deeplab_fast import ops
 from deeplab_fast.data.classes import ClassSet, label_count, same_name
 from deeplab_fast.data.datasets import LabelledData
-from deeplab_fast.data.preprocess import Preprocess
-from deeplab_fast.data.transforms import check_labels, to_tensors
+from deeplab_fast.data.preprocess import InputSizeError, Preprocess
+from deeplab_fast.data.transforms import check_labels, photo_name, to_tensors
 from deeplab_fast.engine.adapter import as_segmenter
 from deeplab_fast.engine.counting import Counting
 from deeplab_fast.engine.finite import NotFiniteWarning
@@ -389,6 +389,9 @@ class ImageCounter:
                     _count(labels[i], target[i], len(self.classes), ignore_index)
                     for i in range(len(group))
                 ]
+        except InputSizeError as error:
+            name = photo_name(self.dataset, group[0][0])
+            raise InputSizeError(f"{name}: {error}") from error
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from deeplab_fast.data.images import ImageLike
+from deeplab_fast.data.images import OUT_OF_MEMORY, ImageLike, one_line, picture_name
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.engine.adapter import as_segmenter
 from deeplab_fast.engine.finite import NotFiniteWarning
@@ -23,6 +23,7 @@ from deeplab_fast.engine.runner import (
     check_dtype,
     eval_mode,
     input_plan,
+    is_out_of_memory,
     preprocess_of,
 )
 
@@ -76,7 +77,8 @@ def predict(
     labels this holds ``4 * C * h * w`` bytes (one row of windows over the width w of the resized
     photo), at most four times, and what the model takes for ``batch_size`` windows at the largest
     scale, whatever the image's height. A photo is run at its own size by ``preprocess=
-    dataclasses.replace(model.preprocess, size=None)``. ``input_plan`` says what is run.
+    dataclasses.replace(model.preprocess, size=None)``. ``input_plan`` says what is run, and how
+    large a photo may become: whole at most 2^24 pixels, or 4 times its own where that is more.
 
     Args:
         model: of this package, or any other that maps images to logits: torchvision, smp,
@@ -117,6 +119,9 @@ def predict(
         ValueError: an argument or image of the wrong kind, or a model that returns no
             logits; says what came and what is allowed.
         ImageReadError: a path that cannot be read (a ValueError too).
+        InputSizeError: a photo that would be resized to more than it may (a ValueError too): one
+            pixel by thousands, scales of 1e9.
+        MemoryError: the host has not enough for a photo; says what takes less.
 
     Warns:
         NotFiniteWarning: logits that are NaN or infinite, by image with the number of pixels.
@@ -141,13 +146,19 @@ def predict(
     )
     labels: object
     prob: object
-    with eval_mode(model), torch.inference_mode():
-        if isinstance(images, torch.Tensor):
-            labels, prob, spoiled = runner.tensor(images)
-        elif isinstance(images, (list, tuple)):
-            labels, prob, spoiled = runner.images(entries)
-        else:
-            (labels,), (prob,), spoiled = runner.images(entries)
+    try:
+        with eval_mode(model), torch.inference_mode():
+            if isinstance(images, torch.Tensor):
+                labels, prob, spoiled = runner.tensor(images)
+            elif isinstance(images, (list, tuple)):
+                labels, prob, spoiled = runner.images(entries)
+            else:
+                (labels,), (prob,), spoiled = runner.images(entries)
+    except (MemoryError, RuntimeError) as error:
+        # A GPU's has its own type, and says more.
+        if not is_out_of_memory(error) or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise MemoryError(f"{OUT_OF_MEMORY} ({one_line(error)})") from error
     _warn_of_not_finite(images, spoiled)
     if isinstance(labels, torch.Tensor):
         # Inference tensors refuse in-place changes later; results are ordinary ones.
@@ -169,11 +180,9 @@ def name_of(images: object, index: int) -> str:
     """What messages call an image."""
     if isinstance(images, torch.Tensor):
         return f"image {index} of the tensor"
-    several = isinstance(images, (list, tuple))
-    entry = images[index] if isinstance(images, (list, tuple)) else images
-    if isinstance(entry, (str, os.PathLike)):
-        return os.fspath(entry)
-    return getattr(entry, "filename", "") or (f"images[{index}]" if several else "the image")
+    if isinstance(images, (list, tuple)):
+        return picture_name(images[index], index)
+    return picture_name(images, None)
 
 
 def check_tensor(images: torch.Tensor) -> None:
@@ -182,6 +191,12 @@ def check_tensor(images: torch.Tensor) -> None:
         raise ValueError(
             f"image tensor has dtype {images.dtype}, expected a float dtype (normalised) or "
             "torch.uint8 (0..255)"
+        )
+    if images.layout != torch.strided or images.is_nested or images.device.type == "meta":
+        kind = "nested" if images.is_nested else str(images.layout).removeprefix("torch.")
+        raise ValueError(
+            f"image tensor is {kind} on {images.device}, expected a strided one that holds its "
+            "values; use to_dense(), or make it on another device"
         )
     if images.ndim not in (3, 4) or images.shape[-3] != 3:
         raise ValueError(

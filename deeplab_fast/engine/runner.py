@@ -15,8 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplab_fast import ops, reference
-from deeplab_fast.data.images import ImageLike, as_rgb_array
-from deeplab_fast.data.preprocess import Preprocess
+from deeplab_fast.data.images import ImageLike, as_rgb_array, picture_name
+from deeplab_fast.data.preprocess import (
+    MOST_TILED_PIXELS,
+    InputSizeError,
+    Preprocess,
+    allowed_pixels,
+    check_input_size,
+    in_millions,
+)
 from deeplab_fast.dispatch.precision import asked, check_precision, reason_against
 from deeplab_fast.engine.finite import not_finite_pixels
 from deeplab_fast.plan.bilinear import source_index
@@ -154,18 +161,58 @@ class InputPlan(NamedTuple):
 def input_plan(
     photo: tuple[int, int], preprocess: Preprocess | None, options: PredictOptions
 ) -> InputPlan:
-    """The plan for a photo of (height, width) pixels; ``preprocess`` None keeps its size."""
+    """The plan for a photo of (height, width) pixels; ``preprocess`` None keeps its size.
+
+    A photo that is run whole is resized to at most ``max(2^24, 4 H W)`` pixels at its largest
+    scale, and so is a window. A photo that windows cover is resized to at most ``max(2^28, 4 H W)``
+    pixels, of which a row of windows has at most ``max(2^24, 4 H W)``.
+
+    Raises:
+        InputSizeError: it would become larger; says how large, and what to do.
+    """
     size = photo if preprocess is None else preprocess.target_size(*photo)
-    if options.tile is None:
-        return InputPlan(photo, size, None, 1)
-    window = (min(options.tile[0], size[0]), min(options.tile[1], size[1]))
+    largest = max(options.scales)
+    window = size if options.tile is None else _window(options.tile, size)
     if window == size:
+        cure = _SMALLER
+        if options.tile is None and _tiled_fits(photo, size, _window(_USUAL_TILE, size)):
+            cure = f"windows (tile=513, --tile 513 513), or {_SMALLER}"
+        check_input_size(photo, _times(size, largest), cure=cure)
         return InputPlan(photo, size, None, 1)
+    if not _tiled_fits(photo, size, window):
+        raise InputSizeError(
+            f"a picture of {photo[0]}x{photo[1]} pixels (height x width) would be resized to "
+            f"{size[0]}x{size[1]}, {in_millions(size[0] * size[1])} in rows of windows of "
+            f"{in_millions(window[0] * size[1])}; allowed are "
+            f"{in_millions(allowed_pixels(photo, MOST_TILED_PIXELS))} (2^28) in rows of "
+            f"{in_millions(allowed_pixels(photo))} (2^24), or 4 times its own where that is more: "
+            f"cut it into parts, or use {_SMALLER}"
+        )
+    check_input_size(window, _times(window, largest), cure="smaller windows or scales")
     rows, columns = (
         len(window_starts(length, side, options.overlap))
         for length, side in zip(size, window, strict=True)
     )
     return InputPlan(photo, size, window, rows * columns)
+
+
+_USUAL_TILE = (513, 513)
+_SMALLER = "a smaller size (preprocess.size, --size, --input-size) or smaller scales"
+
+
+def _window(tile: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    return min(tile[0], size[0]), min(tile[1], size[1])
+
+
+def _times(size: tuple[int, int], scale: float) -> tuple[float, float]:
+    return max(1.0, size[0] * scale), max(1.0, size[1] * scale)
+
+
+def _tiled_fits(photo: tuple[int, int], size: tuple[int, int], window: tuple[int, int]) -> bool:
+    """Whether windows may cover a photo that is resized to this."""
+    return size[0] * size[1] <= allowed_pixels(photo, MOST_TILED_PIXELS) and (
+        window[0] * size[1] <= allowed_pixels(photo)
+    )
 
 
 @dataclass(frozen=True)
@@ -322,7 +369,7 @@ class Runner:
         all_labels: list[np.ndarray] = []
         all_prob: list[np.ndarray | None] = []
         spoiled: list[int] = []
-        for group in self._groups((as_rgb_array(image) for image in images), step):
+        for group in self._groups(images, step):
             for result in self.together(group):
                 all_labels += list(result.labels.cpu().numpy())
                 prob = result.prob
@@ -330,14 +377,20 @@ class Runner:
                 spoiled += result.spoiled.tolist()
         return all_labels, all_prob, spoiled
 
-    def _groups(self, images: Iterator[np.ndarray], step: int) -> Iterator[list[Pixels]]:
+    def _groups(self, images: Sequence[ImageLike], step: int) -> Iterator[list[Pixels]]:
         """Pictures that follow each other and are inputs of one size, ``step`` at most."""
         group: list[Pixels] = []
-        for image in images:
+        for index, given in enumerate(images):
+            image = as_rgb_array(given)
             # torch warns of memory that it may not write to.
             own = image if image.flags.writeable else image.copy()
             data = torch.from_numpy(own).permute(2, 0, 1)[None]
             pixels = Pixels(data, self.preprocess)
+            try:
+                self.base(pixels)
+            except InputSizeError as error:
+                name = picture_name(given, index if len(images) > 1 else None)
+                raise InputSizeError(f"{name}: {error}") from error
             if group and (len(group) == step or self.base(pixels) != self.base(group[0])):
                 yield group
                 group = []

@@ -5,10 +5,11 @@ models that `predict` takes.
 `runtimes` runs it, `check` compares both; `api.export` is all of that, `load` the way back.
 """
 
+from ..data.preprocess import InputSizeError
 from .api import ExportError, ExportReport, export
 from .description import Description, DescriptionError
 from .formats import FORMATS, PACKAGES
-from .load import ExportedModel, InputSizeError, is_exported, load_exported
+from .load import ExportedModel, is_exported, load_exported
 
 __all__ = [
     "FORMATS",

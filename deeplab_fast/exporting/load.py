@@ -10,16 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from deeplab_fast.data.images import ImageLike, as_rgb_array
-from deeplab_fast.data.preprocess import Preprocess
+from deeplab_fast.data.preprocess import InputSizeError, Preprocess, check_input_size
 from deeplab_fast.engine.predict import PredictOptions, check_tensor, checked_images, predict
 from deeplab_fast.engine.runner import is_out_of_memory, preprocess_of
 from deeplab_fast.exporting.description import Description
 from deeplab_fast.exporting.formats import FORMATS, check_suffix
 from deeplab_fast.exporting.runtimes import start
-
-
-class InputSizeError(ValueError):
-    """A picture of a size that an exported file does not take."""
 
 
 def is_exported(path: str | os.PathLike[str]) -> bool:
@@ -106,6 +102,9 @@ class ExportedModel(nn.Module):
         batch, height, width = images.shape[0], images.shape[rows], images.shape[rows + 1]
         if reason := own.reason_against(batch, height, width):
             raise InputSizeError(f"{self.name}: {reason}{self._advice}")
+        if own.photos:
+            # The file resizes them itself.
+            check_input_size((height, width), own.preprocess.target_size(height, width))
         shape = own.result_shape(batch, height, width)
         if batch == 0:
             # OpenVINO 2026.4 gives the results of the call before.

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from deeplab_fast.data.classes import Colour
-from deeplab_fast.data.images import ImageReadError, load_upright, one_line
+from deeplab_fast.data.images import (
+    ImageReadError,
+    check_format,
+    load_upright,
+    one_line,
+    open_regular,
+)
 
 __all__ = ["ColourError", "read_mask"]
 
@@ -76,32 +84,26 @@ def read_mask(
         ColourError: colours that ``colours`` has not, without ``unknown``.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ImageReadError(str(path), error.strerror or str(error)) from error
-    if path.is_dir():
-        raise ImageReadError(str(path), "this is a folder")
-    if size == 0:
-        raise ImageReadError(str(path), "the file is empty (0 bytes)")
     reader = {".npy": _read_npy, ".mat": _read_sbd}.get(path.suffix.lower())
-    try:
-        if reader is not None:
-            return reader(path)
-        return _read_picture(path, colours, unknown)
-    except (ImageReadError, ColourError):
-        raise
-    # Damaged files raise almost any exception type.
-    except Exception as error:
-        raise ImageReadError(str(path), one_line(error)) from error
+    with open_regular(path) as file:
+        try:
+            if reader is not None:
+                return reader(file, path)
+            return _read_picture(file, path, colours, unknown)
+        except (ImageReadError, ColourError):
+            raise
+        # Damaged files raise almost any exception type.
+        except Exception as error:
+            raise ImageReadError(str(path), one_line(error)) from error
 
 
 def _read_picture(
-    path: Path, colours: Mapping[Colour, int] | None, unknown: int | None
+    file: BinaryIO, path: Path, colours: Mapping[Colour, int] | None, unknown: int | None
 ) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(file) as image:
+        check_format(image, str(path))
         kind = image.format
         if kind == "TIFF" and image.info.get("compression") in _LOSSY_COMPRESSIONS:
             kind = f"TIFF with {image.info['compression']} compression"
@@ -218,11 +220,36 @@ def _of_colours(
     return np.repeat(found, lengths).reshape(height, width)
 
 
-def _read_npy(path: Path) -> np.ndarray:
-    return _as_labels(np.load(path, allow_pickle=False), path)
+def _read_npy(file: BinaryIO, path: Path) -> np.ndarray:
+    try:
+        version = np.lib.format.read_magic(file)
+        readers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, by_columns, dtype = readers[version](file)
+    # Whatever evaluating a wrong header raises.
+    except Exception as error:
+        raise ImageReadError(str(path), f"no array of numpy.save: {one_line(error)}") from error
+    # Before anything of the size that the header claims is made.
+    if len(shape) != 2 or 0 in shape:
+        raise ImageReadError(str(path), f"an array {list(shape)[:5]}, expected [H, W]")
+    if dtype.kind not in "biu":
+        raise ImageReadError(str(path), f"an array of {dtype!s:.60}, expected integers")
+    size = math.prod(shape) * dtype.itemsize
+    have = os.fstat(file.fileno()).st_size - file.tell()
+    if size != have:
+        raise ImageReadError(
+            str(path),
+            f"{have} bytes of values, and an array {list(shape)} of {dtype} has {size}; the file "
+            "is damaged or was cut: store it again",
+        )
+    values = np.frombuffer(file.read(), dtype)
+    values = values.reshape(shape[::-1]).T if by_columns else values.reshape(shape)
+    return _as_labels(np.array(values, order="C"), path)
 
 
-def _read_sbd(path: Path) -> np.ndarray:
+def _read_sbd(file: BinaryIO, path: Path) -> np.ndarray:
     try:
         from scipy.io import loadmat
     except ImportError as error:
@@ -230,7 +257,7 @@ def _read_sbd(path: Path) -> np.ndarray:
             str(path),
             "SBD's .mat files need scipy; install it, or use a SegmentationClassAug folder of PNGs",
         ) from error
-    return _as_labels(loadmat(path)["GTcls"]["Segmentation"][0, 0], path)
+    return _as_labels(loadmat(file)["GTcls"]["Segmentation"][0, 0], path)
 
 
 def _as_labels(values: np.ndarray, path: Path) -> np.ndarray:
