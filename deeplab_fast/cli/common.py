@@ -148,6 +148,16 @@ def add_own_model_arguments(add: Callable[..., object]) -> None:
         help="a model of any library that your own code builds: a function without arguments that "
         "returns a torch.nn.Module, in a module or FILE.py; --weights, if given, are its own",
     )
+    add_imports_argument(add)
+
+
+def add_imports_argument(add: Callable[..., object]) -> None:
+    add(
+        "--allow-imports",
+        action="store_true",
+        help="also import code that a file names, --config or the config.yaml of a run: for files "
+        "that you trust",
+    )
 
 
 def add_normalisation_arguments(add: Callable[..., object]) -> None:

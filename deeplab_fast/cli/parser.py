@@ -7,14 +7,15 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_loader
+from jsonargparse.typing import register_type
 
+from deeplab_fast._documents import DocumentError, parse_yaml, read_text, shown
 from deeplab_fast.cli.common import PROGRAM
 
-__all__ = ["CommandParser", "did_you_mean"]
+__all__ = ["CommandParser", "Plain", "did_you_mean"]
 
 # What other libraries' commands call an option -> names that stand for it here, if a command has
 # them.
@@ -56,6 +57,46 @@ _KINDS = {
 }
 
 
+def _load(text: str) -> Any:
+    """A value that was typed, or the text of a configuration."""
+    value = parse_yaml(text, exponents=True)
+    if isinstance(value, dict) and value and all(each is None for each in value.values()):
+        # A text with a colon at its end, or in braces, and no mapping.
+        plain = text.strip(" {}").replace(" ", "")
+        if text.strip() == f"{next(iter(value))}:" or set(plain.split(",")) == set(value):
+            return text
+    return value
+
+
+_MODE = "deeplab_fast"
+set_loader(_MODE, _load, (DocumentError,))
+
+
+class Plain:
+    """The type of a value that stays as it was written, whatever it is.
+
+    Of ``Any`` jsonargparse imports what a ``class_path`` in it names, while it parses.
+    """
+
+    # jsonargparse looks for a shorter path of a class in its package, which imports all of that.
+    __module__ = "builtins"
+
+
+def _load_plain(value: str) -> Any:
+    try:
+        return _load(value)
+    except DocumentError:
+        return value
+
+
+register_type(
+    Plain,
+    serializer=lambda value: value,
+    deserializer=_load_plain,
+    type_check=lambda value, kind: not isinstance(value, str),
+)
+
+
 class CommandParser(ArgumentParser):
     """``jsonargparse``'s parser as every command has it.
 
@@ -71,7 +112,10 @@ class CommandParser(ArgumentParser):
         options.setdefault("prog", f"{PROGRAM} {command}".rstrip())
         options.setdefault("allow_abbrev", False)
         options.setdefault("print_config", "--print-config")
+        options.setdefault("parser_mode", _MODE)
         super().__init__(**options)
+        # Files that a call read.
+        self._configurations: list[str] = []
 
     # jsonargparse gives argparse's overloads one signature too.
     def parse_args(  # type: ignore[override]
@@ -82,25 +126,72 @@ class CommandParser(ArgumentParser):
             # jsonargparse takes it for the option itself, with its value.
             if self._dotted(each.split("=")[0]):
                 self.error(f"unrecognized arguments: {each}")
-        for name, value in zip(given, [*given, ""][1:], strict=True):
-            if name == "--config" or name.startswith("--config="):
-                self._check_lists(value if name == "--config" else name.partition("=")[2])
-        return super().parse_args(args, *more, **options)
+        self._configurations = []
+        config = super().parse_args(args, *more, **options)
+        if self._configurations and "allow_imports" in config and not config.allow_imports:
+            self._check_imports(config, given)
+        return config
 
-    def _check_lists(self, path: str) -> None:
-        """An error where a configuration has something else for an option of several values."""
-        import yaml
+    def _check_imports(self, config: Namespace, given: list[str]) -> None:
+        """An error where a configuration, and not what was typed, names code to import."""
+        from deeplab_fast.engine.imports import check_imports, imports_of
 
+        values = config.as_dict()
+        if imports_of(values):
+            try:
+                check_imports(values, ", ".join(self._configurations), self._typed(given))
+            except ValueError as error:
+                self.error(str(error))
+
+    def _typed(self, given: list[str]) -> dict[str, Any]:
+        """What a call has without its configurations; nothing where it is none without them."""
+        alone, skip = [], False
+        for each in given:
+            if not skip and not each.startswith("--config="):
+                skip = each == "--config"
+                if not skip:
+                    alone.append(each)
+            else:
+                skip = False
+        exits, self.exit_on_error = self.exit_on_error, False
         try:
-            found = yaml.safe_load(Path(path).read_text("utf-8"))
-        # jsonargparse tells of these.
-        except (OSError, ValueError, yaml.YAMLError):
-            return
+            found = super().parse_args(alone, defaults=False)
+        except ArgumentError:
+            return {}
+        finally:
+            self.exit_on_error = exits
+        return dict(found.as_dict())
+
+    def parse_path(self, path: Any, *more: Any, **options: Any) -> Namespace:
+        """A configuration: a regular file of YAML or JSON within the bounds of any document."""
+        try:
+            values = parse_yaml(read_text(path), str(path), exponents=True)
+        except (DocumentError, OSError) as error:
+            self.error(f"--config: {error}")
+        if not isinstance(values, dict):
+            kind = "nothing" if values is None else shown(values)
+            self.error(f"--config: {path} has {kind}, expected lines of option: value")
+        for key in ("config", "allow_imports"):
+            if key in values:
+                self.error(
+                    f"--config: {path} has {key}, which is for the command line alone; leave it out"
+                )
+        for key in values:
+            if not isinstance(key, str):
+                self.error(f"--config: {path} has the key {shown(key)}, expected names of options")
+        self._check_lists(values)
+        self._configurations.append(str(path))
+        return super().parse_path(path, *more, **options)
+
+    def _check_lists(self, found: dict[str, Any]) -> None:
+        """An error where a configuration has something else for an option of several values."""
         several = {a.dest for a in self._actions if a.nargs not in (None, 0, "?")}
-        for key, value in found.items() if isinstance(found, dict) else ():
+        for key, value in found.items():
             if key in several and value is not None and not isinstance(value, list):
-                shown = f"; write {key}: [{value}]" if not isinstance(value, dict) else ""
-                self.error(f"the configuration has {key}: {value}, expected a list{shown}")
+                told = f"; write {key}: [{value}]" if not isinstance(value, dict) else ""
+                self.error(
+                    f"the configuration has {key}: {shown(value)}, expected a list{shown(told)}"
+                )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -169,6 +260,9 @@ class CommandParser(ArgumentParser):
     def _bad_value(self, key: str, element: str | None, problem: str) -> str:
         action = next((a for a in self._actions if a.dest == key), None)
         name = self._called(action) if action else "--" + key.replace("_", "-")
+        digits = re.search(r"value has (\d+) digits", problem)
+        if digits:
+            return f"{name}: a number of {digits[1]} digits was given, expected fewer"
         subtypes = "".join(re.findall(r"Subtypes: (.*)", problem))
         # Of a list, the element that is wrong; its line ends before what else was tried.
         inner = re.search(r"Expected an? <class '\w+'>\. Got value: ([^\n]*)", problem)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from deeplab_fast.cli.common import UsageError, tell
+from deeplab_fast.cli.common import UsageError, add_imports_argument, tell
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -25,7 +25,7 @@ HELP = "train a model: the paper's protocol, or your own"
 
 
 def parser() -> ArgumentParser:
-    from deeplab_fast.cli.parser import CommandParser
+    from deeplab_fast.cli.parser import CommandParser, Plain
     from deeplab_fast.engine.config import PRESETS, TrainConfig
 
     parser = CommandParser(
@@ -56,7 +56,7 @@ def parser() -> ArgumentParser:
     )
     add(
         "--stage2",
-        type=dict[str, Any],
+        type=dict[str, Plain],
         default={},
         metavar="MAP",
         help="options of the second stage: --stage2.steps 10000",
@@ -83,6 +83,7 @@ def parser() -> ArgumentParser:
         action="store_true",
         help="print the largest batch of crops that fits into the GPU's memory, train nothing",
     )
+    add_imports_argument(add)
     hints = get_type_hints(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         default = field.default
@@ -98,7 +99,8 @@ def parser() -> ArgumentParser:
         add(
             "--" + field.name.replace("_", "-"),
             # Not given is told from given: a preset's value goes between.
-            type=hints[field.name] | None,
+            type=(dict[str, Plain] if hints[field.name] == dict[str, Any] else hints[field.name])
+            | None,
             default=argparse.SUPPRESS,
             help=field.metadata["help"] + note,
             **more,
@@ -113,15 +115,17 @@ def _shown(value: object) -> str:
 def run(config: Namespace) -> int:
     from deeplab_fast.backends import BackendUnavailable
     from deeplab_fast.engine.config import OptionError
+    from deeplab_fast.engine.imports import imports_of
     from deeplab_fast.engine.train import TrainingUnavailable, fit_stages, validate
 
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    # Where --transform and callbacks of the user lie; behind everything that is installed.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     try:
         planned = _plan(config)
         plan = planned.config
+        # Where --transform and callbacks of the user lie; behind everything that is installed.
+        # Not for runs without: the folder may be anybody's, with modules of any name.
+        if imports_of({**plan.as_dict(), "stage2": planned.stage2}) and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
         tries = [f"--{name.replace('_', '-')}" for name in _TRIES if config[name]]
         if len(tries) > 1:
             raise UsageError(f"{' and '.join(tries)} were given; expected one of them at a time")
@@ -190,6 +194,7 @@ class _Plan:
 def _plan(config: Namespace) -> _Plan:
     """What is to be run: of a resumed run its own options, under those that are given now."""
     from deeplab_fast.engine.config import TrainConfig, train_config
+    from deeplab_fast.engine.imports import check_imports
     from deeplab_fast.engine.run_folder import read_stages, run_config
 
     hints = get_type_hints(TrainConfig)
@@ -211,6 +216,10 @@ def _plan(config: Namespace) -> _Plan:
         if before is None and not {"epochs", "steps"} & options.keys():
             raise UsageError(f"--resume: there is no run in {output} to go on with")
         base = {} if before is None else before.as_dict()
+        if not config.allow_imports:
+            kept = {name: value for name, value in base.items() if name not in options}
+            own = {**kept, "stage2": {k: v for k, v in stage2.items() if k not in config.stage2}}
+            check_imports(own, f"the run in {output}")
         for one, other in (("epochs", "steps"), ("steps", "epochs")):
             if options.get(one) is not None:
                 base.pop(other, None)

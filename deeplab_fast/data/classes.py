@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deeplab_fast._documents import DocumentError, read_document, read_text, shown
+
 __all__ = [
     "CLASS_SETS",
     "ClassSet",
@@ -299,21 +301,15 @@ def class_set(source: str | os.PathLike[str] | ClassSet | Iterable[str]) -> Clas
 def _from_file(path: Path) -> ClassSet:
     suffix = path.suffix.lower()
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if suffix == ".json":
-            import json
-
-            content = json.loads(text)
-        elif suffix in (".yaml", ".yml"):
-            import yaml
-
-            content = yaml.safe_load(text)
+        if suffix in (".json", ".yaml", ".yml"):
+            content = read_document(path)
         else:
-            lines = (line.strip() for line in text.splitlines())
+            lines = (line.strip() for line in read_text(path).splitlines())
             content = [line for line in lines if line and not line.startswith("#")]
-    # json's and yaml's own errors and UnicodeDecodeError name the place.
-    except Exception as error:
-        raise ValueError(f"class list {path}: {' '.join(str(error).split())}") from error
+    except DocumentError as error:
+        raise ValueError(f"class list {error}") from error
+    except OSError as error:
+        raise ValueError(f"class list {path}: {shown(error, 400)}") from error
     extra: Mapping[str, Any] = {}
     if isinstance(content, Mapping) and "classes" in content:
         extra = content

@@ -22,7 +22,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import importlib.metadata
-import json
 import logging
 import os
 import re
@@ -35,6 +34,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from .._documents import parse_json, read_text, shown
 from .files import cache_folder, write_json
 
 logger = logging.getLogger("deeplab_fast")
@@ -196,8 +196,8 @@ def read(path: Path, origin: str = OWN_ORIGIN) -> list[Record]:
         ValueError: the file cannot be read, or is of another version.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(read_text(path, limit=_LONGEST), str(path))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("records"), list):
         raise ValueError(f'{path} is no object with a list of "records"')
@@ -218,8 +218,8 @@ def read(path: Path, origin: str = OWN_ORIGIN) -> list[Record]:
 
 def note(path: Path) -> str:
     """What a file says of itself, "" where it says nothing."""
-    with suppress(OSError, ValueError, AttributeError, RecursionError):
-        return str(json.loads(path.read_text("utf-8")).get("note", ""))
+    with suppress(OSError, ValueError, AttributeError):
+        return str(parse_json(read_text(path, limit=_LONGEST)).get("note", ""))
     return ""
 
 
@@ -298,6 +298,9 @@ class _Dataclass(Protocol):
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
+# Bytes of a file of records: some hundred bytes each, some hundred of them.
+_LONGEST = 64 << 20
+
 _D = TypeVar("_D", bound=_Dataclass)
 
 
@@ -315,13 +318,15 @@ def made(kind: type[_D], given: object, optional: bool = False) -> _D:
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if not isinstance(given, dict):
-        raise ValueError(f"{kind.__name__} is {given!r}, expected an object")
+        raise ValueError(f"{kind.__name__} is {shown(given)}, expected an object")
     required = {
         name for name, f in fields.items() if not optional or (f.default is dataclasses.MISSING)
     }
     for names, what in ((given.keys() - fields, "unknown"), (required - given.keys(), "missing")):
         if names:
-            raise ValueError(f"{kind.__name__}: {what} field {', '.join(sorted(names))}")
+            raise ValueError(
+                f"{kind.__name__}: {what} field {shown(', '.join(sorted(map(str, names))), 200)}"
+            )
     return kind(**{name: _value(name, hints[name], v, optional) for name, v in given.items()})
 
 
@@ -332,25 +337,25 @@ def _value(name: str, hint: object, given: object, optional: bool) -> object:
     if typing.get_origin(hint) is tuple:
         parts: tuple[Any, ...] = typing.get_args(hint)
         if not isinstance(given, list):
-            raise ValueError(f"{name} is {given!r}, expected a list")
+            raise ValueError(f"{name} is {shown(given)}, expected a list")
         if parts[-1] is Ellipsis:
             parts = parts[:1] * len(given)
         if len(parts) != len(given):
-            raise ValueError(f"{name} is {given!r}, expected {len(parts)} values")
+            raise ValueError(f"{name} is {shown(given)}, expected {len(parts)} values")
         return tuple(_value(name, p, each, optional) for p, each in zip(parts, given, strict=True))
     if typing.get_origin(hint) is dict:
         if not isinstance(given, dict):
-            raise ValueError(f"{name} is {given!r}, expected an object")
+            raise ValueError(f"{name} is {shown(given)}, expected an object")
         return given
     assert isinstance(hint, type) and not isinstance(hint, types.UnionType)
     # A float may be written without a point. Not isinstance: true and false are integers too.
     if hint is float and isinstance(given, int) and not isinstance(given, bool):
         given = float(given) if abs(given) < _MOST else given
     if type(given) is not hint:
-        raise ValueError(f"{name} is {repr(given)[:60]}, expected {hint.__name__}")
+        raise ValueError(f"{name} is {shown(given, 60)}, expected {hint.__name__}")
     if isinstance(given, (int, float)) and not -1 <= given < _MOST:
         # A comparison with NaN is false.
-        raise ValueError(f"{name} is {repr(given)[:60]}, expected a number of at least -1")
+        raise ValueError(f"{name} is {shown(given, 60)}, expected a number of at least -1")
     return given
 
 

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from deeplab_fast._documents import read_document
 from deeplab_fast.data.check import DataReport, Finding, findings, report_of
 from deeplab_fast.data.datasets import Sample, SegmentationDataset
 from deeplab_fast.dispatch.files import cache_folder, write_json
@@ -29,6 +30,9 @@ _VERSION = 2
 
 # A file may change again within the clock tick of its last change: 2 s on FAT.
 _SETTLED_NS = 2_000_000_000
+
+# Bytes of one: some 300 a sample.
+_LONGEST = 1 << 30
 
 # Memories that were not used for so long are removed.
 _KEPT_SECONDS = 180 * 86400
@@ -190,7 +194,7 @@ def _state(sample: Sample) -> list[list[int]] | None:
 
 def _entries(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_document(path, limit=_LONGEST)
         if content["version"] != _VERSION:
             return {}
         # Kept as one that is in use.
@@ -198,7 +202,7 @@ def _entries(path: Path) -> dict[str, Any]:
             os.utime(path)
         return dict(content["samples"])
     # One that is broken is made anew.
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

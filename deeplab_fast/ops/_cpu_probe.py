@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import math
 import os
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from .. import _ext
+from .._documents import parse_json, read_text
 from ..dispatch import records
 from ..dispatch.files import write_json
 from .cpu_processors import DTYPES, SETS, Cpu, Processor, Rates
@@ -278,8 +278,8 @@ def _key(cpu: Cpu) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(read_text(file), str(file))
+    except (OSError, ValueError):
         return {}
     if not isinstance(content, dict) or content.get("version") != VERSION:
         return {}

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._documents import parse_json
 from ..dispatch.errors import Wrong, one_line
 
 PASSED = "passed"
@@ -203,7 +204,7 @@ def read(path: Path) -> list[Outcome]:
     found = []
     for line in path.read_text("utf-8", "replace").splitlines():
         with suppress(ValueError, TypeError):
-            found.append(Outcome(**json.loads(line)))
+            found.append(Outcome(**parse_json(line)))
     return found
 
 

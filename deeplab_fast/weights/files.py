@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._documents import read_document
 from ._common import METADATA_KEY, SHOWN, CheckpointError, Source, StateDict, shorten
 from .layouts import NOT_MODEL, Origin, known_layout
 from .where import PRETRAINED, find_weights
@@ -115,7 +116,7 @@ def _config_beside(path: Path) -> dict[str, Any]:
     if path.name not in PRETRAINED or not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_document(file)
     except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{file}, which says how the model of {path.name} is built, cannot be read: {error}. "

@@ -10,12 +10,12 @@ stores letters and accents apart.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deeplab_fast._documents import DocumentError, read_document, shown
 from deeplab_fast.data.classes import CLASS_SETS, ClassSet, class_set, generic_classes
 from deeplab_fast.data.datasets.ade20k import ADE20K
 from deeplab_fast.data.datasets.base import (
@@ -287,8 +287,8 @@ def _what_classes(
         text = f"{text}. The mask {error.path} cannot be read: {error.reason}"
         found = colour_file(Path(error.path).parent)
         return text if found is None else f"{text}; perhaps by {found}"
-    shown = ", ".join(map(str, sorted(values)[:10])) + (", ..." if len(values) > 10 else "")
-    text += f". The first masks hold {shown}"
+    some = ", ".join(map(str, sorted(values)[:10])) + (", ..." if len(values) > 10 else "")
+    text += f". The first masks hold {some}"
     classes = values - {255}
     if values == {0, 255}:
         return f"{text}: of one class beside the background they need --classes 1 --label-map 255=1"
@@ -324,15 +324,11 @@ def _spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
     if suffix == ".csv":
         return {"name": "csv", "file": path}
     try:
-        content = path.read_text(encoding="utf-8-sig")
-        if suffix == ".json":
-            spec = json.loads(content)
-        else:
-            import yaml
-
-            spec = yaml.safe_load(content)
-    except Exception as error:
-        raise ValueError(f"data set {text}: {' '.join(str(error).split())}") from error
+        spec = read_document(path)
+    except DocumentError as error:
+        raise ValueError(f"data set {error}") from error
+    except OSError as error:
+        raise ValueError(f"data set {text}: {shown(error, 400)}") from error
     if not isinstance(spec, Mapping) or "name" not in spec:
         raise ValueError(
             f"data set {text}: expected a mapping with the key name ({', '.join(DATASETS)}) and "

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from deeplab_fast._documents import parse_json, read_text
 from deeplab_fast.data.datasets.base import Sample, SegmentationDataset
 from deeplab_fast.data.datasets.files import folder_with
 from deeplab_fast.data.datasets.layout import Layout, Spec
@@ -33,7 +34,7 @@ def _coco_voc(root: Path, split: str, spec: Spec) -> SegmentationDataset:
         ) from error
     if not path.is_file():
         raise FileNotFoundError(f"coco-voc: the annotations {path} are missing")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = parse_json(read_text(path, limit=_LONGEST), str(path))
     class_of = {category: label for label, category in enumerate(_COCO_VOC_IDS) if category}
     by_image: dict[int, list[Any]] = {}
     areas: dict[int, float] = {}
@@ -59,6 +60,9 @@ def _coco_voc(root: Path, split: str, spec: Spec) -> SegmentationDataset:
     dataset.annotations = annotations
     return dataset
 
+
+# Bytes of the annotations; those of train2017 are 450 MB.
+_LONGEST = 2 << 30
 
 # Pixels of the 20 classes that a training image has at least one more than.
 _COCO_MINIMUM_AREA = 1000

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deeplab_fast._documents import DocumentError, read_document, read_text, shown
 from deeplab_fast.data.classes import CLASS_SETS, ClassSet, Colour, class_set, same_name
 
 __all__ = [
@@ -79,18 +79,13 @@ def read_colours(
         )
     suffix = path.suffix.lower()
     try:
-        written: Any = path.read_text(encoding="utf-8-sig")
-        if suffix == ".json":
-            written = json.loads(written)
-        elif suffix in (".yaml", ".yml"):
-            import yaml
-
-            written = yaml.safe_load(written)
-    # json's and yaml's own errors and UnicodeDecodeError name the place.
-    except Exception as error:
-        raise ValueError(f"mask colours {text}: {' '.join(str(error).split())}") from error
-    if suffix in (".json", ".yaml", ".yml"):
-        return _of_content(written, text)
+        if suffix in (".json", ".yaml", ".yml"):
+            return _of_content(read_document(path), text)
+        written = read_text(path)
+    except DocumentError as error:
+        raise ValueError(f"mask colours {error}") from error
+    except OSError as error:
+        raise ValueError(f"mask colours {text}: {shown(error, 400)}") from error
     return _of_pairs(_lines(written, text), text)
 
 
