@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
-from deeplab_fast.engine.runner import eval_mode, is_out_of_memory, preprocess_of
+from deeplab_fast.engine.eval_form import EvalForm
+from deeplab_fast.engine.runner import is_out_of_memory, preprocess_of
 
 __all__ = ["AdaptedModel", "AssumedPreprocess", "as_segmenter"]
 
@@ -214,26 +215,30 @@ class AdaptedModel(nn.Module):
         Raises:
             ValueError: the model returns something else.
         """
+        return self.forward_logits_of(self.model, x)
+
+    def forward_logits_of(self, model: nn.Module, x: Tensor) -> Tensor:
+        """As :meth:`forward_logits`, by a view of the model or the model itself."""
         if torch.compiler.is_exporting():
             # A graph has one size of logits, and takes no other input in place of its own.
-            return self._before_activation(self._map_in(self.model(x), x.shape[0]))
+            return self._before_activation(self._map_in(model(x), x.shape[0]))
         with torch.inference_mode(False), torch.no_grad():
-            logits = self._logits(x)
+            logits = self._logits(model, x)
         self._num_classes = logits.shape[1]
         self.logits_stride = max(1, round(x.shape[-2] / logits.shape[-2]))
         return logits
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, model: nn.Module, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         padded = _padded(x, self.divisor)
         try:
-            output = self.model(padded)
+            output = model(padded)
         except (RuntimeError, ValueError, AssertionError) as error:
             wider = _padded(x, _DIVISOR)
             if is_out_of_memory(error) or wider.shape == padded.shape:
                 raise
             try:
-                output = self.model(wider)
+                output = model(wider)
             except (RuntimeError, ValueError, AssertionError):
                 raise error from None
             self.divisor, padded = _DIVISOR, wider
@@ -317,8 +322,7 @@ class AdaptedModel(nn.Module):
         for side in _PROBES:
             x = torch.zeros(1, 3, side, side, dtype=like.dtype, device=like.device)
             try:
-                with eval_mode(self):
-                    return self.forward_logits(x).shape[1]
+                return EvalForm(self)(x).shape[1]
             # A model's own code may raise anything; an AttributeError here would read as a missing
             # attribute of this class.
             except Exception as error:

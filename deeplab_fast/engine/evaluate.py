@@ -43,7 +43,6 @@ from deeplab_fast.engine.runner import (
     check_device,
     check_dtype,
     class_name,
-    eval_mode,
     is_out_of_memory,
     preprocess_of,
 )
@@ -252,11 +251,11 @@ def evaluate(
         preprocess = getattr(model, "preprocess", None)
     else:
         preprocess = preprocess_of(model, preprocess)
-    with at_output_stride(model, output_stride):
+    with at_output_stride(model, output_stride) as model:
         runner = Runner.prepare(
             model, None, preprocess, options, wanted_device, wanted_dtype, precision
         )
-        with eval_mode(model), torch.inference_mode():
+        with torch.inference_mode():
             counter = ImageCounter(runner, dataset, classes)
             confusion, images = _gathered(counter, lambda: counter.run(workers, progress, tell))
             rank, world = _rank_and_world()

@@ -408,13 +408,14 @@ class SegmentationModule(lightning.LightningModule):
     def scoring(self, dataset: LabelledData) -> Iterator[ImageCounter]:
         """Counts and labels of a data set's photos as the validation has them.
 
-        Meanwhile the model is at ``config.eval_output_stride``. The caller sees to eval mode.
+        They are the model's at ``config.eval_output_stride``, as in eval mode.
         """
+        stride = self.config.eval_output_stride
         # Photos of many sizes: each would be tuned for anew.
-        with at_output_stride(self.model, self.config.eval_output_stride), _no_cudnn_benchmark():
-            preprocess = getattr(self.model, "preprocess", None)
+        with at_output_stride(self.model, stride) as model, _no_cudnn_benchmark():
+            preprocess = getattr(model, "preprocess", None)
             options = PredictOptions.checked()
-            runner = Runner.prepare(self.model, None, preprocess, options, self.device, None)
+            runner = Runner.prepare(model, None, preprocess, options, self.device, None)
             yield ImageCounter(runner, dataset, self.classes, self.taken_back())
 
     def validation_step(self, batch: list[IndexedItem], batch_idx: int) -> None:

@@ -21,7 +21,6 @@ from deeplab_fast.engine.runner import (
     Runner,
     check_device,
     check_dtype,
-    eval_mode,
     input_plan,
     is_out_of_memory,
     preprocess_of,
@@ -83,9 +82,11 @@ def predict(
     Args:
         model: of this package, or any other that maps images to logits: torchvision, smp,
             mmsegmentation, transformers, your own; ``engine.adapter.as_segmenter`` says how such a
-            model is run, and takes what it cannot see. It runs in eval mode; every submodule's mode
-            is restored. One with ``forward_logits(x) -> [N, C, h, w]``, ``align_corners`` and, for
-            anything but a float tensor, ``preprocess`` is run by these.
+            model is run, and takes what it cannot see. It runs as in eval mode and no mode is
+            changed, so that other threads may train it meanwhile (``engine.eval_form.eval_view``
+            says which models are switched instead, for the time of a call). One with
+            ``forward_logits(x) -> [N, C, h, w]``, ``align_corners`` and, for anything but a float
+            tensor, ``preprocess`` is run by these.
         images: a float tensor [N, 3, H, W] or [3, H, W], already normalised; a uint8 tensor of the
             same shapes (RGB, ``preprocess`` is applied); a path, PIL image or array (see
             ``data.as_rgb_array``); or a list of these, of any sizes, read as they are needed.
@@ -147,7 +148,7 @@ def predict(
     labels: object
     prob: object
     try:
-        with eval_mode(model), torch.inference_mode():
+        with torch.inference_mode():
             if isinstance(images, torch.Tensor):
                 labels, prob, spoiled = runner.tensor(images)
             elif isinstance(images, (list, tuple)):

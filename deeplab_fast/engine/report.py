@@ -32,7 +32,6 @@ from deeplab_fast.engine.pictures import (
     panel_name,
     png_writer,
 )
-from deeplab_fast.engine.runner import eval_mode
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -224,11 +223,7 @@ class RunReport(Callback):
             picture = confusion_image(confusion.numpy(), module.classes.classes, title)
             drawn["confusion"] = _written(self.folder / "confusion.png", picture)
         with self._told("panels"):
-            with (
-                torch.no_grad(),
-                eval_mode(module.model),
-                module.scoring(dataset) as counter,
-            ):
+            with torch.no_grad(), module.scoring(dataset) as counter:
                 panels = panels_of(counter, images, self.panels)
             folder, kept = self.folder / "panels", set()
             folder.mkdir(exist_ok=True)

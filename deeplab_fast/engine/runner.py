@@ -7,7 +7,8 @@ import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeGuard, cast
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypeGuard, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from deeplab_fast.data.preprocess import (
     in_millions,
 )
 from deeplab_fast.dispatch.precision import asked, check_precision, reason_against
+from deeplab_fast.engine.eval_form import EvalForm, eval_view
 from deeplab_fast.engine.finite import not_finite_pixels
 from deeplab_fast.plan.bilinear import source_index
 
@@ -41,7 +43,6 @@ __all__ = [
     "check_model",
     "check_precision_of",
     "class_name",
-    "eval_mode",
     "input_plan",
     "is_out_of_memory",
     "preprocess_of",
@@ -594,7 +595,12 @@ class Runner:
             # What was asked for by name stands above the caller's autocast.
             mixed = torch.autocast("cpu", enabled=False)
         with asked(self.precision), mixed:
-            return self.model.forward_logits(x)
+            return self.form(x)
+
+    @cached_property
+    def form(self) -> EvalForm:
+        """What is called: the model as in eval mode."""
+        return EvalForm(self.model)
 
     def scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
         # With aligned corners the distance between the corner pixels scales, not the pixel count.
@@ -703,39 +709,35 @@ def window_weights(
     ]
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every submodule gets its own mode back."""
-    # Submodules may differ in mode, e.g. frozen batch norms of a model in training.
-    training = [module for module in model.modules() if module.training]
-    if not training:
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
-def at_output_stride(model: nn.Module, output_stride: int | None) -> Iterator[None]:
-    """The model at another output stride, None for its own; it gets its own back."""
+def at_output_stride(model: M, output_stride: int | None) -> Iterator[M]:
+    """The model at another output stride, None for its own, for evaluation.
+
+    A view, where the model has one (:func:`eval_view`); else the model itself, which gets its own
+    output stride back.
+    """
     before = getattr(model, "output_stride", None)
     if output_stride is None or output_stride == before:
-        yield
+        yield model
         return
     if before is None or not hasattr(model, "set_output_stride"):
         raise ValueError(
             f"output_stride={output_stride}: {class_name(model)} cannot change its output "
             "stride; leave it out"
         )
+    view = eval_view(model, kept=False)
+    if view is not None:
+        cast(_Strided, view).set_output_stride(output_stride)
+        yield view
+        return
     strided = cast(_Strided, model)
     config = getattr(model, "config", None)
     strided.set_output_stride(output_stride)
     try:
-        yield
+        yield model
     finally:
         strided.set_output_stride(before)
         strided.config = config

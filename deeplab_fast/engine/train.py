@@ -694,9 +694,9 @@ def _export(
     elif config.export == "best":
         tell("no validation had a mIoU: model.safetensors has the last weights")
     stride = config.eval_output_stride
-    with at_output_stride(model, stride), _without_class_weights(config, module):
+    with at_output_stride(model, stride) as strided, _without_class_weights(config, module):
         try:
-            return save_weights(model, folder / "model.safetensors", strict=False)
+            return save_weights(strided, folder / "model.safetensors", strict=False)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OSError(

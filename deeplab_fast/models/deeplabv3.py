@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..data.images import ImageLike
 from ..data.preprocess import Preprocess
+from ..engine.eval_form import gate_of
 from ..nn.aspp import ASPPConv
 from ..nn.heads import DeepLabV2Head
 from ..program import match, training
@@ -183,10 +184,14 @@ class DeepLabV3(Network):
         self._fast_path.drop()
 
     def train(self, mode: bool = True) -> DeepLabV3:
-        """As nn.Module.train; frees what the fast path holds when training begins."""
-        if mode:
-            self.drop_prepared()
-        return super().train(mode)
+        """As nn.Module.train; frees what the fast path holds when training begins.
+
+        Waits for photos that `predict` has under way in other threads.
+        """
+        with gate_of(self).changing():
+            if mode:
+                self.drop_prepared()
+            return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeepLabV3:
         # What was prepared for another dtype or device is of no more use.

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..data.images import ImageLike
 from ..dispatch import limits
+from ..engine.eval_form import eval_form
 from ..engine.predict import check_tensor, checked_images, name_of
-from ..engine.runner import PredictOptions, Runner, check_model, eval_mode, preprocess_of
+from ..engine.runner import PredictOptions, Runner, check_model, preprocess_of
 from . import inference
 from .calibration import Calibration, CalibrationError, Range, fingerprint
 from .cpu_layers import CpuForms
@@ -134,8 +135,8 @@ def calibrate(
             return list(runner.tensor(data)[0].numpy())
         return list(runner.images(data)[0])
 
-    with eval_mode(model), torch.inference_mode(), outside_autocast(cpu):
-        program, reason = inference.fold(model, _EachLayer())
+    with eval_form(model) as form, torch.inference_mode(), outside_autocast(cpu):
+        program, reason = inference.fold(form, _EachLayer())
         if program is None:
             raise CalibrationError(f"this model cannot be calibrated for int8: {reason}")
         maps = _Maps()
@@ -147,7 +148,7 @@ def calibrate(
         for name, choose in _choices(method).items():
             ranges = {layer: choose(each) for layer, each in maps.found.items()}
             trial = Calibration(ranges, name, len(wanted), mark, 0.0)
-            int8, _ = inference.fold(model, Int8Forms(trial))
+            int8, _ = inference.fold(form, Int8Forms(trial))
             assert int8 is not None
             got = labels(int8, None)
             same = [float(np.mean(a == b)) for a, b in zip(wanted, got, strict=True)]

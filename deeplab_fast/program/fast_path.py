@@ -124,6 +124,10 @@ class FastPath:
         assert state is not None
         return state
 
+    def in_eval_view(self, view: nn.Module) -> FastPath:
+        """Of a view of the model: the same one, which `drop` then frees for both."""
+        return self
+
     def __deepcopy__(self, memo: object) -> FastPath:
         return FastPath()
 

@@ -166,6 +166,12 @@ class Forward(BoundForward):
             raise AttributeError(name)
         return getattr(self._of_class(), name)
 
+    def in_eval_view(self, view: nn.Module) -> Forward:
+        """Of a view of the module: one of its own, which computes what was compared for this."""
+        forward = _bound(view, self.opaque, self.region.settings)
+        forward.region.verdicts = self.region.verdicts
+        return forward
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         return _bound(copy.deepcopy(self.module, memo), self.opaque, self.region.settings)
 
@@ -581,6 +587,10 @@ class _Copier:
 
     def __call__(self) -> nn.Module:
         raise NotImplementedError
+
+    def in_eval_view(self, view: nn.Module) -> _Copier:
+        """Of a view of the module."""
+        return type(self)(view)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Copier:
         return type(self)(copy.deepcopy(self._module, memo))

@@ -1,0 +1,376 @@
+"""Models run as in eval mode while others train, switch or change them: nothing on them is set.
+
+A model whose modules are all in eval mode is called as it is. Of one that is not, a *view* is
+called: a second set of module objects with the same classes, hooks, attributes and the very same
+parameters and buffers, all in eval mode. So a thread that trains a model keeps its modes and its
+running statistics while another one predicts with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+import types
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["EvalForm", "ModeGate", "eval_form", "eval_view", "gate_of"]
+
+M = TypeVar("M", bound=nn.Module)
+
+# What lies behind an attribute and cannot lead to a module of the model by itself.
+_ENDS = (str, bytes, int, float, complex, type, types.ModuleType, types.CodeType, Tensor)
+# Objects that are looked at behind one attribute before it counts as unknown.
+_MOST_OBJECTS = 2000
+
+
+class ModeGate:
+    """Calls of a model in one mode, and changes of its mode: a change waits for calls under way.
+
+    Calls do not wait for each other. A change that is made within a call waits for nothing: two of
+    them would wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._free = threading.Condition()
+        self._calling: Counter[int] = Counter()
+        self._changing: int | None = None
+        self._depth = 0
+        self.changes = 0
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """While the model is called."""
+        own = threading.get_ident()
+        with self._free:
+            # One that calls already goes on: the change waits for it.
+            while self._changing not in (None, own) and not self._calling[own]:
+                self._free.wait()
+            self._calling[own] += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._calling[own] -= 1
+                if not self._calling[own]:
+                    del self._calling[own]
+                self._free.notify_all()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """While its mode is changed."""
+        own = threading.get_ident()
+        with self._free:
+            within = own in self._calling
+            while not within and self._changing not in (None, own):
+                self._free.wait()
+            if not within:
+                self._changing = own
+                self._depth += 1
+            while not within and self._calling:
+                self._free.wait()
+        try:
+            yield
+        finally:
+            with self._free:
+                self.changes += 1
+                self._depth -= not within
+                if not self._depth:
+                    self._changing = None
+                self._free.notify_all()
+
+
+_lock = threading.RLock()
+_gates: weakref.WeakKeyDictionary[nn.Module, ModeGate] = weakref.WeakKeyDictionary()
+_views: weakref.WeakKeyDictionary[nn.Module, _View] = weakref.WeakKeyDictionary()
+
+
+def gate_of(model: nn.Module) -> ModeGate:
+    """The gate of a model; those of this package pass it in ``train()`` and ``eval()``."""
+    with _lock:
+        return _gates.setdefault(model, ModeGate())
+
+
+class EvalForm:
+    """The logits of a model as in eval mode, from any thread.
+
+    Args:
+        model: with ``forward_logits``; an ``engine.adapter.AdaptedModel`` also with
+            ``forward_logits_of(model, x)``, whose ``model`` is the one that has modes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._outer = model
+        self._core = model.model if hasattr(model, "forward_logits_of") else model
+        self._gate = gate_of(self._core) if isinstance(self._core, nn.Module) else None
+        # Of the gate when the modes were looked at last, and whether all were eval.
+        self._seen: tuple[int, bool] | None = None
+        self._view: nn.Module | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] -> logits [N, C, h, w]."""
+        if self._gate is None:
+            return self._logits(self._core, x)
+        if self._view is None:
+            with self._gate.calling():
+                if self._seen is None or self._seen[0] != self._gate.changes:
+                    self._seen = self._gate.changes, _is_in_eval_mode(self._core)
+                if self._seen[1]:
+                    return self._logits(self._core, x)
+            self._view = eval_view(self._core)
+        if self._view is not None:
+            return self._logits(self._view, x)
+        with _switched(self._core):
+            return self._logits(self._core, x)
+
+    def _logits(self, core: Any, x: Tensor) -> Tensor:
+        if self._core is self._outer:
+            return core.forward_logits(x)
+        return self._outer.forward_logits_of(core, x)
+
+
+@contextmanager
+def eval_form(model: M) -> Iterator[M]:
+    """What to call in place of a model, as in eval mode: itself, or a view.
+
+    Where there is no view (see :func:`eval_view`) the model itself is in eval mode meanwhile, for
+    all threads, and gets its modes back after the last of them.
+    """
+    if _is_in_eval_mode(model):
+        yield model
+        return
+    view = eval_view(model)
+    if view is not None:
+        yield view
+        return
+    with _switched(model):
+        yield model
+
+
+def eval_view(model: M, *, kept: bool = True) -> M | None:
+    """The model in eval mode on its own parameters and buffers, as other module objects.
+
+    What is changed in place on parameters, buffers and hooks, or exchanged among them, is changed
+    on both; other attributes of the view are its own. Hooks are called with the view's modules.
+
+    Args:
+        model: any module.
+        kept: take the view of an earlier call where the model is as it was; False makes a new one,
+            for a caller that changes it.
+
+    Returns:
+        None where a view could do something else than the model: its code may reach modules of the
+        original (a closure, a compiled or scripted module), a class has a ``train()`` of its own,
+        which may do more than set flags, or parameters that are made by the first call.
+    """
+    with _lock:
+        known = _views.get(model) if kept else None
+        if known is not None and known.is_current():
+            return cast(M, known.view)
+        made = _made(model)
+        if made is None:
+            return None
+        if kept:
+            _views[model] = made
+        return cast(M, made.view)
+
+
+def _is_in_eval_mode(model: nn.Module) -> bool:
+    """Whether all of it is, and not for the time of another thread's call only."""
+    with _switching:
+        return model not in _switches and not any(m.training for m in model.modules())
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A module as it was when its view was made."""
+
+    # Not the module: what is kept for a model must not keep it.
+    module: weakref.ref[nn.Module]
+    cls: type
+    attributes: dict[str, Any]
+    children: tuple[tuple[str, nn.Module | None], ...]
+
+    def is_current(self) -> bool:
+        module = self.module()
+        if module is None or type(module) is not self.cls:
+            return False
+        now, before = vars(module), self.attributes
+        return (
+            len(now) == len(before)
+            and all(
+                name in now and (now[name] is value or name in _MODES or now[name] == value)
+                for name, value in before.items()
+            )
+            and tuple(module._modules.items()) == self.children
+        )
+
+
+@dataclass(frozen=True)
+class _View:
+    """A view, and what it was made from."""
+
+    view: nn.Module
+    sources: tuple[_Source, ...]
+    # Lists, dicts and sets with modules in them, with copies.
+    containers: tuple[tuple[Any, Any], ...]
+
+    def is_current(self) -> bool:
+        try:
+            return all([source.is_current() for source in self.sources]) and all(
+                now == before for now, before in self.containers
+            )
+        except (RuntimeError, TypeError, ValueError):
+            # An attribute that has no equality has been exchanged.
+            return False
+
+
+# A frozen batch norm remembers the mode that was asked for.
+_MODES = ("training", "asked_mode")
+# Parameters, buffers, hooks.
+_SHARED = frozenset(vars(nn.Module())) - {"_modules", "training"}
+
+
+def _made(model: nn.Module) -> _View | None:
+    modules = list(model.modules())
+    if any(not _is_known(module) for module in modules):
+        return None
+    # A class of torch.fx makes another class in its __new__.
+    views: dict[int, nn.Module] = {id(m): object.__new__(type(m)) for m in modules}
+    sources, containers = [], []
+    for module in modules:
+        view = views[id(module)]
+        attributes = dict(vars(module))
+        own: dict[str, Any] = {}
+        for name, value in attributes.items():
+            if name == "_modules":
+                own[name] = {k: v if v is None else views[id(v)] for k, v in value.items()}
+                continue
+            if name in _SHARED:
+                own[name] = value
+                continue
+            in_view = getattr(type(value), "in_eval_view", None)
+            if in_view is not None:
+                own[name] = in_view(value, view)
+                continue
+            try:
+                own[name] = _mapped(value, views)
+            except _Unknown:
+                return None
+            if own[name] is not value and isinstance(value, (list, dict, set)):
+                containers.append((value, value.copy()))
+        own["training"] = False
+        vars(view).update(own)
+        children = tuple(attributes["_modules"].items())
+        sources.append(_Source(weakref.ref(module), type(module), attributes, children))
+    return _View(views[id(model)], tuple(sources), tuple(containers))
+
+
+class _Unknown(Exception):
+    """A value that may lead to a module of the original."""
+
+
+def _mapped(value: Any, views: dict[int, nn.Module]) -> Any:
+    """The value with the view's modules in place of the model's; itself where it has none."""
+    if isinstance(value, _ENDS) or value is None:
+        return value
+    if isinstance(value, nn.Module):
+        return views.get(id(value), value)
+    if type(value) in (list, tuple, set):
+        items = [_mapped(item, views) for item in value]
+        same = all(a is b for a, b in zip(items, value, strict=True))
+        return value if same else type(value)(items)
+    if type(value) is dict:
+        values = {key: _mapped(item, views) for key, item in value.items()}
+        return value if all(values[key] is value[key] for key in value) else values
+    if isinstance(value, types.MethodType):
+        owner = _mapped(value.__self__, views)
+        return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+    if isinstance(value, functools.partial):
+        parts = (value.func, value.args, value.keywords)
+        func, args, keywords = (_mapped(part, views) for part in parts)
+        if (func, args, keywords) == parts:
+            return value
+        return functools.partial(func, *args, **keywords)
+    if _reaches(value, views):
+        raise _Unknown
+    return value
+
+
+def _reaches(value: object, views: dict[int, nn.Module]) -> bool:
+    """Whether an object holds a module of the model, or too much to tell."""
+    seen: dict[int, object] = {}
+    ahead = [value]
+    while ahead:
+        each = ahead.pop()
+        if id(each) in views:
+            return True
+        if isinstance(each, _ENDS) or id(each) in seen:
+            continue
+        # Kept, so that no other object gets its id.
+        seen[id(each)] = each
+        if len(seen) > _MOST_OBJECTS:
+            return True
+        if isinstance(each, types.FunctionType):
+            # Not its globals, which lead everywhere.
+            ahead += [each.__closure__, each.__defaults__, each.__kwdefaults__]
+        elif not isinstance(each, weakref.ReferenceType):
+            ahead += gc.get_referents(each)
+        elif (target := each()) is not None:
+            ahead.append(target)
+    return False
+
+
+_OWN_TRAIN = ("torch.nn.", "deeplab_fast.")
+
+
+def _is_known(module: nn.Module) -> bool:
+    if isinstance(module, (nn.modules.lazy.LazyModuleMixin, torch.jit.ScriptModule)):
+        return False
+    for name in ("train", "eval"):
+        owner = next(base for base in type(module).__mro__ if name in vars(base))
+        if not owner.__module__.startswith(_OWN_TRAIN):
+            return False
+    return True
+
+
+@dataclass
+class _Switch:
+    threads: int
+    training: list[nn.Module]
+
+
+_switching = threading.Lock()
+_switches: weakref.WeakKeyDictionary[nn.Module, _Switch] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _switched(model: nn.Module) -> Iterator[None]:
+    """The model itself in eval mode; every submodule gets its own mode back."""
+    with _switching:
+        switch = _switches.get(model)
+        if switch is None:
+            # Submodules may differ in mode, e.g. frozen batch norms of a model in training.
+            switch = _Switch(0, [module for module in model.modules() if module.training])
+            _switches[model] = switch
+            # An exported program has the mode that it was exported in.
+            with suppress(NotImplementedError):
+                model.eval()
+        switch.threads += 1
+    try:
+        yield
+    finally:
+        with _switching:
+            switch.threads -= 1
+            if not switch.threads:
+                del _switches[model]
+                for module in switch.training:
+                    module.training = True

@@ -1,0 +1,350 @@
+"""Models that several threads share: nothing is set on them while they predict."""
+
+import copy
+import functools
+import gc
+import threading
+import time
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import deeplab_fast as dlf
+from deeplab_fast.engine.eval_form import EvalForm, ModeGate, eval_form, eval_view
+from deeplab_fast.engine.predict import predict
+from deeplab_fast.engine.runner import at_output_stride
+from deeplab_fast.nn.batch_norm import freeze_batch_norm
+
+
+@pytest.fixture
+def model(tiny, one_thread):
+    torch.manual_seed(0)
+    model = tiny.tiny_deeplabv3()
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_mean, -0.2, 0.2)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return model
+
+
+def photo(seed=0, size=(48, 64)):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def modes(model):
+    return {name: module.training for name, module in model.named_modules()}
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal_states(one, other):
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def in_threads(count, rounds, work, beside):
+    """Runs ``work(i)`` in ``count`` threads, ``rounds`` times each, and ``beside()`` meanwhile."""
+    errors, done = [], threading.Event()
+
+    def guarded(function, *args):
+        try:
+            function(*args)
+        except BaseException as error:
+            errors.append(error)
+            done.set()
+
+    def again():
+        while not done.is_set():
+            beside()
+
+    def often(i):
+        for _ in range(rounds):
+            if not done.is_set():
+                work(i)
+
+    threads = [threading.Thread(target=guarded, args=(often, i)) for i in range(count)]
+    writer = threading.Thread(target=guarded, args=(again,))
+    for thread in (*threads, writer):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    writer.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["programs", "plain modules"])
+def test_others_predict_while_one_trains(model, fast):
+    model.fast = fast
+    model.train()
+    alone = copy.deepcopy(model)
+    batches = torch.randn(8, 2, 3, 32, 32)
+
+    def step(model, x):
+        torch.manual_seed(1)  # Of dropout, for all threads alike: predict draws nothing.
+        model.zero_grad()
+        model(x)["out"].square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.01 * parameter.grad
+
+    for x in batches:
+        step(alone, x)
+    todo = list(batches)
+
+    def train():
+        if todo:
+            assert all(modes(model).values())
+            step(model, todo.pop(0))
+
+    in_threads(3, 6, lambda i: model.predict(photo(i)), train)
+    while todo:
+        train()
+    assert_equal_states(state(alone), state(model))
+    assert all(modes(model).values())
+    assert np.array_equal(model.predict(photo()), alone.eval().predict(photo()))
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["programs", "plain modules"])
+def test_one_switches_modes_while_others_predict(model, fast):
+    model.fast = fast
+    before = state(model)
+    model.eval()
+    wanted = [model.predict(photo(i)) for i in range(4)]
+
+    def look(i):
+        assert np.array_equal(model.predict(photo(i)), wanted[i])
+
+    def switch():
+        model.train()
+        model.eval()
+
+    in_threads(4, 6, look, switch)
+    assert_equal_states(before, state(model))
+    assert not any(modes(model).values())
+
+
+def test_a_model_without_a_view_has_its_modes_back_after_the_last_thread(one_thread):
+    inside = threading.Barrier(2, timeout=30)
+
+    class Own(nn.Module):
+        """Two calls at a time; the first goes before the second is through."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.calls = 0
+
+        def train(self, mode=True):
+            return super().train(mode)
+
+        def forward(self, x):
+            self.calls += 1
+            second = inside.wait()
+            assert not self.norm.training
+            if second:
+                time.sleep(0.2)
+                assert not self.norm.training
+            return self.norm(x)
+
+    model = Own().train()
+    assert eval_view(model) is None
+    before = state(model)
+    in_threads(2, 1, lambda i: predict(model, torch.randn(1, 3, 8, 8)), lambda: None)
+    assert model.calls == 2
+    assert all(modes(model).values())
+    assert_equal_states(before, state(model))
+
+
+class Parts(nn.Module):
+    """References to its modules of every kind that a view can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.again = self.norm
+        self.listed = [self.norm, (self.norm, {"deep": self.norm})]
+        object.__setattr__(self, "hidden", self.norm)
+        self.method = self.norm.forward
+        self.part = functools.partial(Parts.own, self)
+
+    def own(self, x):
+        return self.norm(x)
+
+    def forward(self, x):
+        listed = self.listed[1][1]["deep"](x)
+        return x + self.again(x) + listed + self.hidden(x) + self.method(x) + self.part(x)
+
+
+def test_a_view_has_its_own_modules_wherever_they_are_named(one_thread):
+    model = Parts().train()
+    x = torch.randn(2, 3, 4, 4)
+    before = state(model)
+    view = eval_view(model)
+    assert view is not None and not any(modes(view).values())
+    assert torch.equal(view(x), copy.deepcopy(model).eval()(x))
+    assert all(modes(model).values())
+    assert_equal_states(before, state(model))
+
+
+def _closure(model):
+    inner = model.forward
+    model.forward = lambda x: inner(x)
+
+
+def _held_by_another(model):
+    class Holder:
+        inner = None
+
+    model.holder = Holder()
+    model.holder.inner = {"far": [model.norm]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(_closure, id="a forward that calls the original's"),
+        pytest.param(_held_by_another, id="an object that holds a module"),
+        pytest.param(lambda m: m.add_module("lazy", nn.LazyConv2d(3, 1)), id="lazy"),
+        pytest.param(
+            lambda m: m.add_module("scripted", torch.jit.script(nn.ReLU())), id="scripted"
+        ),
+        pytest.param(lambda m: m.add_module("compiled", torch.compile(nn.ReLU())), id="compiled"),
+    ],
+)
+def test_models_without_a_view(change):
+    model = Parts().train()
+    change(model)
+    assert eval_view(model) is None
+    with eval_form(model) as form:
+        assert form is model and not model.norm.training
+    assert model.norm.training
+
+
+@pytest.mark.parametrize(
+    "change, same",
+    [
+        pytest.param(lambda m: m.norm.running_mean.add_(1), True, id="a buffer's values"),
+        pytest.param(
+            lambda m: setattr(m.norm, "weight", nn.Parameter(torch.full((3,), 2.0))),
+            True,
+            id="another parameter",
+        ),
+        pytest.param(
+            lambda m: m.norm.register_forward_hook(lambda module, x, y: y + 1), True, id="a hook"
+        ),
+        pytest.param(lambda m: m.eval() and m.train(), True, id="modes"),
+        pytest.param(lambda m: setattr(m.norm, "eps", 0.5), False, id="an attribute"),
+        pytest.param(lambda m: m.listed.append(m.norm), False, id="a list of modules"),
+        pytest.param(
+            lambda m: setattr(m, "again", nn.BatchNorm2d(3).train()), False, id="another module"
+        ),
+        pytest.param(freeze_batch_norm, False, id="a class, frozen"),
+    ],
+)
+def test_a_view_follows_its_model(change, same, one_thread):
+    model = Parts().train()
+    x = torch.randn(2, 3, 4, 4)
+    first = eval_view(model)
+    assert eval_view(model) is first
+    change(model)
+    view = eval_view(model)
+    assert (view is first) == same
+    assert torch.equal(view(x), copy.deepcopy(model).eval()(x))
+
+
+def test_an_accelerated_model_runs_by_its_view(one_thread):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    model = dlf.accelerate(nn.Sequential(block, nn.Conv2d(8, 4, 1)).eval())
+    x = torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        wanted = model(x)
+        before = state(model)
+        view = eval_view(model.train())
+        assert torch.equal(view(x), wanted)
+        # It is accelerated itself, and compares nothing anew.
+        assert view.forward.region.path.held_bytes > 0
+        assert view.forward.region.verdicts is model.forward.region.verdicts
+    assert all(modes(model).values())
+    assert_equal_states(before, state(model))
+
+
+def test_another_output_stride_is_not_set_on_the_model(model):
+    model.train()
+    x = torch.randn(1, 3, 64, 64)
+    with at_output_stride(model, 8) as strided, torch.inference_mode():
+        assert (model.output_stride, strided.output_stride) == (16, 8)
+        assert EvalForm(strided)(x).shape[-2:] == (8, 8)
+        assert EvalForm(model)(x).shape[-2:] == (4, 4)
+    assert all(modes(model).values())
+    copied = copy.deepcopy(model).set_output_stride(8).eval()
+    with torch.inference_mode():
+        assert torch.equal(EvalForm(strided)(x), copied.forward_logits(x))
+
+
+def test_views_go_with_their_model(tiny, one_thread):
+    model = tiny.tiny_deeplabv3().train()
+    model.predict(photo())
+    assert model.prepared_bytes > 0
+    assert model.train().prepared_bytes == 0
+    model.predict(photo())
+    both = [weakref.ref(model), weakref.ref(eval_view(model))]
+    del model
+    gc.collect()
+    assert [each() for each in both] == [None, None]
+
+
+class TestGate:
+    def test_a_change_waits_for_calls(self):
+        gate, order = ModeGate(), []
+        inside, go = threading.Event(), threading.Event()
+
+        def call():
+            with gate.calling():
+                inside.set()
+                go.wait(30)
+                order.append("called")
+
+        def change():
+            with gate.changing():
+                order.append("changed")
+
+        threads = [threading.Thread(target=call), threading.Thread(target=change)]
+        threads[0].start()
+        assert inside.wait(30)
+        threads[1].start()
+        time.sleep(0.05)
+        go.set()
+        for thread in threads:
+            thread.join(30)
+        assert order == ["called", "changed"] and gate.changes == 1
+
+    def test_a_thread_does_not_wait_for_itself(self):
+        gate = ModeGate()
+        with gate.calling(), gate.calling(), gate.changing(), gate.changing(), gate.calling():
+            pass
+        assert gate.changes == 2
+
+    def test_two_callers_that_both_change(self):
+        """Each within a call of its own: one goes first, and neither waits for ever."""
+        gate, both = ModeGate(), threading.Barrier(2, timeout=30)
+
+        def call():
+            with gate.calling():
+                both.wait()
+                with gate.changing():
+                    pass
+
+        threads = [threading.Thread(target=call, daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in threads)
