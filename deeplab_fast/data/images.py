@@ -226,7 +226,7 @@ def list_images(
     found: dict[str, Path] = {}
     problems: list[str] = []
     for entry in entries:
-        files, problem = _expand(os.fspath(entry))
+        files, problem = _expand(os.fsdecode(entry))
         if problem:
             problems.append(problem)
         for file in files:
@@ -237,15 +237,16 @@ def list_images(
 
 
 def _expand(entry: str) -> tuple[list[Path], str]:
-    path = Path(entry)
-    if path.is_file():
-        return [path], ""
-    if path.is_dir():
+    path, name = Path(entry), shown_name(entry)
+    # Other paths may be pictures that cannot be read: whoever reads them says why.
+    if os.path.isdir(path):
         files = _walk(path)
         known = " ".join(sorted(IMAGE_SUFFIXES))
-        return files, "" if files else f"{entry}: no image in this folder (looked for {known})"
+        return files, "" if files else f"{name}: no image in this folder (looked for {known})"
+    if os.path.lexists(path):
+        return [path], ""
     if not _is_pattern(entry):
-        return [], f"{entry}: no such file or folder"
+        return [], f"{name}: no such file or folder"
     suffix = Path(entry).suffix
     any_suffix = bool(suffix) and not _is_pattern(suffix)
     files = []
@@ -256,7 +257,7 @@ def _expand(entry: str) -> tuple[list[Path], str]:
             files += [] if "**" in entry else _walk(match_path)
         elif any_suffix or match_path.suffix.lower() in IMAGE_SUFFIXES:
             files.append(match_path)
-    return files, "" if files else f"{entry}: the pattern matches no image"
+    return files, "" if files else f"{name}: the pattern matches no image"
 
 
 def _is_pattern(text: str) -> bool:
@@ -305,16 +306,19 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """
     name = _name_of(path)
     try:
-        _check_ordinary(os.stat(path), name)
-        file = open(path, "rb", opener=_without_waiting)
+        found = os.stat(path)
     except OSError as error:
         raise ImageReadError(name, error.strerror or one_line(error)) from error
     # A name with NUL, or one that the file system's encoding has not.
     except ValueError as error:
         raise ImageReadError(name, one_line(error)) from error
+    _check_ordinary(found, name)
     try:
-        found = os.fstat(file.fileno())
-        _check_ordinary(found, name)
+        file = open(path, "rb", opener=_without_waiting)
+    except OSError as error:
+        raise ImageReadError(name, error.strerror or one_line(error)) from error
+    try:
+        _check_ordinary(os.fstat(file.fileno()), name)
     except BaseException:
         file.close()
         raise

@@ -372,11 +372,25 @@ def test_voc_augmented_with_sbd(tmp_path):
         open_dataset("voc", tmp_path / "voc", "trainaug")
 
 
-def test_sbd_without_scipy(tmp_path, monkeypatch):
-    (tmp_path / "a.mat").write_bytes(b"x")
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(ImageReadError, match="need scipy; install it, or use a Segmentation"):
-        read_mask(tmp_path / "a.mat")
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint16])
+def test_sbd_is_read_as_scipy_writes_it(tmp_path, compressed, dtype):
+    scipy_io = pytest.importorskip("scipy.io")
+    wanted = np.arange(35, dtype=dtype).reshape(5, 7)
+    content = {
+        "other": np.zeros(3),
+        "GTcls": {"Boundaries": np.zeros(9), "Segmentation": wanted, "Name": "x"},
+    }
+    scipy_io.savemat(tmp_path / "a.mat", content, do_compression=compressed)
+    found = read_mask(tmp_path / "a.mat")
+    np.testing.assert_array_equal(found, wanted)
+    assert found.dtype == (np.uint8 if dtype == np.uint8 else np.int32)
+    # Cut at every place it is refused in words.
+    whole = (tmp_path / "a.mat").read_bytes()
+    for end in range(0, len(whole) - 8, 7):
+        (tmp_path / "cut.mat").write_bytes(whole[:end])
+        with pytest.raises(ImageReadError):
+            read_mask(tmp_path / "cut.mat")
 
 
 def test_cityscapes(tmp_path):

@@ -109,9 +109,9 @@ def open_dataset(
     ========== ===================================================== ===========================
 
     ``trainaug`` of VOC takes SegmentationClassAug where it is there, otherwise SBD's .mat files
-    (option ``sbd_root``, or a folder SBD, sbd or benchmark_RELEASE in ``root``; needs scipy):
-    VOC train and all of SBD without VOC val, 10,582 images. ``coco-voc`` follows torchvision's
-    recipe: pixels of overlapping instances are ignored, and train leaves out images with at most
+    (option ``sbd_root``, or a folder SBD, sbd or benchmark_RELEASE in ``root``): VOC train and all
+    of SBD without VOC val, 10,582 images. ``coco-voc`` follows torchvision's recipe: pixels of
+    overlapping instances are ignored, and train leaves out images with at most
     1000 pixels of the 20 classes. ``camvid`` takes ``sequences=("0001TP", ...)`` to choose by the
     start of the name.
 

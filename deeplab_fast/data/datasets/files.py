@@ -14,6 +14,9 @@ from deeplab_fast.data.images import IMAGE_SUFFIXES
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy", ".mat")
 
 
+# No system opens a longer one.
+_LONGEST_PATH = 4096
+
 # Formats that change values (some have lossless forms, which the file name does not tell).
 _LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".jp2", ".avif")
 
@@ -33,7 +36,13 @@ def folder_with(name: str, root: Path, inside: Sequence[str], needed: Sequence[s
 def lines_of(name: str, path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{name}: the list of images {path} is missing")
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: {path} is no text in UTF-8; expected a list of names, one a line"
+        ) from error
+    return [line.strip() for line in content.splitlines() if line.strip()]
 
 
 def nfc(name: str) -> str:
@@ -46,13 +55,19 @@ def on_disk(path: Path, listings: dict[Path, dict[str, str]]) -> Path:
 
     ``listings`` keeps what was read of folders.
     """
-    if os.fspath(path).isascii() or path.exists():
+    text = os.fspath(path)
+    if text.isascii() or len(text) > _LONGEST_PATH or os.path.exists(path):
         return path
-    folder = on_disk(path.parent, listings)
-    if folder not in listings:
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        listings[folder] = {nfc(name): name for name in names}
-    return folder / listings[folder].get(nfc(path.name), path.name)
+    found = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        if os.path.lexists(found / part):
+            found /= part
+            continue
+        if found not in listings:
+            names = sorted(os.listdir(found)) if os.path.isdir(found) else []
+            listings[found] = {nfc(name): name for name in names}
+        found /= listings[found].get(nfc(part), part)
+    return found
 
 
 def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:

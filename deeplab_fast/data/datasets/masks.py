@@ -11,6 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from deeplab_fast.data.classes import Colour
+from deeplab_fast.data.datasets.sbd import read_sbd
 from deeplab_fast.data.images import (
     ImageReadError,
     check_format,
@@ -69,7 +70,7 @@ def read_mask(
     Without ``colours`` palette pictures give their indices; grey ones of 2 and 4 bits their stored
     values, which Pillow spreads over 0..255; colour ones of 8 bits whose three channels are equal,
     and opaque, that channel. A picture is turned by its EXIF orientation. ``.npy`` holds the array;
-    ``.mat`` is SBD's form (needs scipy).
+    ``.mat`` is SBD's form.
 
     Args:
         path: the file.
@@ -232,7 +233,7 @@ def _read_npy(file: BinaryIO, path: Path) -> np.ndarray:
     except Exception as error:
         raise ImageReadError(str(path), f"no array of numpy.save: {one_line(error)}") from error
     # Before anything of the size that the header claims is made.
-    if len(shape) != 2 or 0 in shape:
+    if len(shape) != 2 or min(shape) < 1:
         raise ImageReadError(str(path), f"an array {list(shape)[:5]}, expected [H, W]")
     if dtype.kind not in "biu":
         raise ImageReadError(str(path), f"an array of {dtype!s:.60}, expected integers")
@@ -250,14 +251,7 @@ def _read_npy(file: BinaryIO, path: Path) -> np.ndarray:
 
 
 def _read_sbd(file: BinaryIO, path: Path) -> np.ndarray:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ImageReadError(
-            str(path),
-            "SBD's .mat files need scipy; install it, or use a SegmentationClassAug folder of PNGs",
-        ) from error
-    return _as_labels(loadmat(file)["GTcls"]["Segmentation"][0, 0], path)
+    return _as_labels(np.ascontiguousarray(read_sbd(file)), path)
 
 
 def _as_labels(values: np.ndarray, path: Path) -> np.ndarray:

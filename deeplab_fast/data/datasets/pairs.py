@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 from deeplab_fast.data.datasets.base import Sample, SegmentationDataset
 from deeplab_fast.data.datasets.files import (
@@ -343,7 +345,7 @@ def _pictures(folder: Path, *, arrays: bool = False) -> list[Path]:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
         if not entry.name.startswith(".")
         and Path(entry.name).suffix.lower() in suffixes
-        and entry.is_file()
+        and _is(entry.is_file)
     ]
 
 
@@ -351,8 +353,16 @@ def _folders(folder: Path) -> list[str]:
     return sorted(
         entry.name
         for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith(".")
+        if not entry.name.startswith(".") and _is(entry.is_dir)
     )
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind, which a link that leads to itself is not."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _nothing(root: Path) -> FileNotFoundError:
@@ -396,17 +406,22 @@ def _csv(root: Path | None, split: str | None, spec: Spec) -> SegmentationDatase
         raise FileNotFoundError(f"csv: {path}: no such file")
     base = path.parent if root is None else root
     wanted = None if split == "all" else split
-    with open(path, newline="", encoding="utf-8-sig") as table:
-        rows = csv.DictReader(table, skipinitialspace=True)
-        columns = [column.strip() for column in rows.fieldnames or []]
-        rows.fieldnames = columns
+    with open(path, newline="", encoding="utf-8-sig") as opened:
+        table = _Table(opened, path)
+        columns = table.columns
         made_here = "split" not in columns and wanted in PARTS
         needed = ["image", "mask", *([] if wanted is None or made_here else ["split"])]
         missing = [column for column in needed if column not in columns]
         if missing:
             raise ValueError(
                 f"{path}: the column {' and '.join(missing)} is missing; the first line must name "
-                f"image,mask[,split], it reads {','.join(columns)!r}"
+                f"image,mask[,split], it reads {','.join(columns)!r:.100}"
+            )
+        twice = [column for column in needed if columns.count(column) > 1]
+        if twice:
+            raise ValueError(
+                f"{path}: the column {' and '.join(twice)} is there twice; the first line must "
+                "name image,mask[,split] once each"
             )
         if "split" in columns and how.asked:
             raise ValueError(
@@ -414,17 +429,24 @@ def _csv(root: Path | None, split: str | None, spec: Spec) -> SegmentationDatase
             )
         samples, splits = [], set()
         listings: dict[Path, dict[str, str]] = {}
-        for row in rows:
-            line = rows.line_num
-            values = {key: (row.get(key) or "").strip() for key in (*needed, "split")}
+        for row in table:
+            values = {key: row.get(key, "") for key in (*needed, "split")}
+            if odd := next((v for v in values.values() if _NO_NAME.search(v)), None):
+                raise table.error(
+                    f"{odd!r:.100} is no name: it has a line break or NUL; expected a path a "
+                    "field, so close the quotes that are open"
+                )
             if not values["image"] or not values["mask"]:
-                raise ValueError(f"{path}, line {line}: image and mask must both be given")
+                raise table.error("image and mask must both be given")
             splits.add(values["split"])
             if wanted is None or made_here or values["split"] == wanted:
                 image, mask = (on_disk(base / values[name], listings) for name in ("image", "mask"))
                 samples.append(Sample(values["image"], image, mask))
     if not samples:
-        which = f" of the split {wanted!r} (there are: {', '.join(sorted(splits))})"
+        there = ", ".join(sorted(splits)[:_MOST_NAMED]) + (
+            ", ..." if len(splits) > _MOST_NAMED else ""
+        )
+        which = f" of the split {wanted!r} (there are: {there:.500})"
         raise ValueError(f"{path}: no pair{which if wanted else ''}")
     told = ""
     if made_here:
@@ -433,6 +455,62 @@ def _csv(root: Path | None, split: str | None, spec: Spec) -> SegmentationDatase
     dataset = SegmentationDataset(samples, name=path.stem, split=wanted, **spec)
     dataset.notes, dataset.split_here = ((told,) if told else ()), made_here
     return dataset
+
+
+# Splits that a message lists.
+_MOST_NAMED = 10
+
+_NO_NAME = re.compile(r"[\0\r\n]")
+
+# Characters of a line: two paths are shorter.
+_LONGEST_LINE = 1 << 16
+
+
+class _Table:
+    """The rows of a table with a first line of names; errors name the line."""
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.line = 0
+        self.rows = csv.reader(self.lines(), skipinitialspace=True)
+        # As empty ones between the rows.
+        first = next((row for row in self.checked() if row), [])
+        self.columns = [column.strip() for column in first]
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for row in self.checked():
+            if row:
+                values = (value.strip() for value in row)
+                yield dict(zip(self.columns, values, strict=False))
+
+    def checked(self) -> Iterator[list[str]]:
+        while True:
+            try:
+                row = next(self.rows, None)
+            except csv.Error as error:
+                raise self.error(
+                    f"{error}; expected fields apart by commas, quotes in pairs"
+                ) from error
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{self.path} is no text in UTF-8 (byte {error.object[error.start]:#04x}); "
+                    "store it as CSV in UTF-8"
+                ) from error
+            if row is None:
+                return
+            yield row
+
+    def lines(self) -> Iterator[str]:
+        while line := self.file.readline(_LONGEST_LINE + 1):
+            self.line += 1
+            if len(line) > _LONGEST_LINE:
+                raise self.error(
+                    f"more than {_LONGEST_LINE} characters; expected a line for each pair"
+                )
+            yield line
+
+    def error(self, what: str) -> ValueError:
+        return ValueError(f"{self.path}, line {self.line}: {what}")
 
 
 _OF_BOTH = ("mask_colours", "unknown_colours", *Split.OPTIONS)
