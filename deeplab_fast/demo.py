@@ -85,7 +85,8 @@ def photos() -> list[Path]:
 def _segment_photos(weights: str | None, output: Path, quick: bool) -> None:
     import deeplab_fast as dlf
     from deeplab_fast.data import ClassSet, class_set, generic_classes, read_image
-    from deeplab_fast.engine.outputs import class_areas, overlay, write_atomically, write_outputs
+    from deeplab_fast.dispatch.files import write_atomically
+    from deeplab_fast.engine.outputs import class_areas, overlay, write_outputs
 
     if weights is None:
         model = dlf.load(_EMBEDDED)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 def cache_folder() -> Path:
@@ -15,6 +17,47 @@ def cache_folder() -> Path:
     # A relative path is invalid by the specification and to be ignored.
     base = Path(cache_home) if os.path.isabs(cache_home) else Path.home() / ".cache"
     return base / "deeplab_fast"
+
+
+def write_atomically(
+    files: Sequence[tuple[Path, Callable[[BinaryIO], object]]], *, durable: bool = False
+) -> None:
+    """Writes files under temporary names beside their own, then renames them in order.
+
+    Args:
+        files: pairs of path and a function that writes the content to a binary file.
+        durable: content and name are on the disk when it returns, so that a power cut leaves the
+            new file or the former one.
+
+    Raises:
+        OSError: whatever writing raised; the temporary files are gone, no path is half-written.
+    """
+    temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path, _ in files]
+    try:
+        for name, (_, write) in zip(temporary, files, strict=True):
+            with open(name, "w+b") as file:
+                write(file)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+        for name, (path, _) in zip(temporary, files, strict=True):
+            os.replace(name, path)
+        for folder in {path.parent for path, _ in files} if durable else ():
+            sync_folder(folder)
+    finally:
+        for name in temporary:
+            with suppress(OSError):
+                name.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk, where its file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: Path, content: object) -> None:

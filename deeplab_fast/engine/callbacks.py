@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
@@ -25,9 +24,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine.averaging import ExponentialAverage
 from deeplab_fast.engine.metrics import ImageScore
-from deeplab_fast.engine.outputs import write_atomically
 
 if TYPE_CHECKING:
     from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -84,34 +83,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             CheckpointNotWritten: no space, no permission; the file that was there is untouched.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
+            write_atomically([(path, lambda file: torch.save(checkpoint, file))], durable=True)
         # torch's writer turns an OSError of the file into a RuntimeError.
         except (OSError, RuntimeError) as error:
             cause = _os_error(error)
             if cause is None:
                 raise
             raise CheckpointNotWritten(cause.errno, _why_not_written(path, cause)) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Without it the new name may be lost with the power; some file systems cannot.
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -23,11 +23,11 @@ from deeplab_fast.data.classes import ClassSet, label_count, same_name
 from deeplab_fast.data.datasets import LabelledData
 from deeplab_fast.data.preprocess import InputSizeError, Preprocess
 from deeplab_fast.data.transforms import check_labels, photo_name, to_tensors
+from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine.adapter import as_segmenter
 from deeplab_fast.engine.counting import Counting
 from deeplab_fast.engine.finite import NotFiniteWarning
 from deeplab_fast.engine.metrics import ImageScore, Metrics, percent, worst_and_best
-from deeplab_fast.engine.outputs import write_atomically
 from deeplab_fast.engine.pictures import (
     Panel,
     confusion_image,

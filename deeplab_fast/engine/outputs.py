@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from deeplab_fast.data.classes import ClassSet, pascal_colour_map
+from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine.legend import LegendEntry, legend_image, stacked
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ __all__ = [
     "overlay",
     "overlay_legend",
     "unpainted_ids",
-    "write_atomically",
     "write_outputs",
 ]
 
@@ -277,28 +276,6 @@ def class_areas(labels: np.ndarray, classes: ClassSet) -> list[dict[str, Any]]:
         }
         for index in order
     ]
-
-
-def write_atomically(files: Sequence[tuple[Path, Callable[[BinaryIO], object]]]) -> None:
-    """Writes files under temporary names beside their own, then renames them in order.
-
-    Args:
-        files: pairs of path and a function that writes the content to a binary file.
-
-    Raises:
-        OSError: whatever writing raised; the temporary files are gone, no path is half-written.
-    """
-    temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path, _ in files]
-    try:
-        for name, (_, write) in zip(temporary, files, strict=True):
-            with open(name, "wb") as file:
-                write(file)
-        for name, (path, _) in zip(temporary, files, strict=True):
-            os.replace(name, path)
-    finally:
-        for name in temporary:
-            with suppress(FileNotFoundError):
-                name.unlink()
 
 
 def _check_labels(image: np.ndarray, labels: np.ndarray, classes: ClassSet) -> None:

@@ -19,12 +19,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
+from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine.averaging import ExponentialAverage
 from deeplab_fast.engine.charts import class_chart, curves_chart, figure_writer
 from deeplab_fast.engine.evaluate import panels_of
 from deeplab_fast.engine.history import History
 from deeplab_fast.engine.metrics import Metrics, percent
-from deeplab_fast.engine.outputs import write_atomically
 from deeplab_fast.engine.pictures import (
     batch_image,
     confusion_image,

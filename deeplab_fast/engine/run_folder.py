@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine.config import OptionError, TrainConfig, to_yaml
-from deeplab_fast.engine.outputs import write_atomically
 
 if TYPE_CHECKING:
     from deeplab_fast.engine.metrics import Metrics

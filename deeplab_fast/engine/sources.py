@@ -19,9 +19,9 @@ from deeplab_fast.data.transforms import (
     paper_training,
     torchvision_training,
 )
+from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine.augment import ColourJitter
 from deeplab_fast.engine.config import OptionError, TrainConfig
-from deeplab_fast.engine.outputs import write_atomically
 from deeplab_fast.weights.where import find_weights
 
 __all__ = [

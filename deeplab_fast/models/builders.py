@@ -18,7 +18,7 @@ from ..weights.embedded import list_embedded
 from ..weights.files import read_state_dict
 from ..weights.from_file import fill
 from ..weights.layouts import layout_named, rename_tensors
-from ..weights.load import Opened, open_weights
+from ..weights.load import Opened, check_described, open_weights
 from ..weights.registry import foreign_rules, published_enum, torchvision_enum
 from .backbone import Backbone
 from .deeplabv3 import DeepLabV3, check_output_stride
@@ -193,6 +193,7 @@ def _build(
         aux_loss = info.aux if aux_loss is None else aux_loss
         # A checkpoint of another model is load_weights' to refuse.
         if info.model == name:
+            check_described(opened)
             options = {**info.options, **options}
             _check_options(name, family, options)
     elif weights is not None:

@@ -16,7 +16,7 @@ from ..data.preprocess import Preprocess
 from ..nn import PaperHead
 from ..plan.symbols import is_known
 from ..program import match
-from ..weights.load import open_weights
+from ..weights.load import check_described, open_weights
 from ..weights.registry import Found, ModelEntry
 from ..weights.rules import Rule, hwcm, slim
 from .backbone import IntermediateLayerGetter, set_dilation, set_stride
@@ -273,6 +273,7 @@ def deeplabv3_mobilenet_v2_tf(
     if opened is not None:
         num_classes = agree("num_classes", num_classes, opened.info.num_classes)
         if opened.info.model == "deeplabv3_mobilenet_v2_tf":
+            check_described(opened)
             given.update(opened.info.options)
     num_classes = check_num_classes(num_classes)
     check_output_stride(given["output_stride"])

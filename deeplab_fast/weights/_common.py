@@ -13,17 +13,34 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 
 # Key of the package's own facts in a .safetensors header or beside "model" in a .pth container.
 METADATA_KEY = "deeplab_fast"
+# Key of the checksum of the tensors, in a .safetensors header or an entry of torch.save's archive.
+CHECKSUM_KEY = "deeplab_fast.checksum"
+# The folder in an archive that torch.save writes into an open file.
+ARCHIVE_NAME = "archive"
 # How many keys of each kind an error message spells out.
 SHOWN = 10
+# Characters of one text of a file in a message.
+_LONGEST = 200
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit the model; the message says why."""
 
 
+def one_line(value: object) -> str:
+    """A text of a file as a message has it: short, and without line breaks and control characters.
+
+    >>> one_line("a\\nb")
+    'a\\\\nb'
+    """
+    text = str(value)
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def shorten(items: Sequence[str]) -> str:
     """The first of many names, and how many more there are."""
-    shown = ", ".join(items[:SHOWN])
+    shown = ", ".join(map(one_line, items[:SHOWN]))
     more = len(items) - SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
 

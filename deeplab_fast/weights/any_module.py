@@ -10,7 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._common import CheckpointError, StateDict, listed, shorten, unwrapped
-from .files import FOR_RESUMING, check_dense, read_content, tensors_in, without_wrappers
+from .files import (
+    FOR_RESUMING,
+    check_dense,
+    check_nesting,
+    read_content,
+    tensors_in,
+    without_wrappers,
+)
 from .layouts import NOT_MODEL
 
 
@@ -38,11 +45,9 @@ def load_module(model: nn.Module, path: str | os.PathLike[str], *, part: str | N
     model, label = unwrapped(model), os.fspath(path)
     own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     names = {without_wrappers(name): name for name in own}
-    fits = [
-        fit
-        for where, state in _states(read_content(path), ())
-        for fit in _fits(where, state, names)
-    ]
+    content = read_content(path)
+    check_nesting(content, label)
+    fits = [fit for where, state in _states(content, ()) for fit in _fits(where, state, names)]
     fit = _chosen(fits, label, part)
     state = {names[name]: tensor for name, tensor in fit.tensors.items()}
     check_dense(state, label)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import math
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._documents import read_document
-from ._common import METADATA_KEY, SHOWN, CheckpointError, Source, StateDict, shorten
+from .._documents import parse_json, read_document
+from ._common import (
+    ARCHIVE_NAME,
+    CHECKSUM_KEY,
+    METADATA_KEY,
+    SHOWN,
+    CheckpointError,
+    Source,
+    StateDict,
+    one_line,
+    shorten,
+)
+from .checksum import check
 from .layouts import NOT_MODEL, Origin, known_layout
+from .pickled import (
+    ForeignObjectError,
+    TooLargeError,
+    UnreadableError,
+    archive_entries,
+    archive_text,
+    read_archive,
+    read_legacy,
+)
 from .where import PRETRAINED, find_weights
 
 _CONTAINERS = (
@@ -39,6 +58,11 @@ _PREFIXES = ("model.", "net.", "network.", "segmentor.")
 _HEAD_BYTES = 4096
 # The bound of the safetensors library.
 _LONGEST_HEADER = 100_000_000
+# More than any network and its containers have.
+_MOST_TENSORS, _LONGEST_NAME = 20_000, 1_000
+_DEEPEST, _MOST_WAYS = 50, 100_000
+# Of the arrays of an .npz file together, beside a multiple of its size: weights hardly compress.
+_UNPACKED, _MOST_TIMES = 256 << 20, 16
 
 
 # Lightning's WeightAveraging keeps here what it goes on training with; its model, the averaged one,
@@ -75,16 +99,25 @@ def read_state_dict(path: str | os.PathLike[str], *, part: str | None = None) ->
     Returns:
         Names as in the file, otherwise; values that are no tensors or arrays are left out.
 
+    A file is data: no name in it is imported or called, it opens no other file, and what it claims
+    is held against its size before memory is taken.
+
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not a checkpoint, damaged, one that only runs code to load, or one with
-            several networks where `part` names none of them; the message lists them.
+        CheckpointError: not a checkpoint, damaged, one that only runs code to load, one that claims
+            more than it has, or one with several networks where `part` names none of them; the
+            message lists them.
     """
     return open_checkpoint(os.fspath(path), part).state
 
 
 def read_content(path: str | os.PathLike[str]) -> object:
-    """What a checkpoint file holds, containers and all; files and errors of `read_state_dict`."""
+    """What a checkpoint file holds, containers and all; files and errors of `read_state_dict`.
+
+    Beside tensors: Python's plain types, NumPy's numbers and arrays of numbers, paths,
+    argparse.Namespace. Tensors of a file of torch.save are views of the mapped file; writing to one
+    does not change it.
+    """
     return _content(find_weights(path))[0]
 
 
@@ -182,9 +215,8 @@ def _is_safetensors(head: bytes) -> bool:
 
 def _zip_kind(path: Path) -> str:
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
+        names = list(archive_entries(path))
+    except (UnreadableError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or was not written to its end ({error}): download or copy it again"
         ) from error
@@ -212,71 +244,123 @@ def _read_safetensors(path: Path) -> tuple[StateDict, dict[str, Any], dict[str, 
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
+            names = list(file.keys())
+            _check_names(names, path)
+            state = {key: file.get_tensor(key) for key in names}
+    # It raises AttributeError and TypeError for dtypes that this PyTorch does not have.
+    except (SafetensorError, OSError, AttributeError, RuntimeError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is no readable .safetensors file, or was not written to its end ({error})"
+            f"{path} is no readable .safetensors file, or was not written to its end "
+            f"({one_line(error)}): download or copy it again"
         ) from error
     try:
-        metadata = json.loads(header.get(METADATA_KEY, "{}"))
-    except ValueError:
-        metadata = {}
+        metadata = parse_json(header.get(METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: its metadata {METADATA_KEY!r} is no JSON that can be read: "
+            f"{one_line(error)}; download or copy it again"
+        ) from error
+    check(_json_of(header.get(CHECKSUM_KEY)), state, str(path))
     return state, metadata if isinstance(metadata, dict) else {}, header
 
 
+def _json_of(text: str | None) -> object:
+    """A checksum; None where there is none that can be read."""
+    try:
+        return None if text is None else parse_json(text)
+    except ValueError:
+        return None
+
+
 def _read_npz(path: Path) -> dict[str, Any]:
+    """The arrays; what they claim is held against what their entries have before memory is."""
     import numpy as np
 
+    found: dict[str, Any] = {}
+    size, total = path.stat().st_size, 0
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"{path} is no readable .npz file of plain arrays: {error}"
-        ) from error
+        with zipfile.ZipFile(path) as archive:
+            _check_names(archive.namelist(), path)
+            for entry in archive.infolist():
+                total += entry.file_size
+                if total > max(_UNPACKED, _MOST_TIMES * size):
+                    raise CheckpointError(
+                        f"{path} has {size} bytes and unpacks to more than {_MOST_TIMES} times of "
+                        f"that and {_UNPACKED >> 20} MiB; if you trust it, write its arrays with "
+                        "numpy.savez, which does not pack them"
+                    )
+                if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError(f"{one_line(entry.filename)} is packed in another way")
+                with archive.open(entry) as file:
+                    found[entry.filename.removesuffix(".npy")] = _array(np, file, entry)
+    # A damaged entry raises what its packing raises.
+    except CheckpointError:
+        raise
+    except (ValueError, OSError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
+        raise _bad_npz(path, error) from error
+    # zlib's own, which is imported by what unpacks.
+    except Exception as error:
+        if type(error).__module__ != "zlib":
+            raise
+        raise _bad_npz(path, error) from error
+    return found
+
+
+def _bad_npz(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no readable .npz file of plain arrays: {one_line(error)}; expected what "
+        "numpy.savez writes of arrays of numbers"
+    )
+
+
+def _array(np: Any, file: Any, entry: zipfile.ZipInfo) -> Any:
+    """An array of numbers or texts; ValueError for one of objects or records."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"{one_line(entry.filename)} has the format {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else None
+    shape, columns, dtype = (read or np.lib.format.read_array_header_2_0)(file)
+    if dtype.hasobject or dtype.kind == "V":
+        raise ValueError(f"{one_line(entry.filename)} is an array of {one_line(dtype)}")
+    left = entry.file_size - file.tell()
+    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != left:
+        raise ValueError(
+            f"{one_line(entry.filename)} claims the shape {one_line(shape)} of {dtype}, and "
+            f"{left} bytes follow"
+        )
+    if dtype.itemsize == 0:
+        raise ValueError(f"{one_line(entry.filename)} is an array of {dtype}")
+    data = file.read(left)
+    if len(data) != left:
+        raise ValueError(f"{one_line(entry.filename)} ends too early")
+    # A bytearray, for an array that can be written to.
+    return np.frombuffer(bytearray(data), dtype).reshape(shape, order="F" if columns else "C")
 
 
 def _read_torch(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
-        with _harmless_globals():
-            if path.suffix == ".safetensors":
-                # torch.load goes by this suffix, whatever the file is.
-                with path.open("rb") as file:
-                    content = torch.load(file, **options)
-            else:
-                content = torch.load(os.fspath(path), mmap=kind == "zip", **options)
-    # torch raises RuntimeError, UnpicklingError, EOFError, KeyError and more for damaged files.
-    except Exception as error:
-        refused = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(error))
-        if refused is None:
-            reason = str(error).strip().splitlines()
-            raise CheckpointError(
-                f"{path} is damaged or was not written to its end "
-                f"({type(error).__name__}: {reason[0][:200] if reason else ''})"
-            ) from error
+        content = read_archive(path) if kind == "zip" else read_legacy(path)
+    except ForeignObjectError as error:
         raise CheckpointError(
-            f"{path} contains an object of {refused[1]}, which would run code to load; only plain "
-            "tensors and containers are read. If you trust the file, convert it where that class "
-            f"can be imported: {_RECIPE}"
+            f"{path} contains an object of {one_line(error.name)}, which would run code to load; "
+            "only plain tensors and containers are read. If you trust the file, convert it where "
+            f"that class can be imported: {_RECIPE}"
         ) from error
+    except TooLargeError as error:
+        raise CheckpointError(
+            f"{path} claims more than it has: {one_line(error)}. Expected what torch.save writes "
+            "of a state dict; download it again, or save its state dict alone"
+        ) from error
+    except UnreadableError as error:
+        raise CheckpointError(
+            f"{path} is damaged or was not written to its end ({one_line(error)}): download or "
+            "copy it again"
+        ) from error
+    if kind == "zip" and isinstance(content, Mapping):
+        text = archive_text(path, f"{ARCHIVE_NAME}/{CHECKSUM_KEY}")
+        check(_json_of(text), tensors_in(content), str(path))
     metadata = content.get(METADATA_KEY) if isinstance(content, Mapping) else None
     return content, dict(metadata) if isinstance(metadata, Mapping) else {}
-
-
-class _Inert:
-    """Stands in for an object that is of no use here: nothing is imported, looked up or kept."""
-
-    def __init__(self, *args: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-# mmengine's training checkpoints keep their loss curves in HistoryBuffers, whose methods are
-# pickled as calls of getattr; the stand-in is called in its place, and looks nothing up.
-_BESIDE_WEIGHTS = ("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr")
 
 
 # Of a whole module, of a container of one or of a state dict, and of a plain state dict.
@@ -287,47 +371,27 @@ _RECIPE = (
 )
 
 
-@contextlib.contextmanager
-def _harmless_globals() -> Iterator[None]:
-    """Allow what training scripts keep beside the weights and what runs no code of its own.
-
-    torchvision's and WZMIAOMIAO's scripts save an argparse.Namespace, others numpy's numbers and
-    paths.
-    """
-    import argparse
-    import importlib
-    import pathlib
-
-    import numpy as np
-
-    # NumPy 2 renamed the module; files of both kinds exist.
-    core = importlib.import_module(
-        f"numpy.{'_core' if hasattr(np, '_core') else 'core'}.multiarray"
-    )
-    scalar, reconstruct = core.scalar, core._reconstruct
-    dtypes = {type(np.dtype(t)) for t in np.sctypeDict.values()}
-    allowed: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, *dtypes]
-    allowed += [pathlib.PosixPath, pathlib.PurePosixPath]
-    for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
-        allowed += [(scalar, f"{module}.scalar"), (reconstruct, f"{module}._reconstruct")]
-    allowed += [(_Inert, name) for name in _BESIDE_WEIGHTS]
-    with torch.serialization.safe_globals(allowed):
-        yield
-
-
 def _opened(
-    content: object, label: str, part: str | None, metadata: dict[str, Any], origin: Origin
+    content: object,
+    label: str,
+    part: str | None,
+    metadata: dict[str, Any],
+    origin: Origin,
+    given: object = None,
 ) -> Checkpoint:
     wanted = part.split("/") if part else []
+    check_nesting(content, label)
     raw = _find_state(content, label, wanted)
     state = tensors_in(raw)
     if not state:
-        held = ", ".join(f"{k!r} ({type(v).__name__})" for k, v in list(raw.items())[:SHOWN])
+        shown = list(raw.items())[:SHOWN]
+        held = ", ".join(f"{one_line(repr(k))} ({type(v).__name__})" for k, v in shown)
         raise CheckpointError(
             f"{label} holds no tensors where they are expected; it has {held or 'nothing'}. "
             f"Expected a state dict, or one under {', '.join(_CONTAINERS[:4])}"
         )
-    check_dense(state, label)
+    check_dense(state, label, meta=content is given)
+    _check_names(list(state), label)
     originals = _unwrapped_names(list(state), label, wanted)
     if wanted:
         raise CheckpointError(
@@ -415,7 +479,9 @@ def _as_tensor(value: object) -> Tensor | None:
         import numpy as np
 
         array = np.asarray(value)
-        return torch.from_numpy(array.copy()) if array.dtype.kind in "fiub" else None
+        if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
+            return None
+        return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
     return None
 
 
@@ -500,12 +566,66 @@ def _kept_beside(raw: Mapping[Any, Any], originals: Mapping[str, str]) -> dict[s
     return {}
 
 
-def check_dense(state: StateDict, label: str) -> None:
-    quantised = [k for k, v in state.items() if v.is_quantized or v.is_sparse]
-    if quantised:
+def check_dense(state: StateDict, label: str, meta: bool = False) -> None:
+    """Raises CheckpointError for tensors that are no plain numbers; `meta`: names and shapes do."""
+    others = [k for k, v in state.items() if v.is_quantized or v.layout != torch.strided]
+    others += [k for k, v in state.items() if v.is_nested]
+    if others:
         raise CheckpointError(
-            f"{label} has quantised or sparse tensors ({shorten(quantised)}); convert them to "
-            "dense float tensors"
+            f"{label} has quantised or sparse tensors ({shorten(others)}); convert them to dense "
+            "float tensors"
+        )
+    empty = [] if meta else [k for k, v in state.items() if v.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{label} has tensors without plain values ({shorten(empty)}), meta, quantised or "
+            "sparse ones; convert them to dense float tensors"
+        )
+
+
+def check_nesting(content: object, label: str) -> None:
+    """Raises CheckpointError for containers in which no walk comes to an end, or late."""
+    ways: dict[int, int] = {}
+    # The ids of the containers above; a container is left when those in it are counted.
+    above: set[int] = set()
+    todo: list[tuple[Mapping[Any, Any], bool]] = []
+    if isinstance(content, Mapping):
+        todo.append((content, False))
+    while todo:
+        inner, leave = todo.pop()
+        if leave:
+            above.remove(id(inner))
+            below = [v for v in inner.values() if isinstance(v, Mapping)]
+            ways[id(inner)] = 1 + sum(ways[id(v)] for v in below)
+            if ways[id(inner)] > _MOST_WAYS:
+                raise CheckpointError(
+                    f"{label} has containers in containers in more than {_MOST_WAYS} ways, "
+                    "expected a state dict; save its state dict alone"
+                )
+            continue
+        if id(inner) in ways:
+            continue
+        if id(inner) in above or len(above) >= _DEEPEST:
+            raise CheckpointError(
+                f"{label} has containers that hold themselves, or lie more than {_DEEPEST} deep in "
+                "one another; expected a state dict; save its state dict alone"
+            )
+        above.add(id(inner))
+        todo.append((inner, True))
+        todo += [(v, False) for v in inner.values() if isinstance(v, Mapping)]
+
+
+def _check_names(names: Sequence[str], label: object) -> None:
+    if len(names) > _MOST_TENSORS:
+        raise CheckpointError(
+            f"{label} has {len(names)} tensors, at most {_MOST_TENSORS} are read; save the "
+            "network's state dict alone"
+        )
+    longest = max(names, key=len, default="")
+    if len(longest) > _LONGEST_NAME:
+        raise CheckpointError(
+            f"{label} has a tensor with a name of {len(longest)} characters "
+            f"({one_line(longest)}), at most {_LONGEST_NAME} are read; rename it"
         )
 
 
@@ -519,6 +639,7 @@ def open_checkpoint(source: Source, part: str | None = None) -> Checkpoint:
             part,
             dict(metadata) if isinstance(metadata, Mapping) else {},
             Origin(meta=_meta(source)),
+            given=source,
         )
     if isinstance(source, (str, os.PathLike)):
         return _read(source, part)

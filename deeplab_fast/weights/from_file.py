@@ -10,7 +10,7 @@ from torch import nn
 from ._common import CheckpointError, Source, shorten
 from .embedded import embedded_path
 from .inspect import WeightsInfo
-from .load import Opened, found_options, load_opened, open_weights, option_values
+from .load import Opened, check_described, found_options, load_opened, open_weights, option_values
 from .registry import get_model, no_builder
 from .save import builders_config
 from .settings import Settings, put_back, stem_settings, under_other_options
@@ -69,6 +69,8 @@ def from_checkpoint(
         )
     # Options found for one model say nothing about another.
     own = name == info.model
+    if own:
+        check_described(opened)
     options = found_options(info) if whole else info.options if own else {}
     built = get_model(name, **{**options, **overrides})
     given = overrides if given is None else given

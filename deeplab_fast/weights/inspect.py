@@ -15,7 +15,8 @@ from ._common import CheckpointError, Source, call, tuples
 from .files import Checkpoint, open_checkpoint
 from .layouts import Layout, detect_layout, rename_tensors
 from .registry import Found
-from .settings import Settings
+from .settings import Settings, check_settings
+from .told import checked_facts, checked_options
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,24 @@ def inspect_open(
     model, options = found or (None, {})
     settings: Settings = {}
     if model is not None:
-        options |= layout.options(checkpoint.state, checkpoint.origin)
+        options |= checked_options(
+            layout.options(checkpoint.state, checkpoint.origin), checkpoint.label
+        )
         settings = layout.settings(state, checkpoint.origin)
     untold = tuple(option for option in layout.untold if option not in options)
     published = model is not None and registry.published_enum(model) is not None
-    own = checkpoint.metadata if layout.name in ("torchvision", "deeplab_fast") else {}
-    if isinstance(own.get("model"), str):
-        model = own["model"]
-        options = {k: tuples(v) for k, v in dict(own.get("options") or {}).items()}
-        settings, untold = dict(own.get("settings") or {}), ()
+    own: dict[str, Any] = {}
+    if layout.name in ("torchvision", "deeplab_fast"):
+        own = checked_facts(checkpoint.metadata, checkpoint.label)
+    if "model" in own:
+        model, options = own["model"], own["options"]
+        settings, untold = dict(own.get("settings", {})), ()
     elif not own and layout.name == "torchvision" and published and not options:
         # torchvision's own models, which it builds in one way.
         untold = ()
     if model not in registry.list_models():
         model = None
+    check_settings(settings, checkpoint.label)
     final = [] if layout.lacks else _final_keys(state)
     return WeightsInfo(
         layout=layout.name,
@@ -120,7 +125,7 @@ def inspect_open(
         preprocess_kind=own.get("preprocess_kind"),
         untold=untold,
         settings=settings,
-        lost=tuple(own.get("lost") or ()),
+        lost=tuple(own.get("lost", ())),
         calibration=_calibration(own.get("calibration"), checkpoint.label),
     )
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, cast
 
 from torch import Tensor
 
+from .._documents import parse_json
+from ._common import one_line
 from .settings import Settings
 
 T = TypeVar("T")
+
+# Of what a config says: its characters, the numbers of a list, their size, and how deep it is.
+_LONGEST_CONFIG, _MOST_NUMBERS, _LARGEST, _DEEPEST = 4_000_000, 64, 1 << 31, 50
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def smp_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
         return options
     options |= _smp_told(config)
     dropout = config["decoder_aspp_dropout"]
-    if isinstance(dropout, (int, float)) and dropout != 0.5:
+    if _is_number(dropout) and dropout != 0.5:
         options["dropout"] = dropout
     return options
 
@@ -82,7 +86,7 @@ def smp_plus_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, A
 def _smp_told(config: Mapping[str, Any]) -> dict[str, Any]:
     """Output stride and rates, where the config has values that can be ones."""
     options: dict[str, Any] = {}
-    if isinstance(config["encoder_output_stride"], int):
+    if type(config["encoder_output_stride"]) is int:
         options["output_stride"] = config["encoder_output_stride"]
     rates = config["decoder_atrous_rates"]
     if _whole_numbers(rates):
@@ -91,7 +95,15 @@ def _smp_told(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _whole_numbers(value: object) -> TypeGuard[Sequence[int]]:
-    return isinstance(value, (list, tuple)) and all(type(v) is int for v in value)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) <= _MOST_NUMBERS
+        and all(type(v) is int and abs(v) <= _LARGEST for v in value)
+    )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(cast(float, value)) <= _LARGEST
 
 
 def _is_smp(origin: Origin) -> bool:
@@ -120,7 +132,7 @@ def smp_differs(state: Mapping[str, Tensor], origin: Origin) -> str:
         )
     if config.get("encoder_depth", 5) != 5:
         reasons.append(f"its head reads stage {config['encoder_depth']}, this one's the last")
-    return "; ".join(reasons)
+    return "; ".join(map(one_line, reasons))
 
 
 def vainf_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
@@ -210,7 +222,7 @@ def _mmseg_config(
         return value is None or _whole_numbers(value)
 
     def is_number(value: object) -> TypeGuard[float]:
-        return type(value) in (int, float)
+        return isinstance(value, (int, float)) and _is_number(value)
 
     def is_flag(value: object) -> TypeGuard[bool]:
         return isinstance(value, bool)
@@ -275,29 +287,36 @@ _UNREAD = _Unread()
 
 def _config_model(text: str) -> dict[str, Any]:
     """`model` of a config in mmengine's Python, read without running it."""
+    if len(text) > _LONGEST_CONFIG:
+        return {}
     try:
         statements = ast.parse(text).body
-    except (SyntaxError, ValueError, RecursionError):
+    # Python's parser has bounds of its own for what is nested.
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
     for statement in statements:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "model":
-            value = _literal(statement.value)
-            return value if isinstance(value, dict) else {}
+        if isinstance(statement, ast.Assign):
+            target = statement.targets[0]
+            if isinstance(target, ast.Name) and target.id == "model":
+                value = _literal(statement.value, 0)
+                return value if isinstance(value, dict) else {}
     return {}
 
 
-def _literal(node: ast.expr) -> object:
+def _literal(node: ast.expr, depth: int) -> object:
     """A literal, also one of dict(...) calls; `_UNREAD` for anything else."""
+    if depth > _DEEPEST:
+        return _UNREAD
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
-        return {k.arg: _literal(k.value) for k in node.keywords if k.arg is not None}
+        return {k.arg: _literal(k.value, depth + 1) for k in node.keywords if k.arg is not None}
     if isinstance(node, ast.Dict) and all(isinstance(k, ast.Constant) for k in node.keys):
         pairs = zip(node.keys, node.values, strict=True)
-        return {k.value: _literal(v) for k, v in pairs if isinstance(k, ast.Constant)}
+        return {k.value: _literal(v, depth + 1) for k, v in pairs if isinstance(k, ast.Constant)}
     if isinstance(node, (ast.List, ast.Tuple)):
-        return tuple(map(_literal, node.elts))
+        return tuple(_literal(each, depth + 1) for each in node.elts)
     try:
         return ast.literal_eval(node)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return _UNREAD
 
 
@@ -370,7 +389,7 @@ def mmseg_differs(state: Mapping[str, Tensor], origin: Origin) -> str:
         rates = built.rates
         if rates is not None and (rates[:1] != (1,) or 1 in rates[1:]):
             reasons.append(f"its head has dilations {rates}, where 1 is a 1x1 convolution")
-    return "; ".join(reasons)
+    return "; ".join(map(one_line, reasons))
 
 
 def fregu856_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any]:
@@ -384,8 +403,9 @@ def tflite_options(state: Mapping[str, Tensor], origin: Origin) -> dict[str, Any
     An entry of "plan" is ["conv", input, output, name, depthwise, stride, dilation, ...].
     """
     try:
-        strides = [op[5] for op in json.loads(origin.header["plan"]) if op[0] == "conv"]
-        stride = math.prod(strides)
+        strides = [op[5] for op in parse_json(origin.header["plan"]) if op[0] == "conv"]
     except (KeyError, ValueError, TypeError, IndexError):
         return {}
+    reduced = [stride for stride in strides if stride != 1]
+    stride = math.prod(reduced) if _whole_numbers(reduced) else None
     return {"output_stride": stride} if stride in (8, 16) else {}

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from ..data.preprocess import Preprocess
 from ..nn import DeepLabV2Head
 from ._common import CheckpointError, Source, StateDict, call, listed, shorten, tuples, unwrapped
-from .files import Checkpoint, open_checkpoint
+from .files import Checkpoint, check_dense, open_checkpoint
 from .inspect import WeightsInfo, inspect_open
 from .layouts import Layout, Renamed, detect_layout, layout_named, rename_tensors
 from .registry import get_model, no_builder, preprocess_kinds
 from .save import builders_config
 from .settings import (
     Settings,
+    check_size,
     put_back,
     settings_differ,
     stem_settings,
@@ -137,6 +138,7 @@ def load_opened(
     own = model.state_dict()
     reset = _reset_keys(model, chosen) if reset_head else set()
     fit = _compare(own, renamed, reset, set(_final_convs(model)))
+    check_dense({k: v for k, v in fit.loaded.items() if not own[k].is_meta}, checkpoint.label)
     problems = _problems(fit, strict)
     if problems or (chosen.lacks and not reset_head):
         raise CheckpointError(_does_not_fit(model, opened, fit, problems, reset_head, strict))
@@ -325,6 +327,36 @@ def _what_fits(opened: Opened) -> str:
     if info.settings or stem:
         return "the model that it fits: deeplab_fast.from_checkpoint(path)"
     return f"the model that it fits: {info.builder_call()}"
+
+
+def check_described(opened: Opened) -> None:
+    """Raises CheckpointError for a file that describes a model many times as large as itself."""
+    info, label = opened.info, opened.checkpoint.label
+    if info.model is None:
+        return
+    options = {"num_classes": None, **found_options(info)}
+    check_size(info.model, options, info.settings, _numbers(opened.checkpoint.state), label)
+
+
+def _numbers(state: Mapping[str, Tensor]) -> int:
+    """How many numbers tensors have, of memory that several share once."""
+    seen: set[tuple[int, int]] = set()
+    found = 0
+    for tensor in state.values():
+        # Tensors without values (meta, fake) have none to share.
+        place = 0 if tensor.is_meta else _address(tensor)
+        if place == 0 or (place, tensor.numel()) not in seen:
+            seen.add((place, tensor.numel()))
+            found += tensor.numel()
+    return found
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    # Fake tensors have none.
+    except RuntimeError:
+        return 0
 
 
 def found_options(info: WeightsInfo) -> dict[str, Any]:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from ..dispatch.files import write_atomically
 from ..program.calibration import Calibration, fingerprint, fingerprint_of
-from ._common import METADATA_KEY, SHOWN, StateDict, unwrapped
+from ._common import ARCHIVE_NAME, CHECKSUM_KEY, METADATA_KEY, SHOWN, unwrapped
+from .checksum import checksum
 from .registry import preprocess_kinds
+from .safetensors_file import write_safetensors
 from .settings import plain, rebuilding
+from .told import what_no_file_gives
 
 
 def model_metadata(model: nn.Module) -> dict[str, Any]:
@@ -61,6 +66,7 @@ def model_metadata(model: nn.Module) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             del metadata[name]
             lost.append(f"{name}: {error}")
+    lost += what_no_file_gives(metadata)
     if lost:
         metadata["lost"] = lost
     return metadata
@@ -94,6 +100,9 @@ def save_weights(
     strict: bool = True,
 ) -> Path:
     """Write a model's state dict under a temporary name in the same folder, then rename it.
+
+    The same model gives the same bytes, which are on the disk when it returns. A checksum of the
+    tensors goes with them, which reading the file holds them against.
 
     `from_checkpoint` of the file gives the model back: what a user set or exchanged is written with
     the weights (see `model_metadata`), a calibration for int8 too. Hooks, the precision and the
@@ -135,41 +144,32 @@ def save_weights(
     for key, value in state.items():
         state[key] = _stored(key, value.detach().cpu().contiguous(), dtype)
     if dtype is not None and "calibration" in metadata:
-        mark = fingerprint(model)
+        weights = fingerprint(model)
         kept = getattr(state, "_metadata", {}).get("", {}).get(METADATA_KEY, {})
         for about in (metadata, kept):
             found = about.get("calibration", {})
             # What was measured holds for the weights as they come back too.
-            if found.get("fingerprint") == mark:
+            if found.get("fingerprint") == weights:
                 found["fingerprint"] = fingerprint_of(state)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
+    mark = checksum(state)
 
+    def write(file: BinaryIO) -> None:
+        if path.suffix == ".safetensors":
             header = {"format": "pt", METADATA_KEY: json.dumps(metadata)}
-            save_file(_unshared(state), temporary, metadata=header)
-            # safetensors leaves a file that only its owner can read.
-            mask = os.umask(0)
-            os.umask(mask)
-            temporary.chmod(0o666 & ~mask)
+            write_safetensors(state, {**header, CHECKSUM_KEY: json.dumps(mark)}, file)
         else:
-            torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            torch.save(state, file)
+            _append_checksum(file, mark)
+
+    write_atomically([(path, write)], durable=True)
     return path
 
 
-def _unshared(state: StateDict) -> StateDict:
-    """Each tensor in memory of its own, as the format wants it."""
-    seen: set[int] = set()
-    found = {}
-    for key, value in state.items():
-        start = value.untyped_storage().data_ptr()
-        found[key] = value.clone() if start in seen else value
-        seen.add(start)
-    return found
+def _append_checksum(file: BinaryIO, mark: Mapping[str, str]) -> None:
+    """Put the checksum into torch.save's archive, as an entry that its readers pass over."""
+    entry = zipfile.ZipInfo(f"{ARCHIVE_NAME}/{CHECKSUM_KEY}")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(entry, json.dumps(mark))
 
 
 def _stored(key: str, value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from .. import nn as layers
 from . import registry
-from ._common import CheckpointError, tuples
+from ._common import CheckpointError, one_line, tuples
+from .told import LARGEST, check_plain
 
 Settings = dict[str, "dict[str, Any] | None"]
 
@@ -37,8 +39,14 @@ _OF_MODEL = (
     "_precision",
     "calibration",
 )
+# More modules than any model has, names within names, and values of one.
+_MOST_MODULES, _DEEPEST_NAME, _LONGEST_NAME = 20_000, 20, 500
+_MOST_VALUES, _DEEPEST_VALUE = 10_000, 6
 # Values that act in training only, or on memory.
 _NOT_IN_NUMBERS = ("momentum", "p", "inplace")
+# A model may have that many times the numbers that its file holds, and these beside: a head that
+# the file lacks.
+_MOST_TIMES, _SPARE = 4, 64 << 20
 # The padding that a convolution with another padding_mode than "zeros" computes with.
 _DERIVED_PADDING = "_reversed_padding_repeated_twice"
 
@@ -252,6 +260,13 @@ def _restored(name: str, options: Mapping[str, Any], settings: Settings) -> dict
     return _cached_facts(name, json.dumps(plain(options), sort_keys=True), json.dumps(settings))
 
 
+def _is_sized(value: object) -> bool:
+    """Whether the whole numbers in a value are sizes."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_sized, value))
+    return type(value) is not int or abs(value) <= LARGEST
+
+
 @functools.lru_cache(maxsize=16)
 def _cached_facts(name: str, options: str, settings: str = "{}") -> dict[str, _Facts]:
     with _on_meta():
@@ -338,6 +353,83 @@ def _differences(actual: dict[str, _Facts], again: dict[str, _Facts]) -> Iterato
     for name in again:
         if name not in actual and name.rpartition(".")[0] in actual:
             yield f"{name}: not there"
+
+
+def check_settings(settings: Mapping[Any, Any], label: str) -> None:
+    """Raises CheckpointError for what a file gives as settings and `rebuilding` does not write."""
+    problem = ""
+    if len(settings) > _MOST_MODULES:
+        problem = f"of {len(settings)} modules"
+    for name, entry in settings.items():
+        if problem:
+            break
+        if not isinstance(name, str) or len(name) > _LONGEST_NAME:
+            problem = f"of a module named {one_line(repr(name))}"
+        elif name.count(".") > _DEEPEST_NAME:
+            problem = f"of a module {name.count('.')} deep in others"
+        elif entry is not None:
+            problem = _wrong_entry(name, entry)
+    if problem:
+        raise CheckpointError(
+            f"{label}: the settings {problem} cannot be put back; allowed are, for each of at most "
+            f"{_MOST_MODULES} modules by name, null or its class, whether it is new, and its plain "
+            "values; save the model again"
+        )
+
+
+def _wrong_entry(name: str, entry: object) -> str:
+    """What is wrong with the settings of a module, "" where nothing is."""
+    what = ""
+    if not isinstance(entry, Mapping) or set(entry) != {"class", "new", "values"}:
+        what = "something else than class, new and values"
+    elif not isinstance(entry["class"], str) or not isinstance(entry["new"], bool):
+        what = "no class, or no word whether it is new"
+    elif not isinstance(entry["values"], Mapping):
+        what = "no values by name"
+    else:
+        known = (bool, int, float, str, list, tuple, dict, type(None))
+        values = entry["values"]
+        if strange := [k for k, v in values.items() if type(v) not in known or type(k) is not str]:
+            what = f"{one_line(repr(strange[0]))}, which is no plain value of a name"
+        try:
+            check_plain(values, _DEEPEST_VALUE, _MOST_VALUES)
+        except ValueError as error:
+            what = f"values of which {error}"
+    return f"of {one_line(name) or 'the model'} ({what})" if what else ""
+
+
+def check_size(
+    name: str, options: Mapping[str, Any], settings: Settings, held: int, label: str
+) -> None:
+    """Nothing is allocated for a model that a file describes and does not hold.
+
+    Args:
+        name, options, settings: of the model, num_classes and aux_loss among the options.
+        held: how many numbers the tensors of the file have.
+        label: of the checkpoint, for the message.
+
+    Raises:
+        CheckpointError: the model would have many times as many, or cannot be built.
+    """
+    try:
+        facts = _restored(name, options, settings) if settings else _of_builder(name, options)
+        needed = sum(
+            math.prod(shape)
+            for module in facts.values()
+            for shape in module.tensors.values()
+            if shape
+        )
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{label} describes a model that cannot be built: {one_line(error)}; save it again, or "
+            "build the model yourself and use deeplab_fast.load_weights"
+        ) from error
+    if needed > _MOST_TIMES * held + _SPARE:
+        raise CheckpointError(
+            f"{label} describes a model of {needed} numbers and holds {held}, expected at least a "
+            f"{_MOST_TIMES}th part; save it again, or build the model yourself and use "
+            "deeplab_fast.load_weights"
+        )
 
 
 @contextlib.contextmanager
@@ -463,6 +555,8 @@ def _restore(model: nn.Module, name: str, entry: dict[str, Any] | None) -> None:
     parent_name, _, leaf = name.rpartition(".")
     if entry is None:
         parent = model.get_submodule(parent_name)
+        if leaf not in parent._modules:
+            raise ValueError(f"{one_line(repr(name))} is no module")
         if isinstance(parent, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             delattr(parent, leaf)
         else:
@@ -472,8 +566,8 @@ def _restore(model: nn.Module, name: str, entry: dict[str, Any] | None) -> None:
     if entry["new"]:
         module = _made(entry["class"], values)
         parent = model.get_submodule(parent_name)
-        if not (leaf.isidentifier() or leaf.isdecimal()):
-            raise ValueError(f"{name!r} is no name of a module")
+        if not (leaf.isidentifier() or leaf.isdecimal()) or _is_taken(parent, leaf):
+            raise ValueError(f"{one_line(repr(name))} is no name of a module")
         # Where the attribute is a plain None so far, as a missing auxiliary head is.
         vars(parent).pop(leaf, None)
         parent.add_module(leaf, module)
@@ -483,18 +577,40 @@ def _restore(model: nn.Module, name: str, entry: dict[str, Any] | None) -> None:
             raise ValueError(f"it is of class {_kind(type(module))}, not {entry['class']}")
     shell = entry["new"] and entry["class"] in _kinds()[1]
     for key, value in values.items():
+        if key.startswith("_") and key != _DERIVED_PADDING:
+            continue
         # What else somebody kept on the module, its class does not read.
         known = key in vars(module) or (shell and not hasattr(module, key))
-        if key == _DERIVED_PADDING or (known and not key.startswith("_")):
+        if key == _DERIVED_PADDING or (known and _may_set(module, key, name == "")):
             setattr(module, key, value)
+
+
+def _is_taken(parent: nn.Module, leaf: str) -> bool:
+    """Whether a module's name is that of something else there."""
+    if leaf in parent._modules:
+        return False
+    return vars(parent).get(leaf) is not None or hasattr(type(parent), leaf)
+
+
+def _may_set(module: nn.Module, key: str, whole: bool) -> bool:
+    """Whether a file may give an attribute: one that has a plain value and no part in running."""
+    from ..nn.batch_norm import FROZEN_STATE
+
+    if key in ("training", *FROZEN_STATE) or (whole and key in _OF_MODEL):
+        return False
+    return isinstance(vars(module).get(key), (bool, int, float, str, tuple, list, dict, type(None)))
 
 
 def _made(kind: str, values: Mapping[str, Any]) -> nn.Module:
     leaves, shells = _kinds()
     if kind in leaves:
         cls = leaves[kind]
-        names = inspect.signature(cls).parameters
-        return cls(**{k: v for k, v in values.items() if k in names})
+        names = set(inspect.signature(cls).parameters) - {"device", "dtype"}
+        given = {k: v for k, v in values.items() if k in names}
+        for key, value in given.items():
+            if not _is_sized(value):
+                raise ValueError(f"{key}={one_line(repr(value))} is beyond {LARGEST}")
+        return cls(**given)
     if kind in shells:
         module = shells[kind].__new__(shells[kind])
         nn.Module.__init__(module)

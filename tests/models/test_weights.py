@@ -1592,7 +1592,8 @@ def test_pth_is_a_plain_state_dict(small: nn.Module, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("w.pth", "torch.save"), ("w.safetensors", "safetensors.torch.save_file")],
+    [("w.pth", "torch.save"), ("w.pth", "os.fsync"), ("w.safetensors", "os.fsync")],
+    ids=["pth", "pth-at-its-end", "safetensors-at-its-end"],
 )
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, function: str
@@ -1600,8 +1601,9 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     file = save_weights(small, tmp_path / name)
     before = file.read_bytes()
 
-    def half(state: object, path: Path, **options: object) -> None:
-        Path(path).write_bytes(b"half")
+    def half(*arguments: object) -> None:
+        if function == "torch.save":
+            arguments[1].write(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(function, half)

@@ -23,6 +23,7 @@ from deeplab_fast.data.classes import ClassSet, class_set, generic_classes
 from deeplab_fast.data.images import read_image
 from deeplab_fast.data.preprocess import Preprocess
 from deeplab_fast.dispatch import limits
+from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine import outputs
 from deeplab_fast.engine import predict as predict_module
 
@@ -1057,7 +1058,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        outputs.write_atomically(
+        write_atomically(
             [(tmp_path / "a.json", lambda file: file.write(b"new")), (tmp_path / "b.png", write)]
         )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
