@@ -34,12 +34,12 @@ def check_plain(value: object, deepest: int = _DEEPEST, most: int = _MOST_VALUES
     for _ in range(deepest):
         inner: list[object] = []
         for each in level:
-            found = each.values() if isinstance(each, Mapping) else each
-            if isinstance(each, (Mapping, list, tuple)):
-                count += len(each)
-                if count > most:
-                    raise ValueError(f"it holds more than {most} values")
-                inner += found
+            if not isinstance(each, (Mapping, list, tuple)):
+                continue
+            count += len(each)
+            if count > most:
+                raise ValueError(f"it holds more than {most} values")
+            inner += each.values() if isinstance(each, Mapping) else each
         if not inner:
             return
         level = inner
