@@ -15,6 +15,7 @@ from deeplab_fast._documents import DocumentError, read_document, read_text, sho
 
 __all__ = [
     "CLASS_SETS",
+    "MOST_CLASSES",
     "ClassSet",
     "built_in_name",
     "class_set",
@@ -26,6 +27,9 @@ __all__ = [
 ]
 
 Colour = tuple[int, int, int]
+
+MOST_CLASSES = 65535
+"""Classes of a set and of a model: ids and the ignored label fit 16 bits, as masks do."""
 
 _LINEAR_TO_LMS = (
     (0.4122214708, 0.5363325363, 0.0514459929),
@@ -64,7 +68,13 @@ class ClassSet:
     def __post_init__(self) -> None:
         classes = tuple(self.classes)
         if not classes or not all(isinstance(name, str) and name for name in classes):
-            raise ValueError(f"class set {self.name}: expected one or more names, got {classes!r}")
+            raise ValueError(
+                f"class set {self.name}: expected one or more names, got {shown(classes)}"
+            )
+        if len(classes) > MOST_CLASSES:
+            raise ValueError(
+                f"class set {self.name}: {len(classes)} names, expected {MOST_CLASSES} at most"
+            )
         palette = tuple(_colour(colour, self.name) for colour in self.palette)
         if len(palette) != len(classes):
             raise ValueError(
@@ -237,9 +247,11 @@ def generic_classes(
     Raises:
         ValueError: a count below 1, or another number of names than ``count``.
     """
+    if not 1 <= count <= MOST_CLASSES:
+        raise ValueError(f"{name}: {shown(count)} classes, expected 1 to {MOST_CLASSES}")
     unnamed = ("foreground",) if count == 1 else tuple(f"class {i}" for i in range(count))
     names = unnamed if classes is None else tuple(classes)
-    if count < 1 or len(names) != count:
+    if len(names) != count:
         raise ValueError(f"{name}: {len(names)} class names for {count} classes")
     background = next((i for i, each in enumerate(names) if _is_background(each)), count)
     colours = distinct_colours(count)
@@ -275,7 +287,8 @@ def class_set(source: str | os.PathLike[str] | ClassSet | Iterable[str]) -> Clas
     if text in CLASS_SETS:
         return CLASS_SETS[text]
     if text.isdecimal():
-        return generic_classes(int(text))
+        # Of thousands of digits Python makes no number.
+        return generic_classes(int(text) if len(text) < 20 else MOST_CLASSES + 1)
     path = Path(text)
     if not path.is_file() and "," in text:
         names = tuple(name.strip() for name in text.split(","))

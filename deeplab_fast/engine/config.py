@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
+import sys
+import types
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from deeplab_fast._documents import shown
 
 __all__ = ["MADE_IN_PYTHON", "NO_WEIGHTS", "PRESETS", "OptionError", "TrainConfig", "train_config"]
 
@@ -486,6 +491,87 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
     return TrainConfig(**{**values, **given})
 
 
+LONGEST_SIDE = 16384
+"""Pixels of a side that options may name."""
+
+_LARGEST_SCALE = 64
+_LONGEST_SECONDS = 3650 * 86400
+_MANY = 10**9
+
+# Both ends are allowed.
+_INTEGERS = {
+    "split_seed": (-(2**63), 2**64 - 1),
+    "ignore_index": (-(2**31), 2**31 - 1),
+    "bootstrap_factor": (1, 1000),
+    "workers": (0, 1024),
+    "base_size": (1, LONGEST_SIDE),
+    "input_size": (0, LONGEST_SIDE),
+    "min_kept": (0, _MANY),
+    "warmup_steps": (0, _MANY),
+    "epochs": (1, _MANY),
+    "steps": (1, _MANY),
+    "batch_size": (1, 65536),
+    "accumulate": (1, 65536),
+    "val_batch_size": (1, 65536),
+    # PyTorch's.
+    "seed": (-(2**63), 2**64 - 1),
+    "val_every": (0, _MANY),
+    "early_stopping": (1, _MANY),
+    "log_every": (1, _MANY),
+}
+
+
+class _Interval(NamedTuple):
+    """Finite numbers from ``low`` to ``high``, each with or without itself."""
+
+    low: float
+    high: float = math.inf
+    with_low: bool = True
+    with_high: bool = True
+
+    def has(self, value: float) -> bool:
+        # An integer may be beyond every float.
+        if not abs(value) <= sys.float_info.max:
+            return False
+        above = self.low <= value if self.with_low else self.low < value
+        return above and (value <= self.high if self.with_high else value < self.high)
+
+    def __str__(self) -> str:
+        low, high = f"{self.low:g}", f"{self.high:g}"
+        if self.high == math.inf:
+            return f"{low} or more, finite" if self.with_low else f"above {low}, finite"
+        if self.with_low:
+            return f"{low} to {high}" if self.with_high else f"{low} or more and below {high}"
+        return f"above {low} to {high}"
+
+
+_NUMBERS = {
+    "val_fraction": _Interval(0, 1),
+    "scale_step": _Interval(1e-3, _LARGEST_SCALE),
+    "flip": _Interval(0, 1),
+    "colour_jitter": _Interval(0, 1),
+    "hue_jitter": _Interval(0, 0.5),
+    "batch_norm_momentum": _Interval(0, 1, with_low=False),
+    "undo_class_weights": _Interval(0, 1),
+    "label_smoothing": _Interval(0, 1, with_high=False),
+    "top_k": _Interval(0, 1, with_low=False),
+    "focal_gamma": _Interval(0),
+    "dice_weight": _Interval(0),
+    "aux_weight": _Interval(0),
+    "lr": _Interval(0, with_low=False),
+    "momentum": _Interval(0, 1, with_high=False),
+    "weight_decay": _Interval(0),
+    "backbone_lr_factor": _Interval(0),
+    "aux_lr_factor": _Interval(0),
+    "power": _Interval(0, with_low=False),
+    "warmup_epochs": _Interval(0, _MANY),
+    "warmup_factor": _Interval(0, 1),
+    "clip_norm": _Interval(0, with_low=False),
+    "ema": _Interval(0, 1, with_high=False),
+    "checkpoint_minutes": _Interval(0, _LONGEST_SECONDS / 60),
+}
+
+
 def _problems(config: TrainConfig) -> list[OptionError]:
     """What is wrong with an option by itself, before anything is read."""
     # Here: the options alone are shown without PyTorch.
@@ -495,7 +581,9 @@ def _problems(config: TrainConfig) -> list[OptionError]:
     found: list[OptionError] = []
 
     def wrong(name: str, allowed: str) -> None:
-        found.append(OptionError(name, f"is {getattr(config, name)!r}, expected {allowed}"))
+        value = getattr(config, name)
+        value = shown(repr(value) if isinstance(value, str) else value, 200)
+        found.append(OptionError(name, f"is {value}, expected {allowed}"))
 
     def need(good: bool, name: str, allowed: str) -> None:
         if not good:
@@ -506,40 +594,25 @@ def _problems(config: TrainConfig) -> list[OptionError]:
         if value not in allowed:
             wrong(name, one_of(value, allowed))
 
-    for name in ("batch_size", "accumulate", "val_batch_size", "bootstrap_factor", "log_every"):
-        need(_is_int(getattr(config, name)) and getattr(config, name) >= 1, name, "1 or more")
-    for name in ("workers", "warmup_steps", "val_every", "min_kept", "base_size"):
-        need(_is_int(getattr(config, name)) and getattr(config, name) >= 0, name, "0 or more")
-    for name in ("lr", "power"):
-        need(_finite(getattr(config, name)) and getattr(config, name) > 0, name, "above 0")
-    for name in (
-        "weight_decay",
-        "backbone_lr_factor",
-        "aux_lr_factor",
-        "aux_weight",
-        "warmup_epochs",
-        "checkpoint_minutes",
-    ):
-        need(_finite(getattr(config, name)) and getattr(config, name) >= 0, name, "0 or more")
-    for name in ("momentum", "ema"):
-        need(0 <= getattr(config, name) < 1, name, "0 or more and below 1")
-    need(0 <= config.warmup_factor <= 1, "warmup_factor", "0 to 1")
-    need(0 <= config.flip <= 1, "flip", "a probability, 0 to 1")
-    need(0 <= config.colour_jitter <= 1, "colour_jitter", "0 to 1")
-    need(0 <= config.hue_jitter <= 0.5, "hue_jitter", "0 to 0.5")
-    need(0 <= config.undo_class_weights <= 1, "undo_class_weights", "0 to 1")
-    for name in ("input_size", "early_stopping"):
-        value, least = getattr(config, name), 0 if name == "input_size" else 1
-        good = value is None or (_is_int(value) and value >= least)
-        need(good, name, f"{least} or more, or null")
-    need(config.clip_norm is None or config.clip_norm > 0, "clip_norm", "above 0, or null")
-    momentum = config.batch_norm_momentum
-    need(momentum is None or 0 < momentum <= 1, "batch_norm_momentum", "above 0 to 1, or null")
+    hints = get_type_hints(TrainConfig)
+    for name, hint in hints.items():
+        value = getattr(config, name)
+        # Python may also give a number of classes, a ClassSet, colours by name, seconds.
+        if name not in ("classes", "mask_colours", "max_time") or isinstance(value, bool):
+            need(_is_of(value, hint), name, _kind(hint))
+    # Values of another kind cannot be compared with a range.
+    if found:
+        return found
+    for name, (least, most) in _INTEGERS.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            wrong(name, f"{least} to {most}" + (", or null" if _optional(hints[name]) else ""))
+    for name, interval in _NUMBERS.items():
+        value = getattr(config, name)
+        if value is not None and not interval.has(value):
+            wrong(name, f"{interval}" + (", or null" if _optional(hints[name]) else ""))
     for name in ("output_stride", "eval_output_stride"):
         need(getattr(config, name) in (None, 8, 16), name, "8 or 16")
-    for name in ("epochs", "steps"):
-        value = getattr(config, name)
-        need(value is None or (_is_int(value) and value >= 1), name, "1 or more")
     if config.epochs is not None and config.steps is not None:
         found.append(
             OptionError(
@@ -548,12 +621,6 @@ def _problems(config: TrainConfig) -> list[OptionError]:
                 "long to train",
             )
         )
-    fraction = config.val_fraction
-    need(
-        fraction is None or (_finite(fraction) and 0 <= fraction <= 1),
-        "val_fraction",
-        "a part, 0 to 1",
-    )
     if config.unknown_colours is not None:
         choice("unknown_colours", ("error", "ignore"))
     choice("optimizer", ("sgd", "adamw"))
@@ -579,16 +646,19 @@ def _problems(config: TrainConfig) -> list[OptionError]:
         wrong("early_stopping", "null where val_every is 0: it counts validations")
     crop = config.crop if isinstance(config.crop, (list, tuple)) else [config.crop]
     need(
-        len(crop) in (1, 2) and all(_is_int(side) and side >= 1 for side in crop),
+        len(crop) in (1, 2) and all(1 <= side <= LONGEST_SIDE for side in crop),
         "crop",
-        "a side in pixels, or [height, width]",
+        f"a side of 1 to {LONGEST_SIDE} pixels, or [height, width]",
     )
     need(
-        len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1],
+        len(config.scale) == 2 and 0 < config.scale[0] <= config.scale[1] <= _LARGEST_SCALE,
         "scale",
-        "[low, high] with 0 < low <= high",
+        f"[low, high] with 0 < low <= high <= {_LARGEST_SCALE}",
     )
-    if config.batch_size % config.accumulate:
+    if not isinstance(config.class_weights, (str, type(None))):
+        good = bool(config.class_weights) and all(map(_Interval(0).has, config.class_weights))
+        need(good, "class_weights", "weights of 0 or more, finite, one a class")
+    if not found and config.batch_size % config.accumulate:
         found.append(
             OptionError(
                 "batch_size",
@@ -596,8 +666,12 @@ def _problems(config: TrainConfig) -> list[OptionError]:
                 "divide into equal parts",
             )
         )
-    if config.max_time is not None and not _seconds(config.max_time) > 0:
-        wrong("max_time", "90m, 1.5h, 3600s or 01:30:00 (hours, minutes, seconds)")
+    if config.max_time is not None and not 0 < _seconds(config.max_time) <= _LONGEST_SECONDS:
+        wrong(
+            "max_time",
+            "90m, 1.5h, 3600s or 01:30:00 (hours, minutes and seconds below 60), "
+            f"{_LONGEST_SECONDS // 86400} days at most",
+        )
     return found
 
 
@@ -631,10 +705,10 @@ def _seconds(text: str) -> float:
     text = str(text).strip()
     try:
         if ":" in text:
-            total = 0.0
-            for part in text.split(":"):
-                total = total * 60 + float(part)
-            return total
+            first, *rest = (float(part) for part in text.split(":"))
+            if len(rest) > 2 or not all(0 <= part < 60 for part in rest):
+                return math.nan
+            return sum(part * 60**i for i, part in enumerate(reversed([first, *rest])))
         factor = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:].lower())
         return float(text) if factor is None else float(text[:-1]) * factor
     except ValueError:
@@ -659,9 +733,43 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     )
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_of(value: object, hint: Any) -> bool:
+    """Whether a value is of an option's type; an integer is a number, true is none."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_is_of(value, each) for each in inner)
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(_is_of(each, inner[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is str:
+        return isinstance(value, (str, os.PathLike)) and "\0" not in os.fspath(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def _kind(hint: Any) -> str:
+    """What an option takes, in words."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_kind, inner)))
+    if origin in (list, dict):
+        if origin is dict:
+            return "a map of names to values"
+        several = [_KINDS[each].split()[1] + "s" for each in get_args(inner[0]) or inner]
+        return f"a list of {' or '.join(several)}"
+    return _KINDS[hint]
+
+
+_KINDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    type(None): "null",
+}
+
+
+def _optional(hint: Any) -> bool:
+    return type(None) in get_args(hint)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplab_fast import ops, reference
+from deeplab_fast._documents import shown
 from deeplab_fast.data.images import ImageLike, as_rgb_array, picture_name
 from deeplab_fast.data.preprocess import (
     MOST_TILED_PIXELS,
@@ -50,6 +51,9 @@ __all__ = [
     "window_weights",
 ]
 
+
+_MOST_SCALES = 64
+_LARGEST_SCALE = 64
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,9 +93,11 @@ class PredictOptions:
         """
         factors = (scales,) if isinstance(scales, (int, float)) else scales
         factors = tuple(factors) if isinstance(factors, Iterable) else ()
-        if not factors or not all(_is_number(s) and 0 < s < math.inf for s in factors):
+        many = not 0 < len(factors) <= _MOST_SCALES
+        if many or not all(_is_number(s) and 0 < s <= _LARGEST_SCALE for s in factors):
             raise ValueError(
-                f"scales is {scales!r}, expected one or more factors above 0, e.g. (0.5, 1.0, 1.5)"
+                f"scales is {shown(scales)}, expected 1 to {_MOST_SCALES} factors above 0 to "
+                f"{_LARGEST_SCALE}, e.g. (0.5, 1.0, 1.5)"
             )
         window = (tile, tile) if _is_int(tile) else tile
         if window is not None:
@@ -841,6 +847,14 @@ def check_device(device: torch.device | str | None) -> torch.device | None:
             raise ValueError(
                 f"device is {device!r} and this process sees {count} CUDA devices; use device='cpu'"
                 + (f" or cuda:0..cuda:{count - 1}" if count else "")
+            )
+    elif checked.type != "cpu":
+        here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        count = torch.accelerator.device_count() if here and here.type == checked.type else 0
+        if (checked.index or 0) >= count:
+            raise ValueError(
+                f"device is {str(device)!r} and this process sees {count} {checked.type} devices; "
+                f"use device='cpu'{f', or {here.type}' if here else ''}"
             )
     return checked
 

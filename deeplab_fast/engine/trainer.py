@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from deeplab_fast._documents import shown
 from deeplab_fast.engine.config import MADE_IN_PYTHON, OptionError, TrainConfig, did_you_mean
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def trainer_arguments(config: TrainConfig, folder: Path) -> dict[str, Any]:
                 f"trainer.{name}",
                 f"is no argument of lightning.Trainer{did_you_mean(name, known)}",
             )
+    _check_processes(given)
     _check_trainer({k: v for k, v in given.items() if k not in _OBJECTS})
     kinds: dict[str, tuple[type, bool]] = {
         "callbacks": (Callback, True),
@@ -111,6 +113,36 @@ def trainer_arguments(config: TrainConfig, folder: Path) -> dict[str, Any]:
         made = [_made(f"trainer.{name}", kind, each, folder) for each in values]
         given[name] = made if several else made[0]
     return given
+
+
+def _check_processes(given: Mapping[str, Any]) -> None:
+    """As many devices as there are, before a process is started for each."""
+    nodes = given.get("num_nodes", 1)
+    if not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= _MOST_NODES:
+        raise OptionError(
+            "trainer.num_nodes", f"is {shown(nodes)}, expected 1 to {_MOST_NODES} machines"
+        )
+    devices = given.get("devices", "auto")
+    if devices in ("auto", -1, "-1") or devices is None:
+        return
+    on_gpu = given.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    gpus = torch.cuda.device_count() if on_gpu else 0
+    most = gpus or max(2, os.cpu_count() or 1)
+    what = "GPUs of this machine" if gpus else "processes, as many as this machine has CPUs"
+    if isinstance(devices, str):
+        devices = (
+            [each for each in devices.split(",") if each.strip()] if "," in devices else devices
+        )
+    try:
+        count = len(devices) if isinstance(devices, (list, tuple)) else int(devices)
+    except (TypeError, ValueError):
+        # What it takes is Lightning's to say; of thousands of digits Python makes no number.
+        count = 1 if len(str(devices)) < 20 else most + 1
+    if not 1 <= count <= most:
+        raise OptionError("trainer.devices", f"is {shown(devices)}, expected 1 to {most} {what}")
+
+
+_MOST_NODES = 10_000
 
 
 def _check_trainer(arguments: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +12,8 @@ from typing import Any, Protocol, TypedDict, TypeGuard, TypeVar, Unpack, cast
 from torch import Tensor, nn
 
 from .. import weights
-from ..data.classes import class_set
+from .._documents import shown
+from ..data.classes import MOST_CLASSES, class_set
 from ..data.preprocess import Preprocess
 from ..nn import HEADS, CascadedHead, FCNHead
 from ..weights.embedded import list_embedded
@@ -24,6 +26,10 @@ from .backbone import Backbone
 from .deeplabv3 import DeepLabV3, check_output_stride
 
 DEFAULT_NUM_CLASSES = 21
+MOST_CHANNELS = 4096
+"""Of an ASPP: of ResNet's 2048 channels a branch of so many has 300 MB of weights."""
+MOST_RATES = 32
+"""Atrous branches of an ASPP, and unit rates of a stage."""
 T = TypeVar("T")
 
 
@@ -284,23 +290,49 @@ def _check_options(name: str, family: Family, options: dict[str, Any]) -> None:
     given = [k for k in ("aspp_channels", "dropout", "image_pooling_norm") if k in options]
     if given and head == "deeplabv2":
         raise ValueError(f"head 'deeplabv2' has no {', '.join(given)}; leave them out")
-    if not 0.0 <= options.get("dropout", 0.0) < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {options['dropout']}")
-    if options.get("aspp_channels", 1) < 1:
-        raise ValueError(f"aspp_channels must be at least 1, got {options['aspp_channels']}")
+    dropout = options.get("dropout", 0.0)
+    if not isinstance(dropout, numbers.Real) or not 0.0 <= float(dropout) < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {shown(dropout)}")
+    check_channels(options.get("aspp_channels", 1))
+    multi_grid = options.get("multi_grid")
+    if multi_grid is not None:
+        _check_integers("multi_grid rates", multi_grid, MOST_CHANNELS)
 
 
 def check_num_classes(num_classes: int | None) -> int:
     if num_classes is None:
         return DEFAULT_NUM_CLASSES
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    _check_integer("num_classes", num_classes, MOST_CLASSES)
     return num_classes
 
 
+def check_channels(channels: int) -> None:
+    """Raises ValueError for channels of an ASPP that nobody means: before they are allocated."""
+    _check_integer("aspp_channels", channels, MOST_CHANNELS)
+
+
 def check_rates(rates: Sequence[int]) -> None:
-    if any(rate < 1 for rate in rates):
-        raise ValueError(f"atrous_rates must be at least 1, got {tuple(rates)}")
+    """Raises ValueError for rates that are no dilations, or more of them than `MOST_RATES`."""
+    _check_integers("atrous_rates", rates, 2**31 - 1)
+
+
+def _check_integers(name: str, values: Sequence[int], most: int) -> None:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} must be a list of integers, got {shown(values)}")
+    if len(values) > MOST_RATES:
+        raise ValueError(f"{name} must be at most {MOST_RATES} rates, got {len(values)}")
+    for value in values:
+        _check_integer(name, value, most, values)
+
+
+def _check_integer(name: str, value: object, most: int, of: object = None) -> None:
+    got = shown(value if of is None else tuple(cast("Sequence[int]", of)))
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be integers of 1 to {most}, got {got}")
+    if int(value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {got}")
+    if int(value) > most:
+        raise ValueError(f"{name} must be at most {most}, got {got}")
 
 
 def agree(name: str, given: T | None, expected: T) -> T:

@@ -20,7 +20,7 @@ from ..weights.load import check_described, open_weights
 from ..weights.registry import Found, ModelEntry
 from ..weights.rules import Rule, hwcm, slim
 from .backbone import IntermediateLayerGetter, set_dilation, set_stride
-from .builders import agree, check_num_classes, check_rates, load_file
+from .builders import agree, check_channels, check_num_classes, check_rates, load_file
 from .deeplabv3 import DeepLabV3, check_output_stride
 from .mobilenetv3 import make_divisible
 
@@ -233,6 +233,9 @@ def fold_form(module: nn.Module) -> nn.Module:
     return module
 
 
+_WIDEST = 16.0
+
+
 def deeplabv3_mobilenet_v2_tf(
     *,
     weights: str | Path | None = None,
@@ -278,6 +281,9 @@ def deeplabv3_mobilenet_v2_tf(
     num_classes = check_num_classes(num_classes)
     check_output_stride(given["output_stride"])
     check_rates(given["atrous_rates"])
+    check_channels(given["aspp_channels"])
+    if not isinstance(given["width"], (int, float)) or not 0 < given["width"] <= _WIDEST:
+        raise ValueError(f"width must be above 0 and at most {_WIDEST}, got {given['width']!r:.80}")
     backbone = MobileNetV2Backbone(given["output_stride"], given["width"], given["norm"])
     head = PaperHead(
         backbone.out_channels,

@@ -294,3 +294,25 @@ def test_deepcopy_is_independent() -> None:
     model = dlf.deeplabv3_resnet18().eval()
     twin = copy.deepcopy(model).set_output_stride(16)
     assert (model.output_stride, twin.output_stride) == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"num_classes": 10**9}, "num_classes must be at most 65535", id="classes"),
+        pytest.param({"num_classes": "3"}, "num_classes must be integers", id="text"),
+        pytest.param({"num_classes": True}, "num_classes must be integers", id="true"),
+        pytest.param({"aspp_channels": 10**9}, "aspp_channels must be at most 4096", id="channels"),
+        pytest.param({"aspp_channels": 10**5000}, "too long to show", id="digits"),
+        pytest.param({"atrous_rates": (2**31,)}, "at most 2147483647", id="rate"),
+        pytest.param({"atrous_rates": range(1, 100)}, "at most 32 rates, got 99", id="branches"),
+        pytest.param({"atrous_rates": "123"}, "must be a list of integers", id="text of rates"),
+        pytest.param({"atrous_rates": 6}, "must be a list of integers", id="one rate"),
+        pytest.param({"dropout": float("nan")}, r"dropout must be in \[0, 1\)", id="nan"),
+        pytest.param({"multi_grid": (1, 2, 10**9)}, "rates must be at most 4096", id="grid"),
+    ],
+)
+def test_absurd_values_are_refused_before_anything_is_allocated(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        dlf.deeplabv3_resnet50(**options)
+    assert len(str(caught.value)) < 300

@@ -377,7 +377,7 @@ def test_two_processes_equal_one(tiny, config, tmp_path):
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, tiny.__file__, "train", "--config", str(plan)],
+            [sys.executable, tiny.__file__, "train", "--config", str(plan), "--allow-imports"],
             env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -15,7 +15,12 @@ from lightning.pytorch import Callback  # noqa: E402
 from deeplab_fast.data.check import DataError  # noqa: E402
 from deeplab_fast.data.transforms import AugmentedDataset  # noqa: E402
 from deeplab_fast.engine.augment import ColourJitter  # noqa: E402
-from deeplab_fast.engine.config import PRESETS, TrainConfig, train_config  # noqa: E402
+from deeplab_fast.engine.config import (  # noqa: E402
+    PRESETS,
+    OptionError,
+    TrainConfig,
+    train_config,
+)
 from deeplab_fast.engine.datamodule import (  # noqa: E402
     SegmentationData,
     TrainBatches,
@@ -24,6 +29,7 @@ from deeplab_fast.engine.datamodule import (  # noqa: E402
 from deeplab_fast.engine.run_folder import check_resumable  # noqa: E402
 from deeplab_fast.engine.sources import open_training, training_transform  # noqa: E402
 from deeplab_fast.engine.train import fit, fit_stages, second_stage  # noqa: E402
+from deeplab_fast.engine.trainer import trainer_arguments  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,7 +150,7 @@ def test_presets_are_the_published_numbers():
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("batch_size", 0, "batch_size is 0, expected 1 or more"),
+        ("batch_size", 0, "batch_size is 0, expected 1 to 65536"),
         ("accumulate", 3, "must divide into equal parts"),
         ("lr", 0, "lr is 0, expected above 0"),
         ("lr", float("nan"), "lr is nan"),
@@ -161,7 +167,7 @@ def test_presets_are_the_published_numbers():
         ("batch_norm_momentum", 2.0, "batch_norm_momentum"),
         ("export", "first", "last or best"),
         ("undo_class_weights", 1.5, "0 to 1"),
-        ("input_size", -1, "0 or more"),
+        ("input_size", -1, "0 to 16384, or null"),
     ],
 )
 def test_options_out_of_range(config, option, value, message):
@@ -230,3 +236,74 @@ def test_options_of_a_later_version_are_no_change(config, tmp_path):
     assert told == []
     check_resumable(path, config.replace(focal_gamma=1.0), told.append)
     assert "focal_gamma 2.0 -> 1.0" in told[0] and "label_map" not in told[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        pytest.param("seed", 2**64, "-9223372036854775808 to 18446744073709551615", id="64 bits"),
+        pytest.param("seed", 10**5000, "a int too long to show, expected", id="digits"),
+        pytest.param("split_seed", -(2**63) - 1, "18446744073709551615, or null", id="below"),
+        pytest.param("crop", 10**9, "a side of 1 to 16384 pixels", id="crop"),
+        pytest.param("crop", [32, 10**9], "a side of 1 to 16384 pixels", id="a side of two"),
+        pytest.param("input_size", 10**9, "0 to 16384, or null", id="photos"),
+        pytest.param("base_size", 0, "1 to 16384", id="no pixels"),
+        pytest.param("workers", 10**6, "0 to 1024", id="processes that read"),
+        pytest.param("batch_size", 10**9, "1 to 65536", id="images"),
+        pytest.param("accumulate", 0, "1 to 65536", id="parts"),
+        pytest.param("bootstrap_factor", 10**9, "1 to 1000", id="copies"),
+        pytest.param("steps", 10**10, "1 to 1000000000, or null", id="steps"),
+        pytest.param("scale", [0.5, 1e9], "0 < low <= high <= 64", id="scale"),
+        pytest.param("scale", [0.5, float("nan")], "0 < low <= high <= 64", id="nan in a list"),
+        pytest.param("scale_step", 1e-300, "0.001 to 64, or null", id="endless steps"),
+        pytest.param("lr", float("inf"), "above 0, finite", id="inf"),
+        pytest.param("lr", 10**400, "above 0, finite", id="an integer beyond floats"),
+        pytest.param("weight_decay", float("nan"), "0 or more, finite", id="nan"),
+        pytest.param("momentum", float("nan"), "0 or more and below 1", id="nan in an interval"),
+        pytest.param("clip_norm", float("inf"), "above 0, finite, or null", id="inf, optional"),
+        pytest.param("checkpoint_minutes", 1e300, "0 to 5.256e\\+06", id="minutes"),
+        pytest.param("label_smoothing", 1.0, "0 or more and below 1", id="open end"),
+        pytest.param("class_weights", [1.0, float("inf")], "weights of 0 or more", id="weights"),
+        pytest.param("class_weights", [], "weights of 0 or more", id="no weights"),
+        pytest.param("max_time", "99:99:99", "minutes and seconds below 60", id="no time"),
+        pytest.param("max_time", "inf", "3650 days at most", id="for ever"),
+        pytest.param("max_time", "1e400", "3650 days at most", id="longer than floats"),
+        pytest.param("max_time", "1:00:00:00", "hours, minutes", id="four parts"),
+        pytest.param("transform_options", {"a": 1}, "nothing beside transform paper", id="unused"),
+        pytest.param("model_options", [1], "expected a map of names to values", id="no map"),
+        pytest.param("freeze", "backbone", "expected a list of texts", id="no list"),
+        pytest.param("lr", "fast", "is 'fast', expected a number", id="no number"),
+        pytest.param("epochs", True, "is True, expected an integer or null", id="no integer"),
+        pytest.param("root", "a\0b", "expected a text or null", id="no name of a file"),
+    ],
+)
+def test_absurd_values_are_refused_with_their_range(name, value, expected):
+    with pytest.raises(OptionError, match=expected) as caught:
+        train_config(**{name: value})
+    assert str(caught.value).startswith(f"{name} is ") and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("given", ["01:30:00", "90:00", "5400s", "90m", "1.5h", "5400"])
+def test_times_that_are_alike(given):
+    assert train_config(max_time=given).max_seconds == 5400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "expected"),
+    [
+        pytest.param({"devices": 100_000}, "trainer.devices", "expected 1 to ", id="processes"),
+        pytest.param({"devices": "9" * 5000}, "trainer.devices", "expected 1 to ", id="digits"),
+        pytest.param({"devices": 0}, "trainer.devices", "expected 1 to ", id="none"),
+        pytest.param({"devices": []}, "trainer.devices", "expected 1 to ", id="none of a list"),
+        pytest.param(
+            {"devices": list(range(100_000))}, "trainer.devices", "expected 1 to ", id="a list"
+        ),
+        pytest.param({"num_nodes": 10**9}, "trainer.num_nodes", "1 to 10000 machines", id="nodes"),
+        pytest.param({"accelerator": "tpu"}, "trainer", "does not fit", id="not there"),
+    ],
+)
+def test_devices_that_are_not_there(arguments, option, expected, tmp_path):
+    config = TrainConfig(trainer={"accelerator": "cpu", **arguments})
+    with pytest.raises(OptionError, match=expected) as caught:
+        trainer_arguments(config, tmp_path)
+    assert caught.value.option == option and len(str(caught.value)) < 500
