@@ -23,7 +23,7 @@ from __future__ import annotations
 import glob
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
@@ -59,6 +59,8 @@ IMAGE_SUFFIXES = frozenset((
 _EXIF_ORIENTATION = 0x0112
 # Formats whose decoder starts Ghostscript, or draws by the system.
 _RUN_PROGRAMS = frozenset(("EPS", "WMF"))
+# Rows that are wider than bytes at a time.
+_STRIP = 64
 _LONGEST_NAME = 300
 _LONGEST_REASON = 500
 # Photometric tag of TIFF; 0 is "white is zero", 1 "black is zero", 2 RGB.
@@ -188,7 +190,11 @@ def as_rgb_array(obj: ImageLike, *, bits: int | None = None) -> np.ndarray:
     if isinstance(obj, (str, os.PathLike)):
         return read_image(obj, bits=bits)
     if isinstance(obj, np.ndarray):
-        return _from_array(obj, "array", bits)
+        try:
+            return _from_array(obj, "array", bits)
+        except MemoryError as error:
+            # A view may be larger than all memory.
+            raise ImageReadError("array", f"{list(obj.shape)}: {one_line(error)}") from error
     # A PIL image without importing PIL for callers that never use it.
     if hasattr(obj, "getbands") and hasattr(obj, "convert"):
         name = getattr(obj, "filename", "") or "PIL image"
@@ -559,16 +565,25 @@ def _floats_to_uint8(values: np.ndarray, name: str) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     # Half a level of slack for values that a filter pushed just outside; NaN fails both tests.
     if low >= -0.5 / 255 and high <= 1 + 0.5 / 255:
-        scaled = values * 255.0
+        factor = 255.0
     elif low >= -0.5 and high <= 255.5:
-        scaled = values
+        factor = 1.0
     else:
         raise ImageReadError(
             name,
             f"float samples from {low:g} to {high:g}, expected finite values in 0..1 or in 0..255; "
             "rescale them first",
         )
-    return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+    levels = np.empty(values.shape, dtype=np.uint8)
+    for rows in _strips(values):
+        levels[rows] = np.clip(np.rint(values[rows] * factor), 0, 255)
+    return levels
+
+
+def _strips(pixels: np.ndarray) -> Iterator[slice]:
+    """Rows of a picture, some at a time: what is made of them on the way is wider than bytes."""
+    for first in range(0, len(pixels), _STRIP):
+        yield slice(first, first + _STRIP)
 
 
 def _grey_to_rgb(grey: np.ndarray) -> np.ndarray:
@@ -579,13 +594,17 @@ def _on_white(rgba: np.ndarray) -> np.ndarray:
     alpha = rgba[..., 3:]
     if (alpha == 255).all():
         return np.ascontiguousarray(rgba[..., :3])
-    # uint16 holds the largest sum, 255 * 255 + 127.
-    weight = alpha.astype(np.uint16)
-    mixed = rgba[..., :3] * weight + 255 * (255 - weight)
-    return ((mixed + 127) // 255).astype(np.uint8)
+    mixed = np.empty((*rgba.shape[:2], 3), dtype=np.uint8)
+    for rows in _strips(rgba):
+        # uint16 holds the largest sum, 255 * 255 + 127.
+        weight = alpha[rows].astype(np.uint16)
+        mixed[rows] = (rgba[rows, :, :3] * weight + 255 * (255 - weight) + 127) // 255
+    return mixed
 
 
 def _from_array(array: np.ndarray, name: str, bits: int | None = None) -> np.ndarray:
+    # A np.matrix keeps two axes whatever is asked of it: np.repeat of it ends the process (2.4).
+    array = np.asarray(array)
     shape = tuple(array.shape)
     allowed = "[H,W], [H,W,1], [H,W,2], [H,W,3] or [H,W,4]"
     if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 2, 3, 4)):
@@ -631,25 +650,25 @@ def _read_with_tifffile(
         raise ImageReadError(name, "the file is empty (0 bytes)") from cause
     if head not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         raise ImageReadError(name, unknown) from cause
+    from PIL import Image
+
+    from deeplab_fast.data.tiff import read_first_page
+
+    # As many as Pillow reads.
+    most = None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
     try:
-        import tifffile
+        pixels, samples, extra = read_first_page(source, most)
     except ImportError as error:
         raise ImageReadError(
             name, "a TIFF kind that Pillow does not read; install tifffile to read it"
         ) from error
-    try:
-        with tifffile.TiffFile(source) as file:
-            page = file.pages.first
-            pixels = np.asarray(page.asarray())
-            # S: samples, stored before the rows in files with separate colour planes.
-            if page.axes == "SYX":
-                pixels = pixels.transpose(1, 2, 0)
-            extra = tuple(int(each) for each in page.extrasamples)
     # As with Pillow: damaged files raise almost anything.
     except Exception as error:
         raise ImageReadError(name, one_line(error)) from error
-    if pixels.ndim == 3 and pixels.shape[2] not in (1, 3) and extra not in _TIFF_ALPHA:
-        raise ImageReadError(name, _too_many_bands(pixels.shape[2]))
+    if pixels is None or (
+        pixels.ndim == 3 and pixels.shape[2] not in (1, 3) and extra not in _TIFF_ALPHA
+    ):
+        raise ImageReadError(name, _too_many_bands(samples))
     try:
         return _from_array(pixels, name, bits)
     except ImageReadError:

@@ -79,6 +79,12 @@ def predict(
     dataclasses.replace(model.preprocess, size=None)``. ``input_plan`` says what is run, and how
     large a photo may become: whole at most 2^24 pixels, or 4 times its own where that is more.
 
+    Memory on the host, beside what the model takes for its input: reading a file 24 bytes a pixel
+    of the photo at most, of which its array keeps 3; resizing it 15 more (a float copy), in windows
+    less; labels 1 byte a pixel, 8 while passes are merged, probabilities 4; with several passes
+    ``4 * C`` bytes a pixel of every photo that runs together (84 of 21 classes, 600 of 150), which
+    windows hold for their row alone.
+
     Args:
         model: of this package, or any other that maps images to logits: torchvision, smp,
             mmsegmentation, transformers, your own; ``engine.adapter.as_segmenter`` says how such a

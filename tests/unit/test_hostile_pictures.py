@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fuzz import answer
 from PIL import Image
 
 from deeplab_fast.data import ImageReadError, InputSizeError, Preprocess, as_rgb_array, read_image
@@ -255,3 +256,65 @@ def test_options_of_a_model_are_not_changed_by_a_refusal():
     assert model.training
     changed = dataclasses.replace(model.preprocess, size=None)
     assert predict(model, np.zeros((1, 5000, 3), np.uint8), preprocess=changed).shape == (1, 5000)
+
+
+def test_a_matrix_of_numpy_is_a_grey_picture():
+    # Without a plain view np.repeat ends the process.
+    found = as_rgb_array(np.asmatrix(np.eye(3, 5, dtype=np.uint8)))
+    np.testing.assert_array_equal(found, np.repeat(np.eye(3, 5, dtype=np.uint8)[..., None], 3, 2))
+
+
+def test_arrays_spread_over_no_memory_are_taken_at_their_size_or_told():
+    spread = np.broadcast_to(np.uint8(7), (50, 60, 3))
+    assert as_rgb_array(spread).shape == (50, 60, 3) and as_rgb_array(spread).flags.writeable
+    # More than addresses reach, so that it is refused whatever the system promises.
+    with pytest.raises(ImageReadError, match="not enough memory"):
+        as_rgb_array(np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (10**8, 10**8, 3)))
+
+
+class Classes(Counts):
+    """Logits of so many classes."""
+
+    def __init__(self, num_classes: int, size: int | None = 520) -> None:
+        super().__init__(size)
+        self.num_classes = num_classes
+
+    def forward_logits(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward_logits(x)[:, :1].expand(-1, self.num_classes, -1, -1)
+
+
+SIDE = 2000
+# The heap's own, and Python's.
+SLACK = 24 << 20
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "each"),
+    [
+        # Bytes a pixel of the photo as the docstring of predict has them.
+        (1, {}, 18),
+        (40, {}, 18),
+        (40, {"return_prob": True}, 18),
+        (5, {"flip": True}, 4 * 5 + 18),
+        (1, {"flip": True, "return_prob": True}, 18),
+        (40, {"tile": 300}, 18),
+    ],
+)
+def test_memory_of_predict_is_a_multiple_of_the_photo(classes, options, each):
+    photo = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    model = Classes(classes)
+    predict(model, photo[:600, :600], **options)
+    answer("memory", lambda: predict(model, photo, **options), memory=each * SIDE**2 + SLACK)
+
+
+def test_memory_of_reading_is_a_multiple_of_the_photo(tmp_path):
+    rgba = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 4), dtype=np.uint8)
+    for name, picture in (
+        ("clear.png", Image.fromarray(rgba)),
+        ("photo.jpg", Image.fromarray(rgba[..., :3].copy())),
+        ("deep.png", Image.fromarray(rgba[..., 0].astype(np.uint16) * 257)),
+        ("float.tif", Image.fromarray(rgba[..., 0].astype(np.float32))),
+    ):
+        picture.save(tmp_path / name)
+        path = tmp_path / name
+        answer("memory", lambda path=path: read_image(path), memory=24 * SIDE**2 + SLACK)
