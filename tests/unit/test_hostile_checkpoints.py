@@ -1,0 +1,699 @@
+"""Checkpoints that were made to harm, or damaged: clear errors, nothing run, opened or taken."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import fuzz
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import deeplab_fast as dlf
+from deeplab_fast.weights import (
+    CheckpointError,
+    from_checkpoint,
+    inspect_weights,
+    load_module,
+    load_weights,
+    model_metadata,
+    pickled,
+    read_state_dict,
+    save_weights,
+)
+
+# Every file here is small; reading one may take this at most.
+MEMORY = 512 << 20
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return dlf.get_model("deeplabv3_mobilenet_v2_tf", num_classes=3, width=0.25, aspp_channels=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hostile")
+
+
+def archive(path: Path, code: bytes, data: dict[str, bytes] | None = None) -> Path:
+    """A zip archive as torch.save writes it, with this pickle."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", code)
+        for name, content in (data or {}).items():
+            file.writestr(f"archive/data/{name}", content)
+    return path
+
+
+def _global(name: str) -> bytes:
+    module, _, leaf = name.rpartition(".")
+    return b"c" + module.encode() + b"\n" + leaf.encode() + b"\n"
+
+
+class _Called:
+    """Pickled as a call of what the name says."""
+
+    def __init__(self, code: bytes) -> None:
+        self.code = code
+
+
+def code_of(value: object) -> bytes:
+    """A pickle of protocol 2, in which `_Called` stands for its own code."""
+    if isinstance(value, _Called):
+        return value.code
+    if isinstance(value, dict):
+        pairs = b"".join(code_of(k) + code_of(v) for k, v in value.items())
+        return b"}(" + pairs + b"u"
+    if isinstance(value, tuple):
+        return b"(" + b"".join(map(code_of, value)) + b"t"
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def called(name: str, *arguments: object) -> _Called:
+    return _Called(_global(name) + code_of(arguments) + b"R")
+
+
+def named(name: str) -> _Called:
+    return _Called(_global(name))
+
+
+def built(made: _Called, state: object) -> _Called:
+    return _Called(made.code + code_of(state) + b"b")
+
+
+def program(value: object) -> bytes:
+    return b"\x80\x02" + code_of(value) + b"."
+
+
+def storage(elements: int, key: str = "0", kind: str = "torch.FloatStorage") -> _Called:
+    return _Called(code_of(("storage", named(kind), key, "cpu", elements)) + b"Q")
+
+
+def tensor(size: tuple, stride: tuple, elements: int, offset: int = 0) -> _Called:
+    hooks = called("collections.OrderedDict")
+    arguments = (storage(elements), offset, size, stride, False, hooks)
+    return called("torch._utils._rebuild_tensor_v2", *arguments)
+
+
+RECONSTRUCT = called(
+    "numpy._core.multiarray._reconstruct", named("numpy.ndarray"), (0,), _Called(code_of("b"))
+)
+
+
+def array(dtype: str, shape: tuple, data: object) -> _Called:
+    made = built(called("numpy.dtype", dtype, False, True), (3, "<", None, None, None, -1, -1, 0))
+    return built(RECONSTRUCT, (1, shape, made, False, data))
+
+
+def nested(depth: int) -> bytes:
+    return b"\x80\x02" + b"}X\x01\x00\x00\x00a" * depth + b"}" + b"s" * depth + b"."
+
+
+RAW = called("_codecs.encode", "\x01" * 16, "latin1")
+ONE = {"0": bytes(4)}
+PICKLES = {
+    # An object array from raw bytes was a segfault.
+    "object-array": (program({"a": array("O8", (2,), RAW)}), {}, "numpy.dtype 'O8'"),
+    "array-beyond-its-bytes": (program({"a": array("f4", (1 << 40,), RAW)}), {}, "16 values|has 4"),
+    "record-dtype": (
+        program({"a": called("numpy.dtype", ("x", "f4"))}),
+        {},
+        "numpy.dtype of records",
+    ),
+    "size-beyond": (program({"w": tensor((1 << 31,), (1,), 1)}), ONE, "ends at element"),
+    "offset-beyond": (program({"w": tensor((1,), (1,), 1, 1 << 40)}), ONE, "ends at element"),
+    "expanded": (program({"w": tensor((1 << 30,), (0,), 1)}), ONE, "of which 1 elements"),
+    "no-elements-many": (program({"w": tensor((0, 1 << 50), (1, 1), 1)}), ONE, "is claimed"),
+    "negative-stride": (program({"w": tensor((1,), (-1,), 1)}), ONE, "is no size"),
+    "storage-beyond": (program({"w": tensor((1,), (1,), 1 << 40)}), ONE, "has 4 bytes"),
+    "no-entry": (program({"w": tensor((1,), (1,), 1)}), {}, "no entry"),
+    "made-storage": (program(called("torch.UntypedStorage", 1 << 40)), {}, "no function"),
+    "made-tensor": (program(called("torch.Tensor", 1 << 40)), {}, "no function"),
+    "bytearray-of-a-size": (program(called("builtins.bytearray", 1 << 40)), {}, "made of a int"),
+    "encoding": (program(called("_codecs.encode", "a", "hex")), {}, "_codecs.encode to 'hex'"),
+    "a-class": (program(called("os.system", "touch hostile-ran")), {}, "object of os.system"),
+    "getattr": (program({"a": called("builtins.getattr", "a", "b")}), {}, "holds no tensors"),
+    "meta": (
+        program({"w": called("torch._utils._rebuild_meta_tensor_no_storage", 1, (1 << 40,))}),
+        {},
+        "without plain values",
+    ),
+    "deep": (nested(10_000), {}, "deep in one another"),
+    "holds-itself": (b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", {}, "hold themselves"),
+    "many-ways": (
+        # Thirty containers, each twice in the next.
+        b"\x80\x02}X\x01\x00\x00\x00wK\x01s"
+        + b"".join(
+            b"q%c}(X\x01\x00\x00\x00ah%cX\x01\x00\x00\x00bh%cu" % (i, i, i) for i in range(30)
+        )
+        + b".",
+        {},
+        "in more than",
+    ),
+    "steps": (b"\x80\x02" + b"N0" * 10 + b".", {}, "operation 48"),
+    "long-name": (program({"w" * 5000: tensor((1,), (1,), 1)}), ONE, "name of 5000 characters"),
+    "name-with-breaks": (program({"a\nb\x00": tensor((1,), (1,), 1)}), ONE, r"a\\nb\\x00"),
+    "memory-of-a-memo": (b"\x80\x02Nr\xff\xff\xff\xff.", {}, "holds a NoneType"),
+    "no-pickle": (b"", {}, "damaged"),
+}
+
+
+@pytest.mark.parametrize(("code", "data", "says"), PICKLES.values(), ids=PICKLES.keys())
+def test_pickles(
+    code: bytes, data: dict[str, bytes], says: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    path = archive(folder / "w.pth", code, data)
+    message = fuzz.refused("pth", lambda: inspect_weights(path), CheckpointError)
+    assert re.search(says, message), message
+    assert not Path("hostile-ran").exists()
+    with pytest.raises(CheckpointError):
+        load_module(nn.Linear(1, 1), path)
+
+
+def test_calls_that_multiply_what_they_get(folder: Path) -> None:
+    # A text of a MiB, encoded ten thousand times and kept.
+    text = code_of("a" * (1 << 20)) + b"q\x00"
+    call = _global("_codecs.encode") + b"(h\x00X\x06\x00\x00\x00latin1tR"
+    path = archive(folder / "w.pth", b"\x80\x02(" + text + call * 10_000 + b"t.")
+    assert "many times" in fuzz.refused("pth", lambda: read_state_dict(path), CheckpointError)
+
+
+def test_keys_whose_hashes_collide(folder: Path) -> None:
+    modulus = (1 << 61) - 1
+    pairs = b"".join(
+        b"\x8a\x0b" + (i * modulus).to_bytes(11, "little") + b"N" for i in range(1, 50_000)
+    )
+    path = archive(folder / "w.pth", b"\x80\x02}(" + pairs + b"u.")
+    found = fuzz.refused("pth", lambda: read_state_dict(path), CheckpointError)
+    assert "keys" in found
+
+
+def legacy(tensors: int, claimed: int) -> bytes:
+    """What torch.save before 1.6 wrote, of a storage that has one element and claims more."""
+    view = ("storage", named("torch.FloatStorage"), "0", "cpu", tensors, None)
+    made = called(
+        "torch._utils._rebuild_tensor_v2",
+        _Called(code_of(view) + b"Q"),
+        0,
+        (tensors,),
+        (1,),
+        False,
+        called("collections.OrderedDict"),
+    )
+    parts = [pickled._LEGACY_MAGIC, pickled._LEGACY_PROTOCOL, {"little_endian": True}]
+    begin = b"".join(pickle.dumps(part, 2) for part in parts)
+    return (
+        begin
+        + program({"w": made})
+        + pickle.dumps(["0"], 2)
+        + struct.pack("<q", claimed)
+        + struct.pack("<f", 1.5)
+    )
+
+
+def test_the_format_before_archives(folder: Path) -> None:
+    path = folder / "w.pth"
+    path.write_bytes(legacy(1, 1))
+    assert torch.equal(read_state_dict(path)["w"], torch.tensor([1.5]))
+    for content, says in (
+        (legacy(1 << 30, 1 << 30), "the file has"),
+        (legacy(1 << 30, 1), "1 elements, 1073741824 were expected"),
+        (legacy(1, 1)[:-5], "ends too early"),
+    ):
+        path.write_bytes(content)
+        assert says in fuzz.refused("legacy", lambda: read_state_dict(path), CheckpointError)
+
+
+def test_archives(model: nn.Module, folder: Path) -> None:
+    """Entries of one name, packed ones, and ones that claim what lies elsewhere."""
+    path = folder / "w.pth"
+    code = program({"w": tensor((1,), (1,), 1)})
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "w") as file:
+        for content in (code, code):
+            file.writestr("archive/data.pkl", content)
+    assert "two entries" in fuzz.refused("pth", lambda: read_state_dict(path), CheckpointError)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", code)
+        file.writestr("archive/data/0", bytes(1 << 26))
+    says = fuzz.refused("pth", lambda: read_state_dict(path), CheckpointError)
+    assert "claim 67" in says
+
+
+NPY = np.lib.format
+
+
+def npy(shape: tuple, dtype: str = "<f4", data: bytes = b"") -> bytes:
+    file = io.BytesIO()
+    about = {"descr": dtype, "fortran_order": False, "shape": shape}
+    NPY.write_array_header_1_0(file, about)
+    return file.getvalue() + data
+
+
+NPZ = {
+    "four-tebibytes": (npy((1 << 40,)), False, "claims the shape"),
+    "four-tebibytes-packed": (npy((1 << 40,)), True, "claims the shape"),
+    "too-few-bytes": (npy((3,), data=bytes(8)), False, "and 8 bytes follow"),
+    "negative": (npy((-1,)), False, "claims the shape|readable"),
+    "bomb": (npy((65 << 20,), data=bytes(260 << 20)), True, "unpacks to more than"),
+    "objects": (npy((1,), "|O", bytes(8)), False, "array of object"),
+    "records": (npy((1,), [("a", "<f4")], bytes(4)), False, "array of"),
+    "no-array": (b"text", False, "readable"),
+}
+
+
+@pytest.mark.parametrize(("content", "packed", "says"), NPZ.values(), ids=NPZ.keys())
+def test_arrays(content: bytes, packed: bool, says: str, folder: Path) -> None:
+    path = folder / "w.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if packed else 0) as file:
+        file.writestr("w.npy", content, compresslevel=1)
+    message = fuzz.refused("npz", lambda: read_state_dict(path), CheckpointError)
+    assert re.search(says, message), message
+
+
+def own_file(path: Path, source: nn.Module, /, **changed: Any) -> Path:
+    """A file of the model whose facts are changed."""
+    facts = json.dumps({**model_metadata(source), **changed})
+    state = {k: v.contiguous() for k, v in source.state_dict().items()}
+    save_file(state, path, metadata={"format": "pt", "deeplab_fast": facts})
+    return path
+
+
+def options(**changed: object) -> dict[str, object]:
+    given = {"output_stride": 16, "width": 0.25, "norm": "batch", "aspp_channels": 8}
+    return {"options": {**given, **changed}}
+
+
+def made(kind: str, name: str = "classifier.1", **values: object) -> dict[str, object]:
+    return {"settings": {name: {"class": kind, "new": True, "values": values}}}
+
+
+def given_values(name: str = "", **values: object) -> dict[str, object]:
+    entry = {"class": "BatchNorm2d", "new": False, "values": values}
+    return {"settings": {name or "backbone.Conv.bn": entry}}
+
+
+FACTS = {
+    # An absolute path as option was opened, and its first bytes printed.
+    "path-as-option": options(weights_backbone="/etc/passwd"),
+    "weights-as-option": options(weights="/etc/passwd"),
+    "classes-many": {"num_classes": 10**9},
+    "classes-more-than-it-has": {"num_classes": 90_000},
+    "classes-a-float": {"num_classes": 3.0},
+    "channels-many": options(aspp_channels=10**9),
+    "channels-more-than-it-has": options(aspp_channels=60_000),
+    "rates-many": options(atrous_rates=[1] * 10_000),
+    "rates-of-text": options(atrous_rates="12"),
+    "rates-negative": options(atrous_rates=[-1]),
+    "stride": options(output_stride=[8]),
+    "width-many": options(width=1e30),
+    "width-nan": options(width=float("nan")),
+    "flag-of-text": options(align_corners="no"),
+    "unknown-option": options(new_one=1),
+    "option-of-another": options(stem="deep"),
+    "no-mapping": {"options": [1]},
+    "model-a-number": {"model": 3},
+    "classes-a-text": {"classes": "abc"},
+    "palette-flat": {"palette": [1, 2, 3]},
+    "palette-beyond": {"palette": [[0, 0, 256]]},
+    "mean-nan": {"preprocess": {"mean": [float("nan")] * 3}},
+    "mean-two": {"preprocess": {"mean": [0.5, 0.5]}},
+    "std-zero": {"preprocess": {"std": [0, 0, 0]}},
+    "size-many": {"preprocess": {"size": 10**9}},
+    "preprocess-more": {"preprocess": {"forward": 1}},
+    "preprocess-a-list": {"preprocess": []},
+    "kind-a-list": {"preprocess_kind": []},
+    "lost-a-number": {"lost": 1},
+    "calibration": {"calibration": {"ranges": {"a": [2, 1]}}},
+    "settings-a-list": {"settings": [1]},
+    "conv-many": made("Conv2d", in_channels=1 << 19, out_channels=1 << 19, kernel_size=[3, 3]),
+    "conv-device": made("Conv2d", in_channels=8, out_channels=3, kernel_size=1, padding=1 << 40),
+    "named-training": made("ReLU", "classifier.training"),
+    "named-parameters": made("ReLU", "classifier._parameters"),
+    "named-forward": made("ReLU", "forward"),
+    "nowhere": {"settings": {"classifier.forward": None}},
+    "deep-name": {"settings": {"a." * 100 + "b": None}},
+    "deep-value": given_values(eps=[[[[[[[[[1]]]]]]]]]),
+}
+
+
+@pytest.mark.parametrize("changed", FACTS.values(), ids=FACTS.keys())
+def test_facts_beside_the_tensors(changed: dict[str, Any], model: nn.Module, folder: Path) -> None:
+    path = own_file(folder / "w.safetensors", model, **changed)
+    message = fuzz.refused("facts", lambda: from_checkpoint(path), CheckpointError)
+    assert "root:" not in message
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        given_values(training="x"),
+        given_values("", forward=1),
+        {"settings": {"": {"class": "DeepLabV3", "new": False, "values": {"preprocess": 1}}}},
+    ],
+    ids=["training", "method", "preprocess"],
+)
+def test_attributes_that_no_file_gives(
+    changed: dict[str, Any], model: nn.Module, folder: Path
+) -> None:
+    entry = next(iter(changed["settings"].items()))
+    if entry[0] == "":
+        entry[1]["class"] = f"{type(model).__module__}.{type(model).__qualname__}"
+    again = from_checkpoint(own_file(folder / "w.safetensors", model, **changed))
+    assert again.training is True and again.preprocess == model.preprocess
+    assert again.backbone.Conv.bn.training is True
+
+
+def test_texts_that_are_no_facts(model: nn.Module, folder: Path) -> None:
+    path = folder / "w.safetensors"
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    for text in ("{", "[" * 100_000, '{"num_classes": 1' + "0" * 9000 + "}", '{"a": {' * 500):
+        save_file(state, path, metadata={"deeplab_fast": text})
+        fuzz.refused("facts", lambda: inspect_weights(path), CheckpointError)
+    save_file(state, path, metadata={"deeplab_fast": "3"})
+    assert inspect_weights(path).model == "deeplabv3_mobilenet_v2_tf"
+
+
+def test_state_dicts_that_hold_themselves() -> None:
+    state: dict[str, Any] = {"w": torch.ones(1)}
+    state["model"] = state
+    with pytest.raises(CheckpointError, match="hold themselves"):
+        inspect_weights(state)
+
+
+# What is written: equal bytes, and a checksum.
+def test_equal_models_give_equal_bytes(model: nn.Module, tmp_path: Path) -> None:
+    for suffix in (".safetensors", ".pth"):
+        files = [save_weights(model, tmp_path / f"{i}{suffix}") for i in range(2)]
+        assert files[0].read_bytes() == files[1].read_bytes(), suffix
+        assert files[0].stat().st_mode & 0o777 == 0o666 & ~_umask()
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert list(file.keys()) == sorted(model.state_dict())
+    length = struct.unpack("<Q", (tmp_path / "0.safetensors").read_bytes()[:8])[0]
+    header = (tmp_path / "0.safetensors").read_bytes()[8 : 8 + length]
+    keys = list(json.loads(header)["__metadata__"])
+    assert keys == sorted(keys) and length % 8 == 0
+    state = load_file(tmp_path / "0.safetensors")
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert list(torch.load(tmp_path / "0.pth", weights_only=True)) == list(model.state_dict())
+
+
+def _umask() -> int:
+    script = "import os; mask = os.umask(0); os.umask(mask); print(mask)"
+    return int(subprocess.run([sys.executable, "-c", script], capture_output=True).stdout)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.bfloat16, torch.bool, torch.uint16, torch.complex64, torch.int8],
+    ids=str,
+)
+def test_every_dtype_is_written_as_the_library_does(dtype: torch.dtype, tmp_path: Path) -> None:
+    from deeplab_fast.weights.safetensors_file import write_safetensors
+
+    values = {
+        "b": torch.arange(6).view(2, 3).to(dtype),
+        "a\n": torch.ones((), dtype=dtype),
+        "é": torch.ones(0, 2, dtype=dtype),
+        "t": torch.arange(6).view(2, 3).to(dtype).t(),
+    }
+    with (tmp_path / "w.safetensors").open("wb") as file:
+        write_safetensors(values, {"x": "1"}, file)
+    found = load_file(tmp_path / "w.safetensors")
+    assert found.keys() == values.keys()
+    for key, value in values.items():
+        assert found[key].dtype == dtype and torch.equal(found[key], value)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_is_told(suffix: str, where: float, model: nn.Module, tmp_path: Path) -> None:
+    path = save_weights(model, tmp_path / f"w{suffix}")
+    content = bytearray(path.read_bytes())
+    # In the longest tensor, a part of its length behind its beginning.
+    state = model.state_dict()
+    longest = max(state.values(), key=torch.numel)
+    raw = longest.contiguous().view(torch.uint8).numpy().tobytes()
+    content[content.index(raw) + int(where * len(raw))] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"not those that were written.*damaged"):
+        from_checkpoint(path)
+
+
+def test_files_that_others_wrote_again_are_read(model: nn.Module, tmp_path: Path) -> None:
+    path = save_weights(model, tmp_path / "w.safetensors")
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    state = load_file(path)
+    key = next(k for k, v in state.items() if v.ndim == 4)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    save_file(half, path, metadata=header)
+    assert torch.equal(read_state_dict(path)[key], half[key])
+    save_file({**state, key: state[key] + 1}, path, metadata=header)
+    with pytest.raises(CheckpointError, match="If you changed them on purpose"):
+        read_state_dict(path)
+    # As the message says.
+    load_weights(model, load_file(path))
+    save_file(state, path, metadata={"format": "pt"})
+    assert read_state_dict(path).keys() == state.keys()
+    pth = save_weights(model, tmp_path / "w.pth")
+    state = torch.load(pth, weights_only=True)
+    state[key] += 1
+    torch.save(state, pth)
+    assert torch.equal(read_state_dict(pth)[key], state[key])
+
+
+# Mutated files of every kind.
+def _seeds(model: nn.Module) -> dict[str, bytes]:
+    state = model.state_dict()
+    first = dict(list(state.items())[:6])
+    content = {
+        "state_dict": OrderedDict((f"model.{k}", v) for k, v in state.items()),
+        "epoch": 3,
+        "args": argparse.Namespace(lr=0.1, path=Path("x")),
+        "best": np.float64(0.5),
+        "curve": np.arange(4.0),
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]},
+    }
+    found: dict[str, bytes] = {}
+    for name, write in {
+        "state.pth": lambda f: torch.save(state, f),
+        "few.pth": lambda f: torch.save(first, f),
+        "container.ckpt": lambda f: torch.save(content, f),
+        "legacy.pth": lambda f: torch.save(first, f, _use_new_zipfile_serialization=False),
+        "w.npz": lambda f: np.savez(f, **{k: v.numpy() for k, v in first.items()}),
+        "packed.npz": lambda f: np.savez_compressed(f, **{k: v.numpy() for k, v in first.items()}),
+    }.items():
+        file = io.BytesIO()
+        write(file)
+        found[name] = file.getvalue()
+    return found
+
+
+@pytest.fixture(scope="module")
+def seeds(model: nn.Module, folder: Path) -> dict[str, bytes]:
+    found = _seeds(model)
+    found["w.safetensors"] = save_weights(model, folder / "seed.safetensors").read_bytes()
+    found["own.pth"] = save_weights(model, folder / "seed.pth").read_bytes()
+    return found
+
+
+NAMES = [
+    "state.pth",
+    "few.pth",
+    "container.ckpt",
+    "legacy.pth",
+    "w.npz",
+    "packed.npz",
+    "w.safetensors",
+    "own.pth",
+]
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> list[tuple[str, float, bytes]]:
+    kinds = st.sampled_from(["set", "insert", "delete", "cut", "head", "repeat"])
+    # Places near both ends, where headers and directories are, come as often as all others.
+    places = st.one_of(
+        st.floats(0, 1), st.floats(0, 0.01), st.floats(0.97, 1), st.floats(0, 0.0005)
+    )
+    values = st.one_of(
+        st.binary(min_size=1, max_size=8),
+        st.sampled_from([b"\xff" * 4, b"\x00" * 4, b"\xff" * 8, b"\x7f", b"[" * 64, b"9" * 12]),
+    )
+    return draw(st.lists(st.tuples(kinds, places, values), min_size=1, max_size=6))
+
+
+def changed(content: bytes, steps: list[tuple[str, float, bytes]]) -> bytes:
+    found = bytearray(content)
+    for kind, place, value in steps:
+        at = int(place * len(found))
+        if kind == "set":
+            found[at : at + len(value)] = value
+        elif kind == "insert":
+            found[at:at] = value
+        elif kind == "delete":
+            del found[at : at + len(value)]
+        elif kind == "cut":
+            del found[at:]
+        elif kind == "head":
+            found[: len(value)] = value
+        else:
+            found[at:at] = found[at : at + 64 * len(value)]
+    return bytes(found)
+
+
+@fuzz.examples(60)
+@given(name=st.sampled_from(NAMES), steps=changes())
+def test_mutated_files(name: str, steps: list, seeds: dict[str, bytes], folder: Path) -> None:
+    path = folder / f"mutated-{name}"
+    path.write_bytes(changed(seeds[name], steps))
+    try:
+        fuzz.answer(
+            f"mutated {path.suffix[1:]}", lambda: _read(path), CheckpointError, memory=MEMORY
+        )
+    finally:
+        path.unlink()
+
+
+def _read(path: Path) -> object:
+    state = read_state_dict(path)
+    # Every value is there.
+    return sum(float(v.double().abs().sum()) if v.numel() else 0.0 for v in _real(state))
+
+
+def _real(state: dict[str, Tensor]) -> list[Tensor]:
+    return [v for v in state.values() if not v.is_complex()]
+
+
+# Pickles of the machine's operations with values at its edges.
+WORDS = [code_of(word) for word in ("model", "state_dict", "backbone.conv1.weight", "", "a\x00")]
+NUMBERS = [
+    code_of(number) for number in (0, 1, -1, 7, 1 << 20, 1 << 40, (1 << 61) - 1, -(1 << 70), 0.5)
+]
+PIECES = [
+    *WORDS,
+    *NUMBERS,
+    *(_global(name) for name in pickled._NAMES),
+    *(bytes([step]) for step in pickled._STEPS if step not in b"cXUT"),
+    b"q\x00",
+    b"q\x01",
+    b"h\x00",
+    b"h\x01",
+    b"(",
+    b"t",
+    b"R",
+    b"b",
+    b"\x81",
+    storage(1).code,
+    storage(1 << 40).code,
+    storage(1, "9").code,
+    tensor((1,), (1,), 1).code,
+    tensor((1 << 30,), (0,), 1).code,
+    array("f4", (4,), RAW).code,
+    array("i8", (2,), RAW).code,
+]
+
+
+@fuzz.examples(120)
+@given(pieces=st.lists(st.sampled_from(PIECES), max_size=40), wrap=st.booleans())
+def test_programs(pieces: list[bytes], wrap: bool, folder: Path) -> None:
+    body = b"".join(pieces)
+    code = b"}X\x05\x00\x00\x00model" + body + b"s" if wrap else body
+    path = archive(folder / "program.pth", b"\x80\x02" + code + b".", ONE)
+    fuzz.answer("programs", lambda: inspect_weights(path), CheckpointError, memory=MEMORY)
+
+
+# Facts with any value of JSON at any place.
+plain_values = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(1 << 70), 1 << 70),
+        st.floats(),
+        st.sampled_from(["", "/etc/passwd", "Conv2d", "ReLU", "forward", "a\x00\n", "batch"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.sampled_from(["class", "new", "values", "eps", "size", ""]), inner),
+    ),
+    max_leaves=6,
+)
+
+
+@st.composite
+def changed_facts(draw: st.DrawFn, facts: dict[str, Any]) -> dict[str, Any]:
+    found = copy.deepcopy(facts)
+    for _ in range(draw(st.integers(1, 3))):
+        at: Any = found
+        while True:
+            key = draw(st.sampled_from(sorted(at))) if at else "x"
+            inner = at.get(key)
+            if not isinstance(inner, dict) or draw(st.integers(0, 3)) == 0:
+                break
+            at = inner
+        at[key] = draw(plain_values)
+    return found
+
+
+@pytest.fixture(scope="module")
+def some_facts(model: nn.Module) -> dict[str, Any]:
+    other = copy.deepcopy(model)
+    other.backbone.Conv.bn.eps = 0.5
+    other.classes, other.palette = ("a", "b", "c"), ((0, 0, 0), (1, 1, 1), (2, 2, 2))
+    other.classifier[1] = nn.Conv2d(8, 3, 1)
+    return model_metadata(other)
+
+
+@fuzz.examples(15)
+@given(data=st.data())
+def test_changed_facts(
+    data: st.DataObject, model: nn.Module, some_facts: dict[str, Any], folder: Path
+) -> None:
+    facts = data.draw(changed_facts(some_facts))
+    path = own_file(folder / "facts.safetensors", model, **facts)
+    fuzz.answer("facts", lambda: from_checkpoint(path), CheckpointError, memory=MEMORY)
+
+
+CONFIG = {
+    "encoder_name": "resnet50",
+    "encoder_output_stride": 8,
+    "decoder_atrous_rates": [12, 24, 36],
+    "decoder_aspp_dropout": 0.5,
+    "upsampling": 8,
+    "activation": None,
+}
+
+
+@fuzz.examples(40)
+@given(data=st.data())
+def test_config_beside_the_weights(data: st.DataObject, folder: Path) -> None:
+    config = data.draw(changed_facts(CONFIG))
+    inside = folder / "smp"
+    inside.mkdir(exist_ok=True)
+    state = {
+        "encoder.conv1.weight": torch.zeros(64, 3, 7, 7),
+        "decoder.0.convs.0.0.weight": torch.zeros(1),
+        "segmentation_head.0.weight": torch.zeros(3, 256, 1, 1),
+    }
+    save_file(state, inside / "model.safetensors")
+    (inside / "config.json").write_text(json.dumps(config))
+    fuzz.answer("config.json", lambda: inspect_weights(inside), CheckpointError, memory=MEMORY)
