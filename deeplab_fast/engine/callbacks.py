@@ -27,6 +27,7 @@ from torch import Tensor
 from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine.averaging import ExponentialAverage
 from deeplab_fast.engine.metrics import ImageScore
+from deeplab_fast.weights import read_content
 
 if TYPE_CHECKING:
     from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -65,7 +66,8 @@ class Stopped(Exception):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under another name, to the disk, and then gives it its own.
+    """Writes a checkpoint under another name, to the disk, and then gives it its own; reads it as
+    data.
 
     At any moment, also after a power cut, the file of that name is a whole checkpoint: the new or
     the former one.
@@ -92,6 +94,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if cause is None:
                 raise
             raise CheckpointNotWritten(cause.errno, _why_not_written(path, cause)) from error
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: object = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Reads it as data (`weights.read_content`), on the CPU; errors as that has them."""
+        content: dict[str, Any] = read_content(path)
+        return content
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
@@ -219,7 +231,7 @@ class RunCheckpoint(Checkpoint):
             self.best_score = self.best_step = self.best_confusion = None
             self.best_images = ()
             return
-        content = torch.load(self.best_path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_content(self.best_path)
         if content["global_step"] != self.best_step:
             last = self.last_confusion
             self.load_state_dict(content["callbacks"][self.state_key])

@@ -15,6 +15,7 @@ import torch
 
 from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine.config import OptionError, TrainConfig, to_yaml
+from deeplab_fast.weights import read_content
 
 if TYPE_CHECKING:
     from deeplab_fast.engine.metrics import Metrics
@@ -199,7 +200,7 @@ def finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
 
 def progress_of(checkpoint: Path) -> tuple[int, int]:
     """Steps done and the number of the epoch, from 0, in a checkpoint of a run."""
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    content = read_content(checkpoint)
     return int(content["global_step"]), int(content["epoch"])
 
 
@@ -217,7 +218,7 @@ def check_resumable(
         ValueError: no checkpoint of a training run.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_content(path)
         before = dict(content["train_config"])
     except Exception as error:
         raise ValueError(

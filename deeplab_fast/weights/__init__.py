@@ -3,7 +3,7 @@
 from ._common import CheckpointError
 from .any_module import load_module
 from .embedded import embedded_path, list_embedded, model_card
-from .files import read_state_dict
+from .files import read_content, read_state_dict
 from .from_file import from_checkpoint, load, restore_settings, warn_of_assumptions
 from .inspect import WeightsInfo, inspect_weights
 from .layouts import LAYOUTS, Layout
@@ -29,6 +29,7 @@ __all__ = [
     "load_weights",
     "model_card",
     "model_metadata",
+    "read_content",
     "read_state_dict",
     "restore_settings",
     "save_weights",

@@ -111,7 +111,7 @@ def read_state_dict(path: str | os.PathLike[str], *, part: str | None = None) ->
     return open_checkpoint(os.fspath(path), part).state
 
 
-def read_content(path: str | os.PathLike[str]) -> object:
+def read_content(path: str | os.PathLike[str]) -> Any:
     """What a checkpoint file holds, containers and all; files and errors of `read_state_dict`.
 
     Beside tensors: Python's plain types, NumPy's numbers and arrays of numbers, paths,
