@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+import traceback
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from deeplab_fast.engine.config import to_yaml, train_config  # noqa: E402
 from deeplab_fast.engine.module import NonFiniteLoss  # noqa: E402
 from deeplab_fast.engine.train import fit, fit_stages  # noqa: E402
 from deeplab_fast.weights import read_state_dict  # noqa: E402
+from tests.helpers.fuzz import rows  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,6 +191,94 @@ def test_killed_at_any_moment(tiny, plan, uninterrupted, tmp_path):
     assert any("resuming from" in line for line in told)
     assert not any(line.startswith("warning: from step") for line in told)
     assert differences(state(uninterrupted), state(again)) == []
+
+
+def in_child(work):
+    """Process id of a fork that calls ``work`` and ends."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def watch_files(folder, seen):
+    """Calls ``seen`` before whatever this process opens, renames or removes in a folder."""
+
+    def hook(event, arguments):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.chmod"):
+            if str(arguments[0]).startswith(str(folder)):
+                seen()
+
+    # It cannot be taken back: for processes that end.
+    sys.addaudithook(hook)
+
+
+def test_killed_again_and_again(plan, uninterrupted, tmp_path):
+    """DEEPLAB_FAST_FUZZ=50 kills 50 runs: before a random access to a file of theirs, from the
+    first folder to the last rename of model.safetensors, or after a random time."""
+    rng = random.Random(0)
+    plan = plan.replace(checkpoint_minutes=0.0)
+    counted = tmp_path / "counted"
+
+    def whole():
+        events = []
+        folder = tmp_path / "dry"
+        watch_files(folder, lambda: events.append(time.monotonic()))
+        begin = time.monotonic()
+        fit(plan.replace(output=str(folder)), quiet=True)
+        counted.write_text(f"{len(events)} {time.monotonic() - begin}")
+
+    assert os.waitpid(in_child(whole), 0)[1] == 0
+    events, seconds = (float(word) for word in counted.read_text().split())
+    kills, finished, at = 0, 0, 0
+    wanted = rows(3)
+    while kills < wanted or at:
+        at += 1
+        config = plan.replace(output=str(tmp_path / f"run{finished}"))
+        left = rng.randrange(int(events)) if rng.random() < 0.6 else None
+        if kills >= wanted:
+            left = 1 << 30
+
+        def work(config=config, left=left):
+            def seen():
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            if left is not None:
+                watch_files(Path(config.output), seen)
+            fit(config, resume=True, quiet=True)
+
+        child = in_child(work)
+        if left is None:
+            time.sleep(rng.uniform(0.0, seconds))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            kills += 1
+            continue
+        assert status == 0
+        again = fit(config, resume=True)
+        assert again.finished
+        found, expected = state(again), state(uninterrupted)
+        for name in ("best", "miou"):
+            # Scores of a finished run are read from its result.json.
+            found[name] = pytest.approx(found[name])
+        assert differences(expected, found) == []
+        assert again.weights.read_bytes() == uninterrupted.weights.read_bytes()
+        left_over = [path for path in again.folder.rglob("*") if path.name.endswith(".tmp")]
+        assert left_over == []
+        finished, at = finished + 1, 0
+    print(f"{kills} kills, {finished} runs finished")
 
 
 def test_resumed_with_other_options(plan, tmp_path):
