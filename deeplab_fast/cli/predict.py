@@ -256,6 +256,7 @@ def _inputs(
         ]
         if not found:
             raise ValueError(f"every image found is a result in --output {output}")
+    from deeplab_fast.data.images import shown_name
     from deeplab_fast.engine.outputs import output_paths
 
     written = {
@@ -267,7 +268,8 @@ def _inputs(
     for path in found:
         if os.path.realpath(path) in written:
             raise ValueError(
-                f"the results would overwrite the image {path}; name another --output folder"
+                f"the results would overwrite the image {shown_name(path)}; name another --output "
+                "folder"
             )
     return list(found)
 
@@ -364,7 +366,7 @@ class _Tally:
 def _run(job: _Job) -> int:
     from deeplab_fast import use_backend
     from deeplab_fast.backends import BackendUnavailable
-    from deeplab_fast.data.images import OUT_OF_MEMORY
+    from deeplab_fast.data.images import OUT_OF_MEMORY, shown_name
     from deeplab_fast.engine.counting import Counting, pace
 
     tally = _Tally()
@@ -394,7 +396,7 @@ def _run(job: _Job) -> int:
                 try:
                     line = future.result()
                 except MemoryError:
-                    _told_failure(tally, counting, f"{path}: {OUT_OF_MEMORY}")
+                    _told_failure(tally, counting, f"{shown_name(path)}: {OUT_OF_MEMORY}")
                     continue
                 counting.write(line, sys.stdout)
 
@@ -463,7 +465,7 @@ def _groups(
             _failed(tally, counting, f"{shown_name(photo.path)}: {error}")
             continue
         except MemoryError:
-            _failed(tally, counting, f"{photo.path}: {OUT_OF_MEMORY}")
+            _failed(tally, counting, f"{shown_name(photo.path)}: {OUT_OF_MEMORY}")
             continue
         if group and (
             len(group) == most or size != _plan(job, group[0].pixels.result().shape[:2]).size
@@ -498,7 +500,7 @@ def _segmented(
     job: _Job, group: list[_Photo], tally: _Tally, counting: Counting
 ) -> list[tuple[Path, Callable[[], str]]]:
     """Of each photo what writes its results and gives its line of text."""
-    from deeplab_fast.data.images import OUT_OF_MEMORY
+    from deeplab_fast.data.images import OUT_OF_MEMORY, shown_name
     from deeplab_fast.data.preprocess import InputSizeError
     from deeplab_fast.engine.finite import NotFiniteWarning
     from deeplab_fast.engine.runner import is_out_of_memory
@@ -510,14 +512,14 @@ def _segmented(
     except InputSizeError as error:
         if len(group) > 1:
             return _one_by_one(job, group, tally, counting)
-        _failed(tally, counting, f"{group[0].path}: {error}")
+        _failed(tally, counting, f"{shown_name(group[0].path)}: {error}")
         return []
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         if len(group) > 1:
             return _one_by_one(job, group, tally, counting)
-        _failed(tally, counting, f"{group[0].path}: {OUT_OF_MEMORY}")
+        _failed(tally, counting, f"{shown_name(group[0].path)}: {OUT_OF_MEMORY}")
         return []
     milliseconds = 1e3 * (time.monotonic() - began) / len(group)
     not_finite = dict.fromkeys(range(len(group)), 0)
@@ -599,6 +601,7 @@ def _written(
     milliseconds: float,
 ) -> str:
     """One image's results written, and its line of text."""
+    from deeplab_fast.data.images import shown_name
     from deeplab_fast.engine.outputs import class_areas, write_outputs
 
     plan = _plan(job, image.shape[:2])
@@ -632,7 +635,8 @@ def _written(
     more = f", {len(areas) - 5} more" if len(areas) > 5 else ""
     number = f"{photo.number}/{len(job.paths)} " if len(job.paths) > 1 else ""
     scales = "".join(f" x{scale:g}" for scale in job.options.scales if job.options.scales != (1.0,))
-    return f"{number}{photo.path}: {shown}{more} (at {plan}{scales}; {milliseconds:.0f} ms)"
+    name = shown_name(photo.path)
+    return f"{number}{name}: {shown}{more} (at {plan}{scales}; {milliseconds:.0f} ms)"
 
 
 def _backend_used(job: _Job, size: tuple[int, int]) -> str | None:

@@ -377,10 +377,10 @@ def _printable(text: str, most: int) -> str:
 def picture_name(picture: object, index: int | None) -> str:
     """What messages call a picture: its path, or its place in a list, None for the only one."""
     if isinstance(picture, (str, os.PathLike)):
-        return shown_name(picture)
+        return os.fsdecode(picture)
     named = getattr(picture, "filename", "")
     if isinstance(named, (str, os.PathLike)) and os.fsdecode(named):
-        return shown_name(named)
+        return os.fsdecode(named)
     return "the image" if index is None else f"images[{index}]"
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..data.images import shown_name
 
 __all__ = ["NotFiniteWarning", "describe_not_finite", "not_finite_pixels"]
 
@@ -33,7 +34,7 @@ class NotFiniteWarning(UserWarning):
 def describe_not_finite(pixels: Mapping[str, int]) -> str:
     """ "12 pixels of a.png, 3 pixels of b.png", the first ten images."""
     parts = [
-        f"{count} pixel{'s' if count != 1 else ''} of {name}"
+        f"{count} pixel{'s' if count != 1 else ''} of {shown_name(name)}"
         for name, count in list(pixels.items())[:_SHOWN]
     ]
     rest = list(pixels.values())[_SHOWN:]

@@ -142,7 +142,8 @@ def write_outputs(
             "classes": class_areas(labels, classes),
         }
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        writers["json"] = lambda file: file.write(text.encode("utf-8"))
+        # Bytes of a file's name that are no text are JSON's \udcXX, which Python gives back.
+        writers["json"] = lambda file: file.write(text.encode("utf-8", "backslashreplace"))
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     write_atomically([(paths[kind], write) for kind, write in writers.items()])
     return paths

@@ -127,7 +127,7 @@ def predict(
             logits; says what came and what is allowed.
         ImageReadError: a path that cannot be read (a ValueError too).
         InputSizeError: a photo that would be resized to more than it may (a ValueError too): one
-            pixel by thousands, scales of 1e9.
+            pixel by thousands, a scale of 64.
         MemoryError: the host has not enough for a photo; says what takes less.
 
     Warns:

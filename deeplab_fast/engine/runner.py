@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deeplab_fast import ops, reference
 from deeplab_fast._documents import shown
-from deeplab_fast.data.images import ImageLike, as_rgb_array, picture_name
+from deeplab_fast.data.images import ImageLike, as_rgb_array, picture_name, shown_name
 from deeplab_fast.data.preprocess import (
     MOST_TILED_PIXELS,
     InputSizeError,
@@ -396,7 +396,7 @@ class Runner:
             try:
                 self.base(pixels)
             except InputSizeError as error:
-                name = picture_name(given, index if len(images) > 1 else None)
+                name = shown_name(picture_name(given, index if len(images) > 1 else None))
                 raise InputSizeError(f"{name}: {error}") from error
             if group and (len(group) == step or self.base(pixels) != self.base(group[0])):
                 yield group

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -449,6 +450,35 @@ def test_too_large_an_image_is_reported(capsys, weights, photos, tmp_path, monke
         assert status == 1 and "2 of 3 images" in printed
         assert errors.count("not enough memory") == 1
         assert "turned.jpg: not enough memory; use --tile" in errors
+
+
+def test_hostile_files_fail_alone_and_in_a_line_each(capsys, weights, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "page\x1b[2J.png").write_text("<html>")
+    # A line of 1x5000 pixels, whose shorter side alone would be resized.
+    photo(1, 5000).save(folder / "line.png")
+    # Names that cannot be printed as they are.
+    names = ["b\x1b[2J.png", "\udcff.png"]
+    for name in names:
+        photo(40, 56).save(folder / "a.png")
+        (folder / "a.png").rename(folder / name)
+    arguments = ("predict", folder, "--output", tmp_path / "o", "--weights", weights)
+    status, printed, errors = run(capsys, *arguments, "--size", 16)
+    assert status == 1 and "3 of 7 images" in printed
+    assert "b\\x1b[2J.png: " in printed and "\\udcff.png: " in printed
+    text = printed + errors
+    assert text.encode() and "\x1b" not in text and "Traceback" not in text
+    for said in ("is a pipe", "is a device", "symbolic links", "not a picture"):
+        assert errors.count(said) == 1
+    assert "line.png: a picture of 1x5000 pixels" not in errors
+    written = (tmp_path / "o" / "\udcff.json").read_bytes()
+    assert json.loads(written.decode("utf-8"))["image"] == str(folder / "\udcff.png")
+    status, _, errors = run(capsys, *arguments, "--size", 520)
+    assert errors.count("line.png: a picture of 1x5000 pixels") == 1 and "--size" in errors
 
 
 def test_other_errors_are_not_swallowed(capsys, weights, photos, tmp_path, monkeypatch):
