@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import struct
 import warnings
@@ -376,3 +377,36 @@ def test_a_tiff_strip_that_unpacks_without_end_is_refused(tmp_path):
     # One of more pixels than are read.
     tifffile.imwrite(path, np.zeros((1024, 1024, 3), np.float32), photometric="rgb")
     assert "524288 are read" in refused("bombs", lambda: read_image(path), ImageReadError)
+
+
+numbers = st.sampled_from([0, 1, -1, 5, 5.5, 1e300, -1e9, 40000, float("nan"), "1", None, [1]])
+polygons = st.lists(st.lists(st.floats(-4, 12) | numbers, max_size=9), max_size=3)
+runs = st.lists(st.integers(-2, 48) | numbers, max_size=6)
+crowds = st.fixed_dictionaries(
+    {},
+    optional={
+        "size": st.sampled_from([[6, 8], [8, 6], [6], 6, None]),
+        "counts": runs
+        | st.text(st.characters(min_codepoint=40, max_codepoint=130), max_size=12)
+        | st.integers(0, 48).map(lambda n: [n, 48 - n]),
+    },
+)
+
+
+@examples(60)
+@given(shapes_of=st.lists(polygons | crowds, max_size=3), height=st.sampled_from([6, 0, 10**9]))
+def test_shapes_of_coco_are_drawn_or_refused_in_words(tmp_path_factory, shapes_of, height):
+    pytest.importorskip("pycocotools")
+    root = tmp_path_factory.getbasetemp() / "coco"
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / "val2017").mkdir(exist_ok=True)
+    image = {"id": 1, "file_name": "a.jpg", "height": height, "width": 8}
+    entries = [
+        {"image_id": 1, "category_id": 5, "area": 5, "segmentation": each} for each in shapes_of
+    ]
+    text = json.dumps({"images": [image], "annotations": entries})
+    (root / "annotations" / "instances_val2017.json").write_text(text)
+    dataset = open_dataset("coco-voc", root)
+    found = answer("shapes of COCO", lambda: dataset.raw_label(0), ImageReadError, memory=MEMORY)
+    if isinstance(found, np.ndarray):
+        assert found.shape == (6, 8) and set(found.ravel().tolist()) <= {0, 1, 255}

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deeplab_fast.data import ImageReadError
+from deeplab_fast.data import ImageReadError, InputSizeError, list_images
 from deeplab_fast.data.check import check_dataset
 from deeplab_fast.data.datasets import open_dataset, read_mask
 from deeplab_fast.data.datasets.files import on_disk
+from deeplab_fast.data.transforms import AugmentedDataset, paper_training, torchvision_training
 
 
 def table(folder, content: bytes):
@@ -265,3 +266,29 @@ def test_pictures_that_are_masks_by_name_only_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ImageReadError, match=r"cannot identify|does not keep class numbers"):
             read_mask(tmp_path / name)
+
+
+def test_training_names_the_photo_that_would_become_too_large(tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        Image.new("L", (5000, 1)).save(tmp_path / kind / "line.png")
+    dataset = open_dataset(tmp_path, classes=2, split="all")
+    for transform in (torchvision_training(), paper_training(input_size=520, scale=(1.0, 1.0))):
+        with pytest.raises(InputSizeError, match=r"images.line\.png: a picture of 1x5000"):
+            AugmentedDataset(dataset, transform)[0]
+    # At its own size it is cropped.
+    assert AugmentedDataset(dataset, paper_training(33))[0][1].shape == (33, 33)
+
+
+def test_lists_of_images_name_what_is_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "none.png").symlink_to("nowhere.png")
+    # Who reads them says why they cannot be read.
+    assert list_images(tmp_path / "pipe.png") == [tmp_path / "pipe.png"]
+    assert list_images(tmp_path / "none.png") == [tmp_path / "none.png"]
+    assert [path.name for path in list_images(tmp_path)] == ["none.png", "pipe.png"]
+    for name in ("n" * 5000, "a\0.png", "a\x1b[2J"):
+        with pytest.raises(FileNotFoundError, match=r"no such file|matches no image") as error:
+            list_images(name)
+        assert len(str(error.value)) < 400 and str(error.value).isprintable()
