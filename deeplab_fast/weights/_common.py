@@ -19,12 +19,19 @@ CHECKSUM_KEY = "deeplab_fast.checksum"
 ARCHIVE_NAME = "archive"
 # How many keys of each kind an error message spells out.
 SHOWN = 10
-# Characters of one text of a file in a message.
-_LONGEST = 200
+# Characters of one text of a file in a message, and of a message.
+_LONGEST, _LONGEST_MESSAGE = 200, 3900
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit the model; the message says why."""
+    """A checkpoint that cannot be read or does not fit the model; the message says why.
+
+    Control characters of names in a file are written as escapes, as a terminal obeys them.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
+        super().__init__("".join(c if c.isprintable() or c == "\n" else escaped(c) for c in shown))
 
 
 def one_line(value: object) -> str:
@@ -35,7 +42,12 @@ def one_line(value: object) -> str:
     """
     text = str(value)
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else escaped(c) for c in text)
+
+
+def escaped(character: str) -> str:
+    """As Python writes it in a text."""
+    return repr(character)[1:-1]
 
 
 def shorten(items: Sequence[str]) -> str:

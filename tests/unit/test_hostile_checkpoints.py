@@ -7,6 +7,7 @@ import copy
 import io
 import json
 import pickle
+import random
 import re
 import struct
 import subprocess
@@ -38,6 +39,12 @@ from deeplab_fast.weights import (
     read_state_dict,
     save_weights,
 )
+from deeplab_fast.weights.files import Checkpoint
+from deeplab_fast.weights.inspect import inspect_open
+from deeplab_fast.weights.layouts import layout_named, rename_tensors
+from deeplab_fast.weights.libraries import Origin
+from deeplab_fast.weights.settings import check_settings
+from deeplab_fast.weights.told import checked_options
 
 # Every file here is small; reading one may take this at most.
 MEMORY = 512 << 20
@@ -530,16 +537,20 @@ NAMES = [
 
 @st.composite
 def changes(draw: st.DrawFn) -> list[tuple[str, float, bytes]]:
-    kinds = st.sampled_from(["set", "insert", "delete", "cut", "head", "repeat"])
-    # Places near both ends, where headers and directories are, come as often as all others.
-    places = st.one_of(
-        st.floats(0, 1), st.floats(0, 0.01), st.floats(0.97, 1), st.floats(0, 0.0005)
-    )
-    values = st.one_of(
-        st.binary(min_size=1, max_size=8),
-        st.sampled_from([b"\xff" * 4, b"\x00" * 4, b"\xff" * 8, b"\x7f", b"[" * 64, b"9" * 12]),
-    )
-    return draw(st.lists(st.tuples(kinds, places, values), min_size=1, max_size=6))
+    # Hypothesis's own numbers gather at both ends.
+    chance = random.Random(draw(st.integers(0, 1 << 40)))
+    words = (b"\xff" * 4, b"\x00" * 4, b"\xff" * 8, b"\x7f", b"[" * 64, b"9" * 12)
+    found = []
+    for _ in range(chance.choice((1, 1, 1, 2, 4, 8))):
+        kind = chance.choice(("set",) * 6 + ("insert", "delete", "cut", "head", "repeat"))
+        # Headers and directories, near both ends, are changed as often as all others.
+        place = chance.random() * chance.choice((1.0, 1.0, 0.01, 0.0005))
+        place = 1 - place * 0.03 if chance.random() < 0.2 else place
+        value = chance.choice(
+            (chance.randbytes(1), chance.randbytes(1), chance.randbytes(8), *words)
+        )
+        found.append((kind, place, value))
+    return found
 
 
 def changed(content: bytes, steps: list[tuple[str, float, bytes]]) -> bytes:
@@ -613,13 +624,50 @@ PIECES = [
 ]
 
 
-@fuzz.examples(120)
-@given(pieces=st.lists(st.sampled_from(PIECES), max_size=40), wrap=st.booleans())
-def test_programs(pieces: list[bytes], wrap: bool, folder: Path) -> None:
-    body = b"".join(pieces)
-    code = b"}X\x05\x00\x00\x00model" + body + b"s" if wrap else body
-    path = archive(folder / "program.pth", b"\x80\x02" + code + b".", ONE)
-    fuzz.answer("programs", lambda: inspect_weights(path), CheckpointError, memory=MEMORY)
+# Calls of every name with whatever arguments, and the state that some of them get.
+CALLED = [
+    _Called(_global(name))
+    for name, known in pickled._NAMES.items()
+    if isinstance(known, pickled._Function)
+]
+VALUES = [_Called(piece) for piece in NUMBERS + WORDS]
+VALUES += [RAW, RECONSTRUCT, storage(1), tensor((1,), (1,), 1), array("f4", (4,), RAW)]
+VALUES += [_Called(code_of(v)) for v in (None, True, (), (1,), (1 << 40,), (-1,), {}, [1], b"a")]
+VALUES += [_Called(_global(name)) for name in list(pickled._NAMES)[:40]]
+
+
+@st.composite
+def objects(draw: st.DrawFn, depth: int = 3) -> _Called:
+    kind = draw(st.integers(0, 4)) if depth else 0
+    if kind == 0:
+        return draw(st.sampled_from(VALUES))
+    inner = draw(st.lists(objects(depth - 1), max_size=6))
+    if kind == 1:
+        return _Called(code_of(tuple(inner)))
+    if kind == 2:
+        return _Called(code_of({f"k{i}": value for i, value in enumerate(inner)}))
+    if kind == 3:
+        return built(draw(objects(depth - 1)), draw(objects(depth - 1)))
+    function = draw(st.sampled_from(CALLED)).code
+    return _Called(function + code_of(tuple(inner)) + draw(st.sampled_from([b"R", b"\x81"])))
+
+
+@fuzz.examples(60)
+@given(
+    pieces=st.lists(st.sampled_from(PIECES), max_size=40),
+    value=objects(),
+    kind=st.sampled_from(["bare", "beside", "wrapped", "in-state"]),
+)
+def test_programs(pieces: list[bytes], value: _Called, kind: str, folder: Path) -> None:
+    good = tensor((1,), (1,), 1)
+    code = {
+        "bare": b"\x80\x02" + b"".join(pieces) + b".",
+        "beside": program({"model": {"backbone.w": good}, "other": value}),
+        "wrapped": program({"model": value}),
+        "in-state": program({"backbone.w": good, "backbone.v": value}),
+    }[kind]
+    path = archive(folder / "program.pth", code, ONE)
+    fuzz.answer(f"programs {kind}", lambda: _read(path), CheckpointError, memory=MEMORY)
 
 
 # Facts with any value of JSON at any place.
@@ -673,6 +721,41 @@ def test_changed_facts(
     fuzz.answer("facts", lambda: from_checkpoint(path), CheckpointError, memory=MEMORY)
 
 
+MMSEG = {
+    "backbone": {
+        "strides": [1, 2, 1, 1],
+        "dilations": [1, 1, 2, 4],
+        "norm_cfg": {"eps": 1e-5},
+        "multi_grid": [1, 2, 4],
+        "style": "caffe",
+        "act_cfg": {"type": "ReLU"},
+    },
+    "decode_head": {
+        "dilations": [1, 12, 24, 36],
+        "align_corners": False,
+        "dropout_ratio": 0.1,
+        "in_index": 3,
+        "out_channels": 19,
+    },
+    "auxiliary_head": {"norm_cfg": {"eps": 1e-3}},
+    "data_preprocessor": {"mean": [123.675, 116.28, 103.53]},
+}
+
+
+@pytest.fixture(scope="module")
+def smp_names() -> dict[str, Tensor]:
+    """A ResNet-50's names and shapes as smp has them."""
+    with torch.device("meta"):
+        state = dlf.get_model("deeplabv3_resnet50", num_classes=3).state_dict()
+    names = (("backbone", "encoder"), ("classifier.4", "segmentation_head.0"))
+    names = (*names, ("classifier", "decoder"))
+    found = {}
+    for key, value in state.items():
+        ours, theirs = next(pair for pair in names if key.startswith(f"{pair[0]}."))
+        found[theirs + key.removeprefix(ours)] = value
+    return found
+
+
 CONFIG = {
     "encoder_name": "resnet50",
     "encoder_output_stride": 8,
@@ -683,17 +766,61 @@ CONFIG = {
 }
 
 
-@fuzz.examples(40)
+@fuzz.examples(20)
 @given(data=st.data())
-def test_config_beside_the_weights(data: st.DataObject, folder: Path) -> None:
-    config = data.draw(changed_facts(CONFIG))
-    inside = folder / "smp"
-    inside.mkdir(exist_ok=True)
-    state = {
-        "encoder.conv1.weight": torch.zeros(64, 3, 7, 7),
-        "decoder.0.convs.0.0.weight": torch.zeros(1),
-        "segmentation_head.0.weight": torch.zeros(3, 256, 1, 1),
-    }
-    save_file(state, inside / "model.safetensors")
-    (inside / "config.json").write_text(json.dumps(config))
-    fuzz.answer("config.json", lambda: inspect_weights(inside), CheckpointError, memory=MEMORY)
+def test_config_beside_the_weights(data: st.DataObject, smp_names: dict[str, Tensor]) -> None:
+    config = json.loads(json.dumps(data.draw(changed_facts(CONFIG))))
+    checkpoint = Checkpoint("w", smp_names, {}, Origin(config=config))
+    layout = layout_named("smp")
+
+    def read() -> object:
+        state = rename_tensors(smp_names, layout, "w").state
+        info = inspect_open(checkpoint, layout, state)
+        assert info.model == "deeplabv3_resnet50"
+        return info, layout.differs(smp_names, checkpoint.origin)
+
+    fuzz.answer("config.json", read, CheckpointError, memory=MEMORY)
+
+
+@fuzz.examples(20)
+@given(data=st.data())
+def test_config_in_the_weights(data: st.DataObject, smp_names: dict[str, Tensor]) -> None:
+    """mmsegmentation's, a text of Python."""
+    about = data.draw(changed_facts(MMSEG))
+    text = "model = " + repr(about).replace("'dict'", "dict(type=1)")
+    cut = data.draw(st.integers(0, len(text))) if data.draw(st.integers(0, 4)) == 0 else None
+    meta = {"cfg": data.draw(st.sampled_from([text[:cut], "model = " + "(" * 500, "-" * 9000]))}
+    layout = layout_named("mmseg")
+
+    def read() -> object:
+        origin = Origin(meta=meta)
+        found = checked_options(layout.options(smp_names, origin), "w")
+        check_settings(layout.settings(smp_names, origin), "w")
+        return found, layout.differs(smp_names, origin)
+
+    fuzz.answer("mmseg config", read, CheckpointError, memory=MEMORY)
+
+
+@pytest.mark.parametrize("outside", ["../secret.bin", "link.bin", "absolute"])
+def test_exported_files_read_nothing_outside_their_folder(outside: str, tmp_path: Path) -> None:
+    """The runtimes' own check of "external data", which every version that is taken has."""
+    onnx = pytest.importorskip("onnx")
+    inside = tmp_path / "model"
+    inside.mkdir()
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(bytes(64))
+    (inside / "link.bin").symlink_to(secret)
+    weight = onnx.TensorProto(name="w", data_type=1, dims=[16], data_location=1)
+    place = str(secret) if outside == "absolute" else outside
+    for key, value in (("location", place), ("offset", "0"), ("length", "64")):
+        weight.external_data.add(key=key, value=value)
+    ends = [onnx.helper.make_tensor_value_info(name, 1, [16]) for name in "xy"]
+    node = onnx.helper.make_node("Add", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=9)
+    (inside / "m.onnx").write_bytes(model.SerializeToString())
+    for runtime in ("onnxruntime", "openvino"):
+        pytest.importorskip(runtime)
+        with pytest.raises(ValueError, match=r"no \.onnx file that"):
+            dlf.load_exported(inside / "m.onnx", runtime=runtime)
