@@ -32,7 +32,7 @@ FOLDERS_training := $(wildcard tests/unit/test_train*.py)
 FOLDERS_unit := $(filter-out $(FOLDERS_training),$(wildcard tests/unit/test_*.py)) tests/models
 FOLDERS_interpret := tests/interpret
 # Those of many seconds first: a file stays in one process, as its tests share what they compile.
-SLOW_aot := $(patsubst %,tests/aot/test_%.py,cpu_sanitized)
+SLOW_aot := $(patsubst %,tests/aot/test_%.py,cpu_sanitized cpu_threads)
 FOLDERS_aot := $(SLOW_aot) $(filter-out $(SLOW_aot),$(wildcard tests/aot/test_*.py))
 FOLDERS_gpu := tests/gpu
 FOLDERS_launch := tests/launch

@@ -9,10 +9,17 @@ gradients in closed form; they run below autograd, where nothing records a graph
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# From here on PyTorch's convolutions, which count in 32 bits, overflow: a dilation of 2^31 - 1 ends
+# the process.
+_LARGE = 2**30
+# The outputs for which a tap lies inside the map and the pixels that they read; None for none.
+_Run = tuple[slice, slice] | None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,6 +38,164 @@ def upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """torch.nn.functional.conv2d, also of calls that PyTorch does not survive (`is_safe`)."""
+    pairs = _pair(stride), _pair(padding), _pair(dilation)
+    if is_safe(x.shape, weight.shape, *pairs):
+        return F.conv2d(x, weight, bias, *pairs, groups)
+    dtype = compute_dtype(x.dtype)
+    wide, filters = _in_groups(x.to(dtype), weight.to(dtype), groups)
+    size, runs = _runs(x.shape, weight.shape, *pairs)
+    # No pixel may be read, but what x is computed from must learn so.
+    y = wide.new_zeros((*wide.shape[:2], filters.shape[1], *size)) + wide[:0].sum()
+    for row in range(weight.shape[2]):
+        for column in range(weight.shape[3]):
+            tap = filters[..., row, column]
+            # Padding is multiplied, for what is not finite.
+            part = (0 * tap).sum(2)[..., None, None].expand_as(y).clone()
+            for rows, columns, lines, pixels in _inside(runs, row, column):
+                seen = wide[..., lines, pixels]
+                part[..., rows, columns] = torch.einsum("ngchw,gkc->ngkhw", seen, tap)
+            y = y + part
+    y = y.flatten(1, 2)
+    return (y if bias is None else y + _per_channel(bias, dtype)).to(x.dtype)
+
+
+def convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    to_x: bool = True,
+    to_weight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `convolution` to x and weight; empty where one is not asked for."""
+    pairs = _pair(stride), _pair(padding), _pair(dilation)
+    empty = grad.new_empty(0)
+    strided = weight.shape[2:] == (1, 1) and pairs[0] != (1, 1) and pairs[1] == (0, 0)
+    if strided and to_weight and x.device.type == "cpu":
+        # oneDNN's writes behind its memory where it gathers few channels.
+        down, across = pairs[0]
+        gathered = x[:, :, ::down, ::across]
+        grad_weight = convolution_backward(
+            grad, gathered, weight, 1, 0, 1, groups, to_x=False, to_weight=True
+        )[1]
+        options = (stride, padding, dilation, groups)
+        return convolution_backward(grad, x, weight, *options, to_x, False)[0], grad_weight
+    if not to_x and not to_weight:
+        return empty, empty
+    if is_safe(x.shape, weight.shape, *pairs):
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, *pairs, False, [0, 0], groups, [to_x, to_weight, False]
+        )
+        return grad_x if to_x else empty, grad_weight if to_weight else empty
+    dtype = compute_dtype(x.dtype)
+    wide, filters = _in_groups(x.to(dtype), weight.to(dtype), groups)
+    given = grad.to(dtype).unflatten(1, (groups, -1))
+    grad_x, grad_filters = torch.zeros_like(wide), torch.zeros_like(filters)
+    _, runs = _runs(x.shape, weight.shape, *pairs)
+    for row in range(weight.shape[2]):
+        for column in range(weight.shape[3]):
+            beside = given
+            for rows, columns, lines, pixels in _inside(runs, row, column):
+                seen, passed = wide[..., lines, pixels], given[..., rows, columns]
+                tap = filters[..., row, column]
+                grad_x[..., lines, pixels] += torch.einsum("ngkhw,gkc->ngchw", passed, tap)
+                grad_filters[..., row, column] += torch.einsum("ngkhw,ngchw->gkc", passed, seen)
+                beside = given.clone()
+                beside[..., rows, columns] = 0
+            grad_filters[..., row, column] += (0 * beside).sum((0, 3, 4))[..., None]
+    return (
+        grad_x.flatten(1, 2).to(x.dtype) if to_x else empty,
+        grad_filters.flatten(0, 1).to(weight.dtype) if to_weight else empty,
+    )
+
+
+def is_safe(
+    shape: Sequence[int],
+    filters: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> bool:
+    """Whether PyTorch computes a convolution without harm.
+
+    oneDNN's for AVX2 ends the process where no column of the result has a tap inside the map, and
+    the others overflow where a number needs 32 bits (bench/NOTES.md, 2026-11-28).
+
+    Args:
+        shape, filters: of the map and the weight.
+        stride, padding, dilation: (rows, columns).
+    """
+    _, _, height, width = shape
+    _, _, down, across = filters
+    return _is_safe((height, width), (down, across), *map(tuple, (stride, padding, dilation)))
+
+
+@lru_cache(maxsize=4096)
+def _is_safe(*pairs: tuple[int, int]) -> bool:
+    for size, kernel, stride, padding, dilation in zip(*pairs, strict=True):
+        if max(size + 2 * padding, stride, dilation) >= _LARGE:
+            return False
+        if not any(_run(tap, size, kernel, stride, padding, dilation) for tap in range(kernel)):
+            return False
+    return True
+
+
+def _run(tap: int, size: int, kernel: int, stride: int, padding: int, dilation: int) -> _Run:
+    offset = tap * dilation - padding
+    last = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride
+    low, high = max(0, -(offset // stride)), min(last, (size - 1 - offset) // stride)
+    if low > high:
+        return None
+    first, end = low * stride + offset, high * stride + offset + 1
+    return slice(low, high + 1), slice(first, end, min(stride, size))
+
+
+def _runs(
+    shape: Sequence[int], filters: Sequence[int], *options: Sequence[int]
+) -> tuple[list[int], list[list[_Run]]]:
+    """The size of a result, and for either axis and each tap its outputs and their pixels."""
+    size, runs = [], []
+    for length, kernel, stride, padding, dilation in zip(
+        shape[2:], filters[2:], *options, strict=True
+    ):
+        rest = stride, padding, dilation
+        size.append((length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+        runs.append([_run(tap, length, kernel, *rest) for tap in range(kernel)])
+    return size, runs
+
+
+def _inside(
+    runs: Sequence[Sequence[_Run]], row: int, column: int
+) -> list[tuple[slice, slice, slice, slice]]:
+    """(rows, columns) of the outputs for which a tap is inside the map, (rows, columns) there."""
+    down, across = runs[0][row], runs[1][column]
+    return [] if down is None or across is None else [(down[0], across[0], down[1], across[1])]
+
+
+def _in_groups(x: Tensor, weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """[N, C, H, W], [K, C / groups, R, S] -> [N, groups, C / groups, H, W], [groups, K / groups,
+    C / groups, R, S]."""
+    return x.unflatten(1, (groups, -1)), weight.unflatten(0, (groups, -1))
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    rows, columns = (value, value) if isinstance(value, int) else value
+    return rows, columns
+
+
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -45,7 +210,7 @@ def conv_bn_act(
 ) -> Tensor:
     """y = act(scale * conv(x, weight) + shift + residual), scale and shift per output channel."""
     dtype = compute_dtype(x.dtype)
-    y = F.conv2d(x.to(dtype), weight.to(dtype), None, stride, padding, dilation, groups)
+    y = convolution(x.to(dtype), weight.to(dtype), None, stride, padding, dilation, groups)
     y = y * _per_channel(scale, dtype) + _per_channel(shift, dtype)
     if residual is not None:
         y = y + residual.to(dtype)
@@ -75,20 +240,10 @@ def conv_bn_act_backward(
     x, weight, grad = x.to(dtype), weight.to(dtype), grad.to(dtype)
     if act == "relu":
         grad = torch.where(y <= 0, 0.0, grad)
-    conv = F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad * _per_channel(scale, dtype),
-        x,
-        weight,
-        None,
-        [stride] * 2,
-        [padding] * 2,
-        [dilation] * 2,
-        False,
-        [0, 0],
-        groups,
-        [True, True, False],
-    )
+    options = (stride, padding, dilation, groups)
+    conv = convolution(x, weight, None, *options)
+    scaled = grad * _per_channel(scale, dtype)
+    grad_x, grad_weight = convolution_backward(scaled, x, weight, *options)
     return grad_x, grad_weight, (grad * conv).sum((0, 2, 3)), grad.sum((0, 2, 3)), grad
 
 
@@ -316,7 +471,7 @@ def conv2d(
     groups: int,
 ) -> Tensor:
     """PyTorch's convolution without bias."""
-    return F.conv2d(x, weight, None, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return convolution(x, weight, None, stride, padding, dilation, groups)
 
 
 def conv2d_backward(
@@ -331,23 +486,8 @@ def conv2d_backward(
     to_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `conv2d` to x and weight; empty where one is not asked for."""
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        None,
-        list(stride),
-        list(padding),
-        list(dilation),
-        False,
-        [0, 0],
-        groups,
-        [to_x, to_weight, False],
-    )
-    return (
-        grad_x if to_x else grad.new_empty(0),
-        grad_weight if to_weight else grad.new_empty(0),
-    )
+    options = (stride, padding, dilation, groups)
+    return convolution_backward(grad, x, weight, *options, to_x, to_weight)
 
 
 def aspp_convs(
@@ -356,7 +496,7 @@ def aspp_convs(
     """(y, mean, variance): y = concat over branches b of conv(x, weight_b, dilation_b), and, if
     `stats`, the `batch_stats` of y (else empty)."""
     branches = [
-        F.conv2d(x, w, None, 1, branch_padding(w, d), d)
+        convolution(x, w, None, 1, branch_padding(w, d), d)
         for w, d in zip(weights, dilations, strict=True)
     ]
     y = torch.cat(branches, 1).contiguous(memory_format=torch.channels_last)

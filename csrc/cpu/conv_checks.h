@@ -81,6 +81,16 @@ void with_type(const Tensor& t, const Function& function) {
   }
 }
 
+// What places are computed from, by products that 64 bits hold then.
+inline void check_options(const char* name, at::IntArrayRef options, int64_t least,
+                          size_t count = 2) {
+  TORCH_CHECK_VALUE(options.size() == count, name, " must be ", count, " numbers, got ", options);
+  for (const int64_t option : options) {
+    TORCH_CHECK_VALUE(option >= least && option <= std::numeric_limits<int32_t>::max(), name,
+                      " must be from ", least, " to 2^31 - 1, got ", options);
+  }
+}
+
 // Sets the bounds or the formula of an activation by its name.
 template <typename Value>
 void set_activation(std::string_view act, EpilogueOf<Value>& epilogue) {

@@ -268,10 +268,12 @@ void tiles(const ConvKernels& kernels, const Tensor& x, at::TensorList weights, 
   const InputMapOf<In> map = input_map<In>(x);
   const EpilogueOf<Out> epilogue = make_epilogue<Out>(map.images, map.height, map.width, shift,
                                                       residual, out, channel_offset, act);
-  TORCH_CHECK_VALUE(dilation >= 1 && dilation <= std::numeric_limits<int32_t>::max() / 16 &&
-                        row_forms.size() == 2 && column_forms.size() == 2,
-                    "dilation must be positive, and two forms given for each axis");
-  if (map.images == 0) return;
+  check_options("dilation", dilation, 1, 1);
+  TORCH_CHECK_VALUE(row_forms.size() == 2 && column_forms.size() == 2,
+                    "two forms must be given for each axis");
+  if (map.images == 0 || map.height == 0 || map.width == 0) return;
+  // Beyond the map all are the same: only the tap in the centre meets it.
+  dilation = std::min(dilation, std::max(map.height, map.width));
   const std::vector<AxisTiles> rows =
       checked_axis(map.height, dilation, row_forms[0], row_forms[1]);
   const std::vector<AxisTiles> columns =
@@ -323,6 +325,9 @@ Tensor conv_tile_units(at::IntArrayRef shape, int64_t outputs, int64_t dilation,
                        int64_t cache_bytes) {
   TORCH_CHECK_VALUE(shape.size() == 4 && row_forms.size() == 2 && column_forms.size() == 2,
                     "expected [N, C, H, W] and two forms for each axis");
+  check_options("shape", shape, 1, 4);
+  check_options("outputs, dilation and threads", {outputs, dilation, threads}, 1, 3);
+  dilation = std::min(dilation, std::max(shape[2], shape[3]));
   const InputMap map{nullptr, shape[0], shape[2], shape[3], shape[1]};
   Epilogue epilogue{};
   epilogue.channels = outputs;
@@ -361,12 +366,14 @@ void patches_product(const ConvKernels& kernels, const Tensor& x, const Tensor& 
   TORCH_CHECK_VALUE(planar || x.size(1) == 1 || x.stride(1) == 1,
                     "channels must lie one behind another where patches are not planar, got x ",
                     x.sizes(), " with strides ", x.strides());
+  check_options("kernel", kernel, 1);
+  check_options("stride", stride, 1);
+  check_options("padding", padding, 0);
+  check_options("dilation", dilation, 1);
   for (int axis = 0; axis < 2; ++axis) {
-    TORCH_CHECK_VALUE(
-        std::min({kernel[axis], stride[axis], dilation[axis]}) >= 1 && padding[axis] >= 0 &&
-            x.size(2 + axis) + 2 * padding[axis] > dilation[axis] * (kernel[axis] - 1),
-        "no result for x ", x.sizes(), " of kernel ", kernel, ", stride ", stride, ", padding ",
-        padding, ", dilation ", dilation);
+    TORCH_CHECK_VALUE(x.size(2 + axis) + 2 * padding[axis] > dilation[axis] * (kernel[axis] - 1),
+                      "no result for x ", x.sizes(), " of kernel ", kernel, ", stride ", stride,
+                      ", padding ", padding, ", dilation ", dilation);
     PatchAxis& along = axis == 0 ? patches.rows : patches.columns;
     along = PatchAxis{x.size(2 + axis), x.stride(2 + axis), kernel[axis],
                       stride[axis],     padding[axis],      dilation[axis]};
@@ -427,7 +434,8 @@ Tensor conv_weight_gradient(const Tensor& grad, const Tensor& x, int64_t kernel,
   const int64_t taps = kernel * kernel, filters = g.channels, channels = from.channels;
   TORCH_CHECK_VALUE(kernel == 1 || (kernel == 3 && stride == 1), "kernel must be 1, or 3 with ",
                     "stride 1, got ", kernel, " with stride ", stride);
-  TORCH_CHECK_VALUE(stride >= 1 && dilation >= 1 && g.images == from.images &&
+  check_options("stride and dilation", {stride, dilation}, 1);
+  TORCH_CHECK_VALUE(from.height >= 1 && from.width >= 1 && g.images == from.images &&
                         g.height == (from.height - 1) / stride + 1 &&
                         g.width == (from.width - 1) / stride + 1,
                     "grad ", grad.sizes(), " does not fit x ", x.sizes(), " at stride ", stride);

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <limits>
 
+#include "conv_checks.h"
+
 namespace deeplab_fast::cpu {
 namespace {
 
@@ -28,24 +30,30 @@ inline float as_float(uint16_t value) {
 struct Axis {
   int64_t size, outputs, kernel, stride, padding, dilation;
 
-  // Place of a tap; negative or at least `size` outside the map.
   int64_t place(int64_t output, int64_t tap) const {
     return output * stride - padding + tap * dilation;
   }
-  bool inside(int64_t place) const { return place >= 0 && place < size; }
+  // Taps [first, end) of an output are inside the map.
+  int64_t first(int64_t output) const {
+    return std::max<int64_t>(0, (padding - output * stride + dilation - 1) / dilation);
+  }
+  int64_t end(int64_t output) const {
+    const int64_t behind = size - 1 + padding - output * stride;
+    return behind < 0 ? 0 : std::min(kernel, behind / dilation + 1);
+  }
 };
 
 template <typename T>
 void max_pool_row(const T* image, int64_t y, const Axis& rows, const Axis& columns,
                   int64_t channels, T least, T* out) {
+  const int64_t top = rows.first(y), bottom = rows.end(y);
   for (int64_t x = 0; x < columns.outputs; ++x, out += channels) {
     std::fill_n(out, channels, least);
-    for (int64_t i = 0; i < rows.kernel; ++i) {
+    const int64_t left = columns.first(x), right = columns.end(x);
+    for (int64_t i = top; i < bottom; ++i) {
       const int64_t row = rows.place(y, i);
-      if (!rows.inside(row)) continue;
-      for (int64_t j = 0; j < columns.kernel; ++j) {
+      for (int64_t j = left; j < right; ++j) {
         const int64_t column = columns.place(x, j);
-        if (!columns.inside(column)) continue;
         const T* const from = image + (row * columns.size + column) * channels;
         for (int64_t c = 0; c < channels; ++c) {
           const float value = as_float(from[c]);
@@ -86,10 +94,11 @@ void max_pool(const Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                         out.is_contiguous(layout) && out.size(0) == x.size(0) &&
                         out.size(1) == x.size(1),
                     "out ", out.sizes(), " of ", out.scalar_type(), " does not fit x ", x.sizes());
-  for (const at::IntArrayRef option : {kernel, stride, padding, dilation}) {
-    TORCH_CHECK_VALUE(option.size() == 2 && std::min(option[0], option[1]) >= 0,
-                      "options are pairs (rows, columns) of at least 0, got ", option);
-  }
+  check_options("kernel", kernel, 1);
+  check_options("stride", stride, 1);
+  check_options("padding", padding, 0);
+  check_options("dilation", dilation, 1);
+  check_options("sizes of out", {out.size(2), out.size(3)}, 0);
   const auto axis = [&](int i) {
     return Axis{x.size(2 + i), out.size(2 + i), kernel[i], stride[i], padding[i], dilation[i]};
   };

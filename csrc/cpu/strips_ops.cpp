@@ -39,9 +39,8 @@ const float* panels_of(const char* name, const Tensor& tensor, int64_t outputs, 
 
 DepthwiseAxis checked_axis(int64_t length, int64_t outputs, int64_t taps, int64_t stride,
                            int64_t padding, int64_t dilation) {
-  TORCH_CHECK_VALUE(taps >= 1 && stride >= 1 && padding >= 0 && dilation >= 1, "a kernel of ", taps,
-                    " taps with stride ", stride, ", padding ", padding, " and dilation ", dilation,
-                    " is none");
+  check_options("taps, stride and dilation", {taps, stride, dilation}, 1, 3);
+  check_options("padding", padding, 0, 1);
   return {length, outputs, taps, stride, dilation, padding};
 }
 

@@ -85,9 +85,26 @@ const Kernels<T>& current_kernels() {
   }
 }
 
-int checked_size(int64_t size) {
-  TORCH_CHECK(size <= std::numeric_limits<int>::max() / 2, "a size of ", size, " is too large");
+int checked_size(int64_t size, int64_t least = 1) {
+  TORCH_CHECK_VALUE(size >= least && size <= std::numeric_limits<int>::max() / 2, "a size of ",
+                    size, " is not from ", least, " to 2^30 - 1");
   return static_cast<int>(size);
+}
+
+void check_map(const char* name, const Tensor& map) {
+  TORCH_CHECK_VALUE(map.dim() == 4 && at::isFloatingType(map.scalar_type()), name,
+                    " must be a map [N, C, H, W] of floating-point numbers, got ",
+                    map.scalar_type(), " ", map.sizes());
+}
+
+void check_target(const Tensor& target, const Tensor& logits) {
+  const at::ScalarType type = target.scalar_type();
+  check_map("logits", logits);
+  TORCH_CHECK_VALUE((type == at::kByte || type == at::kInt || type == at::kLong) &&
+                        target.device().is_cpu() && target.dim() == 3 &&
+                        target.size(0) == logits.size(0),
+                    "target must be labels [N, H, W] in uint8, int32 or int64 for logits ",
+                    logits.sizes(), ", got ", type, " ", target.sizes());
 }
 
 // A `Problem` and the memory that it points to.
@@ -97,7 +114,8 @@ class Plan {
   Plan(const Tensor& logits, int64_t out_height, int64_t out_width, bool align_corners,
        bool mirrored = false)
       : kernels(current_kernels<T>()) {
-    problem.images = checked_size(logits.size(0));
+    check_map("logits", logits);
+    problem.images = checked_size(logits.size(0), 0);
     problem.classes = checked_size(logits.size(1));
     problem.height = checked_size(logits.size(2));
     problem.width = checked_size(logits.size(3));
@@ -296,10 +314,13 @@ template <typename T>
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target_any,
                                          const CrossEntropyOptions& options, bool with_grad,
                                          const Tensor* pixel_grad) {
+  check_target(target_any, logits);
   const Tensor target = target_any.contiguous();
   Plan<T> plan(logits, target.size(1), target.size(2), options.align_corners);
   const at::TensorOptions dtype = logits.options().dtype(compute_dtype(logits));
   const bool none = options.reduction == "none";
+  TORCH_CHECK_VALUE(none || options.reduction == "mean" || options.reduction == "sum",
+                    "reduction must be mean, sum or none, got ", options.reduction);
 
   CrossEntropy<T> op{};
   op.labels = labels_of(target, options.ignore_index);
@@ -312,6 +333,10 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
   op.weight_sum = static_cast<T>(plan.problem.classes);
   Tensor weight;
   if (options.weight.has_value()) {
+    TORCH_CHECK_VALUE(options.weight->dim() == 1 && options.weight->size(0) == logits.size(1) &&
+                          options.weight->device().is_cpu(),
+                      "weight must be one number for each of the ", logits.size(1),
+                      " classes, got ", options.weight->sizes());
     weight = options.weight->to(dtype.dtype()).contiguous();
     op.class_weights = weight.const_data_ptr<T>();
     op.weight_sum = static_cast<T>(weight.sum(at::kDouble).template item<double>());
@@ -323,6 +348,8 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
   }
   Tensor pixel_factor;
   if (pixel_grad != nullptr) {
+    TORCH_CHECK_VALUE(pixel_grad->sizes() == target.sizes() && pixel_grad->device().is_cpu(),
+                      "grad ", pixel_grad->sizes(), " does not fit target ", target.sizes());
     pixel_factor = pixel_grad->to(dtype.dtype()).contiguous();
     op.pixel_grad = pixel_factor.const_data_ptr<T>();
   }
@@ -377,6 +404,7 @@ std::string suggest_set(std::string family, std::string name) {
 
 std::tuple<Tensor, Tensor> upsample_argmax(const Tensor& logits, int64_t height, int64_t width,
                                            bool align_corners, bool return_prob) {
+  check_map("logits", logits);
   const bool narrow = logits.size(1) <= 256;
   const at::TensorOptions options = logits.options().memory_format(at::MemoryFormat::Contiguous);
   const std::vector<int64_t> shape = {logits.size(0), height, width};
@@ -425,6 +453,7 @@ Tensor upsample_cross_entropy_backward(const Tensor& grad, const Tensor& logits,
     Tensor result = std::get<1>(cross_entropy<decltype(type)>(
         logits, target, {weight, ignore_index, label_smoothing, reduction, align_corners}, true,
         none ? &grad : nullptr));
+    TORCH_CHECK_VALUE(none || grad.numel() == 1, "grad must be one number, got ", grad.sizes());
     if (!none) result = result.mul(grad.to(result.scalar_type()));
     return result.to(logits.scalar_type());
   });
@@ -432,14 +461,15 @@ Tensor upsample_cross_entropy_backward(const Tensor& grad, const Tensor& logits,
 
 Tensor upsample_confusion(const Tensor& logits, const Tensor& target_any, int64_t ignore_index,
                           bool align_corners) {
+  check_target(target_any, logits);
   const Tensor target = target_any.contiguous();
-  const int64_t classes = logits.size(1);
+  const int64_t classes = checked_size(logits.size(1));
   return with_compute_type(logits, [&](auto type) {
     using T = decltype(type);
     Plan<T> plan(logits, target.size(1), target.size(2), align_corners);
-    const int64_t matrix_bytes = classes * classes * static_cast<int64_t>(sizeof(int64_t));
-    const int64_t parts =
-        std::clamp<int64_t>(kMatrixBytes / matrix_bytes, 1, std::max(1, at::get_num_threads()));
+    const int64_t parts = std::clamp<int64_t>(
+        kMatrixBytes / (classes * classes) / static_cast<int64_t>(sizeof(int64_t)), 1,
+        std::max(1, at::get_num_threads()));
     Tensor matrices = at::zeros({parts, classes, classes}, logits.options().dtype(at::kLong));
     std::vector<LabelCounts> counts(plan.units());
     at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -457,6 +487,13 @@ Tensor upsample_confusion(const Tensor& logits, const Tensor& target_any, int64_
 
 void upsample_softmax_add(const Tensor& accumulator, const Tensor& logits, bool flip,
                           bool align_corners) {
+  check_map("logits", logits);
+  const at::ScalarType dtype = accumulator.scalar_type();
+  TORCH_CHECK_VALUE(accumulator.dim() == 4 && (dtype == at::kFloat || dtype == at::kDouble) &&
+                        accumulator.size(0) == logits.size(0) &&
+                        accumulator.size(1) == logits.size(1),
+                    "accumulator must be float32 or float64 [N, C, H, W] for logits ",
+                    logits.sizes(), ", got ", dtype, " ", accumulator.sizes());
   with_compute_type(logits, [&](auto type) {
     using T = decltype(type);
     Plan<T> plan(logits, accumulator.size(2), accumulator.size(3), align_corners, flip);

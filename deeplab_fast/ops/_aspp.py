@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..dispatch.examples import Maker, Shapes, Size
-from .common import check_device, check_dtype, check_map
+from .common import check_device, check_dtype, check_map, check_option
 
 SIZES = (
     # Rate 12 on 9 rows has no tap but the centre; filters that fill no tile.
@@ -32,8 +31,7 @@ def check_branch(op: str, number: int, x: Tensor, weight: Tensor, dilation: int)
             f"[K, {x.shape[1]}, 1, 1] or [K, {x.shape[1]}, 3, 3]"
         )
     check_device(op, x, **{name: weight})
-    if dilation < 1:
-        raise ValueError(f"{op}: dilations[{number}] must be at least 1, got {dilation}")
+    check_option(op, f"dilations[{number}]", dilation, 1)
 
 
 def works(shapes: Shapes) -> list[tuple[str, Size]]:
@@ -50,4 +48,5 @@ def example(make: Maker, s: Size) -> tuple[Tensor, list[Tensor], list[int]]:
 
 def convolution(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     """A branch's convolution, by PyTorch."""
-    return F.conv2d(x, weight, None, 1, reference.branch_padding(weight, dilation), dilation)
+    padding = reference.branch_padding(weight, dilation)
+    return reference.convolution(x, weight, None, 1, padding, dilation)

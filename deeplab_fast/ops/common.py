@@ -17,6 +17,8 @@ from ..reference import compute_dtype
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
+# Of strides, paddings, dilations and sizes: what kernels count with 32 bits.
+LARGEST = 2**31 - 1
 
 
 def autocast(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -163,13 +165,26 @@ def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def is_option(value: object, least: int) -> bool:
+    """Whether it is an int, also a symbolic one, from `least` to `LARGEST`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        return False
+    return bool(least <= value <= LARGEST)
+
+
+def check_option(op: str, name: str, value: object, least: int) -> None:
+    """An int from `least` to `LARGEST`."""
+    if not is_option(value, least):
+        raise ValueError(f"{op}: {name} must be an int from {least} to {LARGEST}, got {value!r}")
+
+
 def check_size(op: str, size: Sequence[int]) -> tuple[int, int]:
-    """(height, width) of at least 1."""
+    """(height, width) from 1 to `LARGEST`."""
     if not isinstance(size, Sequence) or len(size) != 2:
         raise ValueError(f"{op}: size must be (height, width), got {size!r}")
     height, width = size
-    if height < 1 or width < 1:
-        raise ValueError(f"{op}: size must be at least (1, 1), got {(height, width)}")
+    check_option(op, "height of size", height, 1)
+    check_option(op, "width of size", width, 1)
     return height, width
 
 

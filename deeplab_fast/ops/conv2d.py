@@ -7,7 +7,6 @@ from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -17,12 +16,15 @@ from ..dispatch.describe import OpDesc
 from ..dispatch.examples import VALUES, Examples, Forms, Maker, Shapes, Size, Step, spread
 from . import _cpu_conv
 from .common import (
+    LARGEST,
     Context,
     autocast,
     check_device,
     check_dtype,
     check_map,
+    check_option,
     differentiable,
+    is_option,
     needs_grad,
 )
 
@@ -46,7 +48,7 @@ def conv2d(
     Args:
         x: [N, C, H, W], fp16, bf16, fp32 or fp64, any strides.
         weight: [K, C / groups, R, S], the dtype of x.
-        stride, padding, dilation: an int, or (rows, columns).
+        stride, padding, dilation: an int, or (rows, columns), up to 2^31 - 1.
         groups: as in torch.nn.functional.conv2d.
 
     Returns:
@@ -106,7 +108,7 @@ class _Conv2d(torch.autograd.Function):
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+    return list(value) if isinstance(value, Sequence) else [value, value]
 
 
 def _validate(x: Tensor, weight: Tensor, *options: *Options) -> None:
@@ -117,12 +119,14 @@ def _validate(x: Tensor, weight: Tensor, *options: *Options) -> None:
     check_device(OP, x, weight=weight)
     sizes = {"stride": stride, "padding": padding, "dilation": dilation}
     for name, pair in sizes.items():
-        if len(pair) != 2 or min(pair) < (name != "padding"):
+        least = int(name != "padding")
+        if len(pair) != 2 or not all(is_option(each, least) for each in pair):
             raise ValueError(
-                f"{OP}: {name} must be an int or (rows, columns) of at least "
-                f"{int(name != 'padding')}, got {tuple(pair)}"
+                f"{OP}: {name} must be an int or (rows, columns) from {least} to {LARGEST}, got "
+                f"{tuple(pair)}"
             )
-    if groups < 1 or weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
+    check_option(OP, "groups", groups, 1)
+    if weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
         raise ValueError(
             f"{OP}: weight {list(weight.shape)} with groups={groups} does not fit x "
             f"{list(x.shape)}; expected [K, {x.shape[1]} / groups, R, S], K a multiple of groups"
@@ -256,7 +260,7 @@ def _example(make: Maker, form: str, s: Size, backward: bool = False) -> list[St
 
 def _pytorch(step: Step) -> Forms:
     x, weight, *options = step.args
-    return {"convolution": lambda: F.conv2d(x, weight, None, *options)}
+    return {"convolution": lambda: reference.convolution(x, weight, None, *options)}
 
 
 def _pytorch_backward(step: Step) -> Forms:

@@ -24,6 +24,7 @@ from .common import (
     check_device,
     check_dtype,
     check_map,
+    check_option,
     check_shape,
     differentiable,
     needs_grad,
@@ -59,7 +60,7 @@ def conv_bn_act(
         weight: [K, C / groups, R, S], the dtype of x.
         scale, shift: [K], fp32 (fp64 for fp64 x); scale None for one, as of filters that have it
             in them.
-        stride, padding, dilation: the same for rows and columns.
+        stride, padding, dilation: the same for rows and columns, up to 2^31 - 1.
         groups: as in torch.nn.functional.conv2d.
         residual: [N, K, H', W'], the dtype of x, or None for zero.
         act: "relu" or None for the identity.
@@ -193,11 +194,9 @@ def _validate(
     check_map(OP, "weight", weight)
     check_dtype(OP, "weight", weight, (x.dtype,))
     check_device(OP, x, weight=weight, scale=scale, shift=shift, residual=residual)
-    if min(stride, dilation, groups) < 1 or padding < 0:
-        raise ValueError(
-            f"{OP}: stride={stride}, dilation={dilation} and groups={groups} must be at least 1, "
-            f"padding={padding} at least 0"
-        )
+    sizes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    for name, size in sizes.items():
+        check_option(OP, name, size, int(name != "padding"))
     channels = weight.shape[0]
     if weight.shape[1] * groups != x.shape[1] or channels % groups:
         raise ValueError(
@@ -332,7 +331,7 @@ def _pytorch(step: Step) -> Forms:
     x, weight, scale, shift, stride, padding, dilation, groups, residual, act = step.args
 
     def composed() -> Tensor:
-        y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+        y = reference.convolution(x, weight, None, stride, padding, dilation, groups)
         return activated(norm_of(y, scale, shift), residual, act)
 
     forms: Forms = {"convolution, batch norm": composed}

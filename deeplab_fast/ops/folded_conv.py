@@ -37,6 +37,7 @@ from ..dispatch.describe import OpDesc
 from ..plan.device import device_at, least_seconds
 from ..plan.tables import capturing
 from ..plan.taps import live_taps, output_size
+from ..reference import convolution
 from . import _cudnn
 from .prepared import Plan, activate_
 
@@ -415,7 +416,7 @@ def _own_pass(call: Call) -> Implementation | None:
 
 def _then_pass(norm: Implementation, geometry: _cudnn.Geometry, act: str | None) -> Form:
     def run(x: Tensor, f: Filters, residual: Tensor | None) -> Tensor:
-        y = F.conv2d(x, f.weight, None, *geometry)
+        y = convolution(x, f.weight, None, *geometry)
         return norm.run(y, f.zero, f.one, f.one, f.shift, residual, act)
 
     return run

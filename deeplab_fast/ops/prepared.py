@@ -36,8 +36,10 @@ from torch import Tensor
 from .. import _ext
 from ..dispatch import limits
 from ..plan.taps import live_taps, output_size
+from ..reference import convolution, is_safe
 from . import _cpu_forms
 from ._cpu_forms import TileForm
+from .common import LARGEST, is_option
 
 ACTIVATIONS = ("relu", "relu6", "hardswish", None)
 
@@ -373,7 +375,8 @@ class PreparedConv:
                 length, kernel[axis], self.stride[axis], self.padding[axis], self.dilation[axis]
             )
         size = self._folded_bytes
-        onednn = _has_onednn() and self._finite
+        options = (self.stride, self.padding, self.dilation)
+        onednn = _has_onednn() and self._finite and is_safe(shape, self._shape, *options)
         pointwise = kernel == (1, 1)
         direct = _Choice(
             "onednn" if onednn else "aten",
@@ -543,7 +546,7 @@ class PreparedConv:
             if not self._finite:
                 # In channels_last PyTorch skips padding, which a nan makes nan.
                 x = x.contiguous()
-            y = F.conv2d(
+            y = convolution(
                 x, self.weight, shift, self.stride, self.padding, self.dilation, self.groups
             )
             return activate_(y if residual is None else y.add_(residual), self.act)
@@ -662,10 +665,10 @@ def activate_(y: Tensor, act: str | None) -> Tensor:
 
 def pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     """An option for rows and columns."""
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    if len(both) != 2 or min(both) < least:
+    both = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(both) != 2 or not all(is_option(each, least) for each in both):
         raise ValueError(
-            f"{name} must be an int or a pair of ints of at least {least}, got {value!r}"
+            f"{name} must be an int or a pair of ints from {least} to {LARGEST}, got {value!r}"
         )
     return both[0], both[1]
 

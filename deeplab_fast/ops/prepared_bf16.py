@@ -31,6 +31,7 @@ from torch import Tensor
 from .. import _ext
 from ..dispatch import limits
 from ..plan.taps import live_taps, output_size
+from ..reference import convolution, is_safe
 from . import _cpu_forms
 from ._cpu_forms import Form, TileForm
 from .cpu_rates import Rates, rates
@@ -331,7 +332,8 @@ class Bf16Conv:
         macs = n * math.prod(self._weight.shape[:2]) * taps
         size = 2 * self._weight.numel()
         onednn = math.inf
-        if self._finite and _has_onednn() and self._allows("onednn", size):
+        safe = is_safe(shape, self._weight.shape, self.stride, self.padding, self.dilation)
+        if self._finite and safe and _has_onednn() and self._allows("onednn", size):
             pointwise = kernel == (1, 1)
             onednn = _cpu_forms.onednn_seconds(macs, threads, pointwise=pointwise, dtype="bfloat16")
         best = _Choice("onednn", "direct", macs, size, onednn)
@@ -417,7 +419,7 @@ class Bf16Conv:
             weight = self._weight.to(DTYPE).float()
             # In channels_last PyTorch skips padding, which a nan makes nan.
             x = x.to(DTYPE).float() if self._finite else x.to(DTYPE).float().contiguous()
-            y = F.conv2d(x, weight, shift, *geometry)
+            y = convolution(x, weight, shift, *geometry)
             return activate_(y if residual is None else y.add_(residual), self.act)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         bias = shift if _takes_fp32_bias() else shift.to(DTYPE)

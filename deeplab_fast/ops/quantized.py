@@ -34,7 +34,8 @@ from torch import Tensor
 from .. import _ext
 from ..dispatch import limits
 from ..plan.taps import live_taps, output_size
-from .prepared import ACTIVATIONS, Plan, check_fp32_cpu, check_weight, fold, pair
+from ..reference import convolution, is_safe
+from .prepared import ACTIVATIONS, Plan, activate_, check_fp32_cpu, check_weight, fold, pair
 
 LEVELS = 255
 # oneDNN's names and arguments of the activations.
@@ -312,6 +313,8 @@ class QuantizedConv:
             shift = shift[0]
         with torch.no_grad():
             q = x.values.contiguous(memory_format=torch.channels_last)
+            if not is_safe(x.shape, self.weight.shape, self.stride, self.padding, self.dilation):
+                return self._in_fp32(x, residual, shift, into)
             if residual is None:
                 y = self._run(q, shift, into)
             else:
@@ -421,6 +424,20 @@ class QuantizedConv:
                 maps.append(self(one, into=into, shift=shift).values)
         y = torch.cat(maps).contiguous(memory_format=torch.channels_last)
         return y if into is None else Quantised(y, into)
+
+    def _in_fp32(
+        self, x: Quantised, residual: Quantised | Tensor | None, shift: Tensor, into: Affine | None
+    ) -> Quantised | Tensor:
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        y = convolution(x.dequantised(), self.dequantised_weight(), shift, *geometry)
+        if residual is not None:
+            y += residual.dequantised() if isinstance(residual, Quantised) else residual
+        y = activate_(y, self.act).contiguous(memory_format=torch.channels_last)
+        if into is None:
+            return y
+        found = empty_bytes(y.shape)
+        quantise_into(y, into, found, 0)
+        return Quantised(found, into)
 
     def _run(self, q: Tensor, shift: Tensor, into: Affine | None) -> Tensor:
         post_op, arguments = _POST_OPS[self.act]

@@ -1,7 +1,8 @@
 """The C++ ops of the CPU under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 A build with SANITIZE=1 runs tests of the ops in a process of its own: every instruction set that
-this processor has, and the kernels for AVX-512 on any. An error ends the process.
+this processor has, and the kernels for AVX-512 on any; and random calls (`bench.op_fuzz`),
+DEEPLAB_FAST_FUZZ=N of them. An error ends the process.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ TESTS = (
 
 
 def library(name: str) -> str:
-    """Path of a sanitizer's library, which must be loaded before any other."""
+    """Path of a library of the compiler's, which must be loaded before any other."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         pytest.skip("no C++ compiler")
@@ -75,13 +76,16 @@ def build(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_ops_under_sanitizers(tmp_path: Path) -> None:
-    preloaded = library("libasan.so")
+    # Without libstdc++ beside it AddressSanitizer cannot pass on an exception.
+    preloaded = f"{library('libasan.so')} {library('libstdc++.so')}"
     build(tmp_path)
+    # What memory is asked for in absurd amounts is refused, as without it.
+    absurd = "allocator_may_return_null=1:max_allocation_size_mb=4096"
     environment = os.environ | {
-        "PYTHONPATH": str(tmp_path),
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
         "LD_PRELOAD": preloaded,
         # Leaks cannot be looked for where another process traces this one, and Python has some.
-        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
+        "ASAN_OPTIONS": f"detect_leaks=0:halt_on_error=1:{absurd}",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
     }
@@ -94,5 +98,10 @@ def test_ops_under_sanitizers(tmp_path: Path) -> None:
     # Not in the checkout, whose package would come first.
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[:6000] + ran.stdout[-6000:]
+    calls = os.environ.get("DEEPLAB_FAST_FUZZ", "120")
+    fuzz = [sys.executable, "-m", "bench.op_fuzz", "--calls", calls]
+    fuzzed = subprocess.run(fuzz, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    print(fuzzed.stdout)
+    assert fuzzed.returncode == 0, fuzzed.stdout[-6000:] + fuzzed.stderr[-3000:]
     passed = re.search(r"(\d+) passed", ran.stdout)
     assert passed and int(passed[1]) > 300 and "skipped" not in ran.stdout

@@ -230,7 +230,7 @@ class TestTiles:
             ({"rows": ("line1",) * 2}, "form line1 does not cover phases of 3 samples"),
             ({"act": "gelu"}, "act must be relu"),
             ({"offset": 5}, "has no place for 8 channels from 5"),
-            ({"dilation": 0}, "dilation must be positive"),
+            ({"dilation": 0}, r"dilation must be from 1 to 2\^31 - 1, got \[0\]"),
             ({"residual": torch.randn(1, 8, 2, 2)}, "residual"),
         ],
         ids=["dtype", "layout", "form", "act", "slice", "dilation", "residual"],
@@ -453,11 +453,13 @@ class TestPatches:
         ("geometry", "text"),
         [
             (((3, 3), (1, 1), (0, 0), (3, 3)), "no result for x .* dilation"),
-            (((1, 1), (0, 1), (0, 0), (1, 1)), "no result for x .* stride"),
+            (((1, 1), (0, 1), (0, 0), (1, 1)), r"stride must be from 1 to 2\^31 - 1, got \[0, 1\]"),
+            (((3,), (1, 1), (0, 0), (1, 1)), r"kernel must be 2 numbers, got \[3\]"),
+            (((1, 1), (1, 1), (0, 2**31), (1, 1)), "padding must be from 0 to"),
             (((3, 3), (1, 1), (1, 1), (1, 1)), "prepared weights .* do not fit x"),
             (((1, 1), (2, 2), (0, 0), (1, 1)), "out .* has no place for 16 channels"),
         ],
-        ids=["kernel", "stride", "weight", "out"],
+        ids=["kernel", "stride", "one number", "padding", "weight", "out"],
     )
     def test_what_does_not_fit_is_refused(self, geometry, text: str) -> None:
         x, out, panels = nhwc(1, 4, 5, 5), nhwc(1, 16, 5, 5), torch.zeros(1, 4, 16)

@@ -516,7 +516,7 @@ def _conv_with(**options) -> Callable[[], Tensor]:
         (_classified_by(bias=torch.ones(4)), ValueError, r"bias has shape \[4\], expected \[5\]"),
         (_classified_by(bias=torch.ones(5).int()), TypeError, "bias has dtype int32"),
         (_classified_by(bias=torch.ones(5, device="meta")), ValueError, "bias is on meta"),
-        (_conv_with(stride=0), ValueError, "stride=0"),
+        (_conv_with(stride=0), ValueError, "stride must be an int from 1 to 2147483647, got 0"),
         (_conv_with(groups=3), ValueError, "groups=3 does not fit"),
         (_conv_with(act="gelu"), ValueError, "act must be 'relu' or None, got 'gelu'"),
         (_conv_with(dilation=4), ValueError, "smaller than the dilated kernel"),

@@ -66,5 +66,19 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             op(bad, *pairs, out)
-    with pytest.raises(ValueError, match="pairs"):
-        op(x, [2], *pairs[1:], F.max_pool2d(x, 2))
+    for options, message in (
+        (([2], *pairs[1:]), r"kernel must be 2 numbers, got \[2\]"),
+        ((pairs[0], [0, 2], *pairs[2:]), r"stride must be from 1 to"),
+        ((*pairs[:3], [1, 2**31]), r"dilation must be from 1 to"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            op(x, *options, F.max_pool2d(x, 2))
+
+
+def test_a_window_far_larger_than_the_map() -> None:
+    """Only the taps inside the map are looked at, of 2^31."""
+    x = torch.randn(1, 4, 3, 5).contiguous(memory_format=torch.channels_last)
+    out = torch.empty(1, 4, 1, 1).contiguous(memory_format=torch.channels_last)
+    large = [2**31 - 1] * 2
+    torch.ops.deeplab_fast._max_pool_cpu(x, large, [1, 1], [2**30] * 2, [1, 1], out)
+    assert torch.equal(out, x.amax((2, 3), keepdim=True))

@@ -221,7 +221,7 @@ class TestConv:
             ({"weight": torch.randn(4, 3)}, r"expected \[K, C, R, S\]"),
             ({"scale": torch.randn(3)}, r"scale has shape \[3\], expected \[4\]"),
             ({"groups": 3}, "groups=3 must divide the 4 output channels"),
-            ({"stride": 0}, "stride must be an int or a pair of ints of at least 1, got 0"),
+            ({"stride": 0}, "stride must be an int or a pair of ints from 1 to 2147483647, got 0"),
             ({"padding": (1, -1)}, "padding must be"),
             ({"dilation": (1, 2, 3)}, "dilation must be"),
             ({"act": "gelu"}, "act must be one of"),
