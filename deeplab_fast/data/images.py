@@ -230,16 +230,26 @@ def list_images(
     if not entries:
         raise ValueError("no image given: pass files, folders or glob patterns")
     found: dict[str, Path] = {}
+    folders: dict[str, str] = {}
     problems: list[str] = []
     for entry in entries:
         files, problem = _expand(os.fsdecode(entry))
         if problem:
             problems.append(problem)
         for file in files:
-            found.setdefault(os.path.realpath(file), file)
+            found.setdefault(_real_path(file, folders), file)
     if problems:
         raise FileNotFoundError("; ".join(problems))
     return list(found.values())
+
+
+def _real_path(file: Path, folders: dict[str, str]) -> str:
+    """A path without links; ``folders`` keeps those of folders, each of which is looked up once."""
+    parent = os.path.dirname(file)
+    if parent not in folders:
+        folders[parent] = os.path.realpath(parent)
+    path = os.path.join(folders[parent], file.name)
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def _expand(entry: str) -> tuple[list[Path], str]:
@@ -283,7 +293,7 @@ def _walk(folder: Path) -> list[Path]:
         files += [
             Path(root, name)
             for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
         ]
     return sorted(files)
 

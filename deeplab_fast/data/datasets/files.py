@@ -75,18 +75,19 @@ def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
     rank = {suffix: i for i, suffix in enumerate(suffixes)}
     found: dict[str, Path] = {}
     if folder.is_dir():
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            path = Path(entry.path)
-            order = rank.get(path.suffix.lower())
-            if order is None or path.name.startswith("."):
+        for name in sorted(os.listdir(folder)):
+            # Texts: a Path for each of 100,000 names, several times, takes ten seconds.
+            stem, suffix = os.path.splitext(name)
+            order = rank.get(suffix.lower())
+            if order is None or name.startswith("."):
                 continue
-            have = found.get(nfc(path.stem))
-            if have is not None and have.stem != path.stem:
+            path, have = folder / name, found.get(nfc(stem))
+            if have is not None and have.stem != stem:
                 raise ValueError(
                     f"{have} and {path} have the same name in two forms of Unicode; remove one"
                 )
             if have is None or order < rank[have.suffix.lower()]:
-                found[nfc(path.stem)] = path
+                found[nfc(stem)] = path
     return found
 
 
@@ -107,12 +108,13 @@ def photos_by_stem(
 ) -> dict[str, Path]:
     """The photos of a folder by stem in NFC, which each must have for itself."""
     files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+    for entry in sorted(os.listdir(folder)) if folder.is_dir() else []:
+        stem, suffix = os.path.splitext(entry)
+        if suffix.lower() not in IMAGE_SUFFIXES or entry.startswith("."):
             continue
+        path, stem = folder / entry, nfc(stem)
         if path in left_out:
             continue
-        stem = nfc(path.stem)
         if stem in files:
             raise ValueError(
                 f"{name}: {files[stem]} and {path} have the same stem, so one mask would "

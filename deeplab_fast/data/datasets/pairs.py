@@ -344,7 +344,7 @@ def _pictures(folder: Path, *, arrays: bool = False) -> list[Path]:
         Path(entry.path)
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)
         if not entry.name.startswith(".")
-        and Path(entry.name).suffix.lower() in suffixes
+        and os.path.splitext(entry.name)[1].lower() in suffixes
         and _is(entry.is_file)
     ]
 
