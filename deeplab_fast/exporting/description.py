@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from deeplab_fast._documents import shown
 from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
 
 # The key of the whole description; the others are for readers that want one thing.
@@ -159,7 +160,7 @@ class Description:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DescriptionError(
                 f"{name}: its metadata {KEY!r} is not what deeplab_fast.export writes: "
-                f"{type(error).__name__}: {error}; export the model again"
+                f"{type(error).__name__}: {shown(str(error), 200)}; export the model again"
             ) from error
 
 

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from ._common import CheckpointError
 
-# Bytes that are summed up as 64-bit words; 160 MB take 40 ms, hashing all of them 1 s.
-_ROW = 1024
+# Bytes that are summed up as 64-bit words: 160 MB take 15 ms, hashing them 1 s. What is
+# shorter than _HASHED is hashed as it is.
+_ROW, _HASHED = 1 << 16, 1 << 12
 _DIGEST = 16
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Digests of tensors: "layout" of names, dtypes and shapes, "data" of their values.
 
-    ``data = blake2b(for each name in order: the sums of its rows, the bytes behind the last row)``,
-    rows being 1024 bytes of a tensor in C order, summed as 128 little-endian integers modulo 2^64.
+    ``data = blake2b(for each name in order: the sums of its rows, the bytes behind them)``, rows
+    being 65536 bytes of a tensor in C order (a last one what is left, in whole words, where that is
+    4096 bytes or more), summed as little-endian 64-bit integers modulo 2^64.
     The same on every machine.
 
     Args:
@@ -33,14 +35,14 @@ def checksum(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name in sorted(tensors):
         tensor = tensors[name].detach()
         layout.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        values = tensor.contiguous().reshape(-1).view(torch.uint8)
-        if values.storage_offset() % 8:
-            values = values.clone()
+        values = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         whole = len(values) // _ROW * _ROW
-        if whole:
-            sums = values[:whole].view(torch.int64).view(-1, _ROW // 8).sum(1)
-            data.update(sums.numpy().data)
-        data.update(values[whole:].numpy().data)
+        last = (len(values) - whole) // 8 * 8 if len(values) - whole >= _HASHED else 0
+        for begin, end, length in ((0, whole, _ROW), (whole, whole + last, last)):
+            if begin < end:
+                words = values[begin:end].view("<i8").reshape(-1, length // 8)
+                data.update(words.sum(1, dtype="<i8").data)
+        data.update(values[whole + last :].data)
     return {"layout": layout.hexdigest(), "data": data.hexdigest()}
 
 

@@ -250,6 +250,29 @@ def test_the_format_before_archives(folder: Path) -> None:
         assert says in fuzz.refused("legacy", lambda: read_state_dict(path), CheckpointError)
 
 
+def test_files_of_the_other_byte_order(folder: Path) -> None:
+    path = archive(folder / "w.pth", program({"w": tensor((2,), (1,), 2)}), {"0": bytes(8)})
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("archive/byteorder", "big")
+    content = path.read_bytes().replace(bytes(8), struct.pack(">ff", 1.5, -2.0), 1)
+    path.write_bytes(content)
+    assert torch.equal(read_state_dict(path)["w"], torch.tensor([1.5, -2.0]))
+
+
+def test_tensors_are_apart_from_the_file(model: nn.Module, tmp_path: Path) -> None:
+    """As those of torch.load: each storage is one of its own, and writing stays in memory."""
+    path = save_weights(model, tmp_path / "w.pth")
+    before = path.read_bytes()
+    state = read_state_dict(path)
+    expected = torch.load(path, weights_only=True)
+    for key, value in state.items():
+        assert torch.equal(value, expected[key]) and value.dtype == expected[key].dtype
+        assert value.stride() == expected[key].stride()
+        assert len(value.untyped_storage()) == len(expected[key].untyped_storage())
+        value.zero_()
+    assert path.read_bytes() == before
+
+
 def test_archives(model: nn.Module, folder: Path) -> None:
     """Entries of one name, packed ones, and ones that claim what lies elsewhere."""
     path = folder / "w.pth"
