@@ -20,6 +20,9 @@ from .files import (
 )
 from .layouts import NOT_MODEL
 
+# Prefixes behind which a module's names may stand.
+_MOST_PLACES = 1_000
+
 
 def load_module(model: nn.Module, path: str | os.PathLike[str], *, part: str | None = None) -> None:
     """Fill any module from a checkpoint file of its own, every tensor of it.
@@ -47,7 +50,9 @@ def load_module(model: nn.Module, path: str | os.PathLike[str], *, part: str | N
     names = {without_wrappers(name): name for name in own}
     content = read_content(path)
     check_nesting(content, label)
-    fits = [fit for where, state in _states(content, ()) for fit in _fits(where, state, names)]
+    fits = [
+        fit for where, state in _states(content, ()) for fit in _fits(where, state, names, label)
+    ]
     fit = _chosen(fits, label, part)
     state = {names[name]: tensor for name, tensor in fit.tensors.items()}
     check_dense(state, label)
@@ -115,7 +120,9 @@ def _states(content: object, where: tuple[str, ...]) -> Iterator[tuple[tuple[str
             yield from _states(value, (*where, key))
 
 
-def _fits(where: tuple[str, ...], state: StateDict, names: Mapping[str, Any]) -> Iterator[_Fit]:
+def _fits(
+    where: tuple[str, ...], state: StateDict, names: Mapping[str, Any], label: str
+) -> Iterator[_Fit]:
     """How a module's names may stand in a state dict."""
     bare = {without_wrappers(name): tensor for name, tensor in state.items()}
     seen = set()
@@ -126,6 +133,11 @@ def _fits(where: tuple[str, ...], state: StateDict, names: Mapping[str, Any]) ->
             break
         inner = {name.removeprefix(outer): name for name in names}
         prefixes = {p for theirs in bare for p in _beginnings(theirs) if theirs[len(p) :] in inner}
+        if len(prefixes) > _MOST_PLACES:
+            raise CheckpointError(
+                f"{label} holds names of the module behind {len(prefixes)} prefixes, at most "
+                f"{_MOST_PLACES} are tried; save the module's state dict alone"
+            )
         for prefix in sorted({"", *prefixes}):
             fit = _fit(where, prefix, bare, {inner[name]: prefix + name for name in inner})
             if fit.used not in seen:

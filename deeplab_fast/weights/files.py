@@ -596,11 +596,13 @@ def check_nesting(content: object, label: str) -> None:
         if leave:
             above.remove(id(inner))
             below = [v for v in inner.values() if isinstance(v, Mapping)]
-            ways[id(inner)] = 1 + sum(ways[id(v)] for v in below)
+            # Names are held against patterns: each counts as often as a walk comes to it.
+            own = sum(isinstance(v, Tensor) for v in inner.values())
+            ways[id(inner)] = 1 + own + sum(ways[id(v)] for v in below)
             if ways[id(inner)] > _MOST_WAYS:
                 raise CheckpointError(
-                    f"{label} has containers in containers in more than {_MOST_WAYS} ways, "
-                    "expected a state dict; save its state dict alone"
+                    f"{label} has containers in containers, or tensors in them, in more than "
+                    f"{_MOST_WAYS} ways, expected a state dict; save its state dict alone"
                 )
             continue
         if id(inner) in ways:

@@ -422,6 +422,18 @@ def test_texts_that_are_no_facts(model: nn.Module, folder: Path) -> None:
     assert inspect_weights(path).model == "deeplabv3_mobilenet_v2_tf"
 
 
+def test_names_in_very_many_places(tmp_path: Path) -> None:
+    one = torch.ones(1)
+    shared = {f"x{i}.conv.weight": one for i in range(2_000)}
+    torch.save({f"k{i}": shared for i in range(200)}, tmp_path / "w.pth")
+    path = tmp_path / "w.pth"
+    assert "ways" in fuzz.refused("pth", lambda: inspect_weights(path), CheckpointError)
+    torch.save({f"x{i}.weight": one for i in range(5_000)}, path)
+    module = nn.Linear(1, 1)
+    found = fuzz.refused("module", lambda: load_module(module, path), CheckpointError)
+    assert "behind 5000 prefixes" in found
+
+
 def test_state_dicts_that_hold_themselves() -> None:
     state: dict[str, Any] = {"w": torch.ones(1)}
     state["model"] = state
