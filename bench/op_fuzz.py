@@ -502,7 +502,8 @@ def _work(seed: int, calls: int, report: Path) -> None:
     with open(report.with_suffix(".last"), "w") as last:
 
         def note(text: str) -> None:
-            signal.alarm(SECONDS)
+            # Of the processor: others may be at work.
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             last.seek(0)
             last.write(text)
             last.truncate()
@@ -553,9 +554,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if ran.returncode:
                 last = report.with_suffix(".last")
                 what = last.read_text() if last.exists() else "its start"
-                end = "hung" if ran.returncode == -signal.SIGALRM else f"died ({ran.returncode})"
+                end = "hung" if ran.returncode == -signal.SIGPROF else f"died ({ran.returncode})"
                 counts["processes", end] += 1
                 problems.append(f"seed {seed} {end} in {what}\n{_causes(ran.stderr)}")
+                print(problems[-1], flush=True)
                 continue
             found = json.loads(report.read_text())
             for kind, outcome, count in found["counts"]:
@@ -563,15 +565,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             sets.update(found["sets"])
             reached.update(found["reached"])
             private.update(found["private"])
-            problems += [f"seed {seed} {problem}" for problem in found["problems"]]
+            for problem in found["problems"]:
+                problems.append(f"seed {seed} {problem}")
+                print(problems[-1], flush=True)
     for (kind, outcome), count in sorted(counts.items()):
         print(f"{kind} {outcome}: {count}")
     print("instruction sets:", ", ".join(f"{name} {n}" for name, n in sorted(sets.items())))
     missing = sorted(private - reached - {*_SETTERS, *_TABLES})
     print(f"private ops reached: {len(reached & private)}; not reached: {missing or 'none'}")
     print(f"{sum(counts.values())} calls in {time.monotonic() - began:.0f} s")
-    for problem in problems:
-        print(problem)
     return 1 if problems or (missing and options.calls >= 1000) else 0
 
 
