@@ -68,6 +68,9 @@ def _load(text: str) -> Any:
     return value
 
 
+# Characters of a message: a value may be of any length.
+_LONGEST_MESSAGE = 1500
+
 _MODE = "deeplab_fast"
 set_loader(_MODE, _load, (DocumentError,))
 
@@ -196,7 +199,9 @@ class CommandParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        print(f"{self.prog}: error: {self._told(message)}", file=sys.stderr)
+        print(
+            f"{self.prog}: error: {shown(self._told(message), _LONGEST_MESSAGE)}", file=sys.stderr
+        )
         print(f"All options: {self.prog} --help", file=sys.stderr)
         self.exit(2)
 

@@ -209,7 +209,13 @@ def _plan(config: Namespace) -> _Plan:
     base: dict[str, Any] = {}
     output = options.get("output")
     if config.resume and output and config.preset is None and not config.config:
-        recorded = read_stages(output)
+        try:
+            recorded = read_stages(output)
+        except ValueError:
+            # Told again it needs no record.
+            if stages != 2:
+                raise
+            recorded = None
         if recorded is not None:
             stages, stage2 = 2, {**recorded, **stage2}
         before = run_config(Path(output, "stage1") if stages == 2 else output)

@@ -83,8 +83,8 @@ class ClassSet:
             )
         if self.ignore_index is not None and not isinstance(self.ignore_index, int):
             raise ValueError(
-                f"class set {self.name}: ignore_index is {self.ignore_index!r}, expected an "
-                "integer or None"
+                f"class set {self.name}: ignore_index is "
+                f"{shown(repr(self.ignore_index))}, expected an integer or None"
             )
         object.__setattr__(self, "classes", classes)
         object.__setattr__(self, "palette", palette)
@@ -329,8 +329,8 @@ def _from_file(path: Path) -> ClassSet:
         unknown = sorted(map(str, set(content) - {"classes", "palette", "name", "ignore_index"}))
         if unknown:
             raise ValueError(
-                f"class list {path}: unknown keys {', '.join(unknown)}; allowed are classes, "
-                "palette, name, ignore_index"
+                f"class list {path}: unknown keys {shown(', '.join(unknown), 300)}; allowed "
+                "are classes, palette, name, ignore_index"
             )
         content = content["classes"]
     names = _names(content, path)
@@ -338,7 +338,9 @@ def _from_file(path: Path) -> ClassSet:
     base = generic_classes(len(names), names, name)
     palette = extra.get("palette")
     if palette is not None and not isinstance(palette, list):
-        raise ValueError(f"class list {path}: palette is {palette!r}, expected a list of [r, g, b]")
+        raise ValueError(
+            f"class list {path}: palette is {shown(repr(palette))}, expected a list of [r, g, b]"
+        )
     try:
         return ClassSet(
             name,
@@ -359,18 +361,20 @@ def _names(content: object, path: Path) -> tuple[str, ...]:
         if sorted(by_id) != list(range(len(content))):
             raise ValueError(
                 f"class list {path}: a mapping must name the ids 0..{len(content) - 1}, "
-                f"got the keys {', '.join(map(str, content))}"
+                f"got the keys {shown(', '.join(map(repr, content)).replace(chr(39), ''), 300)}"
             )
         content = [by_id[index] for index in range(len(by_id))]
     if not isinstance(content, list) or not content:
         raise ValueError(
-            f"class list {path}: expected names, got {content!r}; give a name a line, or a JSON or "
-            "YAML list"
+            f"class list {path}: expected names, got {shown(content)}; give a name a line, or "
+            "a JSON or YAML list"
         )
     wrong = [item for item in content if not isinstance(item, str) or not item.strip()]
     if wrong:
         # YAML reads a bare no, off or 3 as something else than text.
-        raise ValueError(f"class list {path}: {wrong[0]!r} is not a name; put it in quotes")
+        raise ValueError(
+            f"class list {path}: {shown(repr(wrong[0]))} is not a name; put it in quotes"
+        )
     return tuple(item.strip() for item in content)
 
 
@@ -380,7 +384,9 @@ def _colour(colour: Iterable[int], name: str) -> Colour:
     except TypeError:
         parts = ()
     if len(parts) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in parts):
-        raise ValueError(f"class set {name}: {colour!r} is not a colour (R, G, B) of 0..255")
+        raise ValueError(
+            f"class set {name}: {shown(repr(colour))} is not a colour (R, G, B) of 0..255"
+        )
     return parts
 
 

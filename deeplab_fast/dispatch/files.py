@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,20 +36,69 @@ def write_atomically(
     """
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path, _ in files]
     try:
-        for name, (_, write) in zip(temporary, files, strict=True):
-            with open(name, "w+b") as file:
+        # Open, and so locked, until they have their names.
+        with ExitStack() as opened:
+            for name, (_, write) in zip(temporary, files, strict=True):
+                file = opened.enter_context(open(name, "w+b"))
+                # Some file systems have no locks.
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 write(file)
+                file.flush()
                 if durable:
-                    file.flush()
                     os.fsync(file.fileno())
-        for name, (path, _) in zip(temporary, files, strict=True):
-            os.replace(name, path)
+            for name, (path, _) in zip(temporary, files, strict=True):
+                os.replace(name, path)
         for folder in {path.parent for path, _ in files} if durable else ():
             sync_folder(folder)
     finally:
         for name in temporary:
             with suppress(OSError):
                 name.unlink()
+
+
+def remove_left(folder: Path, before: float) -> int:
+    """Removes temporary files of :func:`write_atomically` whose process was killed.
+
+    One stays whose process runs on this machine, that somebody has locked (on a shared disk another
+    machine's process, where the file system tells), or that was written to after ``before``.
+
+    Args:
+        folder: in which they lie, not below it.
+        before: seconds since the epoch, of the file system's clock.
+
+    Returns:
+        Their bytes.
+    """
+    bytes_ = 0
+    with suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            found = _TEMPORARY.fullmatch(entry.name)
+            with suppress(OSError, ValueError):
+                if found is None or not entry.is_file(follow_symlinks=False):
+                    continue
+                pid, state = int(found[1]), entry.stat(follow_symlinks=False)
+                if state.st_mtime >= before or (pid != os.getpid() and _runs(pid)):
+                    continue
+                with open(entry.path, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(entry.path)
+                bytes_ += state.st_size
+    return bytes_
+
+
+_TEMPORARY = re.compile(r"\..+\.(\d{1,10})\.tmp")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    # Another user's.
+    except PermissionError:
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -24,9 +24,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from deeplab_fast._documents import shown
 from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine.averaging import ExponentialAverage
+from deeplab_fast.engine.history import row_of
 from deeplab_fast.engine.metrics import ImageScore
+from deeplab_fast.engine.run_folder import FolderWatch, RunFolderError
 from deeplab_fast.weights import read_content
 
 if TYPE_CHECKING:
@@ -50,7 +53,7 @@ __all__ = [
 LIGHTNING_VERSIONS = ">=2.6,<3"
 
 
-class CheckpointNotWritten(OSError):
+class CheckpointNotWritten(RunFolderError):
     """A checkpoint could not be written; the former one is whole."""
 
 
@@ -116,7 +119,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 def _why_not_written(path: Path, error: OSError) -> str:
     former = f"the former {path.name} is untouched" if path.exists() else "there is no former one"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
             f"no space left for the checkpoint {path}; {former}. Make room, then go on with "
             "--resume"
@@ -181,6 +184,7 @@ class RunCheckpoint(Checkpoint):
         # Of the last one, for a run that is resumed at its end.
         self.last_confusion: Tensor | None = None
         self.out_of_time = False
+        self._watch: FolderWatch | None = None
         self._signal: int | None = None
         self._started = self._saved = self._cost = 0.0
         self._handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
@@ -214,6 +218,9 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = self._saved = time.monotonic()
         self.out_of_time = False
+        # Where there is none yet the first checkpoint makes it.
+        home = self.folder.parent
+        self._watch = FolderWatch(home) if home.is_dir() else None
         # One that came since Lightning took over, which would act in the middle of a step.
         self._signal = signal.SIGTERM if trainer.received_sigterm else None
         signals, environment = _inner_parts(trainer)
@@ -231,11 +238,18 @@ class RunCheckpoint(Checkpoint):
             self.best_score = self.best_step = self.best_confusion = None
             self.best_images = ()
             return
-        content = read_content(self.best_path)
-        if content["global_step"] != self.best_step:
-            last = self.last_confusion
-            self.load_state_dict(content["callbacks"][self.state_key])
-            self.last_confusion = last
+        last = self.last_confusion
+        try:
+            content = read_content(self.best_path)
+            if content["global_step"] != self.best_step:
+                self.load_state_dict(content["callbacks"][self.state_key])
+        # Of its content too: a key that is missing, ...
+        except Exception as error:
+            raise ValueError(
+                f"{self.best_path} is damaged ({shown(error, 200)}); remove it: the next "
+                "validation is then the best one"
+            ) from error
+        self.last_confusion = last
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
@@ -316,6 +330,8 @@ class RunCheckpoint(Checkpoint):
         self._release_signals()
 
     def _save(self, trainer: Trainer, path: Path) -> None:
+        if self._watch is not None:
+            self._watch.check()
         begin = time.monotonic()
         trainer.save_checkpoint(path)
         if path == self.last_path:
@@ -401,9 +417,11 @@ class MetricsFile(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lines = []
         if self.path.is_file() and trainer.global_step:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text("utf-8", "replace").splitlines()
             # Another trainer's checkpoint does not tell.
             lines = lines[: self._lines] if self._known else lines
+            # A power cut leaves some cut off, or of zeros.
+            lines = [line for line in lines if row_of(line) is not None]
         else:
             self._loss, self._steps = 0.0, 0
         self._lines = len(lines)

@@ -471,7 +471,9 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
         OptionError: an unknown preset or field, or a value out of range.
     """
     if preset is not None and preset not in PRESETS:
-        raise OptionError("preset", f"is {preset!r}, expected {one_of(preset, PRESETS)}")
+        raise OptionError(
+            "preset", f"is {shown(repr(preset), 200)}, expected {one_of(preset, PRESETS)}"
+        )
     known = [each.name for each in dataclasses.fields(TrainConfig)]
     for name in given:
         if name not in known:

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["IOU_PREFIX", "History"]
+from deeplab_fast._documents import DocumentError, parse_json
+
+__all__ = ["IOU_PREFIX", "History", "row_of"]
 
 IOU_PREFIX = "val/iou/"
 _SHARES = ("val/miou", "val/pixel_accuracy", "val/mean_accuracy", "val/frequency_weighted_iou")
+
+
+def row_of(line: str) -> dict[str, float] | None:
+    """The numbers of a line, with null as nan; None of one that was cut off or is damaged."""
+    try:
+        found = parse_json(line)
+    except DocumentError:
+        return None
+    if not isinstance(found, dict) or not {"step", "epoch"} <= found.keys():
+        return None
+    row = {name: math.nan if value is None else value for name, value in found.items()}
+    numbers = all(type(value) in (int, float) for value in row.values())
+    return row if numbers and math.isfinite(row["step"]) and math.isfinite(row["epoch"]) else None
 
 
 class History:
@@ -41,7 +55,9 @@ class History:
             lines = file.readlines()
         for line in lines:
             self._read += len(line)
-            row = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+            row = row_of(line.decode("utf-8", "replace"))
+            if row is None:
+                continue
             (self.validations if "val/miou" in row else self.steps).append(row)
 
     @property
@@ -79,7 +95,7 @@ class History:
                 "step": int(step),
                 "train/loss": row.get("train/mean_loss"),
                 "val/loss": row.get("val/loss"),
-                "lr": self.steps[last - 1]["lr"] if last else None,
+                "lr": self.steps[last - 1].get("lr") if last else None,
             }
             for name in _SHARES:
                 values[f"{name}_percent"] = 100 * row.get(name, math.nan)

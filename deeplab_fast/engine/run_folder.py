@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from deeplab_fast.dispatch.files import write_atomically
+from deeplab_fast._documents import DocumentError, read_document, shown
+from deeplab_fast.dispatch.files import remove_left, write_atomically
 from deeplab_fast.engine.config import OptionError, TrainConfig, to_yaml
 from deeplab_fast.weights import read_content
 
@@ -21,9 +24,12 @@ if TYPE_CHECKING:
     from deeplab_fast.engine.metrics import Metrics
 
 __all__ = [
+    "FolderWatch",
+    "RunFolderError",
     "TrainResult",
     "check_resumable",
     "checkpoint_to_resume",
+    "clear_left",
     "config_beside",
     "finished_result",
     "is_finished",
@@ -35,6 +41,87 @@ __all__ = [
     "write_run_files",
     "write_stages",
 ]
+
+
+class RunFolderError(OSError):
+    """The folder of a run, or a file of it, cannot be written: gone, read-only, full."""
+
+    def __str__(self) -> str:
+        return str(self.strerror or self.args)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class FolderWatch:
+    """Tells why a run cannot write: what became of its folder since it was made.
+
+    Args:
+        folder: of the run, which is there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._identity = _identity(folder)
+
+    def check(self) -> None:
+        """Raises RunFolderError where another folder, or none, has the name."""
+        if _identity(self.folder) != self._identity:
+            raise RunFolderError(
+                errno.ENOENT,
+                f"the folder of the run, {self.folder}, is gone: it was moved or removed while the "
+                "run went on, which ends here. Where it was moved to, --resume goes on from its "
+                "last checkpoint; else start again",
+            )
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Makes of an OSError about a file of the run one that says what to do."""
+        try:
+            yield
+        except RunFolderError:
+            self.check()
+            raise
+        except OSError as error:
+            self.check()
+            if error.errno in _FULL:
+                text = (
+                    f"no space left for {error.filename or self.folder}; the checkpoints are "
+                    "whole: make room, then go on with --resume"
+                )
+            elif error.errno in _READ_ONLY and self._holds(error.filename):
+                text = (
+                    f"{error.filename} cannot be written ({error.strerror}); the checkpoints are "
+                    "whole: let the folder be written again, then go on with --resume"
+                )
+            else:
+                raise
+            raise RunFolderError(error.errno, text) from error
+
+    def _holds(self, file: object) -> bool:
+        if not isinstance(file, (str, os.PathLike)):
+            return False
+        return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(self.folder))
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        state = folder.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino
+
+
+def clear_left(folder: Path, before: float) -> None:
+    """Removes the temporary files that killed runs left in a run's folder.
+
+    Args:
+        folder: of the run, which its first process alone clears.
+        before: when this process began with the run, in seconds since the epoch.
+    """
+    for each in (folder, folder / "checkpoints", folder / "panels"):
+        remove_left(each, before)
 
 
 # Of the options only these may differ in a resumed run without changing its result.
@@ -118,16 +205,19 @@ def run_config(folder: str | os.PathLike[str]) -> TrainConfig | None:
     Raises:
         ValueError: the file is no config of a run.
     """
-    import yaml
-
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         return None
     try:
-        return TrainConfig(**yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        values = read_document(path)
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise ValueError(f"{shown(values)}, expected lines of option: value")
+        return TrainConfig(**values)
+    except (TypeError, ValueError, OSError) as error:
         raise ValueError(
-            f"{path} is no config of a training run ({' '.join(str(error).split())[:200]})"
+            f"{path} is no config of a training run ({shown(error, 300)}); it is damaged or of "
+            "another version: give the run's options again with --config or --preset, or begin "
+            "another run"
         ) from error
 
 
@@ -151,14 +241,29 @@ def write_stages(folder: Path, stage2: Mapping[str, Any]) -> None:
 
 
 def read_stages(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The second stage's own options of a run of two, None where the run has one."""
-    import yaml
+    """The second stage's own options of a run of two, None where the run has one.
 
+    Raises:
+        ValueError: the record is damaged.
+    """
+    path = Path(folder) / "stages.yaml"
     try:
-        content = yaml.safe_load((Path(folder) / "stages.yaml").read_text(encoding="utf-8"))
-        return dict(content["stage2"])
-    except (OSError, yaml.YAMLError, TypeError, KeyError, ValueError):
+        content = read_document(path)
+        stage2 = content["stage2"] if isinstance(content, dict) else None
+    except FileNotFoundError:
         return None
+    except (DocumentError, KeyError, OSError) as error:
+        raise ValueError(_damaged_stages(path, shown(error, 300))) from error
+    if not isinstance(stage2, dict) or not all(isinstance(key, str) for key in stage2):
+        raise ValueError(_damaged_stages(path, shown(content)))
+    return stage2
+
+
+def _damaged_stages(path: Path, why: str) -> str:
+    return (
+        f"{path}, which says what a run's second stage has of its own, is damaged ({why}): remove "
+        "it, and give --stages 2 and the options --stage2 again"
+    )
 
 
 def finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
@@ -166,8 +271,15 @@ def finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
 
     Scores are those in its result.json, without the counts they were made of.
     """
-    before = run_config(folder)
-    if before is None or not is_finished(folder):
+    result = _result(folder)
+    if not result.get("finished"):
+        return None
+    try:
+        before = run_config(folder)
+    # One that is damaged is written anew.
+    except ValueError:
+        return None
+    if before is None:
         return None
     weights = folder / "model.safetensors"
     same = {name for name in _FREE if name != "export"} | {"classes"}
@@ -181,27 +293,70 @@ def finished_result(folder: Path, config: TrainConfig) -> TrainResult | None:
         changed = [name for name in changed if name != "model"]
     if changed or not weights.exists():
         return None
-    values = json.loads((folder / "result.json").read_text())
     best = folder / "checkpoints" / "best.ckpt"
     return TrainResult(
         folder=folder,
         weights=weights,
         last_checkpoint=folder / "checkpoints" / "last.ckpt",
         best_checkpoint=best if best.exists() else None,
-        steps=values["steps"],
-        miou=values["val_miou"],
-        best_miou=values["best_val_miou"],
+        steps=result["steps"],
+        miou=result["val_miou"],
+        best_miou=result["best_val_miou"],
         finished=True,
-        ended=values.get("ended"),
-        exported=values.get("exported"),
-        exported_step=values.get("exported_step"),
+        ended=result["ended"],
+        exported=result["exported"],
+        exported_step=result["exported_step"],
     )
 
 
 def progress_of(checkpoint: Path) -> tuple[int, int]:
     """Steps done and the number of the epoch, from 0, in a checkpoint of a run."""
-    content = read_content(checkpoint)
-    return int(content["global_step"]), int(content["epoch"])
+    content = _read_checkpoint(checkpoint)
+    return content["global_step"], content["epoch"]
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of a run, its tensors on the disk.
+
+    Raises:
+        ValueError: it is none, or damaged.
+    """
+    try:
+        content = read_content(path)
+        for name, kind in _OF_CHECKPOINT.items():
+            if not isinstance(content[name], kind):
+                raise ValueError(f"its {name} is a {type(content[name]).__name__}")
+            if kind is list and not content[name]:
+                raise ValueError(f"its {name} are none")
+        # Plain values, as they were written.
+        content["train_config"] = json.loads(json.dumps(content["train_config"]))
+    # Of its content too: a key that is missing, options that are tensors, ...
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no checkpoint of a training run ({shown(error, 200)}); {_instead(path)}"
+        ) from error
+    return dict(content)
+
+
+_OF_CHECKPOINT: dict[str, type] = {
+    "global_step": int,
+    "epoch": int,
+    "state_dict": dict,
+    "train_config": dict,
+    "loops": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+
+
+def _instead(path: Path) -> str:
+    """What may be gone on from in place of a checkpoint that is damaged."""
+    best = path.with_name("best.ckpt")
+    if path.name == "last.ckpt" and best.is_file():
+        with suppress(ValueError):
+            step = _read_checkpoint(best)["global_step"]
+            return f"{best} is whole, of step {step}: copy it to {path.name} to go on from there"
+    return "copy it again, or begin another run"
 
 
 def check_resumable(
@@ -217,18 +372,13 @@ def check_resumable(
             where the run had them.
         ValueError: no checkpoint of a training run.
     """
-    try:
-        content = read_content(path)
-        before = dict(content["train_config"])
-    except Exception as error:
-        raise ValueError(
-            f"{path} is no checkpoint of a training run ({' '.join(str(error).split())[:200]})"
-        ) from error
+    content = _read_checkpoint(path)
+    before = content["train_config"]
     now = json.loads(json.dumps(config.as_dict()))
     # An option that the run's version did not have was what is now its default.
-    before = json.loads(json.dumps({**type(config)().as_dict(), **before}))
+    before = {**json.loads(json.dumps(type(config)().as_dict())), **before}
     changed = {
-        name: f"{name} {before.get(name)!r} -> {value!r}"
+        name: f"{name} {shown(before.get(name), 200)} -> {shown(value, 200)}"
         for name, value in now.items()
         if name not in _FREE and before.get(name) != value
     }
@@ -242,7 +392,8 @@ def check_resumable(
     if fixed:
         raise OptionError(
             fixed[0],
-            f"is {now[fixed[0]]!r} and the run that is resumed has {before.get(fixed[0])!r}; "
+            f"is {now[fixed[0]]!r} and the run that is resumed has "
+            f"{shown(repr(before.get(fixed[0])), 300)}; "
             "expected the same: the optimizer and the weights of the checkpoint are for that. "
             f"Begin another run with --weights {path.parent.parent}",
         )
@@ -259,7 +410,7 @@ def check_resumable(
 def write_changes(folder: Path, changes: Mapping[str, Any]) -> None:
     """Adds a line to changes.jsonl: from which step on which options had which other value."""
     path = folder / "changes.jsonl"
-    former = path.read_text("utf-8") if path.exists() else ""
+    former = path.read_text("utf-8", "replace") if path.is_file() else ""
     text = (former + json.dumps(changes) + "\n").encode("utf-8")
     write_atomically([(path, lambda file: file.write(text))])
 
@@ -299,10 +450,26 @@ def write_result(result: TrainResult) -> None:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run in this folder came to its end."""
+    return bool(_result(folder).get("finished"))
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """The record of how a run ended; empty where there is none that is whole."""
     try:
-        return bool(json.loads((folder / "result.json").read_text())["finished"])
-    except (OSError, ValueError, KeyError):
-        return False
+        values = read_document(folder / "result.json")
+    except (OSError, DocumentError):
+        return {}
+    known = {name: None for name in ("ended", "exported", "exported_step")}
+    values = {**known, **values} if isinstance(values, dict) else {}
+    number = (int, float, type(None))
+    whole = (
+        isinstance(values.get("finished"), bool)
+        and isinstance(values.get("steps"), int)
+        and all(isinstance(values.get(n, ""), number) for n in ("val_miou", "best_val_miou"))
+        and isinstance(values["exported_step"], (int, type(None)))
+        and all(isinstance(values[n], (str, type(None))) for n in ("ended", "exported"))
+    )
+    return values if whole else {}
 
 
 def _versions() -> dict[str, Any]:

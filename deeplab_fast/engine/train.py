@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
@@ -16,11 +18,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from deeplab_fast._documents import shown
 from deeplab_fast.engine.config import NO_WEIGHTS, OptionError, TrainConfig, one_of, train_config
 from deeplab_fast.engine.run_folder import (
+    FolderWatch,
     TrainResult,
     check_resumable,
     checkpoint_to_resume,
+    clear_left,
     finished_result,
     is_finished,
     progress_of,
@@ -125,7 +130,10 @@ def fit(
         raise OptionError("epochs", "or steps is missing: how long shall the training be?")
     # Without "..", which means another folder once the one before it is made.
     folder = Path(os.path.normpath(config.output))
+    began = time.time()
     checkpoint = checkpoint_to_resume(folder, resume)
+    if resume and is_first():
+        clear_left(folder, began)
     if resume is True and (done := finished_result(folder, config)) is not None:
         tell(
             f"the run in {folder} is finished, {done.steps} steps; it goes on with more epochs or "
@@ -170,7 +178,9 @@ def fit(
             moved = write_split(data.train, data.val, folder / "split.csv")
             if moved and checkpoint is not None:
                 tell(f"warning: {moved}")
-        stopped = _run(trainer, module, data, checkpoint)
+        watch = FolderWatch(folder)
+        with watch.told():
+            stopped = _run(trainer, module, data, checkpoint)
     weights = exported = None
     averaged = None if average is None else average.averaged
     trained = module if averaged is None else averaged
@@ -179,7 +189,8 @@ def fit(
         best = best and saver.best_path.exists()
         exported = "best" if best else "last"
         if trainer.is_global_zero:
-            weights = _export(config, folder, trained, saver if best else None, tell)
+            with watch.told():
+                weights = _export(config, folder, trained, saver if best else None, tell)
             report.finish(
                 trained,
                 data.val,
@@ -212,7 +223,9 @@ def fit(
         exported_step={"best": saver.best_step, "last": trainer.global_step}.get(exported or ""),
     )
     if trainer.is_global_zero:
-        write_result(result)
+        with watch.told():
+            write_result(result)
+        clear_left(folder, began)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # A second stage reads what the first process wrote.
         torch.distributed.barrier()
@@ -517,6 +530,14 @@ def _run(
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
         except Stopped as stop:
             return str(stop)
+        # Of its own content: a key that is missing, a tensor of another shape, ...
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+            if checkpoint is None or not _is_restoring(error):
+                raise
+            raise ValueError(
+                f"{checkpoint} does not fit the run ({type(error).__name__}: {shown(error, 300)}); "
+                "it is damaged, or of another run: copy it again, or begin another run"
+            ) from error
         # What a callback of the user's needs, a logger for instance.
         except MisconfigurationException as error:
             text = " ".join(str(error).split())
@@ -525,6 +546,15 @@ def _run(
             module.end_validation()
             module.drop_graphs()
     return None
+
+
+def _is_restoring(error: BaseException) -> bool:
+    """Whether an error came up while Lightning put a checkpoint's content into a run."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(
+        Path(frame.filename).name == "checkpoint_connector.py" and "restore" in frame.name
+        for frame in frames
+    )
 
 
 def fit_stages(

@@ -171,9 +171,9 @@ def open_dataset(
     name = spec.pop("name", None)
     if name not in DATASETS:
         raise ValueError(
-            f"no data set is named {name!r}; there are: {', '.join(DATASETS)}; or pass a folder of "
-            "photos and masks, a .csv file of pairs, or a .yaml or .json file with name, root, "
-            "split, classes, label_map"
+            f"no data set is named {shown(repr(name), 300)}; there are: {', '.join(DATASETS)}; "
+            "or pass a folder of photos and masks, a .csv file of pairs, or a .yaml or .json file "
+            "with name, root, split, classes, label_map"
         )
     layout = DATASETS[name]
     _check_options(name, layout, spec)
@@ -336,6 +336,7 @@ def _spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
             "val_fraction"
         )
     spec = dict(spec)
+    _check_kinds(spec, text)
     for key in ("root", "file", "sbd_root"):
         if isinstance(spec.get(key), str):
             spec[key] = path.parent / spec[key]
@@ -343,6 +344,46 @@ def _spec(source: str | os.PathLike[str] | Mapping[str, Any]) -> Spec:
     if isinstance(colours, str) and (path.parent / colours).is_file():
         spec["mask_colours"] = path.parent / colours
     return spec
+
+
+# Of a file's keys: what they take, and in words.
+_TEXT, _NUMBER = (str,), (int, float)
+_KINDS_OF: dict[str, tuple[tuple[type, ...], str]] = {
+    **{
+        key: (_TEXT, "a text")
+        for key in (
+            *("name", "root", "file", "sbd_root", "split", "images", "masks", "mask_suffix"),
+            *("group_by", "unmapped", "unknown_colours"),
+        )
+    },
+    "classes": ((str, int, list), "names, a number, a set or a file"),
+    "mask_colours": ((str, dict), "a file, a set, or a map of names to colours"),
+    "label_map": ((dict,), "a map of values to labels"),
+    "ignore_index": ((int,), "an integer"),
+    "split_seed": ((int,), "an integer"),
+    "val_fraction": (_NUMBER, "a part, 0 to 1"),
+}
+
+
+def _check_kinds(spec: Spec, source: str) -> None:
+    """Raises ValueError for values of a file that are of another kind than its keys take."""
+    for key, value in spec.items():
+        kinds, allowed = _KINDS_OF.get(str(key), ((), ""))
+        good = isinstance(value, kinds) and not isinstance(value, bool)
+        if isinstance(value, str):
+            # Of a path that no system has Python tells otherwise.
+            good = good and len(value) < 4096 and value.isprintable()
+        elif isinstance(value, int):
+            good = good and abs(value) < 2**64
+        elif isinstance(value, list) and key == "classes":
+            good = all(isinstance(each, str) for each in value)
+        elif isinstance(value, dict) and key == "label_map":
+            good = all(type(each) is int and abs(each) < 2**31 for each in value.values())
+        if not isinstance(key, str) or (kinds and value is not None and not good):
+            raise ValueError(
+                f"data set {source}: {shown(key)} is {shown(value, 200)}, expected "
+                f"{allowed or 'names as keys'}"
+            )
 
 
 def _classes(

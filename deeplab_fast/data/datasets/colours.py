@@ -187,7 +187,8 @@ def _of_pairs(pairs: Iterable[tuple[Any, Any]], source: str) -> dict[Any, list[C
         colour = _colour(value)
         if colour is None or name is None or (isinstance(name, str) and not name.strip()):
             raise ValueError(
-                f"mask colours {source}: {name!r} has the colour {value!r}; expected {_FORMS}"
+                f"mask colours {source}: {shown(repr(name))} has the colour {shown(repr(value))}; "
+                f"expected {_FORMS}"
             )
         found.setdefault(name.strip() if isinstance(name, str) else name, []).append(colour)
     if not found:
@@ -221,7 +222,8 @@ def _lines(content: str, source: str) -> list[tuple[str, Any]]:
             and (found or any(part.isdecimal() for part in parts))
         ):
             raise ValueError(
-                f"mask colours {source}, line {number}: {line.strip()!r}; expected {_FORMS}"
+                f"mask colours {source}, line {number}: {shown(repr(line.strip()))}; expected "
+                f"{_FORMS}"
             )
     return found
 

@@ -1,0 +1,256 @@
+"""The folder of a run: what killed runs left, what became damaged, gone, read-only or full."""
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from deeplab_fast import testing
+from deeplab_fast.dispatch.files import remove_left, write_atomically
+
+testing.import_torchvision()
+
+from lightning.pytorch import Callback  # noqa: E402
+
+from deeplab_fast.engine.callbacks import CheckpointNotWritten  # noqa: E402
+from deeplab_fast.engine.config import TrainConfig  # noqa: E402
+from deeplab_fast.engine.history import History, row_of  # noqa: E402
+from deeplab_fast.engine.run_folder import RunFolderError, read_stages, run_config  # noqa: E402
+from deeplab_fast.engine.train import fit  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def config(tiny, scenes, tmp_path):
+    return TrainConfig(**tiny.recipe(scenes), epochs=2, output=str(tmp_path / "run"), log_every=1)
+
+
+@pytest.fixture
+def done(config):
+    """A finished run's folder."""
+    return fit(config, quiet=True).folder
+
+
+def ended_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def temporary(folder, pid, age=10.0):
+    path = folder / f".last.ckpt.{pid}.tmp"
+    path.write_bytes(b"x" * 100)
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_temporary_files_of_killed_runs_are_removed(tmp_path):
+    gone = temporary(tmp_path, ended_pid())
+    ours = temporary(tmp_path, os.getpid())
+    alive = temporary(tmp_path, os.getppid())
+    (tmp_path / "later").mkdir()
+    later = temporary(tmp_path / "later", gone.name.split(".")[-2], age=-10)
+    others = [tmp_path / name for name in (".last.ckpt.tmp", "last.ckpt.1.tmp", ".a.b.tmp")]
+    for path in others:
+        path.touch()
+    now = time.time()
+    assert remove_left(tmp_path, now) == 200
+    assert not gone.exists() and not ours.exists()
+    assert alive.exists() and all(path.exists() for path in others)
+    # Written since: by another machine on a shared disk.
+    assert remove_left(tmp_path / "later", now) == 0 and later.exists()
+    assert remove_left(tmp_path / "none", now) == 0
+
+
+def test_a_locked_temporary_file_is_in_use(tmp_path):
+    path = temporary(tmp_path, ended_pid())
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert remove_left(tmp_path, time.time()) == 0 and path.exists()
+    assert remove_left(tmp_path, time.time()) == 100
+
+
+def test_what_is_being_written_is_locked(tmp_path):
+    def write(file):
+        file.write(b"x")
+        code = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        other = subprocess.run([sys.executable, "-c", code, file.name], stderr=subprocess.DEVNULL)
+        assert other.returncode != 0
+
+    write_atomically([(tmp_path / "a", write)])
+    assert (tmp_path / "a").read_bytes() == b"x"
+
+
+def test_a_resumed_run_clears_its_folder(config, done):
+    left = temporary(done / "checkpoints", ended_pid())
+    lines = []
+    result = fit(config, resume=True, tell=lines.append)
+    assert result.finished and result.best_miou is not None
+    assert f"the run in {done} is finished, 6 steps" in lines[0]
+    assert not left.exists()
+    left = temporary(done, ended_pid())
+    fit(config.replace(epochs=3), resume=True, quiet=True)
+    assert not left.exists()
+    assert not [path for path in done.rglob(".*.tmp")]
+
+
+class At(Callback):
+    """Does something at the end of the second step."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2:
+            self.do()
+
+
+def test_a_folder_that_vanishes_ends_the_run(config, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(RunFolderError, match=rf"{folder}, is gone: it was moved or removed"):
+        fit(config, quiet=True, callbacks=[At(lambda: shutil.rmtree(folder))])
+    assert not folder.exists()
+
+
+def test_another_folder_of_its_name_is_not_written_to(config, tmp_path):
+    folder = tmp_path / "run"
+
+    def moved():
+        folder.rename(tmp_path / "moved")
+        folder.mkdir()
+
+    with pytest.raises(RunFolderError, match="is gone"):
+        fit(config.replace(log_every=1000), quiet=True, callbacks=[At(moved)])
+    assert not list(folder.glob("checkpoints/*"))
+
+
+def test_a_full_disk_ends_the_run_with_its_checkpoint(config, tmp_path):
+    """A limit on the length of files stands for the disk's end."""
+    config = config.replace(checkpoint_minutes=0.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    try:
+        with pytest.raises(
+            CheckpointNotWritten, match=r"no space left .* the former last\.ckpt is"
+        ):
+            fit(config, quiet=True, callbacks=[At(full)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "run").rglob(".*.tmp"))
+    assert fit(config, resume=True, quiet=True).finished
+
+
+def damage(done, name, content):
+    path = done / name
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if content is None else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param("config.yaml", b"", "is no config of a training run", id="config, empty"),
+        pytest.param("config.yaml", b"\0" * 64, "zero byte at 0", id="config, zeros"),
+        pytest.param("config.yaml", b"lr: [1]", "lr is .1., expected a number", id="config, kind"),
+        pytest.param("config.yaml", b"1: 2", "expected lines of option", id="config, keys"),
+        pytest.param("stages.yaml", b"", "second stage has of its own, is damaged", id="stages"),
+    ],
+)
+def test_damaged_records_are_named(done, name, content, message):
+    (done / name).touch()
+    path = damage(done, name, content)
+    with pytest.raises(ValueError, match=message) as caught:
+        (run_config if name == "config.yaml" else read_stages)(done)
+    assert str(path) in str(caught.value) and "again" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 64, b"[1]", b'{"finished": 1}', None])
+def test_a_damaged_result_is_made_anew(config, done, content):
+    path = damage(done, "result.json", content)
+    assert fit(config, resume=True, quiet=True).finished
+    assert json.loads(path.read_text())["finished"] is True
+
+
+def test_damaged_lines_of_metrics_are_left_out(config, done):
+    path = done / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    whole = [json.loads(line) for line in lines]
+    path.write_bytes("\n".join([lines[0], "\0" * 40, *lines[2:-1], lines[-1][:9]]).encode())
+    history = History(path)
+    history.update()
+    assert len(history.steps) + len(history.validations) == len(lines) - 2
+    fit(config.replace(epochs=3), resume=True, quiet=True)
+    after = [json.loads(line) for line in path.read_text().splitlines()]
+    assert after[: len(lines) - 2] == [whole[0], *whole[2:-1]]
+
+
+@pytest.mark.parametrize(
+    "line", ["", "[1]", '{"step": 1}', '{"step": null, "epoch": 0}', "{}", "["]
+)
+def test_what_is_no_line_of_metrics(line):
+    assert row_of(line) is None
+
+
+def test_a_damaged_checkpoint_is_named_and_the_other_offered(config, done):
+    last = damage(done, "checkpoints/last.ckpt", None)
+    more = config.replace(epochs=3)
+    with pytest.raises(ValueError, match="is no checkpoint of a training run") as caught:
+        fit(more, resume=True, quiet=True)
+    best = last.with_name("best.ckpt")
+    assert f"{best} is whole, of step " in str(caught.value)
+    shutil.copy(best, last)
+    assert fit(more, resume=True, quiet=True).finished
+    damage(done, "checkpoints/best.ckpt", None)
+    with pytest.raises(ValueError, match=r"best\.ckpt is damaged .*; remove it"):
+        fit(config.replace(epochs=4), resume=True, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda c: c["state_dict"].popitem(), id="a tensor is missing"),
+        pytest.param(lambda c: c.update(callbacks={"x": 1}, optimizer_states=[]), id="optimizer"),
+        pytest.param(lambda c: c.pop("train_config"), id="no options"),
+        pytest.param(lambda c: c.update(global_step="x"), id="a step that is a text"),
+        pytest.param(lambda c: c.update(loops={"fit_loop": 3}), id="loops"),
+        pytest.param(lambda c: c.pop("pytorch-lightning_version"), id="no version"),
+        pytest.param(lambda c: c.update(train_config={"lr": torch.ones(1)}), id="tensor options"),
+    ],
+)
+def test_a_checkpoint_of_other_content_is_refused(config, done, change):
+    last = done / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    change(content)
+    torch.save(content, last)
+    with pytest.raises(ValueError, match=r"last\.ckpt") as caught:
+        fit(config.replace(epochs=3), resume=True, quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_checkpoint_runs_nothing(config, done, tmp_path):
+    last = done / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    torch.save({**content, "more": Payload(tmp_path / "RAN")}, last)
+    with pytest.raises(ValueError, match="is no checkpoint of a training run"):
+        fit(config.replace(epochs=3), resume=True, quiet=True)
+    assert not (tmp_path / "RAN").exists()
