@@ -181,6 +181,9 @@ def test_openvino_of_photos_gives_the_labels_of_predict(tmp_path):
         assert len(np.unique(wanted)) > 2
         # A level of a resized pixel that is rounded the other way moves logits by 1 / 100.
         assert (found == wanted).mean() > 0.99
+    # The file would resize it itself, to millions of columns.
+    with pytest.raises(InputSizeError, match=r"40x200000 pixels .* resized to 130x650000"):
+        loaded.predict(np.zeros((40, 200_000, 3), np.uint8))
 
 
 @pytest.mark.parametrize(

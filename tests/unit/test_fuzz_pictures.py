@@ -380,7 +380,10 @@ def test_a_tiff_strip_that_unpacks_without_end_is_refused(tmp_path):
 
 
 numbers = st.sampled_from([0, 1, -1, 5, 5.5, 1e300, -1e9, 40000, float("nan"), "1", None, [1]])
-polygons = st.lists(st.lists(st.floats(-4, 12) | numbers, max_size=9), max_size=3)
+points = st.lists(st.floats(-4, 12), min_size=3, max_size=6).map(lambda xs: [*xs, *xs[::-1]])
+polygons = st.lists(points, min_size=1, max_size=3) | st.lists(
+    st.lists(st.floats(-4, 12) | numbers, max_size=9), max_size=3
+)
 runs = st.lists(st.integers(-2, 48) | numbers, max_size=6)
 crowds = st.fixed_dictionaries(
     {},
@@ -394,7 +397,9 @@ crowds = st.fixed_dictionaries(
 
 
 @examples(60)
-@given(shapes_of=st.lists(polygons | crowds, max_size=3), height=st.sampled_from([6, 0, 10**9]))
+@given(
+    shapes_of=st.lists(polygons | crowds, max_size=3), height=st.sampled_from([6, 6, 6, 0, 10**9])
+)
 def test_shapes_of_coco_are_drawn_or_refused_in_words(tmp_path_factory, shapes_of, height):
     pytest.importorskip("pycocotools")
     root = tmp_path_factory.getbasetemp() / "coco"
