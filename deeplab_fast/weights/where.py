@@ -59,4 +59,9 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
             f"no such checkpoint: {path}; expected a file, the folder of a run, or the name of an "
             f"embedded model ({', '.join(list_embedded())}){hint}"
         )
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is a pipe, a device or a socket, expected a file of weights or the folder of "
+            "a run; write what it gives into a file first"
+        )
     return path

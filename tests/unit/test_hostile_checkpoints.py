@@ -6,6 +6,7 @@ import argparse
 import copy
 import io
 import json
+import os
 import pickle
 import random
 import re
@@ -65,6 +66,7 @@ def archive(path: Path, code: bytes, data: dict[str, bytes] | None = None) -> Pa
     """A zip archive as torch.save writes it, with this pickle."""
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", code)
+        file.writestr("archive/version", "3\n")
         for name, content in (data or {}).items():
             file.writestr(f"archive/data/{name}", content)
     return path
@@ -271,6 +273,13 @@ def test_tensors_are_apart_from_the_file(model: nn.Module, tmp_path: Path) -> No
         assert len(value.untyped_storage()) == len(expected[key].untyped_storage())
         value.zero_()
     assert path.read_bytes() == before
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.pth")
+    for path in (tmp_path / "w.pth", Path("/dev/zero")):
+        found = fuzz.refused("pipes", lambda path=path: inspect_weights(path), CheckpointError)
+        assert "a pipe, a device" in found
 
 
 def test_archives(model: nn.Module, folder: Path) -> None:
