@@ -183,7 +183,8 @@ class Fuzzer:
         return replace(
             size,
             n=draw.choice((0, 1, 1, 2, 3)),
-            c=channels(),
+            # Of one class a gradient is nothing but rounding.
+            c=max(channels(), 2 if size.height else 1),
             h=length(),
             w=length(),
             height=size.height and draw.choice((1, 2, 5, 16, 17, 31, 33, 40)),
