@@ -104,19 +104,22 @@ class PredictOptions:
             window = tuple(window) if isinstance(window, Iterable) else ()
             if len(window) != 2 or not all(_is_int(n) and n > 0 for n in window):
                 raise ValueError(
-                    f"tile is {tile!r}, expected (height, width) in pixels, both above 0, or None"
+                    f"tile is {shown(tile)}, expected (height, width) in pixels, both above 0, or "
+                    "None"
                 )
             window = (int(window[0]), int(window[1]))
         if not _is_number(overlap) or not 0 <= overlap < 1:
             raise ValueError(
-                f"overlap is {overlap!r}, expected a fraction of the tile in [0, 1), e.g. 0.25"
+                f"overlap is {shown(overlap)}, expected a fraction of the tile in [0, 1), e.g. 0.25"
             )
         if batch_size is not None and (not _is_int(batch_size) or batch_size < 1):
-            raise ValueError(f"batch_size is {batch_size!r}, expected an integer above 0 or None")
+            raise ValueError(
+                f"batch_size is {shown(batch_size)}, expected an integer above 0 or None"
+            )
         if threshold is not None and not (_is_number(threshold) and 0 < threshold < 1):
             raise ValueError(
-                f"threshold is {threshold!r}, expected a probability between 0 and 1, e.g. 0.5, or "
-                "None"
+                f"threshold is {shown(threshold)}, expected a probability between 0 and 1, e.g. "
+                "0.5, or None"
             )
         return cls(
             tuple(float(s) for s in factors),

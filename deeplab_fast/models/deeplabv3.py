@@ -348,7 +348,7 @@ def _change_backbone(backbone: Backbone, output_stride: int) -> None:
 def check_output_stride(output_stride: int) -> None:
     """8 or 16."""
     if output_stride not in OUTPUT_STRIDES:
-        raise ValueError(f"DeepLabv3 supports output stride 8 or 16, got {output_stride}")
+        raise ValueError(f"DeepLabv3 supports output stride 8 or 16, got {output_stride!s:.80}")
 
 
 def _atrous_convs(classifier: nn.Module) -> list[nn.Conv2d]:
