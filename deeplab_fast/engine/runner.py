@@ -58,6 +58,10 @@ _LARGEST_SCALE = 64
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _shown(value: object) -> str:
+    return shown(repr(value) if isinstance(value, str) else value)
+
+
 @dataclass(frozen=True)
 class PredictOptions:
     """Checked arguments of :func:`predict`; made by :meth:`checked`."""
@@ -96,7 +100,7 @@ class PredictOptions:
         many = not 0 < len(factors) <= _MOST_SCALES
         if many or not all(_is_number(s) and 0 < s <= _LARGEST_SCALE for s in factors):
             raise ValueError(
-                f"scales is {shown(scales)}, expected 1 to {_MOST_SCALES} factors above 0 to "
+                f"scales is {_shown(scales)}, expected 1 to {_MOST_SCALES} factors above 0 to "
                 f"{_LARGEST_SCALE}, e.g. (0.5, 1.0, 1.5)"
             )
         window = (tile, tile) if _is_int(tile) else tile
@@ -104,21 +108,22 @@ class PredictOptions:
             window = tuple(window) if isinstance(window, Iterable) else ()
             if len(window) != 2 or not all(_is_int(n) and n > 0 for n in window):
                 raise ValueError(
-                    f"tile is {shown(tile)}, expected (height, width) in pixels, both above 0, or "
+                    f"tile is {_shown(tile)}, expected (height, width) in pixels, both above 0, or "
                     "None"
                 )
             window = (int(window[0]), int(window[1]))
         if not _is_number(overlap) or not 0 <= overlap < 1:
             raise ValueError(
-                f"overlap is {shown(overlap)}, expected a fraction of the tile in [0, 1), e.g. 0.25"
+                f"overlap is {_shown(overlap)}, expected a fraction of the tile in [0, 1), e.g. "
+                "0.25"
             )
         if batch_size is not None and (not _is_int(batch_size) or batch_size < 1):
             raise ValueError(
-                f"batch_size is {shown(batch_size)}, expected an integer above 0 or None"
+                f"batch_size is {_shown(batch_size)}, expected an integer above 0 or None"
             )
         if threshold is not None and not (_is_number(threshold) and 0 < threshold < 1):
             raise ValueError(
-                f"threshold is {shown(threshold)}, expected a probability between 0 and 1, e.g. "
+                f"threshold is {_shown(threshold)}, expected a probability between 0 and 1, e.g. "
                 "0.5, or None"
             )
         return cls(

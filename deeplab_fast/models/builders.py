@@ -286,7 +286,7 @@ def _check_options(name: str, family: Family, options: dict[str, Any]) -> None:
     check_rates(options.get("atrous_rates", ()))
     head = options.get("head", "torchvision")
     if head not in HEADS:
-        raise ValueError(f"head must be one of {tuple(HEADS)}, got {shown(head)}")
+        raise ValueError(f"head must be one of {tuple(HEADS)}, got {head!r:.80}")
     given = [k for k in ("aspp_channels", "dropout", "image_pooling_norm") if k in options]
     if given and head == "deeplabv2":
         raise ValueError(f"head 'deeplabv2' has no {', '.join(given)}; leave them out")
