@@ -21,6 +21,7 @@ __all__ = [
     "DocumentError",
     "parse_json",
     "parse_yaml",
+    "printable",
     "read_document",
     "read_text",
     "shown",
@@ -352,7 +353,14 @@ def shown(value: object, most: int = 80) -> str:
     """A value as a message shows it: one line of printable characters, shortened."""
     text = " ".join((value if isinstance(value, str) else _represented(value)).split())
     text = text if len(text) <= most else f"{text[:most]}..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(text)
+
+
+def printable(text: str, also: str = "") -> str:
+    """A text without what a terminal obeys: other characters are written as escapes, but `also`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in also else ascii(c)[1:-1] for c in text)
 
 
 def _represented(value: object) -> str:

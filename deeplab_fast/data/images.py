@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, BinaryIO, TypeAlias, cast
 
 import numpy as np
 
+from deeplab_fast._documents import printable
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -377,11 +379,7 @@ def shown_name(name: str | os.PathLike[str]) -> str:
 def _printable(text: str, most: int) -> str:
     if len(text) > most:
         text = f"{text[: most // 2]}...{text[-most // 2 :]}"
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+    return printable(text)
 
 
 def picture_name(picture: object, index: int | None) -> str:

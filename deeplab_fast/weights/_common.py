@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._documents import printable
+
 StateDict = dict[str, Tensor]
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -31,7 +33,7 @@ class CheckpointError(ValueError):
 
     def __init__(self, message: str) -> None:
         shown = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}..."
-        super().__init__("".join(c if c.isprintable() or c == "\n" else escaped(c) for c in shown))
+        super().__init__(printable(shown, "\n"))
 
 
 def one_line(value: object) -> str:
@@ -42,12 +44,7 @@ def one_line(value: object) -> str:
     """
     text = str(value)
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return "".join(c if c.isprintable() else escaped(c) for c in text)
-
-
-def escaped(character: str) -> str:
-    """As Python writes it in a text."""
-    return repr(character)[1:-1]
+    return printable(text)
 
 
 def shorten(items: Sequence[str]) -> str:

@@ -4,6 +4,10 @@ A pickle is a program. This is a machine for the operations that PyTorch's files
 table of names: tensors are views of the mapped file, everything else is plain data or inert. Sizes
 that a file claims are held against what it has before anything is allocated.
 
+`torch.load(weights_only=True)` runs no foreign code either, but takes the memory that a file
+claims: a pickle of 30 bytes calls bytearray(2**30) or torch.Tensor(2**30), which are on its list of
+names (PyTorch 2.13).
+
 Formats: the zip archive of PyTorch 1.6 and later (stored entries NAME/data.pkl and NAME/data/KEY),
 and the one before it (five pickles, then for each storage its length and its bytes).
 """

@@ -242,7 +242,7 @@ def test_sdist_can_build_everything(tmp_path):
     run(*command, cwd=source, env=environment())
     with tarfile.open(tmp_path / f"deeplab_fast-{version()}.tar.gz") as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    expected = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile"}
+    expected = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "SECURITY.md", "Makefile"}
     # Tests read them.
     expected |= {"CONTRIBUTING.md", "DEPLOYMENT.md"}
     for folder in SHIPPED:
