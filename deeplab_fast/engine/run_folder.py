@@ -324,13 +324,15 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = read_content(path)
         for name, kind in _OF_CHECKPOINT.items():
+            if name not in content:
+                raise ValueError(f"it has no {name}")
             if not isinstance(content[name], kind):
                 raise ValueError(f"its {name} is a {type(content[name]).__name__}")
             if kind is list and not content[name]:
                 raise ValueError(f"its {name} are none")
         # Plain values, as they were written.
         content["train_config"] = json.loads(json.dumps(content["train_config"]))
-    # Of its content too: a key that is missing, options that are tensors, ...
+    # Of its content too: a list for a mapping, options that are tensors, ...
     except Exception as error:
         raise ValueError(
             f"{path} is no checkpoint of a training run ({shown(error, 200)}); {_instead(path)}"

@@ -230,7 +230,8 @@ def test_things_that_do_not_fit_together(config, tmp_path):
 def test_options_of_a_later_version_are_no_change(config, tmp_path):
     plain = {k: v for k, v in config.as_dict().items() if k not in ("focal_gamma", "label_map")}
     path = tmp_path / "last.ckpt"
-    torch.save({"train_config": plain}, path)
+    rest = {"state_dict": {}, "optimizer_states": [{}], "lr_schedulers": [{}], "loops": {}}
+    torch.save({"global_step": 1, "epoch": 0, "train_config": plain, **rest}, path)
     told = []
     check_resumable(path, config, told.append)
     assert told == []

@@ -319,6 +319,9 @@ def test_a_transform_of_the_current_folder(plan, tmp_path, monkeypatch, capsys):
     recipe.write_text(yaml.safe_dump(values))
     command = ["train", "--config", str(recipe), "--output", "run"]
     assert cli.main(command) == 2
+    assert "add --allow-imports" in capsys.readouterr().err
+    command.append("--allow-imports")
+    assert cli.main(command) == 2
     assert "cannot tell how" in capsys.readouterr().err
     assert cli.main([*command, "--transform-style", "pair"]) == 0, capsys.readouterr()
 
