@@ -134,12 +134,16 @@ def is_safe(
     oneDNN's for AVX2 ends the process where no column of the result has a tap inside the map, and
     the others overflow where a number needs 32 bits (bench/NOTES.md, 2026-11-28).
 
+    Of a graph that is recorded True: it is for sizes that are not known, and has one form.
+
     Args:
         shape, filters: of the map and the weight.
         stride, padding, dilation: (rows, columns).
     """
     _, _, height, width = shape
     _, _, down, across = filters
+    if torch.compiler.is_compiling() or not type(height) is type(width) is int:
+        return True
     return _is_safe((height, width), (down, across), *map(tuple, (stride, padding, dilation)))
 
 

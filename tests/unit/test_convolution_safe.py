@@ -253,3 +253,21 @@ def test_sizes_are_refused_in_words(value: object) -> None:
     logits = torch.randn(1, 3, 2, 2)
     with pytest.raises(ValueError, match=rf"of size must be an int from 1 to {LARGE}"):
         ops.upsample_argmax(logits, (4, value))
+
+
+class Composed(torch.nn.Module):
+    def forward(self, x, weight):
+        return reference.convolution(x, weight, None, 1, 1, 1)
+
+
+def test_graphs_of_open_sizes_are_recorded():
+    x, weight = torch.randn(2, 3, 16, 16), torch.randn(8, 3, 3, 3)
+    auto = torch.export.Dim.AUTO
+    shapes = {"x": {0: auto, 2: auto, 3: auto}, "weight": None}
+    graph = torch.export.export(Composed(), (x, weight), dynamic_shapes=shapes).module()
+    compiled = torch.compile(Composed(), dynamic=True, fullgraph=True, backend="eager")
+    for size in ((16, 16), (9, 30)):
+        x = torch.randn(1, 3, *size)
+        expected = F.conv2d(x, weight, None, 1, 1)
+        assert torch.equal(graph(x, weight), expected)
+        assert torch.equal(compiled(x, weight), expected)
