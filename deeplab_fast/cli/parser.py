@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -70,6 +71,7 @@ def _load(text: str) -> Any:
 
 # Characters of a message: a value may be of any length.
 _LONGEST_MESSAGE = 1500
+_LONGEST_COMMAND = 500
 
 _MODE = "deeplab_fast"
 set_loader(_MODE, _load, (DocumentError,))
@@ -141,8 +143,11 @@ class CommandParser(ArgumentParser):
 
         values = config.as_dict()
         if imports_of(values):
+            again = f"{self.prog} {shlex.join(given)} --allow-imports"
+            # One that is cut off could not be typed.
+            advice = f"type: {again}" if len(again) <= _LONGEST_COMMAND else "add --allow-imports"
             try:
-                check_imports(values, ", ".join(self._configurations), self._typed(given))
+                check_imports(values, ", ".join(self._configurations), self._typed(given), advice)
             except ValueError as error:
                 self.error(str(error))
 

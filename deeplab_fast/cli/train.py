@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 import errno
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from deeplab_fast.cli.common import UsageError, add_imports_argument, tell
+from deeplab_fast.cli.common import PROGRAM, UsageError, add_imports_argument, tell
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -225,7 +226,9 @@ def _plan(config: Namespace) -> _Plan:
         if not config.allow_imports:
             kept = {name: value for name, value in base.items() if name not in options}
             own = {**kept, "stage2": {k: v for k, v in stage2.items() if k not in config.stage2}}
-            check_imports(own, f"the run in {output}")
+            again = f"{PROGRAM} train --resume --output {shlex.quote(str(output))} --allow-imports"
+            more = ", with your other options" if options.keys() - {"output"} else ""
+            check_imports(own, f"the run in {output}", advice=f"type: {again}{more}")
         for one, other in (("epochs", "steps"), ("steps", "epochs")):
             if options.get(one) is not None:
                 base.pop(other, None)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib import import_module
 from inspect import Parameter, signature
@@ -21,7 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from deeplab_fast._documents import shown
 
-__all__ = ["TRANSFORMS", "Import", "check_imports", "imports_of"]
+__all__ = ["TRANSFORMS", "Import", "check_imports", "imports_of", "path_of_lightning"]
 
 TRANSFORMS = ("paper", "torchvision", "none")
 """The package's own, by name."""
@@ -49,18 +50,37 @@ _PACKAGES = {
 # Of these a text is a name of Lightning's registries, no class.
 _REGISTERED = ("strategy", "profiler")
 
+# Arguments that signatures do not tell: passed on by name to PyTorch's class, or of a type that
+# only type checkers see.
+_SWITCHES = {
+    "DDPStrategy": (
+        *("broadcast_buffers", "bucket_cap_mb", "check_reduction", "find_unused_parameters"),
+        *("gradient_as_bucket_view", "init_sync", "skip_all_reduce_unused_params", "static_graph"),
+    ),
+    "TensorBoardLogger": ("flush_secs", "max_queue", "purge_step"),
+}
+# A text is no path of a class for them: jsonargparse would import one.
+_DEVICES = {
+    "EMAWeightAveraging": ("device",),
+    "SingleDeviceStrategy": ("device",),
+    "StochasticWeightAveraging": ("device",),
+}
+_DEVICE = re.compile(r"[a-z]+(:[0-9]+)?")
+
 
 @dataclass(frozen=True)
 class Import:
     """A name in a configuration that would be imported and called.
 
     ``option`` is that of a training run, ``name`` the import path, ``key`` all that was written:
-    two with the same key do the same.
+    two with the same key do the same. ``why`` says what of it is not known to be safe, and what
+    may come.
     """
 
     option: str
     name: str
     key: str
+    why: str
 
 
 def imports_of(values: Mapping[str, Any]) -> list[Import]:
@@ -77,21 +97,27 @@ def _imports(values: Mapping[str, Any]) -> Iterator[Import]:
     for option in ("transform", "model_from"):
         name = values.get(option)
         if name is not None and (option != "transform" or name not in TRANSFORMS):
-            yield Import(option, str(name), _key(name))
+            known = ", ".join(TRANSFORMS) if option == "transform" else ""
+            known = f"only {known}" if known else "no code"
+            yield Import(option, str(name), _key(name), f"{_CODE}; from a file {known} may come")
     stage2 = values.get("stage2")
     if isinstance(stage2, Mapping):
         for each in _imports(stage2):
-            yield Import(f"stage2.{each.option}", each.name, each.key)
+            yield replace(each, option=f"stage2.{each.option}")
     trainer = values.get("trainer")
     if isinstance(trainer, Mapping):
         for argument, value in trainer.items():
             for spec in value if isinstance(value, (list, tuple)) else (value,):
-                if not _is_safe(argument, spec):
-                    yield Import(f"trainer.{argument}", _named(spec), _key(spec))
+                why = _refused(argument, spec)
+                if why:
+                    yield Import(f"trainer.{argument}", _named(spec), _key(spec), why)
 
 
 def check_imports(
-    values: Mapping[str, Any], source: str, chosen: Mapping[str, Any] | None = None
+    values: Mapping[str, Any],
+    source: str,
+    chosen: Mapping[str, Any] | None = None,
+    advice: str = "add --allow-imports",
 ) -> None:
     """Raises ValueError for what a file would import.
 
@@ -99,62 +125,117 @@ def check_imports(
         values: what the file has, as :func:`imports_of` takes it.
         source: of the file, for the message.
         chosen: what was typed: the same there is allowed.
+        advice: what somebody who trusts the file does.
     """
     typed = {(each.option, each.key) for each in imports_of(chosen or {})}
     for each in imports_of(values):
         if (each.option, each.key) in typed:
             continue
         option = each.option.replace("_", "-")
-        if option == "model-from":
-            known = "no code"
-        elif option.endswith("transform"):
-            known = f"only {', '.join(TRANSFORMS)}"
-        else:
-            known = "only Lightning's own classes with plain values"
         raise ValueError(
-            f"{shown(source, 300)} has --{shown(option)} {shown(each.name)}, code that would be "
-            f"imported and run; from a file {known} may come. If you trust the file, add "
-            "--allow-imports"
+            f"{shown(source, 300)} has --{shown(option)} {shown(each.name)}, {each.why}. If you "
+            f"trust the file, {advice}"
         )
 
 
-def _is_safe(argument: object, value: object) -> bool:
-    """Whether an argument of the trainer imports nothing, or only what is known."""
-    if argument not in _SAFE:
-        return not _has_class(value)
-    if value is None or isinstance(value, (bool, int, float)):
-        return True
+def path_of_lightning(name: str) -> str:
+    """The path in ``lightning``, whose trainer it is, of a class of ``pytorch_lightning``.
+
+    That package has a copy of each class, which is none of the trainer's. Another name stays.
+    """
+    package, dot, rest = name.partition(".")
+    return f"lightning.pytorch.{rest}" if dot and package == "pytorch_lightning" else name
+
+
+_CODE = "code that would be imported and run"
+
+
+def _refused(argument: object, value: object) -> str:
+    """Why an argument of the trainer may not come from a file; "" where it imports nothing, or
+    only what is known."""
+    if argument not in _SAFE or value is None or isinstance(value, (bool, int, float)):
+        return _without_class(argument, value)
     if isinstance(value, str):
         if argument in _REGISTERED:
-            return True
+            return ""
         value = {"class_path": value}
-    if not isinstance(value, Mapping):
-        return not _has_class(value)
-    if "class_path" not in value:
-        return not _has_class(value)
-    given = value.get("init_args") or {}
-    cls = _safe_class(argument, value.get("class_path"))
-    if cls is None or not isinstance(given, Mapping) or not value.keys() <= _SPEC:
-        return False
-    plain = _plain_parameters(cls)
-    return all(name in plain and _is_plain(each) for name, each in given.items())
+    if not isinstance(value, Mapping) or "class_path" not in value:
+        return _without_class(argument, value)
+    name = value["class_path"]
+    cls = _safe_class(argument, name)
+    if isinstance(cls, str):
+        return cls
+    if not value.keys() <= _SPEC:
+        more = ", ".join(shown(each) for each in value if each not in _SPEC)
+        return f"with {more} beside class_path and init_args, which alone may come from a file"
+    given = value.get("init_args")
+    if given is not None and not isinstance(given, Mapping):
+        return f"with init_args {shown(given)}, expected a map of names to values"
+    for each, what in (given or {}).items():
+        why = _refused_argument(cls, each, what)
+        if why:
+            return f"with its argument {shown(each)}, {why}"
+    return ""
 
 
 _SPEC = {"class_path", "init_args"}
 
 
-def _safe_class(argument: str, name: object) -> type | None:
-    if not isinstance(name, str) or name.rpartition(".")[2] not in _SAFE[argument]:
-        return None
-    package, short = _PACKAGES[argument], name.rpartition(".")[2]
+def _without_class(argument: object, value: object) -> str:
+    if not _has_class(value):
+        return ""
+    if argument in _SAFE:
+        return f"{_CODE}: a class_path within a list or another value"
+    return f"{_CODE}; from a file no class may come for this argument"
+
+
+def _refused_argument(cls: type, name: object, value: object) -> str:
+    """Why an argument of a listed class may not come from a file, "" where it may."""
+    plain, switches = _plain_parameters(cls), _SWITCHES.get(cls.__name__, ())
+    devices = _DEVICES.get(cls.__name__, ())
+    if name in devices:
+        good = value is None or isinstance(value, int) or isinstance(value, str)
+        if good and (not isinstance(value, str) or _DEVICE.fullmatch(value)):
+            return ""
+        return f"which is {shown(repr(value))}; from a file a device such as cpu or cuda:0 may come"
+    if name in switches:
+        if value is None or isinstance(value, (bool, int, float)):
+            return ""
+        return f"which is {shown(repr(value))}; from a file true, false or a number may come"
+    if name not in plain:
+        known = ", ".join(sorted({*plain, *switches, *devices})) or "no arguments"
+        return (
+            "which is not known to take plain values alone: it may be a callable or an object, "
+            f"code that would be imported and run; from a file may come {known}"
+        )
+    if _is_plain(value):
+        return ""
+    return (
+        f"which is {shown(repr(value))}; from a file numbers and texts may come, no classes and no "
+        "addresses of other machines"
+    )
+
+
+def _safe_class(argument: object, name: object) -> type | str:
+    """A listed class by its name, or why there is none."""
+    listed = _SAFE[str(argument)]
+    short = name.rpartition(".")[2] if isinstance(name, str) else ""
+    if not isinstance(name, str) or short not in listed:
+        return (
+            f"{_CODE}; from a file only these classes of Lightning may come, with plain values: "
+            + ", ".join(listed)
+        )
+    package, path = _PACKAGES[str(argument)], path_of_lightning(name)
     try:
         cls = getattr(import_module(package), short, None)
     # No Lightning, or one beside a torchvision that does not fit; training says so.
-    except (ImportError, RuntimeError):
-        return None
+    except (ImportError, RuntimeError) as error:
+        return f"and Lightning, which would tell what that is, cannot be imported ({shown(error)})"
     if not isinstance(cls, type) or not cls.__module__.startswith("lightning.pytorch."):
-        return None
-    return cls if name in (short, f"{package}.{short}", f"{cls.__module__}.{short}") else None
+        return f"which the installed Lightning does not have in {package}"
+    if path not in (short, f"{package}.{short}", f"{cls.__module__}.{short}"):
+        return f"{_CODE}; Lightning's own is {short}, which may come from a file"
+    return cls
 
 
 def _plain_parameters(cls: type) -> set[str]:

@@ -57,22 +57,26 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 class FolderWatch:
     """Tells why a run cannot write: what became of its folder since it was made.
 
+    The folder is gone where its name is, or where none is left of the files that it had at first:
+    another one was made in its place, or its disk was unmounted. Inodes tell nothing: those of
+    network and user space file systems may change.
+
     Args:
         folder: of the run, which is there.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._identity = _identity(folder)
+        self._files = [folder / name for name in _FIRST if (folder / name).exists()]
 
     def check(self) -> None:
         """Raises RunFolderError where another folder, or none, has the name."""
-        if _identity(self.folder) != self._identity:
+        if _is_missing(self.folder) or (self._files and all(map(_is_missing, self._files))):
             raise RunFolderError(
                 errno.ENOENT,
-                f"the folder of the run, {self.folder}, is gone: it was moved or removed while the "
-                "run went on, which ends here. Where it was moved to, --resume goes on from its "
-                "last checkpoint; else start again",
+                f"the folder of the run, {self.folder}, is gone: it was moved, removed or "
+                "unmounted while the run went on, which ends here. Where it is now, --resume goes "
+                "on from its last checkpoint; else start again",
             )
 
     @contextmanager
@@ -105,12 +109,19 @@ class FolderWatch:
         return Path(os.path.abspath(file)).is_relative_to(os.path.abspath(self.folder))
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
+# Written before the first step, and not again.
+_FIRST = ("config.yaml", "versions.json")
+
+
+def _is_missing(path: Path) -> bool:
     try:
-        state = folder.stat()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    # A stale handle, a server that does not answer: whether it is there is not known.
     except OSError:
-        return None
-    return state.st_dev, state.st_ino
+        return False
+    return False
 
 
 def clear_left(folder: Path, before: float) -> None:

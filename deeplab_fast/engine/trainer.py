@@ -17,6 +17,7 @@ import torch
 
 from deeplab_fast._documents import shown
 from deeplab_fast.engine.config import MADE_IN_PYTHON, OptionError, TrainConfig, did_you_mean
+from deeplab_fast.engine.imports import path_of_lightning
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -184,6 +185,7 @@ def _made(option: str, kind: type, value: object, folder: Path) -> object:
     own = _classes_beside(kind)
     spec: dict[str, Any] = {"class_path": value} if isinstance(value, str) else dict(value)
     name = str(spec.get("class_path"))
+    spec["class_path"] = path_of_lightning(name)
     if "." not in name and name not in own:
         raise OptionError(
             option, f"has {name}, which Lightning does not have{did_you_mean(name, own)}"

@@ -1,6 +1,7 @@
 """Code that a file names is not imported: not without --allow-imports, or typed as well."""
 
 import inspect
+import shlex
 import sys
 
 import pytest
@@ -102,6 +103,23 @@ NESTED = {
             "--trainer.callbacks",
             id="a module below Lightning's",
         ),
+        pytest.param(
+            {"trainer": {"callbacks": ["pytorch_lightning.callbacks.trap.EarlyStopping"]}},
+            "--trainer.callbacks",
+            id="a module below the other package",
+        ),
+        pytest.param(
+            {
+                "trainer": {
+                    "strategy": {
+                        "class_path": "SingleDeviceStrategy",
+                        "init_args": {"device": "trap.Device"},
+                    }
+                }
+            },
+            "--trainer.strategy SingleDeviceStrategy",
+            id="a path for a device",
+        ),
     ],
 )
 def test_a_configuration_imports_nothing(capsys, trap, values, names):
@@ -178,6 +196,146 @@ def test_a_runs_own_configuration_is_a_file(capsys, trap, tiny, scenes):
     assert (trap / "RAN").exists()
 
 
+def spec(name, **arguments):
+    return {"class_path": name, "init_args": arguments}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "told"),
+    [
+        pytest.param(
+            "callbacks",
+            ["trap.Callback"],
+            r"trap\.Callback, code that would be .* only these classes .*: BatchSizeFinder, ",
+            id="class",
+        ),
+        pytest.param(
+            "strategy",
+            spec("DDPStrategy", static_graph=True, ddp_comm_hook="trap.make"),
+            r"DDPStrategy, with its argument ddp_comm_hook, which .* may come .*, static_graph",
+            id="argument",
+        ),
+        pytest.param(
+            "strategy",
+            spec("DDPStrategy", static_graph="trap.make"),
+            r"argument static_graph, which is 'trap\.make'; .* true, false or a number",
+            id="a text for a switch",
+        ),
+        pytest.param(
+            "strategy",
+            spec("SingleDeviceStrategy", device="trap.Device"),
+            r"argument device, which is 'trap\.Device'; from a file a device such as cpu",
+            id="no device",
+        ),
+        pytest.param(
+            "logger",
+            spec("CSVLogger", save_dir="s3://there"),
+            r"argument save_dir, which is 's3://there'; .* no addresses of other machines",
+            id="address",
+        ),
+        pytest.param(
+            "callbacks",
+            ["lightning.pytorch.trap.EarlyStopping"],
+            r"trap\.EarlyStopping, code that .* Lightning's own is EarlyStopping, which may come",
+            id="path",
+        ),
+        pytest.param(
+            "logger",
+            {**spec("CSVLogger", save_dir="x"), "dict_kwargs": {}},
+            r"CSVLogger, with dict_kwargs beside class_path and init_args",
+            id="more than a class and arguments",
+        ),
+        pytest.param(
+            "logger",
+            {"class_path": "CSVLogger", "init_args": [1]},
+            r"CSVLogger, with init_args \[1\], expected a map",
+            id="arguments that are none",
+        ),
+        pytest.param(
+            "plugins",
+            [spec("trap.Plugin")],
+            r"trap\.Plugin, code .* no class may come for this argument",
+            id="argument of the trainer",
+        ),
+    ],
+)
+def test_what_is_refused_is_named(argument, value, told):
+    pytest.importorskip("lightning")
+    with pytest.raises(ValueError, match=rf"^f has --trainer\.{argument} .*{told}") as caught:
+        check_imports({"trainer": {argument: value}}, "f")
+    assert str(caught.value).endswith(". If you trust the file, add --allow-imports")
+
+
+HONEST = [
+    ("strategy", spec("DDPStrategy", static_graph=True, gradient_as_bucket_view=True)),
+    ("strategy", spec("DDPStrategy", find_unused_parameters=True, bucket_cap_mb=25)),
+    ("strategy", spec("pytorch_lightning.strategies.DDPStrategy", broadcast_buffers=False)),
+    ("strategy", spec("SingleDeviceStrategy", device="cpu")),
+    ("callbacks", spec("StochasticWeightAveraging", swa_lrs=0.1, device="cpu")),
+    ("callbacks", spec("EMAWeightAveraging", device="cuda:0")),
+    ("callbacks", "pytorch_lightning.callbacks.LearningRateMonitor"),
+    ("callbacks", spec("pytorch_lightning.callbacks.EarlyStopping", monitor="val/loss")),
+    ("logger", spec("TensorBoardLogger", save_dir="logs", flush_secs=30)),
+]
+
+
+@pytest.mark.parametrize(("argument", "value"), HONEST)
+def test_plain_arguments_of_listed_classes(tmp_path, argument, value):
+    """They come from a file, and are made without an import of what a text names."""
+    pytest.importorskip("lightning")
+    if "TensorBoard" in str(value):
+        pytest.importorskip("tensorboard")
+    from deeplab_fast.engine.config import TrainConfig
+    from deeplab_fast.engine.trainer import trainer_arguments
+
+    trainer = {"accelerator": "cpu", argument: value}
+    check_imports({"trainer": trainer}, "a file")
+    made = trainer_arguments(TrainConfig(trainer=trainer), tmp_path)[argument]
+    made = made[0] if isinstance(made, list) else made
+    name = value["class_path"] if isinstance(value, dict) else value
+    assert type(made).__name__ == name.rpartition(".")[2]
+    assert type(made).__module__.startswith("lightning.pytorch.")
+    if isinstance(value, dict) and "static_graph" in value["init_args"]:
+        assert made._ddp_kwargs["static_graph"] and made._ddp_kwargs["gradient_as_bucket_view"]
+
+
+def test_the_whole_command_is_told(capsys, trap, tiny, scenes):
+    """To resume a run whose own callback came from a file, or a transform that was typed."""
+    (trap / "own.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "from tiny_training import inner_crop as cut\n"
+        "class Mine(Callback):\n    pass\n"
+    )
+    values = {**tiny.recipe(scenes), "epochs": 1, "pictures": False}
+    (trap / "r.yaml").write_text(yaml.safe_dump(values))
+    values["trainer"] = {**values.get("trainer", {}), "callbacks": [{"class_path": "own.Mine"}]}
+    (trap / "c.yaml").write_text(yaml.safe_dump(values))
+    starts = {
+        "its run": ("--config", "c.yaml", "--allow-imports"),
+        "typed": ("--config", "r.yaml", "--transform", "own.cut", "--transform-style", "generator"),
+    }
+    try:
+        for out, start in starts.items():
+            status, errors = run(capsys, "train", *start, "--output", out)
+            assert status == 0, errors
+            status, errors = run(capsys, "train", "--resume", "--output", out)
+            told = f"type: deeplab-fast train --resume --output {shlex.quote(out)} --allow-imports"
+            assert status == 2 and f"the run in {out} has --tra" in errors
+            assert errors.splitlines()[0].endswith(told)
+            status, errors = run(capsys, *shlex.split(told)[2:])
+            assert status == 0, errors
+        again = ("train", "--config", "c.yaml", "--resume", "--output", "its run")
+        status, errors = run(capsys, *again)
+        told = f"type: deeplab-fast {shlex.join(again)} --allow-imports"
+        assert status == 2 and errors.splitlines()[0].endswith(told)
+        assert run(capsys, *shlex.split(told)[2:])[0] == 0
+        # One that is too long to be shown whole is not shown.
+        errors = run(capsys, *again, "--data", "x" * 600)[1]
+        assert errors.splitlines()[0].endswith("add --allow-imports")
+    finally:
+        sys.modules.pop("own", None)
+
+
 def test_safe_classes_of_lightning_take_plain_values():
     pytest.importorskip("lightning")
     from lightning.pytorch import callbacks, loggers, profilers, strategies
@@ -195,8 +353,8 @@ def test_safe_classes_of_lightning_take_plain_values():
                 continue
             for parameter in inspect.signature(cls).parameters.values():
                 if "Callable" in str(parameter.annotation):
-                    spec = {"class_path": name, "init_args": {parameter.name: "os.system"}}
-                    assert imports_of({"trainer": {argument: spec}}), (name, parameter.name)
+                    made = spec(name, **{parameter.name: "os.system"})
+                    assert imports_of({"trainer": {argument: made}}), (name, parameter.name)
     honest = {
         "callbacks": [
             "LearningRateMonitor",

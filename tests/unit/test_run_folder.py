@@ -1,5 +1,6 @@
 """The folder of a run: what killed runs left, what became damaged, gone, read-only or full."""
 
+import errno
 import fcntl
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +24,12 @@ from lightning.pytorch import Callback  # noqa: E402
 from deeplab_fast.engine.callbacks import CheckpointNotWritten  # noqa: E402
 from deeplab_fast.engine.config import TrainConfig  # noqa: E402
 from deeplab_fast.engine.history import History, row_of  # noqa: E402
-from deeplab_fast.engine.run_folder import RunFolderError, read_stages, run_config  # noqa: E402
+from deeplab_fast.engine.run_folder import (  # noqa: E402
+    FolderWatch,
+    RunFolderError,
+    read_stages,
+    run_config,
+)
 from deeplab_fast.engine.train import fit  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,9 +122,52 @@ class At(Callback):
 
 def test_a_folder_that_vanishes_ends_the_run(config, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(RunFolderError, match=rf"{folder}, is gone: it was moved or removed"):
+    with pytest.raises(RunFolderError, match=rf"{folder}, is gone: it was moved, removed or"):
         fit(config, quiet=True, callbacks=[At(lambda: shutil.rmtree(folder))])
     assert not folder.exists()
+
+
+def test_another_inode_ends_no_run(config, tmp_path):
+    """As on file systems that make inodes up, or mount a disk anew."""
+    folder, copy = tmp_path / "run", tmp_path / "copy"
+    inodes = [0, 0]
+
+    def other():
+        shutil.copytree(folder, copy)
+        inodes[0] = folder.stat().st_ino
+        folder.rename(tmp_path / "former")
+        copy.rename(folder)
+        inodes[1] = folder.stat().st_ino
+
+    result = fit(config.replace(log_every=1000), quiet=True, callbacks=[At(other)])
+    assert inodes[0] != inodes[1]
+    assert result.finished and (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_folder_that_is_not_known_to_be_gone(tmp_path, monkeypatch, code):
+    """The write itself tells, where there is something to tell."""
+    watch = FolderWatch(tmp_path)
+
+    def fails(path, **options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "stat", fails)
+    watch.check()
+
+
+def test_a_folder_is_its_own_while_one_of_its_files_is_left(tmp_path):
+    names = ("config.yaml", "versions.json")
+    for name in names:
+        (tmp_path / name).touch()
+    watch, without = FolderWatch(tmp_path), FolderWatch(tmp_path.parent)
+    for name in names:
+        watch.check()
+        (tmp_path / name).unlink()
+    with pytest.raises(RunFolderError, match="is gone"):
+        watch.check()
+    # One that had none of them, as under a trainer of one's own.
+    without.check()
 
 
 def test_another_folder_of_its_name_is_not_written_to(config, tmp_path):

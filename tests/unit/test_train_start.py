@@ -319,7 +319,7 @@ def test_a_transform_of_the_current_folder(plan, tmp_path, monkeypatch, capsys):
     recipe.write_text(yaml.safe_dump(values))
     command = ["train", "--config", str(recipe), "--output", "run"]
     assert cli.main(command) == 2
-    assert "add --allow-imports" in capsys.readouterr().err
+    assert "type: deeplab-fast train --config" in capsys.readouterr().err
     command.append("--allow-imports")
     assert cli.main(command) == 2
     assert "cannot tell how" in capsys.readouterr().err
