@@ -115,8 +115,9 @@ def read_content(path: str | os.PathLike[str]) -> Any:
     """What a checkpoint file holds, containers and all; files and errors of `read_state_dict`.
 
     Beside tensors: Python's plain types, NumPy's numbers and arrays of numbers, paths,
-    argparse.Namespace. Tensors of a file of torch.save are views of the mapped file; writing to one
-    does not change it.
+    argparse.Namespace. Tensors of an archive of torch.save are views of the mapped file; writing to
+    one does not change it. Those of its format before 1.6, and views whose conjugate or negative
+    bit is set, are in memory of their own.
     """
     return _content(find_weights(path))[0]
 

@@ -25,6 +25,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -104,9 +105,12 @@ def read_archive(path: Path) -> object:
 
 
 def read_legacy(path: Path) -> object:
-    """What a file of torch.save before PyTorch 1.6 holds; errors as of `read_archive`."""
+    """What a file of torch.save before PyTorch 1.6 holds; errors as of `read_archive`.
+
+    Its storages are read into memory, as torch.load does: each once, and in all less than the file.
+    """
     with path.open("rb") as file, _mapped(file) as data:
-        at = 0
+        at, size = 0, len(data)
         found: list[object] = []
         wanted: dict[object, tuple[_Storage, int]] = {}
         begin_of_result = 0
@@ -121,26 +125,32 @@ def read_legacy(path: Path) -> object:
                 begin_of_result = at
             result, at = _Machine(data, len(data), noted if i == 3 else None, at).run()
             found.append(result)
-            if found[0] != _LEGACY_MAGIC:
+            # Each is held against its type first: a file may have an array in any place.
+            if i == 0 and not (type(result) is int and result == _LEGACY_MAGIC):
                 raise UnreadableError("it does not begin with the number of PyTorch's files")
-            if i == 1 and result != _LEGACY_PROTOCOL:
-                raise UnreadableError(f"its protocol is {str(result)[:20]}, not {_LEGACY_PROTOCOL}")
+            if i == 1 and not (type(result) is int and result == _LEGACY_PROTOCOL):
+                raise UnreadableError(f"its protocol is not {_LEGACY_PROTOCOL}")
         system, keys = found[2], found[4]
-        little = system.get("little_endian", True) if isinstance(system, dict) else True
-        memory = _Memory(path, len(data), swapped=bool(little) != (sys.byteorder == "little"))
+        little = system.get("little_endian", True) if type(system) is dict else None
+        if type(little) is not bool:
+            raise UnreadableError("it does not say its byte order")
         where: dict[object, _Elements] = {}
-        if not isinstance(keys, list):
+        if type(keys) is not list:
             raise UnreadableError("it has no list of its storages")
-        for key in keys:
-            if key not in wanted:
-                raise UnreadableError("it lists a storage that none of its tensors has")
+        file.seek(at)
+        for key in map(_storage_name, keys):
+            if key not in wanted or key in where:
+                raise UnreadableError("it lists a storage that none of its tensors has, or twice")
             kind, claimed = wanted[key]
-            (numel,) = struct.unpack("<q", _part(data, at, 8))
+            (numel,) = struct.unpack("<q", _part(file.read(8), 0, 8))
             if numel != claimed:
                 raise UnreadableError(f"a storage has {numel} elements, {claimed} were expected")
-            at += 8
-            where[key] = memory.elements(at, numel, kind.dtype)
-            at += numel * kind.dtype.itemsize
+            if numel * kind.dtype.itemsize > size - file.tell():
+                raise TooLargeError(
+                    f"a storage of {numel * kind.dtype.itemsize} bytes is claimed, of which the "
+                    f"file has {size - file.tell()}"
+                )
+            where[key] = _read_elements(file, numel, kind.dtype, little)
 
         def elements(pid: tuple[Any, ...]) -> _Elements:
             _, key, _, view = _of_legacy(pid)
@@ -277,6 +287,15 @@ class _Memory:
         return found
 
 
+def _read_elements(file: BufferedReader, numel: int, dtype: torch.dtype, little: bool) -> _Elements:
+    """The next elements of a file in memory of their own: another program may cut the file."""
+    raw = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
+    if file.readinto(raw.numpy().data) != len(raw):
+        raise UnreadableError("it ends too early")
+    swapped = little != (sys.byteorder == "little") and numel > 0
+    return _Elements((_swapped(raw, dtype) if swapped else raw).view(dtype))
+
+
 def _of_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> Tensor:
     length = len(storage) // dtype.itemsize
     return torch.empty(0, dtype=dtype).set_(storage, 0, (length,), (1,))
@@ -295,21 +314,24 @@ def _of_archive(
     if len(pid) != 5:
         raise UnreadableError(f"a storage is named by {len(pid)} facts, expected 5")
     _, kind, key, _, numel = pid
-    if not isinstance(key, (str, int)):
-        raise UnreadableError("a storage's name is no text")
-    return storage(_storage_class(kind), key, _whole(numel))
+    return storage(_storage_class(kind), _storage_name(key), _whole(numel))
 
 
 def _of_legacy(pid: tuple[Any, ...]) -> tuple[_Storage, str | int, int, tuple[int, int] | None]:
     if len(pid) != 6:
         raise UnreadableError(f"a storage is named by {len(pid)} facts, expected 6")
     _, kind, key, _, numel, view = pid
-    if not isinstance(key, (str, int)):
-        raise UnreadableError("a storage's name is no text")
     if view is not None:
         _, begin, length = view
         view = (_whole(begin), _whole(length))
-    return _storage_class(kind), key, _whole(numel), view
+    return _storage_class(kind), _storage_name(key), _whole(numel), view
+
+
+def _storage_name(key: object) -> str | int:
+    # Whole numbers beyond 2^60 have hashes that a file could make collide.
+    if type(key) is str or (type(key) is int and abs(key) < 1 << 60):
+        return key
+    raise UnreadableError("a storage's name is no text")
 
 
 def _storage_class(kind: object) -> _Storage:
@@ -671,11 +693,40 @@ _STEPS = {code[0]: step for code, step in _steps()}
 
 
 def _rebuilt(
-    machine: _Machine, elements: object, offset: object, size: object, stride: object, *_: object
+    machine: _Machine,
+    elements: object,
+    offset: object,
+    size: object,
+    stride: object,
+    grad: object = None,
+    hooks: object = None,
+    bits: object = None,
 ) -> Tensor:
-    """A tensor of a storage: nothing is allocated, and nothing beyond the storage is in it."""
+    """A tensor of a storage: nothing beyond the storage is in it.
+
+    Nothing is allocated but for views whose conjugate or negative bit is set, which `bits` says:
+    their values are computed, and share no storage.
+    """
     if elements is None:
         return _no_values(machine)
+    view = _view(machine, elements, offset, size, stride)
+    if not bits:
+        return view
+    if type(bits) is not dict or not all(
+        name in ("conj", "neg") and type(value) is bool for name, value in bits.items()
+    ):
+        raise UnreadableError("a tensor has other facts than its conjugate and negative bits")
+    if bits.get("conj") and not view.is_complex():
+        raise UnreadableError(f"a tensor of {view.dtype} is conjugate")
+    if any(bits.values()):
+        machine.spend(view.numel() * view.dtype.itemsize)
+    view = view.conj().resolve_conj() if bits.get("conj") else view
+    return view.neg() if bits.get("neg") else view
+
+
+def _view(
+    machine: _Machine, elements: object, offset: object, size: object, stride: object
+) -> Tensor:
     if not isinstance(elements, _Elements) or type(size) is not tuple or type(stride) is not tuple:
         raise UnreadableError("a tensor has no storage, size or stride")
     first, sizes, strides = _whole(offset), tuple(map(_whole, size)), tuple(map(_whole, stride))
@@ -709,7 +760,7 @@ def _rebuilt_untyped(
     grad: object,
     hooks: object,
     dtype: object,
-    *_: object,
+    bits: object = None,
 ) -> Tensor:
     """As `_rebuilt`, of bytes."""
     if elements is None:
@@ -719,7 +770,7 @@ def _rebuilt_untyped(
     if elements.values.dtype != dtype:
         raw = elements.values.view(torch.uint8)
         elements = _Elements(raw[: len(raw) // dtype.itemsize * dtype.itemsize].view(dtype))
-    return _rebuilt(machine, elements, offset, size, stride)
+    return _rebuilt(machine, elements, offset, size, stride, grad, hooks, bits)
 
 
 def _no_values(machine: _Machine, *_: object) -> Tensor:

@@ -216,8 +216,20 @@ def test_keys_whose_hashes_collide(folder: Path) -> None:
     assert "keys" in found
 
 
-def legacy(tensors: int, claimed: int) -> bytes:
-    """What torch.save before 1.6 wrote, of a storage that has one element and claims more."""
+def legacy(
+    tensors: int,
+    claimed: int,
+    keys: object = ("0",),
+    facts: dict[int, bytes] | None = None,
+) -> bytes:
+    """What torch.save before 1.6 wrote, of a storage that has one element and claims more.
+
+    Args:
+        tensors: elements of the tensor.
+        claimed: elements of the storage where it lies.
+        keys: the list of storages.
+        facts: pickles in place of the usual five, by their places.
+    """
     view = ("storage", named("torch.FloatStorage"), "0", "cpu", tensors, None)
     made = called(
         "torch._utils._rebuild_tensor_v2",
@@ -228,15 +240,17 @@ def legacy(tensors: int, claimed: int) -> bytes:
         False,
         called("collections.OrderedDict"),
     )
-    parts = [pickled._LEGACY_MAGIC, pickled._LEGACY_PROTOCOL, {"little_endian": True}]
-    begin = b"".join(pickle.dumps(part, 2) for part in parts)
-    return (
-        begin
-        + program({"w": made})
-        + pickle.dumps(["0"], 2)
-        + struct.pack("<q", claimed)
-        + struct.pack("<f", 1.5)
-    )
+    system = {"little_endian": True}
+    pickles = [
+        pickle.dumps(pickled._LEGACY_MAGIC, 2),
+        pickle.dumps(pickled._LEGACY_PROTOCOL, 2),
+        pickle.dumps(system, 2),
+        program({"w": made}),
+        pickle.dumps(list(keys) if isinstance(keys, tuple) else keys, 2),
+    ]
+    for place, code in (facts or {}).items():
+        pickles[place] = code
+    return b"".join(pickles) + struct.pack("<q", claimed) + struct.pack("<f", 1.5)
 
 
 def test_the_format_before_archives(folder: Path) -> None:
@@ -250,6 +264,105 @@ def test_the_format_before_archives(folder: Path) -> None:
     ):
         path.write_bytes(content)
         assert says in fuzz.refused("legacy", lambda: read_state_dict(path), CheckpointError)
+
+
+@pytest.mark.parametrize("key", [[1], {}, 1.0, True, 1 << 61, "1"], ids=repr)
+def test_storages_that_a_legacy_file_lists(key: object, folder: Path) -> None:
+    """Unhashable ones, ones equal to another type's, one whose hash is chosen, an unknown one."""
+    path = folder / "w.pth"
+    for keys in ([key], ["0", key]):
+        path.write_bytes(legacy(1, 1, keys=keys))
+        fuzz.refused("legacy", lambda: read_state_dict(path), CheckpointError)
+
+
+LEGACY_FACTS = {
+    "a-true-number": (0, True),
+    "an-array-number": (0, np.arange(3)),
+    "a-float-protocol": (1, 1001.0),
+    "an-array-protocol": (1, np.arange(3)),
+    "a-long-protocol": (1, 10**600),
+    "an-array-order": (2, {"little_endian": np.arange(3)}),
+    "a-number-order": (2, {"little_endian": 1}),
+    "no-mapping": (2, [True]),
+    "a-tuple-of-keys": (4, ("0",)),
+    "an-array-of-keys": (4, np.arange(3)),
+    "the-same-twice": (4, ["0", "0"]),
+}
+
+
+@pytest.mark.parametrize(("place", "value"), LEGACY_FACTS.values(), ids=LEGACY_FACTS.keys())
+def test_facts_of_a_legacy_file(place: int, value: object, folder: Path) -> None:
+    path = folder / "w.pth"
+    path.write_bytes(legacy(1, 1, facts={place: pickle.dumps(value, 2)}) + legacy(1, 1)[-12:])
+    found = fuzz.refused("legacy", lambda: read_state_dict(path), CheckpointError)
+    assert re.search("number|protocol|byte order|list", found), found
+    path.write_bytes(legacy(1, 1, facts={2: pickle.dumps({"little_endian": False}, 2)}))
+    assert read_state_dict(path)["w"].view(torch.int32).tolist() == [0xC03F]
+
+
+def test_legacy_files_may_be_cut_while_their_tensors_are_used(tmp_path: Path) -> None:
+    """A child process: a mapped file would end it (SIGBUS)."""
+    script = (
+        "import sys, torch; from deeplab_fast.weights import read_state_dict\n"
+        "w = torch.arange(1 << 20); content = {'w': w, 'part': w[7::3], 'half': w[:9].half()}\n"
+        "torch.save(content, 'w.pth', _use_new_zipfile_serialization=False)\n"
+        "state = read_state_dict('w.pth'); open('w.pth', 'wb').close()\n"
+        "assert all(torch.equal(state[k], v) for k, v in content.items())\n"
+        "assert state['w'].data_ptr() + 7 * 8 == state['part'].data_ptr(), 'a storage is shared'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["archive", "legacy"])
+def test_views_that_are_conjugate_or_negative(zipped: bool, tmp_path: Path) -> None:
+    # Of one storage torch.save writes views of one dtype only.
+    whole, other = torch.randn(2, 3, 4, dtype=torch.complex64).unbind()
+    other = other.clone()
+    content = {
+        "conj": whole.conj(),
+        "neg": other.conj().imag,
+        "both": torch._neg_view(whole).conj(),
+        "transposed": whole.t().conj(),
+        "part": whole.conj()[1:, ::2],
+        "plain": whole,
+        "real": other.real,
+        "none": whole[:0].conj(),
+    }
+    assert content["neg"].is_neg() and content["both"].is_neg() and content["both"].is_conj()
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    found = read_state_dict(tmp_path / "w.pth")
+    expected = torch.load(tmp_path / "w.pth", weights_only=True)
+    assert found.keys() == expected.keys() == content.keys()
+    for key, value in expected.items():
+        # torch.equal does not tell -0.0 from 0.0, and both give the same numbers.
+        assert torch.equal(found[key], value.resolve_conj().resolve_neg()), key
+        assert found[key].dtype == value.dtype and not found[key].is_conj()
+        assert not found[key].is_neg()
+
+
+BITS: dict[str, tuple[object, str, str | None]] = {
+    "none": ({}, "torch.ComplexFloatStorage", None),
+    "not-set": ({"conj": False, "neg": False}, "torch.ComplexFloatStorage", None),
+    "conj-of-real": ({"conj": True}, "torch.FloatStorage", "is conjugate"),
+    "neg-of-flags": ({"neg": True}, "torch.BoolStorage", "bool"),
+    "a-number": ({"conj": 1}, "torch.ComplexFloatStorage", "other facts"),
+    "another": ({"conj": True, "x": True}, "torch.ComplexFloatStorage", "other facts"),
+    "no-mapping": ((True,), "torch.ComplexFloatStorage", "other facts"),
+}
+
+
+@pytest.mark.parametrize(("bits", "kind", "says"), BITS.values(), ids=BITS.keys())
+def test_bits_of_a_tensor(bits: object, kind: str, says: str | None, folder: Path) -> None:
+    hooks = called("collections.OrderedDict")
+    arguments = (storage(1, kind=kind), 0, (1,), (1,), False, hooks, bits)
+    code = program({"w": called("torch._utils._rebuild_tensor_v2", *arguments)})
+    path = archive(folder / "w.pth", code, {"0": struct.pack("<ff", 1, 2)})
+    if says is None:
+        assert torch.equal(read_state_dict(path)["w"], torch.tensor([1 + 2j]))
+        return
+    found = fuzz.refused("pth", lambda: read_state_dict(path), CheckpointError)
+    assert says in found
 
 
 def test_files_of_the_other_byte_order(folder: Path) -> None:
@@ -712,6 +825,16 @@ def test_programs(pieces: list[bytes], value: _Called, kind: str, folder: Path) 
     }[kind]
     path = archive(folder / "program.pth", code, ONE)
     fuzz.answer(f"programs {kind}", lambda: _read(path), CheckpointError, memory=MEMORY)
+
+
+@fuzz.examples(60)
+@given(place=st.sampled_from([0, 1, 2, 3, 4]), value=objects(), wrapped=st.integers(0, 2))
+def test_programs_in_a_legacy_file(place: int, value: _Called, wrapped: int, folder: Path) -> None:
+    """In the place of each of the five pickles; plain, as the byte order, as a storage's name."""
+    inside = [value, {"little_endian": value}, _Called(b"](" + value.code + b"e")][wrapped]
+    path = folder / "program-legacy.pth"
+    path.write_bytes(legacy(1, 1, facts={place: program(inside)}))
+    fuzz.answer("programs legacy", lambda: _read(path), CheckpointError, memory=MEMORY)
 
 
 # Facts with any value of JSON at any place.
