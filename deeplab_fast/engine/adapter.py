@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplab_fast.data.preprocess import Preprocess, PreprocessBGR
-from deeplab_fast.engine.eval_form import EvalForm
+from deeplab_fast.engine.eval_form import eval_logits
 from deeplab_fast.engine.runner import is_out_of_memory, preprocess_of
 
 __all__ = ["AdaptedModel", "AssumedPreprocess", "as_segmenter"]
@@ -322,7 +322,7 @@ class AdaptedModel(nn.Module):
         for side in _PROBES:
             x = torch.zeros(1, 3, side, side, dtype=like.dtype, device=like.device)
             try:
-                return EvalForm(self)(x).shape[1]
+                return eval_logits(self, x).shape[1]
             # A model's own code may raise anything; an AttributeError here would read as a missing
             # attribute of this class.
             except Exception as error:

@@ -14,7 +14,7 @@ import threading
 import types
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EvalForm", "ModeGate", "eval_form", "eval_view", "gate_of"]
+__all__ = ["ModeGate", "eval_form", "eval_logits", "eval_view", "gate_of"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,22 +44,24 @@ class ModeGate:
         self._calling: Counter[int] = Counter()
         self._changing: int | None = None
         self._depth = 0
-        self.changes = 0
+
+    # An interrupt may come in every wait: what is entered then is left again.
 
     @contextmanager
     def calling(self) -> Iterator[None]:
         """While the model is called."""
-        own = threading.get_ident()
-        with self._free:
-            # One that calls already goes on: the change waits for it.
-            while self._changing not in (None, own) and not self._calling[own]:
-                self._free.wait()
-            self._calling[own] += 1
+        own, entered = threading.get_ident(), False
         try:
+            with self._free:
+                # One that calls already goes on: the change waits for it.
+                while self._changing not in (None, own) and not self._calling[own]:
+                    self._free.wait()
+                self._calling[own] += 1
+                entered = True
             yield
         finally:
             with self._free:
-                self._calling[own] -= 1
+                self._calling[own] -= entered
                 if not self._calling[own]:
                     del self._calling[own]
                 self._free.notify_all()
@@ -67,22 +69,19 @@ class ModeGate:
     @contextmanager
     def changing(self) -> Iterator[None]:
         """While its mode is changed."""
-        own = threading.get_ident()
-        with self._free:
-            within = own in self._calling
-            while not within and self._changing not in (None, own):
-                self._free.wait()
-            if not within:
-                self._changing = own
-                self._depth += 1
-            while not within and self._calling:
-                self._free.wait()
+        own, entered = threading.get_ident(), False
         try:
+            with self._free:
+                if own not in self._calling:
+                    while self._changing not in (None, own):
+                        self._free.wait()
+                    self._changing, self._depth, entered = own, self._depth + 1, True
+                    while self._calling:
+                        self._free.wait()
             yield
         finally:
             with self._free:
-                self.changes += 1
-                self._depth -= not within
+                self._depth -= entered
                 if not self._depth:
                     self._changing = None
                 self._free.notify_all()
@@ -99,54 +98,35 @@ def gate_of(model: nn.Module) -> ModeGate:
         return _gates.setdefault(model, ModeGate())
 
 
-class EvalForm:
-    """The logits of a model as in eval mode, from any thread.
+def eval_logits(model: Any, x: Tensor) -> Tensor:
+    """The logits of a model as in eval mode, [N, 3, H, W] -> [N, C, h, w], from any thread.
 
     Args:
         model: with ``forward_logits``; an ``engine.adapter.AdaptedModel`` also with
             ``forward_logits_of(model, x)``, whose ``model`` is the one that has modes.
     """
-
-    def __init__(self, model: Any) -> None:
-        self._outer = model
-        self._core = model.model if hasattr(model, "forward_logits_of") else model
-        self._gate = gate_of(self._core) if isinstance(self._core, nn.Module) else None
-        # Of the gate when the modes were looked at last, and whether all were eval.
-        self._seen: tuple[int, bool] | None = None
-        self._view: nn.Module | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[N, 3, H, W] -> logits [N, C, h, w]."""
-        if self._gate is None:
-            return self._logits(self._core, x)
-        if self._view is None:
-            with self._gate.calling():
-                if self._seen is None or self._seen[0] != self._gate.changes:
-                    self._seen = self._gate.changes, _is_in_eval_mode(self._core)
-                if self._seen[1]:
-                    return self._logits(self._core, x)
-            self._view = eval_view(self._core)
-        if self._view is not None:
-            return self._logits(self._view, x)
-        with _switched(self._core):
-            return self._logits(self._core, x)
-
-    def _logits(self, core: Any, x: Tensor) -> Tensor:
-        if self._core is self._outer:
-            return core.forward_logits(x)
-        return self._outer.forward_logits_of(core, x)
+    if not isinstance(model, nn.Module):
+        return model.forward_logits(x)
+    called: Any = model
+    if hasattr(model, "forward_logits_of"):
+        with eval_form(called.model) as form:
+            return called.forward_logits_of(form, x)
+    with eval_form(called) as form:
+        return form.forward_logits(x)
 
 
 @contextmanager
 def eval_form(model: M) -> Iterator[M]:
     """What to call in place of a model, as in eval mode: itself, or a view.
 
-    Where there is no view (see :func:`eval_view`) the model itself is in eval mode meanwhile, for
-    all threads, and gets its modes back after the last of them.
+    Meanwhile the model of this package waits with a change of its mode. Where there is no view (see
+    :func:`eval_view`) the model itself is in eval mode meanwhile, for all threads, and gets its
+    modes back after the last of them.
     """
-    if _is_in_eval_mode(model):
-        yield model
-        return
+    with gate_of(model).calling():
+        if _is_in_eval_mode(model):
+            yield model
+            return
     view = eval_view(model)
     if view is not None:
         yield view
@@ -159,7 +139,8 @@ def eval_view(model: M, *, kept: bool = True) -> M | None:
     """The model in eval mode on its own parameters and buffers, as other module objects.
 
     What is changed in place on parameters, buffers and hooks, or exchanged among them, is changed
-    on both; other attributes of the view are its own. Hooks are called with the view's modules.
+    on both; other attributes of the view are its own: what a forward sets is set there. Hooks are
+    called with the view's modules.
 
     Args:
         model: any module.
@@ -168,8 +149,9 @@ def eval_view(model: M, *, kept: bool = True) -> M | None:
 
     Returns:
         None where a view could do something else than the model: its code may reach modules of the
-        original (a closure, a compiled or scripted module), a class has a ``train()`` of its own,
-        which may do more than set flags, or parameters that are made by the first call.
+        original (a closure, a hook that holds the model, a compiled or scripted module), a class
+        has a ``train()`` of its own, which may do more than set flags, or parameters that are made
+        by the first call.
     """
     with _lock:
         known = _views.get(model) if kept else None
@@ -178,7 +160,7 @@ def eval_view(model: M, *, kept: bool = True) -> M | None:
         made = _made(model)
         if made is None:
             return None
-        if kept:
+        if kept and not made.holds_model:
             _views[model] = made
         return cast(M, made.view)
 
@@ -220,8 +202,10 @@ class _View:
 
     view: nn.Module
     sources: tuple[_Source, ...]
-    # Lists, dicts and sets with modules in them, with copies.
+    # Of hooks, and of modules: with copies.
     containers: tuple[tuple[Any, Any], ...]
+    # What it was made from holds the model, which a cache would keep for ever.
+    holds_model: bool
 
     def is_current(self) -> bool:
         try:
@@ -237,6 +221,8 @@ class _View:
 _MODES = ("training", "asked_mode")
 # Parameters, buffers, hooks.
 _SHARED = frozenset(vars(nn.Module())) - {"_modules", "training"}
+# The hooks that a call without gradients runs.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def _made(model: nn.Module) -> _View | None:
@@ -245,7 +231,7 @@ def _made(model: nn.Module) -> _View | None:
         return None
     # A class of torch.fx makes another class in its __new__.
     views: dict[int, nn.Module] = {id(m): object.__new__(type(m)) for m in modules}
-    sources, containers = [], []
+    sources, containers, holds_model = [], [], False
     for module in modules:
         view = views[id(module)]
         attributes = dict(vars(module))
@@ -255,6 +241,10 @@ def _made(model: nn.Module) -> _View | None:
                 own[name] = {k: v if v is None else views[id(v)] for k, v in value.items()}
                 continue
             if name in _SHARED:
+                if name in _HOOKS:
+                    if value and _reaches(value, views):
+                        return None
+                    containers.append((value, value.copy()))
                 own[name] = value
                 continue
             in_view = getattr(type(value), "in_eval_view", None)
@@ -265,13 +255,23 @@ def _made(model: nn.Module) -> _View | None:
                 own[name] = _mapped(value, views)
             except _Unknown:
                 return None
-            if own[name] is not value and isinstance(value, (list, dict, set)):
-                containers.append((value, value.copy()))
+            if own[name] is not value:
+                holds_model = holds_model or _reaches(value, {id(model)}, views)
+                containers.append((value, _copied(value)))
         own["training"] = False
         vars(view).update(own)
         children = tuple(attributes["_modules"].items())
         sources.append(_Source(weakref.ref(module), type(module), attributes, children))
-    return _View(views[id(model)], tuple(sources), tuple(containers))
+    return _View(views[id(model)], tuple(sources), tuple(containers), holds_model)
+
+
+def _copied(value: Any) -> Any:
+    """Lists, dicts and sets in new ones, as deep as `_mapped` goes."""
+    if type(value) in (list, tuple, set):
+        return type(value)(_copied(item) for item in value)
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return value
 
 
 class _Unknown(Exception):
@@ -305,23 +305,24 @@ def _mapped(value: Any, views: dict[int, nn.Module]) -> Any:
     return value
 
 
-def _reaches(value: object, views: dict[int, nn.Module]) -> bool:
-    """Whether an object holds a module of the model, or too much to tell."""
+def _reaches(value: object, wanted: Container[int], ends: Container[int] = ()) -> bool:
+    """Whether an object holds one of these, by id, or too much to tell; not by way of `ends`."""
     seen: dict[int, object] = {}
     ahead = [value]
     while ahead:
         each = ahead.pop()
-        if id(each) in views:
+        if id(each) in wanted:
             return True
-        if isinstance(each, _ENDS) or id(each) in seen:
+        if isinstance(each, _ENDS) or id(each) in seen or id(each) in ends:
             continue
         # Kept, so that no other object gets its id.
         seen[id(each)] = each
         if len(seen) > _MOST_OBJECTS:
             return True
         if isinstance(each, types.FunctionType):
-            # Not its globals, which lead everywhere.
             ahead += [each.__closure__, each.__defaults__, each.__kwdefaults__]
+            if not each.__module__.startswith(("torch.", "numpy.")):
+                ahead += [each.__globals__.get(name) for name in _names(each.__code__)]
         elif not isinstance(each, weakref.ReferenceType):
             ahead += gc.get_referents(each)
         elif (target := each()) is not None:
@@ -329,17 +330,33 @@ def _reaches(value: object, views: dict[int, nn.Module]) -> bool:
     return False
 
 
-_OWN_TRAIN = ("torch.nn.", "deeplab_fast.")
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Names that a function's code, and that of functions in it, may look up globally."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+# Whose `train()` and `eval()` set nothing but flags.
+_SET_FLAGS = (
+    "torch.nn.",
+    "deeplab_fast.",
+    "segmentation_models_pytorch.base.model",
+    "transformers.modeling_utils",
+)
 
 
 def _is_known(module: nn.Module) -> bool:
     if isinstance(module, (nn.modules.lazy.LazyModuleMixin, torch.jit.ScriptModule)):
         return False
-    for name in ("train", "eval"):
-        owner = next(base for base in type(module).__mro__ if name in vars(base))
-        if not owner.__module__.startswith(_OWN_TRAIN):
-            return False
-    return True
+    # Those of transformers cast kernels in train() where they are in use.
+    return not getattr(module, "use_kernels", False) and all(
+        next(base for base in type(module).__mro__ if name in vars(base)).__module__.startswith(
+            _SET_FLAGS
+        )
+        for name in ("train", "eval")
+    )
 
 
 @dataclass

@@ -90,7 +90,8 @@ def predict(
             mmsegmentation, transformers, your own; ``engine.adapter.as_segmenter`` says how such a
             model is run, and takes what it cannot see. It runs as in eval mode and no mode is
             changed, so that other threads may train it meanwhile (``engine.eval_form.eval_view``
-            says which models are switched instead, for the time of a call). One with
+            says which models are switched instead, for the time of a call; what a forward sets on
+            a model in training mode is set on what stands for it). One with
             ``forward_logits(x) -> [N, C, h, w]``, ``align_corners`` and, for anything but a float
             tensor, ``preprocess`` is run by these.
         images: a float tensor [N, 3, H, W] or [3, H, W], already normalised; a uint8 tensor of the

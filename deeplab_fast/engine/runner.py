@@ -7,7 +7,6 @@ import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Protocol, TypeGuard, TypeVar, cast
 
 import numpy as np
@@ -27,7 +26,7 @@ from deeplab_fast.data.preprocess import (
     in_millions,
 )
 from deeplab_fast.dispatch.precision import asked, check_precision, reason_against
-from deeplab_fast.engine.eval_form import EvalForm, eval_view
+from deeplab_fast.engine.eval_form import eval_logits, eval_view
 from deeplab_fast.engine.finite import not_finite_pixels
 from deeplab_fast.plan.bilinear import source_index
 
@@ -609,12 +608,7 @@ class Runner:
             # What was asked for by name stands above the caller's autocast.
             mixed = torch.autocast("cpu", enabled=False)
         with asked(self.precision), mixed:
-            return self.form(x)
-
-    @cached_property
-    def form(self) -> EvalForm:
-        """What is called: the model as in eval mode."""
-        return EvalForm(self.model)
+            return eval_logits(self.model, x)
 
     def scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
         # With aligned corners the distance between the corner pixels scales, not the pixel count.

@@ -276,6 +276,10 @@ class DeepLabV3(Network):
 
         Source: arXiv 1706.05587, section 3.3 ("the rates are doubled when output_stride = 8").
         """
+        with gate_of(self).changing():
+            return self._at_output_stride(output_stride)
+
+    def _at_output_stride(self, output_stride: int) -> DeepLabV3:
         check_output_stride(output_stride)
         if not hasattr(self.backbone, "set_output_stride"):
             raise ValueError(

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import deeplab_fast as dlf
-from deeplab_fast.engine.eval_form import EvalForm, ModeGate, eval_form, eval_view
+from deeplab_fast import testing
+from deeplab_fast.engine.eval_form import ModeGate, eval_form, eval_logits, eval_view
 from deeplab_fast.engine.predict import predict
 from deeplab_fast.engine.runner import at_output_stride
 from deeplab_fast.nn.batch_norm import freeze_batch_norm
@@ -163,7 +164,7 @@ def test_a_model_without_a_view_has_its_modes_back_after_the_last_thread(one_thr
 
 
 class Parts(nn.Module):
-    """References to its modules of every kind that a view can follow."""
+    """References to its modules, and itself, of every kind that a view can follow."""
 
     def __init__(self):
         super().__init__()
@@ -237,7 +238,7 @@ def test_models_without_a_view(change):
             id="another parameter",
         ),
         pytest.param(
-            lambda m: m.norm.register_forward_hook(lambda module, x, y: y + 1), True, id="a hook"
+            lambda m: m.norm.register_forward_hook(lambda module, x, y: y + 1), False, id="a hook"
         ),
         pytest.param(lambda m: m.eval() and m.train(), True, id="modes"),
         pytest.param(lambda m: setattr(m.norm, "eps", 0.5), False, id="an attribute"),
@@ -251,6 +252,8 @@ def test_models_without_a_view(change):
 def test_a_view_follows_its_model(change, same, one_thread):
     model = Parts().train()
     x = torch.randn(2, 3, 4, 4)
+    # What names the model itself has a new view at every call.
+    model.part = functools.partial(model.norm)
     first = eval_view(model)
     assert eval_view(model) is first
     change(model)
@@ -281,12 +284,12 @@ def test_another_output_stride_is_not_set_on_the_model(model):
     x = torch.randn(1, 3, 64, 64)
     with at_output_stride(model, 8) as strided, torch.inference_mode():
         assert (model.output_stride, strided.output_stride) == (16, 8)
-        assert EvalForm(strided)(x).shape[-2:] == (8, 8)
-        assert EvalForm(model)(x).shape[-2:] == (4, 4)
+        assert eval_logits(strided, x).shape[-2:] == (8, 8)
+        assert eval_logits(model, x).shape[-2:] == (4, 4)
     assert all(modes(model).values())
     copied = copy.deepcopy(model).set_output_stride(8).eval()
     with torch.inference_mode():
-        assert torch.equal(EvalForm(strided)(x), copied.forward_logits(x))
+        assert torch.equal(eval_logits(strided, x), copied.forward_logits(x))
 
 
 def test_views_go_with_their_model(tiny, one_thread):
@@ -301,7 +304,138 @@ def test_views_go_with_their_model(tiny, one_thread):
     assert [each() for each in both] == [None, None]
 
 
+class Hooked(nn.Module):
+    """Takes features by a hook, as many do."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.features = nn.BatchNorm2d(3), None
+
+    def keep(self, module, x, y):
+        self.features = y
+
+    def forward(self, x):
+        self.norm(x)
+        return self.features.relu()
+
+
+global_one = None
+
+
+def _keep_globally(module, x, y):
+    global_one.features = y
+
+
+def _by_global_name(model):
+    global global_one
+    global_one = model
+    model.norm.register_forward_hook(_keep_globally)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        pytest.param(lambda m: m.norm.register_forward_hook(m.keep), id="a method of the model"),
+        pytest.param(
+            lambda m: m.norm.register_forward_hook(lambda _, x, y: m.keep(_, x, y)), id="a closure"
+        ),
+        pytest.param(_by_global_name, id="a global name"),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "behind a view"])
+def test_a_model_whose_hooks_reach_it_is_called_itself(register, later, one_thread):
+    model = Hooked().train()
+    if later:
+        assert eval_view(model) is not None
+    register(model)
+    x = torch.randn(2, 3, 8, 8)
+    # Leaves features behind, which are not those of another input.
+    model(torch.randn(2, 3, 8, 8))
+    before = state(model)
+    with torch.no_grad(), eval_form(model) as form:
+        assert torch.equal(form(x), copy.deepcopy(model.norm).eval()(x).relu())
+    assert all(modes(model).values())
+    assert_equal_states(before, state(model))
+
+
+def test_a_model_that_names_itself_goes_too(one_thread):
+    model = Parts().train()
+    assert eval_view(model)(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_modules_in_nested_lists_are_followed(one_thread):
+    model = Parts().train()
+    x = torch.randn(2, 3, 4, 4)
+    eval_view(model)
+    other = nn.BatchNorm2d(3).train()
+    nn.init.constant_(other.bias, 5)
+    model.listed[1][1]["deep"] = other
+    model.add_module("other", other)
+    first = eval_view(model)
+    assert torch.equal(first(x), copy.deepcopy(model).eval()(x))
+    model.listed[1][1]["deep"] = model.norm
+    assert torch.equal(eval_view(model)(x), copy.deepcopy(model).eval()(x))
+
+
+def test_a_model_of_another_library_that_is_switched_between_two_windows(one_thread):
+    """Modes are looked at before every call, not once a photo."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    images = torch.rand(1, 3, 40, 40)
+    wanted = predict(model, images, tile=16)
+    before = state(model)
+
+    def switch(done, windows):
+        model.train()
+
+    assert torch.equal(predict(model, images, tile=16, progress=switch), wanted)
+    assert_equal_states(before, state(model))
+
+
+def test_libraries_whose_train_sets_flags_have_views():
+    testing.import_torchvision()
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = smp.DeepLabV3("resnet18", encoder_weights=None, classes=3).train()
+    assert eval_view(model) is not None
+
+
 class TestGate:
+    def test_an_interrupt_while_it_waits(self):
+        """Ctrl+C in model.train() beside a call: later calls go on."""
+
+        class Interrupted(ModeGate):
+            def __init__(self):
+                super().__init__()
+                wait = self._free.wait
+
+                def interrupted():
+                    self._free.wait = wait
+                    raise KeyboardInterrupt
+
+                self._free.wait = interrupted
+
+        gate, inside, go = Interrupted(), threading.Event(), threading.Event()
+
+        def call():
+            with gate.calling():
+                inside.set()
+                go.wait(30)
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        assert inside.wait(30)
+        with pytest.raises(KeyboardInterrupt), gate.changing():
+            pass
+        later = threading.Thread(target=call, daemon=True)
+        go.set()
+        later.start()
+        for thread in (caller, later):
+            thread.join(10)
+            assert not thread.is_alive()
+
     def test_a_change_waits_for_calls(self):
         gate, order = ModeGate(), []
         inside, go = threading.Event(), threading.Event()
@@ -324,13 +458,14 @@ class TestGate:
         go.set()
         for thread in threads:
             thread.join(30)
-        assert order == ["called", "changed"] and gate.changes == 1
+        assert order == ["called", "changed"]
 
     def test_a_thread_does_not_wait_for_itself(self):
         gate = ModeGate()
         with gate.calling(), gate.calling(), gate.changing(), gate.changing(), gate.calling():
             pass
-        assert gate.changes == 2
+        with gate.changing():
+            assert not gate._calling
 
     def test_two_callers_that_both_change(self):
         """Each within a call of its own: one goes first, and neither waits for ever."""
