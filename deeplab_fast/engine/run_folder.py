@@ -410,6 +410,13 @@ def check_resumable(
             "expected the same: the optimizer and the weights of the checkpoint are for that. "
             f"Begin another run with --weights {path.parent.parent}",
         )
+    for name, done in (("steps", content["global_step"]), ("epochs", content["epoch"])):
+        if now[name] is not None and now[name] < done:
+            raise OptionError(
+                name,
+                f"is {now[name]} and the run that is resumed is at {done}; expected {done} or "
+                f"more, or another run with --weights {path.parent.parent}",
+            )
     if changed:
         tell(
             f"warning: from step {content.get('global_step')} on with {', '.join(changed.values())}"

@@ -287,6 +287,16 @@ def test_resumed_with_other_options(plan, tmp_path):
     assert "max_time" not in warnings[0] and "output" not in warnings[0]
 
 
+def test_fewer_steps_than_are_done_change_nothing(plan, tmp_path):
+    config = plan.replace(output=str(tmp_path / "run"))
+    fit(config, callbacks=[SignalAt(batch=1, epoch=1)])
+    record = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match="steps is 1 and the run that is resumed is at 5"):
+        fit(config.replace(steps=1, epochs=None), resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == record
+    assert fit(config, resume=True).finished
+
+
 def test_resume_without_and_with_a_strange_checkpoint(plan, tmp_path):
     config = plan.replace(output=str(tmp_path / "run"), epochs=1, val_every=0)
     # Nothing there: it starts, so that a job can be queued with --resume from the first.
