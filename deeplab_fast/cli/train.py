@@ -161,8 +161,9 @@ def run(config: Namespace) -> int:
     except RuntimeError as error:
         from deeplab_fast.engine.captured import CaptureFailed
         from deeplab_fast.engine.module import NonFiniteLoss
+        from deeplab_fast.engine.runner import is_out_of_memory
 
-        if not isinstance(error, (NonFiniteLoss, CaptureFailed)):
+        if not isinstance(error, (NonFiniteLoss, CaptureFailed)) and not is_out_of_memory(error):
             raise
         tell("train", str(error))
         return 1

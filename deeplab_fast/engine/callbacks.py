@@ -29,7 +29,7 @@ from deeplab_fast.dispatch.files import write_atomically
 from deeplab_fast.engine.averaging import ExponentialAverage
 from deeplab_fast.engine.history import row_of
 from deeplab_fast.engine.metrics import ImageScore
-from deeplab_fast.engine.run_folder import FolderWatch, RunFolderError
+from deeplab_fast.engine.run_folder import FolderWatch, RunFolderError, is_no_fault_of_content
 from deeplab_fast.weights import read_content
 
 if TYPE_CHECKING:
@@ -245,6 +245,8 @@ class RunCheckpoint(Checkpoint):
                 self.load_state_dict(content["callbacks"][self.state_key])
         # Of its content too: a key that is missing, ...
         except Exception as error:
+            if is_no_fault_of_content(error):
+                raise
             raise ValueError(
                 f"{self.best_path} is damaged ({shown(error, 200)}); remove it: the next "
                 "validation is then the best one"

@@ -299,7 +299,9 @@ class TrainConfig:
     # The run.
     output: str | None = _option(None, "folder of the run (required)", "DIR")
     max_time: str | None = _option(
-        None, "stop, saved, after this long: 90m, 1.5h, 3600s or 01:30:00", "TIME"
+        None,
+        "stop, saved, after this long: 90m, 1.5h, 3600s, 01:30:00 or, with days, 00:01:30:00",
+        "TIME",
     )
     checkpoint_minutes: float = _option(10.0, "time between checkpoints within an epoch", "M")
     export: str = _option(
@@ -328,6 +330,11 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            plain = _without_numpy(value)
+            if plain is not value:
+                object.__setattr__(self, each.name, plain)
         for problem in _problems(self):
             raise problem
 
@@ -524,14 +531,17 @@ _INTEGERS = {
 
 
 class _Interval(NamedTuple):
-    """Finite numbers from ``low`` to ``high``, each with or without itself."""
+    """Finite numbers from ``low`` to ``high``, with or without itself; ``endless`` adds inf."""
 
     low: float
     high: float = math.inf
     with_low: bool = True
     with_high: bool = True
+    endless: bool = False
 
     def has(self, value: float) -> bool:
+        if self.endless and value == math.inf:
+            return True
         # An integer may be beyond every float.
         if not abs(value) <= sys.float_info.max:
             return False
@@ -541,7 +551,8 @@ class _Interval(NamedTuple):
     def __str__(self) -> str:
         low, high = f"{self.low:g}", f"{self.high:g}"
         if self.high == math.inf:
-            return f"{low} or more, finite" if self.with_low else f"above {low}, finite"
+            end = "or inf" if self.endless else "finite"
+            return f"{low} or more, {end}" if self.with_low else f"above {low}, {end}"
         if self.with_low:
             return f"{low} to {high}" if self.with_high else f"{low} or more and below {high}"
         return f"above {low} to {high}"
@@ -568,7 +579,7 @@ _NUMBERS = {
     "power": _Interval(0, with_low=False),
     "warmup_epochs": _Interval(0, _MANY),
     "warmup_factor": _Interval(0, 1),
-    "clip_norm": _Interval(0, with_low=False),
+    "clip_norm": _Interval(0, with_low=False, endless=True),
     "ema": _Interval(0, 1, with_high=False),
     "checkpoint_minutes": _Interval(0, _LONGEST_SECONDS / 60),
 }
@@ -671,7 +682,8 @@ def _problems(config: TrainConfig) -> list[OptionError]:
     if config.max_time is not None and not 0 < _seconds(config.max_time) <= _LONGEST_SECONDS:
         wrong(
             "max_time",
-            "90m, 1.5h, 3600s or 01:30:00 (hours, minutes and seconds below 60), "
+            "90m, 1.5h, 3600s, 01:30:00 (hours, minutes and seconds below 60) or 00:01:30:00 "
+            "(days first), "
             f"{_LONGEST_SECONDS // 86400} days at most",
         )
     return found
@@ -688,6 +700,23 @@ def did_you_mean(value: object, allowed: Collection[str]) -> str:
     """ "; did you mean 'focal'?" where one of the names is near, else nothing."""
     near = difflib.get_close_matches(str(value), allowed, 1, 0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _without_numpy(value: Any) -> Any:
+    """The same with Python's numbers and texts for NumPy's, which YAML and JSON do not have."""
+    if type(value) in (list, tuple):
+        plain = [_without_numpy(each) for each in value]
+        same = all(a is b for a, b in zip(plain, value, strict=True))
+        return value if same else type(value)(plain)
+    if type(value) is dict:
+        items = {key: _without_numpy(each) for key, each in value.items()}
+        return value if all(items[key] is value[key] for key in value) else items
+    # Only by name: options alone are shown without NumPy.
+    if type(value).__module__ != "numpy" or getattr(value, "shape", None) != ():
+        return value
+    found = value.item()
+    # Of longdouble it is itself.
+    return float(found) if type(found).__module__ == "numpy" else found
 
 
 def _plain(value: object) -> Any:
@@ -707,10 +736,13 @@ def _seconds(text: str) -> float:
     text = str(text).strip()
     try:
         if ":" in text:
-            first, *rest = (float(part) for part in text.split(":"))
-            if len(rest) > 2 or not all(0 <= part < 60 for part in rest):
+            parts = [float(part) for part in text.split(":")]
+            # Of days, hours, minutes and seconds; Lightning's hours may be more than a day too.
+            factors = (86400, 3600, 60, 1)[-len(parts) :]
+            below = [part < 60 for part in parts[-2:]][-(len(parts) - 1) :]
+            if len(parts) > 4 or min(parts) < 0 or not all(below):
                 return math.nan
-            return sum(part * 60**i for i, part in enumerate(reversed([first, *rest])))
+            return sum(part * factor for part, factor in zip(parts, factors, strict=True))
         factor = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:].lower())
         return float(text) if factor is None else float(text[:-1]) * factor
     except ValueError:

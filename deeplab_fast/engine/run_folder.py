@@ -18,6 +18,7 @@ import torch
 from deeplab_fast._documents import DocumentError, read_document, shown
 from deeplab_fast.dispatch.files import remove_left, write_atomically
 from deeplab_fast.engine.config import OptionError, TrainConfig, to_yaml
+from deeplab_fast.engine.runner import is_out_of_memory
 from deeplab_fast.weights import read_content
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ __all__ = [
     "clear_left",
     "config_beside",
     "finished_result",
+    "forget_result",
     "is_finished",
+    "is_no_fault_of_content",
     "progress_of",
     "read_stages",
     "run_config",
@@ -215,6 +218,7 @@ def run_config(folder: str | os.PathLike[str]) -> TrainConfig | None:
 
     Raises:
         ValueError: the file is no config of a run.
+        OSError: it cannot be read.
     """
     path = Path(folder) / "config.yaml"
     if not path.is_file():
@@ -224,7 +228,7 @@ def run_config(folder: str | os.PathLike[str]) -> TrainConfig | None:
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise ValueError(f"{shown(values)}, expected lines of option: value")
         return TrainConfig(**values)
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is no config of a training run ({shown(error, 300)}); it is damaged or of "
             "another version: give the run's options again with --config or --preset, or begin "
@@ -256,14 +260,15 @@ def read_stages(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     Raises:
         ValueError: the record is damaged.
+        OSError: it cannot be read.
     """
     path = Path(folder) / "stages.yaml"
     try:
         content = read_document(path)
         stage2 = content["stage2"] if isinstance(content, dict) else None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (DocumentError, KeyError, OSError) as error:
+    except (DocumentError, KeyError) as error:
         raise ValueError(_damaged_stages(path, shown(error, 300))) from error
     if not isinstance(stage2, dict) or not all(isinstance(key, str) for key in stage2):
         raise ValueError(_damaged_stages(path, shown(content)))
@@ -331,6 +336,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: it is none, or damaged.
+        OSError, MemoryError: it cannot be read now.
     """
     try:
         content = read_content(path)
@@ -345,10 +351,23 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         content["train_config"] = json.loads(json.dumps(content["train_config"]))
     # Of its content too: a list for a mapping, options that are tensors, ...
     except Exception as error:
+        if is_no_fault_of_content(error):
+            raise
         raise ValueError(
             f"{path} is no checkpoint of a training run ({shown(error, 200)}); {_instead(path)}"
         ) from error
     return dict(content)
+
+
+def is_no_fault_of_content(error: BaseException) -> bool:
+    """Whether memory ran out, or a disk failed: nothing is known of the file that was read then."""
+    each: BaseException | None = error
+    while each is not None:
+        # That is what a place in a file is called that cannot be.
+        if is_out_of_memory(each) or (isinstance(each, OSError) and each.errno != errno.EINVAL):
+            return True
+        each = each.__cause__
+    return False
 
 
 _OF_CHECKPOINT: dict[str, type] = {
@@ -466,6 +485,11 @@ def write_result(result: TrainResult) -> None:
     text = json.dumps(known, indent=2, allow_nan=False) + "\n"
     path = result.folder / "result.json"
     write_atomically([(path, lambda file: file.write(text.encode("utf-8")))])
+
+
+def forget_result(folder: Path) -> None:
+    """Removes the record of how a run ended."""
+    (folder / "result.json").unlink(missing_ok=True)
 
 
 def is_finished(folder: Path) -> bool:

@@ -27,7 +27,9 @@ from deeplab_fast.engine.run_folder import (
     checkpoint_to_resume,
     clear_left,
     finished_result,
+    forget_result,
     is_finished,
+    is_no_fault_of_content,
     progress_of,
     write_changes,
     write_result,
@@ -172,6 +174,8 @@ def fit(
     _tell_of_start(config, module, data, steps, checkpoint, tell)
     with _nothing_half_made(folder, trainer):
         if trainer.is_global_zero:
+            # What a run that goes on had come to is no end of what its config now asks for.
+            forget_result(folder)
             write_run_files(folder, config)
             if ready.changes is not None:
                 write_changes(folder, ready.changes)
@@ -532,7 +536,7 @@ def _run(
             return str(stop)
         # Of its own content: a key that is missing, a tensor of another shape, ...
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
-            if checkpoint is None or not _is_restoring(error):
+            if checkpoint is None or is_no_fault_of_content(error) or not _is_restoring(error):
                 raise
             raise ValueError(
                 f"{checkpoint} does not fit the run ({type(error).__name__}: {shown(error, 300)}); "

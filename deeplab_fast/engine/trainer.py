@@ -128,8 +128,9 @@ def _check_processes(given: Mapping[str, Any]) -> None:
         return
     on_gpu = given.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     gpus = torch.cuda.device_count() if on_gpu else 0
-    most = gpus or max(2, os.cpu_count() or 1)
-    what = "GPUs of this machine" if gpus else "processes, as many as this machine has CPUs"
+    # On CPUs more than there are of them are slow, and still right.
+    most = gpus or max(_PROCESSES, 4 * (os.cpu_count() or 1))
+    what = "GPUs of this machine" if gpus else "processes on this machine"
     if isinstance(devices, str):
         devices = (
             [each for each in devices.split(",") if each.strip()] if "," in devices else devices
@@ -144,6 +145,8 @@ def _check_processes(given: Mapping[str, Any]) -> None:
 
 
 _MOST_NODES = 10_000
+# Each takes some 0.5 GB before it has a model.
+_PROCESSES = 64
 
 
 def _check_trainer(arguments: Mapping[str, Any]) -> None:

@@ -110,13 +110,13 @@ def test_a_resumed_run_clears_its_folder(config, done):
 
 
 class At(Callback):
-    """Does something at the end of the second step."""
+    """Does something at the end of a step, the second if not told another."""
 
-    def __init__(self, do):
-        self.do = do
+    def __init__(self, do, step=2):
+        self.do, self.step = do, step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == 2:
+        if trainer.global_step == self.step:
             self.do()
 
 
@@ -304,3 +304,117 @@ def test_a_checkpoint_runs_nothing(config, done, tmp_path):
     with pytest.raises(ValueError, match="is no checkpoint of a training run"):
         fit(config.replace(epochs=3), resume=True, quiet=True)
     assert not (tmp_path / "RAN").exists()
+
+
+def test_a_run_that_went_on_is_not_finished_by_its_former_end(config, done):
+    """Also where it was killed before the end that its config now asks for."""
+
+    def dies():
+        raise SystemExit("killed")
+
+    more = config.replace(epochs=3)
+    with pytest.raises(SystemExit):
+        fit(more, resume=True, quiet=True, callbacks=[At(dies, step=7)])
+    assert run_config(done).epochs == 3
+    result = fit(more, resume=True, quiet=True)
+    assert result.finished and result.steps == 9
+
+
+def out_of_memory():
+    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def no_answer():
+    return OSError(errno.EIO, os.strerror(errno.EIO), "last.ckpt")
+
+
+def wrapped(cause):
+    error = ValueError("cannot be read")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(out_of_memory(), id="of the GPU"),
+        pytest.param(MemoryError("of the host"), id="of the host"),
+        pytest.param(no_answer(), id="disk"),
+        pytest.param(wrapped(no_answer()), id="cause"),
+    ],
+)
+def test_what_a_checkpoint_is_not_to_blame_for(config, done, monkeypatch, error):
+    """Where it is read, restored, and where the best one is: the error stays what it is."""
+    from lightning.pytorch import LightningModule
+
+    from deeplab_fast.engine import callbacks, run_folder
+
+    def fails(*arguments, **options):
+        raise error
+
+    more = config.replace(epochs=3)
+    places = [
+        (run_folder, "read_content"),
+        (callbacks.AtomicCheckpointIO, "load_checkpoint"),
+        (LightningModule, "load_state_dict"),
+    ]
+    for owner, name in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fails)
+            with pytest.raises(type(error)) as caught:
+                fit(more, resume=True, quiet=True)
+        assert caught.value is error, name
+    # One of its content stays told of.
+    with monkeypatch.context() as patch:
+        patch.setattr(LightningModule, "load_state_dict", lambda *given, **options: {}["gone"])
+        with pytest.raises(ValueError, match=r"does not fit the run .*damaged, or of another run"):
+            fit(more, resume=True, quiet=True)
+    assert fit(more, resume=True, quiet=True).finished
+
+
+def test_the_best_checkpoint_is_not_told_to_be_removed(config, done, monkeypatch):
+    from deeplab_fast.engine import callbacks
+
+    read, error = callbacks.read_content, no_answer()
+
+    def fails(path):
+        if Path(path).name == "best.ckpt":
+            raise error
+        return read(path)
+
+    monkeypatch.setattr(callbacks, "read_content", fails)
+    with pytest.raises(OSError) as caught:
+        fit(config.replace(epochs=3), resume=True, quiet=True)
+    assert caught.value is error
+
+
+def test_records_that_cannot_be_read_are_not_damaged(done, monkeypatch):
+    from deeplab_fast.engine import run_folder
+
+    error = no_answer()
+
+    def fails(path):
+        raise error
+
+    (done / "stages.yaml").touch()
+    monkeypatch.setattr(run_folder, "read_document", fails)
+    for read in (run_config, read_stages):
+        with pytest.raises(OSError) as caught:
+            read(done)
+        assert caught.value is error
+    monkeypatch.undo()
+    assert read_stages(done / "config.yaml") is None
+
+
+def test_out_of_memory_is_one_line_of_the_command(config, done, monkeypatch, capsys):
+    from lightning.pytorch import LightningModule
+
+    from deeplab_fast import cli
+
+    def fails(*arguments, **options):
+        raise out_of_memory()
+
+    monkeypatch.setattr(LightningModule, "load_state_dict", fails)
+    assert cli.main(["train", "--resume", "--output", str(done), "--epochs", "3"]) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("deeplab-fast train: ") and "CUDA out of memory" in told

@@ -1,10 +1,14 @@
 """Options of training: what they stand for, and what is said of those that do not fit."""
 
+import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 from deeplab_fast import testing
 
@@ -19,6 +23,7 @@ from deeplab_fast.engine.config import (  # noqa: E402
     PRESETS,
     OptionError,
     TrainConfig,
+    to_yaml,
     train_config,
 )
 from deeplab_fast.engine.datamodule import (  # noqa: E402
@@ -26,7 +31,7 @@ from deeplab_fast.engine.datamodule import (  # noqa: E402
     TrainBatches,
     permutation,
 )
-from deeplab_fast.engine.run_folder import check_resumable  # noqa: E402
+from deeplab_fast.engine.run_folder import check_resumable, run_config  # noqa: E402
 from deeplab_fast.engine.sources import open_training, training_transform  # noqa: E402
 from deeplab_fast.engine.train import fit, fit_stages, second_stage  # noqa: E402
 from deeplab_fast.engine.trainer import trainer_arguments  # noqa: E402
@@ -180,7 +185,11 @@ def test_options_out_of_range(config, option, value, message):
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90m", 5400), ("1.5h", 5400), ("3600s", 3600), ("01:30:00", 5400), ("2:30", 150), ("7", 7)],
+    [
+        *(("90m", 5400), ("1.5h", 5400), ("3600s", 3600), ("01:30:00", 5400), ("2:30", 150)),
+        # Lightning's own form, whose hours may be more than a day.
+        *(("00:12:00:00", 43200), ("1:02:03:04", 93784), ("00:36:00:00", 129600), ("7", 7)),
+    ],
 )
 def test_wall_times(text, seconds):
     assert TrainConfig(max_time=text).max_seconds == seconds
@@ -261,7 +270,8 @@ def test_options_of_a_later_version_are_no_change(config, tmp_path):
         pytest.param("lr", 10**400, "above 0, finite", id="an integer beyond floats"),
         pytest.param("weight_decay", float("nan"), "0 or more, finite", id="nan"),
         pytest.param("momentum", float("nan"), "0 or more and below 1", id="nan in an interval"),
-        pytest.param("clip_norm", float("inf"), "above 0, finite, or null", id="inf, optional"),
+        pytest.param("clip_norm", float("nan"), "above 0, or inf, or null", id="nan, optional"),
+        pytest.param("clip_norm", -float("inf"), "above 0, or inf, or null", id="-inf"),
         pytest.param("checkpoint_minutes", 1e300, "0 to 5.256e\\+06", id="minutes"),
         pytest.param("label_smoothing", 1.0, "0 or more and below 1", id="open end"),
         pytest.param("class_weights", [1.0, float("inf")], "weights of 0 or more", id="weights"),
@@ -269,7 +279,11 @@ def test_options_of_a_later_version_are_no_change(config, tmp_path):
         pytest.param("max_time", "99:99:99", "minutes and seconds below 60", id="no time"),
         pytest.param("max_time", "inf", "3650 days at most", id="for ever"),
         pytest.param("max_time", "1e400", "3650 days at most", id="longer than floats"),
-        pytest.param("max_time", "1:00:00:00", "hours, minutes", id="four parts"),
+        pytest.param("max_time", "1:00:00:00:00", "hours, minutes", id="five parts"),
+        pytest.param("max_time", "1:00:60:00", "days first", id="60 minutes"),
+        pytest.param("max_time", "-1:48:00:00", "days first", id="days below 0"),
+        pytest.param("max_time", "5000:00:00:00", "3650 days at most", id="days"),
+        pytest.param("scale_step", 0, "0.001 to 64, or null", id="no step"),
         pytest.param("transform_options", {"a": 1}, "nothing beside transform paper", id="unused"),
         pytest.param("model_options", [1], "expected a map of names to values", id="no map"),
         pytest.param("freeze", "backbone", "expected a list of texts", id="no list"),
@@ -282,6 +296,52 @@ def test_absurd_values_are_refused_with_their_range(name, value, expected):
     with pytest.raises(OptionError, match=expected) as caught:
         train_config(**{name: value})
     assert str(caught.value).startswith(f"{name} is ") and len(str(caught.value)) < 500
+
+
+def test_numpys_numbers_are_pythons(config):
+    """In lists and maps too, so that a record of them is what YAML and JSON have."""
+    given = {
+        "epochs": np.int64(5),
+        "batch_size": np.uint8(4),
+        "lr": np.float64(0.5),
+        "momentum": np.float32(0.25),
+        "weight_decay": np.longdouble(0.125),
+        "power": np.int32(1),
+        "flip": np.array(0.5),
+        "fused": np.bool_(False),
+        "model": np.str_("deeplabv3_resnet50"),
+        "crop": [np.int64(32), 48],
+        "scale": (np.float32(0.5), 2),
+        "class_weights": [np.float64(1), np.float32(2)],
+        "classes": np.int64(3),
+        "model_options": {"aspp_channels": np.int64(16), "rates": [np.int8(6), 12]},
+    }
+    made = TrainConfig(**given)
+    assert yaml.safe_load(to_yaml(made.as_dict())) == json.loads(json.dumps(made.as_dict()))
+    for name, value in given.items():
+        found = getattr(made, name)
+        assert found == value, name
+        for each in found if isinstance(found, (list, tuple)) else [found]:
+            assert type(each) in (int, float, bool, str, dict), name
+    assert type(made.epochs) is int and type(made.power) is int and made.fused is False
+    assert list(map(type, made.model_options["rates"])) == [int, int]
+    # Nothing else becomes another object.
+    callbacks = [Callback()]
+    assert TrainConfig(trainer={"callbacks": callbacks}).trainer["callbacks"] is callbacks
+    for value in (np.float64(5), np.array([5]), np.datetime64(5, "s"), np.complex64(5)):
+        with pytest.raises(OptionError, match=r"epochs is .*, expected an integer or null"):
+            TrainConfig(epochs=value)
+    with pytest.raises(OptionError, match="lr is nan"):
+        TrainConfig(lr=np.float32("nan"))
+
+
+def test_an_endless_norm_clips_nothing(config, tmp_path):
+    """PyTorch's way to have norms measured only."""
+    one = fit(config.replace(epochs=1, clip_norm=float("inf"), output=str(tmp_path / "a")))
+    two = fit(config.replace(epochs=1, output=str(tmp_path / "b")))
+    assert run_config(one.folder).clip_norm == float("inf")
+    a, b = (load_file(each.weights) for each in (one, two))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("given", ["01:30:00", "90:00", "5400s", "90m", "1.5h", "5400"])
@@ -299,6 +359,9 @@ def test_times_that_are_alike(given):
         pytest.param(
             {"devices": list(range(100_000))}, "trainer.devices", "expected 1 to ", id="a list"
         ),
+        pytest.param(
+            {"devices": 1000 * (os.cpu_count() or 1)}, "trainer.devices", "processes", id="many"
+        ),
         pytest.param({"num_nodes": 10**9}, "trainer.num_nodes", "1 to 10000 machines", id="nodes"),
         pytest.param({"accelerator": "tpu"}, "trainer", "does not fit", id="not there"),
     ],
@@ -308,3 +371,10 @@ def test_devices_that_are_not_there(arguments, option, expected, tmp_path):
     with pytest.raises(OptionError, match=expected) as caught:
         trainer_arguments(config, tmp_path)
     assert caught.value.option == option and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("devices", [4, "8"])
+def test_more_processes_than_cpus(monkeypatch, tmp_path, devices):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    config = TrainConfig(trainer={"accelerator": "cpu", "devices": devices})
+    assert trainer_arguments(config, tmp_path)["devices"] == devices
