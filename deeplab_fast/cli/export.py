@@ -81,6 +81,7 @@ def parser() -> ArgumentParser:
 
 
 def run(config: Namespace) -> int:
+    from deeplab_fast.dispatch.files import is_full
     from deeplab_fast.exporting import ExportError, export, is_exported
 
     if not config.output:
@@ -114,7 +115,10 @@ def run(config: Namespace) -> int:
     except (ValueError, ImportError, FileNotFoundError) as error:
         raise UsageError(str(error)) from error
     except (ExportError, OSError) as error:
-        tell("export", f"error: {error}")
+        text = str(error)
+        if isinstance(error, OSError) and is_full(error):
+            text = f"no space left for {config.output}; nothing is left of it: make room"
+        tell("export", f"error: {text}")
         return 1
     for warning in caught:
         if issubclass(warning.category, UserWarning):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,11 @@ def cache_folder() -> Path:
     # A relative path is invalid by the specification and to be ignored.
     base = Path(cache_home) if os.path.isabs(cache_home) else Path.home() / ".cache"
     return base / "deeplab_fast"
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not be written for want of room: on the disk, in a quota, by a limit."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(

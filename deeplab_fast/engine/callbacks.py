@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from deeplab_fast._documents import shown
-from deeplab_fast.dispatch.files import write_atomically
+from deeplab_fast.dispatch.files import is_full, write_atomically
 from deeplab_fast.engine.averaging import ExponentialAverage
 from deeplab_fast.engine.history import row_of
 from deeplab_fast.engine.metrics import ImageScore
@@ -119,7 +118,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 def _why_not_written(path: Path, error: OSError) -> str:
     former = f"the former {path.name} is untouched" if path.exists() else "there is no former one"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if is_full(error):
         return (
             f"no space left for the checkpoint {path}; {former}. Make room, then go on with "
             "--resume"

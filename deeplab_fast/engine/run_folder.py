@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from deeplab_fast._documents import DocumentError, read_document, shown
-from deeplab_fast.dispatch.files import remove_left, write_atomically
+from deeplab_fast.dispatch.files import is_full, remove_left, write_atomically
 from deeplab_fast.engine.config import OptionError, TrainConfig, to_yaml
 from deeplab_fast.engine.runner import is_out_of_memory
 from deeplab_fast.weights import read_content
@@ -53,7 +53,6 @@ class RunFolderError(OSError):
         return str(self.strerror or self.args)
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -92,7 +91,7 @@ class FolderWatch:
             raise
         except OSError as error:
             self.check()
-            if error.errno in _FULL:
+            if is_full(error):
                 text = (
                     f"no space left for {error.filename or self.folder}; the checkpoints are "
                     "whole: make room, then go on with --resume"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from deeplab_fast._documents import shown
+from deeplab_fast.dispatch.files import is_full
 from deeplab_fast.engine.config import NO_WEIGHTS, OptionError, TrainConfig, one_of, train_config
 from deeplab_fast.engine.run_folder import (
     FolderWatch,
@@ -732,7 +732,7 @@ def _export(
         try:
             return save_weights(strided, folder / "model.safetensors", strict=False)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise OSError(
                     error.errno,
                     f"no space left for {folder / 'model.safetensors'}; the checkpoints are whole: "

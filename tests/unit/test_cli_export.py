@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -302,3 +304,15 @@ def test_photos_of_other_sizes_are_reported(capsys, model, folder, onnx_file, tm
     assert f"{photos / 'b.png'}: static.onnx: the input has 72x89 pixels" in errors
     assert {path.name.split("_")[0].split(".")[0] for path in out.iterdir()} == {"a", "c"}
     assert (labels_of(out, "c") == model.predict(photos / "c.png")).mean() > 0.999
+
+
+def test_a_full_disk_is_told_with_the_file(folder, tmp_path, monkeypatch, capsys):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source))
+
+    monkeypatch.setattr(os, "replace", full)
+    path = tmp_path / "full.pt2"
+    arguments = ["--weights", str(folder / "tiny.safetensors"), "--no-check", "--output", str(path)]
+    assert cli.main(["export", *arguments]) == 1
+    assert f"no space left for {path}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
