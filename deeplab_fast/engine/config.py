@@ -275,7 +275,9 @@ class TrainConfig:
     warmup_steps: int = _option(0, "steps of a linear warm-up", "N")
     warmup_epochs: float = _option(0.0, "the same in epochs", "N")
     warmup_factor: float = _option(1e-3, "first learning rate of the warm-up over --lr", "F")
-    clip_norm: float | None = _option(None, "largest norm of the gradient", "N")
+    clip_norm: float | None = _option(
+        None, "largest norm of the gradient; .inf: it is measured only", "N"
+    )
     ema: float = _option(
         0.0, "decay of averaged weights, which are validated and saved; 0: none", "D"
     )
@@ -551,7 +553,7 @@ class _Interval(NamedTuple):
     def __str__(self) -> str:
         low, high = f"{self.low:g}", f"{self.high:g}"
         if self.high == math.inf:
-            end = "or inf" if self.endless else "finite"
+            end = "or inf (.inf in YAML)" if self.endless else "finite"
             return f"{low} or more, {end}" if self.with_low else f"above {low}, {end}"
         if self.with_low:
             return f"{low} to {high}" if self.with_high else f"{low} or more and below {high}"

@@ -270,8 +270,10 @@ def test_options_of_a_later_version_are_no_change(config, tmp_path):
         pytest.param("lr", 10**400, "above 0, finite", id="an integer beyond floats"),
         pytest.param("weight_decay", float("nan"), "0 or more, finite", id="nan"),
         pytest.param("momentum", float("nan"), "0 or more and below 1", id="nan in an interval"),
-        pytest.param("clip_norm", float("nan"), "above 0, or inf, or null", id="nan, optional"),
-        pytest.param("clip_norm", -float("inf"), "above 0, or inf, or null", id="-inf"),
+        pytest.param(
+            "clip_norm", float("nan"), r"above 0, or inf \(\.inf in YAML\)", id="nan, optional"
+        ),
+        pytest.param("clip_norm", -float("inf"), r", or inf \(.*\), or null", id="-inf"),
         pytest.param("checkpoint_minutes", 1e300, "0 to 5.256e\\+06", id="minutes"),
         pytest.param("label_smoothing", 1.0, "0 or more and below 1", id="open end"),
         pytest.param("class_weights", [1.0, float("inf")], "weights of 0 or more", id="weights"),
