@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ._common import CheckpointError
+from ._common import CheckpointError, one_line
 
 # Bytes that are summed up as 64-bit words: 160 MB take 15 ms, hashing them 1 s. What is
 # shorter than _HASHED is hashed as it is.
@@ -65,9 +65,10 @@ def check(written: object, tensors: Mapping[str, Tensor], label: str) -> None:
     found = checksum(tensors)
     if written.get("layout") == found["layout"] and written.get("data") != found["data"]:
         raise CheckpointError(
-            f"{label}: its tensors are not those that were written (their checksum is "
-            f"{found['data']}, the file says {str(written.get('data'))[:64]!r}): it is damaged, "
-            "download or copy it again. If you changed them on purpose, save the model with "
-            "deeplab_fast.save_weights, or read them with safetensors.torch.load_file or "
-            "torch.load and give that to load_weights"
+            f"{label}: its tensors are not those that its checksum is of (they have "
+            f"{found['data']}, the file says {one_line(repr(written.get('data')))}). Either the "
+            "file is damaged: download or copy it again. Or a program changed the values, in "
+            "training or by averaging, and kept the header: if you trust it, read them with "
+            "safetensors.torch.load_file or torch.load, give that to load_weights, and save the "
+            "model with deeplab_fast.save_weights"
         )

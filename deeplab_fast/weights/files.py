@@ -32,6 +32,7 @@ from .pickled import (
     ForeignObjectError,
     TooLargeError,
     UnreadableError,
+    UnsupportedError,
     archive_entries,
     archive_text,
     read_archive,
@@ -114,8 +115,11 @@ def read_state_dict(path: str | os.PathLike[str], *, part: str | None = None) ->
 def read_content(path: str | os.PathLike[str]) -> Any:
     """What a checkpoint file holds, containers and all; files and errors of `read_state_dict`.
 
-    Beside tensors: Python's plain types, NumPy's numbers and arrays of numbers, paths,
-    argparse.Namespace. Tensors of an archive of torch.save are views of the mapped file; writing to
+    Beside tensors: Python's plain types, NumPy's numbers, arrays of numbers and texts,
+    argparse.Namespace, paths as pure ones of pathlib, which have no .exists(). NumPy's numbers as
+    keys, and its texts, are Python's. Dates of NumPy, and objects of classes that
+    torch.serialization.add_safe_globals was given, are left out: an object without use stands in
+    their places. Tensors of an archive of torch.save are views of the mapped file; writing to
     one does not change it. Those of its format before 1.6, and views whose conjugate or negative
     bit is set, are in memory of their own.
     """
@@ -345,7 +349,14 @@ def _read_torch(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
         raise CheckpointError(
             f"{path} contains an object of {one_line(error.name)}, which would run code to load; "
             "only plain tensors and containers are read. If you trust the file, convert it where "
-            f"that class can be imported: {_RECIPE}"
+            f"that class can be imported: {_RECIPE}. Or register the class, "
+            "torch.serialization.add_safe_globals([...]): its objects are left out then"
+        ) from error
+    except UnsupportedError as error:
+        raise CheckpointError(
+            f"{path} has more than is read, or another kind: {one_line(error)}. Expected what "
+            "torch.save writes of a state dict, beside plain values. If you trust the file, save "
+            f"its state dict alone: {_RECIPE}"
         ) from error
     except TooLargeError as error:
         raise CheckpointError(

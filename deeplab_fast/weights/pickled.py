@@ -8,6 +8,11 @@ that a file claims are held against what it has before anything is allocated.
 claims: a pickle of 30 bytes calls bytearray(2**30) or torch.Tensor(2**30), which are on its list of
 names (PyTorch 2.13).
 
+Classes that the process itself registered, with torch.serialization.add_safe_globals, are no error:
+their objects are left out, with `Inert` in their places, and none of their code is run.
+
+Paths are pure ones, of the kind that was written: they are compared and printed, and open nothing.
+
 Formats: the zip archive of PyTorch 1.6 and later (stored entries NAME/data.pkl and NAME/data/KEY),
 and the one before it (five pickles, then for each storage its length and its bytes).
 """
@@ -34,7 +39,9 @@ from torch import Tensor
 
 # What reading may take: a hundred times what published files, with their optimisers, need.
 MOST_STEPS = 4_000_000
-_MOST_KEYS_OF_PARTS = 1_000
+# Keys that are neither texts nor short whole numbers: a file can choose their hashes. Comparing
+# the keys of one hash with each other is what takes long: 10^5 keys take 5 * 10^7 comparisons.
+_MOST_KEYS_OF_PARTS, _MOST_OF_ONE_HASH = 100_000, 1_000
 _LEAST_BUDGET = 64 << 20
 # Beyond it a tensor may not be larger than what is stored of it (buffers that were expanded).
 _MOST_EXPANDED = 1 << 20
@@ -46,7 +53,7 @@ _LEGACY_PROTOCOL = 1001
 
 
 class PickledError(ValueError):
-    """What is wrong with a file; one of the three below."""
+    """What is wrong with a file; one of the four below."""
 
 
 class UnreadableError(PickledError):
@@ -54,7 +61,11 @@ class UnreadableError(PickledError):
 
 
 class TooLargeError(PickledError):
-    """A file that claims more than it has, or takes too much to read; the message says what."""
+    """A file that claims more than it has; the message says what."""
+
+
+class UnsupportedError(PickledError):
+    """A file that may be whole, and has what is not read; the message says what."""
 
 
 class ForeignObjectError(PickledError):
@@ -69,7 +80,7 @@ def read_archive(path: Path) -> object:
     """What a zip archive of torch.save holds.
 
     Raises:
-        UnreadableError, TooLargeError, ForeignObjectError: as they say.
+        UnreadableError, TooLargeError, UnsupportedError, ForeignObjectError: as they say.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file, _mapped(file) as data:
@@ -368,14 +379,16 @@ class Inert:
         return "Inert()"
 
 
-class _Ignored(_Unfinished):
+class _Ignored(_Unfinished, Inert):
+    """An object of a class of the user's: what it is given is left out."""
+
     def finish(self, machine: _Machine, state: Any) -> object:
         return Inert()
 
 
 # Of NumPy's array protocol; objects and records are none.
-_PLAIN_KINDS = "biufc"
-_TEXT_KINDS = "SUMm"
+_PLAIN_KINDS = "biufcSU"
+_LEFT_OUT_KINDS = "Mm"
 
 
 class _DType(_Unfinished):
@@ -384,12 +397,12 @@ class _DType(_Unfinished):
     def __init__(self, code: str, order: Literal["<", ">", "=", "|"] = "=") -> None:
         super().__init__()
         self.code, self.order = code, order
-        if code[:1] not in (*_PLAIN_KINDS, *_TEXT_KINDS) or not code[1:].isdecimal():
+        if code[:1] not in (*_PLAIN_KINDS, *_LEFT_OUT_KINDS) or not code[1:].isdecimal():
             raise ForeignObjectError(f"numpy.dtype {code[:40]!r}")
 
     @property
     def plain(self) -> bool:
-        """Whether its values are numbers."""
+        """Whether its values are numbers or texts; dates are left out."""
         return self.code[0] in _PLAIN_KINDS
 
     def finish(self, machine: _Machine, state: Any) -> object:
@@ -401,16 +414,23 @@ class _DType(_Unfinished):
         return self
 
     def values(self, data: bytes) -> Any:
-        """The numbers of these bytes, in the machine's order."""
+        """The numbers or texts of these bytes, in the machine's order."""
         import numpy as np
 
+        text = self.code[0] in "SU"
+        if text and not data:
+            # Of no texts the length is only claimed.
+            return np.empty(0, f"{self.code[0]}1")
         try:
             dtype = np.dtype(self.code).newbyteorder(self.order)
         except TypeError as error:
             raise UnreadableError(f"{error}") from error
         if len(data) % dtype.itemsize:
             raise UnreadableError(f"{len(data)} bytes are no values of {dtype}")
-        return np.frombuffer(data, dtype).astype(dtype.newbyteorder("="))
+        values = np.frombuffer(data, dtype).astype(dtype.newbyteorder("="))
+        if text and dtype.kind == "U" and values.view("=u4").max() > sys.maxunicode:
+            raise UnreadableError("a text has characters that there are not")
+        return values
 
 
 class _Array(_Unfinished):
@@ -464,7 +484,8 @@ class _Machine:
         self._data, self._at = data, at
         self._storages = storages
         self._left = max(_LEAST_BUDGET, 4 * size)
-        self._parts = 0
+        self._keys: set[Any] = set()
+        self._of_one_hash: Counter[int] = Counter()
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -499,13 +520,13 @@ class _Machine:
         ) as error:
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
             raise UnreadableError(what) from error
-        raise TooLargeError(f"its pickle has more than {MOST_STEPS} operations")
+        raise UnsupportedError(f"its pickle has more than {MOST_STEPS} operations")
 
     def spend(self, bytes_made: int) -> None:
         """Count what is made beside what the file has."""
         self._left -= bytes_made + 64
         if self._left < 0:
-            raise TooLargeError("its pickle makes many times what the file has")
+            raise UnsupportedError("its pickle makes many times what the file has")
 
     def _read(self, length: int) -> bytes:
         found = _part(self._data, self._at, length)
@@ -546,7 +567,9 @@ class _Machine:
         full = f"{module}.{name}"
         known = _NAMES.get(full, _missing)
         if known is _missing:
-            raise ForeignObjectError(full)
+            if full not in _registered():
+                raise ForeignObjectError(full)
+            known = _LEFT_OUT
         self._push(known)
 
     def _reduce(self) -> None:
@@ -587,32 +610,52 @@ class _Machine:
 
     def _append(self, values: Iterable[Any]) -> None:
         into = self._stack[-1]
+        if isinstance(into, _Ignored):
+            return
         if type(into) is not list:
             raise UnreadableError(f"it appends to a {type(into).__name__}")
         into.extend(values)
 
     def _set(self, pairs: list[Any]) -> None:
         into = self._stack[-1]
+        if isinstance(into, _Ignored):
+            return
         if type(into) not in (dict, OrderedDict, Counter) or len(pairs) % 2:
             raise UnreadableError(f"it sets items of a {type(into).__name__}")
         for i in range(0, len(pairs), 2):
             into[self.key(pairs[i])] = pairs[i + 1]
 
     def key(self, value: Any) -> Any:
-        """A value as key of a mapping; numbers whose hashes a file could make collide are none."""
+        """A value as key of a mapping: texts, Python's numbers and tuples of them, and the like."""
+        found = self._part_of_key(value)
+        if not _has_own_hash(found) and found not in self._keys:
+            self._of_one_hash[hash(found)] += 1
+            if len(self._keys) >= _MOST_KEYS_OF_PARTS:
+                raise UnsupportedError(
+                    f"more than {_MOST_KEYS_OF_PARTS} keys of it are neither texts nor whole "
+                    "numbers below 2^60"
+                )
+            if self._of_one_hash[hash(found)] > _MOST_OF_ONE_HASH:
+                raise UnsupportedError(f"more than {_MOST_OF_ONE_HASH} keys of it have one hash")
+            self._keys.add(found)
+        return found
+
+    def _part_of_key(self, value: Any) -> Any:
         kind = type(value)
-        if kind in (str, bytes, bool, type(None)) or (kind is int and abs(value) < 1 << 60):
+        if _has_own_hash(value):
             return value
-        self._parts += 1
-        if self._parts > _MOST_KEYS_OF_PARTS:
-            raise TooLargeError(
-                f"more than {_MOST_KEYS_OF_PARTS} keys of it are neither texts nor whole numbers"
-            )
-        if kind is tuple and len(value) <= 16:
-            return tuple(map(self.key, value))
+        self.spend(0)
+        if isinstance(value, tuple) and len(value) <= _MOST_DIMENSIONS:
+            return tuple(map(self._part_of_key, value))
         if kind in (int, float, complex, torch.dtype, torch.device) or isinstance(value, PurePath):
             return value
-        raise UnreadableError(f"a {kind.__name__} is a key of it")
+        number = value.item() if kind.__module__ == "numpy" and kind.__name__ != "ndarray" else None
+        if type(number) in (bool, int, float, complex):
+            return number
+        raise UnsupportedError(
+            f"a {kind.__name__} is a key of it; keys are texts, numbers, paths, and tuples of at "
+            f"most {_MOST_DIMENSIONS} of them"
+        )
 
     def _persistent(self) -> None:
         pid = self._pop()
@@ -622,6 +665,14 @@ class _Machine:
             raise UnreadableError("it has a storage where there is none")
         self.spend(500)
         self._push(self._storages(pid))
+
+
+def _has_own_hash(value: object) -> bool:
+    """Whether a file cannot choose the hash of a key, or (short whole numbers) hardly."""
+    kind = type(value)
+    return kind in (str, bytes, bool, type(None)) or (
+        type(value) is int and -(1 << 60) < value < 1 << 60
+    )
 
 
 _missing = object()
@@ -744,7 +795,7 @@ def _view(
             f"a tensor of shape {list(sizes)} ends at element {last} of a storage of {len(values)}"
         )
     if (math.prod(sizes) - len(values)) * values.dtype.itemsize > _MOST_EXPANDED:
-        raise TooLargeError(
+        raise UnsupportedError(
             f"a tensor of shape {list(sizes)} is claimed, of which {len(values)} elements are "
             "stored; a view that was expanded has to be saved as .contiguous()"
         )
@@ -820,7 +871,9 @@ def _copied(kind: Callable[..., Any]) -> Callable[..., object]:
         else:
             raise UnreadableError(f"a {kind.__name__} is made of a {type(values).__name__}")
         if kind is bytearray:
-            raise UnreadableError("a bytearray is made of no bytes")
+            if values:
+                raise UnreadableError("a bytearray is made of no bytes")
+            return bytearray()
         if kind is Counter and isinstance(values, dict):
             return Counter({machine.key(k): v for k, v in values.items()})
         if kind is OrderedDict:
@@ -871,10 +924,26 @@ def _scalar(machine: _Machine, dtype: object, data: object = b"") -> object:
     if not dtype.plain:
         return Inert()
     machine.spend(len(data))
+    if dtype.code[0] in "SU" and not data:
+        return "" if dtype.code[0] == "U" else b""
     values = dtype.values(data)
     if len(values) != 1:
         raise UnreadableError(f"a number has {len(data)} bytes")
-    return values[0]
+    # numpy.str_ and numpy.bytes_ are Python's own with another name.
+    return values[0].item() if dtype.code[0] in "SU" else values[0]
+
+
+def _registered() -> set[str]:
+    """Names of the classes and functions that the process gave to add_safe_globals."""
+    found = set()
+    for entry in torch.serialization.get_safe_globals():
+        of, name = entry if isinstance(entry, tuple) else (entry, "")
+        found.add(name or f"{of.__module__}.{of.__qualname__}")
+    return found
+
+
+# What stands for a class or function, and for what it makes.
+_LEFT_OUT = _Function(lambda machine, *_: _Ignored())
 
 
 def _names() -> Iterator[tuple[str, object]]:
@@ -943,6 +1012,8 @@ def _names() -> Iterator[tuple[str, object]]:
     yield "collections.Counter", _Function(_copied(Counter))
     yield "builtins.set", _Function(_copied(set))
     yield "builtins.bytearray", _Function(_copied(bytearray))
+    # What protocol 2 has for b"".
+    yield "builtins.bytes", _Function(lambda machine: b"")
     yield "builtins.complex", _Function(_numbers(lambda values: complex(*values)))
     yield "_codecs.encode", _Function(_encoded)
     # What training scripts keep beside the weights: torchvision's and WZMIAOMIAO's a Namespace,
@@ -961,7 +1032,7 @@ def _names() -> Iterator[tuple[str, object]]:
     yield "numpy.dtype", _Function(_dtype)
     # mmengine's training checkpoints keep their loss curves in HistoryBuffers, whose methods are
     # pickled as calls of getattr; what stands in its place looks nothing up.
-    yield "mmengine.logging.history_buffer.HistoryBuffer", _Function(lambda machine, *_: _Ignored())
+    yield "mmengine.logging.history_buffer.HistoryBuffer", _LEFT_OUT
     yield "builtins.getattr", _Function(lambda machine, *_: Inert())
 
 

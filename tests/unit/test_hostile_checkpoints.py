@@ -14,8 +14,8 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
-from pathlib import Path
+from collections import OrderedDict, defaultdict
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fuzz
@@ -37,6 +37,7 @@ from deeplab_fast.weights import (
     load_weights,
     model_metadata,
     pickled,
+    read_content,
     read_state_dict,
     save_weights,
 )
@@ -177,6 +178,16 @@ PICKLES = {
         {},
         "in more than",
     ),
+    "text-of-no-characters": (
+        program({"a": array("U4", (1,), called("_codecs.encode", "\xff" * 16, "latin1"))}),
+        {},
+        "characters that there are not",
+    ),
+    "text-of-a-claimed-length": (
+        program({"a": array("U1000", (1,), RAW)}),
+        {},
+        "16 bytes are no values",
+    ),
     "steps": (b"\x80\x02" + b"N0" * 10 + b".", {}, "operation 48"),
     "long-name": (program({"w" * 5000: tensor((1,), (1,), 1)}), ONE, "name of 5000 characters"),
     "name-with-breaks": (program({"a\nb\x00": tensor((1,), (1,), 1)}), ONE, r"a\\nb\\x00"),
@@ -214,6 +225,139 @@ def test_keys_whose_hashes_collide(folder: Path) -> None:
     path = archive(folder / "w.pth", b"\x80\x02}(" + pairs + b"u.")
     found = fuzz.refused("pth", lambda: read_state_dict(path), CheckpointError)
     assert "keys" in found
+
+
+def test_keys_of_one_hash(folder: Path) -> None:
+    """Tuples of whole numbers below 2^60, the second chosen for a hash that the first ones have."""
+    # hash((a, b)) of CPython: xxHash's rounds of 64 bits, which can be undone.
+    whole, first, second, third = (
+        (1 << 64) - 1,
+        11400714785074694791,
+        14029467366897019727,
+        2870177450012600261,
+    )
+
+    def turned(n: int, bits: int) -> int:
+        return (n << bits | n >> (64 - bits)) & whole
+
+    def rounds(lane: int) -> int:
+        return turned(third + lane * second & whole, 31) * first & whole
+
+    wanted = 1 << 63 | 12345
+    back = turned(wanted * pow(first, -1, 1 << 64) & whole, 33)
+    pairs = [(a, (back - rounds(a)) * pow(second, -1, 1 << 64) & whole) for a in range(20_000)]
+    pairs = [pair for pair in pairs if pair[1] < 1 << 60][:1_002]
+    assert len(pairs) == 1_002 and len({hash(pair) for pair in pairs}) == 1
+    for most, says in ((1_002, "have one hash"), (999, None)):
+        path = folder / "w.pth"
+        torch.save({"w": torch.ones(1), "m": dict.fromkeys(pairs[:most])}, path)
+        if says is None:
+            assert read_state_dict(path)["w"] == 1
+            continue
+        found = fuzz.refused("pth", lambda path=path: read_state_dict(path), CheckpointError)
+        assert says in found and "save its state dict alone" in found and "damaged" not in found
+
+
+def test_many_keys_of_parts(folder: Path) -> None:
+    path = folder / "w.pth"
+    honest = {(i, i): i for i in range(20_000)} | {i / 7: i for i in range(1, 20_000)}
+    # The same ones in several mappings count once.
+    torch.save({"w": torch.ones(1), "m": [dict(honest) for _ in range(3)]}, path)
+    content = read_content(path)
+    assert content["m"] == [honest] * 3
+    torch.save({"w": torch.ones(1), "m": {i / 7: i for i in range(1, 130_000)}}, path)
+    found = fuzz.refused("pth", lambda: read_state_dict(path), CheckpointError)
+    assert "more than 100000 keys" in found and "claims" not in found
+
+
+KEYS = {
+    "numpy-whole": (np.int64(3), 3),
+    "numpy-large": (np.uint64(1 << 63), 1 << 63),
+    "numpy-number": (np.float32(0.5), 0.5),
+    "numpy-flag": (np.bool_(True), True),
+    "numpy-text": (np.str_("cat"), "cat"),
+    "numpy-bytes": (np.bytes_(b"cat"), b"cat"),
+    "numpy-in-a-tuple": ((np.int64(1), np.str_("a")), (1, "a")),
+    "complex": (1 + 2j, 1 + 2j),
+    "size": (torch.Size([1, 2]), (1, 2)),
+    "path": (Path("a/b"), PurePosixPath("a/b")),
+    "tensor": (torch.ones(()), None),
+    "date": (np.datetime64("2020-01-01"), None),
+}
+
+
+@pytest.mark.parametrize(("key", "expected"), KEYS.values(), ids=KEYS.keys())
+def test_keys(key: object, expected: object, folder: Path) -> None:
+    path = folder / "w.pth"
+    torch.save({"w": torch.ones(1), "m": {key: 1}}, path)
+    if expected is None:
+        found = fuzz.refused("pth", lambda: read_state_dict(path), CheckpointError)
+        assert "is a key of it" in found and "save its state dict alone" in found
+        return
+    (kept,) = read_content(path)["m"]
+    assert kept == expected and type(kept) is type(expected)
+
+
+TEXTS = {
+    "text": (np.str_("h\u00e9 \U0001f600"), "h\u00e9 \U0001f600"),
+    "no-text": (np.str_(""), ""),
+    "bytes": (np.bytes_(b"ab"), b"ab"),
+    "texts": (np.array([["a", "bc"]]), np.array([["a", "bc"]])),
+    "texts-by-column": (
+        np.asfortranarray([["a", "b"], ["c", "d"]]),
+        np.array([["a", "b"], ["c", "d"]]),
+    ),
+    "texts-of-the-other-order": (np.array(["ab"], ">U2"), np.array(["ab"])),
+    "no-texts": (np.array([], "U5"), np.array([], "U1")),
+    "no-bytes": (b"", b""),
+    "no-bytearray": (bytearray(), bytearray()),
+    "no-numbers": (np.empty((0, 3), "f4"), np.empty((0, 3), "f4")),
+    "texts-of-bytes": (np.array([b"a", b"bc"]), np.array([b"a", b"bc"])),
+}
+
+
+@pytest.mark.parametrize(("value", "expected"), TEXTS.values(), ids=TEXTS.keys())
+def test_texts_and_bytes(value: object, expected: object, folder: Path) -> None:
+    path = folder / "w.pth"
+    torch.save({"w": torch.ones(1), "x": value}, path)
+    found = read_content(path)["x"]
+    if isinstance(expected, np.ndarray):
+        np.testing.assert_array_equal(found, expected, strict=True)
+    else:
+        assert found == expected and type(found) is type(expected)
+    numbers = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+    assert read_state_dict(path).keys() == ({"w", "x"} if numbers else {"w"})
+
+
+class Kept:
+    """Of a user: what it is given when it is read would show."""
+
+    made: list[object] = []  # noqa: RUF012
+
+    def __setstate__(self, state: object) -> None:
+        self.made.append(state)
+
+
+class KeptList(list):
+    pass
+
+
+def test_classes_that_the_process_registered(folder: Path) -> None:
+    path = folder / "w.pth"
+    kept, several = Kept(), KeptList([1, 2])
+    kept.x = 1  # type: ignore[attr-defined]
+    content = {"w": torch.ones(1), "cfg": kept, "again": kept, "many": several, "kind": Kept}
+    torch.save({**content, "counts": defaultdict(list, a=[1])}, path)
+    says = fuzz.refused("pth", lambda: read_state_dict(path), CheckpointError)
+    assert "Kept" in says and "add_safe_globals" in says and "convert it" in says
+    names = [Kept, (KeptList, f"{__name__}.KeptList"), defaultdict]
+    with torch.serialization.safe_globals([*names, list]):
+        found = read_content(path)
+        assert read_state_dict(path).keys() == {"w"}
+    assert not Kept.made
+    for key in ("cfg", "again", "many", "counts"):
+        assert isinstance(found[key], pickled.Inert), key
+    assert found["cfg"] is found["again"]
 
 
 def legacy(
@@ -618,7 +762,7 @@ def test_a_flipped_bit_is_told(suffix: str, where: float, model: nn.Module, tmp_
     raw = longest.contiguous().view(torch.uint8).numpy().tobytes()
     content[content.index(raw) + int(where * len(raw))] ^= 4
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"not those that were written.*damaged"):
+    with pytest.raises(CheckpointError, match=r"not those that its checksum is of.*damaged"):
         from_checkpoint(path)
 
 
@@ -632,7 +776,7 @@ def test_files_that_others_wrote_again_are_read(model: nn.Module, tmp_path: Path
     save_file(half, path, metadata=header)
     assert torch.equal(read_state_dict(path)[key], half[key])
     save_file({**state, key: state[key] + 1}, path, metadata=header)
-    with pytest.raises(CheckpointError, match="If you changed them on purpose"):
+    with pytest.raises(CheckpointError, match="kept the header: if you trust it"):
         read_state_dict(path)
     # As the message says.
     load_weights(model, load_file(path))
@@ -778,6 +922,8 @@ PIECES = [
     tensor((1 << 30,), (0,), 1).code,
     array("f4", (4,), RAW).code,
     array("i8", (2,), RAW).code,
+    array("U4", (1,), RAW).code,
+    array("S4", (4,), RAW).code,
 ]
 
 
