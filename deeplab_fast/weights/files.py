@@ -348,9 +348,9 @@ def _read_torch(path: Path, kind: str) -> tuple[Any, dict[str, Any]]:
     except ForeignObjectError as error:
         raise CheckpointError(
             f"{path} contains an object of {one_line(error.name)}, which would run code to load; "
-            "only plain tensors and containers are read. If you trust the file, convert it where "
-            f"that class can be imported: {_RECIPE}. Or register the class, "
-            "torch.serialization.add_safe_globals([...]): its objects are left out then"
+            "only plain tensors and containers are read. Register the class, with "
+            "torch.serialization.add_safe_globals, to leave its objects out. Or, if you trust the "
+            f"file, convert it where that class can be imported: {_RECIPE}"
         ) from error
     except UnsupportedError as error:
         raise CheckpointError(
