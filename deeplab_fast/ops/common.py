@@ -167,9 +167,10 @@ def check_device(op: str, x: Tensor, **others: Tensor | None) -> None:
 
 def is_option(value: object, least: int) -> bool:
     """Whether it is an int, also a symbolic one, from `least` to `LARGEST`."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        return False
-    return bool(least <= value <= LARGEST)
+    if isinstance(value, torch.SymInt):
+        # A bound above would be one of the graph's sizes.
+        return bool(least <= value)
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST
 
 
 def check_option(op: str, name: str, value: object, least: int) -> None:

@@ -149,7 +149,7 @@ class TestDepthwise:
         ("change", "message"),
         [
             ({"depthwise": torch.zeros(3, 3, 8)}, r"depthwise must be .* \[R, S, 16\]"),
-            ({"stride": [0, 1]}, "with stride 0"),
+            ({"stride": [0, 1]}, "stride and dilation must be from 1 to"),
             ({"act": "gelu"}, "act must be relu"),
             ({"out": poisoned(1, 4, 5, 5)}, "has no place"),
         ],
