@@ -1,6 +1,6 @@
-// Convolutions of csrc/include/deeplab_fast in threads of their own, for ThreadSanitizer, which does
-// not see how OpenMP's threads wait: several callers at a time, each with a team, share weights and
-// what workspaces keep. Each result must have the bits of a call in one thread.
+// Convolutions of csrc/include/deeplab_fast in threads of their own, for ThreadSanitizer, which
+// does not see how OpenMP's threads wait: several callers at a time, each with a team, share
+// weights and what workspaces keep. Each result must have the bits of a call in one thread.
 #include <cstdio>
 #include <cstring>
 #include <functional>
