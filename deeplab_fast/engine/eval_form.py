@@ -119,9 +119,9 @@ def eval_logits(model: Any, x: Tensor) -> Tensor:
 def eval_form(model: M) -> Iterator[M]:
     """What to call in place of a model, as in eval mode: itself, or a view.
 
-    Meanwhile the model of this package waits with a change of its mode. Where there is no view (see
-    :func:`eval_view`) the model itself is in eval mode meanwhile, for all threads, and gets its
-    modes back after the last of them.
+    A model of this package that is called itself waits with changes of its mode meanwhile. Where
+    there is no view (see :func:`eval_view`) the model itself is in eval mode meanwhile, for all
+    threads, and gets its modes back after the last of them.
     """
     with gate_of(model).calling():
         if _is_in_eval_mode(model):
@@ -189,11 +189,19 @@ class _Source:
         return (
             len(now) == len(before)
             and all(
-                name in now and (now[name] is value or name in _MODES or now[name] == value)
+                name in now and (name in _MODES or _is_same(now[name], value))
                 for name, value in before.items()
             )
             and tuple(module._modules.items()) == self.children
         )
+
+
+def _is_same(now: Any, before: Any) -> bool:
+    if now is before:
+        return True
+    if isinstance(before, weakref.ReferenceType) and before() is now:
+        return True
+    return bool(now == before)
 
 
 @dataclass(frozen=True)
@@ -250,6 +258,8 @@ def _made(model: nn.Module) -> _View | None:
             in_view = getattr(type(value), "in_eval_view", None)
             if in_view is not None:
                 own[name] = in_view(value, view)
+                # It may hold the module, as what `accelerate` binds does.
+                attributes[name] = weakref.ref(value)
                 continue
             try:
                 own[name] = _mapped(value, views)
@@ -321,7 +331,7 @@ def _reaches(value: object, wanted: Container[int], ends: Container[int] = ()) -
             return True
         if isinstance(each, types.FunctionType):
             ahead += [each.__closure__, each.__defaults__, each.__kwdefaults__]
-            if not each.__module__.startswith(("torch.", "numpy.")):
+            if not (each.__module__ or "").startswith(("torch.", "numpy.")):
                 ahead += [each.__globals__.get(name) for name in _names(each.__code__)]
         elif not isinstance(each, weakref.ReferenceType):
             ahead += gc.get_referents(each)
@@ -359,10 +369,21 @@ def _is_known(module: nn.Module) -> bool:
     )
 
 
-@dataclass
 class _Switch:
-    threads: int
-    training: list[nn.Module]
+    """A model in eval mode for the time of calls.
+
+    Attributes:
+        training: the modules that were in training mode.
+        threads: calls under way.
+        done: set when the model is in eval mode, or could not be put into it.
+        error: why it could not.
+    """
+
+    def __init__(self, training: list[nn.Module]) -> None:
+        self.training = training
+        self.threads = 0
+        self.done = threading.Event()
+        self.error: BaseException | None = None
 
 
 _switching = threading.Lock()
@@ -374,15 +395,28 @@ def _switched(model: nn.Module) -> Iterator[None]:
     """The model itself in eval mode; every submodule gets its own mode back."""
     with _switching:
         switch = _switches.get(model)
+        first = switch is None
         if switch is None:
             # Submodules may differ in mode, e.g. frozen batch norms of a model in training.
-            switch = _Switch(0, [module for module in model.modules() if module.training])
+            switch = _Switch([module for module in model.modules() if module.training])
             _switches[model] = switch
-            # An exported program has the mode that it was exported in.
-            with suppress(NotImplementedError):
-                model.eval()
         switch.threads += 1
     try:
+        if first:
+            # Without the lock: eval() may wait for calls, which ask for modes themselves.
+            try:
+                # An exported program has the mode that it was exported in.
+                with suppress(NotImplementedError):
+                    model.eval()
+            except BaseException as error:
+                switch.error = error
+                raise
+            finally:
+                switch.done.set()
+        else:
+            switch.done.wait()
+            if switch.error is not None:
+                raise switch.error
         yield
     finally:
         with _switching:

@@ -358,6 +358,49 @@ def test_a_model_whose_hooks_reach_it_is_called_itself(register, later, one_thre
     assert_equal_states(before, state(model))
 
 
+def test_several_threads_switch_a_model_of_this_package(model):
+    """Its eval() waits for calls, and calls look at its modes."""
+    model.train()
+    seen = []
+    model.classifier.register_forward_hook(lambda module, x, y: seen.append(model.training))
+    assert eval_view(model) is None
+    before = state(model)
+    wanted = [copy.deepcopy(model).eval().predict(photo(i)) for i in range(4)]
+
+    def look(i):
+        assert np.array_equal(model.predict(photo(i)), wanted[i])
+
+    in_threads(4, 6, look, lambda: None)
+    assert seen and not any(seen[-24:])
+    assert all(modes(model).values())
+    assert_equal_states(before, state(model))
+
+
+def test_a_model_whose_eval_fails_is_as_it_was(one_thread):
+    class Failing(nn.Sequential):
+        def eval(self):
+            raise RuntimeError("no eval today")
+
+    model = Failing(nn.BatchNorm2d(3)).train()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no eval today"), eval_form(model):
+            pass
+    assert all(modes(model).values())
+
+
+def test_an_accelerated_model_goes_too(one_thread):
+    block = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    model = dlf.accelerate(nn.Sequential(block, nn.Conv2d(8, 4, 1))).train()
+    with torch.inference_mode():
+        view = eval_view(model)
+        view(torch.randn(1, 3, 16, 16))
+        assert eval_view(model) is view
+    gone = weakref.ref(model)
+    del model, view, block
+    gc.collect()
+    assert gone() is None
+
+
 def test_a_model_that_names_itself_goes_too(one_thread):
     model = Parts().train()
     assert eval_view(model)(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
