@@ -14,6 +14,7 @@ from torch import nn
 
 import deeplab_fast as dlf
 from deeplab_fast import testing
+from deeplab_fast.engine import eval_form as module
 from deeplab_fast.engine.eval_form import ModeGate, eval_form, eval_logits, eval_view
 from deeplab_fast.engine.predict import predict
 from deeplab_fast.engine.runner import at_output_stride
@@ -358,8 +359,38 @@ def test_a_model_whose_hooks_reach_it_is_called_itself(register, later, one_thre
     assert_equal_states(before, state(model))
 
 
+def test_a_switch_that_waits_for_a_call_which_asks_for_modes(model, monkeypatch):
+    model.train()
+    model.classifier.register_forward_hook(lambda module, x, y: model.training)
+    asks, go = threading.Event(), threading.Event()
+    usual = module._is_in_eval_mode
+
+    def slow(model):
+        if threading.current_thread().name == "asks":
+            asks.set()
+            go.wait(30)
+        return usual(model)
+
+    monkeypatch.setattr(module, "_is_in_eval_mode", slow)
+    threads = [
+        threading.Thread(target=model.predict, args=(photo(),), name=name, daemon=True)
+        for name in ("asks", "switches")
+    ]
+    threads[0].start()
+    assert asks.wait(30)
+    threads[1].start()
+    # Until its eval() waits.
+    deadline = time.monotonic() + 30
+    while module.gate_of(model)._changing is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    go.set()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert all(modes(model).values())
+
+
 def test_several_threads_switch_a_model_of_this_package(model):
-    """Its eval() waits for calls, and calls look at its modes."""
     model.train()
     seen = []
     model.classifier.register_forward_hook(lambda module, x, y: seen.append(model.training))
