@@ -13,6 +13,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,16 @@ Transform = Callable[[np.ndarray, np.ndarray, torch.Generator], Pair]
 STYLES = ("generator", "pair", "torchvision", "albumentations")
 
 
+class _Viewing:
+    """A transform whose result may be a view, which is copied once, behind the last of several."""
+
+    def view(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+        raise NotImplementedError
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+        return _contiguous(*self.view(image, label, generator))
+
+
 class Compose:
     """Runs transforms one after the other."""
 
@@ -58,15 +69,17 @@ class Compose:
         self.transforms = transforms
 
     def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
-        for transform in self.transforms:
-            image, label = transform(image, label, generator)
+        for transform, following in zip_longest(self.transforms, self.transforms[1:]):
+            viewed = isinstance(transform, _Viewing) and isinstance(following, _Viewing)
+            run = transform.view if viewed else transform
+            image, label = run(image, label, generator)
         return image, label
 
     def __repr__(self) -> str:
         return f"Compose({', '.join(map(repr, self.transforms))})"
 
 
-class RandomScale:
+class RandomScale(_Viewing):
     """Resizes by a factor drawn evenly from [low, high], or from low, low + step, ..., high.
 
     Args:
@@ -92,7 +105,7 @@ class RandomScale:
         self.low, self.high, self.step = low, high, step
         self.base = Preprocess(size=base)
 
-    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+    def view(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
         if self.step is None:
             factor = self.low + (self.high - self.low) * _uniform(generator)
         else:
@@ -102,7 +115,7 @@ class RandomScale:
         height, width = label.shape
         sides = self.base.target_size(height, width)
         size = [max(1, int(side * factor + 0.5)) for side in sides]
-        return resize_pair(image, label, (size[0], size[1]))
+        return _resized(image, label, (size[0], size[1]))
 
     def __repr__(self) -> str:
         return f"RandomScale({self.low}, {self.high}, step={self.step}, base={self.base.size})"
@@ -137,7 +150,7 @@ class RandomShortSide:
         return f"RandomShortSide({self.low}, {self.high})"
 
 
-class RandomFlip:
+class RandomFlip(_Viewing):
     """Mirrors left and right with this probability."""
 
     def __init__(self, probability: float = 0.5) -> None:
@@ -145,16 +158,16 @@ class RandomFlip:
             raise ValueError(f"probability is {probability}, expected 0..1")
         self.probability = probability
 
-    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+    def view(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
         if _uniform(generator) < self.probability:
-            return np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(label[:, ::-1])
+            return image[:, ::-1], label[:, ::-1]
         return image, label
 
     def __repr__(self) -> str:
         return f"RandomFlip({self.probability})"
 
 
-class Crop:
+class Crop(_Viewing):
     """Cuts out a window at a random place; what is too small is padded right and below first.
 
     Args:
@@ -176,14 +189,14 @@ class Crop:
         self.fill = np.array(fill, dtype=np.uint8)
         self.ignore_index = ignore_index
 
-    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+    def view(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
         height, width = self.size
         top = _integer(generator, 0, max(0, label.shape[0] - height))
         left = _integer(generator, 0, max(0, label.shape[1] - width))
         window = (slice(top, top + height), slice(left, left + width))
         image, label = image[window], label[window]
         if label.shape == self.size:
-            return np.ascontiguousarray(image), np.ascontiguousarray(label)
+            return image, label
         padded = np.empty((height, width, 3), dtype=np.uint8)
         padded[:] = self.fill
         padded[: image.shape[0], : image.shape[1]] = image
@@ -265,6 +278,11 @@ def resize_pair(image: np.ndarray, label: np.ndarray, size: tuple[int, int]) -> 
     Raises:
         InputSizeError: more than ``max(2^24, 4 H W)`` pixels (a ValueError too).
     """
+    return _contiguous(*_resized(image, label, size))
+
+
+def _resized(image: np.ndarray, label: np.ndarray, size: tuple[int, int]) -> Pair:
+    """`resize_pair`; the photo may be a view."""
     height, width = size
     if label.shape == (height, width):
         return image, label
@@ -273,8 +291,11 @@ def resize_pair(image: np.ndarray, label: np.ndarray, size: tuple[int, int]) -> 
     resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
     rows = _nearest(label.shape[0], height)
     columns = _nearest(label.shape[1], width)
-    new_image = np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
-    return new_image, np.ascontiguousarray(label[rows[:, None], columns])
+    return resized[0].permute(1, 2, 0).numpy(), label[rows].take(columns, axis=1)
+
+
+def _contiguous(image: np.ndarray, label: np.ndarray) -> Pair:
+    return np.ascontiguousarray(image), np.ascontiguousarray(label)
 
 
 _SHARED = ("classes", "num_classes", "outputs", "ignore_index", "name", "split", "samples")

@@ -17,6 +17,7 @@ from ..nn.aspp import ASPPConv
 from ..nn.heads import DeepLabV2Head
 from ..program import match, training
 from ..program.fast_path import FastPath
+from ..program.leading import Leading
 from ..program.network import Network
 from ..weights.save import model_metadata
 from .backbone import Backbone, Geometry, set_dilation
@@ -145,7 +146,7 @@ class DeepLabV3(Network):
         if not torch.jit.is_scripting():
             logits = self._fast_logits(x, aux)
             if logits is None:
-                logits = training.logits(self, x, aux)
+                logits = training.logits(self, x, aux, self._frozen_first())
             if logits is not None:
                 return logits
         features = self.backbone(x)
@@ -164,8 +165,8 @@ class DeepLabV3(Network):
 
     @property
     def prepared_bytes(self) -> int:
-        """Bytes of prepared weights that the fast path holds now, beside the model's own."""
-        return self._fast_path.held_bytes
+        """Bytes of prepared weights that are held now, beside the model's own."""
+        return self._fast_path.held_bytes + self._frozen_first().held_bytes
 
     @property
     def activation_bytes(self) -> int:
@@ -182,6 +183,7 @@ class DeepLabV3(Network):
         The next call makes them again.
         """
         self._fast_path.drop()
+        self._frozen_first().drop()
 
     def train(self, mode: bool = True) -> DeepLabV3:
         """As nn.Module.train; frees what the fast path holds when training begins.
@@ -196,12 +198,18 @@ class DeepLabV3(Network):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeepLabV3:
         # What was prepared for another dtype or device is of no more use.
         self._fast_path.drop()
+        self._frozen_first().drop()
         return super()._apply(fn, recurse)
 
     def _fast_logits(self, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
         if torch.compiler.is_compiling():
             return None
         return self._fast_path.logits(self, x, aux)
+
+    def _frozen_first(self) -> Leading:
+        # Models that earlier versions pickled whole have none.
+        leading: Leading = self.__dict__.setdefault("_leading", Leading())
+        return leading
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -35,6 +35,7 @@ from ..ops.common import autocast, differentiable
 from . import match
 from .formats import in_plain_format, is_channels_last
 from .intact import functional_is_intact, has_global_hooks, has_transforms
+from .leading import Leading
 from .network import Network
 from .norms import (
     JointNorm,
@@ -462,14 +463,24 @@ def _block(block: match.Block, x: Tensor) -> Tensor:
     return block.act(sequence(block.modules, x, shortcut))
 
 
-def logits(model: Network, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
-    """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules."""
+def logits(
+    model: Network, x: Tensor, aux: bool, leading: Leading | None = None
+) -> dict[str, Tensor] | None:
+    """Low-resolution logits "out" and, if asked for, "aux"; None for the plain modules.
+
+    With `leading` the backbone's frozen first modules run as in inference.
+    """
     # torch.fx traces with a Proxy, and other ranks have PyTorch's own messages.
     if not model.fused or not isinstance(x, Tensor) or x.dim() != 4 or x.numel() == 0:
         return None
     if not needs_gradients(model, [x]) or transformed() or not has_kernels(x):
         return None
-    features = run(model.backbone, x.contiguous(memory_format=torch.channels_last))
+    x = x.contiguous(memory_format=torch.channels_last)
+    backbone = match.segment_of(model.backbone)
+    if isinstance(backbone, match.Features):
+        features = _features(backbone, x, leading)
+    else:
+        features = run(model.backbone, x)
     results = OrderedDict(out=run(model.classifier, features["out"]))
     if aux and model.aux_classifier is not None:
         results["aux"] = run(model.aux_classifier, features["aux"])
@@ -578,9 +589,13 @@ def _conv_and_norm(part: match.Part) -> tuple[nn.Conv2d, _BatchNorm] | None:
     return part.conv.module, part.norm.module
 
 
-def _features(features: match.Features, x: Tensor) -> dict[str, Tensor]:
+def _features(
+    features: match.Features, x: Tensor, leading: Leading | None = None
+) -> dict[str, Tensor]:
     results = OrderedDict()
-    for modules, name in features.stages:
+    for i, (modules, name) in enumerate(features.stages):
+        if i == 0 and leading is not None:
+            modules, x = leading.run(modules, x)
         x = sequence(modules, x)
         if name is not None:
             results[name] = x
