@@ -33,6 +33,7 @@ from deeplab_fast.data.preprocess import (
 __all__ = [
     "AugmentedDataset",
     "Compose",
+    "CopyPaste",
     "Crop",
     "RandomFlip",
     "RandomScale",
@@ -209,6 +210,60 @@ class Crop(_Viewing):
 
     def __repr__(self) -> str:
         return f"Crop({self.size}, fill={self.fill.tolist()}, ignore_index={self.ignore_index})"
+
+
+class CopyPaste:
+    """Puts things of another sample over a sample's own, both after a transform.
+
+        (image, label)(i) = (image, label)_other(i) where label_other(i) is one of the classes
+
+    The other sample is drawn evenly from the data set, and has a scale, a crop and colours of its
+    own. What is pasted stays where it is in its crop: in photos of one kind things of a class are
+    at about the same places.
+
+    Args:
+        transform: gives both the same size, so it ends with a crop.
+        dataset: to draw from.
+        classes: ids of the classes that are pasted.
+        probability: of pasting.
+
+    Raises:
+        ValueError: a probability out of range; samples that come out in different sizes.
+
+    Source: arXiv 2012.07177, for classes in place of instances.
+    """
+
+    def __init__(
+        self,
+        transform: Transform,
+        dataset: LabelledData,
+        classes: Sequence[int],
+        probability: float = 0.5,
+    ) -> None:
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability is {probability}, expected 0..1")
+        self.transform, self.dataset = transform, dataset
+        self.classes, self.probability = tuple(classes), probability
+
+    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+        image, label = self.transform(image, label, generator)
+        if _uniform(generator) >= self.probability:
+            return image, label
+        index = _integer(generator, 0, len(self.dataset) - 1)
+        other, things = self.dataset[index]
+        check_labels(self.dataset, index, things)
+        other, things = self.transform(other, things, generator)
+        if things.shape != label.shape:
+            (height, width), (own_height, own_width) = things.shape, label.shape
+            raise ValueError(
+                f"copy-paste: one sample is {own_width}x{own_height} after its transform and "
+                f"another {width}x{height}; let the transform end with a crop"
+            )
+        over = np.isin(things, self.classes)
+        return np.where(over[..., None], other, image), np.where(over, things, label)
+
+    def __repr__(self) -> str:
+        return f"CopyPaste({self.transform!r}, classes={self.classes}, p={self.probability})"
 
 
 def paper_training(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["bootstrap_indices"]
+__all__ = ["bootstrap_indices", "class_ids"]
 
 
 def bootstrap_indices(
@@ -55,7 +55,7 @@ def bootstrap_indices(
         some = [(len(found), c) for c, found in images.items() if 0 < len(found) < length]
         hard = [c for _, c in sorted(some)[:rarest]]
     else:
-        hard = _class_ids(classes, images, names)
+        hard = class_ids(classes, images, names)
     repeated = sorted(set().union(*(images[c] for c in hard)))
     return [*range(length), *repeated * (factor - 1)]
 
@@ -79,9 +79,14 @@ def _images(
     return images
 
 
-def _class_ids(
-    classes: Sequence[int | str], images: Mapping[int, set[int]], names: Sequence[str] | None
+def class_ids(
+    classes: Sequence[int | str], known_ids: Collection[int], names: Sequence[str] | None
 ) -> list[int]:
+    """Ids of classes that are given by id (also as text: "3") or name.
+
+    Raises:
+        ValueError: an unknown class (with the known ones), or an empty `classes`.
+    """
     if isinstance(classes, str) or not classes:
         raise ValueError(
             f"classes must be a list of one or more ids or names, got {classes!r}; None takes the "
@@ -89,11 +94,11 @@ def _class_ids(
         )
     by_name = {name: c for c, name in enumerate(names or ())}
     ids = [_class_id(c, by_name) for c in classes]
-    unknown = [c for c, i in zip(classes, ids, strict=True) if i not in images]
+    unknown = [c for c, i in zip(classes, ids, strict=True) if i not in known_ids]
     if unknown:
         known = ", ".join(
             f"{c} ({names[c]})" if names is not None and c < len(names) else str(c)
-            for c in sorted(images)
+            for c in sorted(known_ids)
         )
         hint = "" if names is not None else "; names need names=..., the class names by id"
         raise ValueError(f"unknown classes {unknown}; known: {known}{hint}")

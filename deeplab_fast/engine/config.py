@@ -176,6 +176,13 @@ class TrainConfig:
         0.0, "brightness, contrast and saturation by 1 - J to 1 + J", "J"
     )
     hue_jitter: float = _option(0.0, "hue by -J to J of a turn, 0 to 0.5", "J")
+    copy_paste: list[str | int] = field(
+        default_factory=list,
+        metadata=_help(
+            "classes (names or numbers) whose pixels of one image are put over another", "CLASSES"
+        ),
+    )
+    copy_paste_probability: float = _option(0.5, "how often that is done", "P")
 
     # Model.
     model: str | None = _option(
@@ -566,6 +573,7 @@ _NUMBERS = {
     "flip": _Interval(0, 1),
     "colour_jitter": _Interval(0, 1),
     "hue_jitter": _Interval(0, 0.5),
+    "copy_paste_probability": _Interval(0, 1),
     "batch_norm_momentum": _Interval(0, 1, with_low=False),
     "undo_class_weights": _Interval(0, 1),
     "label_smoothing": _Interval(0, 1, with_high=False),

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from deeplab_fast.data.check import DataError, DataReport, problem_text
 from deeplab_fast.data.datasets import SegmentationDataset
 from deeplab_fast.data.preprocess import IMAGENET_MEAN
-from deeplab_fast.data.transforms import AugmentedDataset
-from deeplab_fast.engine.bootstrap import bootstrap_indices
+from deeplab_fast.data.transforms import AugmentedDataset, Compose, CopyPaste
+from deeplab_fast.engine.bootstrap import bootstrap_indices, class_ids
 from deeplab_fast.engine.checked import check_remembered
-from deeplab_fast.engine.config import TrainConfig
+from deeplab_fast.engine.config import OptionError, TrainConfig
 from deeplab_fast.engine.evaluate import IndexedItem, IndexedItems, ShardSampler
 from deeplab_fast.engine.sources import (
     open_training,
@@ -88,6 +88,7 @@ class SegmentationData(lightning.LightningDataModule):
         self.notes = tuple(dict.fromkeys(note for note in notes if note))
         self.report: DataReport | None = None
         self._bootstrapped = False
+        self._pasted = self._classes_to_paste()
         self._loader: TrainLoader | None = None
 
     def check(
@@ -164,6 +165,16 @@ class SegmentationData(lightning.LightningDataModule):
             self._bootstrapped = True
         return len(self.train)
 
+    def _classes_to_paste(self) -> list[int]:
+        given = self.config.copy_paste
+        if not given:
+            return []
+        names = self.train.classes.of_labels().classes
+        try:
+            return class_ids(given, range(len(names)), names)
+        except ValueError as error:
+            raise OptionError("copy_paste", f"has {error}") from error
+
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.bootstrap()
@@ -181,6 +192,9 @@ class SegmentationData(lightning.LightningDataModule):
         """The training images under the config's transform."""
         config = self.config
         transform = training_transform(config, self.mean, self.train.ignore_index, self.input_size)
+        if config.copy_paste:
+            own = transform if transform is not None else Compose()
+            transform = CopyPaste(own, self.train, self._pasted, config.copy_paste_probability)
         return AugmentedDataset(self.train, transform, seed=config.seed)
 
     def train_dataloader(self) -> TrainLoader:

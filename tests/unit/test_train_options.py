@@ -129,6 +129,18 @@ def test_colour_jitter(tiny):
         ColourJitter(hue=0.6)
 
 
+def test_copy_paste_takes_classes_of_the_data(config):
+    data = SegmentationData(config.replace(copy_paste=["2", 1], copy_paste_probability=1.0))
+    dataset = data.augmented()
+    plain = SegmentationData(config).augmented()
+    labels = [(dataset[i][1], plain[i][1]) for i in range(4)]
+    changed = [new[new != old] for new, old in labels]
+    assert any(len(each) for each in changed)
+    assert all(set(each.tolist()) <= {1, 2} for each in changed)
+    with pytest.raises(OptionError, match=r"copy_paste has unknown classes \['bird'\]; known: 0"):
+        SegmentationData(config.replace(copy_paste=["bird"]))
+
+
 def test_presets_are_the_published_numbers():
     paper = train_config("paper", data="voc")
     assert (paper.lr, paper.momentum, paper.power, paper.batch_size) == (0.007, 0.9, 0.9, 16)
@@ -172,6 +184,7 @@ def test_presets_are_the_published_numbers():
         ("batch_norm_momentum", 2.0, "batch_norm_momentum"),
         ("export", "first", "last or best"),
         ("undo_class_weights", 1.5, "0 to 1"),
+        ("copy_paste_probability", -0.1, "0 to 1"),
         ("input_size", -1, "0 to 16384, or null"),
     ],
 )

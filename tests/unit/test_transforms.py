@@ -148,6 +148,56 @@ def test_the_papers_recipe_pads_with_the_mean():
     assert T.paper_evaluation()(image, label, generator())[0] is image
 
 
+def test_steps_in_a_row_are_the_steps_alone():
+    image, label = example()
+    row = T.Compose(T.RandomFlip(1), T.RandomScale(0.5, 2), T.RandomFlip(1), T.Crop(20))
+    found = row(image, label, generator(3))
+    expected, source = (image, label), generator(3)
+    for step in row.transforms:
+        expected = step(*expected, source)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.flags.c_contiguous and ours.dtype == theirs.dtype
+
+
+def test_copy_paste():
+    data = Pairs()
+    image, label = example(seed=9)
+    crop = T.Crop((24, 32))
+    pasted = 0
+    for seed in range(30):
+        new_image, new_label = T.CopyPaste(crop, data, [1, 3], 0.5)(image, label, generator(seed))
+        # The label is the photo's red, of whatever sample.
+        np.testing.assert_array_equal(new_image[..., 0], new_label)
+        source = generator(seed)
+        own_image, own_label = crop(image, label, source)
+        over = (new_image != own_image).any(-1)
+        assert set(np.unique(new_label[over])) <= {1, 3}
+        if torch.rand((), generator=source, dtype=torch.float64) < 0.5:
+            index = int(torch.randint(0, len(data), (), generator=source))
+            other, things = crop(*data[index], source)
+            where = np.isin(things, (1, 3))
+            np.testing.assert_array_equal(new_image[where], other[where])
+            np.testing.assert_array_equal(new_image[~where], own_image[~where])
+            pasted += 1
+        else:
+            assert not over.any()
+    # Binomial(30, 1/2) leaves 3..27 with probability 1e-5.
+    assert 3 <= pasted <= 27
+
+
+def test_copy_paste_needs_one_size():
+    with pytest.raises(ValueError, match=r"copy-paste: one sample is 50x40 .* end with a crop"):
+        T.CopyPaste(T.Compose(), Pairs(1), [1], 1.0)(*example(), generator())
+
+
+def test_copy_paste_refuses_labels_that_are_no_class():
+    data = Pairs(1)
+    data.num_classes = 3
+    with pytest.raises(LabelError, match=r"outside the classes 0\.\.2"):
+        T.CopyPaste(T.Crop(8), data, [1], 1.0)(*example(), generator())
+
+
 def test_torchvisions_recipes():
     image, label = example(60, 80)
     new_image, new_label = T.torchvision_training(52, 48)(image, label, generator())
@@ -165,6 +215,9 @@ def test_torchvisions_recipes():
         pytest.param(lambda: T.RandomShortSide(0), "shorter side is 0", id="side"),
         pytest.param(lambda: T.RandomFlip(2), "probability is 2", id="flip"),
         pytest.param(lambda: T.Crop(0), "crop is 0", id="crop"),
+        pytest.param(
+            lambda: T.CopyPaste(T.Crop(8), Pairs(), [1], 1.5), "probability is 1.5", id="pasting"
+        ),
     ],
 )
 def test_arguments_that_are_not_allowed(make, message):
