@@ -170,7 +170,7 @@ def test_copy_paste():
         # The label is the photo's red, of whatever sample.
         np.testing.assert_array_equal(new_image[..., 0], new_label)
         source = generator(seed)
-        own_image, own_label = crop(image, label, source)
+        own_image, _ = crop(image, label, source)
         over = (new_image != own_image).any(-1)
         assert set(np.unique(new_label[over])) <= {1, 3}
         if torch.rand((), generator=source, dtype=torch.float64) < 0.5:
