@@ -78,7 +78,7 @@ help: ## show this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 	@echo "test-GROUP        run one group of tests: $(GROUPS)"
 
-demo: $(INSTALLED) ## segment photos with a DeepLabv3 and compare the time with torchvision's
+demo: $(INSTALLED) ## segment a street, time each precision, and a DeepLabv3 beside torchvision's
 	$(VENV_PYTHON) -m deeplab_fast.demo
 
 test: $(INSTALLED) ## run all tests and print one combined result

@@ -1,17 +1,16 @@
-"""``python -m deeplab_fast.demo``: photos in, label maps out, and the time beside torchvision's."""
+"""``python -m deeplab_fast.demo``: a street photo in, a picture of its labels out, and times."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 
@@ -22,179 +21,176 @@ if TYPE_CHECKING:
     from deeplab_fast import DeepLabV3
     from deeplab_fast.data import ClassSet
 
-__all__ = ["main", "photos"]
+__all__ = ["STREET", "main"]
 
-# Photos that come inside the installed packages, no download.
-# The embedded model knows the things of a street; of these photos the first has most of them.
-_PHOTOS = (
-    ("sklearn", "datasets/images/china.jpg"),
-    ("skimage", "data/rocket.jpg"),
-    ("skimage", "data/motorcycle_left.png"),
-    ("sklearn", "datasets/images/flower.jpg"),
-)
-_QUICK_PHOTOS = 1
+STREET = Path(__file__).parent / "embedded" / "street.jpg"
+"""The photo of a street that comes with the package; ``street.txt`` has its author and licence."""
+
 _EMBEDDED = "camvid"
+_PRECISIONS = ("fp32", "bf16", "int8")
 _TIMING_SIZE = 520
 _QUICK_TIMING_SIZE = 257
-# Seconds for the timed runs, so that the demo stays short on a busy machine.
-_TIMING_BUDGET = 40.0
-
-
-@dataclass(frozen=True)
-class _Segmented:
-    name: str
-    image: np.ndarray
-    overlay: np.ndarray
-    areas: list[dict[str, Any]]
+# Seconds for the timed runs, so that the demo stays short on a busy machine: of the precisions,
+# and beside torchvision.
+_PRECISION_BUDGET, _TIMING_BUDGET = 8.0, 40.0
+# 185 kB for the street; 85 took 212 kB and its letters looked the same.
+_JPEG_QUALITY = 80
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the demo; returns 0, or 2 where the weights given do not exist or fit no model."""
+    """Runs the demo; returns 0, or 2 where an argument is not usable: weights that do not exist or
+    fit no model, a photo that cannot be read, a picture that cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m deeplab_fast.demo", description=__doc__)
-    parser.add_argument("--output", default="demo_output", help="folder for the pictures")
+    parser.add_argument("--output", default="demo_output", help="folder for the picture")
     parser.add_argument("--weights", help="a trained DeepLabv3 in place of the embedded one")
-    parser.add_argument("--quick", action="store_true", help="fewer photos, smaller timing")
+    parser.add_argument(
+        "--photo", help="a photo in place of the street that comes with the package"
+    )
+    parser.add_argument("--quick", action="store_true", help="smaller timing beside torchvision")
+    parser.add_argument(
+        "--picture", metavar="FILE", help="write only the picture, to this .png or .jpg"
+    )
     arguments = parser.parse_args(argv)
 
     import torch
 
-    from deeplab_fast import __version__
+    import deeplab_fast as dlf
 
-    print(f"deeplab_fast {__version__}, torch {torch.__version__}, {_machine()}")
+    photo = STREET if arguments.photo is None else Path(arguments.photo)
+    picture = Path(arguments.output, f"{photo.stem}.png")
     try:
-        _segment_photos(arguments.weights, Path(arguments.output), arguments.quick)
+        if arguments.picture is not None:
+            _show(arguments.weights, photo, _checked(Path(arguments.picture)))
+            return 0
+        print(f"deeplab_fast {dlf.__version__}, torch {torch.__version__}, {_machine()}")
+        model, image = _show(arguments.weights, photo, picture)
+        weights = arguments.weights or _EMBEDDED
+        print(
+            "Labels, overlays and class areas of your photos, as files:\n"
+            f"  deeplab-fast predict PHOTO... --output DIR --weights {weights}"
+        )
     except (ValueError, OSError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 2
+    _time_precisions(model, image)
     _time_beside_torchvision(arguments.quick)
     return 0
 
 
-def photos() -> list[Path]:
-    """The photos inside the packages that are installed, the most telling first."""
-    found = []
-    for package, name in _PHOTOS:
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin is not None:
-            path = Path(spec.origin).parent / name
-            if path.is_file():
-                found.append(path)
-    return found
+def _checked(picture: Path) -> Path:
+    if picture.suffix.lower() not in (".png", ".jpg"):
+        raise ValueError(
+            f"--picture is {picture}, expected a file that ends in .png or .jpg; rename it"
+        )
+    return picture
 
 
-def _segment_photos(weights: str | None, output: Path, quick: bool) -> None:
+def _show(weights: str | None, photo: Path, picture: Path) -> tuple[DeepLabV3, np.ndarray]:
+    """Segments the photo and writes the picture."""
     import deeplab_fast as dlf
-    from deeplab_fast.data import ClassSet, class_set, generic_classes, read_image
+    from deeplab_fast.data import read_image
     from deeplab_fast.dispatch.files import write_atomically
-    from deeplab_fast.engine.outputs import class_areas, overlay, write_outputs
+    from deeplab_fast.engine.outputs import class_areas
+    from deeplab_fast.engine.pictures import png_writer, prediction_image
 
+    image = read_image(photo)
     if weights is None:
         model = dlf.load(_EMBEDDED)
-        print(
-            f'\nModel: deeplab_fast.load("{_EMBEDDED}"), road scenes, {model.num_classes} classes: '
-            f"{', '.join(model.classes or ())}"
-        )
+        name = f'deeplab_fast.load("{_EMBEDDED}"), for road scenes'
     else:
         model = cast(dlf.DeepLabV3, dlf.from_checkpoint(weights).eval())
-        print(f"\nModel: {weights}, {model.num_classes} classes")
-    if model.classes is not None and model.palette is not None:
-        name = _EMBEDDED if weights is None else "own"
-        classes = ClassSet(name, model.classes, model.palette).of_labels()
-    elif model.num_classes == 21:
-        classes = class_set("voc")
-    else:
-        names = model.classes
-        count = model.num_classes if names is None else len(names)
-        classes = generic_classes(count, names).of_labels()
-    assert model.config is not None
-    found = photos()[: _QUICK_PHOTOS if quick else None]
-    if not found:
-        print("No photos: neither scikit-image nor scikit-learn is installed with its pictures.")
-        return
-    print(f"\n{'photo':<18}{'size':>10}{'ms':>7}   class areas")
-    done = []
-    # The first run compiles and allocates.
-    model.predict(read_image(found[0]))
-    for path in found:
-        image = read_image(path)
-        start = time.perf_counter()
-        labels = model.predict(image)
-        took = time.perf_counter() - start
-        write_outputs(
-            output,
-            path.stem,
-            image,
-            labels,
-            classes,
-            source=path.name,
-            model=model.config[0],
-            backend=_backend_of(model, image.shape[:2]),
-        )
-        areas = class_areas(labels, classes)
-        # What would be printed as 0.0 %.
-        areas = [area for area in areas if area["fraction"] >= 0.0005]
-        shown = ", ".join(f"{a['name']} {a['fraction']:.1%}" for a in areas)
-        size = f"{image.shape[1]}x{image.shape[0]}"
-        print(f"{path.stem:<18}{size:>10}{1000 * took:>7.0f}   {shown}")
-        done.append(_Segmented(path.stem, image, overlay(image, labels, classes), areas))
-    sheet = _contact_sheet(done, classes)
-    sheet_path = output / "contact_sheet.png"
-    write_atomically([(sheet_path, lambda file: sheet.save(file, format="PNG"))])
-    print(f"\nWrote label maps, overlays and class areas of {len(done)} photos to {output}/")
-    print(f"All of them side by side: {sheet_path}")
-    print(
-        "The same for your photos:\n"
-        f"  deeplab-fast predict PHOTO... --output DIR --weights {weights or _EMBEDDED}"
+        name = weights
+    classes = _classes(model, "own" if weights else _EMBEDDED)
+    print(f"\nModel: {name}; {len(classes)} classes: {', '.join(classes.classes)}")
+    labels, probabilities = model.predict(image, return_prob=True)
+    if model.num_classes == 1:
+        # Given is that of the one class, chosen or not.
+        probabilities = np.maximum(probabilities, 1 - probabilities)
+    # Not what would be printed as 0.0 %.
+    areas = [a for a in class_areas(labels, classes) if a["fraction"] >= 0.0005]
+    print(f"Photo: {photo}, {image.shape[1]}x{image.shape[0]}")
+    shown = ", ".join(f"{a['name']} {a['fraction']:.1%}" for a in areas)
+    print(f"Areas: {shown}")
+    drawn = prediction_image(image, labels, probabilities, classes)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    jpeg = picture.suffix.lower() == ".jpg"
+    write_atomically([(picture, _jpeg_writer(drawn) if jpeg else png_writer(drawn))])
+    print(f"Picture (photo, labels, labels on the photo, uncertainty): {picture}")
+    return model, image
+
+
+def _jpeg_writer(image: Image.Image) -> Callable[[BinaryIO], object]:
+    return lambda file: image.save(
+        file, format="JPEG", quality=_JPEG_QUALITY, optimize=True, progressive=True
     )
 
 
-def _backend_of(model: DeepLabV3, size: tuple[int, int]) -> str | None:
-    import torch
+def _classes(model: DeepLabV3, name: str) -> ClassSet:
+    from deeplab_fast.data import ClassSet, class_set, generic_classes
 
-    import deeplab_fast as dlf
-
-    if model.num_classes == 1:
-        # A sigmoid has no op of its own.
-        return "reference"
-    logits = torch.empty(1, model.num_classes, 8, 8)
-    return dlf.why("upsample_argmax", logits, size, align_corners=model.align_corners).chosen
-
-
-_ROW_HEIGHT, _MARGIN, _LEGEND_WIDTH = 260, 12, 230
+    if model.classes is not None and model.palette is not None:
+        return ClassSet(name, model.classes, model.palette).of_labels()
+    if model.num_classes == 21:
+        return class_set("voc")
+    count = model.num_classes if model.classes is None else len(model.classes)
+    return generic_classes(count, model.classes).of_labels()
 
 
-def _contact_sheet(done: Sequence[_Segmented], classes: ClassSet) -> Image.Image:
-    """Rows of photo | overlay | legend, two photos a row."""
-    from PIL import Image, ImageDraw, ImageFont
+def _time_precisions(model: DeepLabV3, image: np.ndarray) -> None:
+    """Prints the time of each precision on this CPU and how many labels it shares with fp32, or
+    why it does not run."""
+    height, width = image.shape[:2]
+    print(f"\nTime of model.predict(photo), {width}x{height}, on the CPU, by precision")
+    labels: dict[str, np.ndarray] = {}
+    reasons: dict[str, str] = {}
+    ranges = ""
+    for name in _PRECISIONS:
+        try:
+            if name == "int8":
+                ranges = _calibrated(model, image)
+            # The first run prepares weights and memory.
+            labels[name] = model.predict(image, precision=name)
+        except ValueError as error:
+            reasons[name] = str(error).removeprefix(f"precision {name}: ")
+    seconds: dict[str, list[float]] = {name: [] for name in labels}
+    rounds, end = 0, time.perf_counter() + _PRECISION_BUDGET
+    while rounds < 3 or (rounds < 9 and time.perf_counter() < end):
+        rounds += 1
+        for name, values in seconds.items():
+            start = time.perf_counter()
+            model.predict(image, precision=name)
+            values.append(time.perf_counter() - start)
+    print(f"  {'precision':<11}{'ms':>6}{'labels as in fp32':>20}")
+    for name in _PRECISIONS:
+        if name in reasons:
+            print(f"  {name:<11}{'-':>6}   does not run here: {reasons[name]}")
+            continue
+        same = (labels[name] == labels["fp32"]).mean()
+        print(f"  {name:<11}{1000 * statistics.median(seconds[name]):>6.0f}{same:>20.2%}")
+    print(f"  Medians of {rounds} interleaved runs after one warm-up each.")
+    if "int8" in labels:
+        print(f"  int8: {ranges}.")
 
-    font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
-    widths = [round(s.image.shape[1] * _ROW_HEIGHT / s.image.shape[0]) for s in done]
-    cell = 2 * max(widths) + _LEGEND_WIDTH + 3 * _MARGIN
-    columns = 2 if len(done) > 3 else 1
-    rows = -(-len(done) // columns)
-    step = _ROW_HEIGHT + 2 * _MARGIN
-    sheet = Image.new("RGB", (columns * cell + _MARGIN, rows * step + _MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (one, width) in enumerate(zip(done, widths, strict=True)):
-        left, top = _MARGIN + i % columns * cell, _MARGIN + i // columns * step
-        for picture in (one.image, one.overlay):
-            small = Image.fromarray(picture).resize((width, _ROW_HEIGHT), Image.Resampling.LANCZOS)
-            sheet.paste(small, (left, top))
-            left += width + _MARGIN
-        draw.text((left, top), one.name, fill="black", font=bold)
-        for j, area in enumerate(one.areas[:8]):
-            y = top + 32 + 26 * j
-            colour = classes.palette[area["id"]]
-            # The background keeps the photo's colours in the overlay.
-            is_background = area["id"] == classes.background
-            draw.rectangle(
-                (left, y, left + 18, y + 18),
-                fill="white" if is_background else colour,
-                outline="black",
-            )
-            text = f"{area['name']}  {area['fraction']:.1%}"
-            draw.text((left + 26, y), text, fill="black", font=font)
-    return sheet
+
+def _calibrated(model: DeepLabV3, image: np.ndarray) -> str:
+    """What the model's ranges for int8 are from; without any, they are measured on the photo.
+
+    Raises:
+        CalibrationError: it cannot be; a ValueError too.
+    """
+    from deeplab_fast.program.calibrate import CalibrationWarning
+
+    if model.calibration is not None:
+        return f"its ranges came with the weights, measured on {model.calibration.images} images"
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        # The table has the share of labels.
+        warnings.simplefilter("ignore", CalibrationWarning)
+        model.calibrate(image[:, ::-1].copy())
+    return (
+        f"its ranges were measured just now on the photo's mirror image, in "
+        f"{time.perf_counter() - start:.1f} s; for yours call model.calibrate(photos)"
+    )
 
 
 def _time_beside_torchvision(quick: bool) -> None:
@@ -254,14 +250,9 @@ def _time_beside_torchvision(quick: bool) -> None:
 
 
 def _timing_input(size: int) -> torch.Tensor:
-    import torch
-
     from deeplab_fast.data import Preprocess, read_image
 
-    step = Preprocess(size=(size, size))
-    if found := photos():
-        return step(read_image(found[0]))
-    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return Preprocess(size=(size, size))(read_image(STREET))
 
 
 def _spread_labels(model: DeepLabV3, x: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a validation and a batch: confusion matrix, photos with labels and predictions."""
+"""Pictures of a validation, a batch, a prediction: confusion matrix, photos with labels."""
 
 from __future__ import annotations
 
@@ -19,19 +19,31 @@ from deeplab_fast.engine.legend import (
     text_image,
 )
 from deeplab_fast.engine.metrics import ImageScore, Metrics, percent
-from deeplab_fast.engine.outputs import overlay, unpainted_ids
+from deeplab_fast.engine.outputs import overlay, overlay_legend, unpainted_ids
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Panel", "batch_image", "confusion_image", "draw_panel", "panel_name", "png_writer"]
+__all__ = [
+    "Panel",
+    "batch_image",
+    "confusion_image",
+    "draw_panel",
+    "panel_name",
+    "png_writer",
+    "prediction_image",
+]
 
 
 # Longer side of one picture in pixels: least and most of a panel, that of a batch.
 _PANEL_LEAST, _PANEL_MOST, _BATCH_SIDE = 320, 640, 320
+# Between pictures of a row.
+_GAP = 6
 # More classes have no figures, and those that do not occur are left out.
 _FIGURES = 30
 _INK = (32, 32, 32)
+# Black, violet, red, orange, pale yellow, as even in lightness as five colours are.
+_HEAT = np.array(((0, 0, 0), (76, 18, 110), (190, 50, 80), (246, 136, 26), (255, 246, 170)))
 
 
 @dataclass(frozen=True)
@@ -191,6 +203,100 @@ def batch_image(
     return stacked([*([text_image([title], canvas.width)] if title else []), canvas, legend])
 
 
+def prediction_image(
+    image: np.ndarray,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    classes: ClassSet,
+    *,
+    width: int = 1600,
+    unpainted: Sequence[int] | None = None,
+) -> Image.Image:
+    """Photo, labels, overlay with a legend, and uncertainty with a scale, for one prediction.
+
+    Two rows of two, one row for an upright photo. The uncertainty of a pixel is 1 - p, p the
+    probability of its class. The scale ends at 1 - 1/C, where all C classes are as likely; a pixel
+    whose p is not finite counts as 1 and has the colour of that end.
+
+    Args:
+        image: uint8 [H, W, 3].
+        labels: integers [H, W], no ignored ones.
+        probabilities: floats [H, W] in 0..1, of the chosen class.
+        classes: C names and colours.
+        width: of the picture in pixels, at least 320.
+        unpainted: as for :func:`overlay`; in the labels every class has its colour.
+
+    Raises:
+        ValueError: shapes that do not fit, labels that are no class, too small a width.
+    """
+    from PIL import Image
+
+    if width < 320:
+        raise ValueError(f"width is {width}, expected at least 320 pixels; leave it out for 1600")
+    if image.shape != (*labels.shape, 3) or probabilities.shape != labels.shape:
+        raise ValueError(
+            f"the image is {list(image.shape)}, the labels are {list(labels.shape)}, the "
+            f"probabilities {list(probabilities.shape)}; expected [H, W, 3], [H, W] and [H, W], as "
+            "predict(image, return_prob=True) gives them"
+        )
+    upright = labels.shape[0] > labels.shape[1]
+    columns, letters = 4 if upright else 2, max(11, width // 80)
+    side = (width + _GAP) // columns - _GAP
+    size = (max(1, round(side * labels.shape[0] / labels.shape[1])), side)
+    doubt = np.nan_to_num(1 - probabilities.astype(np.float32), nan=1.0)
+    most = 1 - 1 / max(2, len(classes))
+    mean = f"uncertainty (1 - probability), mean {percent(float(doubt.mean()))} %"
+    small = Image.fromarray(doubt).resize(size[::-1], Image.Resampling.BILINEAR)
+    photo, shown = resize_pair(image, labels, size)
+    parts = [
+        (photo, "photo"),
+        (overlay(photo, shown, classes, alpha=1.0, unpainted=()), "labels"),
+        (overlay(photo, shown, classes, unpainted=unpainted), "labels on the photo"),
+        (_heat(np.asarray(small) / most), mean),
+    ]
+    rows = [_row(parts[i : i + columns], letters) for i in range(0, 4, columns)]
+    below = width - side - _GAP
+    legend = overlay_legend(labels, classes, below, unpainted=unpainted, size=letters)
+    scale = _scale_image(side, letters, most)
+    last = Image.new("RGB", (width, max(legend.height, scale.height)), "white")
+    last.paste(legend, (0, 0))
+    last.paste(scale, (width - side, 0))
+    return stacked([*rows, last])
+
+
+def _heat(values: np.ndarray) -> np.ndarray:
+    """Colours, uint8 [..., 3], of values in 0..1."""
+    places = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(values, places, channel) for channel in _HEAT.T]
+    return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+def _scale_image(width: int, letters: int, most: float) -> Image.Image:
+    """The colours of :func:`_heat` as a bar: 0 at the left, ``most``, 0.5 to 1, at the right."""
+    from PIL import Image, ImageDraw
+
+    font, gap = font_of_size(letters), max(2, letters // 3)
+    image = Image.new("RGB", (width, 2 * letters + 3 * gap), "white")
+    bar = _heat(np.broadcast_to(np.linspace(0, 1, width), (letters, width)))
+    image.paste(Image.fromarray(bar), (0, gap))
+    draw = ImageDraw.Draw(image)
+
+    def at(share: float, anchor: str) -> None:
+        place, top = share / most * (width - 1), 2 * gap + letters
+        draw.line((place, gap + letters, place, top - 1), fill=_INK)
+        draw.text((place, top), f"{100 * share:.0f} %", fill=_INK, font=font, anchor=anchor)
+
+    at(0.0, "la")
+    at(most, "ra")
+    # Two figures and the space between them; the last one stands left of its place.
+    apart = 1.5 * font.getlength("00 %") * most / width
+    step = next((tenths for tenths in (1, 2) if tenths / 10 > apart), 9)
+    for tenths in range(step, 10, step):
+        if tenths / 10 < most - 1.2 * apart:
+            at(tenths / 10, "ma")
+    return image
+
+
 def _with_ignored(
     classes: ClassSet, labels: Sequence[np.ndarray] | np.ndarray
 ) -> tuple[ClassSet, list[np.ndarray]]:
@@ -212,14 +318,14 @@ def _fitted(shape: Sequence[int], side: int) -> tuple[int, int]:
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def _row(parts: Sequence[tuple[np.ndarray, str]]) -> Image.Image:
+def _row(parts: Sequence[tuple[np.ndarray, str]], letters: int = 12) -> Image.Image:
     """Pictures of one size side by side, each below its title, cut where it is too long."""
     from PIL import Image, ImageDraw
 
-    gap, head, font = 6, 20, font_of_size(12)
+    head, font = letters * 5 // 3, font_of_size(letters)
     height, width = parts[0][0].shape[:2]
-    step = width + gap
-    image = Image.new("RGB", (len(parts) * step - gap, height + head), "white")
+    step = width + _GAP
+    image = Image.new("RGB", (len(parts) * step - _GAP, height + head), "white")
     draw = ImageDraw.Draw(image)
     for i, (part, title) in enumerate(parts):
         while title and font.getlength(title) > width - 2:

@@ -158,7 +158,7 @@ def test_the_embedded_model_is_judged_on_photos(monkeypatch) -> None:
         monkeypatch.setattr(photos, cached.__name__, cached.__wrapped__)
     pytest.importorskip("sklearn")
     pytest.importorskip("skimage")
-    assert case.judged_on == "16 photos of the demo"
+    assert case.judged_on == "16 photos of packages"
     assert not set(photos.judged()) & set(photos.for_calibration())
     args = case.setup("cpu", torch.float32, seed=0, copies=1)
     (x,) = args.inputs[0]
