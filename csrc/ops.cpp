@@ -55,6 +55,11 @@ void conv_pixels(const Tensor& x, const Tensor& weight, const Tensor& shift,
 Tensor conv_weight_gradient(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t stride,
                             int64_t dilation, bool spreads);
 
+// csrc/cpu/depthwise_ops.cpp
+std::tuple<Tensor, Tensor> depthwise_gradients(const Tensor& grad, const Tensor& x,
+                                               const Tensor& weight, at::IntArrayRef padding,
+                                               at::IntArrayRef dilation, bool to_x, bool to_weight);
+
 // csrc/cpu/strips_ops.cpp
 void inverted_residual(const Tensor& x, const std::optional<Tensor>& expand,
                        const std::optional<Tensor>& expand_shift, const Tensor& depthwise,
@@ -152,6 +157,9 @@ TORCH_LIBRARY_FRAGMENT(deeplab_fast, m) {
       "_conv_weight_gradient_cpu(Tensor grad, Tensor x, int kernel, int stride, int dilation, "
       "bool spreads) -> Tensor");
   m.def(
+      "_depthwise_gradients_cpu(Tensor grad, Tensor x, Tensor weight, int[2] padding, "
+      "int[2] dilation, bool to_x, bool to_weight) -> (Tensor, Tensor)");
+  m.def(
       "_inverted_residual_cpu(Tensor x, Tensor? expand, Tensor? expand_shift, Tensor depthwise, "
       "Tensor depthwise_shift, Tensor? project, Tensor? project_shift, Tensor? residual, "
       "Tensor(a!) out, int channel_offset, Tensor(b!)? sums, int[2] stride, int[2] padding, "
@@ -194,6 +202,7 @@ TORCH_LIBRARY_IMPL(deeplab_fast, CPU, m) {
   m.impl("_conv_tiles_cpu", &cpu::conv_tiles);
   m.impl("_conv_pixels_cpu", &cpu::conv_pixels);
   m.impl("_conv_weight_gradient_cpu", &cpu::conv_weight_gradient);
+  m.impl("_depthwise_gradients_cpu", &cpu::depthwise_gradients);
   m.impl("_inverted_residual_cpu", &cpu::inverted_residual);
   m.impl("_scaled_pixels_cpu", &cpu::scaled_pixels);
   m.impl("_batch_stats_cpu", &cpu::batch_stats);

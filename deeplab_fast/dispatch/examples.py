@@ -36,7 +36,7 @@ class Size:
     Attributes:
         n, c, h, w: of its main input.
         height, width: of what is upsampled to.
-        filters: of a convolution, or of each branch.
+        filters: of a convolution, where 0 is a depthwise one, or of each branch.
         rates: dilations of the 3x3 branches, before which a 1x1 branch comes; the dilation of a
             convolution, which is 3x3 where there is one and else 1x1.
         pooled: channels of the pooled branch.

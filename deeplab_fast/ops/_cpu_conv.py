@@ -23,6 +23,8 @@ from .batch_norm import run_stats
 from .prepared import PreparedConv
 from .prepared_aspp import PreparedAspp, PreparedProject
 
+_LARGEST_DEPTHWISE = 7
+
 
 def reasons(desc: OpDesc) -> list[str]:
     """Why the call cannot run here; empty where it can."""
@@ -90,9 +92,12 @@ def conv2d_backward_reasons(desc: OpDesc) -> list[str]:
     found = reasons(desc)
     if found or _keeps_size(desc.params) or _is_pointwise(desc.params):
         return found
+    if _is_depthwise(desc.params):
+        return limits.extension(_ext.CPU, "_depthwise_gradients_cpu")
     return [
         "only 1x1 convolutions without padding, and 3x3 ones with stride 1 and a padding that "
-        "equals the dilation, with groups 1"
+        "equals the dilation, with groups 1; and depthwise ones with stride 1, a filter a channel, "
+        f"and kernels up to {_LARGEST_DEPTHWISE}x{_LARGEST_DEPTHWISE}"
     ]
 
 
@@ -101,6 +106,16 @@ def _is_pointwise(options: Mapping[str, Any]) -> bool:
         tuple(options["weight"][2:]) == (1, 1)
         and tuple(options["padding"]) == (0, 0)
         and options["groups"] == 1
+    )
+
+
+def _is_depthwise(options: Mapping[str, Any]) -> bool:
+    filters, channels, *kernel = options["weight"]
+    return (
+        filters == options["groups"] > 1
+        and channels == 1
+        and max(kernel) <= _LARGEST_DEPTHWISE
+        and tuple(options["stride"]) == (1, 1)
     )
 
 
@@ -194,7 +209,13 @@ def conv2d_backward(
     to_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `ops.conv2d`: to x by few multiplications where that is predicted to be
-    faster, to weight by one matrix product for each tap."""
+    faster, to weight by one matrix product for each tap; of depthwise ones by kernels of their own.
+    """
+    if groups > 1:
+        grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+        return torch.ops.deeplab_fast._depthwise_gradients_cpu(
+            grad, x, weight, padding, dilation, to_x, to_weight
+        )
     options = (stride, padding, dilation, groups)
     empty = grad.new_empty(0)
     grad_weight = empty

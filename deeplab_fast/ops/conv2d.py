@@ -237,6 +237,8 @@ def weight_format(weight: Tensor) -> torch.memory_format:
 _SIZES = (
     Size(2, 40, 9, 11, filters=24),
     Size(2, 7, 9, 11, filters=5, rates=(2,)),
+    # Depthwise.
+    Size(2, 19, 9, 11, rates=(2,)),
     Size(1, 64, 33, 17, filters=256, stride=2),
 )
 
@@ -248,13 +250,23 @@ def _works(shapes: Shapes) -> list[tuple[str, Size]]:
 def _example(make: Maker, form: str, s: Size, backward: bool = False) -> list[Step]:
     # A 3x3 convolution where there is a rate, else a 1x1 one.
     rate = s.rates[0] if s.rates else 0
-    x, weight = make.map(s.n, s.c, s.h, s.w), make.weight(s.filters, s.c, 3 if rate else 1)
+    filters, groups = (s.filters, 1) if s.filters else (s.c, s.c)
+    x = make.map(s.n, s.c, s.h, s.w)
+    weight = make.weight(filters, s.c // groups, 3 if rate else 1)
     stride, padding, dilation = pairs = [s.stride] * 2, [rate] * 2, [rate or 1] * 2
-    desc = describe(x, weight, stride=stride, padding=padding, dilation=dilation, backward=backward)
+    desc = describe(
+        x,
+        weight,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        backward=backward,
+    )
     if not backward:
-        return [Step(form, s, (x, weight, *pairs, 1), (VALUES,), desc)]
+        return [Step(form, s, (x, weight, *pairs, groups), (VALUES,), desc)]
     grad = make.map(*_output_shape(x, weight, *pairs))
-    args = (grad, x, weight, *pairs, 1, True, True)
+    args = (grad, x, weight, *pairs, groups, True, True)
     return [Step(form, s, args, (VALUES, VALUES), desc)]
 
 

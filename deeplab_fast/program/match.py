@@ -324,7 +324,7 @@ def is_relu(module: nn.Module) -> bool:
 
 def keeps_size(conv: Conv, any_groups: bool = False) -> bool:
     """Stride 1, one group, and a square odd kernel that is padded to keep the size of the map."""
-    stride, padding, (rate, other), groups = geometry(conv.module)
+    stride, padding, (rate, other), groups = geometry(conv)
     height, width = conv.module.weight.shape[2:]
     return (
         not conv.same
@@ -337,10 +337,27 @@ def keeps_size(conv: Conv, any_groups: bool = False) -> bool:
     )
 
 
-def geometry(conv: nn.Conv2d) -> Geometry:
-    """(stride, padding, dilation, groups), each but the last as [rows, columns]."""
-    assert not isinstance(conv.padding, str)
-    return pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups
+def geometry(conv: Conv) -> Geometry:
+    """(stride, padding, dilation, groups), each but the last as [rows, columns], of a convolution
+    that `has_geometry`."""
+    module = conv.module
+    assert not isinstance(module.padding, str)
+    padding = [reach // 2 for reach in _reaches(module)] if conv.same else pair(module.padding)
+    return pair(module.stride), padding, pair(module.dilation), module.groups
+
+
+def has_geometry(conv: Conv) -> bool:
+    """Whether the padding is the same on both sides of every map: of SAME ones that with stride 1
+    and an even padding altogether."""
+    module = conv.module
+    return not conv.same or (
+        pair(module.stride) == [1, 1] and not any(reach % 2 for reach in _reaches(module))
+    )
+
+
+def _reaches(conv: nn.Conv2d) -> list[int]:
+    kernel, dilation = pair(conv.kernel_size), pair(conv.dilation)
+    return [(size - 1) * rate for size, rate in zip(kernel, dilation, strict=True)]
 
 
 def pair(value: int | Sequence[int]) -> list[int]:

@@ -112,8 +112,11 @@ def _parts(segments: Iterable[match.Part]) -> list[match.Part]:
             continue
         conv, norm, act, pool = segment.conv, segment.norm, segment.act, segment.pool
         known = norm is not None and type(norm.module).forward in _NORM_FORWARDS
-        if conv is not None and (not known or conv.same or conv.module.bias is not None):
-            parts.append(conv if conv.same else match.Unit(conv, None))
+        if conv is not None and not match.has_geometry(conv):
+            parts.append(conv)
+            conv = None
+        elif conv is not None and (not known or conv.module.bias is not None):
+            parts.append(match.Unit(conv, None))
             conv = None
         if known:
             parts.append(match.Unit(conv, norm, act, pool))
@@ -134,13 +137,13 @@ def _run(
         if not isinstance(part, match.Unit):
             x = _other(part, x)
             continue
-        conv = None if part.conv is None else part.conv.module
+        conv = part.conv
         if part.norm is None:
             assert conv is not None
-            x, _ = _convolve(x, pending, match.geometry(conv), conv.weight)
+            x, _ = _convolve(x, pending, match.geometry(conv), conv.module.weight)
             pending = None
-            if conv.bias is not None:
-                x = x + conv.bias.to(x.dtype)[:, None, None]
+            if conv.module.bias is not None:
+                x = x + conv.module.bias.to(x.dtype)[:, None, None]
             continue
         norm = part.norm.module
         own_act = None if part.act is None else part.act.name
@@ -148,7 +151,7 @@ def _run(
         if part.pool is None and isinstance(following, match.Unit) and following.conv is not None:
             stats = None
             if conv is not None:
-                x, stats = _convolve(x, pending, match.geometry(conv), conv.weight, norm)
+                x, stats = _convolve(x, pending, match.geometry(conv), conv.module.weight, norm)
             pending = Norm(norm, own_act, x, stats)
             continue
         pool = None if part.pool is None else _pool(part.pool.module)
@@ -210,7 +213,7 @@ def _convolve(
 def _finish(
     x: Tensor,
     pending: Norm | None,
-    conv: nn.Conv2d | None,
+    conv: match.Conv | None,
     norm: _BatchNorm,
     act: str | None,
     residual: Tensor | None,
@@ -219,11 +222,11 @@ def _finish(
     """act(norm(conv(act(pending(x)))) + residual), max-pooled; conv may be None."""
     weight = None
     if conv is not None:
-        x, weight = autocast(x, conv.weight)
+        x, weight = autocast(x, conv.module.weight)
     if residual is not None:
         residual = residual.to(x.dtype)
     # The input of a 1x1 convolution behind a norm is made again in any case.
-    again = conv is not None and pending is not None and tuple(conv.kernel_size) == (1, 1)
+    again = conv is not None and pending is not None and tuple(conv.module.kernel_size) == (1, 1)
     batch = uses_batch(norm)
     factors = affine(norm, x)
     constants = (None, None) if batch else constants_of(norm, x)
@@ -544,7 +547,7 @@ def _aspp(aspp: match.Aspp, x: Tensor) -> Tensor:
     joint = JointNorm(norms, y, mean, variance)
     # The map of the pooled vector is constant: its part of the projection is one bias an image.
     pooled = sequence((pooling.pool, *pooling.modules), x)
-    to_branches, to_pooled = _split(project.weight, aspp, convs, pooled.shape[1])
+    to_branches, to_pooled = _split(project.module.weight, aspp, convs, pooled.shape[1])
     z, _ = _convolve(y, joint, match.geometry(project), to_branches)
     z = z + F.conv2d(pooled, to_pooled).to(z.dtype)
     return _run(rest, z)
@@ -563,7 +566,7 @@ def _split(
 
 def _fused_form(
     aspp: match.Aspp,
-) -> tuple[list[tuple[nn.Conv2d, _BatchNorm]], match.Pooling, nn.Conv2d, list[match.Part]] | None:
+) -> tuple[list[tuple[nn.Conv2d, _BatchNorm]], match.Pooling, match.Conv, list[match.Part]] | None:
     """Branches, pooling, projection and what stands behind it, where they are those that the fused
     form computes."""
     found = match.joint(aspp)
@@ -578,8 +581,8 @@ def _fused_form(
     modes = {(n.training, uses_batch(n), group_of(n), n.weight is None) for _, n in branches}
     if len(modes) > 1:
         return None
-    assert isinstance(first, match.Unit)
-    return branches, pooling, project[0], [replace(first, conv=None), *rest]
+    assert isinstance(first, match.Unit) and first.conv is not None
+    return branches, pooling, first.conv, [replace(first, conv=None), *rest]
 
 
 def _conv_and_norm(part: match.Part) -> tuple[nn.Conv2d, _BatchNorm] | None:

@@ -36,6 +36,7 @@ TESTS = (
     "test_conv_cpu.py::TestPatches::test_is_the_convolution",
     "test_conv_cpu.py::TestPatches::test_every_ending",
     "test_conv_cpu.py::TestWeightGradient::test_is_pytorchs",
+    "test_conv_cpu.py::TestDepthwiseGradients::test_is_the_definition",
     "test_inverted_residual.py::TestDepthwise::test_is_the_convolution",
     "test_inverted_residual.py::TestBlocks::test_is_its_convolutions",
     "test_inverted_residual.py::test_scaled_pixels",

@@ -5,6 +5,8 @@ Counts, not times; tests/helpers/host_cost.py prints both.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from host_cost import events, resnet50_step
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deeplab_fast as dlf
 from deeplab_fast import _ext
+from deeplab_fast.models.mobilenetv2 import SamePadConv2d
 from deeplab_fast.program import training
 
 needs_extension = pytest.mark.skipif(not _ext.CPU.loaded, reason=_ext.CPU.reason)
@@ -69,6 +72,43 @@ def test_calls_of_a_segment(momentum: float | None) -> None:
         "deeplab_fast::_bn_act_backward_cpu",
         "deeplab_fast::_conv_weight_gradient_cpu",
     ]
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "is_unit"),
+    [
+        pytest.param(3, 1, 1, True, id="3x3"),
+        pytest.param(5, 1, 2, True, id="5x5 dilated"),
+        pytest.param((3, 5), 1, (2, 1), True, id="rows unlike columns"),
+        pytest.param(4, 1, 2, True, id="an even kernel, padded evenly by its dilation"),
+        pytest.param(4, 1, 1, False, id="an even kernel: one more at the bottom"),
+        pytest.param(3, 2, 1, False, id="a stride: by the size"),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_same_padding_that_is_known_is_part_of_a_segment(
+    kernel, stride, dilation, is_unit, bias
+) -> None:
+    """With the kernels of depthwise gradients; what is not known runs as a module."""
+    conv = SamePadConv2d(6, 6, kernel, stride, groups=6, bias=bias, dilation=dilation)
+    modules = nn.Sequential(nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6), nn.ReLU6(), conv)
+    modules.append(nn.BatchNorm2d(6))
+    y = training.run(modules, torch.randn(2, 4, 9, 10))
+    with Counting() as backward:
+        y.sum().backward()
+    assert backward.names.count("deeplab_fast::_depthwise_gradients_cpu") == int(is_unit)
+    # float64 leaves about 1e-16 for each operation.
+    plain, fused = copy.deepcopy(modules).double(), modules.double()
+    x = torch.randn(2, 4, 9, 10, dtype=torch.float64)
+    results = [plain(x), training.run(fused, x)]
+    grad = torch.randn_like(results[0])
+    gradients = [
+        torch.autograd.grad(result, model.parameters(), grad)
+        for result, model in zip(results, (plain, fused), strict=True)
+    ]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
 
 
 def test_choices_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -620,3 +620,179 @@ class TestWeightGradient:
             OPS._conv_weight_gradient_cpu(x, x, 1, 2, 1, False)
         with pytest.raises(ValueError, match=r"x must be a float32 map .* in channels_last"):
             OPS._conv_weight_gradient_cpu(x, x.contiguous(), 1, 1, 1, False)
+
+
+# [N, C, H, W] of x, kernel, padding, dilation
+DEPTHWISE = [
+    pytest.param((2, 16, 9, 11), (3, 3), (1, 1), (1, 1), id="3x3, channels of one block"),
+    pytest.param(
+        (2, 19, 9, 11), (5, 5), (4, 4), (2, 2), id="5x5 dilated, a block that is not full"
+    ),
+    pytest.param((1, 5, 6, 7), (7, 7), (9, 9), (3, 3), id="7x7, channels that fill no vector"),
+    pytest.param((2, 17, 1, 1), (3, 3), (1, 1), (1, 1), id="one pixel"),
+    pytest.param((3, 33, 7, 5), (3, 3), (20, 20), (20, 20), id="dilation beyond the map"),
+    pytest.param((1, 4, 2, 3), (3, 3), (2**31 - 1,) * 2, (2**31 - 1,) * 2, id="largest dilation"),
+    pytest.param((1, 4, 1, 5), (2, 2), (1, 1), (2, 1), id="no row of taps meets the map"),
+    pytest.param((2, 18, 6, 30), (5, 3), (0, 2), (1, 1), id="rows unlike columns"),
+    pytest.param((1, 20, 8, 8), (4, 6), (7, 0), (3, 1), id="even kernels, padding beyond the taps"),
+    pytest.param((1, 16, 3, 700), (1, 5), (0, 0), (1, 3), id="a row of several runs"),
+    pytest.param((2, 2, 4, 4), (1, 1), (2, 2), (1, 1), id="a padded 1x1"),
+    pytest.param((0, 3, 5, 6), (3, 3), (1, 1), (1, 1), id="no image"),
+    pytest.param((2, 3, 0, 6), (3, 3), (2, 2), (1, 1), id="no row"),
+]
+every_depthwise = pytest.mark.parametrize(("shape", "kernel", "padding", "dilation"), DEPTHWISE)
+
+
+class TestDepthwiseGradients:
+    @staticmethod
+    def tensors(shape, kernel, padding, dilation) -> tuple[Tensor, Tensor, Tensor]:
+        """(grad, x, weight)"""
+        n, c, *size = shape
+        axes = zip(size, kernel, (1, 1), padding, dilation, strict=True)
+        return (
+            nhwc(n, c, *(output_size(*axis) for axis in axes)),
+            nhwc(*shape),
+            torch.randn(c, 1, *kernel),
+        )
+
+    @staticmethod
+    def expected(grad, x, weight, padding, dilation) -> tuple[Tensor, Tensor]:
+        """Tap by tap, over the pixels for which it lies inside the map."""
+        grad, x, weight = grad.double(), x.double(), weight.double()
+        to_x, to_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        for row in range(weight.shape[2]):
+            for column in range(weight.shape[3]):
+                offsets = [
+                    t * d - p for t, d, p in zip((row, column), dilation, padding, strict=True)
+                ]
+                # Outputs q with an input q + offset.
+                sizes = zip(grad.shape[2:], x.shape[2:], offsets, strict=True)
+                spans = [(max(0, -o), min(out, size - o), o) for out, size, o in sizes]
+                if any(first >= last for first, last, _ in spans):
+                    continue
+                of_grad = (..., *(slice(first, last) for first, last, _ in spans))
+                of_x = (..., *(slice(first + o, last + o) for first, last, o in spans))
+                to_x[of_x] += weight[:, 0, row, column, None, None] * grad[of_grad]
+                to_weight[:, 0, row, column] = (grad[of_grad] * x[of_x]).sum((0, 2, 3))
+        return to_x, to_weight
+
+    @every_depthwise
+    def test_is_the_definition(self, instruction_set, shape, kernel, padding, dilation) -> None:
+        tensors = self.tensors(shape, kernel, padding, dilation)
+        with deterministic():
+            # Tensors that C++ makes are filled with nan.
+            found = OPS._depthwise_gradients_cpu(*tensors, padding, dilation, True, True)
+        expected = self.expected(*tensors, padding, dilation)
+        for got, want in zip(found, expected, strict=True):
+            assert got.shape == want.shape
+            assert relative_error(got, want) <= DIRECT
+        assert found[0].is_contiguous(memory_format=CHANNELS_LAST)
+        for to_x, to_weight in ((True, False), (False, True), (False, False)):
+            some = OPS._depthwise_gradients_cpu(*tensors, padding, dilation, to_x, to_weight)
+            for asked, got, whole in zip((to_x, to_weight), some, found, strict=True):
+                assert torch.equal(got, whole) if asked else got.numel() == 0
+
+    def test_the_definition_is_pytorchs(self) -> None:
+        grad, x, weight = self.tensors((2, 6, 9, 8), (5, 3), (3, 1), (2, 1))
+        leaves = x.double().requires_grad_(), weight.double().requires_grad_()
+        y = F.conv2d(*leaves, None, 1, (3, 1), (2, 1), 6)
+        found = torch.autograd.grad(y, leaves, grad.double())
+        for got, want in zip(found, self.expected(grad, x, weight, (3, 1), (2, 1)), strict=True):
+            assert relative_error(got, want) < 1e-14
+
+    @pytest.mark.parametrize("size", [(120, 300), (700, 40)], ids=["long rows", "many rows"])
+    def test_long_sums(self, instruction_set, size) -> None:
+        """Sums over a whole map are not those of one accumulator."""
+        geometry = ((3, 3), (1, 1), (1, 1))
+        tensors = self.tensors((1, 9, *size), *geometry)
+        found = OPS._depthwise_gradients_cpu(*tensors, *geometry[1:], True, True)
+        for got, want in zip(found, self.expected(*tensors, *geometry[1:]), strict=True):
+            assert relative_error(got, want) <= DIRECT
+
+    def test_threads_do_not_matter(self) -> None:
+        geometry = ((5, 5), (4, 4), (2, 2))
+        tensors = self.tensors((3, 40, 13, 17), *geometry)
+        expected = OPS._depthwise_gradients_cpu(*tensors, *geometry[1:], True, True)
+        for count in (1, 2, 3, 7):
+            with threads(count):
+                found = OPS._depthwise_gradients_cpu(*tensors, *geometry[1:], True, True)
+            assert all(map(torch.equal, found, expected))
+
+    @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+    def test_the_public_op(self, layout) -> None:
+        """x and the gradient in any strides; what is chosen by itself."""
+        grad, x, weight = self.tensors((2, 19, 9, 11), (5, 5), (4, 4), (2, 2))
+        leaves = layout(x).requires_grad_(), layout(weight).requires_grad_()
+        options = {"padding": 4, "dilation": 2, "groups": 19}
+        why = dlf.why("conv2d_backward", *leaves, **options)
+        assert why.chosen == "cpu"
+        y = ops.conv2d(*leaves, **options)
+        found = torch.autograd.grad(y, leaves, layout(grad))
+        doubles = (t.detach().double() for t in (layout(grad), *leaves))
+        expected = self.expected(*doubles, (4, 4), (2, 2))
+        for got, want in zip(found, expected, strict=True):
+            assert relative_error(got, want) <= DIRECT
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"groups": 8, "stride": 2, "padding": 1},
+            {"groups": 4, "padding": 1},
+            {"groups": 8, "padding": 4, "kernel": 9},
+        ],
+        ids=["stride", "groups of channels", "9x9"],
+    )
+    def test_what_is_left_to_pytorch(self, options) -> None:
+        kernel = options.pop("kernel", 3)
+        x, weight = nhwc(1, 8, 9, 9), torch.randn(8, 8 // options["groups"], kernel, kernel)
+        why = dlf.why("conv2d_backward", x, weight, **options)
+        assert why.chosen == "reference" and "depthwise ones with stride 1" in str(why)
+
+    @pytest.mark.parametrize("value", NOT_FINITE, ids=str)
+    @pytest.mark.parametrize("place", ["weight", "x", "grad"])
+    @pytest.mark.parametrize(
+        ("kernel", "dilation"), [(3, 1), (3, 2), (5, 2), (3, 9)], ids=["3x3", "2", "5x5", "beyond"]
+    )
+    def test_what_is_not_finite_shows(
+        self, instruction_set, kernel, dilation, place, value
+    ) -> None:
+        """In the channel that it is of, and in no other."""
+        padding = kernel // 2 * dilation
+        geometry = (kernel, kernel), (padding,) * 2, (dilation,) * 2
+        grad, x, weight = self.tensors((2, 19, 9, 7), *geometry)
+        target = {"weight": weight[17, 0, 0], "x": x[1, 17, 0], "grad": grad[1, 17, 0]}[place]
+        target[0] = value
+        leaves = x.requires_grad_(), weight.requires_grad_()
+        y = F.conv2d(*leaves, None, 1, *geometry[1:], 19)
+        expected = torch.autograd.grad(y, leaves, grad)
+        with torch.no_grad():
+            found = OPS._depthwise_gradients_cpu(grad, x, weight, *geometry[1:], True, True)
+        for got, want in zip(found, expected, strict=True):
+            assert_shows(got, want)
+        others = [c for c in range(19) if c != 17]
+        assert found[0][:, others].isfinite().all() and found[1][others].isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("changed", "text"),
+        [
+            ({"x": torch.zeros(1, 4, 5, 5)}, r"x must be a float32 map .* in channels_last"),
+            ({"grad": nhwc(1, 4, 5, 6)}, r"grad \[1, 4, 5, 6\] does not fit x .* and weight"),
+            ({"grad": nhwc(2, 4, 5, 5)}, r"grad \[2, 4, 5, 5\] does not fit x"),
+            ({"weight": torch.zeros(4, 2, 3, 3)}, r"weight must be float32 \[4, 1, R, S\]"),
+            ({"weight": torch.zeros(4, 1, 9, 9)}, "R and S from 1 to 7"),
+            ({"weight": torch.zeros(4, 1, 3, 3).double()}, "got Double"),
+            ({"padding": (1,)}, r"padding must be 2 numbers, got \[1\]"),
+            ({"dilation": (0, 1)}, r"dilation must be from 1 to 2\^31 - 1"),
+        ],
+        ids=["layout", "size", "images", "groups", "kernel", "dtype", "one number", "no dilation"],
+    )
+    def test_what_does_not_fit_is_refused(self, changed, text: str) -> None:
+        given = {
+            "grad": nhwc(1, 4, 5, 5),
+            "x": nhwc(1, 4, 5, 5),
+            "weight": torch.zeros(4, 1, 3, 3),
+            "padding": (1, 1),
+            "dilation": (1, 1),
+        } | changed
+        with pytest.raises(ValueError, match=text):
+            OPS._depthwise_gradients_cpu(**given, to_x=True, to_weight=True)
