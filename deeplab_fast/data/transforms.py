@@ -13,7 +13,6 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -70,10 +69,12 @@ class Compose:
         self.transforms = transforms
 
     def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
-        for transform, following in zip_longest(self.transforms, self.transforms[1:]):
-            viewed = isinstance(transform, _Viewing) and isinstance(following, _Viewing)
-            run = transform.view if viewed else transform
-            image, label = run(image, label, generator)
+        following = (*self.transforms[1:], None)
+        for transform, then in zip(self.transforms, following, strict=False):
+            if isinstance(transform, _Viewing) and isinstance(then, _Viewing):
+                image, label = transform.view(image, label, generator)
+            else:
+                image, label = transform(image, label, generator)
         return image, label
 
     def __repr__(self) -> str:
