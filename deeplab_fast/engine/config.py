@@ -453,7 +453,7 @@ _CAMVID: dict[str, Any] = {
     "ema": 0.998,
     "warmup_steps": 100,
     "batch_size": 4,
-    "steps": 5000,
+    "steps": 3000,
     "export": "last",
 }
 
