@@ -158,6 +158,8 @@ def build_model(
     for line in lines:
         tell(line)
     model = cast("DeepLabV3", built)
+    # Ranges for int8 are those of weights that training changes.
+    model.calibration = None
     if stride is not None and model.output_stride != stride:
         model.set_output_stride(stride)
     if config.input_size is not None:

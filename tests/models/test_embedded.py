@@ -64,6 +64,15 @@ def test_a_photo_of_a_street_has_sky_above_and_no_sky_below(model) -> None:
     assert sky[:third].mean() > 0.2
 
 
+def test_ranges_for_int8_come_with_it(model) -> None:
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn has the photo")
+    photo = datasets.load_sample_image("china.jpg")
+    assert model.calibration is not None
+    same = model.predict(photo, precision="int8") == model.predict(photo)
+    # On the photos that it was measured on at most one label in a hundred changes; three times that.
+    assert same.mean() > 0.97
+
+
 def test_it_scores_on_camvid(model, shared_data) -> None:
     """Every eighth validation photo: weights that were stored or read wrongly score below 0.2."""
     val = open_dataset("camvid", shared_data / "camvid", "val")

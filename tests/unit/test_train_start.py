@@ -113,6 +113,12 @@ def test_the_weights_tell_the_rest(plan, run, tmp_path):
     assert from_checkpoint(own.folder).preprocess.size is None
 
 
+def test_ranges_for_int8_are_not_those_of_trained_weights():
+    assert dlf.load("camvid").calibration is not None
+    config = train_config("camvid", weights="camvid")
+    assert build_model(config, len(dlf.load("camvid").classes)).calibration is None
+
+
 def test_the_head_starts_anew_for_other_classes(plan, run):
     """The rest, and the preprocessing, are those of the weights."""
     config = plan.replace(model=None, weights=str(run))
