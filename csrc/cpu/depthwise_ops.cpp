@@ -95,7 +95,7 @@ struct Depthwise {
     const int count = static_cast<int>(std::min(kBlock, channels - channel));
     const float* const g = grad + image * rows.out * columns.out * channels + channel;
     const float* const from = x + image * rows.in * columns.in * channels + channel;
-    const float* const w = weights + block * taps() * kBlock;
+    const float* const w = to_x == nullptr ? nullptr : weights + block * taps() * kBlock;
     float* const sums = parts == nullptr ? nullptr : parts + unit * taps() * kBlock;
     float spoilt[kBlock] = {};
     if (sums != nullptr) std::fill_n(sums, taps() * kBlock, 0.0f);

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     try:
+        if argv is None and name == "train":
+            train.own_process()
         return COMMANDS[name].run(config)
     except UsageError as error:
         print(f"{PROGRAM} {name}: error: {error}", file=sys.stderr)

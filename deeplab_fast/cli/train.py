@@ -113,14 +113,22 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
+def own_process() -> None:
+    """What is done to a process that is there for this command alone."""
+    import torch
+
+    from deeplab_fast.engine.heap import keep_freed_memory
+
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+
+
 def run(config: Namespace) -> int:
     from deeplab_fast.backends import BackendUnavailable
     from deeplab_fast.engine.config import OptionError
-    from deeplab_fast.engine.heap import keep_freed_memory
     from deeplab_fast.engine.imports import imports_of
     from deeplab_fast.engine.train import TrainingUnavailable, fit_stages, validate
 
-    keep_freed_memory()
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
         planned = _plan(config)

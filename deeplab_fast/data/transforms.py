@@ -13,7 +13,7 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -62,6 +62,11 @@ class _Viewing:
         return _contiguous(*self.view(image, label, generator))
 
 
+def _gives_views(transform: object) -> TypeGuard[_Viewing]:
+    """Not where a subclass has a call of its own."""
+    return isinstance(transform, _Viewing) and type(transform).__call__ is _Viewing.__call__
+
+
 class Compose:
     """Runs transforms one after the other."""
 
@@ -71,7 +76,7 @@ class Compose:
     def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
         following = (*self.transforms[1:], None)
         for transform, then in zip(self.transforms, following, strict=False):
-            if isinstance(transform, _Viewing) and isinstance(then, _Viewing):
+            if _gives_views(transform) and isinstance(then, _Viewing):
                 image, label = transform.view(image, label, generator)
             else:
                 image, label = transform(image, label, generator)
@@ -246,22 +251,28 @@ class CopyPaste:
         self.transform, self.dataset = transform, dataset
         self.classes, self.probability = tuple(classes), probability
 
-    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Pair:
+    def __call__(self, image: np.ndarray, label: np.ndarray, generator: torch.Generator) -> Any:
         image, label = self.transform(image, label, generator)
         if _uniform(generator) >= self.probability:
             return image, label
         index = _integer(generator, 0, len(self.dataset) - 1)
         other, things = self.dataset[index]
-        check_labels(self.dataset, index, things)
-        other, things = self.transform(other, things, generator)
-        if things.shape != label.shape:
-            (height, width), (own_height, own_width) = things.shape, label.shape
+        if hasattr(self.dataset, "ignore_index"):
+            check_labels(self.dataset, index, things)
+        try:
+            other, things = self.transform(other, things, generator)
+        except InputSizeError as error:
+            raise ValueError(f"{photo_name(self.dataset, index)}: {error}") from error
+        own, labels = to_tensors(image, label)
+        source, found = to_tensors(other, things)
+        if found.shape != labels.shape:
+            (height, width), (own_height, own_width) = found.shape, labels.shape
             raise ValueError(
                 f"copy-paste: one sample is {own_width}x{own_height} after its transform and "
                 f"another {width}x{height}; let the transform end with a crop"
             )
-        over = np.isin(things, self.classes)
-        return np.where(over[..., None], other, image), np.where(over, things, label)
+        over = torch.isin(found, torch.tensor(self.classes))
+        return torch.where(over, source, own), torch.where(over, found, labels)
 
     def __repr__(self) -> str:
         return f"CopyPaste({self.transform!r}, classes={self.classes}, p={self.probability})"

@@ -506,6 +506,10 @@ def train_config(preset: str | None = None, **given: Any) -> TrainConfig:
     for one, other in (("epochs", "steps"), ("steps", "epochs")):
         if given.get(one) is not None and given.get(other) is None:
             values.pop(other, None)
+    if given.get("data", values.get("data")) != values.get("data"):
+        # A preset's split and names of classes are those of its data.
+        for name in ("split", "val_every", "copy_paste"):
+            values.pop(name, None)
     if given.get("model") is None and given.get("weights") is not None:
         # The weights tell the model; a preset's is for a start without any.
         values.pop("model", None)

@@ -26,7 +26,8 @@ def keep_freed_memory() -> bool:
     Changes no values. Where variables of the environment say what malloc shall do they count.
 
     Returns:
-        Whether memory is kept now; False where the C library is another.
+        Whether the C library took that; False where it is another, or the environment says what it
+        shall do. An allocator that a program brings along is none of its affair.
 
     Source: mallopt(3).
     """

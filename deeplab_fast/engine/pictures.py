@@ -243,7 +243,8 @@ def prediction_image(
     columns, letters = 4 if upright else 2, max(11, width // 80)
     side = (width + _GAP) // columns - _GAP
     size = (max(1, round(side * labels.shape[0] / labels.shape[1])), side)
-    doubt = np.nan_to_num(1 - probabilities.astype(np.float32), nan=1.0)
+    sure = probabilities.astype(np.float32)
+    doubt = np.where(np.isfinite(sure), 1 - sure, np.float32(1))
     most = 1 - 1 / max(2, len(classes))
     mean = f"uncertainty (1 - probability), mean {percent(float(doubt.mean()))} %"
     small = Image.fromarray(doubt).resize(size[::-1], Image.Resampling.BILINEAR)

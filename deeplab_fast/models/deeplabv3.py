@@ -122,6 +122,7 @@ class DeepLabV3(Network):
         self.max_extra_bytes: int | None = None
         self.cuda_graphs: bool | None = None
         self._fast_path = FastPath()
+        self._leading = Leading()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Full-resolution logits, as torchvision's DeepLabV3 returns them."""
@@ -146,7 +147,7 @@ class DeepLabV3(Network):
         if not torch.jit.is_scripting():
             logits = self._fast_logits(x, aux)
             if logits is None:
-                logits = training.logits(self, x, aux, self._frozen_first())
+                logits = training.logits(self, x, aux, self._leading)
             if logits is not None:
                 return logits
         features = self.backbone(x)
@@ -166,16 +167,16 @@ class DeepLabV3(Network):
     @property
     def prepared_bytes(self) -> int:
         """Bytes of prepared weights that are held now, beside the model's own."""
-        return self._fast_path.held_bytes + self._frozen_first().held_bytes
+        return self._fast_path.held_bytes + self._leading.held_bytes
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of memory for maps that the fast path keeps between calls on the CPU.
+        """Bytes of memory for maps that is kept between calls on the CPU.
 
         One block for each thread that calls at a time, of at most 1 GiB each. `train()` gives them
         back, with the prepared weights.
         """
-        return self._fast_path.activation_bytes
+        return self._fast_path.activation_bytes + self._leading.activation_bytes
 
     def drop_prepared(self) -> None:
         """Free what the fast path holds: prepared weights, memory for maps, CUDA graphs.
@@ -183,7 +184,7 @@ class DeepLabV3(Network):
         The next call makes them again.
         """
         self._fast_path.drop()
-        self._frozen_first().drop()
+        self._leading.drop()
 
     def train(self, mode: bool = True) -> DeepLabV3:
         """As nn.Module.train; frees what the fast path holds when training begins.
@@ -193,12 +194,14 @@ class DeepLabV3(Network):
         with gate_of(self).changing():
             if mode:
                 self.drop_prepared()
+            else:
+                self._leading.drop()
             return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DeepLabV3:
         # What was prepared for another dtype or device is of no more use.
         self._fast_path.drop()
-        self._frozen_first().drop()
+        self._leading.drop()
         return super()._apply(fn, recurse)
 
     def _fast_logits(self, x: Tensor, aux: bool) -> dict[str, Tensor] | None:
@@ -206,10 +209,9 @@ class DeepLabV3(Network):
             return None
         return self._fast_path.logits(self, x, aux)
 
-    def _frozen_first(self) -> Leading:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         # Models that earlier versions pickled whole have none.
-        leading: Leading = self.__dict__.setdefault("_leading", Leading())
-        return leading
+        super().__setstate__({"_leading": Leading(), **state})
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -31,12 +32,15 @@ class Leading:
     def __init__(self) -> None:
         self._row: _Row | None = None
 
-    def run(self, modules: Sequence[nn.Module], x: Tensor) -> tuple[Sequence[nn.Module], Tensor]:
+    def run(
+        self, modules: Sequence[nn.Module], x: Tensor, max_extra_bytes: int | None = None
+    ) -> tuple[Sequence[nn.Module], Tensor]:
         """Run the frozen modules at the beginning of a row, where they can run as in inference.
 
         Args:
             modules: one after another.
             x: the map that the first is called with.
+            max_extra_bytes: as of the model.
 
         Returns:
             the modules that are left, and the map that the first of these is called with.
@@ -46,16 +50,19 @@ class Leading:
             or x.requires_grad
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
+            # DistributedDataParallel writes all buffers before each call: all would be made anew.
+            or (dist.is_available() and dist.is_initialized())
         ):
             return modules, x
         count = next((i for i, m in enumerate(modules) if not is_frozen(m)), len(modules))
-        row = tuple(modules[:count])
-        if not row:
+        row = self._row
+        if not count:
             self._row = None
             return modules, x
-        if self._row is None or self._row.modules != row:
-            self._row = _Row(row)
-        y = self._row(x)
+        if row is None or row.modules != tuple(modules[:count]):
+            row = self._row = _Row(tuple(modules[:count]))
+        row.max_extra_bytes = max_extra_bytes
+        y = row(x)
         return (modules, x) if y is None else (modules[count:], y)
 
     def drop(self) -> None:
@@ -67,6 +74,16 @@ class Leading:
         """Bytes of weights held beside the model's own."""
         row = self._row
         return 0 if row is None else row.path.held_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of memory for maps that is kept between calls."""
+        row = self._row
+        return 0 if row is None else row.path.activation_bytes
+
+    def in_eval_view(self, view: nn.Module) -> Leading:
+        """Of a view of the model: one of its own."""
+        return Leading()
 
     def __deepcopy__(self, memo: object) -> Leading:
         return Leading()
@@ -83,13 +100,13 @@ class _Row:
 
     fast = True
     fused = training = False
-    max_extra_bytes: int | None = None
     calibration: Calibration | None = None
     cuda_graphs: bool | None = None
     precision = "fp32"
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
         self.modules = modules
+        self.max_extra_bytes: int | None = None
         self._modules = {"module": nn.Sequential(*modules)}
         self.path = FastPath()
 
@@ -119,7 +136,6 @@ class _Row:
 
         return results, ()
 
-    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor | None:
         found = self.path.logits(self, x, True)
         return None if found is None else found[_NAME]
@@ -127,7 +143,8 @@ class _Row:
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether a module computes in training what it does in evaluation, and learns nothing."""
-    return not any(p.requires_grad for p in module.parameters()) and not any(
+    tensors = (*module.parameters(), *module.buffers())
+    return not any(t.requires_grad for t in tensors) and not any(
         uses_batch(m) if isinstance(m, _BatchNorm) else isinstance(m, match.DROPOUTS) and m.training
         for m in module.modules()
     )

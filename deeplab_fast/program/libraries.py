@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import match
+from .intact import is_plain
 from .layers import SamePadding
 from .stand_ins import stand_in
 
@@ -55,6 +56,9 @@ def _same_conv(module: Any) -> match.Segment:
 def _mobilenet_v2_layer(module: Any) -> match.Segment:
     conv: match.Item = module.convolution
     if module.config.tf_padding:
+        # A stand-in's hooks are not called where it is part of a unit.
+        if not is_plain(module.convolution):
+            return match.Plain(module)
         conv = match.convolution(stand_in(SamePadded, module.convolution), same=True)
     rest = [each for each in (module.normalization, module.activation) if each is not None]
     return match.Members(module, (conv, *rest))

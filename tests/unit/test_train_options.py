@@ -158,6 +158,10 @@ def test_presets_are_the_published_numbers():
     assert (own.epochs, own.steps, own.lr, own.model_options) == (5, None, 0.1, {})
     for name in PRESETS:
         assert isinstance(train_config(name), TrainConfig)
+    # Its split and its names of classes are those of its data.
+    camvid, other = train_config("camvid"), train_config("camvid", data="folder")
+    assert (camvid.split, camvid.val_every, len(camvid.copy_paste)) == ("trainval", 0, 6)
+    assert (other.split, other.val_every, other.copy_paste) == ("train", 1, [])
     with pytest.raises(ValueError, match=r"preset is 'papr', .*did you mean 'paper'\?"):
         train_config("papr")
     with pytest.raises(ValueError, match="learning_rate is no option of a training run"):

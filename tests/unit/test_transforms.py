@@ -166,7 +166,9 @@ def test_copy_paste():
     crop = T.Crop((24, 32))
     pasted = 0
     for seed in range(30):
-        new_image, new_label = T.CopyPaste(crop, data, [1, 3], 0.5)(image, label, generator(seed))
+        paste = T.CopyPaste(crop, data, [1, 3], 0.5)
+        pair = T.to_tensors(*paste(image, label, generator(seed)))
+        new_image, new_label = pair[0].permute(1, 2, 0).numpy(), pair[1].numpy()
         # The label is the photo's red, of whatever sample.
         np.testing.assert_array_equal(new_image[..., 0], new_label)
         source = generator(seed)
@@ -184,6 +186,27 @@ def test_copy_paste():
             assert not over.any()
     # Binomial(30, 1/2) leaves 3..27 with probability 1e-5.
     assert 3 <= pasted <= 27
+
+
+def test_copy_paste_behind_a_transform_that_gives_tensors():
+    data = Pairs()
+
+    def tensors(image, label, generator):
+        return T.to_tensors(*T.Crop((24, 32))(image, label, generator))
+
+    image, label = example(seed=9)
+    found = T.CopyPaste(tensors, data, [1, 3], 1.0)(image, label, generator(5))
+    expected = T.CopyPaste(T.Crop((24, 32)), data, [1, 3], 1.0)(image, label, generator(5))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_call_of_a_subclass_is_called():
+    class Dark(T.RandomFlip):
+        def __call__(self, image, label, generator):
+            return image * 0, label
+
+    row = T.Compose(Dark(), T.Crop(20))
+    assert not row(*example(), generator())[0].any()
 
 
 def test_copy_paste_needs_one_size():
