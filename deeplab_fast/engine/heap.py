@@ -19,8 +19,8 @@ def keep_freed_memory() -> bool:
 
     glibc gives blocks of more than 32 MiB, and the end of its heap, back to the system as soon as
     they are free, and the system zeroes every page of the next tensor when it is first written. A
-    training step on a CPU frees and allocates all of its maps: that was a third of its time
-    (bench/NOTES.md, 2026-11-28).
+    training step on a CPU frees and allocates all of its maps: that was a quarter to a third of its
+    time (bench/NOTES.md, 2026-11-28).
 
     For the whole process and until its end, so it is for programs that train, not for libraries.
     Changes no values. Where variables of the environment say what malloc shall do they count.
