@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     try:
+        # Else the process is somebody's who calls this function.
         if argv is None and name == "train":
             train.own_process()
         return COMMANDS[name].run(config)

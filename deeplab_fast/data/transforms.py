@@ -228,13 +228,18 @@ class CopyPaste:
     at about the same places.
 
     Args:
-        transform: gives both the same size, so it ends with a crop.
+        transform: gives both the same size, so it ends with a crop; arrays or tensors.
         dataset: to draw from.
         classes: ids of the classes that are pasted.
         probability: of pasting.
 
+    Calls give what the transform gives, or tensors [3, h, w] and [h, w] where another sample was
+    drawn.
+
     Raises:
-        ValueError: a probability out of range; samples that come out in different sizes.
+        ValueError: a probability out of range; samples that come out in different sizes; another
+            sample that the transform cannot take, by its name.
+        LabelError: another sample has a label that is no class.
 
     Source: arXiv 2012.07177, for classes in place of instances.
     """

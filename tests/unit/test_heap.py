@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from deeplab_fast import cli
+
 COUNT = """
 import resource, torch
 from deeplab_fast.engine.heap import keep_freed_memory
@@ -48,3 +50,18 @@ def test_pages_of_freed_tensors_are_used_again() -> None:
 
 def test_what_the_environment_says_goes_first() -> None:
     assert not counted(MALLOC_ARENA_MAX="2")[0]
+
+
+def test_only_in_a_process_that_is_the_commands_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(cli.train, "own_process", lambda: called.append("train"))
+    assert cli.main(["train"]) == 2
+    assert called == []
+    monkeypatch.setattr(sys, "argv", ["deeplab-fast", "train"])
+    assert cli.main() == 2
+    assert called == ["train"]
+    monkeypatch.setattr(sys, "argv", ["deeplab-fast", "eval"])
+    assert cli.main() == 2
+    assert called == ["train"]
