@@ -478,12 +478,12 @@ def logits(
         return None
     if not needs_gradients(model, [x]) or transformed() or not has_kernels(x):
         return None
-    x = x.contiguous(memory_format=torch.channels_last)
+    given = x.contiguous(memory_format=torch.channels_last)
     backbone = match.segment_of(model.backbone)
     if isinstance(backbone, match.Features) and model.fast:
-        features = _features(backbone, x, leading, model.max_extra_bytes)
+        features = _features(backbone, given, leading, model.max_extra_bytes)
     else:
-        features = run(model.backbone, x)
+        features = run(model.backbone, given)
     results = OrderedDict(out=run(model.classifier, features["out"]))
     if aux and model.aux_classifier is not None:
         results["aux"] = run(model.aux_classifier, features["aux"])

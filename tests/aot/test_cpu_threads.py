@@ -65,11 +65,15 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _run(kernels: Path, folder: Path, headers: Path) -> subprocess.CompletedProcess[str]:
+def _build(kernels: Path, folder: Path, headers: Path) -> Path:
     program = folder / "teams"
     _compile(
         f"-I{headers}", str(Path(__file__).with_name("teams.cpp")), str(kernels), "-o", str(program)
     )
+    return program
+
+
+def _run(program: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66"}
     return subprocess.run(
         [str(program)], env=environment, capture_output=True, text=True, timeout=120
@@ -77,7 +81,7 @@ def _run(kernels: Path, folder: Path, headers: Path) -> subprocess.CompletedProc
 
 
 def test_no_race(kernels: Path, tmp_path: Path) -> None:
-    ran = _run(kernels, tmp_path, HEADERS)
+    ran = _run(_build(kernels, tmp_path, HEADERS))
     assert ran.returncode == 0, ran.stdout + ran.stderr[:6000]
     assert "0 of other bits" in ran.stdout
 
@@ -92,5 +96,11 @@ def test_a_planted_race_is_found(
     text = header.read_text()
     assert text.count(right) == 1
     header.write_text(text.replace(right, wrong))
-    ran = _run(kernels, tmp_path, tmp_path / "include")
+    program = _build(kernels, tmp_path, tmp_path / "include")
+    # Whether threads meet so depends on when they run: of 20 runs 17 found the workspace's race.
+    ran = _run(program)
+    for _ in range(40):
+        if ran.returncode:
+            break
+        ran = _run(program)
     assert ran.returncode == 66 and "ThreadSanitizer: data race" in ran.stderr, ran.stderr[:3000]
