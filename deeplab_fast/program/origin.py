@@ -314,10 +314,16 @@ def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | N
 
 
 def _is_equal(a: Any, b: Any) -> bool:
-    """Of states of generators."""
+    """Of states of generators: numbers and texts, tensors, arrays, and tuples and dicts of them."""
     if isinstance(a, Tensor):
         return torch.equal(a, b)
-    return repr(a) == repr(b) if not isinstance(a, tuple) else all(map(_is_equal, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_is_equal(a[key], b[key]) for key in a)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_is_equal, a, b))
+    equal = a == b
+    # Of arrays each element.
+    return bool(equal.all() if hasattr(equal, "all") else equal)
 
 
 def _is_same(value: Any, before: Any) -> bool:
