@@ -59,7 +59,7 @@ OLDEST_INSTALLED := .venv-oldest/.installed
 # Of ops, backends and models, but for what tells models apart and writes them down, the pages about
 # them, single models, and how units of a GPU's run are started and watched.
 OLDEST_UNIT = $(filter-out tests/unit/test_gpu_program.py,$(wildcard tests/unit/test_gpu*.py)) \
-	$(filter-out $(patsubst %,tests/models/test_%.py,accuracy activations options precision \
+	$(filter-out $(patsubst %,tests/models/test_%.py,accuracy activations options precision demo \
 	accelerate_libraries deployment_page readme saved_models weights bird efficientnet_lite embedded fregu856 torchvision_parity),$(wildcard tests/models/test_*.py)) \
 	$(wildcard $(patsubst %,tests/unit/test_%*.py,\
 	aspp backends batch_norm bilinear conv prepared tuned upsample))

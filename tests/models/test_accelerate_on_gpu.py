@@ -63,7 +63,7 @@ def test_results_are_those_of_the_plain_model(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [
-        # A small model's: PyTorch's convolutions in bf16 are slow on a CPU without its instructions.
+        # A small model's: PyTorch's convolutions in bf16 are slow on a CPU that has none itself.
         (torch.bfloat16, "vainf v3 mobilenet os16"),
         (torch.float16, "torchvision deeplabv3_mobilenet_v3_large aux"),
     ],
