@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deeplab_fast.exporting.description import Description
-from deeplab_fast.exporting.graph import INPUT, ExportError, exporter
+from deeplab_fast.exporting.graph import INPUT, ExportError, exporter, write_elsewhere
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -78,9 +78,10 @@ def write(
 
 
 def onnx_model(program: ExportedProgram, description: Description) -> Any:
-    """The ONNX model of a program, with the description in its metadata."""
+    """The ONNX model of a program, which is changed, with the description in its metadata."""
     import torch
 
+    write_elsewhere(program)
     exported = torch.onnx.export(
         program,
         dynamo=True,
